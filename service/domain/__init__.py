@@ -1,0 +1,1 @@
+"""Words every room shares: requests, events, states, errors, timings. Standard library only."""

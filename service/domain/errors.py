@@ -1,0 +1,84 @@
+"""The error tree. Every error survives pickling, because errors cross process borders.
+
+    StepserveError
+    ├── InvalidRequestError          the caller can mend it: names field, value and limit
+    │   ├── UnknownModelError
+    │   └── BodyTooLargeError
+    ├── RefusedError                 refused at the door; says when to try again
+    │   ├── ServerFullError
+    │   └── NotReadyError            loading or draining
+    └── EndedError                   accepted, then ended without a picture
+        ├── GenerationFailedError
+        └── CancelledError
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class StepserveError(Exception):
+    """Root of everything Stepserve raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequestError(StepserveError):
+    """The request cannot be served as it is.
+
+    Args:
+        field: name of the request field at fault, or None for the request as a whole.
+        message: names the field, the value given and the limit.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.field)
+
+
+class UnknownModelError(InvalidRequestError):
+    """No model of that name is served."""
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request body is longer than the limit."""
+
+
+class RefusedError(StepserveError):
+    """Refused at the door: nothing was started.
+
+    Args:
+        retry_after_s: seconds after which a new try is likely to succeed.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.retry_after_s)
+
+
+class ServerFullError(RefusedError):
+    """As much work as the server takes on is already waiting."""
+
+
+class NotReadyError(RefusedError):
+    """The model is loading, or the server is draining before it stops."""
+
+
+class EndedError(StepserveError):
+    """The request was accepted but ended without a picture."""
+
+
+class GenerationFailedError(EndedError):
+    """The pipeline raised; the message says what."""
+
+
+class CancelledError(EndedError):
+    """The caller left or asked to stop."""

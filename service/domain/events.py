@@ -1,0 +1,63 @@
+"""The event stream of a request. Answers, progress bars and jobs are all views of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.domain.errors import StepserveError
+from service.domain.timings import Timings
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One finished picture as a file, with the seed that it alone can be made from again."""
+
+    data: bytes
+    media_type: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The request will be worked on; `position` requests were accepted before it and still run."""
+
+    request_id: str
+    position: int
+    expected_s: float | None
+
+
+@dataclass(frozen=True)
+class Started:
+    """The pipeline call began."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    """Denoiser evaluation `step` of `steps` is done."""
+
+    request_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All pictures are made."""
+
+    request_id: str
+    images: tuple[EncodedImage, ...]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request ended without pictures: it was refused, failed or was cancelled."""
+
+    request_id: str
+    error: StepserveError
+
+
+Event = Accepted | Started | StepFinished | Finished | Failed
+Outcome = Finished | Failed

@@ -1,0 +1,47 @@
+"""What a served model can do; the limits that requests are checked against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Picture sides that a model accepts, in pixels: from `minimum` to `maximum` by `step`."""
+
+    minimum: int
+    maximum: int
+    step: int
+    native: int
+
+    def accepts(self, side_px: int) -> bool:
+        """Whether one side of a picture may be this long."""
+        in_range = self.minimum <= side_px <= self.maximum
+        return in_range and (side_px - self.minimum) % self.step == 0
+
+    def describe(self) -> str:
+        """For error messages: `48 to 128 in steps of 16 (native: 64)`."""
+        return (
+            f"{self.minimum} to {self.maximum} in steps of {self.step} (native: "
+            f"{self.native}x{self.native})"
+        )
+
+
+@dataclass(frozen=True)
+class ModelCapabilities:
+    """Limits and defaults of one model, as `GET /v1/models` tells them."""
+
+    id: str
+    description: str
+    sizes: SizeRange
+    schedulers: tuple[str, ...]
+    default_scheduler: str
+    default_num_inference_steps: int = 20
+    max_num_inference_steps: int = 1000
+    default_guidance_scale: float = 4.0
+    max_guidance_scale: float = 30.0
+    max_n: int = 8
+    max_prompt_characters: int = 1000
+    max_prompt_tokens: int = 77
+    created: int = 0
+    owned_by: str = "stepserve"

@@ -1,0 +1,29 @@
+"""How long one request spent where. Headers, metrics and reports all read this one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds by stage. `batch_share` is the mean share of a forward's rows that were its own."""
+
+    queue_s: float = 0.0
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+    batch_share: float = 1.0
+
+    def server_timing(self) -> str:
+        """The value of a `Server-Timing` header (durations in milliseconds)."""
+        stages = (
+            ("queue", self.queue_s),
+            ("encode", self.encode_s),
+            ("denoise", self.denoise_s),
+            ("decode", self.decode_s),
+            ("total", self.total_s),
+        )
+        parts = [f"{name};dur={seconds * 1000:.1f}" for name, seconds in stages]
+        return ", ".join([*parts, f'batch;desc="share {self.batch_share:.3f}"'])

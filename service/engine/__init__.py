@@ -1,0 +1,1 @@
+"""Step-level batching: many pipeline calls, one forward at a time, shared where calls agree."""

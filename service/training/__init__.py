@@ -1,0 +1,1 @@
+"""Training of the small embedded diffusion models (DDPM objective)."""
