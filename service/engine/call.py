@@ -12,6 +12,7 @@ argument. Every leaf of its arguments is then one of:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -40,6 +41,7 @@ class ParkableMethod:
         module: name of the module in the pipeline, such as `unet`.
         method: name of the method, such as `forward` or `decode`.
         run: the original method.
+        stage: what its time is counted as.
         ignored: keyword arguments that do not influence the result.
         max_rows: most rows that one shared forward may have.
     """
@@ -47,6 +49,7 @@ class ParkableMethod:
     module: str
     method: str
     run: Callable[..., Any]
+    stage: str = "denoise"
     ignored: frozenset[str] = frozenset()
     max_rows: int = 32
 
@@ -122,12 +125,18 @@ def describe(kind: LeafKind, value: Any) -> Hashable:
     if kind is LeafKind.BATCHED:
         return str(value.dtype), tuple(value.shape[1:]), str(value.device)
     if kind is LeafKind.SHARED:
-        return str(value.dtype), tuple(value.shape), value.cpu().contiguous().numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), content_digest(value)
     try:
         hash(value)
     except TypeError:
         return "object", id(value)
     return type(value).__name__, value
+
+
+def content_digest(value: torch.Tensor) -> bytes:
+    """A digest of a tensor's bytes, for any dtype."""
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).digest()
 
 
 def make_call(

@@ -7,12 +7,15 @@ small model that must remember fewer pictures remembers them better.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from service.training.errors import ArtworkUnavailableError
 from service.training.files import write_atomically
 
 KEPT_CATEGORIES = (
@@ -38,22 +42,31 @@ MISSPELT = {"piata": "pinata"}
 
 @dataclass(frozen=True)
 class ArtworkPackage:
-    """An npm package of icons in Iconify's JSON format."""
+    """An npm package of icons in Iconify's JSON format; `sha256` is that of its archive."""
 
     name: str
     version: str
     style: str
     licence: str
+    sha256: str
 
 
 PACKAGES = (
-    ArtworkPackage("@iconify-json/noto", "1.2.9", "noto", "Apache-2.0"),
-    ArtworkPackage("@iconify-json/fluent-emoji-flat", "1.2.6", "fluent", "MIT"),
+    ArtworkPackage(
+        "@iconify-json/noto",
+        "1.2.9",
+        "noto",
+        "Apache-2.0",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+    ),
+    ArtworkPackage(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "fluent",
+        "MIT",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
 )
-
-
-class ArtworkUnavailableError(RuntimeError):
-    """The artwork packages could not be fetched; the message says what to install or check."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ def fetch_package(package: ArtworkPackage, cache: Path) -> Path:
     """Download one package with `npm pack` into `cache`, unless it is there already.
 
     Raises:
-        ArtworkUnavailableError: npm is not installed, or the download failed.
+        ArtworkUnavailableError: npm is not installed, the download failed, or it brought another
+            archive than the one this was written for.
     """
     archive = cache / f"{package.style}-{package.version}.tgz"
     if archive.exists():
@@ -84,37 +98,47 @@ def fetch_package(package: ArtworkPackage, cache: Path) -> Path:
         raise ArtworkUnavailableError(
             "npm was not found: it is needed once, to fetch the emoji artwork packages"
         )
-    download = cache / f"download-{package.style}"
-    download.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(
-        [
-            "npm",
-            "pack",
-            "--silent",
-            f"{package.name}@{package.version}",
-            f"--pack-destination={download}",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        raise ArtworkUnavailableError(
-            f"npm could not fetch {package.name}@{package.version}: {result.stderr.strip()}"
-        )
-    next(download.glob("*.tgz")).replace(archive)
-    download.rmdir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
+        content = _download(package, Path(folder))
+    write_atomically(archive, content)
     return archive
 
 
+def _download(package: ArtworkPackage, folder: Path) -> bytes:
+    wanted = f"{package.name}@{package.version}"
+    result = subprocess.run(
+        ["npm", "pack", "--silent", wanted, f"--pack-destination={folder}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    archives = list(folder.glob("*.tgz"))
+    if result.returncode != 0 or not archives:
+        raise ArtworkUnavailableError(f"npm could not fetch {wanted}: {result.stderr.strip()}")
+    content = archives[0].read_bytes()
+    if hashlib.sha256(content).hexdigest() != package.sha256:
+        raise ArtworkUnavailableError(f"npm brought another {wanted} than the expected archive")
+    return content
+
+
 def read_member(archive: Path, member: str) -> dict[str, object]:
-    """One JSON file of an npm archive."""
-    with tarfile.open(archive) as tar:
-        opened = tar.extractfile(f"package/{member}")
-        if opened is None:
-            raise ArtworkUnavailableError(f"{archive.name} has no file {member}")
-        content: dict[str, object] = json.load(opened)
-        return content
+    """One JSON file of an npm archive.
+
+    Raises:
+        ArtworkUnavailableError: the archive is damaged, or has no such file.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            opened = tar.extractfile(f"package/{member}")
+            assert opened is not None
+            content: dict[str, object] = json.load(opened)
+            return content
+    except (tarfile.TarError, KeyError, EOFError, zlib.error, OSError, ValueError) as error:
+        raise ArtworkUnavailableError(
+            f"{archive} cannot be read ({error}); delete it to fetch it again"
+        ) from error
 
 
 def wanted_names(metadata: dict[str, object]) -> list[str]:

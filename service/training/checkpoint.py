@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from service.training.errors import CheckpointError
 from service.training.files import write_atomically
+from service.training.fingerprint import Fingerprint, differences
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -19,8 +22,32 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Read a checkpoint, or None where there is none."""
+    """Read a checkpoint, or None where there is none.
+
+    Raises:
+        CheckpointError: the file is no checkpoint, or damaged.
+    """
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint; delete it to start over"
+        ) from error
     return state
+
+
+def check_origin(path: Path, state: dict[str, Any], wanted: Fingerprint) -> None:
+    """Refuse a checkpoint that other settings or data made. One that tells nothing is believed.
+
+    Raises:
+        CheckpointError: lists what differs.
+    """
+    stored = state.get("fingerprint")
+    differing = differences(stored, wanted) if stored is not None else []
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to another training ({'; '.join(differing)}); "
+            "restore those values, or choose another folder"
+        )

@@ -15,9 +15,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from service.training.artwork import Artwork
 from service.training.captions import Caption, write_caption
 from service.training.diffusion import NoiseSchedule, spread_timesteps
+from service.training.fingerprint import describe_settings, digest_text, digest_weights
 from service.training.grids import save_grid
+from service.training.hyperparameters import LoopConfig
 from service.training.latents import LatentSet
-from service.training.loop import LoopConfig, Trainer
+from service.training.loop import Trainer
 from service.training.pictures import BACKGROUNDS
 
 
@@ -143,14 +145,24 @@ class DenoiserStage:
             config.timesteps, config.beta_start, config.beta_end
         )
         self.unet = build_unet(config)
-        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unet.to(memory_format=torch.channels_last)
         self.text_encoder = build_text_encoder(config, tokenizer)
 
     def train(self) -> StableDiffusionPipeline:
         """Train, or finish an interrupted training, and return the assembled pipeline."""
         modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
-        Trainer("denoiser", self.loop, modules, self.loss, self.folder, self.draw_samples).run()
+        on_sample, origin = self.draw_samples, self.origin()
+        Trainer("denoiser", self.loop, modules, self.loss, self.folder, on_sample, origin).run()
         return self.pipeline()
+
+    def origin(self) -> dict[str, str]:
+        """What the loss depends on: shapes, captions, tokens and latents."""
+        return {
+            **describe_settings("denoiser", self.config),
+            "artwork.names": digest_text([*self.artwork.names, *self.artwork.styles]),
+            "tokenizer": digest_text(sorted(map(repr, self.tokenizer.get_vocab().items()))),
+            "autoencoder": digest_weights(self.autoencoder),
+        }
 
     def pipeline(self) -> StableDiffusionPipeline:
         """An ordinary diffusers pipeline around the parts as they are now."""
@@ -166,6 +178,7 @@ class DenoiserStage:
         )
 
     def loss(self, step: int, generator: torch.Generator) -> torch.Tensor:
+        """Weighted squared error of the predicted velocities of one batch (scalar)."""
         x_0, captions = self.batch(generator)
         t = spread_timesteps(len(x_0), self.schedule.timesteps, generator)
         noise = torch.randn(x_0.shape, generator=generator)

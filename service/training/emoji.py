@@ -11,8 +11,8 @@ from service.training.artwork import load_artwork
 from service.training.captions import train_tokenizer
 from service.training.denoiser import DenoiserConfig, DenoiserStage
 from service.training.export import export_pipeline
+from service.training.hyperparameters import LoopConfig
 from service.training.latents import encode_artwork
-from service.training.loop import LoopConfig
 from service.training.pictures import artwork_tensor
 from service.training.vae import AutoencoderConfig, AutoencoderStage
 

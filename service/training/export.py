@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from service.training.emoji import EmojiRecipe
 
 
-def export_pipeline(
-    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, folder: Path
-) -> Path:
+def export_pipeline(pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, folder: Path) -> Path:
     """Save `pipeline` in bfloat16 under `folder` and return that folder."""
     pipeline.to(torch.bfloat16)
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -1,17 +1,72 @@
-"""Files that are either whole or absent, whatever happens while they are written."""
+"""Files and folders that are either whole or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves the old file or the new one, never a part."""
+    """Write `content` to `path`; a crash leaves the old file or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full or refuses; the old file is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fresh_sibling(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be filled and then moved into its place.
+
+    What an earlier, killed attempt left there is thrown away.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Move the finished `partial` to `folder`, and throw away what was there before.
+
+    A crash leaves `folder` old or new; between its two renames it leaves it absent, with the old
+    one beside it under the ending `.old`.
+    """
+    _sync_content(partial)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    partial.replace(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_content(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)

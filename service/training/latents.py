@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from service.training.files import write_atomically
+from service.training.fingerprint import digest_weights
 from service.training.pictures import BACKGROUNDS, paint, shrink
+
+ORIGIN = "autoencoder"
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,37 @@ class LatentSet:
 def encode_artwork(autoencoder: AutoencoderKL, artwork: torch.Tensor, path: Path) -> LatentSet:
     """Encode all pictures (pictures, 4, height, width) uint8, or read an earlier result.
 
-    The scaling factor brings the latents to unit variance, as the noise schedule assumes.
+    An earlier result of another autoencoder or of other artwork is computed anew. The scaling
+    factor brings the latents to unit variance, as the noise schedule assumes.
     """
-    if not path.exists():
-        latents = _encode_all(autoencoder, shrink(artwork, autoencoder.config.sample_size))
-        scaling_factor = 1 / latents.float().std()
-        scaled = (latents.float() * scaling_factor).to(torch.bfloat16)
-        write_atomically(path, save({"scaled": scaled, "scaling_factor": scaling_factor}))
-    stored = load(path.read_bytes())
+    origin = digest_weights(autoencoder)
+    if path.exists():
+        content = path.read_bytes()
+        latents = _unpack(content)
+        if len(latents.scaled) == len(artwork) and _origin(content) in (None, origin):
+            return latents
+    encoded = _encode_all(autoencoder, shrink(artwork, autoencoder.config.sample_size))
+    scaling_factor = 1 / encoded.float().std()
+    scaled = (encoded.float() * scaling_factor).to(torch.bfloat16)
+    tensors = {"scaled": scaled, "scaling_factor": scaling_factor}
+    content = save(tensors, metadata={ORIGIN: origin})
+    write_atomically(path, content)
+    return _unpack(content)
+
+
+def _unpack(content: bytes) -> LatentSet:
+    stored = load(content)
     return LatentSet(stored["scaled"], float(stored["scaling_factor"]))
+
+
+def _origin(content: bytes) -> str | None:
+    """The autoencoder's digest in a safetensors header, or None in a file from before it was kept.
+
+    The header is JSON after eight bytes that tell its length.
+    """
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return metadata.get(ORIGIN)
 
 
 def _encode_all(autoencoder: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:

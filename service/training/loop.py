@@ -1,4 +1,4 @@
-"""The training loop shared by every stage: learning rate, EMA weights, checkpoints, progress.
+"""The training loop shared by every stage: optimizers, EMA weights, checkpoints, progress.
 
 The random numbers of a step depend on the seed and the step alone, so a run that was killed and
 resumed sees the same pictures and the same noise as one that was not.
@@ -9,70 +9,43 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from service.training.checkpoint import load_checkpoint, save_checkpoint
+from service.training.checkpoint import check_origin, load_checkpoint, save_checkpoint
+from service.training.errors import CheckpointError, TrainingDivergedError
+from service.training.fingerprint import Fingerprint, describe_settings
+from service.training.hyperparameters import (
+    FREE_FIELDS,
+    LoopConfig,
+    ema_decay_at,
+    learning_rate_at,
+    step_generator,
+)
+from service.training.interrupts import StopSignals
 from service.training.optimizer import Muon, is_matrix
 
 LossFunction = Callable[[int, torch.Generator], torch.Tensor]
 SampleFunction = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """Hyperparameters of one training stage."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seed: int = 0
-    warmup_steps: int = 100
-    decay_fraction: float = 0.25
-    final_learning_rate: float = 1e-5
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    checkpoint_interval_steps: int = 100
-    sample_interval_steps: int = 500
-
-
-def learning_rate_at(step: int, config: LoopConfig) -> float:
-    """Warm up linearly, stay, then decay by a half cosine over the last `decay_fraction` of steps."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    decay_steps = max(1, round(config.steps * config.decay_fraction))
-    remaining = config.steps - step
-    if remaining >= decay_steps:
-        return config.learning_rate
-    progress = 0.5 - 0.5 * math.cos(math.pi * remaining / decay_steps)
-    span = config.learning_rate - config.final_learning_rate
-    return config.final_learning_rate + span * progress
-
-
-def ema_decay_at(step: int, config: LoopConfig) -> float:
-    """The EMA forgets its random start quickly: the decay grows towards its final value."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step, the same however often training was interrupted before."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
 class Trainer:
     """Runs one stage to its last step, resuming from `folder/checkpoint.pt` if that exists.
+
+    It may be killed at any moment and loses no more than the steps since the last checkpoint;
+    Ctrl-C and SIGTERM lose none.
 
     Args:
         modules: what is trained; its parameters stay float32.
         loss: computes the loss of a step from the step number and its generator.
         folder: where the checkpoint lives.
         on_sample: called every `sample_interval_steps` and at the end, with EMA weights in place.
+        origin: what the loss depends on besides `config`: a checkpoint of another origin is
+            refused.
     """
 
     def __init__(
@@ -83,6 +56,7 @@ class Trainer:
         loss: LossFunction,
         folder: Path,
         on_sample: SampleFunction | None = None,
+        origin: Fingerprint | None = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -90,39 +64,48 @@ class Trainer:
         self.loss = loss
         self.on_sample = on_sample
         self.checkpoint_path = folder / "checkpoint.pt"
+        self.fingerprint = {**describe_settings("loop", config, FREE_FIELDS), **(origin or {})}
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizers = self._build_optimizers()
         self.step = 0
 
     def run(self) -> None:
-        """Train until the last step; afterwards the modules hold the EMA weights."""
+        """Train until the last step; afterwards the modules hold the EMA weights.
+
+        Raises:
+            CheckpointError: the folder holds a checkpoint that this training cannot continue.
+            TrainingDivergedError: the loss is no longer a number.
+            KeyboardInterrupt: Ctrl-C, after the checkpoint was written.
+            SystemExit: SIGTERM, after the checkpoint was written.
+        """
         self.resume()
-        self.modules.train()
-        with tqdm(
-            total=self.config.steps, initial=self.step, desc=self.name, unit="step", mininterval=1
-        ) as bar:
-            try:
-                while self.step < self.config.steps:
-                    self._advance(bar)
-            except KeyboardInterrupt:
-                self.save()
-                raise
-        self.save()
+        if self.step < self.config.steps:
+            self._train()
         self._swap_average()
         self.modules.eval()
 
     def resume(self) -> None:
-        """Continue from the checkpoint, if there is one."""
+        """Continue from the checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is damaged, of another training, or further on than the last step.
+        """
         state = load_checkpoint(self.checkpoint_path)
         if state is None:
             return
-        self.modules.load_state_dict(state["modules"])
-        for average, stored in zip(self.average, state["average"], strict=True):
-            average.copy_(stored)
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-        self.step = state["step"]
+        check_origin(self.checkpoint_path, state, self.fingerprint)
+        if state["step"] > self.config.steps:
+            raise CheckpointError(
+                f"{self.checkpoint_path} is at step {state['step']}, beyond the "
+                f"{self.config.steps} asked for: ask for more, or choose another folder"
+            )
+        try:
+            self._restore(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.checkpoint_path} is of another model: choose another folder"
+            ) from error
 
     def save(self) -> None:
         """Write the checkpoint atomically."""
@@ -131,8 +114,17 @@ class Trainer:
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
+            "fingerprint": self.fingerprint,
         }
         save_checkpoint(self.checkpoint_path, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.modules.load_state_dict(state["modules"])
+        for average, stored in zip(self.average, state["average"], strict=True):
+            average.copy_(stored)
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        self.step = state["step"]
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
@@ -151,7 +143,19 @@ class Trainer:
             ),
         ]
 
-    def _advance(self, bar: tqdm[None]) -> None:
+    def _train(self) -> None:
+        self.modules.train()
+        progress: tqdm[NoReturn] = tqdm(
+            total=self.config.steps, initial=self.step, desc=self.name, unit="step", mininterval=1
+        )
+        with progress as bar, StopSignals() as stop:
+            while self.step < self.config.steps:
+                self._advance(bar)
+                if stop.received is not None:
+                    self.save()
+                    stop.leave()
+
+    def _advance(self, bar: tqdm[NoReturn]) -> None:
         started_s = time.perf_counter()
         loss = self._train_step()
         throughput = self.config.batch_size / (time.perf_counter() - started_s)
@@ -170,24 +174,33 @@ class Trainer:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.step, step_generator(self.config.seed, self.step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        self._check_finite(loss.item())
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
         with torch.no_grad():
             weight = 1 - ema_decay_at(self.step, self.config)
-            torch._foreach_lerp_(self.average, self.parameters, weight)
+            torch._foreach_lerp_(self.average, list[torch.Tensor](self.parameters), weight)
         self.step += 1
         return loss.item()
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(
+                f"{self.name}: the loss is {loss} at step {self.step}; lower the learning rate"
+            )
 
     def _sample(self) -> None:
         assert self.on_sample is not None
         self._swap_average()
         self.modules.eval()
-        with torch.no_grad():
-            self.on_sample(self.step)
-        self.modules.train()
-        self._swap_average()
+        try:
+            with torch.no_grad():
+                self.on_sample(self.step)
+        finally:
+            self.modules.train()
+            self._swap_average()
 
     def _swap_average(self) -> None:
         with torch.no_grad():

@@ -14,8 +14,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
 
+from service.training.fingerprint import describe_settings
 from service.training.grids import save_grid
-from service.training.loop import LoopConfig, Trainer
+from service.training.hyperparameters import LoopConfig
+from service.training.loop import Trainer
 from service.training.pictures import BACKGROUNDS, mirror, paint, shrink
 
 
@@ -70,10 +72,13 @@ class AutoencoderStage:
     def train(self) -> AutoencoderKL:
         """Train, or finish an interrupted training, and return the autoencoder with EMA weights."""
         modules = nn.ModuleDict({"vae": self.autoencoder})
-        Trainer("vae", self.loop, modules, self.loss, self.folder, self.draw_samples).run()
+        origin = describe_settings("vae", self.config)
+        origin["artwork.shape"] = str(tuple(self.large.shape))
+        Trainer("vae", self.loop, modules, self.loss, self.folder, self.draw_samples, origin).run()
         return self.autoencoder
 
     def loss(self, step: int, generator: torch.Generator) -> torch.Tensor:
+        """Pixels, edges and KL of one batch, in float32 (scalar)."""
         pictures = self.batch(generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             posterior = self.autoencoder.encode(pictures).latent_dist

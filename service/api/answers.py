@@ -1,0 +1,161 @@
+"""The bodies of answers, in the shapes of OpenAI's API with more fields beside them."""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+from dataclasses import asdict
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from service.api.backend import ModelStatus
+from service.domain.events import EncodedImage, Finished
+from service.domain.requests import GenerationRequest
+
+
+class ImageData(BaseModel):
+    """One picture."""
+
+    b64_json: str = Field(description="The picture file, base64.")
+    seed: int = Field(description="With `n` of 1, this seed makes this picture again.")
+
+
+class Parameters(BaseModel):
+    """Everything that shaped the pictures: sent back as a request body, it makes them again."""
+
+    model: str
+    prompt: str
+    negative_prompt: str
+    n: int
+    size: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    scheduler: str
+    output_format: Literal["png", "jpeg", "webp"]
+
+
+class TimingsAnswer(BaseModel):
+    """Seconds by stage; `batch_share` is the mean share of a forward's rows that were its own."""
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+    batch_share: float
+
+
+class ImagesAnswer(BaseModel):
+    """The finished pictures."""
+
+    id: str = Field(description="Unique; begins with the `X-Request-ID`.")
+    created: int = Field(description="Unix time in seconds.")
+    model: str
+    data: list[ImageData]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str = Field(description="`WIDTHxHEIGHT` in pixels.", examples=["64x64"])
+    seed: int = Field(description="The seed used, also where it was drawn by the server.")
+    parameters: Parameters
+    timings: TimingsAnswer
+
+
+class SizesAnswer(BaseModel):
+    """Sides a picture may have, in pixels: from `minimum` to `maximum` by `step`."""
+
+    minimum: int
+    maximum: int
+    step: int
+    native: int
+
+
+class ModelAnswer(BaseModel):
+    """One model: OpenAI's four fields, then its limits and defaults."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    description: str
+    ready: bool
+    detail: str = Field(description="Why the model is not ready; empty where it is.")
+    sizes: SizesAnswer
+    schedulers: list[str]
+    default_scheduler: str
+    default_num_inference_steps: int
+    max_num_inference_steps: int
+    default_guidance_scale: float
+    max_guidance_scale: float
+    max_n: int
+    max_prompt_characters: int
+    max_prompt_tokens: int
+
+
+class ModelList(BaseModel):
+    """Every model that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class HealthAnswer(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class ReadyAnswer(BaseModel):
+    """Every model takes requests."""
+
+    status: Literal["ready"] = "ready"
+    models: list[str]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; `param` names the field at fault where there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def images_answer(request: GenerationRequest, finished: Finished) -> ImagesAnswer:
+    """Return the answer to `request`, dated now."""
+    parameters = _parameters(request)
+    return ImagesAnswer(
+        id=request.id,
+        created=int(time.time()),
+        model=request.model,
+        data=[_image(image) for image in finished.images],
+        output_format=parameters.output_format,
+        size=parameters.size,
+        seed=request.seed,
+        parameters=parameters,
+        timings=TimingsAnswer(**asdict(finished.timings)),
+    )
+
+
+def model_answer(status: ModelStatus) -> ModelAnswer:
+    """Return one model as the catalogue shows it."""
+    return ModelAnswer.model_validate(
+        asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
+    )
+
+
+def _image(image: EncodedImage) -> ImageData:
+    return ImageData(b64_json=b64encode(image.data).decode("ascii"), seed=image.seed)
+
+
+def _parameters(request: GenerationRequest) -> Parameters:
+    return Parameters.model_validate(
+        asdict(request) | {"size": f"{request.width}x{request.height}"},
+    )

@@ -1,0 +1,52 @@
+"""Puts the HTTP door together."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from service import __version__
+from service.api.backend import Backend
+from service.api.handlers import add_error_handlers
+from service.api.middleware import (
+    BodyLimitMiddleware,
+    RequestIdMiddleware,
+    UnexpectedErrorMiddleware,
+)
+from service.api.routes import health, images, models
+from service.api.settings import ApiSettings
+
+DESCRIPTION = """\
+A diffusion-model server that batches requests at every denoising step.
+
+Routes and shapes are those of OpenAI's Images API, so its clients work unchanged. Every error
+has the body `{"error": {"message", "type", "param", "code"}}`, and every answer an
+`X-Request-ID`.
+"""
+
+
+def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
+    """Return the app that serves `backend` over HTTP."""
+    app = FastAPI(
+        title="Stepserve",
+        version=__version__,
+        description=DESCRIPTION,
+        redoc_url=None,
+        # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
+        redirect_slashes=False,
+        middleware=_middleware(settings),
+    )
+    app.state.backend = backend
+    app.state.settings = settings
+    add_error_handlers(app)
+    for part in (images, models, health):
+        app.include_router(part.router)
+    return app
+
+
+def _middleware(settings: ApiSettings) -> list[Middleware]:
+    return [
+        Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
+        Middleware(UnexpectedErrorMiddleware),
+        Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
+    ]

@@ -1,0 +1,62 @@
+"""Work that lives no longer than the client's connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from service.api.errors import RequestTimedOutError
+from service.domain.errors import CancelledError
+
+T = TypeVar("T")
+
+CANCEL_GRACE_S = 1.0
+"""How long cancelled work may hold up the answer while it cleans up."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """Return the result of `work`, which is cancelled as soon as nobody waits for it any more.
+
+    Two signs tell that: `receive` gives a disconnect (plain ASGI servers), or the calling task
+    is itself cancelled (Ray Serve). The request body must have been read before.
+
+    Raises:
+        CancelledError: the client left, or `work` was cancelled from elsewhere.
+        RequestTimedOutError: `work` took more than `timeout_s` seconds.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_until_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, timeout=timeout_s, return_when="FIRST_COMPLETED")
+        if working.cancelled():
+            # Passed on as it is, it would look like our own cancellation and go unanswered.
+            raise CancelledError("the request was cancelled")
+        if working.done():
+            return working.result()
+        if leaving.done():
+            raise CancelledError("the client left before the request was finished")
+        raise RequestTimedOutError(f"the request was not finished within {timeout_s:g} s")
+    finally:
+        await _stop(working, leaving)
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stop(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+        task.add_done_callback(_forget)
+    # Not awaited without end: work that ignores its cancellation must not hold the answer.
+    await asyncio.wait(tasks, timeout=CANCEL_GRACE_S)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Look at the exception, which asyncio would otherwise report as never retrieved."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,111 @@
+"""The one table from error class to HTTP answer, and the answer's shape (OpenAI's).
+
+Only answers of status 500 hide their message: what a pipeline or a bug raised may name paths,
+so it goes to the log, under the request id that the caller is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from fastapi.responses import JSONResponse
+
+from service.domain.errors import (
+    BodyTooLargeError,
+    CancelledError,
+    EndedError,
+    GenerationFailedError,
+    InvalidRequestError,
+    NotReadyError,
+    RefusedError,
+    ServerFullError,
+    StepserveError,
+    UnknownModelError,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_RETRY_AFTER_S = 3600
+
+
+class MalformedJsonError(InvalidRequestError):
+    """The request body is not valid JSON."""
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The request body is not declared as JSON."""
+
+
+class UnknownRouteError(InvalidRequestError):
+    """No such URL."""
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """The URL exists, but not with this method."""
+
+
+class RequestTimedOutError(EndedError):
+    """The request took longer than the server allows."""
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """How one class of errors is told over HTTP: status, `error.type` and `error.code`."""
+
+    status: int
+    type: str
+    code: str
+
+
+TABLE: dict[type[StepserveError], ErrorKind] = {
+    InvalidRequestError: ErrorKind(400, "invalid_request_error", "invalid_value"),
+    MalformedJsonError: ErrorKind(400, "invalid_request_error", "invalid_json"),
+    UnknownModelError: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    UnknownRouteError: ErrorKind(404, "invalid_request_error", "unknown_url"),
+    MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
+    BodyTooLargeError: ErrorKind(413, "invalid_request_error", "body_too_large"),
+    UnsupportedMediaTypeError: ErrorKind(415, "invalid_request_error", "unsupported_media_type"),
+    ServerFullError: ErrorKind(429, "rate_limit_error", "server_full"),
+    # The client has left, so nobody reads it; the status is for logs (nginx's "client closed").
+    CancelledError: ErrorKind(499, "cancelled", "request_cancelled"),
+    StepserveError: ErrorKind(500, "server_error", "internal_error"),
+    GenerationFailedError: ErrorKind(500, "server_error", "generation_failed"),
+    NotReadyError: ErrorKind(503, "server_error", "not_ready"),
+    RefusedError: ErrorKind(503, "server_error", "refused"),
+    RequestTimedOutError: ErrorKind(504, "server_error", "timeout"),
+}
+
+
+def kind_of(error: Exception) -> ErrorKind:
+    """Return the row of the nearest class in the table; anything unexpected is a 500."""
+    rows = (TABLE[base] for base in type(error).__mro__ if base in TABLE)
+    return next(rows, TABLE[StepserveError])
+
+
+def error_response(error: Exception, request_id: str) -> JSONResponse:
+    """Return the HTTP answer for `error`; a status of 500 is logged with its cause."""
+    kind = kind_of(error)
+    body = {
+        "message": _public_message(error, kind, request_id),
+        "type": kind.type,
+        "param": error.field if isinstance(error, InvalidRequestError) else None,
+        "code": kind.code,
+    }
+    return JSONResponse({"error": body}, status_code=kind.status, headers=_headers(error))
+
+
+def _public_message(error: Exception, kind: ErrorKind, request_id: str) -> str:
+    if kind.status != 500:
+        return str(error)
+    logger.error("request %s failed", request_id, exc_info=error)
+    return f"the server failed on this request; its log says why, under request id {request_id}"
+
+
+def _headers(error: Exception) -> dict[str, str]:
+    if not isinstance(error, RefusedError):
+        return {}
+    # HTTP knows whole seconds only, and 0 would invite a tight loop.
+    seconds = math.ceil(min(max(error.retry_after_s, 1), MAX_RETRY_AFTER_S))
+    return {"Retry-After": str(seconds)}

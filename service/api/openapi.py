@@ -1,0 +1,65 @@
+"""Descriptions and examples of errors in the OpenAPI document, read from the error table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.api.answers import ErrorAnswer
+from service.api.errors import TABLE
+from service.domain.errors import RefusedError, StepserveError
+
+Responses = dict[int | str, dict[str, Any]]
+
+REQUEST_ID = {
+    "X-Request-ID": {
+        "description": "Given by the client (1 to 128 of A-Z a-z 0-9 . _ -) or made.",
+        "schema": {"type": "string"},
+    }
+}
+SERVER_TIMING = {
+    "Server-Timing": {
+        "description": "Milliseconds in queue, encode, denoise, decode and total.",
+        "schema": {"type": "string"},
+    }
+}
+RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Whole seconds after which a new try is likely to succeed.",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
+REQUEST_ID_PARAMETER = {
+    "name": "X-Request-ID",
+    "in": "header",
+    "required": False,
+    "description": "Names this request in logs and in the answer; made where it does not fit.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+}
+
+
+def error_responses(*classes: type[StepserveError]) -> Responses:
+    """Return the OpenAPI responses of a route that may answer with these errors.
+
+    The "default" entry stands for all others (and keeps FastAPI from promising a 422).
+    """
+    responses: Responses = {"default": {"model": ErrorAnswer, "description": "Any other error."}}
+    for error_class in classes:
+        _add(responses, error_class)
+    return responses
+
+
+def _add(responses: Responses, error_class: type[StepserveError]) -> None:
+    kind = TABLE[error_class]
+    text = (error_class.__doc__ or "").splitlines()[0]
+    is_refusal = issubclass(error_class, RefusedError)
+    response = responses.setdefault(
+        kind.status,
+        {
+            "model": ErrorAnswer,
+            "description": text,
+            "headers": REQUEST_ID | (RETRY_AFTER if is_refusal else {}),
+            "content": {"application/json": {"examples": {}}},
+        },
+    )
+    example = {"message": text, "type": kind.type, "param": None, "code": kind.code}
+    response["content"]["application/json"]["examples"][kind.code] = {"value": {"error": example}}

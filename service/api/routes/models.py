@@ -1,0 +1,26 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from service.api.answers import ModelAnswer, ModelList, model_answer
+from service.api.dependencies import BackendDep, find_model
+from service.api.openapi import error_responses
+from service.domain.errors import UnknownModelError
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", summary="List models", responses=error_responses())
+async def list_models(backend: BackendDep) -> ModelList:
+    """Every served model with its limits and defaults, also those that are still loading."""
+    return ModelList(data=[model_answer(status) for status in await backend.models()])
+
+
+@router.get(
+    "/v1/models/{id}", summary="Show one model", responses=error_responses(UnknownModelError)
+)
+async def show_model(id: str, backend: BackendDep) -> ModelAnswer:  # noqa: A002 (OpenAI's name)
+    """One model with its limits and defaults."""
+    return model_answer(await find_model(backend, id))

@@ -1,0 +1,114 @@
+"""The body of a request for pictures, as it arrives: strict types, unknown fields refused.
+
+Only types are checked here. What a model can do is checked by `service.domain.limits`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from service.domain.limits import MAX_SEED, shown
+from service.domain.models import ModelCapabilities
+from service.domain.requests import GenerationRequest, OutputFormat
+
+T = TypeVar("T")
+
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+
+
+def _documented(description: str, **bounds: Any) -> Any:
+    """Describe an optional field; the bounds are shown only, because each model has its own."""
+    return Field(default=None, description=description, json_schema_extra=bounds or None)
+
+
+class ImageRequest(BaseModel):
+    """What to draw. OpenAI's fields, then Stepserve's own. `null` means the same as left out."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"prompt": "red heart, noto, on a blue background"},
+                {
+                    "prompt": "smiling cat",
+                    "n": 2,
+                    "seed": 7,
+                    "num_inference_steps": 30,
+                    "guidance_scale": 5.0,
+                },
+            ]
+        },
+    )
+
+    prompt: Annotated[str, Field(description="What the picture shows.")]
+    model: str | None = _documented("A model id of `GET /v1/models`; else the default model.")
+    n: int | None = _documented("How many pictures; 1 if left out.", minimum=1)
+    size: str | None = _documented(
+        "`WIDTHxHEIGHT` in pixels, or `auto` for the model's native size.",
+        pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
+    )
+    response_format: Literal["b64_json"] | None = _documented("How pictures are returned.")
+    output_format: Literal["png", "jpeg", "webp"] | None = _documented(
+        "The file format of the pictures; `png` if left out."
+    )
+    user: str | None = _documented("Accepted for compatibility and not used.")
+    negative_prompt: str | None = _documented("What the picture must not show.")
+    num_inference_steps: int | None = _documented("Denoising steps.", minimum=1)
+    guidance_scale: float | None = _documented(
+        "How closely to follow the prompt; 1 or less turns guidance off, which is twice as fast.",
+        minimum=0,
+    )
+    seed: int | None = _documented(
+        "The same seed and parameters give the same picture; random if left out. "
+        "Picture `i` (from 0) of `n` is drawn from `seed + i`.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+    scheduler: str | None = _documented("A scheduler that the model lists in `GET /v1/models`.")
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _refuse_urls(cls, value: Any) -> Any:
+        if value == "url":
+            raise ValueError("response_format 'url' is not supported yet; use 'b64_json'")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _check_form(cls, value: str | None) -> str | None:
+        if value not in (None, "auto") and not _SIZE.fullmatch(value):
+            raise ValueError(f"size must be 'auto' or 'WIDTHxHEIGHT' in pixels, got {shown(value)}")
+        return value
+
+    def to_generation(self, request_id: str, model: ModelCapabilities) -> GenerationRequest:
+        """Return the request with everything left out filled in from `model`; draws a seed."""
+        width, height = _parse_size(self.size, model.sizes.native)
+        return GenerationRequest(
+            id=request_id,
+            model=model.id,
+            prompt=self.prompt,
+            width=width,
+            height=height,
+            num_inference_steps=_or(self.num_inference_steps, model.default_num_inference_steps),
+            guidance_scale=_or(self.guidance_scale, model.default_guidance_scale),
+            seed=_or(self.seed, secrets.randbits(32)),
+            scheduler=_or(self.scheduler, model.default_scheduler),
+            negative_prompt=_or(self.negative_prompt, ""),
+            n=_or(self.n, 1),
+            output_format=OutputFormat(_or(self.output_format, "png")),
+        )
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _parse_size(size: str | None, native_px: int) -> tuple[int, int]:
+    parts = _SIZE.fullmatch(size or "auto")
+    return (int(parts[1]), int(parts[2])) if parts else (native_px, native_px)

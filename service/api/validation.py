@@ -1,0 +1,74 @@
+"""From what FastAPI and pydantic say about a wrong body to messages for the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from reprlib import Repr
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+
+from service.api.errors import MalformedJsonError
+from service.domain.errors import InvalidRequestError
+from service.domain.limits import did_you_mean, shown
+
+MAX_PROBLEMS = 5
+
+_brief = Repr()
+_brief.maxstring = 80
+
+
+def invalid_request(error: RequestValidationError, fields: Iterable[str]) -> InvalidRequestError:
+    """Return one error that tells every problem of the body (the first few, if very many).
+
+    Args:
+        error: as raised by FastAPI.
+        fields: names of all fields that the body may have, for "did you mean".
+    """
+    problems = list(error.errors())
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return MalformedJsonError(_where_json_broke(first))
+    messages = [_explain(problem, list(fields)) for problem in problems[:MAX_PROBLEMS]]
+    return InvalidRequestError("; ".join(messages), _param(first))
+
+
+def _where_json_broke(problem: dict[str, Any]) -> str:
+    reason, position = problem["ctx"]["error"], problem["loc"][-1]
+    return f"the body is not valid JSON: {reason} (at character {position})"
+
+
+def _explain(problem: dict[str, Any], fields: list[str]) -> str:
+    field = _field(problem)
+    if field is None:
+        return "the body must be a JSON object"
+    match problem["type"]:
+        case "missing":
+            return f"{field} is required"
+        case "extra_forbidden":
+            return f"unknown field {shown(field)}{did_you_mean(field, fields)}"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+    reason = problem["msg"].replace("Input should", f"{field} must", 1)
+    return f"{reason}, got {brief_json(problem['input'])}"
+
+
+def brief_json(value: Any) -> str:
+    """Return a value of the body as the caller wrote it, cut to fit in a message."""
+    match value:
+        case None | True | False:
+            return {None: "null", True: "true", False: "false"}[value]
+        case str():
+            return shown(value)
+    return _brief.repr(value)
+
+
+def _field(problem: dict[str, Any]) -> str | None:
+    """Return the field at fault; the location is ("body", field, ...) or just ("body",)."""
+    return str(problem["loc"][1]) if len(problem["loc"]) > 1 else None
+
+
+def _param(problem: dict[str, Any]) -> str | None:
+    field = _field(problem)
+    # An unknown field may have any name, also one that UTF-8 cannot say.
+    return field and shown(field)[1:-1]

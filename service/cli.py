@@ -1,0 +1,207 @@
+"""The command line: serve, generate, models, train, explain, config."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+
+from service import __version__
+from service.config import ConfigError, Settings, load_settings
+from service.domain.errors import InvalidRequestError, StepserveError
+from service.domain.requests import GenerationRequest
+
+if TYPE_CHECKING:
+    from service.domain.models import ModelCapabilities
+    from service.pipelines.load import LoadedModel
+
+app = typer.Typer(
+    help="A diffusion-model server that batches at every denoising step.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+train_app = typer.Typer(help="Train a small diffusion model from scratch.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+app.add_typer(config_app, name="config")
+
+OUTPUT_FORMATS = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file; STEPSERVE_ variables win over it."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model id from the configuration.")
+]
+
+
+def main() -> None:
+    """Entry point: errors we foresee become one line on standard error and exit code 1."""
+    try:
+        app()
+    except (StepserveError, ConfigError) as error:
+        sys.exit(f"error: {error}")
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """A diffusion-model server that batches at every denoising step."""
+    if show:
+        typer.echo(f"stepserve {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind [default: 8000].")] = None,
+    first_picture: Annotated[
+        Path | None,
+        typer.Option(help="Make one picture through HTTP into this folder when ready."),
+    ] = None,
+) -> None:
+    """Serve the configured models over HTTP until Ctrl-C, then finish accepted work and stop.
+
+    Without a configuration the embedded emoji model is served, and nothing is downloaded.
+
+    Try it, once it says it is ready:
+
+        curl http://127.0.0.1:8000/v1/images/generations
+          -H "Content-Type: application/json" -d '{"prompt": "red heart"}'
+    """
+    from service.deployments.server import serve_until_stopped
+    from service.first_picture import greet
+
+    settings = _settings(config)
+    given = {key: value for key, value in {"host": host, "port": port}.items() if value is not None}
+    http = settings.http.model_copy(update=given)
+    settings = settings.model_copy(update={"http": http})
+    typer.echo(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
+    serve_until_stopped(settings, lambda url: greet(url, first_picture))
+    typer.echo("stopped: everything accepted was answered")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; its ending chooses the format.")
+    ] = Path("picture.png"),
+    negative_prompt: Annotated[str, typer.Option(help="What it must not show.")] = "",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, or auto for native.")] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler class by name.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random if left out.")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many pictures.")] = 1,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make pictures in this process, without a server.
+
+    Example: stepserve generate "a red heart" -o heart.png --seed 7
+    """
+    from service.pipelines.local import generate_locally
+
+    loaded = _load(_settings(config), model)
+    wanted = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "size": size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "scheduler": scheduler,
+        "seed": seed,
+        "n": n,
+        "output_format": OUTPUT_FORMATS.get(output.suffix.lower(), "png"),
+    }
+    finished = generate_locally(loaded, _request(wanted, loaded.capabilities))
+    for index, image in enumerate(finished.images):
+        path = output if n == 1 else output.with_stem(f"{output.stem}-{index}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image.data)
+        typer.echo(f"{path}  seed {image.seed}")
+
+
+@app.command()
+def models(config: ConfigOption = None) -> None:
+    """List the configured models and where they are loaded from."""
+    from service.models.catalogue import model_folder
+
+    settings = _settings(config)
+    for model_id, model in settings.models.items():
+        mark = "*" if model_id == settings.default_model else " "
+        source = "embedded" if model.path is None else str(model_folder(model.path))
+        typer.echo(f"{mark} {model_id:20} {model.dtype:10} {source}")
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="What to draw while explaining.")] = "red heart",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the picture strips.")
+    ] = Path("out"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=8)] = 20,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Draw the two processes of a diffusion model as picture strips.
+
+    Forward: a picture turning into static. Reverse: static turning into a picture, with the
+    predicted clean picture beside each noisy one. docs/diffusion.md explains both.
+    """
+    from service.models.catalogue import model_folder
+    from service.training.explain import explain as draw
+
+    settings = _settings(config)
+    folder = model_folder(settings.models[_model_id(settings, model)].path)
+    for path in draw(folder, output, prompt, seed, steps):
+        typer.echo(str(path))
+
+
+@config_app.command("check")
+def check_config(config: ConfigOption = None) -> None:
+    """Check the configuration file and STEPSERVE_ variables, and print what is in effect."""
+    typer.echo(_settings(config).describe(), nl=False)
+
+
+def _settings(config: Path | None) -> Settings:
+    return load_settings(config)
+
+
+def _model_id(settings: Settings, model: str | None) -> str:
+    model_id = model or settings.default_model
+    if model_id not in settings.models:
+        raise ConfigError(f"no model {model_id!r}: there are {', '.join(settings.models)}")
+    return model_id
+
+
+def _load(settings: Settings, model: str | None) -> LoadedModel:
+    from service.models.catalogue import model_folder
+    from service.pipelines.load import load_model
+
+    model_id = _model_id(settings, model)
+    chosen = settings.models[model_id]
+    return load_model(model_id, model_folder(chosen.path), chosen.dtype, chosen.device)
+
+
+def _request(wanted: dict[str, object], capabilities: ModelCapabilities) -> GenerationRequest:
+    """Fill in and check a request as the HTTP door does."""
+    from service.api.schemas import ImageRequest
+    from service.domain.limits import check_request
+
+    try:
+        body = ImageRequest.model_validate(wanted)
+    except ValidationError as error:
+        raise InvalidRequestError(error.errors()[0]["msg"]) from error
+    request = body.to_generation("local", capabilities)
+    check_request(request, capabilities)
+    return request

@@ -1,0 +1,275 @@
+"""What an operator may set: one YAML file and `STEPSERVE_` environment variables, checked at boot.
+
+The environment wins over the file, the file over the defaults. `STEPSERVE_HTTP__PORT=80` sets
+`http.port`; a model's id is written in capitals with `_` for other signs, so that
+`STEPSERVE_MODELS__SD_1_5__REPLICAS=2` sets `models.sd-1.5.replicas`.
+A variable may add a model by giving its `path`. The value `null` means none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+PREFIX = "STEPSERVE_"
+CONFIG_VARIABLE = "STEPSERVE_CONFIG"
+"""The variable that names the YAML file where no path is given."""
+
+KeyPath = tuple[str, ...]
+
+# Kubernetes puts such variables into every pod beside a Service whose name begins with
+# "stepserve": they are not ours, and refusing them would stop the pod.
+_SERVICE_LINK = re.compile(
+    r"\w+_SERVICE_(HOST|PORT)(_\w+)?=.*"
+    r"|\w+_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?=.*"
+    r"|\w+_PORT=(tcp|udp|sctp)://.*",
+    re.DOTALL,
+)
+_NEW_MODEL = re.compile(r"STEPSERVE_MODELS__(\w{1,64}?)__PATH")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message lists every problem found."""
+
+
+def _refuse_bool(value: Any) -> Any:
+    """Refuse `yes` and `true` where a number is due: pydantic would read them as 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+_Number = BeforeValidator(_refuse_bool)
+PositiveInt = Annotated[int, _Number, Field(ge=1)]
+PositiveSeconds = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
+ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section_means_defaults(cls, data: Any) -> Any:
+        return {} if data is None else data
+
+
+class HttpSettings(_Section):
+    """The HTTP door."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, _Number, Field(ge=1, le=65535)] = 8000
+    max_body_bytes: PositiveInt = 1_048_576
+    request_timeout_s: PositiveSeconds = 600.0
+
+
+class EngineSettings(_Section):
+    """One engine: how much it takes on, and how much of the machine it may use."""
+
+    max_rows: PositiveInt = 32
+    """Most rows in one shared forward of the denoiser."""
+    max_waiting_pictures: PositiveInt = 64
+    threads: PositiveInt | None = None
+    """Torch threads; None means as many as there are cores."""
+    niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10
+    drain_s: Amount = 20.0
+    """Seconds that accepted requests get to finish when the server stops."""
+
+
+class ModelSettings(_Section):
+    """One served model."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """Local folder or Hugging Face hub id; None means the embedded model."""
+    replicas: PositiveInt = 1
+    num_cpus: Amount = 1.0
+    num_gpus: Amount = 0.0
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    engine: EngineSettings = EngineSettings()
+
+
+class Settings(_Section):
+    """Everything an operator may set. `Settings()` holds the defaults and reads nothing."""
+
+    http: HttpSettings = HttpSettings()
+    models: Annotated[dict[ModelId, ModelSettings], Field(min_length=1)] = {
+        "emoji": ModelSettings()
+    }
+    default_model: str = Field(default="", validate_default=True)
+    """Serves the requests that name no model; the first model where it is not set."""
+
+    @field_validator("default_model", mode="before")
+    @classmethod
+    def _default_to_the_first_model(cls, value: Any, info: ValidationInfo) -> Any:
+        return value or next(iter(info.data.get("models", {})), "")
+
+    @field_validator("default_model")
+    @classmethod
+    def _must_be_a_model(cls, value: str, info: ValidationInfo) -> str:
+        models = info.data.get("models")
+        if models and value not in models:
+            hint = _did_you_mean(value, models)
+            raise ValueError(f"no model {value!r} among {', '.join(models)}{hint}")
+        return value
+
+    def describe(self) -> str:
+        """Return every setting in effect as YAML that `load_settings` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_settings(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read, merge and check the settings.
+
+    Args:
+        path: YAML file; where None, the one that `STEPSERVE_CONFIG` names, if any.
+        environ: environment variables; where None, those of this process.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong (all are listed).
+    """
+    environ = os.environ if environ is None else environ
+    if path is None and environ.get(CONFIG_VARIABLE):
+        path = Path(environ[CONFIG_VARIABLE])
+    tree = _read_yaml(path) if path else {}
+    tree, origins, problems = _with_environment(tree, environ)
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        problems += [_explain(item, origins) for item in error.errors()]
+    if problems:
+        raise ConfigError("\n  - ".join([f"wrong settings ({path or 'no file'}):", *problems]))
+    return settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+    return tree or {}
+
+
+def _with_environment(
+    tree: dict[str, Any], environ: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[KeyPath, str], list[str]]:
+    """Return `tree` with the variables laid over it, which key came from where, and problems."""
+    tree = deepcopy(tree)
+    variables = dict(_own_variables(environ))
+    known = _known_variables(_model_ids(tree, variables))
+    origins: dict[KeyPath, str] = {}
+    problems = []
+    for name, value in variables.items():
+        if name not in known:
+            problems.append(f"{name}: unknown variable{_similar_variable(name, known)}")
+            continue
+        origins[known[name]] = name
+        _put(tree, known[name], None if value == "null" else value)
+    return tree, origins, problems
+
+
+def _own_variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name, value in sorted(environ.items()):
+        is_ours = name.startswith(PREFIX) and name != CONFIG_VARIABLE
+        # An empty variable is how compose files and shells say "not set".
+        if is_ours and value and not _SERVICE_LINK.fullmatch(f"{name}={value}"):
+            yield name, value
+
+
+def _model_ids(tree: dict[str, Any], variables: Iterable[str]) -> list[str]:
+    """Return the ids in the file (or the default one), then those that variables add."""
+    if tree.get("models") is None:
+        tree["models"] = {model_id: {} for model_id in Settings().models}
+    in_file = tree["models"] if isinstance(tree["models"], dict) else {}
+    ids = {_as_variable(str(model_id)): str(model_id) for model_id in in_file}
+    for name in variables:
+        if match := _NEW_MODEL.fullmatch(name):
+            ids.setdefault(match[1], match[1].lower())
+    return list(ids.values())
+
+
+def _known_variables(model_ids: Iterable[str]) -> dict[str, KeyPath]:
+    paths = _known_paths(model_ids)
+    return {PREFIX + "__".join(_as_variable(key) for key in path): path for path in paths}
+
+
+def _known_paths(model_ids: Iterable[str]) -> list[KeyPath]:
+    paths = [path for path in _leaves(Settings) if path[0] != "models"]
+    for model_id in model_ids:
+        paths += [("models", model_id, *path) for path in _leaves(ModelSettings)]
+    return paths
+
+
+def _leaves(section: type[BaseModel]) -> Iterator[KeyPath]:
+    for name, field in section.model_fields.items():
+        inner = _section_type(field.annotation)
+        yield from ((name, *path) for path in _leaves(inner)) if inner else ((name,),)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation if is_section else None
+
+
+def _as_variable(key: str) -> str:
+    return re.sub(r"[.-]", "_", key).upper()
+
+
+def _put(tree: dict[str, Any], path: KeyPath, value: str | None) -> None:
+    for key in path[:-1]:
+        if tree.get(key) is None:
+            tree[key] = {}
+        if not isinstance(tree[key], dict):
+            return  # The file has a value where a section belongs: pydantic will say so.
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _explain(item: Any, origins: Mapping[KeyPath, str]) -> str:
+    path: KeyPath = tuple(str(part) for part in item["loc"])
+    name = origins.get(path) or ".".join(path)
+    if item["type"] == "extra_forbidden":
+        return f"{name}: unknown key{_did_you_mean(path[-1], _siblings(path), path[:-1])}"
+    return f"{name}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+
+
+def _siblings(path: KeyPath) -> set[str]:
+    """Return the keys that may stand where the unknown last key of `path` stands."""
+    model_ids = path[1:2] or ("any",)
+    parent, depth = path[:-1], len(path) - 1
+    return {leaf[depth] for leaf in _known_paths(model_ids) if leaf[:depth] == parent}
+
+
+def _did_you_mean(word: str, known: Iterable[str], parent: KeyPath = ()) -> str:
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {'.'.join([*parent, close[0]])!r}?" if close else ""
+
+
+def _similar_variable(name: str, known: Iterable[str]) -> str:
+    # Compared without the prefix: it would make any two variables look alike.
+    rest = [variable.removeprefix(PREFIX) for variable in known]
+    close = get_close_matches(name.removeprefix(PREFIX), rest, n=1)
+    return f"; did you mean {PREFIX + close[0]!r}?" if close else ""

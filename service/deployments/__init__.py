@@ -1,0 +1,1 @@
+"""The only room that knows Ray: the application, its ingress, its replicas, and their life."""

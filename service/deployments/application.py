@@ -1,0 +1,75 @@
+"""The Ray Serve application: one ingress, and one deployment for each model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from service.config import ModelSettings, Settings
+from service.deployments.ingress import Ingress
+from service.deployments.replica import ModelReplica, ReplicaSpec
+from service.models.catalogue import model_folder
+
+APPLICATION = "stepserve"
+HEALTH_CHECK_PERIOD_S = 2.0
+# Admission decides inside the replica, where the backlog is known. Ray Serve's own limit only has
+# to be out of the way: a router that finds replicas full retries with 25 to 500 ms of jitter.
+NO_LIMIT_OF_ITS_OWN = 10_000
+INGRESS_CPUS = 0.1
+
+
+def build_application(settings: Settings) -> Any:
+    """Bind the ingress and all models of `settings` into one application."""
+    handles = {
+        model_id: _model_deployment(model_id, model).bind(
+            ReplicaSpec(model_id, model_folder(model.path), model)
+        )
+        for model_id, model in settings.models.items()
+    }
+    ingress = serve.deployment(
+        Ingress,
+        name="ingress",
+        max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+    )
+    return ingress.bind(settings, handles)
+
+
+def needed_cpus(settings: Settings) -> float:
+    """Logical CPUs that all replicas together ask Ray for."""
+    models = sum(model.replicas * model.num_cpus for model in settings.models.values())
+    return models + INGRESS_CPUS
+
+
+def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
+    return serve.deployment(
+        ModelReplica,
+        name=f"model-{model_id}",
+        num_replicas=settings.replicas,
+        max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.engine.drain_s,
+        ray_actor_options={
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "runtime_env": {"env_vars": _thread_variables(settings)},
+        },
+    )
+
+
+def _thread_variables(settings: ModelSettings) -> dict[str, str]:
+    """OpenMP must know before torch is imported.
+
+    Passive waiting: threads that spin while they wait take the cores from the data plane.
+    """
+    threads = settings.engine.threads or os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def check_folders(settings: Settings) -> list[Path]:
+    """Folders of all models; raises ModelNotFoundError before Ray is started."""
+    return [model_folder(model.path) for model in settings.models.values()]

@@ -1,0 +1,122 @@
+"""A model replica: one resident pipeline behind one engine, as a Ray Serve deployment.
+
+Torch and diffusers are imported on the replica only, so that the driver starts fast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.config import EngineSettings, ModelSettings
+from service.domain.errors import UnknownModelError
+from service.domain.events import Event, Failed, Finished, Outcome
+from service.domain.models import ModelCapabilities
+from service.domain.requests import GenerationRequest
+
+if TYPE_CHECKING:
+    from service.engine.engine import EngineOptions
+    from service.pipelines.runner import PipelineRunner
+
+logger = logging.getLogger("ray.serve")
+
+# A forward never takes this long on any machine worth serving from; a hung one does.
+STUCK_AFTER_S = 300.0
+
+
+class ReplicaStuckError(RuntimeError):
+    """The engine shows no sign of life: Ray Serve should replace this replica."""
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What a replica is to load, and how."""
+
+    model_id: str
+    folder: Path
+    settings: ModelSettings
+
+
+class ModelReplica:
+    """Answers each request with its outcome; cancelling the call cancels the request."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self.spec = spec
+        self.runner = _load_runner(spec)
+
+    async def capabilities(self) -> ModelCapabilities:
+        """What the model can do. Answered only once the replica is warm."""
+        return self.runner.model.capabilities
+
+    async def generate(self, request: GenerationRequest) -> Outcome:
+        """Serve a request to its end. Errors are returned, not raised: they cross processes."""
+        if request.model != self.spec.model_id:
+            error = UnknownModelError(f"this replica serves {self.spec.model_id}", "model")
+            return Failed(request.id, error)
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[Outcome] = loop.create_future()
+        self.runner.submit(request, _settle_from_thread(loop, outcome))
+        try:
+            return await outcome
+        except asyncio.CancelledError:
+            self.runner.cancel(request.id)
+            raise
+
+    async def drain(self) -> None:
+        """Refuse new work and return when what is in hand has ended."""
+        drain_s = self.spec.settings.engine.drain_s
+        await asyncio.get_running_loop().run_in_executor(None, self.runner.stop, drain_s)
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve.
+
+        Raises:
+            ReplicaStuckError: the engine died, or a forward hangs.
+        """
+        silent_s = self.runner.engine.silent_s()
+        if silent_s > STUCK_AFTER_S:
+            raise ReplicaStuckError(f"the engine has been silent for {silent_s:.0f} s")
+
+
+def _settle_from_thread(
+    loop: asyncio.AbstractEventLoop, outcome: asyncio.Future[Outcome]
+) -> Callable[[Event], None]:
+    def settle(event: Outcome) -> None:
+        if not outcome.done():
+            outcome.set_result(event)
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Finished | Failed):
+            loop.call_soon_threadsafe(settle, event)
+
+    return sink
+
+
+def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
+    from service.pipelines.load import load_model
+    from service.pipelines.runner import PipelineRunner
+    from service.pipelines.warm_up import warm_up
+
+    settings = spec.settings
+    model = load_model(spec.model_id, spec.folder, settings.dtype, settings.device)
+    runner = PipelineRunner(model, engine_options(settings.engine))
+    runner.start()
+    seconds = warm_up(runner)
+    logger.info("model %s is warm after %.1f s", spec.model_id, seconds)
+    return runner
+
+
+def engine_options(settings: EngineSettings) -> EngineOptions:
+    """The engine's options from an operator's settings."""
+    from service.engine.engine import EngineOptions
+
+    return EngineOptions(
+        max_rows=settings.max_rows,
+        max_waiting_pictures=settings.max_waiting_pictures,
+        threads=settings.threads,
+        niceness=settings.niceness,
+    )

@@ -1,0 +1,149 @@
+"""The life of a local service: start Ray, deploy, wait until ready, serve, drain, stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from service.config import Settings
+from service.deployments.application import APPLICATION, build_application, needed_cpus
+from service.domain.errors import StepserveError
+
+READY_TIMEOUT_S = 600.0
+READY_POLL_S = 0.1
+FLUSH_S = 0.3
+OBJECT_STORE_BYTES = 256 * 1024 * 1024
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - to be replaced, not bound
+
+
+class StartError(StepserveError):
+    """The service did not become ready; the message says why."""
+
+
+def base_url(settings: Settings) -> str:
+    """Where this machine reaches the service."""
+    host = ANY_ADDRESS.get(settings.http.host, settings.http.host)
+    return f"http://{host}:{settings.http.port}"
+
+
+def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain and return.
+
+    Args:
+        settings: what to serve, and where.
+        when_ready: called once with the base URL; the service keeps serving meanwhile.
+
+    Raises:
+        StartError: the service was not ready in time, or a model failed to load.
+    """
+    with _stop_signals() as stopped:
+        start_ray(settings)
+        try:
+            deploy(settings)
+            if wait_until_ready(settings, stopped):
+                when_ready(base_url(settings))
+                stopped.wait()
+                drain(settings)
+        finally:
+            stop_ray()
+
+
+def start_ray(settings: Settings) -> None:
+    """Start a local Ray, or join the cluster that `RAY_ADDRESS` names."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        # A cluster of this machine alone: its control ports listen for local processes.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, round(needed_cpus(settings) + 0.5)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    http = HTTPOptions(host=settings.http.host, port=settings.http.port)
+    serve.start(http_options=http, logging_config=LoggingConfig(enable_access_log=False))
+
+
+def deploy(settings: Settings) -> None:
+    """Hand the application to Ray Serve without waiting for its models."""
+    target = serve.RunTarget(build_application(settings), name=APPLICATION, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def wait_until_ready(settings: Settings, stopped: threading.Event) -> bool:
+    """Poll readiness through HTTP; False if `stopped` was set meanwhile.
+
+    Raises:
+        StartError: a deployment failed, or readiness took too long.
+    """
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    with httpx.Client(base_url=base_url(settings), timeout=5, trust_env=False) as client:
+        while not stopped.wait(READY_POLL_S):
+            if _is_ready(client):
+                return True
+            _raise_if_failed()
+            if time.monotonic() > deadline_s:
+                raise StartError(f"the service was not ready within {READY_TIMEOUT_S:.0f} s")
+    return False
+
+
+def drain(settings: Settings) -> None:
+    """Let every replica finish what it accepted, refusing new work meanwhile."""
+    for model_id, model in settings.models.items():
+        handle = serve.get_deployment_handle(f"model-{model_id}", APPLICATION)
+        replies = handle.broadcast("drain")
+        replies.results(timeout_s=model.engine.drain_s + FLUSH_S)
+    # The last answers are on their way through ingress and proxy.
+    time.sleep(FLUSH_S)
+
+
+def stop_ray() -> None:
+    """Stop Serve and the local Ray."""
+    serve.shutdown()
+    ray.shutdown()
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _raise_if_failed() -> None:
+    application = serve.status().applications.get(APPLICATION)
+    if application is None or application.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return
+    reasons = [d.message for d in application.deployments.values() if d.message]
+    raise StartError("\n".join([f"deployment failed: {application.message}", *reasons]))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, in place of ending the process."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

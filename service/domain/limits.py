@@ -1,0 +1,107 @@
+"""Is this request within what the model can do? Pure, and the same at every door.
+
+Messages call fields by their HTTP names: a wrong width or height is a wrong `size`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from service.domain.errors import InvalidRequestError
+from service.domain.models import ModelCapabilities
+from service.domain.requests import GenerationRequest
+
+MAX_SEED = 2**53 - 1
+"""The largest whole number that every JSON reader keeps exactly."""
+
+SHOWN_CHARACTERS = 80
+
+
+def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
+    """Return if `model` can serve `request` as it is.
+
+    Raises:
+        InvalidRequestError: names the first field out of bounds, its value and its limit.
+    """
+    _check_prompts(request, model)
+    _check_size(request, model)
+    _check_whole_number(
+        "num_inference_steps", request.num_inference_steps, model.max_num_inference_steps
+    )
+    _check_guidance_scale(request.guidance_scale, model.max_guidance_scale)
+    _check_whole_number("n", request.n, model.max_n)
+    _check_scheduler(request.scheduler, model.schedulers)
+    _check_seed(request)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
+    close = get_close_matches(word[:SHOWN_CHARACTERS], list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(text: str) -> str:
+    """Return `text` quoted and printable, cut to a length that fits in an error message."""
+    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+    return ascii(cut)
+
+
+def _check_prompts(request: GenerationRequest, model: ModelCapabilities) -> None:
+    if not request.prompt.strip():
+        raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        _check_text(field, text, model.max_prompt_characters)
+
+
+def _check_text(field: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        message = f"{field} is {len(text)} characters long; the limit is {limit}"
+        raise InvalidRequestError(message, field)
+    # JSON can say half a character ("\ud800"), which no tokenizer or answer can hold.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidRequestError(f"{field} {shown(text)} is not valid Unicode text", field)
+
+
+def _check_size(request: GenerationRequest, model: ModelCapabilities) -> None:
+    if model.sizes.accepts(request.width) and model.sizes.accepts(request.height):
+        return
+    raise InvalidRequestError(
+        f"size {request.width}x{request.height} is not accepted by {model.id!r}: "
+        f"each side must be {model.sizes.describe()}",
+        "size",
+    )
+
+
+def _check_whole_number(field: str, value: int, maximum: int) -> None:
+    if not 1 <= value <= maximum:
+        raise InvalidRequestError(f"{field} must be 1 to {maximum}, got {_digits(value)}", field)
+
+
+def _check_guidance_scale(value: float, maximum: float) -> None:
+    if not (math.isfinite(value) and 0 <= value <= maximum):
+        message = f"guidance_scale must be 0 to {maximum:g}, got {value}"
+        raise InvalidRequestError(message, "guidance_scale")
+
+
+def _check_scheduler(name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise InvalidRequestError(
+            f"scheduler {shown(name)} is not known{did_you_mean(name, known)} "
+            f"(known: {', '.join(known)})",
+            "scheduler",
+        )
+
+
+def _check_seed(request: GenerationRequest) -> None:
+    # Picture i is drawn from seed + i, so the seed of the last one must be sendable again too.
+    maximum = MAX_SEED - (request.n - 1)
+    if not 0 <= request.seed <= maximum:
+        message = f"seed must be 0 to {maximum} (for n={request.n}), got {_digits(request.seed)}"
+        raise InvalidRequestError(message, "seed")
+
+
+def _digits(value: int) -> str:
+    """Return the number, or its rough size where writing it out would flood the message."""
+    return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"

@@ -1,0 +1,51 @@
+"""Makes methods of resident modules park their caller instead of running at once."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import greenlet
+
+from service.engine.call import ParkableMethod, make_call
+from service.engine.track import TrackGreenlet
+
+_sequence = itertools.count()
+
+
+def make_parkable(
+    module: object,
+    module_name: str,
+    method_name: str,
+    *,
+    stage: str,
+    ignored: frozenset[str] = frozenset(),
+    max_rows: int = 32,
+) -> Callable[[], None]:
+    """Replace a method on one module instance; outside a track it behaves as before.
+
+    Args:
+        module: the resident module that all tracks share.
+        module_name: its name in the pipeline.
+        method_name: such as `forward` or `decode`.
+        stage: what its time is counted as, a value of `Stage`.
+        ignored: keyword arguments that do not influence the result.
+        max_rows: most rows of one shared forward.
+
+    Returns:
+        A function that undoes the replacement.
+    """
+    original = getattr(module, method_name)
+    method = ParkableMethod(module_name, method_name, original, stage, ignored, max_rows)
+
+    @functools.wraps(original)
+    def parked(*args: Any, **kwargs: Any) -> Any:
+        current = greenlet.getcurrent()
+        if not isinstance(current, TrackGreenlet):
+            return original(*args, **kwargs)
+        return current.track.park(make_call(method, args, kwargs, next(_sequence)))
+
+    setattr(module, method_name, parked)
+    return lambda: delattr(module, method_name)

@@ -1,0 +1,42 @@
+"""What a newcomer sees when the service is ready: a picture made through HTTP, and how to go on."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import httpx
+
+PROMPT = "rocket on a blue background"
+REQUEST_TIMEOUT_S = 120.0
+
+
+def greet(url: str, folder: Path | None) -> None:
+    """Print where the service is; with a folder, make one picture into it first."""
+    print(f"ready: {url}  (API: {url}/docs)", flush=True)
+    if folder is not None:
+        print(f"first picture: {make_first_picture(url, folder)}", flush=True)
+    print(
+        f"try:\n  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+        """    -d '{"prompt": "red heart"}' | """
+        """python3 -c 'import base64, json, sys; """
+        """print(open("heart.png", "wb").write(base64.b64decode("""
+        """json.load(sys.stdin)["data"][0]["b64_json"])), "bytes in heart.png")'\n"""
+        "Ctrl-C stops the service.",
+        flush=True,
+    )
+
+
+def make_first_picture(url: str, folder: Path) -> Path:
+    """Ask the running service for a picture and write it to `folder`."""
+    answer = httpx.post(
+        f"{url}/v1/images/generations",
+        json={"prompt": PROMPT, "seed": 1},
+        timeout=REQUEST_TIMEOUT_S,
+        trust_env=False,
+    )
+    answer.raise_for_status()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "first-picture.png"
+    path.write_bytes(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+    return path

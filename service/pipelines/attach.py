@@ -1,0 +1,55 @@
+"""Which modules of a pipeline park their caller: one row a case, no code per pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from service.engine.parking import make_parkable
+from service.engine.track import Stage
+
+
+@dataclass(frozen=True)
+class ParkingRule:
+    """One method of one pipeline component whose calls may be shared.
+
+    Args:
+        ignored: keyword arguments that do not influence the result. The VAE takes a `generator`
+            in `decode` and never draws from it.
+        max_rows: overrides the engine's row limit. A VAE gains nothing from large batches, and
+            long decodes would hold up the next denoising step.
+    """
+
+    component: str
+    method: str
+    stage: Stage
+    ignored: frozenset[str] = frozenset()
+    max_rows: int | None = None
+
+
+PARKING_RULES = (
+    ParkingRule("text_encoder", "forward", Stage.ENCODE),
+    ParkingRule("text_encoder_2", "forward", Stage.ENCODE),
+    ParkingRule("unet", "forward", Stage.DENOISE),
+    ParkingRule("transformer", "forward", Stage.DENOISE),
+    ParkingRule("vae", "encode", Stage.ENCODE, max_rows=4),
+    ParkingRule("vae", "decode", Stage.DECODE, ignored=frozenset({"generator"}), max_rows=4),
+)
+
+
+def attach(pipeline: Any, max_rows: int) -> None:
+    """Make the heavy modules of `pipeline` park every track that calls them.
+
+    The modules stay resident and shared; called outside a track they behave as before.
+    """
+    for rule in PARKING_RULES:
+        module = getattr(pipeline, rule.component, None)
+        if module is not None:
+            make_parkable(
+                module,
+                rule.component,
+                rule.method,
+                stage=rule.stage,
+                ignored=rule.ignored,
+                max_rows=rule.max_rows or max_rows,
+            )

@@ -1,0 +1,47 @@
+"""Finished pictures as files, with everything needed to make them again inside."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, replace
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from service import __version__
+from service.domain.events import EncodedImage
+from service.domain.requests import GenerationRequest, OutputFormat
+
+EXIF_USER_COMMENT = 0x9286
+MEDIA_TYPES = {
+    OutputFormat.PNG: "image/png",
+    OutputFormat.JPEG: "image/jpeg",
+    OutputFormat.WEBP: "image/webp",
+}
+PARAMETERS_KEY = "parameters"
+
+
+def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
+    """What picture `index` of a request can be made again from, alone."""
+    alone = asdict(replace(request, seed=request.seed + index, n=1))
+    # Left out: neither decides a pixel, and the same picture should be the same bytes.
+    del alone["id"], alone["output_format"]
+    return {"software": f"stepserve {__version__}", **alone}
+
+
+def encode_image(image: Image.Image, request: GenerationRequest, index: int) -> EncodedImage:
+    """Write one picture in the wanted format. Same picture and parameters: same bytes."""
+    parameters = json.dumps(parameters_of(request, index))
+    buffer = io.BytesIO()
+    if request.output_format is OutputFormat.PNG:
+        info = PngInfo()
+        info.add_itxt(PARAMETERS_KEY, parameters)
+        image.save(buffer, "PNG", pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[EXIF_USER_COMMENT] = parameters.encode()
+        image.save(buffer, request.output_format.value.upper(), quality=95, exif=exif)
+    return EncodedImage(
+        buffer.getvalue(), MEDIA_TYPES[request.output_format], request.seed + index
+    )

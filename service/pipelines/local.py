@@ -1,0 +1,41 @@
+"""A request served in this process, with a progress bar: the engine without a server."""
+
+from __future__ import annotations
+
+from queue import SimpleQueue
+
+from tqdm import tqdm
+
+from service.domain.events import Event, Failed, Finished, StepFinished
+from service.domain.requests import GenerationRequest
+from service.pipelines.load import LoadedModel
+from service.pipelines.runner import PipelineRunner
+
+
+def generate_locally(model: LoadedModel, request: GenerationRequest) -> Finished:
+    """Run one request through an engine of its own and wait for its pictures.
+
+    Raises:
+        StepserveError: the request was refused or failed.
+    """
+    runner = PipelineRunner(model)
+    runner.start()
+    events: SimpleQueue[Event] = SimpleQueue()
+    try:
+        runner.submit(request, events.put)
+        return _follow(events)
+    finally:
+        runner.stop()
+
+
+def _follow(events: SimpleQueue[Event]) -> Finished:
+    with tqdm(desc="denoising", unit="step", leave=False) as bar:
+        while True:
+            match events.get():
+                case StepFinished(step=step, steps=steps):
+                    bar.total = steps
+                    bar.update(step - bar.n)
+                case Failed(error=error):
+                    raise error
+                case Finished() as finished:
+                    return finished

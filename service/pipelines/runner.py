@@ -1,0 +1,103 @@
+"""A resident model behind an engine: requests in, events out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from PIL import Image
+
+from service.domain.errors import InvalidRequestError, RefusedError
+from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
+from service.domain.requests import GenerationRequest
+from service.domain.timings import Timings
+from service.engine.engine import Engine, EngineOptions
+from service.engine.track import Work, as_stepserve_error
+from service.pipelines.attach import attach
+from service.pipelines.images import encode_image
+from service.pipelines.load import LoadedModel
+from service.pipelines.text_to_image import check_prompt_length, denoiser_calls, text_to_image
+
+Sink = Callable[[Event], None]
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class RequestListener:
+    """Turns what the engine says about one request into events for its sink."""
+
+    request: GenerationRequest
+    sink: Sink
+    encoder: ThreadPoolExecutor
+
+    def started(self) -> None:
+        """The pipeline call begins."""
+        self.sink(Started(self.request.id))
+
+    def finished(self, result: list[Image.Image], timings: Timings) -> None:
+        """Encode off the engine thread: the next forward must not wait for it."""
+        self.encoder.submit(self._encode, result, timings)
+
+    def failed(self, error: BaseException, timings: Timings) -> None:
+        """Cancelled, or the pipeline raised."""
+        self.sink(Failed(self.request.id, as_stepserve_error(error, self.request.id)))
+
+    def _encode(self, images: list[Image.Image], timings: Timings) -> None:
+        try:
+            encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
+        except Exception as error:
+            self.failed(error, timings)
+        else:
+            self.sink(Finished(self.request.id, encoded, timings))
+
+
+class PipelineRunner:
+    """Serves one model: every submitted request gets exactly one Finished or Failed event.
+
+    Sinks are called on the engine's threads: they must return quickly and not raise.
+    """
+
+    def __init__(self, model: LoadedModel, options: EngineOptions | None = None) -> None:
+        self.model = model
+        self.engine = Engine(options)
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        attach(model.pipeline, self.engine.options.max_rows)
+
+    def start(self) -> None:
+        """Start the engine."""
+        self.engine.start()
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+        """Accept a request, or answer at once with Failed if it is refused."""
+        listener = RequestListener(request, sink, self._encoder)
+        try:
+            check_prompt_length(self.model, request)
+            position = self.engine.submit(self._work(request, listener, sink))
+        except (InvalidRequestError, RefusedError) as error:
+            sink(Failed(request.id, error))
+        else:
+            sink(Accepted(request.id, position, self.engine.load().backlog_s))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at its next park."""
+        self.engine.cancel(request_id)
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Finish what is in hand within `drain_s` seconds, cancel the rest, and end."""
+        self.engine.stop(drain_s)
+        self._encoder.shutdown(wait=True)
+
+    def _work(self, request: GenerationRequest, listener: RequestListener, sink: Sink) -> Work:
+        def step_ended(step: int, steps: int) -> None:
+            sink(StepFinished(request.id, step, steps))
+
+        return Work(
+            id=request.id,
+            rows=request.rows,
+            steps=denoiser_calls(self.model, request),
+            pictures=request.n,
+            run=partial(text_to_image, self.model, request, step_ended),
+            listener=listener,
+        )

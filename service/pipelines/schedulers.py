@@ -1,0 +1,51 @@
+"""Schedulers by class name: which ones a pipeline can use, and a fresh one for each request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PROBE_STEPS = 4
+
+# A scheduler class is left out where it would make a wrong picture rather than raise.
+UNSUITABLE = frozenset(
+    {
+        # Distilled models only: they take the network's answer as it is after one step.
+        "LCMScheduler",
+        "TCDScheduler",
+    }
+)
+
+
+def usable_schedulers(scheduler: Any) -> dict[str, type]:
+    """Scheduler classes that can stand in for `scheduler`, by name, sorted.
+
+    Each is built from the same settings and tried on a small tensor; those that raise (because
+    they do not know the prediction type, or need a package that is not installed) are left out.
+    """
+    candidates = {cls.__name__: cls for cls in [*scheduler.compatibles, type(scheduler)]}
+    usable = {
+        name: cls
+        for name, cls in sorted(candidates.items())
+        if name not in UNSUITABLE and _works(cls, scheduler.config)
+    }
+    return usable
+
+
+def build_scheduler(cls: type, config: Any) -> Any:
+    """A new scheduler of class `cls` with the noise schedule of `config`."""
+    return cls.from_config(config)  # type: ignore[attr-defined]
+
+
+def _works(cls: type, config: Any) -> bool:
+    try:
+        scheduler = build_scheduler(cls, config)
+        scheduler.set_timesteps(PROBE_STEPS)
+        sample = torch.zeros(1, 1, 2, 2)
+        for timestep in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(sample, timestep)
+            sample = scheduler.step(model_input, timestep, sample, return_dict=False)[0]
+    except Exception:
+        return False
+    return bool(torch.isfinite(sample).all())

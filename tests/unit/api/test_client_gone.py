@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import pytest
+from api_fakes import SETTINGS, Blocking, FakeBackend
+
+from service.api import connection, create_app
+from service.api.connection import while_connected
+from service.api.errors import RequestTimedOutError
+from service.domain.errors import CancelledError
+
+URL = "/v1/images/generations"
+BODY = json.dumps({"prompt": "cat"}).encode()
+
+
+async def connected_for_ever() -> Any:
+    await asyncio.Event().wait()
+
+
+async def disconnected() -> Any:
+    return {"type": "http.disconnect"}
+
+
+class Peer:
+    """One ASGI connection under test: sends the body, then leaves when told to."""
+
+    def __init__(self) -> None:
+        self.leaves = asyncio.Event()
+        self.sent: list[Any] = []
+        self._body = [{"type": "http.request", "body": BODY, "more_body": False}]
+
+    async def receive(self) -> Any:
+        if self._body:
+            return self._body.pop()
+        await self.leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+def post_scope() -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json")]
+    common = {"type": "http", "http_version": "1.1", "scheme": "http", "query_string": b""}
+    return common | {"method": "POST", "path": URL, "root_path": "", "headers": headers}
+
+
+async def begin(backend: FakeBackend, peer: Peer) -> asyncio.Task[None]:
+    """Start a request as a server would, and return once the backend works on it."""
+    app = create_app(backend, SETTINGS)
+    task = asyncio.create_task(app(post_scope(), peer.receive, peer.send))
+    while not backend.requests:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_disconnect_cancels_the_work(backend: FakeBackend):
+    backend.generate_with = blocking = Blocking()
+    peer = Peer()
+    task = await begin(backend, peer)
+    peer.leaves.set()
+    await asyncio.wait_for(task, 5)
+
+    assert blocking.cancelled.is_set()
+    assert peer.sent[0]["status"] == 499
+
+
+async def test_cancelling_the_handler_cancels_the_work(backend: FakeBackend):
+    backend.generate_with = blocking = Blocking()
+    peer = Peer()
+    task = await begin(backend, peer)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 5)
+
+    assert blocking.cancelled.is_set()
+    assert peer.sent == []
+
+
+async def test_no_task_is_left_behind(backend: FakeBackend):
+    peer = Peer()
+    await (await begin(backend, peer))
+
+    assert peer.sent[0]["status"] == 200
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_leaving_during_the_upload_is_answered_to_nobody(backend: FakeBackend):
+    peer = Peer()
+    app = create_app(backend, SETTINGS)
+    await app(post_scope(), disconnected, peer.send)
+
+    assert peer.sent == []
+    assert backend.requests == []
+
+
+def test_closing_a_real_connection_cancels_the_work(backend: FakeBackend, server_port: int):
+    backend.generate_with = blocking = Blocking()
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server_port)) as client:
+        client.sendall(f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY)
+        assert blocking.began.wait(10)
+        assert not blocking.cancelled.is_set()
+
+    assert blocking.cancelled.wait(10)
+
+
+async def test_result_and_error_of_the_work_pass_through():
+    async def number() -> int:
+        return 4
+
+    async def broken() -> int:
+        raise KeyError("x")
+
+    assert await while_connected(connected_for_ever, number(), 5) == 4
+    with pytest.raises(KeyError):
+        await while_connected(connected_for_ever, broken(), 5)
+
+
+async def test_work_cancelled_from_elsewhere_is_an_error_not_a_cancellation():
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(CancelledError):
+        await while_connected(connected_for_ever, cancelled(), 5)
+
+
+async def test_a_connection_that_fails_counts_as_gone():
+    async def broken() -> Any:
+        raise ConnectionError
+
+    with pytest.raises(CancelledError):
+        await while_connected(broken, connected_for_ever(), 5)
+
+
+async def test_messages_before_the_disconnect_do_not_count():
+    messages = iter(["http.request", "http.request", "http.disconnect"])
+
+    async def receive() -> Any:
+        return {"type": next(messages)}
+
+    with pytest.raises(CancelledError):
+        await while_connected(receive, connected_for_ever(), 5)
+    assert list(messages) == []
+
+
+async def test_work_that_ignores_its_cancellation_does_not_hold_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(connection, "CANCEL_GRACE_S", 0.01)
+    release = asyncio.Event()
+    ended = asyncio.Event()
+
+    async def stubborn() -> None:
+        try:
+            await release.wait()
+        except asyncio.CancelledError:
+            await release.wait()
+        ended.set()
+        raise ValueError("late, and nobody's business")
+
+    with pytest.raises(RequestTimedOutError):
+        await while_connected(connected_for_ever, stubborn(), 0.01)
+    assert not ended.is_set()
+    release.set()
+    await asyncio.wait_for(ended.wait(), 5)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import asdict, replace
+
+import httpx
+import pytest
+from api_fakes import EMOJI, TIMINGS, FakeBackend
+
+from service.api import ModelStatus
+from service.domain.requests import OutputFormat
+
+URL = "/v1/images/generations"
+
+
+async def test_defaults_come_from_the_model(client: httpx.AsyncClient, backend: FakeBackend):
+    response = await client.post(URL, json={"prompt": "cat"})
+
+    assert response.status_code == 200
+    request = backend.requests[0]
+    assert (request.model, request.prompt, request.n) == ("emoji", "cat", 1)
+    assert (request.width, request.height) == (64, 64)
+    assert request.num_inference_steps == EMOJI.default_num_inference_steps
+    assert request.guidance_scale == EMOJI.default_guidance_scale
+    assert request.scheduler == "euler"
+    assert request.output_format is OutputFormat.PNG
+    assert 0 <= request.seed < 2**32
+
+
+async def test_every_field_reaches_the_backend(client: httpx.AsyncClient, backend: FakeBackend):
+    body = {
+        "prompt": "cat",
+        "model": "emoji",
+        "n": 2,
+        "size": "48x128",
+        "response_format": "b64_json",
+        "output_format": "webp",
+        "user": "someone",
+        "negative_prompt": "dog",
+        "num_inference_steps": 7,
+        "guidance_scale": 0,
+        "seed": 5,
+        "scheduler": "ddim",
+    }
+    response = await client.post(URL, json=body)
+
+    assert response.status_code == 200
+    assert asdict(backend.requests[0]) == {
+        "id": response.json()["id"],
+        "model": "emoji",
+        "prompt": "cat",
+        "width": 48,
+        "height": 128,
+        "num_inference_steps": 7,
+        "guidance_scale": 0.0,
+        "seed": 5,
+        "scheduler": "ddim",
+        "negative_prompt": "dog",
+        "n": 2,
+        "output_format": "webp",
+    }
+
+
+async def test_the_answer(client: httpx.AsyncClient):
+    before = int(time.time())
+    response = await client.post(URL, json={"prompt": "cat", "n": 2, "seed": 5})
+    answer = response.json()
+
+    assert before <= answer["created"] <= time.time()
+    assert answer["data"] == [
+        {"b64_json": base64.b64encode(b"seed 5").decode(), "seed": 5},
+        {"b64_json": base64.b64encode(b"seed 6").decode(), "seed": 6},
+    ]
+    assert (answer["model"], answer["seed"], answer["size"]) == ("emoji", 5, "64x64")
+    assert answer["output_format"] == "png"
+    assert answer["timings"] == asdict(TIMINGS)
+    assert response.headers["server-timing"] == TIMINGS.server_timing()
+
+
+async def test_parameters_sent_back_make_the_same_request(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    first = await client.post(URL, json={"prompt": "cat", "n": 2, "size": "64x80"})
+    again = await client.post(URL, json=first.json()["parameters"])
+
+    assert again.json()["parameters"] == first.json()["parameters"]
+    one, two = backend.requests
+    assert replace(two, id=one.id) == one
+
+
+async def test_null_means_left_out(client: httpx.AsyncClient, backend: FakeBackend):
+    names = ("model", "n", "size", "response_format", "output_format", "user", "negative_prompt")
+    names += ("num_inference_steps", "guidance_scale", "seed", "scheduler")
+    response = await client.post(URL, json={"prompt": "cat"} | dict.fromkeys(names))
+
+    assert response.status_code == 200
+    assert (backend.requests[0].n, backend.requests[0].width) == (1, 64)
+
+
+async def test_size_auto_is_native(client: httpx.AsyncClient, backend: FakeBackend):
+    await client.post(URL, json={"prompt": "cat", "size": "auto"})
+
+    assert (backend.requests[0].width, backend.requests[0].height) == (64, 64)
+
+
+async def test_missing_seeds_differ(client: httpx.AsyncClient, backend: FakeBackend):
+    for _ in range(4):
+        await client.post(URL, json={"prompt": "cat"})
+
+    assert len({request.seed for request in backend.requests}) > 1
+
+
+async def test_another_model_by_name(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses.append(ModelStatus(replace(EMOJI, id="sd-1.5"), ready=True))
+    response = await client.post(URL, json={"prompt": "cat", "model": "sd-1.5"})
+
+    assert response.json()["model"] == backend.requests[0].model == "sd-1.5"
+
+
+async def test_a_loading_model_does_not_stop_the_others(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    backend.statuses.append(ModelStatus(replace(EMOJI, id="sd"), ready=False, detail="loading"))
+    response = await client.post(URL, json={"prompt": "cat"})
+
+    assert response.status_code == 200
+
+
+async def test_given_request_id_is_echoed_and_made_unique_inside(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    headers = {"X-Request-ID": "my.id_1-A"}
+    answers = [await client.post(URL, json={"prompt": "c"}, headers=headers) for _ in range(2)]
+
+    assert [answer.headers.get_list("x-request-id") for answer in answers] == [["my.id_1-A"]] * 2
+    ids = [request.id for request in backend.requests]
+    assert ids[0] != ids[1]
+    assert all(inside.startswith("my.id_1-A-") for inside in ids)
+    assert [answer.json()["id"] for answer in answers] == ids
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a/b", "é".encode()])
+async def test_unusable_request_id_is_replaced(client: httpx.AsyncClient, given: str | bytes):
+    response = await client.post(URL, json={"prompt": "c"}, headers={"X-Request-ID": given})
+
+    made = response.headers["x-request-id"]
+    assert len(made) == 32
+    assert int(made, 16)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import httpx
+from api_fakes import EMOJI, FakeBackend
+
+from service import __version__
+from service.api import ModelStatus
+
+LOADING = ModelStatus(replace(EMOJI, id="sd"), ready=False, detail="loading weights")
+
+
+async def test_models_are_listed_with_limits(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses.append(LOADING)
+    body = (await client.get("/v1/models")).json()
+
+    assert body["object"] == "list"
+    assert [model["id"] for model in body["data"]] == ["emoji", "sd"]
+    assert [model["ready"] for model in body["data"]] == [True, False]
+    assert body["data"][1]["detail"] == "loading weights"
+    emoji = body["data"][0]
+    assert (emoji["object"], emoji["owned_by"]) == ("model", "stepserve")
+    assert emoji["sizes"] == {"minimum": 48, "maximum": 128, "step": 16, "native": 64}
+    assert emoji["schedulers"] == ["ddim", "euler"]
+    assert emoji["max_num_inference_steps"] == 100
+
+
+async def test_one_model(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses.append(LOADING)
+    everything = (await client.get("/v1/models")).json()["data"]
+
+    assert (await client.get("/v1/models/sd")).json() == everything[1]
+
+
+async def test_unknown_model(client: httpx.AsyncClient):
+    response = await client.get("/v1/models/emoj")
+
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert "did you mean 'emoji'?" in response.json()["error"]["message"]
+
+
+async def test_healthz_asks_no_model(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses = []
+    response = await client.get("/healthz")
+
+    assert response.status_code == 200
+    assert response.json() == {"status": "ok", "version": __version__}
+
+
+async def test_readyz_when_all_are_ready(client: httpx.AsyncClient):
+    response = await client.get("/readyz")
+
+    assert response.status_code == 200
+    assert response.json() == {"status": "ready", "models": ["emoji"]}
+
+
+async def test_readyz_until_every_model_is_ready(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses.append(LOADING)
+    response = await client.get("/readyz")
+
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["code"] == "not_ready"
+    assert response.json()["error"]["message"] == "not ready: sd (loading weights)"
+
+
+async def test_readyz_without_any_model(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses = []
+
+    assert (await client.get("/readyz")).status_code == 503
+
+
+async def test_no_cross_origin_access(client: httpx.AsyncClient):
+    response = await client.get("/healthz", headers={"Origin": "http://elsewhere"})
+
+    assert "access-control-allow-origin" not in response.headers

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from api_fakes import SETTINGS, FakeBackend
+from jsonschema import Draft202012Validator
+
+from service.api import create_app
+from service.api.answers import ErrorAnswer
+from service.api.schemas import ImageRequest
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return create_app(FakeBackend(), SETTINGS).openapi()
+
+
+def operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for path in document["paths"].values():
+        yield from path.values()
+
+
+def references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key == "$ref")
+        node = list(node.values())
+    if isinstance(node, list):
+        for inner in node:
+            yield from references(inner)
+
+
+def test_all_routes_are_there(document: dict[str, Any]):
+    assert {path: set(methods) for path, methods in document["paths"].items()} == {
+        "/v1/images/generations": {"post"},
+        "/v1/models": {"get"},
+        "/v1/models/{id}": {"get"},
+        "/healthz": {"get"},
+        "/readyz": {"get"},
+    }
+
+
+def test_references_lead_somewhere(document: dict[str, Any]):
+    names = {reference.removeprefix("#/components/schemas/") for reference in references(document)}
+
+    assert names
+    assert names <= set(document["components"]["schemas"])
+
+
+def test_schemas_are_valid(document: dict[str, Any]):
+    for schema in document["components"]["schemas"].values():
+        Draft202012Validator.check_schema(schema)
+
+
+def test_operations_are_described_and_unique(document: dict[str, Any]):
+    ids = [operation["operationId"] for operation in operations(document)]
+
+    assert len(set(ids)) == len(ids)
+    assert all(operation["summary"] for operation in operations(document))
+    assert all(operation["description"] for operation in operations(document))
+
+
+def test_errors_are_described_and_none_is_fastapis(document: dict[str, Any]):
+    post = document["paths"]["/v1/images/generations"]["post"]
+
+    expected = {"200", "400", "404", "413", "415", "429", "500", "503", "504", "default"}
+    assert set(post["responses"]) == expected
+    assert "Retry-After" in post["responses"]["429"]["headers"]
+    assert "Server-Timing" in post["responses"]["200"]["headers"]
+    assert not any("HTTPValidationError" in reference for reference in references(document))
+
+
+def test_error_examples_have_the_shape_of_errors(document: dict[str, Any]):
+    seen = 0
+    for operation in operations(document):
+        for status, response in operation["responses"].items():
+            if status == "200":
+                continue
+            content = response["content"]["application/json"]
+            assert content["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
+            for example in content.get("examples", {}).values():
+                ErrorAnswer.model_validate(example["value"])
+                seen += 1
+    assert seen >= 10
+
+
+def test_request_fields_are_described_and_examples_are_valid(document: dict[str, Any]):
+    schema = document["components"]["schemas"]["ImageRequest"]
+
+    assert all(field["description"] for field in schema["properties"].values())
+    assert schema["required"] == ["prompt"]
+    assert schema["additionalProperties"] is False
+    for example in schema["examples"]:
+        ImageRequest.model_validate(example)
+
+
+async def test_answers_fit_their_schema(client: httpx.AsyncClient, document: dict[str, Any]):
+    answer = await client.post("/v1/images/generations", json={"prompt": "cat", "n": 2})
+    models = await client.get("/v1/models")
+
+    for name, body in (("ImagesAnswer", answer.json()), ("ModelList", models.json())):
+        root = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+        Draft202012Validator(root).validate(body)
+
+
+async def test_docs_page(client: httpx.AsyncClient):
+    page = await client.get("/docs")
+
+    assert page.status_code == 200
+    assert "/openapi.json" in page.text
+    assert (await client.get("/openapi.json")).status_code == 200
