@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,7 +176,7 @@ def _with_environment(
     tree: dict[str, Any], environ: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[KeyPath, str], list[str]]:
     """Return `tree` with the variables laid over it, which key came from where, and problems."""
-    tree = deepcopy(tree)
+    tree = dict(tree)
     variables = dict(_own_variables(environ))
     known = _known_variables(_model_ids(tree, variables))
     origins: dict[KeyPath, str] = {}
@@ -240,10 +239,11 @@ def _as_variable(key: str) -> str:
 
 def _put(tree: dict[str, Any], path: KeyPath, value: str | None) -> None:
     for key in path[:-1]:
-        if tree.get(key) is None:
-            tree[key] = {}
-        if not isinstance(tree[key], dict):
+        inner = tree.get(key)
+        if not isinstance(inner, dict | None):
             return  # The file has a value where a section belongs: pydantic will say so.
+        # Copied, because a YAML alias may share it with another section.
+        tree[key] = dict(inner or {})
         tree = tree[key]
     tree[path[-1]] = value
 

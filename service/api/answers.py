@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from base64 import b64encode
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.backend import ModelStatus
 from service.domain.events import EncodedImage, Finished
@@ -47,8 +47,41 @@ class TimingsAnswer(BaseModel):
     batch_share: float
 
 
+_EXAMPLE: dict[str, Any] = {
+    "id": "3f0c9d5be1f34c5f8d1c5b8f0f7d2a11-9b1deb4d",
+    "created": 1795450000,
+    "model": "emoji",
+    "data": [{"b64_json": "iVBORw0KGgo=", "seed": 7}],
+    "output_format": "png",
+    "size": "64x64",
+    "seed": 7,
+    "parameters": {
+        "model": "emoji",
+        "prompt": "red heart, noto, on a blue background",
+        "negative_prompt": "",
+        "n": 1,
+        "size": "64x64",
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "seed": 7,
+        "scheduler": "euler",
+        "output_format": "png",
+    },
+    "timings": {
+        "queue_s": 0.002,
+        "encode_s": 0.006,
+        "denoise_s": 0.91,
+        "decode_s": 0.02,
+        "total_s": 0.94,
+        "batch_share": 0.5,
+    },
+}
+
+
 class ImagesAnswer(BaseModel):
     """The finished pictures."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     id: str = Field(description="Unique; begins with the `X-Request-ID`.")
     created: int = Field(description="Unix time in seconds.")
@@ -118,7 +151,7 @@ class ErrorDetail(BaseModel):
 
     message: str
     type: str
-    param: str | None
+    param: str | None = None
     code: str
 
 

@@ -155,9 +155,17 @@ def readable(name: str) -> str:
 
 
 def render(svg: str, size_px: int) -> npt.NDArray[np.uint8]:
-    """Render SVG text to (size_px, size_px, 4) uint8, drawn twice as large and scaled down."""
-    import resvg_py
+    """Render SVG text to (size_px, size_px, 4) uint8, drawn twice as large and scaled down.
 
+    Raises:
+        ArtworkUnavailableError: resvg-py is not installed.
+    """
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ArtworkUnavailableError(
+            "resvg-py was not found: install stepserve with its `train` extra"
+        ) from error
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size_px, height=2 * size_px))
     large = Image.open(io.BytesIO(png)).convert("RGBA")
     # Scaling must happen on premultiplied colours, or transparent pixels bleed into the edges.

@@ -117,7 +117,8 @@ def build_scheduler(config: DenoiserConfig) -> DDIMScheduler:
         # Latents are not bounded by 1: clipping would ruin them.
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        # Unused with trailing timesteps; StableDiffusionPipeline insists on it.
+        steps_offset=1,
     )
 
 

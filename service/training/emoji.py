@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from transformers import CLIPTokenizer
 
-from service.training.artwork import load_artwork
-from service.training.captions import train_tokenizer
+from service.training.artwork import Artwork, load_artwork
+from service.training.captions import find_tokenizer, keep_tokenizer, train_tokenizer
 from service.training.denoiser import DenoiserConfig, DenoiserStage
 from service.training.export import export_pipeline
 from service.training.hyperparameters import LoopConfig
@@ -19,7 +20,11 @@ from service.training.vae import AutoencoderConfig, AutoencoderStage
 
 @dataclass(frozen=True)
 class EmojiRecipe:
-    """Everything that decides what the trained model becomes."""
+    """Everything that decides what the trained model becomes.
+
+    Raises:
+        ValueError: the denoiser does not fit the autoencoder's latents.
+    """
 
     seed: int = 0
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -46,29 +51,115 @@ class EmojiRecipe:
         )
     )
 
+    def __post_init__(self) -> None:
+        made = (self.vae.latent_channels, self.vae.latent_size)
+        wanted = (self.denoiser.latent_channels, self.denoiser.latent_size)
+        if made != wanted:
+            raise ValueError(
+                f"the autoencoder makes latents of (channels, size) {made}, "
+                f"the denoiser wants {wanted}"
+            )
 
-def train_emoji(recipe: EmojiRecipe, folder: Path, cache: Path) -> Path:
+    @property
+    def command(self) -> str:
+        """The command line that runs this recipe."""
+        steps = self.denoiser_loop.steps
+        command = f"stepserve train emoji --seed {self.seed} --steps {steps}"
+        usual = make_recipe(self.seed, steps) == self
+        return command if usual else f"{command}  # and the changes to be seen in training.json"
+
+
+def make_recipe(
+    seed: int = 0,
+    denoiser_steps: int | None = None,
+    vae_steps: int | None = None,
+    batch_size: int | None = None,
+    vae_batch_size: int | None = None,
+    sample_interval_steps: int | None = None,
+    checkpoint_interval_steps: int | None = None,
+) -> EmojiRecipe:
+    """The recipe of the embedded model with some values changed; None keeps the recipe's own.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+    usual = EmojiRecipe()
+    both = {
+        "seed": seed,
+        "sample_interval_steps": sample_interval_steps,
+        "checkpoint_interval_steps": checkpoint_interval_steps,
+    }
+    return replace(
+        usual,
+        seed=seed,
+        vae_loop=_changed(usual.vae_loop, steps=vae_steps, batch_size=vae_batch_size, **both),
+        denoiser_loop=_changed(
+            usual.denoiser_loop, steps=denoiser_steps, batch_size=batch_size, **both
+        ),
+    )
+
+
+def tiny_recipe(seed: int = 0, steps: int = 4) -> EmojiRecipe:
+    """A recipe of seconds, for tests: 16 px pictures, 8x8 latents, a useless model."""
+    loop = LoopConfig(
+        steps=steps,
+        batch_size=4,
+        learning_rate=1e-3,
+        seed=seed,
+        warmup_steps=2,
+        checkpoint_interval_steps=2,
+        sample_interval_steps=steps,
+    )
+    return EmojiRecipe(
+        seed=seed,
+        vae=AutoencoderConfig(
+            picture_px=16, latent_channels=4, block_channels=(8, 16), norm_groups=4
+        ),
+        vae_loop=loop,
+        denoiser=DenoiserConfig(
+            latent_channels=4,
+            block_channels=(16, 32),
+            attention_head_width=16,
+            time_embedding_width=32,
+            norm_groups=4,
+            text_width=32,
+            text_layers=1,
+            text_heads=2,
+            vocabulary=700,
+            max_tokens=16,
+        ),
+        denoiser_loop=loop,
+    )
+
+
+def train_emoji(
+    recipe: EmojiRecipe, folder: Path, cache: Path, artwork: Artwork | None = None
+) -> Path:
     """Train the embedded model, or continue where an earlier call stopped.
 
     Args:
         recipe: hyperparameters and seed.
         folder: checkpoints and sample grids; the finished model lands in `folder/model`.
         cache: artwork packages and rendered pictures.
+        artwork: pictures to learn instead of the packages', twice `recipe.vae.picture_px` wide.
 
     Returns:
         The folder of the finished diffusers pipeline.
+
+    Raises:
+        TrainingError: see `service.training.errors`.
+        KeyboardInterrupt: Ctrl-C; the same call goes on where it stopped.
     """
     torch.manual_seed(recipe.seed)
-    artwork = load_artwork(cache)
+    artwork = artwork or load_artwork(cache, 2 * recipe.vae.picture_px)
     pictures = artwork_tensor(artwork)
     autoencoder = AutoencoderStage(recipe.vae, recipe.vae_loop, pictures, folder / "vae").train()
     latents = encode_artwork(autoencoder, pictures, folder / "latents.safetensors")
     autoencoder.register_to_config(scaling_factor=latents.scaling_factor)
-    shape = recipe.denoiser
-    tokenizer = train_tokenizer(artwork.names, shape.vocabulary, shape.max_tokens)
+    tokenizer = _tokenizer(recipe.denoiser, artwork, folder)
     torch.manual_seed(recipe.seed + 1)
     stage = DenoiserStage(
-        shape,
+        recipe.denoiser,
         recipe.denoiser_loop,
         artwork,
         latents,
@@ -76,4 +167,21 @@ def train_emoji(recipe: EmojiRecipe, folder: Path, cache: Path) -> Path:
         autoencoder,
         folder / "denoiser",
     )
-    return export_pipeline(stage.train(), recipe, folder / "model")
+    return export_pipeline(stage.train(), recipe, folder / "model", pictures=len(artwork))
+
+
+def _tokenizer(shape: DenoiserConfig, artwork: Artwork, folder: Path) -> CLIPTokenizer:
+    """The tokenizer that the denoiser's checkpoint was trained with, or a new one."""
+    kept = folder / "tokenizer"
+    started = (folder / "denoiser" / "checkpoint.pt").exists()
+    found = find_tokenizer(kept, folder / "model" / "tokenizer") if started else None
+    if found is not None:
+        return found
+    tokenizer = train_tokenizer(artwork.names, shape.vocabulary, shape.max_tokens)
+    keep_tokenizer(tokenizer, kept)
+    return tokenizer
+
+
+def _changed(loop: LoopConfig, **values: int | None) -> LoopConfig:
+    given = {name: value for name, value in values.items() if value is not None}
+    return replace(loop, **given)

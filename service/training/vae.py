@@ -33,6 +33,11 @@ class AutoencoderConfig:
     kl_weight: float = 3e-4
     crop_share: float = 0.25
 
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents: each block but the last halves the picture."""
+        return self.picture_px >> (len(self.block_channels) - 1)
+
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     """An untrained AutoencoderKL; each block but the last halves the picture."""

@@ -48,7 +48,7 @@ _ERRORS = error_responses(
     summary="Make pictures from a prompt",
     dependencies=[Depends(require_json)],
     response_description="The pictures, and all parameters that make them again.",
-    responses={200: {"headers": REQUEST_ID | SERVER_TIMING}} | _ERRORS,
+    responses=_ERRORS | {200: {"headers": REQUEST_ID | SERVER_TIMING}},
     openapi_extra={"parameters": [REQUEST_ID_PARAMETER]},
 )
 async def create_images(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from typing import Any
@@ -153,6 +154,8 @@ async def test_work_that_ignores_its_cancellation_does_not_hold_the_answer(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(connection, "CANCEL_GRACE_S", 0.01)
+    reports: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, report: reports.append(report))
     release = asyncio.Event()
     ended = asyncio.Event()
 
@@ -169,3 +172,6 @@ async def test_work_that_ignores_its_cancellation_does_not_hold_the_answer(
     assert not ended.is_set()
     release.set()
     await asyncio.wait_for(ended.wait(), 5)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert reports == []

@@ -90,8 +90,8 @@ async def test_parameters_sent_back_make_the_same_request(
 
 
 async def test_null_means_left_out(client: httpx.AsyncClient, backend: FakeBackend):
-    names = ("model", "n", "size", "response_format", "output_format", "user", "negative_prompt")
-    names += ("num_inference_steps", "guidance_scale", "seed", "scheduler")
+    names = ["model", "n", "size", "response_format", "output_format", "user", "negative_prompt"]
+    names += ["num_inference_steps", "guidance_scale", "seed", "scheduler"]
     response = await client.post(URL, json={"prompt": "cat"} | dict.fromkeys(names))
 
     assert response.status_code == 200

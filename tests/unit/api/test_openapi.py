@@ -9,7 +9,7 @@ from api_fakes import SETTINGS, FakeBackend
 from jsonschema import Draft202012Validator
 
 from service.api import create_app
-from service.api.answers import ErrorAnswer
+from service.api.answers import ErrorAnswer, ImagesAnswer
 from service.api.schemas import ImageRequest
 
 
@@ -94,6 +94,14 @@ def test_request_fields_are_described_and_examples_are_valid(document: dict[str,
     assert schema["additionalProperties"] is False
     for example in schema["examples"]:
         ImageRequest.model_validate(example)
+
+
+def test_answer_example_is_valid_and_complete(document: dict[str, Any]):
+    schema = document["components"]["schemas"]["ImagesAnswer"]
+
+    for example in schema["examples"]:
+        assert ImagesAnswer.model_validate(example).model_dump() == example
+        ImageRequest.model_validate(example["parameters"])
 
 
 async def test_answers_fit_their_schema(client: httpx.AsyncClient, document: dict[str, Any]):

@@ -1,0 +1,45 @@
+# Two commands do all set-up on a fresh machine with Python 3.11: `make run` and `make test`.
+
+SHELL := bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+HOST ?= 127.0.0.1
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run test check format bench clean help
+
+help:  ## Show this list.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train]'
+	touch $@
+
+# Under a terminal the service gets a process group of its own: Ctrl-C then reaches the service and
+# not make, which would otherwise report an interrupt although the service drained and exited 0.
+run: $(INSTALLED)  ## Serve on HOST:PORT and make a first picture into out/.
+	@if [ -t 0 ]; then set -m; fi; \
+	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-picture out; exit $$?
+
+test: $(INSTALLED)  ## Run every test.
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## What CI runs first: format, lint, types, import direction.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_import_direction.py
+
+format: $(INSTALLED)  ## Format the code and mend what the linter can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## Measure the engine against plain diffusers, side by side.
+	$(BIN)/python -m loadtests.engine_bench
+
+clean:  ## Remove the virtual environment and caches.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,117 @@
+"""The model card: a Hugging Face `README.md` filled in from the recipe and the trained parts."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from diffusers import StableDiffusionPipeline
+
+import service.models
+from service.training.artwork import PACKAGES
+from service.training.pictures import BACKGROUNDS
+
+if TYPE_CHECKING:
+    from service.training.emoji import EmojiRecipe
+
+TEMPLATES = Path(service.models.__file__).parent / "templates"
+
+
+def write_card(
+    folder: Path, pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, pictures: int
+) -> None:
+    """Write `README.md` into a model folder whose weights are there already."""
+    weights_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    template = Template((TEMPLATES / "emoji-card.md").read_text(encoding="utf-8"))
+    values = {
+        "weights_mb": f"{weights_bytes / 1e6:.0f}",
+        "folder_name": "path/to/this/folder",
+        "command": recipe.command,
+        **_data_values(pictures),
+        **_shape_values(pipeline, recipe),
+        **_objective_values(recipe),
+        **_loop_values(recipe),
+    }
+    (folder / "README.md").write_text(template.substitute(values), encoding="utf-8")
+
+
+def library_version(library: str) -> str:
+    """The version of an installed library, or `not installed`."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def count_parameters(pipeline: StableDiffusionPipeline) -> dict[str, int]:
+    """Parameters of each part."""
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "unet")}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def sizes(pipeline: StableDiffusionPipeline) -> dict[str, int]:
+    """Picture sides in pixels: three quarters of the native one to twice it."""
+    halvings = len(pipeline.unet.config.block_out_channels) - 1
+    step = pipeline.vae_scale_factor * 2**halvings
+    native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    smallest = max(step, native * 3 // 4 // step * step)
+    return {"minimum": smallest, "maximum": 2 * native, "step": step, "native": native}
+
+
+def _data_values(pictures: int) -> dict[str, str]:
+    lines = [f"- `{p.name}` {p.version} from npm ({p.licence})" for p in PACKAGES]
+    return {
+        "packages": "\n".join(lines),
+        "pictures": f"{pictures:,}",
+        "backgrounds": ", ".join(f"`{name}`" for name in BACKGROUNDS),
+        "background_count": str(len(BACKGROUNDS)),
+        "resvg_version": library_version("resvg-py"),
+    }
+
+
+def _shape_values(pipeline: StableDiffusionPipeline, recipe: EmojiRecipe) -> dict[str, str]:
+    shape, range_px = recipe.denoiser, sizes(pipeline)
+    parameters = count_parameters(pipeline).items()
+    return {
+        "native_px": str(range_px["native"]),
+        "smallest_px": str(range_px["minimum"]),
+        "largest_px": str(range_px["maximum"]),
+        "size_step_px": str(range_px["step"]),
+        "vae_channels": ", ".join(map(str, recipe.vae.block_channels)),
+        "unet_channels": ", ".join(map(str, shape.block_channels)),
+        "head_width": str(shape.attention_head_width),
+        "latent_size": str(shape.latent_size),
+        "latent_channels": str(shape.latent_channels),
+        "text_layers": str(shape.text_layers),
+        "text_width": str(shape.text_width),
+        "text_heads": str(shape.text_heads),
+        "max_tokens": str(shape.max_tokens),
+        "vocabulary": str(len(pipeline.tokenizer)),
+        **{f"{name.split('_')[0]}_parameters": f"{count:,}" for name, count in parameters},
+    }
+
+
+def _objective_values(recipe: EmojiRecipe) -> dict[str, str]:
+    shape = recipe.denoiser
+    return {
+        "kl_weight": str(recipe.vae.kl_weight),
+        "timesteps": str(shape.timesteps),
+        "beta_start": str(shape.beta_start),
+        "beta_end": str(shape.beta_end),
+        "snr_gamma": str(shape.snr_gamma),
+        "caption_dropout_percent": f"{shape.caption_dropout * 100:.0f}",
+        "seed": str(recipe.seed),
+    }
+
+
+def _loop_values(recipe: EmojiRecipe) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for name, loop in (("vae", recipe.vae_loop), ("denoiser", recipe.denoiser_loop)):
+        values[f"{name}_steps"] = f"{loop.steps:,}"
+        values[f"{name}_batch"] = str(loop.batch_size)
+        values[f"{name}_samples"] = f"{loop.steps * loop.batch_size:,}"
+        values[f"{name}_rate"] = f"{loop.learning_rate:g} to {loop.final_learning_rate:g}"
+        values[f"{name}_ema"] = str(loop.ema_decay)
+    return values

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.domain.errors import InvalidRequestError
+from service.domain.limits import MAX_SEED, check_request, did_you_mean, shown
+from service.domain.models import ModelCapabilities, SizeRange
+from service.domain.requests import GenerationRequest
+
+MODEL = ModelCapabilities(
+    id="emoji",
+    description="small",
+    sizes=SizeRange(minimum=48, maximum=128, step=16, native=64),
+    schedulers=("ddim", "euler", "euler_ancestral"),
+    default_scheduler="euler",
+    max_num_inference_steps=100,
+    max_guidance_scale=12.5,
+    max_n=4,
+    max_prompt_characters=20,
+)
+VALID = GenerationRequest(
+    id="r",
+    model="emoji",
+    prompt="cat",
+    width=64,
+    height=64,
+    num_inference_steps=20,
+    guidance_scale=4.0,
+    seed=0,
+    scheduler="euler",
+)
+
+SIDES = st.integers(0, 5).map(lambda steps: 48 + 16 * steps)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(
+    request=st.builds(
+        GenerationRequest,
+        id=st.just("r"),
+        model=st.just("emoji"),
+        prompt=TEXT.filter(str.strip),
+        width=SIDES,
+        height=SIDES,
+        num_inference_steps=st.integers(1, 100),
+        guidance_scale=st.floats(0, 12.5),
+        seed=st.integers(0, MAX_SEED - 3),
+        scheduler=st.sampled_from(MODEL.schedulers),
+        negative_prompt=TEXT,
+        n=st.integers(1, 4),
+    )
+)
+def test_everything_within_the_limits_passes(request: GenerationRequest):
+    check_request(request, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "parts"),
+    [
+        ({"prompt": ""}, "prompt", ["empty"]),
+        ({"prompt": " \n\u3000"}, "prompt", ["empty"]),
+        ({"prompt": "x" * 21}, "prompt", ["21 characters", "20"]),
+        ({"prompt": "a\udfff"}, "prompt", ["Unicode", "'a\\udfff'"]),
+        ({"negative_prompt": "x" * 21}, "negative_prompt", ["21 characters", "20"]),
+        ({"negative_prompt": "\ud800"}, "negative_prompt", ["Unicode"]),
+        ({"width": 144}, "size", ["144x64", "48 to 128 in steps of 16"]),
+        ({"height": 63}, "size", ["64x63", "48 to 128 in steps of 16"]),
+        ({"height": -64}, "size", ["64x-64"]),
+        ({"num_inference_steps": 0}, "num_inference_steps", ["1 to 100", "got 0"]),
+        ({"num_inference_steps": 101}, "num_inference_steps", ["1 to 100", "got 101"]),
+        ({"guidance_scale": -0.5}, "guidance_scale", ["0 to 12.5", "got -0.5"]),
+        ({"guidance_scale": 12.6}, "guidance_scale", ["0 to 12.5", "got 12.6"]),
+        ({"guidance_scale": math.nan}, "guidance_scale", ["0 to 12.5", "got nan"]),
+        ({"guidance_scale": math.inf}, "guidance_scale", ["0 to 12.5", "got inf"]),
+        ({"n": 0}, "n", ["1 to 4", "got 0"]),
+        ({"n": 5}, "n", ["1 to 4", "got 5"]),
+        ({"scheduler": "ddmi"}, "scheduler", ["'ddmi'", "did you mean 'ddim'?", "euler"]),
+        ({"scheduler": "x"}, "scheduler", ["'x'", "ddim, euler, euler_ancestral"]),
+        ({"seed": -1}, "seed", [f"0 to {MAX_SEED}", "got -1"]),
+        ({"seed": MAX_SEED + 1}, "seed", [f"0 to {MAX_SEED}", f"got {MAX_SEED + 1}"]),
+    ],
+)
+def test_the_message_names_field_value_and_limit(
+    change: dict[str, object], field: str, parts: list[str]
+):
+    with pytest.raises(InvalidRequestError) as caught:
+        check_request(replace(VALID, **change), MODEL)
+
+    assert caught.value.field == field
+    assert caught.value.message.startswith(field)
+    for part in parts:
+        assert part in caught.value.message
+
+
+@given(
+    width=st.integers(-10, 200),
+    height=st.integers(-10, 200),
+    steps=st.integers(-2, 120),
+    n=st.integers(-1, 6),
+)
+def test_exactly_the_numbers_within_bounds_pass(width: int, height: int, steps: int, n: int):
+    request = replace(VALID, width=width, height=height, num_inference_steps=steps, n=n)
+    is_within = (
+        {width, height} <= set(range(48, 129, 16)) and steps in range(1, 101) and n in range(1, 5)
+    )
+    try:
+        check_request(request, MODEL)
+    except InvalidRequestError:
+        assert not is_within
+    else:
+        assert is_within
+
+
+@given(n=st.integers(1, 4), below=st.integers(-3, 3))
+def test_the_seed_of_every_picture_can_be_sent_again(n: int, below: int):
+    request = replace(VALID, n=n, seed=MAX_SEED - below)
+    if below >= n - 1:
+        check_request(request, MODEL)
+        for picture in range(n):
+            check_request(replace(request, n=1, seed=request.seed + picture), MODEL)
+    else:
+        with pytest.raises(InvalidRequestError, match=f"for n={n}"):
+            check_request(request, MODEL)
+
+
+def test_long_values_do_not_flood_the_message():
+    for change in ({"scheduler": "x" * 10_000}, {"seed": 10**5000}, {"n": -(10**5000)}):
+        with pytest.raises(InvalidRequestError) as caught:
+            check_request(replace(VALID, **change), MODEL)
+        assert len(caught.value.message) < 250
+
+
+def test_bounds_belong_to_the_model():
+    check_request(replace(VALID, n=5), replace(MODEL, max_n=5))
+    with pytest.raises(InvalidRequestError, match="'other'"):
+        check_request(VALID, replace(MODEL, id="other", sizes=SizeRange(128, 256, 8, 128)))
+
+
+def test_did_you_mean():
+    assert did_you_mean("sede", ["seed", "size"]) == "; did you mean 'seed'?"
+    assert did_you_mean("quality", ["seed", "size"]) == ""
+
+
+@given(text=st.text(st.characters(), max_size=200))
+def test_shown_is_printable_ascii_of_bounded_length(text: str):
+    assert shown(text).isascii()
+    assert shown(text).isprintable()
+    assert len(shown(text)) <= 10 * 80 + 5
