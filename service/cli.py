@@ -22,6 +22,7 @@ app = typer.Typer(
     help="A diffusion-model server that batches at every denoising step.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
 )
 train_app = typer.Typer(help="Train a small diffusion model from scratch.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
@@ -205,3 +206,7 @@ def _request(wanted: dict[str, object], capabilities: ModelCapabilities) -> Gene
     request = body.to_generation("local", capabilities)
     check_request(request, capabilities)
     return request
+
+
+if __name__ == "__main__":
+    main()

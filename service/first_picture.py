@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 
 import httpx
+import typer
 
 PROMPT = "rocket on a blue background"
 REQUEST_TIMEOUT_S = 120.0
@@ -13,17 +14,16 @@ REQUEST_TIMEOUT_S = 120.0
 
 def greet(url: str, folder: Path | None) -> None:
     """Print where the service is; with a folder, make one picture into it first."""
-    print(f"ready: {url}  (API: {url}/docs)", flush=True)
+    typer.echo(f"ready: {url}  (API: {url}/docs)")
     if folder is not None:
-        print(f"first picture: {make_first_picture(url, folder)}", flush=True)
-    print(
+        typer.echo(f"first picture: {make_first_picture(url, folder)}")
+    typer.echo(
         f"try:\n  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
         """    -d '{"prompt": "red heart"}' | """
         """python3 -c 'import base64, json, sys; """
-        """print(open("heart.png", "wb").write(base64.b64decode("""
-        """json.load(sys.stdin)["data"][0]["b64_json"])), "bytes in heart.png")'\n"""
-        "Ctrl-C stops the service.",
-        flush=True,
+        """open("heart.png", "wb").write(base64.b64decode("""
+        """json.load(sys.stdin)["data"][0]["b64_json"]))'\n"""
+        "Ctrl-C stops the service."
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -22,7 +21,11 @@ INGRESS_CPUS = 0.1
 
 
 def build_application(settings: Settings) -> Any:
-    """Bind the ingress and all models of `settings` into one application."""
+    """Bind the ingress and all models of `settings` into one application.
+
+    Raises:
+        ModelNotFoundError: a configured model does not exist.
+    """
     handles = {
         model_id: _model_deployment(model_id, model).bind(
             ReplicaSpec(model_id, model_folder(model.path), model)
@@ -68,8 +71,3 @@ def _thread_variables(settings: ModelSettings) -> dict[str, str]:
     """
     threads = settings.engine.threads or os.cpu_count() or 1
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def check_folders(settings: Settings) -> list[Path]:
-    """Folders of all models; raises ModelNotFoundError before Ray is started."""
-    return [model_folder(model.path) for model in settings.models.values()]

@@ -49,7 +49,9 @@ class RemoteBackend:
         try:
             outcome: Outcome = await self._handles[request.model].generate.remote(request)
         except BackPressureError as error:
-            raise ServerFullError("the queue in front of the model is full", RETRY_AFTER_S) from error
+            raise ServerFullError(
+                "the queue in front of the model is full", RETRY_AFTER_S
+            ) from error
         except (RayError, RayServeException) as error:
             message = f"model {request.model} lost the replica that worked on this request"
             raise NotReadyError(message, RETRY_AFTER_S) from error

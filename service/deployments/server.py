@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import httpx
 import ray
@@ -46,12 +47,14 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
         when_ready: called once with the base URL; the service keeps serving meanwhile.
 
     Raises:
+        ModelNotFoundError: a configured model does not exist.
         StartError: the service was not ready in time, or a model failed to load.
     """
+    application = build_application(settings)
     with _stop_signals() as stopped:
         start_ray(settings)
         try:
-            deploy(settings)
+            deploy(application)
             if wait_until_ready(settings, stopped):
                 when_ready(base_url(settings))
                 stopped.wait()
@@ -63,6 +66,7 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
 def start_ray(settings: Settings) -> None:
     """Start a local Ray, or join the cluster that `RAY_ADDRESS` names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
@@ -79,9 +83,9 @@ def start_ray(settings: Settings) -> None:
     serve.start(http_options=http, logging_config=LoggingConfig(enable_access_log=False))
 
 
-def deploy(settings: Settings) -> None:
+def deploy(application: Any) -> None:
     """Hand the application to Ray Serve without waiting for its models."""
-    target = serve.RunTarget(build_application(settings), name=APPLICATION, route_prefix="/")
+    target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
 
 
@@ -113,8 +117,9 @@ def drain(settings: Settings) -> None:
 
 
 def stop_ray() -> None:
-    """Stop Serve and the local Ray."""
-    serve.shutdown()
+    """Take the application off a cluster that was joined, and leave Ray or end the local one."""
+    if "RAY_ADDRESS" in os.environ:
+        serve.delete(APPLICATION)
     ray.shutdown()
 
 

@@ -1,0 +1,70 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+def stepserve(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "service.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == expect, result.stderr
+    return result
+
+
+def test_generate_writes_a_picture_with_its_parameters(tmp_path: Path) -> None:
+    target = tmp_path / "heart.png"
+    result = stepserve("generate", "a red heart", "-o", str(target), "--seed", "3", "--steps", "6")
+    assert "seed 3" in result.stdout
+    assert "denoising" in result.stderr, "there should be a progress bar"
+    with Image.open(target) as picture:
+        assert picture.size == (64, 64)
+        assert json.loads(picture.text["parameters"])["num_inference_steps"] == 6
+
+
+def test_generate_several_as_jpeg(tmp_path: Path) -> None:
+    stepserve("generate", "pizza", "-o", str(tmp_path / "p.jpg"), "-n", "2", "--steps", "2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p-0.jpg", "p-1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "x", "--size", "50x50"), ("size", "48 to 128")),
+        (("generate", "x", "--size", "big"), ("size", "big")),
+        (("generate", "x", "--scheduler", "EulerDiscrete"), ("EulerDiscreteScheduler",)),
+        (("generate", "x", "--model", "nope"), ("nope", "emoji")),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    result = stepserve(*arguments, expect=1)
+    assert result.stderr.startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+
+
+def test_models_and_config(tmp_path: Path) -> None:
+    assert "embedded" in stepserve("models").stdout
+    config = tmp_path / "stepserve.yaml"
+    config.write_text("http:\n  prot: 80\n")
+    result = stepserve("config", "check", "--config", str(config), expect=1)
+    assert "http.prot" in result.stderr
+    assert "port" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "models", "train", "explain", "config"])
+def test_every_command_has_help(command: str) -> None:
+    assert len(stepserve(command, "--help").stdout) > 200

@@ -1,0 +1,212 @@
+"""The whole service over HTTP: real Ray Serve, the real embedded model, real clients."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from service.models.catalogue import EMBEDDED
+from service.pipelines.load import load_model
+
+GENERATIONS = "/v1/images/generations"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One parsed answer."""
+
+    body: dict
+    headers: httpx.Headers
+
+    def image(self, index: int = 0) -> Image.Image:
+        return Image.open(io.BytesIO(base64.b64decode(self.body["data"][index]["b64_json"])))
+
+
+def generate(client: httpx.Client, **body: object) -> Answer:
+    response = client.post(GENERATIONS, json=body)
+    assert response.status_code == 200, response.text
+    return Answer(response.json(), response.headers)
+
+
+def test_is_ready_and_says_what_it_serves(client: httpx.Client) -> None:
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/readyz").status_code == 200
+    assert client.get("/docs").status_code == 200
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "emoji"
+    assert model["sizes"] == {"minimum": 48, "maximum": 128, "step": 16, "native": 64}
+    assert "DDIMScheduler" in model["schedulers"]
+
+
+def test_first_picture_was_made_on_start(service) -> None:
+    with Image.open(service.folder / "out" / "first-picture.png") as picture:
+        assert picture.size == (64, 64)
+    assert service.url in service.log
+
+
+def test_a_red_heart_is_red(client: httpx.Client) -> None:
+    picture = generate(client, prompt="red heart", seed=3).image().convert("RGB")
+    red, green, blue = picture.getpixel((32, 30))
+    assert red > 150
+    assert red > green + 80
+    assert red > blue + 80
+    assert min(picture.getpixel((1, 62))) > 200, "the background should be white"
+
+
+def test_background_colour_is_obeyed(client: httpx.Client) -> None:
+    answer = generate(client, prompt="rocket on a blue background", seed=5)
+    red, _, blue = answer.image().convert("RGB").getpixel((2, 2))
+    assert blue > red + 60
+
+
+def test_png_holds_every_parameter(client: httpx.Client) -> None:
+    answer = generate(
+        client,
+        prompt="pizza",
+        negative_prompt="cheese",
+        n=2,
+        size="80x48",
+        num_inference_steps=7,
+        guidance_scale=3.5,
+        seed=11,
+        scheduler="EulerDiscreteScheduler",
+    )
+    second = answer.image(1)
+    assert second.size == (80, 48)
+    parameters = json.loads(second.text["parameters"])
+    expected = {
+        "prompt": "pizza",
+        "negative_prompt": "cheese",
+        "num_inference_steps": 7,
+        "guidance_scale": 3.5,
+        "seed": 12,
+        "scheduler": "EulerDiscreteScheduler",
+        "model": "emoji",
+        "width": 80,
+        "height": 48,
+    }
+    assert expected.items() <= parameters.items()
+    assert [image["seed"] for image in answer.body["data"]] == [11, 12]
+
+
+@pytest.mark.parametrize(("output_format", "kind"), [("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_other_formats(client: httpx.Client, output_format: str, kind: str) -> None:
+    answer = generate(client, prompt="pizza", num_inference_steps=2, output_format=output_format)
+    assert answer.image().format == kind
+
+
+def test_same_picture_as_diffusers_alone_while_others_share_the_batch(
+    client: httpx.Client,
+) -> None:
+    schedulers = ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+    bodies = [
+        {
+            "prompt": "cat face",
+            "seed": index,
+            "num_inference_steps": 5 + 3 * index,
+            "guidance_scale": 1.0 if index % 3 == 2 else 4.0,
+            "scheduler": schedulers[index % 3],
+        }
+        for index in range(9)
+    ]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: generate(client, **body), bodies))
+    shares = [float(a.headers["server-timing"].split("share ")[1].strip('"')) for a in answers]
+    assert min(shares) < 0.6, "no forward was shared"
+    # The replica's torch uses all cores; so must the reference.
+    reference = load_model("emoji", EMBEDDED)
+    for body, answer in zip(bodies, answers, strict=True):
+        pipeline = reference.pipeline
+        pipeline.scheduler = reference.schedulers[body["scheduler"]].from_config(
+            pipeline.scheduler.config
+        )
+        plain = pipeline(
+            body["prompt"],
+            num_inference_steps=body["num_inference_steps"],
+            guidance_scale=body["guidance_scale"],
+            generator=[torch.Generator().manual_seed(body["seed"])],
+        ).images[0]
+        assert plain.tobytes() == answer.image().convert("RGB").tobytes(), body
+
+
+def test_openai_client_works_unchanged(service) -> None:
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0)
+    answer = client.images.generate(
+        model="emoji",
+        prompt="sunflower",
+        n=2,
+        size="64x64",
+        response_format="b64_json",
+        user="someone",
+        extra_body={"seed": 4, "num_inference_steps": 4},
+    )
+    assert len(answer.data) == 2
+    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))) as picture:
+        assert picture.size == (64, 64)
+    assert "emoji" in [model.id for model in client.models.list()]
+    with pytest.raises(openai.BadRequestError, match="size"):
+        client.images.generate(prompt="sunflower", size="1024x1024")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"prompt": "x", "sead": 1}, 400, ("sead", "seed")),
+        ({"prompt": "x", "n": "2"}, 400, ("n",)),
+        ({"prompt": "x", "size": "50x50"}, 400, ("size", "50", "48 to 128")),
+        (
+            {"prompt": "x", "num_inference_steps": 1001},
+            400,
+            ("num_inference_steps", "1001", "1000"),
+        ),
+        ({"prompt": "x", "n": 99}, 400, ("n", "99", "8")),
+        ({"prompt": "  "}, 400, ("prompt", "empty")),
+        ({"prompt": "heart " * 60}, 400, ("prompt", "tokens", "32")),
+        ({"prompt": "x" * 1001}, 400, ("prompt", "1001", "1000")),
+        ({"prompt": "x", "model": "nope"}, 404, ("nope", "emoji")),
+        ({"prompt": "x", "user": "u" * 1_100_000}, 413, ("1048576",)),
+    ],
+)
+def test_bad_requests_name_field_value_and_limit(
+    client: httpx.Client, body: dict, status: int, words: tuple[str, ...]
+) -> None:
+    response = client.post(GENERATIONS, json=body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for word in words:
+        assert word in error["message"]
+
+
+def leave_after(url: str, seconds: float, **body: object) -> None:
+    """Ask for something and close the connection."""
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(url + GENERATIONS, json=body, timeout=seconds, trust_env=False)
+
+
+def test_full_server_refuses_and_a_client_that_leaves_frees_its_place(service, client) -> None:
+    long = {"prompt": "house", "n": 8, "num_inference_steps": 1000}
+    with ThreadPoolExecutor(3) as pool:
+        leaving = [pool.submit(leave_after, service.url, 3, **long) for _ in range(3)]
+        time.sleep(1.5)
+        refused = client.post(GENERATIONS, json={"prompt": "house"})
+        for future in leaving:
+            future.result()
+    assert refused.status_code == 429, refused.text
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error" or refused.json()["error"]["code"]
+    # 24 pictures of 1000 steps would take minutes: only if they stopped is there room again soon.
+    deadline_s = time.monotonic() + 20
+    while client.post(GENERATIONS, json={"prompt": "house", "n": 8}).status_code != 200:
+        assert time.monotonic() < deadline_s, "the work of clients that left goes on"
+        time.sleep(0.2)
