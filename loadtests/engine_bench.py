@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import diffusers
@@ -111,22 +112,26 @@ def run_engine(
     runner: PipelineRunner, requests: list[GenerationRequest]
 ) -> tuple[float, list[Finished]]:
     """All requests at once; returns when the last picture is encoded."""
-    finished: dict[str, Finished] = {}
-    done = threading.Event()
+    ended: SimpleQueue[Finished | Failed] = SimpleQueue()
 
     def sink(event: Event) -> None:
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Finished):
-            finished[event.request_id] = event
-            if len(finished) == len(requests):
-                done.set()
+        if isinstance(event, Finished | Failed):
+            ended.put(event)
 
     started_s = time.perf_counter()
     for request in requests:
         runner.submit(request, sink)
-    done.wait()
-    return time.perf_counter() - started_s, [finished[request.id] for request in requests]
+    outcomes = [ended.get() for _ in requests]
+    seconds = time.perf_counter() - started_s
+    finished = {outcome.request_id: or_raise(outcome) for outcome in outcomes}
+    return seconds, [finished[request.id] for request in requests]
+
+
+def or_raise(outcome: Finished | Failed) -> Finished:
+    """A benchmark has no use for failures."""
+    if isinstance(outcome, Failed):
+        raise outcome.error
+    return outcome
 
 
 def compare(runner: PipelineRunner, pipeline: Any, repeats: int) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -194,7 +195,7 @@ def _load(settings: Settings, model: str | None) -> LoadedModel:
     return load_model(model_id, model_folder(chosen.path), chosen.dtype, chosen.device)
 
 
-def _request(wanted: dict[str, object], capabilities: ModelCapabilities) -> GenerationRequest:
+def _request(wanted: Mapping[str, object], capabilities: ModelCapabilities) -> GenerationRequest:
     """Fill in and check a request as the HTTP door does."""
     from service.api.schemas import ImageRequest
     from service.domain.limits import check_request

@@ -1,15 +1,15 @@
 """The error tree. Every error survives pickling, because errors cross process borders.
 
-    StepserveError
-    ├── InvalidRequestError          the caller can mend it: names field, value and limit
-    │   ├── UnknownModelError
-    │   └── BodyTooLargeError
-    ├── RefusedError                 refused at the door; says when to try again
-    │   ├── ServerFullError
-    │   └── NotReadyError            loading or draining
-    └── EndedError                   accepted, then ended without a picture
-        ├── GenerationFailedError
-        └── CancelledError
+StepserveError
+├── InvalidRequestError          the caller can mend it: names field, value and limit
+│   ├── UnknownModelError
+│   └── BodyTooLargeError
+├── RefusedError                 refused at the door; says when to try again
+│   ├── ServerFullError
+│   └── NotReadyError            loading or draining
+└── EndedError                   accepted, then ended without a picture
+    ├── GenerationFailedError
+    └── CancelledError
 """
 
 from __future__ import annotations

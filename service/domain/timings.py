@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds by stage. `batch_share` is the mean share of a forward's rows that were its own."""
+    """Seconds by stage.
+
+    `first_step_s` is how long after its acceptance the first denoising step of the request began.
+    `batch_share` is the mean share of a denoiser forward's rows that were the request's own.
+    """
 
     queue_s: float = 0.0
+    first_step_s: float = 0.0
     encode_s: float = 0.0
     denoise_s: float = 0.0
     decode_s: float = 0.0
@@ -20,6 +25,7 @@ class Timings:
         """The value of a `Server-Timing` header (durations in milliseconds)."""
         stages = (
             ("queue", self.queue_s),
+            ("first-step", self.first_step_s),
             ("encode", self.encode_s),
             ("denoise", self.denoise_s),
             ("decode", self.decode_s),

@@ -1,36 +1,23 @@
 """A parked module call, and the key that says which calls may share one forward.
 
-Arguments are read generically. The row count of a call is the leading size of its first tensor
-argument. Every leaf of its arguments is then one of:
+The row count of a call is the leading size of its first tensor that has dimensions, positional
+arguments first, then keyword arguments by name. `leaves.LeafKind` lists how each part of the
+arguments is then treated.
 
-- BATCHED: a tensor whose leading size is the row count; stacked along that dimension.
-- SCALAR: a number-like tensor of one element (a timestep); repeated for each row and stacked.
-- SHARED: a tensor of another leading size; equal content required, passed once.
-- PLAIN: anything else; must be equal (unhashable or unknown objects: the same object).
-- IGNORED: an argument named as having no influence on the result; passed from the first call.
+One ambiguity cannot be told from the arguments: a tensor that all rows share, but whose leading
+size happens to be the row count, looks BATCHED. Name such keyword arguments in `shared`. Python
+numbers are PLAIN, because they may as well be settings: calls share a forward only if they agree.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 
-Path = tuple[str | int, ...]
-
-
-class LeafKind(Enum):
-    """How one argument leaf behaves when calls are stacked."""
-
-    BATCHED = "batched"
-    SCALAR = "scalar"
-    SHARED = "shared"
-    PLAIN = "plain"
-    IGNORED = "ignored"
+from service.engine.leaves import Ignored, LeafKind, Path, classify, describe, walk
 
 
 @dataclass(frozen=True)
@@ -43,6 +30,7 @@ class ParkableMethod:
         run: the original method.
         stage: what its time is counted as.
         ignored: keyword arguments that do not influence the result.
+        shared: keyword arguments whose tensors serve all rows, whatever their leading size.
         max_rows: most rows that one shared forward may have.
     """
 
@@ -51,6 +39,7 @@ class ParkableMethod:
     run: Callable[..., Any]
     stage: str = "denoise"
     ignored: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
     max_rows: int = 32
 
     @property
@@ -68,8 +57,8 @@ class CallKey:
 
     @property
     def shape(self) -> tuple[Hashable, ...]:
-        """What decides the cost of a row: the method and the shapes of the batched tensors."""
-        batched = (kind[1] for _, leaf, kind in self.leaves if leaf is LeafKind.BATCHED)  # type: ignore[index]
+        """What decides the cost of a row: the method, and dtype and shape of what is batched."""
+        batched = (text for _, kind, text in self.leaves if kind is LeafKind.BATCHED)
         return (self.method, *batched)
 
 
@@ -85,67 +74,27 @@ class Call:
     sequence: int = 0
 
 
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """All leaves of nested tuples, lists and dicts, with the path that leads to each."""
-    if isinstance(value, dict):
-        for key in sorted(value):
-            yield from leaves(value[key], (*path, key))
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            yield from leaves(item, (*path, index))
-    else:
-        yield path, value
-
-
-def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Leading size of the first tensor with dimensions, or 1 where there is none."""
-    for _, value in leaves((args, kwargs)):
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return 1
-
-
-def classify(path: Path, value: Any, rows: int, ignored: frozenset[str]) -> LeafKind:
-    """How one leaf behaves when calls of `rows` rows are stacked."""
-    if not ignored.isdisjoint(path):
-        return LeafKind.IGNORED
-    if not isinstance(value, torch.Tensor):
-        return LeafKind.PLAIN
-    if value.dim() == 0 or (value.dim() == 1 and value.shape[0] == 1 and rows != 1):
-        return LeafKind.SCALAR
-    return LeafKind.BATCHED if value.shape[0] == rows else LeafKind.SHARED
-
-
-def describe(kind: LeafKind, value: Any) -> Hashable:
-    """The part of a leaf that must agree between calls that share a forward."""
-    if kind is LeafKind.IGNORED:
-        return None
-    if kind is LeafKind.SCALAR:
-        return str(value.device)
-    if kind is LeafKind.BATCHED:
-        return str(value.dtype), tuple(value.shape[1:]), str(value.device)
-    if kind is LeafKind.SHARED:
-        return str(value.dtype), tuple(value.shape), content_digest(value)
-    try:
-        hash(value)
-    except TypeError:
-        return "object", id(value)
-    return type(value).__name__, value
-
-
-def content_digest(value: torch.Tensor) -> bytes:
-    """A digest of a tensor's bytes, for any dtype."""
-    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).digest()
-
-
 def make_call(
     method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any], sequence: int = 0
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
-    rows = count_rows(args, kwargs)
+    considered = {k: Ignored.IGNORED if k in method.ignored else v for k, v in kwargs.items()}
+    rows = count_rows(args, {k: v for k, v in considered.items() if k not in method.shared})
     described = []
-    for path, value in leaves((args, kwargs)):
-        kind = classify(path, value, rows, method.ignored)
+    for path, value in walk((args, considered)):
+        kind = classify(value, rows, always_shared=_keyword(path) in method.shared)
         described.append((path, kind, describe(kind, value)))
     return Call(method, args, kwargs, CallKey(method.name, tuple(described)), rows, sequence)
+
+
+def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Leading size of the first tensor with dimensions; 1 where there is none or it is empty."""
+    for _, value in walk((args, kwargs)):
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return max(value.shape[0], 1)
+    return 1
+
+
+def _keyword(path: Path) -> Hashable:
+    """The keyword argument that a path of `walk((args, kwargs))` leads into, or None."""
+    return path[1] if len(path) > 1 and path[0] == 1 else None

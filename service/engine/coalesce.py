@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 
-from service.engine.call import Call, LeafKind, Path
+from service.engine.call import Call
+from service.engine.leaves import LeafKind, Path
+
+# Output parts that every call may be handed as they are: immutable, and rarely about one row.
+HARMLESS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+
+
+class UnsplittableError(TypeError):
+    """The output of a stacked forward has a part of which nobody knows whose it is."""
 
 
 def stack(calls: Sequence[Call]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -28,69 +37,91 @@ def stack(calls: Sequence[Call]) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def split(output: Any, rows: Sequence[int]) -> list[Any]:
     """Cut the output of a stacked forward into one output per call.
 
-    Tensors whose leading size is the total row count are split along it; containers and output
-    objects are rebuilt around the pieces; everything else goes to every call as it is.
+    Tensors are cut along their leading dimension; containers and output objects are rebuilt
+    around the pieces; plain values go to every call. A single call gets its output untouched.
+
+    Raises:
+        UnsplittableError: a tensor has not one leading entry a row, or an object cannot be looked
+            into. Handing every call the whole would give each of them the others' result, so the
+            caller must run the calls apart.
     """
     if len(rows) == 1:
         return [output]
-    return _split_value(output, list(rows), sum(rows))
+    return _split_value(output, list(rows))
 
 
 def _stack_values(
     values: list[Any], rows: list[int], kinds: dict[Path, LeafKind], path: Path
 ) -> Any:
-    first = values[0]
-    if isinstance(first, dict):
-        return {
-            key: _stack_values([v[key] for v in values], rows, kinds, (*path, key)) for key in first
-        }
-    if isinstance(first, tuple | list):
-        items = [
-            _stack_values([v[index] for v in values], rows, kinds, (*path, index))
-            for index in range(len(first))
-        ]
-        return type(first)(items)
-    return _stack_leaves(values, rows, kinds[path])
+    first, kind = values[0], kinds[path]
+    if kind is not LeafKind.CONTAINER:
+        return _stack_leaves(values, rows, kind)
+    parts = {
+        name: _stack_values([value[name] for value in values], rows, kinds, (*path, name))
+        for name in (first if isinstance(first, dict) else range(len(first)))
+    }
+    return _rebuild(first, parts)
 
 
 def _stack_leaves(values: list[Any], rows: list[int], kind: LeafKind) -> Any:
     if kind is LeafKind.BATCHED:
         return torch.cat(values)
-    if kind is LeafKind.SCALAR:
+    if kind is LeafKind.PER_ROW:
         # Schedulers disagree on int or float timesteps; cat promotes, which loses nothing.
-        repeated = [v.reshape(1).expand(count) for v, count in zip(values, rows, strict=True)]
+        repeated = [v.reshape(-1).expand(count) for v, count in zip(values, rows, strict=True)]
         return torch.cat(repeated)
     return values[0]
 
 
-def _split_value(value: Any, rows: list[int], total: int) -> list[Any]:
+def _split_value(value: Any, rows: list[int]) -> list[Any]:
     if isinstance(value, torch.Tensor):
-        if value.dim() > 0 and value.shape[0] == total:
-            return list(value.split(rows))
+        return _split_tensor(value, rows)
+    if isinstance(value, HARMLESS):
         return [value] * len(rows)
+    columns = {name: _split_value(part, rows) for name, part in _parts(value).items()}
+    return [
+        _rebuild(value, {name: column[index] for name, column in columns.items()})
+        for index in range(len(rows))
+    ]
+
+
+def _split_tensor(value: torch.Tensor, rows: list[int]) -> list[Any]:
+    if value.dim() == 0 or value.shape[0] != sum(rows):
+        raise UnsplittableError(f"a tensor of shape {tuple(value.shape)} for {sum(rows)} rows")
+    return list(value.split(rows))
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """What a container or an output object holds, by key, index or attribute name."""
     if isinstance(value, dict):
-        return _split_dict(value, rows, total)
+        # The output classes of diffusers and transformers are both dicts and dataclasses; as
+        # dicts they lack their fields that are None.
+        if is_dataclass(value):
+            return {field.name: getattr(value, field.name) for field in fields(value)}
+        return dict(value)
     if isinstance(value, tuple | list):
-        columns = [_split_value(item, rows, total) for item in value]
-        return [type(value)(items) for items in zip(*columns, strict=True)]
+        return dict(enumerate(value))
     if hasattr(value, "__dict__") and not callable(value):
-        return _split_object(value, rows, total)
-    return [value] * len(rows)
+        return vars(value)
+    raise UnsplittableError(f"an object of type {type(value).__name__}")
 
 
-def _split_dict(value: dict[Any, Any], rows: list[int], total: int) -> list[Any]:
-    columns = {key: _split_value(item, rows, total) for key, item in value.items()}
-    pieces = [{key: column[i] for key, column in columns.items()} for i in range(len(rows))]
-    if is_dataclass(value):
-        # The output classes of diffusers and transformers are both dicts and dataclasses.
-        return [type(value)(**piece) for piece in pieces]
-    return pieces
+def _rebuild(value: Any, parts: dict[Any, Any]) -> Any:
+    """A container or object like `value` with other parts."""
+    if type(value) in (dict, list, tuple):
+        return parts if isinstance(value, dict) else type(value)(parts.values())
+    if isinstance(value, dict) and is_dataclass(value):
+        return type(value)(**parts)
+    if isinstance(value, tuple | list):
+        make = getattr(value, "_make", type(value))
+        return make(parts.values())
+    return _rebuild_object(value, parts)
 
 
-def _split_object(value: Any, rows: list[int], total: int) -> list[Any]:
-    """Such as a latent distribution: a copy for each call, its tensors cut."""
-    copies = [copy.copy(value) for _ in rows]
-    for name, attribute in vars(value).items():
-        for piece, part in zip(copies, _split_value(attribute, rows, total), strict=True):
-            setattr(piece, name, part)
-    return copies
+def _rebuild_object(value: Any, parts: dict[Any, Any]) -> Any:
+    """Such as a latent distribution: a copy with other attributes, whatever was derived before."""
+    other = copy.copy(value)
+    if other is value:
+        raise UnsplittableError(f"an object of type {type(value).__name__} that copies to itself")
+    (other if isinstance(value, dict) else vars(other)).update(parts)
+    return other

@@ -10,19 +10,22 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from service.domain.errors import CancelledError, NotReadyError
+from service.domain.errors import CancelledError, GenerationFailedError, NotReadyError
 from service.engine.admission import Load, check_room
 from service.engine.batcher import Batcher, Counters
 from service.engine.cost import CostModel
+from service.engine.listener import tell
 from service.engine.track import Track, Work
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.5
 DRAIN_RETRY_S = 5.0
+LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,25 @@ class EngineOptions:
 
 
 class Engine:
-    """Runs submitted work. Every accepted piece of work ends in exactly one listener call."""
+    """Runs submitted work. Every accepted piece of work ends in exactly one listener call.
+
+    All methods may be called from any thread, and by listeners; only `stop` may not be called by
+    `Listener.accepted`, which runs while the door is held.
+    """
 
     def __init__(self, options: EngineOptions | None = None, cost: CostModel | None = None) -> None:
         self.options = options or EngineOptions()
         self.batcher = Batcher(self.options.max_rows, cost, on_ended=self._forget)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
-        # Guarded by the lock: what submitting threads and the engine thread share.
-        self._lock = threading.Lock()
-        self._in_hand: dict[str, Work] = {}
+        # Guarded by the lock: what submitting threads and the engine thread share. A listener that
+        # hears it was accepted may call the engine again, hence reentrant.
+        self._lock = threading.RLock()
+        self._nothing_in_hand = threading.Condition(self._lock)
+        self._in_hand: set[Track] = set()
         self._open = True
-        self._running = True
         # Written by the engine thread only.
+        self._running = True
         self._backlog_s = 0.0
         self._last_sign_of_life_s = time.monotonic()
 
@@ -68,22 +77,25 @@ class Engine:
 
         Raises:
             ServerFullError: too many pictures are in hand already.
-            NotReadyError: the engine is draining.
+            NotReadyError: the engine is draining or has stopped.
         """
+        # All under the lock: `accepted` comes before `started`, and what is accepted is among the
+        # commands before `stop` can put its own behind them.
         with self._lock:
             if not self._open:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
             load = self._load()
             check_room(load, work.pictures, self.options.max_waiting_pictures)
-            self._in_hand[work.id] = work
-        track = Track(work, self.batcher.clock())
-        self._commands.put(lambda: self.batcher.add(track))
+            track = Track(work, self.batcher.clock)
+            self._in_hand.add(track)
+            tell(work.id, work.listener.accepted, load.requests, load.backlog_s)
+            self._commands.put(partial(self.batcher.add, track))
         return load.requests
 
     def cancel(self, request_id: str) -> None:
-        """End a request at its next park; does nothing if it ended already."""
+        """End a request at its next park; does nothing if it is unknown or ended already."""
         error = CancelledError(f"request {request_id} was cancelled")
-        self._commands.put(lambda: self.batcher.stop_track(request_id, error))
+        self._commands.put(partial(self.batcher.stop_track, request_id, error))
 
     def load(self) -> Load:
         """Work in hand: everything accepted and not yet ended."""
@@ -102,32 +114,62 @@ class Engine:
         return time.monotonic() - self._last_sign_of_life_s
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """Take no new work, finish what is in hand within `drain_s`, cancel the rest, end."""
+        """Take no new work, finish what is in hand within `drain_s`, cancel the rest, end.
+
+        Returns when the engine thread has ended, unless a listener calls it on that very thread.
+        """
         with self._lock:
             self._open = False
-        deadline_s = time.monotonic() + drain_s
-        while self.load().requests and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        for request_id in list(self._in_hand):
-            self.cancel(request_id)
+            if self._thread.ident is None:
+                self._close()
+                return
+            if threading.current_thread() is not self._thread:
+                self._nothing_in_hand.wait_for(lambda: not self._in_hand, drain_s)
         self._commands.put(self._end)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _main(self) -> None:
+        try:
+            self._settle_in()
+            while self._running:
+                self._turn()
+        finally:
+            self._close()
+
+    def _settle_in(self) -> None:
         if self.options.niceness:
-            # On Linux niceness belongs to a thread, and threads it starts (OpenMP's) inherit it.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self.options.niceness)
+            self._step_back()
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         # Grad mode belongs to the thread, not to the greenlet: once, at the root.
         torch.set_grad_enabled(False)
-        while self._running:
+
+    def _step_back(self) -> None:
+        # On Linux niceness belongs to a thread, and threads it starts (OpenMP's) inherit it.
+        try:
+            thread = threading.get_native_id()
+            wanted = os.getpriority(os.PRIO_PROCESS, thread) + self.options.niceness
+            os.setpriority(os.PRIO_PROCESS, thread, min(wanted, LOWEST_PRIORITY))
+        except OSError as error:
+            logger.warning("the engine thread keeps its priority: %s", error)
+
+    def _turn(self) -> None:
+        """Hear what others want, do one tick, and rest if there was nothing to do."""
+        try:
             self._take_commands(wait=False)
+            if not self._running:
+                return
             worked = self.batcher.tick()
             self._backlog_s = self.batcher.backlog_s()
             self._last_sign_of_life_s = time.monotonic()
             if not worked:
                 self._take_commands(wait=True)
+        except Exception as error:
+            # Ours, as pipelines and listeners are caught elsewhere. Everyone is told, and the
+            # engine goes on with what comes next.
+            logger.exception("the engine met an error of its own")
+            self.batcher.stop_all(partial(_engine_failed, error))
 
     def _take_commands(self, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):
@@ -139,10 +181,36 @@ class Engine:
     def _end(self) -> None:
         self._running = False
 
+    def _close(self) -> None:
+        """Answer everything that is still in hand, whatever happened before."""
+        with self._lock:
+            self._open = False
+        self._running = False
+        try:
+            self._take_commands(wait=False)
+            self.batcher.stop_all(_stopped)
+        except Exception:
+            logger.exception("the engine met an error of its own while it stopped")
+        with self._lock:
+            left_over = list(self._in_hand)
+        for track in left_over:
+            track.abandon(_stopped(track.work.id))
+            self._forget(track)
+
     def _forget(self, track: Track) -> None:
         with self._lock:
-            self._in_hand.pop(track.work.id, None)
+            self._in_hand.discard(track)
+            if not self._in_hand:
+                self._nothing_in_hand.notify_all()
 
     def _load(self) -> Load:
-        pictures = sum(work.pictures for work in self._in_hand.values())
+        pictures = sum(track.work.pictures for track in self._in_hand)
         return Load(len(self._in_hand), pictures, self._backlog_s)
+
+
+def _stopped(request_id: str) -> BaseException:
+    return CancelledError(f"request {request_id} was cancelled: the server is stopping")
+
+
+def _engine_failed(error: Exception, request_id: str) -> BaseException:
+    return GenerationFailedError(f"request {request_id} failed in the engine: {error!r}")

@@ -10,7 +10,7 @@ from typing import Any
 import greenlet
 
 from service.engine.call import ParkableMethod, make_call
-from service.engine.track import TrackGreenlet
+from service.engine.track import Stage, TrackGreenlet
 
 _sequence = itertools.count()
 
@@ -22,6 +22,7 @@ def make_parkable(
     *,
     stage: str,
     ignored: frozenset[str] = frozenset(),
+    shared: frozenset[str] = frozenset(),
     max_rows: int = 32,
 ) -> Callable[[], None]:
     """Replace a method on one module instance; outside a track it behaves as before.
@@ -32,13 +33,17 @@ def make_parkable(
         method_name: such as `forward` or `decode`.
         stage: what its time is counted as, a value of `Stage`.
         ignored: keyword arguments that do not influence the result.
+        shared: keyword arguments whose tensors serve all rows, whatever their leading size.
         max_rows: most rows of one shared forward.
 
     Returns:
-        A function that undoes the replacement.
+        A function that undoes the replacement. It does nothing if another replacement was put on
+        top meanwhile: that one still calls this one, which is harmless outside a track.
     """
     original = getattr(module, method_name)
-    method = ParkableMethod(module_name, method_name, original, stage, ignored, max_rows)
+    method = ParkableMethod(
+        module_name, method_name, original, Stage(stage), ignored, shared, max_rows
+    )
 
     @functools.wraps(original)
     def parked(*args: Any, **kwargs: Any) -> Any:
@@ -47,5 +52,15 @@ def make_parkable(
             return original(*args, **kwargs)
         return current.track.park(make_call(method, args, kwargs, next(_sequence)))
 
+    before = vars(module).get(method_name)
     setattr(module, method_name, parked)
-    return lambda: delattr(module, method_name)
+    return functools.partial(_restore, module, method_name, parked, before)
+
+
+def _restore(module: object, method_name: str, parked: object, before: object) -> None:
+    if vars(module).get(method_name) is not parked:
+        return
+    if before is None:
+        delattr(module, method_name)
+    else:
+        setattr(module, method_name, before)

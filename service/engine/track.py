@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import greenlet
+import torch
 
 from service.domain.errors import CancelledError, GenerationFailedError, StepserveError
-from service.domain.states import RequestState, move
+from service.domain.states import RequestState, is_terminal, move
 from service.domain.timings import Timings
 from service.engine.call import Call
+from service.engine.listener import Listener, tell
+
+logger = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
 
 
 class Stage(StrEnum):
@@ -24,25 +31,12 @@ class Stage(StrEnum):
     DECODE = "decode"
 
 
-class Listener(Protocol):
-    """Hears what becomes of a piece of work. Called on the engine thread: must return quickly."""
-
-    def started(self) -> None:
-        """The pipeline call begins."""
-
-    def finished(self, result: Any, timings: Timings) -> None:
-        """The pipeline call returned `result`."""
-
-    def failed(self, error: BaseException, timings: Timings) -> None:
-        """The work was cancelled or raised."""
-
-
 @dataclass(frozen=True, eq=False)
 class Work:
     """What the engine is asked to do.
 
     Args:
-        id: unique among the work in hand.
+        id: names the work in messages and for cancelling.
         rows: rows that each denoiser call will take.
         steps: denoiser calls expected, for estimates.
         pictures: pictures it makes, counted against the limit on waiting work.
@@ -64,6 +58,7 @@ class Clockwork:
 
     submitted_s: float
     started_s: float | None = None
+    first_step_s: float | None = None
     stage_s: dict[Stage, float] = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
 
@@ -71,6 +66,7 @@ class Clockwork:
         """What to tell about the track at this moment."""
         return Timings(
             queue_s=(now_s if self.started_s is None else self.started_s) - self.submitted_s,
+            first_step_s=(self.first_step_s or now_s) - self.submitted_s,
             encode_s=self.stage_s.get(Stage.ENCODE, 0.0),
             denoise_s=self.stage_s.get(Stage.DENOISE, 0.0),
             decode_s=self.stage_s.get(Stage.DECODE, 0.0),
@@ -79,7 +75,7 @@ class Clockwork:
         )
 
 
-class TrackGreenlet(greenlet.greenlet):  # type: ignore[misc]
+class TrackGreenlet(greenlet.greenlet):
     """A greenlet that knows its track, so that a parkable module finds it."""
 
     track: Track
@@ -89,69 +85,129 @@ class Track:
     """One piece of work between its submission and its end.
 
     The engine resumes it with the outputs of module calls; it runs on until its next call, which
-    is then in `call`, or until it ends.
+    is then in `call`, or until it ends. Whatever the pipeline raises ends this track and no other.
     """
 
-    def __init__(self, work: Work, now_s: float) -> None:
+    def __init__(self, work: Work, clock: Clock) -> None:
         self.work = work
         self.state = RequestState.QUEUED
-        self.clockwork = Clockwork(submitted_s=now_s)
+        self.clockwork = Clockwork(submitted_s=clock())
         self.call: Call | None = None
         self.parked_s = 0.0
         self.steps_done = 0
+        self._clock = clock
+        self._stopped_by: BaseException | None = None
         # Made on start: a greenlet belongs to the thread that makes it, which must be the engine's.
         self._greenlet: TrackGreenlet | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the listener has heard the end."""
+        return is_terminal(self.state)
 
     @property
     def steps_left(self) -> int:
         """Denoiser calls still expected."""
         return max(self.work.steps - self.steps_done, 0)
 
-    def start(self, now_s: float) -> None:
+    def start(self) -> None:
         """Run up to the first module call."""
         self.state = move(self.state, RequestState.RUNNING)
-        self.clockwork.started_s = now_s
-        self.work.listener.started()
+        self.clockwork.started_s = self._clock()
+        tell(self.work.id, self.work.listener.started)
         self._greenlet = TrackGreenlet(self.work.run)
         self._greenlet.track = self
-        self._run(self._greenlet.switch, now_s)
+        self._run(self._greenlet.switch)
 
-    def resume(self, output: Any, now_s: float) -> None:
+    def resume(self, output: Any) -> None:
         """Give the parked call its output and run up to the next one."""
         assert self._greenlet is not None
-        self._run(partial(self._greenlet.switch, output), now_s)
+        self._run(partial(self._greenlet.switch, output))
 
-    def throw(self, error: BaseException, now_s: float) -> None:
-        """Raise `error` from the parked call, or end a track that never started."""
+    def throw(self, error: BaseException) -> None:
+        """Raise `error` from the parked call; the pipeline may catch it and go on."""
+        assert self._greenlet is not None
+        self._run(partial(self._greenlet.throw, error))
+
+    def stop(self, error: BaseException) -> None:
+        """End the track with `error`, raised from the call it is parked at if it was started."""
+        if self.ended:
+            return
+        self._stopped_by = error
         if self._greenlet is None:
-            self._fail(error, now_s)
+            self._fail(error)
         else:
-            self._run(partial(self._greenlet.throw, error), now_s)
+            self.throw(error)
+
+    def abandon(self, error: BaseException) -> None:
+        """Answer for a track whose greenlet cannot be reached: the engine's last resort."""
+        if not self.ended:
+            self._stopped_by = error
+            self._fail(error)
 
     def park(self, call: Call) -> Any:
         """Called inside the greenlet: hand `call` to the engine and wait for its output."""
+        if self._stopped_by is not None or self._greenlet is None:
+            # The pipeline caught what should have ended it. This is no Exception: few catch it.
+            raise greenlet.GreenletExit
         self.call = call
-        assert self._greenlet is not None
-        return self._greenlet.parent.switch()
+        gradients = torch.is_grad_enabled()
+        try:
+            return self._greenlet.parent.switch()
+        finally:
+            torch.set_grad_enabled(gradients)
 
-    def _run(self, switch: Callable[[], Any], now_s: float) -> None:
+    def _run(self, switch: Callable[[], Any]) -> None:
         self.call = None
+        # Grad mode belongs to the thread: what a pipeline sets must not leak to other tracks.
+        gradients = torch.is_grad_enabled()
         try:
             result = switch()
         except BaseException as error:
-            # Whatever a pipeline raises ends its own track and nothing else.
-            self._fail(error, now_s)
-            return
-        if self.call is None:
-            self.state = move(self.state, RequestState.FINISHED)
-            self.work.listener.finished(result, self.clockwork.timings(now_s))
+            self._fail(error)
         else:
-            self.parked_s = now_s
+            self._settle(result)
+        finally:
+            torch.set_grad_enabled(gradients)
 
-    def _fail(self, error: BaseException, now_s: float) -> None:
-        cancelled = isinstance(error, CancelledError | greenlet.GreenletExit)
-        self.state = move(self.state, RequestState.CANCELLED if cancelled else RequestState.FAILED)
-        self.work.listener.failed(error, self.clockwork.timings(now_s))
+    def _settle(self, result: Any) -> None:
+        """After a switch that raised nothing: parked, ended, or made to end."""
+        if self.call is not None:
+            self.parked_s = self._clock()
+        elif self._stopped_by is not None:
+            self._fail(self._stopped_by)
+        elif isinstance(result, greenlet.GreenletExit):
+            # Raised in a greenlet it comes back as a value.
+            self._fail(result)
+        else:
+            self._end(RequestState.FINISHED)
+            timings = self.clockwork.timings(self._clock())
+            tell(self.work.id, self.work.listener.finished, result, timings)
+
+    def _fail(self, error: BaseException) -> None:
+        error = self._stopped_by or error
+        if isinstance(error, CancelledError):
+            self._end(RequestState.CANCELLED)
+        else:
+            self._end(RequestState.FAILED)
+            logger.warning("request %s failed", self.work.id, exc_info=error)
+        forget_frames(error)
+        tell(self.work.id, self.work.listener.failed, error, self.clockwork.timings(self._clock()))
+
+    def _end(self, state: RequestState) -> None:
+        self.state = move(self.state, state)
+        self.call = None
+        # Greenlet and track hold each other.
+        self._greenlet = None
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error and of what led to it: their frames hold tensors."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def as_stepserve_error(error: BaseException, request_id: str) -> StepserveError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ class ParkingRule:
     Args:
         ignored: keyword arguments that do not influence the result. The VAE takes a `generator`
             in `decode` and never draws from it.
-        max_rows: overrides the engine's row limit. A VAE gains nothing from large batches, and
-            long decodes would hold up the next denoising step.
+        max_rows: where it should be less than the engine's row limit. A VAE gains nothing from
+            large batches, and long decodes would hold up the next denoising step.
     """
 
     component: str
@@ -37,19 +38,31 @@ PARKING_RULES = (
 )
 
 
-def attach(pipeline: Any, max_rows: int) -> None:
+def attach(pipeline: Any, max_rows: int) -> Callable[[], None]:
     """Make the heavy modules of `pipeline` park every track that calls them.
 
     The modules stay resident and shared; called outside a track they behave as before.
+
+    Returns:
+        A function that undoes it.
     """
+    undo = []
     for rule in PARKING_RULES:
         module = getattr(pipeline, rule.component, None)
         if module is not None:
-            make_parkable(
-                module,
-                rule.component,
-                rule.method,
-                stage=rule.stage,
-                ignored=rule.ignored,
-                max_rows=rule.max_rows or max_rows,
+            undo.append(
+                make_parkable(
+                    module,
+                    rule.component,
+                    rule.method,
+                    stage=rule.stage,
+                    ignored=rule.ignored,
+                    max_rows=min(rule.max_rows or max_rows, max_rows),
+                )
             )
+
+    def detach() -> None:
+        for restore in undo:
+            restore()
+
+    return detach

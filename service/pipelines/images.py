@@ -13,7 +13,10 @@ from service import __version__
 from service.domain.events import EncodedImage
 from service.domain.requests import GenerationRequest, OutputFormat
 
+EXIF_SECTION = 0x8769
 EXIF_USER_COMMENT = 0x9286
+# A user comment begins with its character set. JSON escapes whatever is not ASCII.
+EXIF_ASCII = b"ASCII\0\0\0"
 MEDIA_TYPES = {
     OutputFormat.PNG: "image/png",
     OutputFormat.JPEG: "image/jpeg",
@@ -40,8 +43,6 @@ def encode_image(image: Image.Image, request: GenerationRequest, index: int) -> 
         image.save(buffer, "PNG", pnginfo=info)
     else:
         exif = Image.Exif()
-        exif[EXIF_USER_COMMENT] = parameters.encode()
+        exif.get_ifd(EXIF_SECTION)[EXIF_USER_COMMENT] = EXIF_ASCII + parameters.encode()
         image.save(buffer, request.output_format.value.upper(), quality=95, exif=exif)
-    return EncodedImage(
-        buffer.getvalue(), MEDIA_TYPES[request.output_format], request.seed + index
-    )
+    return EncodedImage(buffer.getvalue(), MEDIA_TYPES[request.output_format], request.seed + index)

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from service.domain.errors import StepserveError
 from service.domain.models import ModelCapabilities, SizeRange
+from service.pipelines.prompts import PromptMeter
 from service.pipelines.schedulers import usable_schedulers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -31,6 +32,7 @@ class LoadedModel:
     pipeline: Any
     capabilities: ModelCapabilities
     schedulers: dict[str, type]
+    prompt_meter: PromptMeter
 
 
 def load_model(
@@ -43,17 +45,25 @@ def load_model(
     """
     if not (folder / "model_index.json").exists():
         raise ModelLoadError(f"model {model_id}: {folder} is not a diffusers folder")
+    if dtype not in DTYPES:
+        raise ModelLoadError(f"model {model_id}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     _hush_libraries()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelLoadError(f"model {model_id}: cannot be loaded: {error}") from error
+        return _load(model_id, folder, DTYPES[dtype], device)
+    except Exception as error:
+        # Whatever the libraries raise for a file that is cut short or says something else.
+        kind = type(error).__name__
+        raise ModelLoadError(f"model {model_id}: cannot be loaded: {kind}: {error}") from error
+
+
+def _load(model_id: str, folder: Path, dtype: torch.dtype, device: str) -> LoadedModel:
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
     _settle(pipeline, choose_device(device))
     schedulers = usable_schedulers(pipeline.scheduler)
     capabilities = describe_model(model_id, folder, pipeline, tuple(schedulers))
-    return LoadedModel(pipeline, capabilities, schedulers)
+    return LoadedModel(pipeline, capabilities, schedulers, PromptMeter(pipeline.tokenizer))
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -70,16 +80,24 @@ def describe_model(
     manifest_path = folder / MANIFEST
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
     sizes = manifest.pop("sizes", None)
-    manifest.setdefault("description", f"{type(pipeline).__name__} from {folder.name}")
-    manifest.setdefault("created", int((folder / "model_index.json").stat().st_mtime))
-    return ModelCapabilities(
+    derived = {
+        "description": f"{type(pipeline).__name__} from {folder.name}",
+        "created": int((folder / "model_index.json").stat().st_mtime),
+        "default_scheduler": type(pipeline.scheduler).__name__,
+    }
+    capabilities = ModelCapabilities(
         id=model_id,
         sizes=SizeRange(**sizes) if sizes else derive_sizes(pipeline),
         schedulers=schedulers,
-        default_scheduler=manifest.pop("default_scheduler", type(pipeline.scheduler).__name__),
         max_prompt_tokens=pipeline.tokenizer.model_max_length,
-        **manifest,
+        **(derived | manifest),
     )
+    if capabilities.default_scheduler not in schedulers:
+        raise ValueError(
+            f"its default scheduler {capabilities.default_scheduler} is none of those it can use: "
+            f"{', '.join(schedulers)}"
+        )
+    return capabilities
 
 
 def derive_sizes(pipeline: Any) -> SizeRange:
@@ -87,7 +105,8 @@ def derive_sizes(pipeline: Any) -> SizeRange:
     halvings = len(pipeline.unet.config.block_out_channels) - 1
     step = pipeline.vae_scale_factor * 2**halvings
     native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    return SizeRange(minimum=native // 2 // step * step, maximum=native * 2, step=step, native=native)
+    minimum = max(native // 2 // step, 1) * step
+    return SizeRange(minimum=minimum, maximum=native * 2, step=step, native=native)
 
 
 def _hush_libraries() -> None:

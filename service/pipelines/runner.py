@@ -11,17 +11,18 @@ from PIL import Image
 
 from service.domain.errors import InvalidRequestError, RefusedError
 from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
+from service.domain.limits import check_request
 from service.domain.requests import GenerationRequest
 from service.domain.timings import Timings
 from service.engine.engine import Engine, EngineOptions
+from service.engine.listener import tell
 from service.engine.track import Work, as_stepserve_error
 from service.pipelines.attach import attach
 from service.pipelines.images import encode_image
 from service.pipelines.load import LoadedModel
-from service.pipelines.text_to_image import check_prompt_length, denoiser_calls, text_to_image
+from service.pipelines.text_to_image import denoiser_calls, text_to_image
 
 Sink = Callable[[Event], None]
-WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,25 @@ class RequestListener:
     sink: Sink
     encoder: ThreadPoolExecutor
 
+    def accepted(self, position: int, backlog_s: float) -> None:
+        """The request was let in."""
+        self.sink(Accepted(self.request.id, position, backlog_s))
+
     def started(self) -> None:
         """The pipeline call begins."""
         self.sink(Started(self.request.id))
 
+    def step_ended(self, step: int, steps: int) -> None:
+        """The pipeline call got one step further. Called inside it, where raising would end it."""
+        tell(self.request.id, self.sink, StepFinished(self.request.id, step, steps))
+
     def finished(self, result: list[Image.Image], timings: Timings) -> None:
         """Encode off the engine thread: the next forward must not wait for it."""
-        self.encoder.submit(self._encode, result, timings)
+        try:
+            self.encoder.submit(self._encode, result, timings)
+        except RuntimeError as error:
+            # The interpreter is shutting down.
+            self.failed(error, timings)
 
     def failed(self, error: BaseException, timings: Timings) -> None:
         """Cancelled, or the pipeline raised."""
@@ -48,22 +61,23 @@ class RequestListener:
         try:
             encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
         except Exception as error:
-            self.failed(error, timings)
+            tell(self.request.id, self.failed, error, timings)
         else:
-            self.sink(Finished(self.request.id, encoded, timings))
+            tell(self.request.id, self.sink, Finished(self.request.id, encoded, timings))
 
 
 class PipelineRunner:
     """Serves one model: every submitted request gets exactly one Finished or Failed event.
 
-    Sinks are called on the engine's threads: they must return quickly and not raise.
+    Sinks are called on the submitting thread (Accepted, or Failed if refused) and then on the
+    engine's threads: they must return quickly. What they raise there is logged and ignored.
     """
 
     def __init__(self, model: LoadedModel, options: EngineOptions | None = None) -> None:
         self.model = model
         self.engine = Engine(options)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        attach(model.pipeline, self.engine.options.max_rows)
+        self._detach = attach(model.pipeline, self.engine.options.max_rows)
 
     def start(self) -> None:
         """Start the engine."""
@@ -71,14 +85,12 @@ class PipelineRunner:
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Accept a request, or answer at once with Failed if it is refused."""
-        listener = RequestListener(request, sink, self._encoder)
         try:
-            check_prompt_length(self.model, request)
-            position = self.engine.submit(self._work(request, listener, sink))
+            check_request(request, self.model.capabilities)
+            self.model.prompt_meter.check(request)
+            self.engine.submit(self._work(request, sink))
         except (InvalidRequestError, RefusedError) as error:
             sink(Failed(request.id, error))
-        else:
-            sink(Accepted(request.id, position, self.engine.load().backlog_s))
 
     def cancel(self, request_id: str) -> None:
         """End a request at its next park."""
@@ -88,16 +100,15 @@ class PipelineRunner:
         """Finish what is in hand within `drain_s` seconds, cancel the rest, and end."""
         self.engine.stop(drain_s)
         self._encoder.shutdown(wait=True)
+        self._detach()
 
-    def _work(self, request: GenerationRequest, listener: RequestListener, sink: Sink) -> Work:
-        def step_ended(step: int, steps: int) -> None:
-            sink(StepFinished(request.id, step, steps))
-
+    def _work(self, request: GenerationRequest, sink: Sink) -> Work:
+        listener = RequestListener(request, sink, self._encoder)
         return Work(
             id=request.id,
             rows=request.rows,
             steps=denoiser_calls(self.model, request),
             pictures=request.n,
-            run=partial(text_to_image, self.model, request, step_ended),
+            run=partial(text_to_image, self.model, request, listener.step_ended),
             listener=listener,
         )

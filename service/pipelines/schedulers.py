@@ -8,14 +8,15 @@ import torch
 
 PROBE_STEPS = 4
 
-# A scheduler class is left out where it would make a wrong picture rather than raise.
-UNSUITABLE = frozenset(
-    {
-        # Distilled models only: they take the network's answer as it is after one step.
-        "LCMScheduler",
-        "TCDScheduler",
-    }
-)
+# Left out because they would make a wrong picture, or not the same one twice, rather than raise.
+UNSUITABLE = {
+    "CosineDPMSolverMultistepScheduler": "made for models that learned the cosine schedule in EDM",
+    "DPMSolverSDEScheduler": "draws noise from a source of its own, not from the request's seed",
+    "EDMDPMSolverMultistepScheduler": "made for models that learned EDM's scaling and time",
+    "EDMEulerScheduler": "made for models that learned EDM's scaling and time",
+    "LCMScheduler": "distilled models only: takes the network's answer as it is after one step",
+    "TCDScheduler": "distilled models only: takes the network's answer as it is after one step",
+}
 
 
 def usable_schedulers(scheduler: Any) -> dict[str, type]:
@@ -25,12 +26,11 @@ def usable_schedulers(scheduler: Any) -> dict[str, type]:
     they do not know the prediction type, or need a package that is not installed) are left out.
     """
     candidates = {cls.__name__: cls for cls in [*scheduler.compatibles, type(scheduler)]}
-    usable = {
+    return {
         name: cls
         for name, cls in sorted(candidates.items())
         if name not in UNSUITABLE and _works(cls, scheduler.config)
     }
-    return usable
 
 
 def build_scheduler(cls: type, config: Any) -> Any:

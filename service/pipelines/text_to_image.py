@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from service.domain.errors import InvalidRequestError
+from service.domain.errors import GenerationFailedError
 from service.domain.requests import GenerationRequest
 from service.pipelines.load import LoadedModel
 from service.pipelines.schedulers import build_scheduler
@@ -34,11 +34,17 @@ def make_generators(seed: int, n: int) -> list[torch.Generator]:
 def text_to_image(
     model: LoadedModel, request: GenerationRequest, on_step: OnStep | None = None
 ) -> list[Image.Image]:
-    """Make the pictures of a request. `on_step(i, n)` is called after each denoiser evaluation."""
+    """Make the pictures of a request. `on_step(i, n)` is called after each scheduler step.
+
+    Raises:
+        GenerationFailedError: the denoiser's numbers overflowed.
+    """
 
     def step_ended(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> Any:
         if on_step is not None:
             on_step(index + 1, pipeline.num_timesteps)
+        if index + 1 == pipeline.num_timesteps:
+            _check_finite(values["latents"], request)
         return {}
 
     pipeline = borrow_pipeline(model, request.scheduler)
@@ -52,7 +58,7 @@ def text_to_image(
         num_images_per_prompt=request.n,
         generator=make_generators(request.seed, request.n),
         callback_on_step_end=step_ended,
-        callback_on_step_end_tensor_inputs=[],
+        callback_on_step_end_tensor_inputs=["latents"],
     ).images
     return images
 
@@ -63,18 +69,10 @@ def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
     return request.num_inference_steps * order
 
 
-def check_prompt_length(model: LoadedModel, request: GenerationRequest) -> None:
-    """Refuse what the text encoder would silently cut off.
-
-    Raises:
-        InvalidRequestError: `prompt` or `negative_prompt` has too many tokens.
-    """
-    limit = model.capabilities.max_prompt_tokens
-    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        tokens = len(model.pipeline.tokenizer(text).input_ids)
-        if tokens > limit:
-            raise InvalidRequestError(
-                f"{field} is {tokens} tokens long and the limit of model {request.model} is "
-                f"{limit}, start and end marks included",
-                field=field,
-            )
+def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:
+    """A picture of numbers that are none would be black, and look like an answer."""
+    if not bool(torch.isfinite(latents).all()):
+        raise GenerationFailedError(
+            f"request {request.id} failed: the denoiser's output is not finite "
+            f"(scheduler {request.scheduler}, guidance_scale {request.guidance_scale:g})"
+        )

@@ -1,4 +1,4 @@
-"""First forwards are slow: kernels are chosen and compiled for each shape. Do that before serving."""
+"""First forwards are slow, as kernels are chosen for each shape: better before serving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def warm_up(runner: PipelineRunner) -> float:
     started_s = time.perf_counter()
     pictures = 1
     limit = min(runner.model.capabilities.max_n, runner.engine.options.max_rows // 2)
-    while pictures <= limit:
+    while pictures <= max(limit, 1):
         _run(runner, _request(runner, pictures))
         pictures *= 2
     return time.perf_counter() - started_s

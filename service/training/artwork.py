@@ -137,7 +137,7 @@ def read_member(archive: Path, member: str) -> dict[str, object]:
             return content
     except (tarfile.TarError, KeyError, EOFError, zlib.error, OSError, ValueError) as error:
         raise ArtworkUnavailableError(
-            f"{archive} cannot be read ({error}); delete it to fetch it again"
+            f"{member} cannot be read from {archive}; delete it to fetch it again"
         ) from error
 
 

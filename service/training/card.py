@@ -52,9 +52,13 @@ def count_parameters(pipeline: StableDiffusionPipeline) -> dict[str, int]:
 
 
 def sizes(pipeline: StableDiffusionPipeline) -> dict[str, int]:
-    """Picture sides in pixels: three quarters of the native one to twice it."""
+    """Picture sides in pixels: three quarters of the native one to twice it.
+
+    The UNet must be able to halve the latents as often as it does, and diffusers insists on
+    multiples of 8.
+    """
     halvings = len(pipeline.unet.config.block_out_channels) - 1
-    step = pipeline.vae_scale_factor * 2**halvings
+    step = max(8, pipeline.vae_scale_factor * 2**halvings)
     native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     smallest = max(step, native * 3 // 4 // step * step)
     return {"minimum": smallest, "maximum": 2 * native, "step": step, "native": native}

@@ -59,6 +59,30 @@ class NoiseSchedule:
         signal, sigma = self.scales(t, x_t)
         return signal * x_t - sigma * velocity
 
+    def predict_noise(
+        self, x_t: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The noise that x_t and a predicted velocity imply."""
+        signal, sigma = self.scales(t, x_t)
+        return sigma * x_t + signal * velocity
+
+    def ddim_step(
+        self,
+        x_t: torch.Tensor,
+        velocity: torch.Tensor,
+        t: torch.Tensor,
+        earlier: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One reverse step without randomness (Song et al. 2021, arXiv:2010.02502).
+
+        Noise the predicted x_0 again with the predicted noise, but only up to the timesteps
+        `earlier` (batch,); None means all the way to x_0.
+        """
+        x_0 = self.predict_x_0(x_t, velocity, t)
+        if earlier is None:
+            return x_0
+        return self.add_noise(x_0, self.predict_noise(x_t, velocity, t), earlier)
+
     def signal_to_noise(self, t: torch.Tensor) -> torch.Tensor:
         """alpha_bar / (1 - alpha_bar), shape (batch,)."""
         alpha_bar = self.alpha_bar[t]

@@ -4,7 +4,8 @@ TrainingError
 ├── ArtworkUnavailableError      the artwork packages cannot be fetched or read
 ├── CheckpointError              a checkpoint is damaged, or belongs to another training
 ├── TrainingDivergedError        the loss is no longer a number
-└── ExportError                  the finished model breaks a promise, such as its size
+├── ExportError                  the finished model breaks a promise, such as its size
+└── ModelNotExplainableError     the strips can be drawn for velocity predictors only
 """
 
 from __future__ import annotations
@@ -30,3 +31,7 @@ class TrainingDivergedError(TrainingError):
 
 class ExportError(TrainingError):
     """The trained pipeline is not what is promised to those who load it."""
+
+
+class ModelNotExplainableError(TrainingError):
+    """There is no model in a folder, or it is of another kind than the strips are made for."""

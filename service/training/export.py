@@ -107,9 +107,9 @@ def check_promises(folder: Path) -> None:
         raise ExportError(f"the model takes {total_bytes / 1e6:.1f} MB, more than the 50 MB limit")
     try:
         StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
+            folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"the saved model does not load again: {error}") from error
 
 

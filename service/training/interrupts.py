@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -11,13 +12,17 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, the first stop signal is only noted in `received`; a second one interrupts.
+    """While entered, the first stop signal is only noted in `received`; a later one interrupts.
 
-    Signals reach the main thread only, so in another thread this does nothing.
+    Later means `patience_s` after the first: some senders, such as `timeout`, send a signal to the
+    process and to its group at once, which is one wish and not two. Signals reach the main thread
+    only, so in another thread this does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 1.0) -> None:
         self.received: int | None = None
+        self.patience_s = patience_s
+        self._received_at_s = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -46,6 +51,8 @@ class StopSignals:
         raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        now_s = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at_s = number, now_s
+        elif now_s - self._received_at_s >= self.patience_s:
             self.leave()
-        self.received = number

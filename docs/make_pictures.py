@@ -1,0 +1,96 @@
+"""Make the pictures of the README and the docs with the embedded model, through the engine.
+
+python docs/make_pictures.py
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from service.domain.events import Finished
+from service.domain.requests import GenerationRequest
+from service.models.catalogue import EMBEDDED
+from service.pipelines.load import load_model
+from service.pipelines.local import generate_locally
+from service.training.explain import explain
+
+IMAGES = Path(__file__).parent / "images"
+PROMPTS = (
+    "red heart",
+    "pizza",
+    "rocket on a blue background",
+    "cat face",
+    "smiling face with sunglasses",
+    "fire engine",
+    "birthday cake on a pink background",
+    "sunflower",
+    "hamburger",
+    "soccer ball on a green background",
+    "house",
+    "octopus",
+    "red apple",
+    "guitar on a yellow background",
+    "panda",
+    "rainbow",
+    "ghost on a black background",
+    "strawberry",
+    "alarm clock",
+    "frog",
+    "crown on a purple background",
+    "avocado",
+    "snowman on a light blue background",
+    "green heart on a black background",
+)
+COLUMNS = 6
+CELL_PX = 128
+LABEL_PX = 18
+STEPS = 40
+SEED = 7
+
+
+def draw_grid(path: Path) -> None:
+    """Every prompt once, the same seed and settings for all, none picked by hand."""
+    rows = -(-len(PROMPTS) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * CELL_PX, rows * (CELL_PX + LABEL_PX)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (prompt, picture) in enumerate(zip(PROMPTS, make_all(), strict=True)):
+        left, top = index % COLUMNS * CELL_PX, index // COLUMNS * (CELL_PX + LABEL_PX)
+        larger = picture.resize((CELL_PX - 4, CELL_PX - 4), Image.Resampling.LANCZOS)
+        sheet.paste(larger, (left, top))
+        draw.text((left + 2, top + CELL_PX - 2), prompt.replace("background", "bg"), fill="black")
+    sheet.save(path, optimize=True)
+
+
+def make_all() -> list[Image.Image]:
+    """One picture of each prompt."""
+    model = load_model("emoji", EMBEDDED)
+    return [open_picture(generate_locally(model, request(prompt))) for prompt in PROMPTS]
+
+
+def request(prompt: str) -> GenerationRequest:
+    """The embedded model's defaults, with a fixed seed."""
+    return GenerationRequest(
+        id=prompt.replace(" ", "-"),
+        model="emoji",
+        prompt=prompt,
+        width=64,
+        height=64,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        seed=SEED,
+        scheduler="DDIMScheduler",
+    )
+
+
+def open_picture(finished: Finished) -> Image.Image:
+    """The first picture of an answer."""
+    return Image.open(io.BytesIO(finished.images[0].data)).convert("RGB")
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(exist_ok=True)
+    draw_grid(IMAGES / "grid.png")
+    explain(EMBEDDED, IMAGES, "red heart", seed=SEED, steps=STEPS)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_fakes import tensor_call
+
+from service.engine.call import ParkableMethod, count_rows
+from service.engine.leaves import LeafKind, classify
+
+SAMPLE = torch.zeros(2, 3)
+
+
+def key(*args: Any, **kwargs: Any) -> Any:
+    return tensor_call(*args, **kwargs).key
+
+
+def test_prompts_noise_and_row_counts_stay_out_of_the_key() -> None:
+    one = key(torch.rand(2, 3), torch.tensor(5), text=torch.rand(2, 7))
+    other = key(torch.rand(6, 3), torch.tensor(9), text=torch.rand(6, 7))
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        key(torch.zeros(2, 4)),
+        key(torch.zeros(2, 3, 1)),
+        key(SAMPLE.double()),
+        key(SAMPLE, torch.zeros(2, 3)),
+        key(sample=SAMPLE),
+    ],
+    ids=["size", "dimensions", "dtype", "one more", "by keyword"],
+)
+def test_shapes_dtypes_and_arguments_must_agree(other: Any) -> None:
+    assert key(SAMPLE) != other
+
+
+def test_methods_must_agree() -> None:
+    decode = ParkableMethod("vae", "decode", lambda: None)
+    encode = ParkableMethod("vae", "encode", lambda: None)
+    assert tensor_call(SAMPLE, rule=decode).key != tensor_call(SAMPLE, rule=encode).key
+
+
+def test_order_of_keywords_does_not_matter() -> None:
+    text = torch.zeros(2, 7)
+    assert key(SAMPLE, a=text, b=1) == key(SAMPLE, b=1, a=text)
+    assert key(SAMPLE, extra={"a": 1, "b": 2}) == key(SAMPLE, extra={"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("first", [None, {}, [], (), OrderedDict(), [None], {"a": None}])
+@pytest.mark.parametrize("second", [None, {}, [], (), OrderedDict(), [None], {"a": None}])
+def test_empty_containers_and_none_are_told_apart(first: Any, second: Any) -> None:
+    same = type(first) is type(second) and first == second
+    assert (key(SAMPLE, extra=first) == key(SAMPLE, extra=second)) is same
+
+
+def test_left_out_is_not_none() -> None:
+    assert key(SAMPLE) != key(SAMPLE, extra=None)
+    assert key(SAMPLE) != key(SAMPLE, extra={})
+
+
+def test_keys_of_a_dict_need_not_be_sortable() -> None:
+    mixed = {1: "a", "b": 2, None: 3, (1, 2): 4}
+    assert key(SAMPLE, extra=mixed) == key(SAMPLE, extra=dict(reversed(mixed.items())))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(1, 1.0), (True, 1), (0.5, 0.6), ("a", "b"), (None, False)]
+)
+def test_plain_values_must_be_equal_and_of_one_type(one: Any, other: Any) -> None:
+    assert key(SAMPLE, scale=one) == key(SAMPLE, scale=one)
+    assert key(SAMPLE, scale=one) != key(SAMPLE, scale=other)
+
+
+def test_objects_that_cannot_be_compared_must_be_the_same() -> None:
+    unhashable = SimpleNamespace(a=1)
+    assert key(SAMPLE, state=unhashable) == key(SAMPLE, state=unhashable)
+    assert key(SAMPLE, state=unhashable) != key(SAMPLE, state=SimpleNamespace(a=1))
+    generator = torch.Generator()
+    assert key(SAMPLE, state=generator) != key(SAMPLE, state=torch.Generator())
+
+
+def test_tensors_for_all_rows_must_have_the_same_content() -> None:
+    ids = torch.arange(12.0).reshape(4, 3)
+    assert key(SAMPLE, ids=ids) == key(torch.zeros(6, 3), ids=ids.clone())
+    assert key(SAMPLE, ids=ids) != key(SAMPLE, ids=ids + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int8])
+def test_content_of_any_dtype_can_be_compared(dtype: torch.dtype) -> None:
+    ids = torch.eye(5).to(dtype)
+    assert key(SAMPLE, ids=ids) == key(SAMPLE, ids=ids.clone())
+    assert key(SAMPLE, ids=ids) != key(SAMPLE, ids=ids.flip(0))
+
+
+def test_timesteps_agree_however_they_are_given() -> None:
+    """0-dim or one element, one a row, int or float, one row or two: all may share a forward."""
+    one_row = torch.zeros(1, 3)
+    keys = {
+        key(SAMPLE, torch.tensor(7)),
+        key(SAMPLE, torch.tensor(7.5)),
+        key(SAMPLE, torch.tensor([7])),
+        key(SAMPLE, torch.tensor([7.0, 7.0])),
+        key(one_row, torch.tensor(7)),
+        key(one_row, torch.tensor([7.0], dtype=torch.float64)),
+    }
+    assert len(keys) == 1
+
+
+def test_half_precision_timesteps_are_not_mixed_with_others() -> None:
+    """Promoting int64 to bfloat16 would turn 999 into 1000."""
+    assert key(SAMPLE, torch.tensor(999)) != key(SAMPLE, torch.tensor(7.0, dtype=torch.bfloat16))
+
+
+def test_ignored_arguments_may_be_anything() -> None:
+    rule = ParkableMethod("vae", "decode", lambda: None, ignored=frozenset({"generator"}))
+    one, two = torch.Generator(), torch.Generator()
+    keys = {
+        tensor_call(SAMPLE, rule=rule, generator=value).key
+        for value in (None, one, [one], [one, two], {"a": one})
+    }
+    assert len(keys) == 1
+
+
+def test_ignoring_reaches_no_further_than_the_argument_itself() -> None:
+    rule = ParkableMethod("vae", "decode", lambda: None, ignored=frozenset({"generator"}))
+    one = tensor_call(SAMPLE, rule=rule, extra={"generator": 1}).key
+    other = tensor_call(SAMPLE, rule=rule, extra={"generator": 2}).key
+    assert one != other
+
+
+def test_named_shared_tensors_are_never_stacked() -> None:
+    """By its sizes `ids` looks like two rows; only its name tells that it serves all of them."""
+    rule = ParkableMethod("flux", "forward", lambda: None, shared=frozenset({"ids"}))
+    two_rows_ids = torch.zeros(2, 3)
+    plain, named = (
+        tensor_call(SAMPLE, ids=two_rows_ids),
+        tensor_call(SAMPLE, rule=rule, ids=two_rows_ids),
+    )
+    assert [kind for path, kind, _ in plain.key.leaves if path == (1, "ids")] == [LeafKind.BATCHED]
+    assert [kind for path, kind, _ in named.key.leaves if path == (1, "ids")] == [LeafKind.SHARED]
+    assert named.key != tensor_call(SAMPLE, rule=rule, ids=two_rows_ids + 1).key
+
+
+def test_shared_tensors_do_not_decide_the_row_count() -> None:
+    rule = ParkableMethod("flux", "forward", lambda: None, shared=frozenset({"a_ids"}))
+    assert tensor_call(rule=rule, a_ids=torch.zeros(9, 3), sample=torch.zeros(2, 3)).rows == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "rows"),
+    [
+        ((), {}, 1),
+        ((1, "a"), {}, 1),
+        ((torch.tensor(3), torch.zeros(5, 2)), {}, 5),
+        (([torch.zeros(3, 2)],), {"a": torch.zeros(4, 2)}, 3),
+        ((), {"b": torch.zeros(4, 2), "a": torch.zeros(3, 2)}, 3),
+        ((torch.zeros(0, 2),), {}, 1),
+    ],
+)
+def test_rows_are_those_of_the_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
+) -> None:
+    assert count_rows(args, kwargs) == rows
+
+
+def test_a_tensor_of_one_entry_beside_many_rows_serves_all() -> None:
+    assert classify(torch.zeros(1, 77, 8), rows=2) is LeafKind.SHARED
+    assert classify(torch.zeros(1, 77, 8), rows=1) is LeafKind.BATCHED
+
+
+def test_cost_shape_forgets_what_does_not_cost() -> None:
+    one = key(torch.zeros(2, 3), torch.tensor(1), scale=0.5, ids=torch.zeros(4, 3))
+    other = key(torch.zeros(4, 3), torch.tensor([2.0]), scale=0.7, ids=torch.ones(5, 3))
+    assert one != other
+    assert one.shape == other.shape
+    assert one.shape != key(torch.zeros(2, 5), torch.tensor(1)).shape

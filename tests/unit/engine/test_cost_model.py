@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.cost import CostModel
+
+SHAPE = ("unet.forward", (4, 8, 8))
+measurements = st.lists(
+    st.tuples(st.integers(1, 10_000), st.floats(0, 100, allow_subnormal=False)),
+    min_size=1,
+    max_size=40,
+)
+
+
+def learned(points: list[tuple[int, float]]) -> CostModel:
+    model = CostModel()
+    for rows, seconds in points:
+        model.observe(SHAPE, rows, seconds)
+    return model
+
+
+@given(measurements, st.integers(1, 100_000))
+def test_predictions_are_finite_and_positive(points: list[tuple[int, float]], rows: int) -> None:
+    predicted = learned(points).predict(SHAPE, rows)
+    assert math.isfinite(predicted)
+    assert predicted > 0
+
+
+@given(measurements, st.integers(1, 10_000), st.integers(1, 10_000))
+def test_more_rows_never_cost_less(points: list[tuple[int, float]], one: int, other: int) -> None:
+    model = learned(points)
+    fewer, more = sorted((one, other))
+    assert model.predict(SHAPE, fewer) <= model.predict(SHAPE, more)
+
+
+def test_a_line_is_learned_and_continued_beyond_what_was_seen() -> None:
+    model = learned([(rows, 0.010 + 0.003 * rows) for rows in (2, 4, 8, 16) for _ in range(5)])
+    for rows in (1, 2, 6, 16, 32, 64):
+        assert model.predict(SHAPE, rows) == pytest.approx(0.010 + 0.003 * rows, rel=1e-6)
+
+
+def test_from_one_row_count_alone_cost_grows_in_proportion_and_does_not_shrink() -> None:
+    model = learned([(4, 0.020)] * 3)
+    assert model.predict(SHAPE, 4) == pytest.approx(0.020)
+    assert model.predict(SHAPE, 8) == pytest.approx(0.040)
+    assert model.predict(SHAPE, 1) == pytest.approx(0.020)
+
+
+def test_it_follows_a_machine_that_gets_slower() -> None:
+    model = learned([(4, 0.020)] * 50 + [(4, 0.060)] * 300)
+    assert model.predict(SHAPE, 4) == pytest.approx(0.060, rel=0.01)
+
+
+def test_what_is_no_measurement_is_left_out() -> None:
+    model = learned([(4, 0.020)])
+    for rows, seconds in ((4, math.nan), (4, math.inf), (4, -1.0), (0, 0.5)):
+        model.observe(SHAPE, rows, seconds)
+    assert model.predict(SHAPE, 4) == pytest.approx(0.020)
+
+
+def test_a_shape_never_seen_gets_a_guess() -> None:
+    model = CostModel(unknown_s=0.7)
+    assert not model.knows(SHAPE)
+    assert model.predict(SHAPE, 3) == 0.7
+    model.observe(SHAPE, 3, 0.1)
+    assert model.knows(SHAPE)
+    assert model.predict(("other",), 3) == 0.7

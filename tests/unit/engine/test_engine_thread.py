@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from engine_fakes import Ear, Job, Modules, alone, job_work, make_work
+
+from service.domain.errors import (
+    CancelledError,
+    GenerationFailedError,
+    NotReadyError,
+    ServerFullError,
+)
+from service.domain.timings import Timings
+from service.engine.engine import Engine, EngineOptions
+
+PATIENCE_S = 20.0
+
+
+class WaitingEar(Ear):
+    """A listener that a test can wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = threading.Event()
+        self.begun = threading.Event()
+
+    def started(self) -> None:
+        super().started()
+        self.begun.set()
+
+    def finished(self, result: Any, timings: Timings) -> None:
+        super().finished(result, timings)
+        self.heard.set()
+
+    def failed(self, error: BaseException, timings: Timings) -> None:
+        super().failed(error, timings)
+        self.heard.set()
+
+    def wait(self) -> WaitingEar:
+        assert self.heard.wait(PATIENCE_S), f"never answered: {self.news}"
+        return self
+
+
+class Gate:
+    """Work that holds the engine thread until the test opens it."""
+
+    def __init__(self) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def run(self) -> str:
+        self.entered.set()
+        assert self.opened.wait(PATIENCE_S)
+        return "through"
+
+
+@pytest.fixture
+def modules() -> Modules:
+    return Modules()
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(started: bool = True, **options: Any) -> Engine:
+        engine = Engine(EngineOptions(**options))
+        made.append(engine)
+        if started:
+            engine.start()
+        return engine
+
+    yield make
+    for engine in made:
+        engine.stop()
+
+
+def submit(engine: Engine, modules: Modules, job: Job) -> WaitingEar:
+    ear = WaitingEar()
+    engine.submit(job_work(modules, job, ear))
+    return ear
+
+
+def test_work_is_done_as_if_alone(engines: Callable[..., Engine], modules: Modules) -> None:
+    engine = engines()
+    jobs = [Job(seed=seed, steps=3 + seed) for seed in range(6)]
+    ears = [submit(engine, modules, job) for job in jobs]
+    for ear, job in zip(ears, jobs, strict=True):
+        assert ear.wait().news == ["accepted", "started", "finished"]
+        assert torch.equal(ear.result, alone(job))
+
+
+def test_accepted_is_heard_before_started_even_if_the_engine_is_quicker(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    class SlowEar(WaitingEar):
+        def accepted(self, position: int, backlog_s: float) -> None:
+            assert not self.begun.wait(0.02)
+            super().accepted(position, backlog_s)
+
+    ear = SlowEar()
+    engines().submit(job_work(modules, Job(seed=1), ear))
+    assert ear.wait().news == ["accepted", "started", "finished"]
+
+
+def test_position_counts_those_ahead(engines: Callable[..., Engine], modules: Modules) -> None:
+    engine = engines(started=False)
+    assert [engine.submit(job_work(modules, Job(seed=s), Ear())) for s in range(3)] == [0, 1, 2]
+    assert engine.load().requests == engine.load().pictures == 3
+
+
+def test_grad_is_disabled_in_tracks(engines: Callable[..., Engine], modules: Modules) -> None:
+    engine = engines()
+    ear = WaitingEar()
+    engine.submit(make_work(torch.is_grad_enabled, ear=ear))
+    assert ear.wait().result is False
+    submit(engine, modules, Job(seed=1)).wait()
+    assert modules.denoiser.grad_enabled == {False}
+    assert torch.is_grad_enabled()
+
+
+def test_a_full_server_refuses_and_says_when_to_come_back(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines(max_waiting_pictures=3)
+    gate, ear = Gate(), WaitingEar()
+    engine.submit(make_work(gate.run, name="gate", pictures=2, ear=ear))
+    assert gate.entered.wait(PATIENCE_S)
+    accepted = submit(engine, modules, Job(seed=1))
+    refused = Ear()
+    with pytest.raises(ServerFullError, match="3 pictures are in hand and the limit is 3") as full:
+        engine.submit(job_work(modules, Job(seed=2), refused))
+    assert full.value.retry_after_s >= 1
+    assert refused.news == []
+    gate.opened.set()
+    ear.wait()
+    accepted.wait()
+    assert ear.result == "through"
+
+
+def test_stopping_with_time_to_drain_finishes_what_was_accepted(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines(max_rows=4)
+    ears = [submit(engine, modules, Job(seed=seed, steps=20)) for seed in range(6)]
+    engine.stop(drain_s=PATIENCE_S)
+    assert [ear.ends for ear in ears] == [["finished"]] * 6
+    assert engine.silent_s() == float("inf")
+
+
+def await_refusal(engine: Engine, modules: Modules) -> NotReadyError:
+    """Submit until the engine takes no more: `stop` was called on another thread just now."""
+    while True:
+        try:
+            submit(engine, modules, Job(seed=1))
+        except NotReadyError as error:
+            return error
+        except ServerFullError:
+            time.sleep(0.001)
+
+
+def test_while_draining_new_work_is_refused(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines()
+    gate, ear = Gate(), WaitingEar()
+    engine.submit(make_work(gate.run, ear=ear))
+    assert gate.entered.wait(PATIENCE_S)
+    stopping = threading.Thread(target=engine.stop, args=(PATIENCE_S,))
+    stopping.start()
+    refusal = await_refusal(engine, modules)
+    assert "draining" in str(refusal)
+    assert refusal.retry_after_s > 0
+    gate.opened.set()
+    stopping.join(PATIENCE_S)
+    assert ear.ends == ["finished"]
+
+
+def test_stopping_at_once_cancels_the_rest(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines(max_rows=4)
+    ears = [submit(engine, modules, Job(seed=seed, steps=100_000)) for seed in range(5)]
+    assert ears[0].begun.wait(PATIENCE_S)
+    engine.stop()
+    assert [ear.ends for ear in ears] == [["failed"]] * 5
+    assert all(isinstance(ear.error, CancelledError) for ear in ears)
+    assert engine.load().requests == 0
+    engine.stop()
+    engine.cancel("0")
+
+
+def test_an_engine_that_never_started_answers_when_it_stops(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines(started=False)
+    assert engine.silent_s() == float("inf")
+    ear = submit(engine, modules, Job(seed=1))
+    engine.stop(drain_s=PATIENCE_S)
+    assert ear.news == ["accepted", "failed"]
+    engine.start()
+    with pytest.raises(NotReadyError):
+        submit(engine, modules, Job(seed=2))
+
+
+def test_a_listener_may_stop_and_ask_the_engine(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines()
+
+    class Stopping(WaitingEar):
+        def accepted(self, position: int, backlog_s: float) -> None:
+            super().accepted(position, backlog_s)
+            assert engine.load().requests == 1
+
+        def finished(self, result: Any, timings: Timings) -> None:
+            engine.stop()
+            super().finished(result, timings)
+
+    ear = Stopping()
+    engine.submit(job_work(modules, Job(seed=1), ear))
+    ear.wait()
+    engine.stop()
+    assert ear.news == ["accepted", "started", "finished"]
+
+
+def test_cancelling_ends_running_queued_and_nothing_else(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines(max_rows=2)
+    running = submit(engine, modules, Job(seed=1, steps=1_000_000))
+    queued = submit(engine, modules, Job(seed=2))
+    last = submit(engine, modules, Job(seed=3))
+    assert running.begun.wait(PATIENCE_S)
+    for request_id in ("nobody", "2", "1", "1"):
+        engine.cancel(request_id)
+    assert queued.wait().news == ["accepted", "failed"]
+    assert running.wait().news == ["accepted", "started", "failed"]
+    assert last.wait().ends == ["finished"]
+    assert str(running.error) == "request 1 was cancelled"
+
+
+def test_an_error_of_the_engines_own_is_told_to_everyone_and_survived(
+    engines: Callable[..., Engine],
+    modules: Modules,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = engines()
+    decide = engine.batcher._decide
+
+    def fail_once() -> list[Any]:
+        monkeypatch.setattr(engine.batcher, "_decide", decide)
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(engine.batcher, "_decide", fail_once)
+    with caplog.at_level(logging.ERROR):
+        ear = submit(engine, modules, Job(seed=1)).wait()
+    assert isinstance(ear.error, GenerationFailedError)
+    assert "LookupError('a bug')" in str(ear.error)
+    assert "an error of its own" in caplog.text
+    assert submit(engine, modules, Job(seed=2)).wait().ends == ["finished"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_even_a_dying_engine_thread_answers(
+    engines: Callable[..., Engine], modules: Modules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(started=False)
+
+    class Dying(BaseException):
+        pass
+
+    def die() -> bool:
+        raise Dying
+
+    def broken(*args: object) -> None:
+        raise LookupError("nothing works any more")
+
+    monkeypatch.setattr(engine.batcher, "tick", die)
+    monkeypatch.setattr(engine.batcher, "stop_all", broken)
+    ear = submit(engine, modules, Job(seed=1))
+    engine.start()
+    assert ear.wait().news == ["accepted", "failed"]
+    with pytest.raises(NotReadyError):
+        submit(engine, modules, Job(seed=2))
+    assert engine.load().requests == 0
+
+
+class Crowd:
+    """Threads that submit, cancel and fail at random."""
+
+    def __init__(self, engine: Engine, modules: Modules) -> None:
+        self.engine, self.modules = engine, modules
+        self.accepted: list[WaitingEar] = []
+        self.refused: list[WaitingEar] = []
+        self.many_submitted, self.some_finished = threading.Event(), threading.Event()
+
+    def live(self, number: int) -> None:
+        chance = random.Random(number)
+        for index in range(125):
+            self.submit(self.random_job(chance, number * 1000 + index))
+            for _ in range(chance.choice([0, 0, 1, 2])):
+                self.engine.cancel(str(number * 1000 + chance.randint(0, index)))
+            if index == 100:
+                self.many_submitted.set()
+
+    def random_job(self, chance: random.Random, seed: int) -> Job:
+        steps = chance.randint(1, 6)
+        return Job(
+            seed=seed,
+            steps=steps,
+            rows=chance.randint(1, 4),
+            raises_at=chance.choice([None, None, None, None, 0, steps - 1]),
+            poisoned_at=chance.choice([None, None, None, None, None, steps - 1]),
+        )
+
+    def submit(self, job: Job) -> None:
+        ear = CountingEar(self.some_finished)
+        try:
+            self.engine.submit(job_work(self.modules, job, ear))
+        except NotReadyError:
+            self.refused.append(ear)
+        else:
+            self.accepted.append(ear)
+
+
+class CountingEar(WaitingEar):
+    def __init__(self, some_finished: threading.Event) -> None:
+        super().__init__()
+        self.some_finished = some_finished
+
+    def finished(self, result: Any, timings: Timings) -> None:
+        super().finished(result, timings)
+        self.some_finished.set()
+
+
+def test_every_request_of_500_random_lives_is_answered_exactly_once(
+    engines: Callable[..., Engine], modules: Modules, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four threads submit, cancel and fail at random while a fifth drains and stops the engine."""
+    caplog.set_level(logging.CRITICAL, "service.engine.track")
+    crowd = Crowd(engines(max_rows=12, max_waiting_pictures=100_000), modules)
+    threads = [threading.Thread(target=crowd.live, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    assert crowd.many_submitted.wait(PATIENCE_S)
+    assert crowd.some_finished.wait(PATIENCE_S)
+    crowd.engine.stop(drain_s=0.05)
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert len(crowd.accepted) + len(crowd.refused) == 500
+    assert [ear.news for ear in crowd.accepted if len(ear.ends) != 1] == []
+    assert {ear.news[0] for ear in crowd.accepted} == {"accepted"}
+    assert {ear.news[-1] for ear in crowd.accepted} == {"finished", "failed"}
+    assert [ear.news for ear in crowd.refused if ear.news] == []
+    assert crowd.engine.load().requests == 0
+
+
+def priority_and_threads(into: dict[str, int]) -> None:
+    thread = threading.get_native_id()
+    into["niceness"] = os.getpriority(os.PRIO_PROCESS, thread)
+    into["threads"] = torch.get_num_threads()
+
+
+def test_niceness_and_threads_belong_to_the_engine_thread(
+    engines: Callable[..., Engine],
+) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    found: dict[str, int] = {}
+    ear = WaitingEar()
+    engine = engines(niceness=3, threads=1)
+    engine.submit(make_work(lambda: priority_and_threads(found), ear=ear))
+    assert ear.wait().ends == ["finished"]
+    assert found == {"niceness": min(before + 3, 19), "threads": 1}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_a_priority_that_cannot_be_set_is_no_reason_to_stop(
+    engines: Callable[..., Engine], modules: Modules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: int) -> None:
+        raise PermissionError("not allowed")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert submit(engines(niceness=3), modules, Job(seed=1)).wait().ends == ["finished"]
+
+
+def test_an_idle_engine_shows_life_and_uses_next_to_no_time(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines()
+    submit(engine, modules, Job(seed=1)).wait()
+    used_s = time.process_time()
+    time.sleep(0.6)
+    assert time.process_time() - used_s < 0.1
+    assert engine.silent_s() < 5

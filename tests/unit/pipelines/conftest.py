@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import save_tiny_model
+
+from service.engine.engine import EngineOptions
+from service.pipelines.load import LoadedModel, load_model
+from service.pipelines.runner import PipelineRunner
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), description="tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> LoadedModel:
+    return load_model("tiny", tiny_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def runner(tiny: LoadedModel) -> Iterator[PipelineRunner]:
+    made = PipelineRunner(tiny, EngineOptions(max_rows=16, max_waiting_pictures=8))
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny kernels: a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import MAX_TOKENS, Inbox, a_request, pixels
+
+from service.domain.errors import (
+    CancelledError,
+    GenerationFailedError,
+    InvalidRequestError,
+    NotReadyError,
+    ServerFullError,
+)
+from service.domain.events import Event, Failed, Finished, StepFinished
+from service.domain.timings import Timings
+from service.engine.engine import EngineOptions
+from service.pipelines import runner as runner_module
+from service.pipelines.attach import PARKING_RULES, attach
+from service.pipelines.load import LoadedModel
+from service.pipelines.runner import PipelineRunner, RequestListener
+from service.pipelines.text_to_image import denoiser_calls, text_to_image
+from service.pipelines.warm_up import warm_up
+
+
+def test_events_come_in_order_and_end_once(runner: PipelineRunner) -> None:
+    inbox = Inbox()
+    runner.submit(a_request(num_inference_steps=3, n=2), inbox)
+    finished = inbox.wait()
+    assert inbox.kinds == ["Accepted", "Started", *["StepFinished"] * 3, "Finished"]
+    steps = [event for event in inbox.events if isinstance(event, StepFinished)]
+    assert [(event.step, event.steps) for event in steps] == [(1, 3), (2, 3), (3, 3)]
+    assert isinstance(finished, Finished)
+    assert [image.seed for image in finished.images] == [3, 4]
+    assert finished.timings.denoise_s > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": "a" * MAX_TOKENS}, "prompt"),
+        ({"prompt": " "}, "prompt"),
+        ({"scheduler": "NoSuchScheduler"}, "scheduler"),
+        ({"width": 63}, "size"),
+        ({"n": 99}, "n"),
+    ],
+)
+def test_what_the_model_cannot_do_is_answered_at_once(
+    runner: PipelineRunner, changes: dict[str, object], field: str
+) -> None:
+    inbox = Inbox()
+    runner.submit(a_request(**changes), inbox)
+    assert inbox.kinds == ["Failed"]
+    outcome = inbox.wait()
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, InvalidRequestError)
+    assert outcome.error.field == field
+
+
+def test_a_full_or_stopped_server_is_answered_at_once(tiny: LoadedModel) -> None:
+    runner = PipelineRunner(tiny, EngineOptions(max_waiting_pictures=1))
+    first, second, late = Inbox(), Inbox(), Inbox()
+    runner.submit(a_request(id="1"), first)
+    runner.submit(a_request(id="2"), second)
+    outcome = second.wait()
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, ServerFullError)
+    runner.start()
+    assert isinstance(first.wait(), Finished)
+    runner.stop()
+    runner.submit(a_request(id="3"), late)
+    outcome = late.wait()
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, NotReadyError)
+
+
+def test_cancelling_answers_with_cancelled(tiny: LoadedModel) -> None:
+    runner = PipelineRunner(tiny)
+    inbox = Inbox()
+    runner.submit(a_request(id="7", num_inference_steps=1000), inbox)
+    runner.cancel("7")
+    runner.start()
+    outcome = inbox.wait()
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, CancelledError)
+    runner.stop()
+    assert inbox.kinds == ["Accepted", "Failed"]
+
+
+def test_a_sink_that_raises_harms_nobody(
+    runner: PipelineRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    inbox = Inbox()
+
+    def broken(event: Event) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    with caplog.at_level(logging.ERROR):
+        runner.submit(a_request(id="broken"), broken)
+        runner.submit(a_request(id="fine"), inbox)
+        assert isinstance(inbox.wait(), Finished)
+    assert "the listener of request broken raised" in caplog.text
+
+
+def test_a_picture_that_cannot_be_written_is_a_failure(
+    runner: PipelineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(runner_module, "encode_image", full)
+    inbox = Inbox()
+    runner.submit(a_request(), inbox)
+    outcome = inbox.wait()
+    assert isinstance(outcome, Failed)
+    assert outcome.error.message == "request r failed: OSError: no space left"
+    assert inbox.kinds.count("Failed") == 1
+
+
+def test_an_encoder_that_is_gone_is_a_failure() -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    inbox = Inbox()
+    RequestListener(a_request(), inbox, pool).finished([Image.new("RGB", (8, 8))], Timings())
+    assert inbox.kinds == ["Failed"]
+
+
+def test_numbers_that_overflow_are_a_failure_and_not_a_black_picture(
+    runner: PipelineRunner, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias = tiny.pipeline.unet.conv_out.bias
+    kept = bias.data.clone()
+    bias.data.fill_(float("inf"))
+    inbox = Inbox()
+    try:
+        runner.submit(a_request(), inbox)
+        outcome = inbox.wait()
+    finally:
+        bias.data.copy_(kept)
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, GenerationFailedError)
+    assert "not finite" in outcome.error.message
+
+
+def test_decodes_of_different_picture_counts_share_a_forward(tiny: LoadedModel) -> None:
+    """Each brings a list of its own generators, which the VAE ignores."""
+    runner = PipelineRunner(tiny)
+    inboxes = [Inbox() for _ in range(2)]
+    for n, inbox in enumerate(inboxes, start=1):
+        runner.submit(a_request(id=str(n), n=n, seed=10 * n), inbox)
+    runner.start()
+    results = [inbox.wait() for inbox in inboxes]
+    runner.stop()
+    counters = runner.engine.counters
+    # Two text encodings, two steps, one decode; all shared but for the prompts of two rows.
+    assert counters.retries == 0
+    assert counters.forwards == 5
+    assert counters.calls == 10
+    for n, result in enumerate(results, start=1):
+        assert isinstance(result, Finished)
+        with torch.no_grad():
+            wanted = text_to_image(tiny, a_request(n=n, seed=10 * n))
+        for image, reference in zip(result.images, wanted, strict=True):
+            difference = [
+                abs(a - b) for a, b in zip(pixels(image.data), reference.tobytes(), strict=True)
+            ]
+            assert max(difference) <= 1
+
+
+def test_attaching_keeps_the_smaller_limit_and_can_be_undone(tiny: LoadedModel) -> None:
+    pipeline = tiny.pipeline
+    names = {
+        (rule.component, rule.method) for rule in PARKING_RULES if hasattr(pipeline, rule.component)
+    }
+    detach = attach(pipeline, max_rows=2)
+    for component, method in names:
+        assert method in vars(getattr(pipeline, component))
+    detach()
+    for component, method in names:
+        assert method not in vars(getattr(pipeline, component))
+
+
+def test_stopping_detaches(tiny: LoadedModel) -> None:
+    runner = PipelineRunner(tiny)
+    assert "forward" in vars(tiny.pipeline.unet)
+    runner.stop()
+    assert "forward" not in vars(tiny.pipeline.unet)
+
+
+def test_second_order_schedulers_call_the_denoiser_twice_a_step(tiny: LoadedModel) -> None:
+    assert denoiser_calls(tiny, a_request(num_inference_steps=5)) == 5
+    twice = a_request(num_inference_steps=5, scheduler="HeunDiscreteScheduler")
+    assert denoiser_calls(tiny, twice) == 10
+
+
+@pytest.mark.parametrize(("max_rows", "requests"), [(16, 4), (4, 2), (1, 1)])
+def test_warming_up_runs_growing_row_counts(
+    tiny: LoadedModel, max_rows: int, requests: int
+) -> None:
+    runner = PipelineRunner(tiny, EngineOptions(max_rows=max_rows))
+    runner.start()
+    assert warm_up(runner) > 0
+    runner.stop()
+    # Prompt, negative prompt, two steps and one decode a request (more for many pictures).
+    assert runner.engine.counters.calls == 5 * requests
+
+
+def test_warming_up_a_model_that_makes_no_picture_says_why(
+    runner: PipelineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(runner_module, "text_to_image", broken)
+    with pytest.raises(GenerationFailedError, match="no kernel image is available"):
+        warm_up(runner)

@@ -1,0 +1,190 @@
+"""Rooms import one another in one direction only, and heavy libraries live in one room each.
+
+    domain <- engine <- pipelines <- deployments        domain <- api <- deployments
+    telemetry and config: leaves that any room but domain may read
+
+Imports inside functions and under TYPE_CHECKING count: they say who knows whom just the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SERVICE = Path(__file__).parents[2] / "service"
+LEAVES = {"config", "telemetry"}
+ANY_ROOM = {"domain", "engine", "pipelines", "api", "deployments", "models", "training"}
+
+# Which rooms a room may read, itself and `domain` left out.
+MAY_READ = {
+    "domain": set(),
+    "config": set(),
+    "telemetry": set(),
+    "models": set(),
+    "engine": LEAVES,
+    "pipelines": LEAVES | {"engine"},
+    "api": LEAVES,
+    "training": LEAVES | {"models"},
+    "deployments": LEAVES | ANY_ROOM - {"training"},
+    # The command line and what it prints are at the very top.
+    "cli": LEAVES | ANY_ROOM | {"first_picture"},
+    "first_picture": set(),
+    "": set(),
+}
+
+# Only these rooms may import a library of this name; it is free to all others.
+ONLY_IN = {
+    "diffusers": {"pipelines", "training", "cli"},
+    "transformers": {"pipelines", "training", "cli"},
+    "tokenizers": {"pipelines", "training"},
+    "safetensors": {"pipelines", "training"},
+    "ray": {"deployments"},
+    "fastapi": {"api", "deployments"},
+    "starlette": {"api"},
+    "greenlet": {"engine"},
+    "torch": {"engine", "pipelines", "training"},
+}
+FASTAPI_IN_DEPLOYMENTS = {"deployments.ingress"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: who imports what, and where."""
+
+    module: str
+    target: str
+    line: int
+    at_start: bool
+
+    @property
+    def room(self) -> str:
+        return self.module.split(".")[0]
+
+    @property
+    def library(self) -> str:
+        return self.target.split(".")[0]
+
+    def __str__(self) -> str:
+        return f"service.{self.module}:{self.line} imports {self.target}"
+
+
+def imports_of(source: str, module: str) -> Iterator[Import]:
+    """Every import of a module, at any depth; relative ones made absolute."""
+    tree = ast.parse(source)
+    at_start = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        for target in _targets(node, module):
+            yield Import(module, target, getattr(node, "lineno", 0), id(node) in at_start)
+
+
+def _targets(node: ast.AST, module: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parents = f"service.{module}".split(".")[: -node.level] if node.level else []
+        base = ".".join([*parents, *([node.module] if node.module else [])])
+        # `from service import engine` reads a room by its name.
+        return [f"{base}.{alias.name}" for alias in node.names] if base == "service" else [base]
+    return []
+
+
+def forbidden(found: Import) -> bool:
+    """Whether an import goes against the rules."""
+    if found.library == "service":
+        return _forbidden_room(found)
+    if found.room == "domain":
+        return found.library not in sys.stdlib_module_names
+    if found.library not in ONLY_IN:
+        return False
+    if found.room not in ONLY_IN[found.library]:
+        return True
+    if found.room == "cli":
+        # Lazily, so that `--help` is quick.
+        return found.at_start
+    if (found.library, found.room) == ("fastapi", "deployments"):
+        return found.module not in FASTAPI_IN_DEPLOYMENTS
+    return False
+
+
+def _forbidden_room(found: Import) -> bool:
+    target = found.target.split(".")[1]
+    if target in (found.room, "domain", "__version__"):
+        return False
+    return target not in MAY_READ[found.room]
+
+
+def modules() -> list[tuple[str, Path]]:
+    """All modules below `service/` with their dotted names, packages without `__init__`."""
+    named = []
+    for path in sorted(SERVICE.rglob("*.py")):
+        parts = path.relative_to(SERVICE).with_suffix("").parts
+        named.append((".".join(part for part in parts if part != "__init__"), path))
+    return named
+
+
+def test_imports_point_one_way() -> None:
+    found = [i for module, path in modules() for i in imports_of(path.read_text(), module)]
+    assert len(found) > 100
+    assert [str(item) for item in found if forbidden(item)] == []
+
+
+def test_every_room_has_rules() -> None:
+    assert {module.split(".")[0] for module, _ in modules()} <= set(MAY_READ)
+
+
+def test_rooms_form_no_cycle() -> None:
+    below = {room: set(reads) - {room} for room, reads in MAY_READ.items()}
+    while below:
+        lowest = {room for room, reads in below.items() if not reads & set(below)}
+        assert lowest, f"a cycle among {sorted(below)}"
+        below = {room: reads for room, reads in below.items() if room not in lowest}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("engine.track", "import diffusers"),
+        ("engine.track", "from service.pipelines import load"),
+        ("engine.track", "from service import pipelines"),
+        ("engine.track", "from ..pipelines.load import load_model"),
+        ("engine.track", "def f():\n    from transformers import CLIPTextModel"),
+        ("pipelines.load", "if TYPE_CHECKING:\n    from service.deployments.replica import R"),
+        ("pipelines.load", "from service.api.app import create_app"),
+        ("pipelines.load", "import ray.serve"),
+        ("api.app", "from service.engine.engine import Engine"),
+        ("api.app", "import torch"),
+        ("domain.errors", "import numpy"),
+        ("domain.errors", "from service.config import Settings"),
+        ("training.loop", "from service.pipelines.load import load_model"),
+        ("deployments.replica", "from fastapi import FastAPI"),
+        ("deployments.replica", "import diffusers"),
+        ("cli", "import diffusers"),
+        ("models.catalogue", "from service.engine.engine import Engine"),
+        ("config", "import torch"),
+        ("config", "from service.engine.engine import EngineOptions"),
+    ],
+)
+def test_a_forbidden_import_is_caught(module: str, source: str) -> None:
+    assert any(forbidden(found) for found in imports_of(source, module))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("engine.track", "import torch, greenlet\nfrom service.domain.errors import X"),
+        ("engine.track", "from .call import Call"),
+        ("pipelines.load", "import diffusers\nfrom service.engine.engine import Engine"),
+        ("pipelines.images", "from service import __version__"),
+        ("api.app", "import fastapi\nfrom service.config import Settings"),
+        ("deployments.ingress", "from fastapi import FastAPI\nfrom service.api.app import a"),
+        ("cli", "def f():\n    import diffusers"),
+        ("domain.errors", "import json\nfrom service.domain.events import Event"),
+    ],
+)
+def test_allowed_imports_are_let_through(module: str, source: str) -> None:
+    assert not any(forbidden(found) for found in imports_of(source, module))

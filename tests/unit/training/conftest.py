@@ -1,0 +1,43 @@
+"""Synthetic artwork, and a tiny model trained from it once for all tests that want one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from service.training.artwork import Artwork
+from service.training.emoji import tiny_recipe, train_emoji
+
+NAMES = ("red apple", "owl", "red apple", "house", "blue circle")
+STYLES = ("noto", "noto", "fluent", "fluent", "noto")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def artwork() -> Artwork:
+    """Five squares of one colour each, 32 px, on nothing."""
+    chance = np.random.default_rng(0)
+    pixels = np.zeros((len(NAMES), 32, 32, 4), np.uint8)
+    pixels[..., :3] = chance.integers(0, 255, (len(NAMES), 1, 1, 3))
+    pixels[:, 8:24, 8:24, 3] = 255
+    return Artwork(pixels, NAMES, STYLES)
+
+
+@pytest.fixture(scope="session")
+def trained(artwork: Artwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny training; the model is in `model`."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("training")
+    train_emoji(tiny_recipe(), folder, folder / "no-cache", artwork)
+    return folder
