@@ -62,8 +62,8 @@ def version(
 @app.command()
 def serve(
     config: ConfigOption = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind [default: 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to bind [default: 8000].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind (default: 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind (default: 8000).")] = None,
     first_picture: Annotated[
         Path | None,
         typer.Option(help="Make one picture through HTTP into this folder when ready."),
@@ -167,6 +167,41 @@ def explain(
     folder = model_folder(settings.models[_model_id(settings, model)].path)
     for path in draw(folder, output, prompt, seed, steps):
         typer.echo(str(path))
+
+
+@train_app.command("emoji")
+def train_emoji(
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Checkpoints, sample grids, and at last the model."),
+    ] = Path("runs/emoji"),
+    seed: Annotated[int, typer.Option(help="Decides every random number of the training.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoiser steps (default: the recipe's).", min=1)
+    ] = None,
+    vae_steps: Annotated[
+        int | None, typer.Option(help="Autoencoder steps (default: the recipe's).", min=1)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Denoiser batch (default: the recipe's).", min=1)
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option(help="Fetched artwork packages and rendered pictures.")
+    ] = Path(".cache/artwork"),
+) -> None:
+    """Train the embedded text-to-image model from open emoji artwork.
+
+    Fetches the artwork by package name with npm, renders it, trains autoencoder, text encoder and
+    denoiser, and saves a diffusers folder in OUTPUT/model: about two hours on two CPU cores. The
+    same command goes on where an earlier one was stopped or killed.
+
+    Serve what came out: STEPSERVE_MODELS__EMOJI__PATH=runs/emoji/model stepserve serve
+    """
+    from service.training.emoji import make_recipe
+    from service.training.emoji import train_emoji as train
+
+    recipe = make_recipe(seed, denoiser_steps=steps, vae_steps=vae_steps, batch_size=batch_size)
+    typer.echo(f"trained: {train(recipe, output, cache)}")
 
 
 @config_app.command("check")
