@@ -31,7 +31,7 @@ def make_first_picture(url: str, folder: Path) -> Path:
     """Ask the running service for a picture and write it to `folder`."""
     answer = httpx.post(
         f"{url}/v1/images/generations",
-        json={"prompt": PROMPT, "seed": 1},
+        json={"prompt": PROMPT, "seed": 2},
         timeout=REQUEST_TIMEOUT_S,
         trust_env=False,
     )

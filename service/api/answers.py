@@ -40,6 +40,7 @@ class TimingsAnswer(BaseModel):
     """Seconds by stage; `batch_share` is the mean share of a forward's rows that were its own."""
 
     queue_s: float
+    first_step_s: float
     encode_s: float
     denoise_s: float
     decode_s: float
@@ -69,6 +70,7 @@ _EXAMPLE: dict[str, Any] = {
     },
     "timings": {
         "queue_s": 0.002,
+        "first_step_s": 0.011,
         "encode_s": 0.006,
         "denoise_s": 0.91,
         "decode_s": 0.02,

@@ -17,8 +17,10 @@ class ParkingRule:
     Args:
         ignored: keyword arguments that do not influence the result. The VAE takes a `generator`
             in `decode` and never draws from it.
-        max_rows: where it should be less than the engine's row limit. A VAE gains nothing from
-            large batches, and long decodes would hold up the next denoising step.
+        max_rows: where it should be less than the engine's row limit. Text encoders and the VAE
+            run one call at a time: they take a few percent of the time and gain little from
+            sharing, while on many processors their kernels round differently for another row
+            count, and the picture would no longer be the one that diffusers makes alone.
     """
 
     component: str
@@ -29,12 +31,12 @@ class ParkingRule:
 
 
 PARKING_RULES = (
-    ParkingRule("text_encoder", "forward", Stage.ENCODE),
-    ParkingRule("text_encoder_2", "forward", Stage.ENCODE),
+    ParkingRule("text_encoder", "forward", Stage.ENCODE, max_rows=1),
+    ParkingRule("text_encoder_2", "forward", Stage.ENCODE, max_rows=1),
     ParkingRule("unet", "forward", Stage.DENOISE),
     ParkingRule("transformer", "forward", Stage.DENOISE),
-    ParkingRule("vae", "encode", Stage.ENCODE, max_rows=4),
-    ParkingRule("vae", "decode", Stage.DECODE, ignored=frozenset({"generator"}), max_rows=4),
+    ParkingRule("vae", "encode", Stage.ENCODE, max_rows=1),
+    ParkingRule("vae", "decode", Stage.DECODE, ignored=frozenset({"generator"}), max_rows=1),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from service.domain.errors import StepserveError
 from service.domain.models import ModelCapabilities, SizeRange
+from service.pipelines.lending import PipelineLender
 from service.pipelines.prompts import PromptMeter
 from service.pipelines.schedulers import usable_schedulers
 
@@ -27,12 +28,17 @@ class ModelLoadError(StepserveError):
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A resident pipeline, what it can do, and the scheduler classes it may use by name."""
+    """A resident pipeline, what it can do, and the scheduler classes it may use by name.
+
+    `denoiser_calls` remembers how often the denoiser is called, by scheduler and steps.
+    """
 
     pipeline: Any
     capabilities: ModelCapabilities
     schedulers: dict[str, type]
     prompt_meter: PromptMeter
+    lender: PipelineLender
+    denoiser_calls: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 def load_model(
@@ -63,7 +69,9 @@ def _load(model_id: str, folder: Path, dtype: torch.dtype, device: str) -> Loade
     _settle(pipeline, choose_device(device))
     schedulers = usable_schedulers(pipeline.scheduler)
     capabilities = describe_model(model_id, folder, pipeline, tuple(schedulers))
-    return LoadedModel(pipeline, capabilities, schedulers, PromptMeter(pipeline.tokenizer))
+    meter = PromptMeter(pipeline.tokenizer)
+    lender = PipelineLender(pipeline, schedulers)
+    return LoadedModel(pipeline, capabilities, schedulers, meter, lender)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
 
-from service.domain.errors import GenerationFailedError
+from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.requests import GenerationRequest
 from service.pipelines.load import LoadedModel
-from service.pipelines.schedulers import build_scheduler
 
 OnStep = Callable[[int, int], None]
-
-
-def borrow_pipeline(model: LoadedModel, scheduler: str) -> Any:
-    """A shallow copy that shares all modules and has a scheduler of its own."""
-    pipeline = copy.copy(model.pipeline)
-    pipeline.scheduler = build_scheduler(
-        model.schedulers[scheduler], model.pipeline.scheduler.config
-    )
-    return pipeline
 
 
 def make_generators(seed: int, n: int) -> list[torch.Generator]:
@@ -47,7 +36,7 @@ def text_to_image(
             _check_finite(values["latents"], request)
         return {}
 
-    pipeline = borrow_pipeline(model, request.scheduler)
+    pipeline = model.lender.lend(request.scheduler)
     images: list[Image.Image] = pipeline(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or None,
@@ -64,9 +53,27 @@ def text_to_image(
 
 
 def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
-    """How often the denoiser will be called; schedulers of second order call it twice a step."""
-    order: int = getattr(model.schedulers[request.scheduler], "order", 1)
-    return request.num_inference_steps * order
+    """How often the denoiser will be called: some schedulers call it more than once a step.
+
+    Raises:
+        InvalidRequestError: the scheduler cannot do that number of steps.
+    """
+    wanted = request.scheduler, request.num_inference_steps
+    if wanted not in model.denoiser_calls:
+        model.denoiser_calls[wanted] = _count_timesteps(model, *wanted)
+    return model.denoiser_calls[wanted]
+
+
+def _count_timesteps(model: LoadedModel, name: str, steps: int) -> int:
+    scheduler = model.lender.new_scheduler(name)
+    try:
+        scheduler.set_timesteps(steps)
+    except Exception as error:
+        # Such as PNDM, which begins with four steps of a higher order.
+        raise InvalidRequestError(
+            f"num_inference_steps {steps} cannot be done by {name}", "num_inference_steps"
+        ) from error
+    return len(scheduler.timesteps)
 
 
 def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:

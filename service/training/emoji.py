@@ -42,7 +42,7 @@ class EmojiRecipe:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     denoiser_loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            steps=4200,
+            steps=4750,
             batch_size=64,
             learning_rate=1e-3,
             final_learning_rate=1e-5,

@@ -46,6 +46,7 @@ def test_events_come_in_order_and_end_once(runner: PipelineRunner) -> None:
         ({"scheduler": "NoSuchScheduler"}, "scheduler"),
         ({"width": 63}, "size"),
         ({"n": 99}, "n"),
+        ({"scheduler": "PNDMScheduler", "num_inference_steps": 3}, "num_inference_steps"),
     ],
 )
 def test_what_the_model_cannot_do_is_answered_at_once(
@@ -145,8 +146,8 @@ def test_numbers_that_overflow_are_a_failure_and_not_a_black_picture(
     assert "not finite" in outcome.error.message
 
 
-def test_decodes_of_different_picture_counts_share_a_forward(tiny: LoadedModel) -> None:
-    """Each brings a list of its own generators, which the VAE ignores."""
+def test_steps_are_shared_and_encodes_and_decodes_are_not(tiny: LoadedModel) -> None:
+    """Kernels of text encoder and VAE may round differently for another row count."""
     runner = PipelineRunner(tiny)
     inboxes = [Inbox() for _ in range(2)]
     for n, inbox in enumerate(inboxes, start=1):
@@ -155,9 +156,9 @@ def test_decodes_of_different_picture_counts_share_a_forward(tiny: LoadedModel) 
     results = [inbox.wait() for inbox in inboxes]
     runner.stop()
     counters = runner.engine.counters
-    # Two text encodings, two steps, one decode; all shared but for the prompts of two rows.
+    # Two text encodings and a decode each, and two steps for both.
     assert counters.retries == 0
-    assert counters.forwards == 5
+    assert counters.forwards == 2 * 2 + 2 + 2
     assert counters.calls == 10
     for n, result in enumerate(results, start=1):
         assert isinstance(result, Finished)
@@ -190,10 +191,19 @@ def test_stopping_detaches(tiny: LoadedModel) -> None:
     assert "forward" not in vars(tiny.pipeline.unet)
 
 
-def test_second_order_schedulers_call_the_denoiser_twice_a_step(tiny: LoadedModel) -> None:
-    assert denoiser_calls(tiny, a_request(num_inference_steps=5)) == 5
-    twice = a_request(num_inference_steps=5, scheduler="HeunDiscreteScheduler")
-    assert denoiser_calls(tiny, twice) == 10
+@pytest.mark.parametrize(
+    ("scheduler", "calls"),
+    [("DDIMScheduler", 5), ("HeunDiscreteScheduler", 9), ("PNDMScheduler", 14)],
+)
+def test_work_is_estimated_by_the_schedulers_own_count(
+    runner: PipelineRunner, tiny: LoadedModel, scheduler: str, calls: int
+) -> None:
+    request = a_request(num_inference_steps=5, scheduler=scheduler)
+    assert denoiser_calls(tiny, request) == calls
+    inbox = Inbox()
+    runner.submit(request, inbox)
+    assert isinstance(inbox.wait(), Finished)
+    assert inbox.kinds.count("StepFinished") == calls
 
 
 @pytest.mark.parametrize(("max_rows", "requests"), [(16, 4), (4, 2), (1, 1)])

@@ -16,7 +16,8 @@ STEPS = 400
 
 def build_modules() -> nn.ModuleDict:
     torch.manual_seed(0)
-    kernel = nn.Conv2d(4, 8, 3, padding=1).to(memory_format=torch.channels_last)
+    kernel = nn.Conv2d(4, 8, 3, padding=1)
+    kernel.weight.data = kernel.weight.data.contiguous(memory_format=torch.channels_last)
     return nn.ModuleDict({"kernel": kernel, "norm": nn.GroupNorm(2, 8), "hidden": nn.Linear(8, 16)})
 
 

@@ -65,7 +65,9 @@ def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
     folder.mkdir()
     (folder / "archive").write_bytes(ARCHIVE)
     program = folder / "npm"
-    program.write_text(f'#!/bin/sh\nfor last; do :; done\nto="${{last#*=}}"\n{script}\n')
+    program.write_text(
+        f'#!/bin/sh\nhere="{folder}"\nfor last; do :; done\nto="${{last#*=}}"\n{script}\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
@@ -113,17 +115,14 @@ def test_package_is_rendered_by_name(tmp_path: Path) -> None:
 
 
 def test_npm_archive_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_npm(tmp_path / "bin", monkeypatch, 'echo run >> "$0.log"; cp "$0/../archive" $to/a.tgz')
-    monkeypatch.chdir(tmp_path)
-    script = (tmp_path / "bin" / "npm").read_text().replace('"$0/../archive"', '"${0%npm}archive"')
-    (tmp_path / "bin" / "npm").write_text(script)
+    fake_npm(tmp_path / "bin", monkeypatch, 'echo run >> "$here/log"; cp "$here/archive" $to/a.tgz')
     cache = tmp_path / "cache"
     (cache / "download-test").mkdir(parents=True)  # what a killed fetch may leave behind
     (cache / "download-test" / "half.tgz").write_bytes(b"half")
     archive = fetch_package(PACKAGE, cache)
     assert archive.read_bytes() == ARCHIVE
     assert fetch_package(PACKAGE, cache) == archive
-    assert (tmp_path / "bin" / "npm.log").read_text() == "run\n"
+    assert (tmp_path / "bin" / "log").read_text() == "run\n"
     assert sorted(path.name for path in cache.iterdir()) == ["download-test", "test-1.0.0.tgz"]
 
 

@@ -1,0 +1,179 @@
+"""The promise: a request gets the picture that the plain pipeline makes, at any load.
+
+In bfloat16 the same bytes, where the CPU gives a row the same bits in any batch (found out first).
+In float32, where no CPU promises that, within a bound for each scheduler.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from parity_cases import (
+    ForwardCounter,
+    call_plain,
+    largest_byte_difference,
+    mixed_requests,
+    rows_are_independent,
+    serve_staggered,
+    submit_for_files,
+    submit_for_tensors,
+)
+from PIL import Image
+
+from service.domain.requests import GenerationRequest
+from service.pipelines.images import encode_image
+from service.pipelines.runner import PipelineRunner
+
+Serve = Callable[..., tuple[PipelineRunner, ForwardCounter]]
+Reference = Callable[[str], Any]
+Say = Callable[[str], None]
+
+# Rows of a denoiser forward, compared with the same calls alone: less would mean that what these
+# tests are about hardly happened.
+LEAST_SHARING = 2.0
+FLOAT32_BOUND = 1e-3
+# Where kernels are not row-independent, bfloat16 rounds to three digits, over and over.
+BFLOAT16_BYTE_BOUND = 64
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Print although tests are quiet: what was measured belongs into the log."""
+
+    def write(line: str) -> None:
+        with capsys.disabled():
+            print(line)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def row_independent(reference: Reference) -> bool:
+    """Whether this CPU gives rows the same bits in any batch, in bfloat16, for this model."""
+    pipeline = reference("bfloat16")
+    unet, vae, encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(6, pipeline.tokenizer.model_max_length, unet.config.cross_attention_dim)
+    words = torch.randint(0, 100, (6, text.shape[1]), generator=generator)
+
+    def denoise(sample: torch.Tensor) -> torch.Tensor:
+        hidden = text[: sample.shape[0]].to(sample.dtype)
+        return unet(sample, 500, hidden[:1].expand_as(hidden)).sample
+
+    def random(width: int, height: int) -> torch.Tensor:
+        shape = 6, unet.config.in_channels, height // 8, width // 8
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    return (
+        all(rows_are_independent(denoise, random(w, h)) for w, h in ((64, 64), (96, 64)))
+        and rows_are_independent(lambda z: vae.decode(z).sample, random(64, 64))
+        and rows_are_independent(lambda ids: encoder(ids).last_hidden_state, words)
+    )
+
+
+def plain_answers(
+    pipeline: Any, requests: Sequence[GenerationRequest], output_type: str
+) -> tuple[list[Any], ForwardCounter]:
+    """Every request called alone, one after another."""
+    counter = ForwardCounter(pipeline.unet)
+    try:
+        return [call_plain(pipeline, request, output_type) for request in requests], counter
+    finally:
+        counter.remove()
+
+
+def assert_shared(served: ForwardCounter, plain: ForwardCounter, say: Say) -> None:
+    """The same rows in fewer forwards: or nothing was tested."""
+    say(
+        f"\n  denoiser: {len(plain.rows)} calls in {len(served.rows)} forwards, "
+        f"{plain.mean_rows:.1f} -> {served.mean_rows:.1f} rows a forward"
+    )
+    assert sum(served.rows) == sum(plain.rows)
+    assert served.mean_rows >= LEAST_SHARING * plain.mean_rows
+
+
+def test_bfloat16_pictures_are_those_of_the_plain_pipeline(
+    serve: Serve, reference: Reference, row_independent: bool, say: Say
+) -> None:
+    runner, counter = serve("bfloat16")
+    requests = mixed_requests(runner.model.capabilities.schedulers)
+    finished = serve_staggered(runner, requests, submit_for_files)
+    wanted, plain_counter = plain_answers(reference("bfloat16"), requests, "pil")
+    assert_shared(counter, plain_counter, say)
+    assert runner.engine.counters.retries == 0
+
+    differences = {}
+    for request, answer, images in zip(requests, finished, wanted, strict=True):
+        assert len(answer.images) == request.n == len(images)
+        for index, (file, image) in enumerate(zip(answer.images, images, strict=True)):
+            if file != encode_image(image, request, index):
+                served = Image.open(io.BytesIO(file.data))
+                key = f"{request.scheduler} {request.width}x{request.height} #{index}"
+                differences[key] = largest_byte_difference(served, image)
+    pictures = sum(request.n for request in requests)
+    say(f"  bfloat16: {pictures - len(differences)} of {pictures} files byte-identical")
+    if row_independent:
+        assert differences == {}
+    else:
+        say("  THIS CPU IS NOT ROW-INDEPENDENT IN BFLOAT16: only a bound holds, not equality")
+        assert max(differences.values(), default=0) <= BFLOAT16_BYTE_BOUND, differences
+
+
+def test_float32_pictures_stay_within_a_bound_for_every_scheduler(
+    serve: Serve, reference: Reference, say: Say
+) -> None:
+    runner, counter = serve("float32")
+    requests = mixed_requests(runner.model.capabilities.schedulers)
+    served = serve_staggered(runner, requests, submit_for_tensors)
+    wanted, plain_counter = plain_answers(reference("float32"), requests, "pt")
+    assert_shared(counter, plain_counter, say)
+    assert runner.engine.counters.retries == 0
+
+    worst = dict.fromkeys(runner.model.capabilities.schedulers, 0.0)
+    for request, one, other in zip(requests, served, wanted, strict=True):
+        assert one.shape == other.shape == (request.n, 3, request.height, request.width)
+        difference = (one - other).abs().max().item()
+        worst[request.scheduler] = max(worst[request.scheduler], difference)
+    for scheduler, difference in worst.items():
+        say(f"  float32: {scheduler:36} {difference:.1e} (bound {FLOAT32_BOUND:.0e})")
+    assert max(worst.values()) <= FLOAT32_BOUND
+
+
+def test_different_requests_differ_by_far_more_than_the_bound(reference: Reference) -> None:
+    """Else a mixed-up row would go unseen."""
+    requests = [r for r in mixed_requests(["DDIMScheduler"], each=16) if r.width == r.height == 64]
+    pictures = [call_plain(reference("float32"), request, "pt")[0] for request in requests[:4]]
+    for index, one in enumerate(pictures):
+        for other in pictures[:index]:
+            assert (one - other).abs().max() > 100 * FLOAT32_BOUND
+
+
+def test_each_of_several_pictures_can_be_made_again_alone(
+    serve: Serve, reference: Reference, row_independent: bool, say: Say
+) -> None:
+    runner, _ = serve("bfloat16")
+    request = replace(mixed_requests(["EulerAncestralDiscreteScheduler"], each=1)[0], n=4)
+    (finished,) = serve_staggered(runner, [request], submit_for_files, waves=1)
+    if not row_independent:
+        say("  THIS CPU IS NOT ROW-INDEPENDENT IN BFLOAT16: not compared")
+        pytest.skip("this CPU is not row-independent in bfloat16")
+    for image in finished.images:
+        alone = replace(request, n=1, seed=image.seed)
+        (wanted,) = call_plain(reference("bfloat16"), alone)
+        assert image == encode_image(wanted, alone, 0)
+
+
+def test_nothing_shared_would_be_noticed(serve: Serve, reference: Reference, say: Say) -> None:
+    """Served one row at a time the pictures are right, but the check on sharing fails."""
+    runner, counter = serve("bfloat16", max_rows=1)
+    requests = mixed_requests(["DDIMScheduler", "EulerDiscreteScheduler"], each=2)
+    serve_staggered(runner, requests, submit_for_files, waves=1)
+    _, plain_counter = plain_answers(reference("bfloat16"), requests, "pil")
+    assert counter.rows == plain_counter.rows
+    with pytest.raises(AssertionError):
+        assert_shared(counter, plain_counter, say)
