@@ -42,7 +42,7 @@ def build_scheduler(cls: type, config: Any) -> Any:
 def _works(cls: type, config: Any) -> bool:
     try:
         with warnings.catch_warnings():
-            # What a scheduler warns of is no reason to leave it out, even where warnings are errors.
+            # A warning is no reason to leave it out, even where warnings are errors.
             warnings.simplefilter("ignore")
             return _makes_finite_samples(build_scheduler(cls, config))
     except Exception:

@@ -171,6 +171,7 @@ def test_timings_tell_where_the_time_went() -> None:
     assert timings is not None
     assert timings.queue_s == 0
     assert timings.encode_s == pytest.approx(0.0022)
+    assert timings.first_step_s == pytest.approx(0.0022)
     assert timings.denoise_s == pytest.approx(2 * 0.044)
     assert timings.decode_s == pytest.approx(0.007)
     assert timings.total_s == pytest.approx(0.0022 + 0.088 + 0.007)
