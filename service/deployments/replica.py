@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,12 @@ def _settle_from_thread(
 
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
-    from service.pipelines.load import load_model
+    from service.pipelines.load import leave_cores_to_engine, load_model
     from service.pipelines.runner import PipelineRunner
     from service.pipelines.warm_up import warm_up
 
     settings = spec.settings
+    leave_cores_to_engine()
     model = load_model(spec.model_id, spec.folder, settings.dtype, settings.device)
     runner = PipelineRunner(model, engine_options(settings.engine))
     runner.start()
@@ -117,6 +119,7 @@ def engine_options(settings: EngineSettings) -> EngineOptions:
     return EngineOptions(
         max_rows=settings.max_rows,
         max_waiting_pictures=settings.max_waiting_pictures,
-        threads=settings.threads,
+        # Said in so many words, as Ray sets torch's default by the CPUs that a replica reserves.
+        threads=settings.threads or os.cpu_count(),
         niceness=settings.niceness,
     )
