@@ -44,6 +44,11 @@ def build_application(settings: Settings) -> Any:
     return ingress.bind(settings, handles)
 
 
+def deployment_name(model_id: str) -> str:
+    """The Ray Serve deployment that serves a model."""
+    return f"model-{model_id}"
+
+
 def needed_cpus(settings: Settings) -> float:
     """Logical CPUs that all replicas together ask Ray for."""
     models = sum(model.replicas * model.num_cpus for model in settings.models.values())
@@ -53,7 +58,7 @@ def needed_cpus(settings: Settings) -> float:
 def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
     return serve.deployment(
         ModelReplica,
-        name=f"model-{model_id}",
+        name=deployment_name(model_id),
         num_replicas=settings.replicas,
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

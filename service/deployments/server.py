@@ -19,7 +19,12 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from service.config import Settings
-from service.deployments.application import APPLICATION, build_application, needed_cpus
+from service.deployments.application import (
+    APPLICATION,
+    build_application,
+    deployment_name,
+    needed_cpus,
+)
 from service.domain.errors import StepserveError
 
 READY_TIMEOUT_S = 600.0
@@ -109,7 +114,7 @@ def wait_until_ready(settings: Settings, stopped: threading.Event) -> bool:
 def drain(settings: Settings) -> None:
     """Let every replica finish what it accepted, refusing new work meanwhile."""
     for model_id, model in settings.models.items():
-        handle = serve.get_deployment_handle(f"model-{model_id}", APPLICATION)
+        handle = serve.get_deployment_handle(deployment_name(model_id), APPLICATION)
         replies = handle.broadcast("drain")
         replies.results(timeout_s=model.engine.drain_s + FLUSH_S)
     # The last answers are on their way through ingress and proxy.
