@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 
 class OutputFormat(StrEnum):
@@ -14,12 +14,45 @@ class OutputFormat(StrEnum):
     WEBP = "webp"
 
 
+class Task(StrEnum):
+    """What is made of what."""
+
+    TEXT_TO_IMAGE = "text-to-image"
+    IMAGE_TO_IMAGE = "image-to-image"
+    INPAINTING = "inpainting"
+
+
+class Priority(IntEnum):
+    """Who goes first while there is more work than the device can do. Lower is sooner."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BATCH = 2
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """A LoRA adapter of the model, by name, and how strongly it is applied."""
+
+    name: str
+    scale: float = 1.0
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A text-to-image request with every default filled in.
+    """A request for pictures with every default filled in.
 
     Picture `i` of `n` is drawn from seed `seed + i`, so that each can be made again alone.
-    `guidance_scale` of 1 or less means no classifier-free guidance and one row instead of two.
+    `guidance_scale` of 1 or less means no classifier-free guidance and one row instead of two;
+    guidance is applied only between the fractions `guidance_start` and `guidance_end` of the steps.
+
+    Args:
+        image: the picture to start from, as a file (image-to-image and inpainting).
+        mask_image: white where inpainting may paint, as a file.
+        strength: share of the noise schedule that is applied to `image`, 0 to 1.
+        adapters: LoRA adapters, applied together.
+        deadline_s: seconds after acceptance by which an answer is of use, or None.
+        reproducible: its rows never share a forward, so that its bytes depend on nothing else.
     """
 
     id: str
@@ -34,6 +67,16 @@ class GenerationRequest:
     negative_prompt: str = ""
     n: int = 1
     output_format: OutputFormat = OutputFormat.PNG
+    task: Task = Task.TEXT_TO_IMAGE
+    image: bytes | None = None
+    mask_image: bytes | None = None
+    strength: float = 0.8
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    adapters: tuple[AdapterUse, ...] = ()
+    priority: Priority = Priority.NORMAL
+    deadline_s: float | None = None
+    reproducible: bool = False
 
     @property
     def rows(self) -> int:

@@ -32,6 +32,7 @@ class ParkableMethod:
         ignored: keyword arguments that do not influence the result.
         shared: keyword arguments whose tensors serve all rows, whatever their leading size.
         max_rows: most rows that one shared forward may have.
+        enter: sets the module to a variant before a forward of calls that want it.
     """
 
     module: str
@@ -41,6 +42,7 @@ class ParkableMethod:
     ignored: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
     max_rows: int = 32
+    enter: Callable[[Hashable], None] | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +56,7 @@ class CallKey:
 
     method: str
     leaves: tuple[tuple[Path, LeafKind, Hashable], ...]
+    variant: Hashable = None
 
     @property
     def shape(self) -> tuple[Hashable, ...]:
@@ -75,7 +78,11 @@ class Call:
 
 
 def make_call(
-    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any], sequence: int = 0
+    method: ParkableMethod,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sequence: int = 0,
+    variant: Hashable = None,
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
     considered = {k: Ignored.IGNORED if k in method.ignored else v for k, v in kwargs.items()}
@@ -84,7 +91,8 @@ def make_call(
     for path, value in walk((args, considered)):
         kind = classify(value, rows, always_shared=_keyword(path) in method.shared)
         described.append((path, kind, describe(kind, value)))
-    return Call(method, args, kwargs, CallKey(method.name, tuple(described)), rows, sequence)
+    key = CallKey(method.name, tuple(described), variant)
+    return Call(method, args, kwargs, key, rows, sequence)
 
 
 def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

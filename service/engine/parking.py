@@ -50,7 +50,8 @@ def make_parkable(
         current = greenlet.getcurrent()
         if not isinstance(current, TrackGreenlet):
             return original(*args, **kwargs)
-        return current.track.park(make_call(method, args, kwargs, next(_sequence)))
+        track = current.track
+        return track.park(make_call(method, args, kwargs, next(_sequence), track.variant))
 
     before = vars(module).get(method_name)
     setattr(module, method_name, parked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -42,6 +42,11 @@ class Work:
         pictures: pictures it makes, counted against the limit on waiting work.
         run: the pipeline call; it runs in a greenlet on the engine thread.
         listener: hears the end, exactly once.
+        variant: what the shared modules must be set to while they serve it, such as a set of
+            adapters. Calls of different variants never share a forward.
+        priority: 0 goes first; see `policy`.
+        deadline_s: seconds after submission by which an answer is of use, or None.
+        isolated: its calls never share a forward.
     """
 
     id: str
@@ -50,6 +55,10 @@ class Work:
     pictures: int
     run: Callable[[], Any]
     listener: Listener
+    variant: Hashable = None
+    priority: int = 1
+    deadline_s: float | None = None
+    isolated: bool = False
 
 
 @dataclass
@@ -104,6 +113,11 @@ class Track:
     def ended(self) -> bool:
         """Whether the listener has heard the end."""
         return is_terminal(self.state)
+
+    @property
+    def variant(self) -> Hashable:
+        """What keeps its calls apart from others': its adapters, and itself if it is isolated."""
+        return (self.work.variant, self.work.id) if self.work.isolated else self.work.variant
 
     @property
     def steps_left(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import asdict, replace
@@ -23,13 +24,19 @@ MEDIA_TYPES = {
     OutputFormat.WEBP: "image/webp",
 }
 PARAMETERS_KEY = "parameters"
+# They decide no pixel, and the same picture should be the same bytes.
+WITHOUT_EFFECT = ("id", "output_format", "priority", "deadline_s", "reproducible")
 
 
 def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
     """What picture `index` of a request can be made again from, alone."""
     alone = asdict(replace(request, seed=request.seed + index, n=1))
-    # Left out: neither decides a pixel, and the same picture should be the same bytes.
-    del alone["id"], alone["output_format"]
+    for field in WITHOUT_EFFECT:
+        del alone[field]
+    for field in ("image", "mask_image"):
+        file = alone.pop(field)
+        if file is not None:
+            alone[f"{field}_sha256"] = hashlib.sha256(file).hexdigest()
     return {"software": f"stepserve {__version__}", **alone}
 
 
