@@ -9,7 +9,7 @@ import pytest
 from api_fakes import EMOJI, TIMINGS, FakeBackend
 
 from service.api import ModelStatus
-from service.domain.requests import OutputFormat
+from service.domain.requests import GenerationRequest, OutputFormat
 
 URL = "/v1/images/generations"
 
@@ -46,20 +46,22 @@ async def test_every_field_reaches_the_backend(client: httpx.AsyncClient, backen
     response = await client.post(URL, json=body)
 
     assert response.status_code == 200
-    assert asdict(backend.requests[0]) == {
-        "id": response.json()["id"],
-        "model": "emoji",
-        "prompt": "cat",
-        "width": 48,
-        "height": 128,
-        "num_inference_steps": 7,
-        "guidance_scale": 0.0,
-        "seed": 5,
-        "scheduler": "ddim",
-        "negative_prompt": "dog",
-        "n": 2,
-        "output_format": "webp",
-    }
+    assert backend.requests == [
+        GenerationRequest(
+            id=response.json()["id"],
+            model="emoji",
+            prompt="cat",
+            width=48,
+            height=128,
+            num_inference_steps=7,
+            guidance_scale=0.0,
+            seed=5,
+            scheduler="ddim",
+            negative_prompt="dog",
+            n=2,
+            output_format=OutputFormat.WEBP,
+        )
+    ]
 
 
 async def test_the_answer(client: httpx.AsyncClient):
