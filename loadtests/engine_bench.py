@@ -177,7 +177,13 @@ def admission_latency(runner: PipelineRunner, seed: int = 0) -> tuple[float, flo
     waits, steps_s = [], []
     for index in range(ARRIVALS):
         time.sleep(chance.uniform(0.05, 0.25))
-        newcomer = replace(mixed_requests()[0], id=f"newcomer-{index}", num_inference_steps=4)
+        # A prompt never seen before: else its embedding would be remembered.
+        newcomer = replace(
+            mixed_requests()[0],
+            id=f"newcomer-{index}",
+            prompt=f"red heart {index}",
+            num_inference_steps=4,
+        )
         _, (finished,) = run_engine(runner, [newcomer])
         waits.append(finished.timings.first_step_s)
         steps_s.append(finished.timings.denoise_s / newcomer.num_inference_steps)

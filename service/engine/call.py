@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from service.engine.leaves import Ignored, LeafKind, Path, classify, describe, walk
+from service.engine.memo import Memo
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ParkableMethod:
         shared: keyword arguments whose tensors serve all rows, whatever their leading size.
         max_rows: most rows that one shared forward may have.
         enter: sets the module to a variant before a forward of calls that want it.
+        memo: keeps outputs, so that a call whose arguments were seen before is answered at once.
     """
 
     module: str
@@ -43,6 +46,7 @@ class ParkableMethod:
     shared: frozenset[str] = frozenset()
     max_rows: int = 32
     enter: Callable[[Hashable], None] | None = None
+    memo: Memo | None = None
 
     @property
     def name(self) -> str:
@@ -58,7 +62,7 @@ class CallKey:
     leaves: tuple[tuple[Path, LeafKind, Hashable], ...]
     variant: Hashable = None
 
-    @property
+    @cached_property
     def shape(self) -> tuple[Hashable, ...]:
         """What decides the cost of a row: the method, and dtype and shape of what is batched."""
         batched = (text for _, kind, text in self.leaves if kind is LeafKind.BATCHED)
@@ -86,10 +90,12 @@ def make_call(
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
     considered = {k: Ignored.IGNORED if k in method.ignored else v for k, v in kwargs.items()}
-    rows = count_rows(args, {k: v for k, v in considered.items() if k not in method.shared})
+    parts = walk((args, considered))
+    rows = _rows_of(parts, method.shared)
     described = []
-    for path, value in walk((args, considered)):
-        kind = classify(value, rows, always_shared=_keyword(path) in method.shared)
+    for path, value in parts:
+        always_shared = bool(method.shared) and _keyword(path) in method.shared
+        kind = classify(value, rows, always_shared)
         described.append((path, kind, describe(kind, value)))
     key = CallKey(method.name, tuple(described), variant)
     return Call(method, args, kwargs, key, rows, sequence)
@@ -97,8 +103,12 @@ def make_call(
 
 def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Leading size of the first tensor with dimensions; 1 where there is none or it is empty."""
-    for _, value in walk((args, kwargs)):
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
+    return _rows_of(walk((args, kwargs)), frozenset())
+
+
+def _rows_of(parts: list[tuple[Path, Any]], shared: frozenset[str]) -> int:
+    for path, value in parts:
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and _keyword(path) not in shared:
             return max(value.shape[0], 1)
     return 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from enum import Enum
 from typing import Any
 
@@ -43,15 +43,22 @@ class Ignored(Enum):
     IGNORED = "ignored"
 
 
-def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def walk(value: Any) -> list[tuple[Path, Any]]:
     """A value and everything inside it, with the path that leads to each; outermost first."""
-    yield path, value
+    found: list[tuple[Path, Any]] = []
+    _collect(value, (), found)
+    return found
+
+
+def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
+    # Read for every call of every step: a list is filled faster than nested generators yield.
+    found.append((path, value))
     if isinstance(value, dict):
         for key in sorted(value, key=_order):
-            yield from walk(value[key], (*path, key))
+            _collect(value[key], (*path, key), found)
     elif isinstance(value, tuple | list):
         for index, item in enumerate(value):
-            yield from walk(item, (*path, index))
+            _collect(item, (*path, index), found)
 
 
 def classify(value: Any, rows: int, always_shared: bool = False) -> LeafKind:
@@ -71,19 +78,15 @@ def classify(value: Any, rows: int, always_shared: bool = False) -> LeafKind:
 
 def describe(kind: LeafKind, value: Any) -> Hashable:
     """What must agree between calls that share a forward."""
-    match kind:
-        case LeafKind.IGNORED:
-            return None
-        case LeafKind.CONTAINER:
-            return id(type(value))
-        case LeafKind.PER_ROW:
-            number = "number" if value.dtype in PROMOTABLE else str(value.dtype)
-            return number, str(value.device)
-        case LeafKind.BATCHED:
-            return str(value.dtype), tuple(value.shape[1:]), str(value.device)
-        case LeafKind.SHARED:
-            return str(value.dtype), tuple(value.shape), str(value.device), content_digest(value)
-    return _describe_plain(value)
+    if kind is LeafKind.PLAIN:
+        return describe_plain(value)
+    if kind is LeafKind.BATCHED:
+        return value.dtype, value.shape[1:], value.device
+    if kind is LeafKind.PER_ROW:
+        return "number" if value.dtype in PROMOTABLE else value.dtype, value.device
+    if kind is LeafKind.SHARED:
+        return value.dtype, value.shape, value.device, content_digest(value)
+    return id(type(value)) if kind is LeafKind.CONTAINER else None
 
 
 def content_digest(value: torch.Tensor) -> bytes:
@@ -92,7 +95,8 @@ def content_digest(value: torch.Tensor) -> bytes:
     return hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).digest()
 
 
-def _describe_plain(value: Any) -> Hashable:
+def describe_plain(value: Any) -> Hashable:
+    """What must agree where a value is no tensor: itself, or else its being the same object."""
     try:
         hash(value)
     except TypeError:

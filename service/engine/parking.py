@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import greenlet
+import torch
 
 from service.engine.call import ParkableMethod, make_call
-from service.engine.track import Stage, TrackGreenlet
+from service.engine.memo import Memo, content_key
+from service.engine.track import Stage, Track, TrackGreenlet
 
 _sequence = itertools.count()
 
@@ -24,6 +26,7 @@ def make_parkable(
     ignored: frozenset[str] = frozenset(),
     shared: frozenset[str] = frozenset(),
     max_rows: int = 32,
+    memo: Memo | None = None,
 ) -> Callable[[], None]:
     """Replace a method on one module instance; outside a track it behaves as before.
 
@@ -35,6 +38,7 @@ def make_parkable(
         ignored: keyword arguments that do not influence the result.
         shared: keyword arguments whose tensors serve all rows, whatever their leading size.
         max_rows: most rows of one shared forward.
+        memo: where outputs are kept for calls with the same arguments, or None.
 
     Returns:
         A function that undoes the replacement. It does nothing if another replacement was put on
@@ -42,7 +46,14 @@ def make_parkable(
     """
     original = getattr(module, method_name)
     method = ParkableMethod(
-        module_name, method_name, original, Stage(stage), ignored, shared, max_rows
+        module_name,
+        method_name,
+        original,
+        Stage(stage),
+        ignored,
+        shared,
+        max_rows,
+        memo=memo,
     )
 
     @functools.wraps(original)
@@ -50,12 +61,29 @@ def make_parkable(
         current = greenlet.getcurrent()
         if not isinstance(current, TrackGreenlet):
             return original(*args, **kwargs)
-        track = current.track
-        return track.park(make_call(method, args, kwargs, next(_sequence), track.variant))
+        # A call that wants gradients needs a forward of its own.
+        if method.memo is None or torch.is_grad_enabled():
+            return _park(current.track, method, args, kwargs)
+        return _recall(current.track, method, method.memo, args, kwargs)
 
     before = vars(module).get(method_name)
     setattr(module, method_name, parked)
     return functools.partial(_restore, module, method_name, parked, before)
+
+
+def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:
+    return track.park(make_call(method, args, kwargs, next(_sequence), track.variant))
+
+
+def _recall(
+    track: Track, method: ParkableMethod, memo: Memo, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    key = content_key(track.work.variant, args, kwargs)
+    known, output = memo.find(key)
+    if not known:
+        output = _park(track, method, args, kwargs)
+        memo.keep(key, output)
+    return output
 
 
 def _restore(module: object, method_name: str, parked: object, before: object) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from service.engine.memo import Memo
 from service.engine.parking import make_parkable
 from service.engine.track import Stage
+
+PROMPTS_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class ParkingRule:
             run one call at a time: they take a few percent of the time and gain little from
             sharing, while on many processors their kernels round differently for another row
             count, and the picture would no longer be the one that diffusers makes alone.
+        remembered_bytes: how much is kept of outputs, for calls with equal arguments. Most
+            requests have the same negative prompt, and people try a prompt again and again.
     """
 
     component: str
@@ -28,11 +33,16 @@ class ParkingRule:
     stage: Stage
     ignored: frozenset[str] = frozenset()
     max_rows: int | None = None
+    remembered_bytes: int = 0
 
 
 PARKING_RULES = (
-    ParkingRule("text_encoder", "forward", Stage.ENCODE, max_rows=1),
-    ParkingRule("text_encoder_2", "forward", Stage.ENCODE, max_rows=1),
+    ParkingRule(
+        "text_encoder", "forward", Stage.ENCODE, max_rows=1, remembered_bytes=PROMPTS_BYTES
+    ),
+    ParkingRule(
+        "text_encoder_2", "forward", Stage.ENCODE, max_rows=1, remembered_bytes=PROMPTS_BYTES
+    ),
     ParkingRule("unet", "forward", Stage.DENOISE),
     ParkingRule("transformer", "forward", Stage.DENOISE),
     ParkingRule("vae", "encode", Stage.ENCODE, max_rows=1),
@@ -60,6 +70,7 @@ def attach(pipeline: Any, max_rows: int) -> Callable[[], None]:
                     stage=rule.stage,
                     ignored=rule.ignored,
                     max_rows=min(rule.max_rows or max_rows, max_rows),
+                    memo=Memo(rule.remembered_bytes) if rule.remembered_bytes else None,
                 )
             )
 
