@@ -1,25 +1,33 @@
 """A parked module call, and the key that says which calls may share one forward.
 
-The row count of a call is the leading size of its first tensor that has dimensions, positional
-arguments first, then keyword arguments by name. `leaves.LeafKind` lists how each part of the
-arguments is then treated.
+The row count of a call is the leading size of its first tensor that has dimensions, in the order of
+the method's parameters. `leaves.LeafKind` lists how each part of the arguments is then treated, and
+`leaves.ArgumentRules` what has to be said by name because the arguments themselves do not tell.
 
-One ambiguity cannot be told from the arguments: a tensor that all rows share, but whose leading
-size happens to be the row count, looks BATCHED. Name such keyword arguments in `shared`. Python
-numbers are PLAIN, because they may as well be settings: calls share a forward only if they agree.
+Python numbers are PLAIN, because they may as well be settings: calls share a forward only if they
+agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
-from service.engine.leaves import Ignored, LeafKind, Path, classify, describe, walk
+from service.engine.leaves import (
+    ArgumentRules,
+    LeafKind,
+    Path,
+    classify,
+    describe,
+    leading_size,
+    walk,
+)
 from service.engine.memo import Memo
+
+Leaf = tuple[Path, LeafKind, Hashable]
+NO_RULES = ArgumentRules()
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,11 @@ class ParkableMethod:
         method: name of the method, such as `forward` or `decode`.
         run: the original method.
         stage: what its time is counted as.
-        ignored: keyword arguments that do not influence the result.
-        shared: keyword arguments whose tensors serve all rows, whatever their leading size.
+        parameters: names of its parameters in their order, for arguments given by position.
+        rules: how some of its arguments are to be read.
         max_rows: most rows that one shared forward may have.
+        bucket_rows: forwards of fewer rows are filled up to the next of these row counts, for
+            devices and kernels that gain from few shapes. Empty: any row count runs as it is.
         enter: sets the module to a variant before a forward of calls that want it.
         memo: keeps outputs, so that a call whose arguments were seen before is answered at once.
     """
@@ -42,9 +52,10 @@ class ParkableMethod:
     method: str
     run: Callable[..., Any]
     stage: str = "denoise"
-    ignored: frozenset[str] = frozenset()
-    shared: frozenset[str] = frozenset()
+    parameters: tuple[str, ...] = ()
+    rules: ArgumentRules = NO_RULES
     max_rows: int = 32
+    bucket_rows: tuple[int, ...] = ()
     enter: Callable[[Hashable], None] | None = None
     memo: Memo | None = None
 
@@ -53,13 +64,25 @@ class ParkableMethod:
         """`unet.forward`."""
         return f"{self.module}.{self.method}"
 
+    def position_of(self, name: str) -> tuple[int, str]:
+        """Sorts keyword arguments: by parameter, and by name those that are none."""
+        return self._positions.get(name, len(self.parameters)), name
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.parameters)}
+
+    def padded_rows(self, rows: int) -> int:
+        """How many rows a forward of `rows` rows is run with."""
+        return min((bucket for bucket in self.bucket_rows if bucket >= rows), default=rows)
+
 
 @dataclass(frozen=True)
 class CallKey:
     """Calls with equal keys may share a forward. Row counts, prompts and seeds stay out of it."""
 
     method: str
-    leaves: tuple[tuple[Path, LeafKind, Hashable], ...]
+    leaves: tuple[Leaf, ...]
     variant: Hashable = None
 
     @cached_property
@@ -89,30 +112,51 @@ def make_call(
     variant: Hashable = None,
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
-    considered = {k: Ignored.IGNORED if k in method.ignored else v for k, v in kwargs.items()}
-    parts = walk((args, considered))
-    rows = _rows_of(parts, method.shared)
-    described = []
-    for path, value in parts:
-        always_shared = bool(method.shared) and _keyword(path) in method.shared
-        kind = classify(value, rows, always_shared)
-        described.append((path, kind, describe(kind, value)))
-    key = CallKey(method.name, tuple(described), variant)
+    arguments = list(_arguments(method, args, kwargs))
+    rows = _count_rows(method, arguments)
+    leaves: list[Leaf] = [((), LeafKind.CONTAINER, len(args))]
+    for path, name, value in arguments:
+        leaves += _read(value, path, rows, method.rules.kind_of(name))
+    key = CallKey(method.name, tuple(leaves), variant)
     return Call(method, args, kwargs, key, rows, sequence)
 
 
 def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Leading size of the first tensor with dimensions; 1 where there is none or it is empty."""
-    return _rows_of(walk((args, kwargs)), frozenset())
+    method = ParkableMethod("", "", lambda: None)
+    return _count_rows(method, list(_arguments(method, args, kwargs)))
 
 
-def _rows_of(parts: list[tuple[Path, Any]], shared: frozenset[str]) -> int:
-    for path, value in parts:
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and _keyword(path) not in shared:
-            return max(value.shape[0], 1)
+def _arguments(
+    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[Path, Hashable, Any]]:
+    """Path, parameter name and value of each argument, in the order of the parameters."""
+    names = method.parameters
+    for index, value in enumerate(args):
+        yield (0, index), names[index] if index < len(names) else None, value
+    for name in sorted(kwargs, key=method.position_of):
+        yield (1, name), name, kwargs[name]
+
+
+def _count_rows(method: ParkableMethod, arguments: list[tuple[Path, Hashable, Any]]) -> int:
+    for _, name, value in arguments:
+        kind = method.rules.kind_of(name)
+        if kind is LeafKind.ROW_LIST and isinstance(value, list):
+            return max(len(value), 1)
+        rows = leading_size(value) if kind is None else None
+        if rows is not None:
+            return rows
     return 1
 
 
-def _keyword(path: Path) -> Hashable:
-    """The keyword argument that a path of `walk((args, kwargs))` leads into, or None."""
-    return path[1] if len(path) > 1 and path[0] == 1 else None
+def _read(value: Any, path: Path, rows: int, ruled: LeafKind | None) -> list[Leaf]:
+    """Everything in one argument, and how it behaves when calls are stacked."""
+    if ruled is LeafKind.IGNORED:
+        return [(path, ruled, None)]
+    if ruled is LeafKind.ROW_LIST and isinstance(value, list):
+        return [(path, ruled, describe(ruled, value, rows))]
+    leaves = []
+    for inner, part in walk(value, path):
+        kind = classify(part, rows, None if ruled is LeafKind.ROW_LIST else ruled)
+        leaves.append((inner, kind, describe(kind, part, rows)))
+    return leaves

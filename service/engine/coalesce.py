@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,74 +22,121 @@ class UnsplittableError(TypeError):
     """The output of a stacked forward has a part of which nobody knows whose it is."""
 
 
-def stack(calls: Sequence[Call]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def stack(calls: Sequence[Call], padded_rows: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for one forward that serves all `calls`, which have equal keys.
 
     A single call keeps its arguments untouched, so that it is exactly the plain call.
+
+    Args:
+        calls: what is served.
+        padded_rows: rows that the forward shall have; where the calls have fewer, the last row is
+            repeated. The output's further rows belong to nobody.
     """
-    if len(calls) == 1:
-        return calls[0].args, calls[0].kwargs
-    kinds = {path: kind for path, kind, _ in calls[0].key.leaves}
     rows = [call.rows for call in calls]
-    args, kwargs = _stack_values([(c.args, c.kwargs) for c in calls], rows, kinds, ())
+    padding = max(padded_rows - sum(rows), 0)
+    if len(calls) == 1 and not padding:
+        return calls[0].args, calls[0].kwargs
+    stacking = Stacking(rows, padding, {path: kind for path, kind, _ in calls[0].key.leaves})
+    args = tuple(
+        stacking.join([call.args[index] for call in calls], (0, index))
+        for index in range(len(calls[0].args))
+    )
+    kwargs = {
+        name: stacking.join([call.kwargs[name] for call in calls], (1, name))
+        for name in calls[0].kwargs
+    }
     return args, kwargs
 
 
-def split(output: Any, rows: Sequence[int]) -> list[Any]:
+def split(output: Any, rows: Sequence[int], padding: int = 0, row_lists: bool = False) -> list[Any]:
     """Cut the output of a stacked forward into one output per call.
 
     Tensors are cut along their leading dimension; containers and output objects are rebuilt
     around the pieces; plain values go to every call. A single call gets its output untouched.
+
+    Args:
+        output: of the forward.
+        rows: of each call.
+        padding: further rows of the forward that belong to nobody.
+        row_lists: whether a list with one entry a row is cut like a tensor.
 
     Raises:
         UnsplittableError: a tensor has not one leading entry a row, or an object cannot be looked
             into. Handing every call the whole would give each of them the others' result, so the
             caller must run the calls apart.
     """
-    if len(rows) == 1:
+    if len(rows) == 1 and not padding:
         return [output]
-    return _split_value(output, list(rows))
+    shares = [*rows, padding] if padding else list(rows)
+    return Splitting(shares, row_lists).cut(output)[: len(rows)]
 
 
-def _stack_values(
-    values: list[Any], rows: list[int], kinds: dict[Path, LeafKind], path: Path
-) -> Any:
-    first, kind = values[0], kinds[path]
-    if kind is not LeafKind.CONTAINER:
-        return _stack_leaves(values, rows, kind)
-    parts = {
-        name: _stack_values([value[name] for value in values], rows, kinds, (*path, name))
-        for name in (first if isinstance(first, dict) else range(len(first)))
-    }
-    return _rebuild(first, parts)
+@dataclass(frozen=True)
+class Stacking:
+    """How the arguments of several calls are joined."""
 
+    rows: list[int]
+    padding: int
+    kinds: dict[Path, LeafKind]
 
-def _stack_leaves(values: list[Any], rows: list[int], kind: LeafKind) -> Any:
-    if kind is LeafKind.BATCHED:
+    def join(self, values: list[Any], path: Path) -> Any:
+        """One argument, or one part of it, of every call: as one."""
+        kind = self.kinds[path]
+        if kind is not LeafKind.CONTAINER:
+            return self._join_leaves(values, kind)
+        first = values[0]
+        parts = {
+            name: self.join([value[name] for value in values], (*path, name))
+            for name in (first if isinstance(first, dict) else range(len(first)))
+        }
+        return _rebuild(first, parts)
+
+    def _join_leaves(self, values: list[Any], kind: LeafKind) -> Any:
+        if kind is LeafKind.PER_ROW:
+            # Schedulers disagree on int or float timesteps; cat promotes, which loses nothing.
+            values = [v.reshape(-1).expand(r) for v, r in zip(values, self.rows, strict=True)]
+            return self._cat(values, each=1)
+        if kind is LeafKind.BATCHED:
+            return self._cat(values, each=1)
+        if kind is LeafKind.REPEATED:
+            return self._cat(values, each=values[0].shape[0] // self.rows[0])
+        if kind is LeafKind.ROW_LIST:
+            return [entry for value in values for entry in value] + values[-1][-1:] * self.padding
+        return values[0]
+
+    def _cat(self, values: list[torch.Tensor], each: int) -> torch.Tensor:
+        if self.padding:
+            values = [*values, *[values[-1][-each:]] * self.padding]
         return torch.cat(values)
-    if kind is LeafKind.PER_ROW:
-        # Schedulers disagree on int or float timesteps; cat promotes, which loses nothing.
-        repeated = [v.reshape(-1).expand(count) for v, count in zip(values, rows, strict=True)]
-        return torch.cat(repeated)
-    return values[0]
 
 
-def _split_value(value: Any, rows: list[int]) -> list[Any]:
-    if isinstance(value, torch.Tensor):
-        return _split_tensor(value, rows)
-    if isinstance(value, HARMLESS):
-        return [value] * len(rows)
-    columns = {name: _split_value(part, rows) for name, part in _parts(value).items()}
-    return [
-        _rebuild(value, {name: column[index] for name, column in columns.items()})
-        for index in range(len(rows))
-    ]
+@dataclass(frozen=True)
+class Splitting:
+    """How an output is cut into shares of so many rows."""
 
+    shares: list[int]
+    row_lists: bool
 
-def _split_tensor(value: torch.Tensor, rows: list[int]) -> list[Any]:
-    if value.dim() == 0 or value.shape[0] != sum(rows):
-        raise UnsplittableError(f"a tensor of shape {tuple(value.shape)} for {sum(rows)} rows")
-    return list(value.split(rows))
+    def cut(self, value: Any) -> list[Any]:
+        """A value, or a part of it, as one piece for each share."""
+        if isinstance(value, torch.Tensor):
+            return self._cut_tensor(value)
+        if isinstance(value, HARMLESS):
+            return [value] * len(self.shares)
+        if self.row_lists and isinstance(value, list) and len(value) == sum(self.shares):
+            ends = list(accumulate(self.shares))
+            return [value[end - r : end] for end, r in zip(ends, self.shares, strict=True)]
+        columns = {name: self.cut(part) for name, part in _parts(value).items()}
+        return [
+            _rebuild(value, {name: column[index] for name, column in columns.items()})
+            for index in range(len(self.shares))
+        ]
+
+    def _cut_tensor(self, value: torch.Tensor) -> list[Any]:
+        rows = sum(self.shares)
+        if value.dim() == 0 or value.shape[0] != rows:
+            raise UnsplittableError(f"a tensor of shape {tuple(value.shape)} for {rows} rows")
+        return list(value.split(self.shares))
 
 
 def _parts(value: Any) -> dict[Any, Any]:

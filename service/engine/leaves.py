@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
+from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +28,12 @@ class LeafKind(Enum):
       repeated for each row where there is only one, and stacked.
     - SHARED: a tensor of another leading size; equal content required, passed once.
     - PLAIN: anything else; must be equal (where it cannot be compared: the same object).
-    - IGNORED: an argument named as having no influence on the result; the first call's is passed.
+
+    Only arguments that a rule names are read as one of these:
+
+    - IGNORED: has no influence on the result; the first call's is passed.
+    - REPEATED: a tensor with several entries for each row, such as one a frame; stacked.
+    - ROW_LIST: a Python list with one entry a row; the lists are joined.
     """
 
     CONTAINER = "container"
@@ -35,18 +42,46 @@ class LeafKind(Enum):
     SHARED = "shared"
     PLAIN = "plain"
     IGNORED = "ignored"
+    REPEATED = "repeated"
+    ROW_LIST = "row_list"
 
 
-class Ignored(Enum):
-    """Stands in for an argument that has no influence on the result."""
+@dataclass(frozen=True)
+class ArgumentRules:
+    """What cannot be told from the arguments of a method themselves, by parameter name.
 
-    IGNORED = "ignored"
+    Args:
+        ignored: do not influence the result.
+        shared: their tensors serve all rows, whatever their leading size. Without this, a tensor
+            whose leading size happens to be the row count looks BATCHED.
+        repeated: their tensors have several entries for each row.
+        row_lists: lists with one entry a row.
+    """
+
+    ignored: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    repeated: frozenset[str] = frozenset()
+    row_lists: frozenset[str] = frozenset()
+
+    def kind_of(self, name: Hashable) -> LeafKind | None:
+        """How the argument of that name is read, if a rule says so."""
+        return self._kinds.get(name)
+
+    @cached_property
+    def _kinds(self) -> dict[Hashable, LeafKind]:
+        named = {
+            LeafKind.IGNORED: self.ignored,
+            LeafKind.SHARED: self.shared,
+            LeafKind.REPEATED: self.repeated,
+            LeafKind.ROW_LIST: self.row_lists,
+        }
+        return {name: kind for kind, names in named.items() for name in names}
 
 
-def walk(value: Any) -> list[tuple[Path, Any]]:
+def walk(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     """A value and everything inside it, with the path that leads to each; outermost first."""
     found: list[tuple[Path, Any]] = []
-    _collect(value, (), found)
+    _collect(value, path, found)
     return found
 
 
@@ -61,22 +96,26 @@ def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
             _collect(item, (*path, index), found)
 
 
-def classify(value: Any, rows: int, always_shared: bool = False) -> LeafKind:
-    """How one part of a call of `rows` rows behaves when it is stacked with others."""
+def classify(value: Any, rows: int, ruled: LeafKind | None = None) -> LeafKind:
+    """How one part of a call of `rows` rows behaves when it is stacked with others.
+
+    Args:
+        value: the part.
+        rows: of the call.
+        ruled: what a rule says of the argument that the part belongs to.
+    """
     if isinstance(value, dict | tuple | list):
         return LeafKind.CONTAINER
-    if value is Ignored.IGNORED:
-        return LeafKind.IGNORED
     if not isinstance(value, torch.Tensor):
         return LeafKind.PLAIN
-    if always_shared:
-        return LeafKind.SHARED
+    if ruled is not None:
+        return ruled
     if value.dim() == 0 or (value.dim() == 1 and value.shape[0] in (1, rows)):
         return LeafKind.PER_ROW
     return LeafKind.BATCHED if value.shape[0] == rows else LeafKind.SHARED
 
 
-def describe(kind: LeafKind, value: Any) -> Hashable:
+def describe(kind: LeafKind, value: Any, rows: int) -> Hashable:
     """What must agree between calls that share a forward."""
     if kind is LeafKind.PLAIN:
         return describe_plain(value)
@@ -86,7 +125,32 @@ def describe(kind: LeafKind, value: Any) -> Hashable:
         return "number" if value.dtype in PROMOTABLE else value.dtype, value.device
     if kind is LeafKind.SHARED:
         return value.dtype, value.shape, value.device, content_digest(value)
+    if kind is LeafKind.REPEATED:
+        return value.dtype, value.shape[1:], value.device, value.shape[0] / rows
+    if kind is LeafKind.ROW_LIST:
+        return frozenset(_describe_entry(entry) for entry in value)
     return id(type(value)) if kind is LeafKind.CONTAINER else None
+
+
+def _describe_entry(entry: Any) -> Hashable:
+    """One entry of a list with one entry a row: tensors by shape, all else by value."""
+    return tuple(
+        (path, value.dtype, value.shape, value.device)
+        if isinstance(value, torch.Tensor)
+        else (
+            path,
+            describe_plain(type(value) if isinstance(value, dict | tuple | list) else value),
+        )
+        for path, value in walk(entry)
+    )
+
+
+def leading_size(value: Any) -> int | None:
+    """Leading size of the first tensor with dimensions in `value`; None where there is none."""
+    for _, part in walk(value):
+        if isinstance(part, torch.Tensor) and part.dim() > 0:
+            return max(part.shape[0], 1)
+    return None
 
 
 def content_digest(value: torch.Tensor) -> bytes:

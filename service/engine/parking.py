@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import greenlet
 import torch
 
-from service.engine.call import ParkableMethod, make_call
+from service.engine.call import NO_RULES, ParkableMethod, make_call
+from service.engine.leaves import ArgumentRules
 from service.engine.memo import Memo, content_key
 from service.engine.track import Stage, Track, TrackGreenlet
 
@@ -23,9 +25,9 @@ def make_parkable(
     method_name: str,
     *,
     stage: str,
-    ignored: frozenset[str] = frozenset(),
-    shared: frozenset[str] = frozenset(),
+    rules: ArgumentRules = NO_RULES,
     max_rows: int = 32,
+    bucket_rows: tuple[int, ...] = (),
     memo: Memo | None = None,
 ) -> Callable[[], None]:
     """Replace a method on one module instance; outside a track it behaves as before.
@@ -35,9 +37,9 @@ def make_parkable(
         module_name: its name in the pipeline.
         method_name: such as `forward` or `decode`.
         stage: what its time is counted as, a value of `Stage`.
-        ignored: keyword arguments that do not influence the result.
-        shared: keyword arguments whose tensors serve all rows, whatever their leading size.
+        rules: how some of its arguments are to be read.
         max_rows: most rows of one shared forward.
+        bucket_rows: row counts that forwards are filled up to.
         memo: where outputs are kept for calls with the same arguments, or None.
 
     Returns:
@@ -50,9 +52,10 @@ def make_parkable(
         method_name,
         original,
         Stage(stage),
-        ignored,
-        shared,
+        parameter_names(original),
+        rules,
         max_rows,
+        bucket_rows,
         memo=memo,
     )
 
@@ -69,6 +72,13 @@ def make_parkable(
     before = vars(module).get(method_name)
     setattr(module, method_name, parked)
     return functools.partial(_restore, module, method_name, parked, before)
+
+
+def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters that may be given by position or by name, in their order."""
+    nameable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in nameable)
 
 
 def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:

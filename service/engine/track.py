@@ -24,9 +24,13 @@ Clock = Callable[[], float]
 
 
 class Stage(StrEnum):
-    """What a module is for, so that timings can be told apart."""
+    """What a module is for, so that timings can be told apart.
+
+    CONTROL is what runs beside the denoiser at its steps, such as a ControlNet.
+    """
 
     ENCODE = "encode"
+    CONTROL = "control"
     DENOISE = "denoise"
     DECODE = "decode"
 
@@ -77,7 +81,7 @@ class Clockwork:
             queue_s=(now_s if self.started_s is None else self.started_s) - self.submitted_s,
             first_step_s=(self.first_step_s or now_s) - self.submitted_s,
             encode_s=self.stage_s.get(Stage.ENCODE, 0.0),
-            denoise_s=self.stage_s.get(Stage.DENOISE, 0.0),
+            denoise_s=self.stage_s.get(Stage.DENOISE, 0.0) + self.stage_s.get(Stage.CONTROL, 0.0),
             decode_s=self.stage_s.get(Stage.DECODE, 0.0),
             total_s=now_s - self.submitted_s,
             batch_share=sum(self.shares) / len(self.shares) if self.shares else 1.0,

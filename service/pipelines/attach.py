@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from service.engine.call import NO_RULES
+from service.engine.leaves import ArgumentRules
 from service.engine.memo import Memo
 from service.engine.parking import make_parkable
 from service.engine.track import Stage
@@ -15,62 +21,98 @@ PROMPTS_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class ParkingRule:
-    """One method of one pipeline component whose calls may be shared.
+    """One method of the components of one kind.
 
     Args:
-        ignored: keyword arguments that do not influence the result. The VAE takes a `generator`
-            in `decode` and never draws from it.
-        max_rows: where it should be less than the engine's row limit. Text encoders and the VAE
-            run one call at a time: they take a few percent of the time and gain little from
-            sharing, while on many processors their kernels round differently for another row
-            count, and the picture would no longer be the one that diffusers makes alone.
-        remembered_bytes: how much is kept of outputs, for calls with equal arguments. Most
-            requests have the same negative prompt, and people try a prompt again and again.
+        components: patterns of component names, as pipelines call them.
+        method: the method that parks.
+        stage: what its time is counted as.
+        shared: whether calls of several requests may share a forward. Text encoders and VAEs run
+            one call at a time: they take a few percent of the time and gain little from sharing,
+            while on many processors their kernels round differently for another row count, and the
+            picture would no longer be the one that diffusers makes alone.
+        remembered: whether outputs are kept for calls with equal arguments. Most requests have the
+            same negative prompt, and people try a prompt again and again.
     """
 
-    component: str
+    components: tuple[str, ...]
     method: str
     stage: Stage
-    ignored: frozenset[str] = frozenset()
-    max_rows: int | None = None
-    remembered_bytes: int = 0
+    shared: bool = False
+    remembered: bool = False
+
+    def covers(self, path: str) -> bool:
+        """Whether the component at that dotted path is meant."""
+        name = path.rpartition(".")[2]
+        return any(fnmatchcase(name, pattern) for pattern in self.components)
 
 
+DENOISERS = ("unet", "transformer", "transformer_[0-9]", "prior", "decoder")
 PARKING_RULES = (
-    ParkingRule(
-        "text_encoder", "forward", Stage.ENCODE, max_rows=1, remembered_bytes=PROMPTS_BYTES
-    ),
-    ParkingRule(
-        "text_encoder_2", "forward", Stage.ENCODE, max_rows=1, remembered_bytes=PROMPTS_BYTES
-    ),
-    ParkingRule("unet", "forward", Stage.DENOISE),
-    ParkingRule("transformer", "forward", Stage.DENOISE),
-    ParkingRule("vae", "encode", Stage.ENCODE, max_rows=1),
-    ParkingRule("vae", "decode", Stage.DECODE, ignored=frozenset({"generator"}), max_rows=1),
+    ParkingRule(("text_encoder*",), "forward", Stage.ENCODE, remembered=True),
+    ParkingRule(("image_encoder",), "forward", Stage.ENCODE),
+    ParkingRule(DENOISERS, "forward", Stage.DENOISE, shared=True),
+    ParkingRule(("controlnet", "adapter"), "forward", Stage.CONTROL, shared=True),
+    ParkingRule(("vae", "movq", "vqgan"), "encode", Stage.ENCODE),
+    ParkingRule(("vae", "movq", "vqgan"), "decode", Stage.DECODE),
 )
 
 
-def attach(pipeline: Any, max_rows: int) -> Callable[[], None]:
+def _names(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+# What the arguments themselves do not tell, by class of the module.
+ARGUMENT_RULES = {
+    # Position tables, the same for all rows.
+    "ChromaTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "CogVideoXTransformer3DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "CogView3PlusTransformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "CogView4Transformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "FluxControlNetModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "FluxTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "HunyuanDiT2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    # One entry a frame.
+    "UNetMotionModel": ArgumentRules(repeated=_names("encoder_hidden_states")),
+    # Python lists with one entry a row.
+    "QwenImageTransformer2DModel": ArgumentRules(row_lists=_names("img_shapes", "txt_seq_lens")),
+    "ZImageTransformer2DModel": ArgumentRules(row_lists=_names("x", "cap_feats")),
+}
+
+
+def attach(
+    pipeline: Any,
+    max_rows: int,
+    bucket_rows: tuple[int, ...] = (),
+    prompt_cache_bytes: int = PROMPTS_BYTES,
+) -> Callable[[], None]:
     """Make the heavy modules of `pipeline` park every track that calls them.
 
     The modules stay resident and shared; called outside a track they behave as before.
+
+    Args:
+        pipeline: with its nested pipelines, if it has any.
+        max_rows: most rows of one shared forward.
+        bucket_rows: row counts that shared forwards are filled up to; empty: any.
+        prompt_cache_bytes: how much is kept of each text encoder's outputs; 0 keeps nothing.
 
     Returns:
         A function that undoes it.
     """
     undo = []
-    for rule in PARKING_RULES:
-        module = getattr(pipeline, rule.component, None)
-        if module is not None:
+    for path, module in components_of(pipeline):
+        for rule in (rule for rule in PARKING_RULES if rule.covers(path)):
+            remembers = rule.remembered and prompt_cache_bytes > 0
             undo.append(
                 make_parkable(
                     module,
-                    rule.component,
+                    path,
                     rule.method,
                     stage=rule.stage,
-                    ignored=rule.ignored,
-                    max_rows=min(rule.max_rows or max_rows, max_rows),
-                    memo=Memo(rule.remembered_bytes) if rule.remembered_bytes else None,
+                    rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
+                    max_rows=max_rows if rule.shared else 1,
+                    bucket_rows=bucket_rows if rule.shared else (),
+                    memo=Memo(prompt_cache_bytes) if remembers else None,
                 )
             )
 
@@ -79,3 +121,27 @@ def attach(pipeline: Any, max_rows: int) -> Callable[[], None]:
             restore()
 
     return detach
+
+
+def components_of(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a pipeline and of the pipelines inside it, once, by its dotted path."""
+    seen: set[int] = set()
+    for path, module in _all_components(pipeline, ""):
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+
+
+def nested_pipelines(pipeline: Any) -> dict[str, Any]:
+    """Pipelines that a pipeline holds in its attributes, such as a prior's, by attribute name."""
+    held = vars(pipeline).items()
+    return {name: value for name, value in held if isinstance(value, DiffusionPipeline)}
+
+
+def _all_components(pipeline: Any, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    # Inner ones first: there a module has the name that says what it does.
+    for name, inner in nested_pipelines(pipeline).items():
+        yield from _all_components(inner, f"{prefix}{name}.")
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            yield prefix + name, component

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers import DiffusionPipeline, SchedulerMixin
+
 from service.pipelines.schedulers import build_scheduler
 
 
@@ -23,11 +25,16 @@ class PipelineLender:
         self._prototypes: dict[str, Any] = {}
         self._lent_class = _with_known_device(pipeline)
 
-    def lend(self, scheduler: str) -> Any:
-        """An ordinary pipeline of the same class name, with a new scheduler of that name."""
-        lent = copy.copy(self._pipeline)
+    def lend(self, scheduler: str | None = None) -> Any:
+        """An ordinary pipeline of the same class name, with a scheduler of its own.
+
+        Args:
+            scheduler: the class by name; None for a copy of the pipeline's own.
+        """
+        own = self._pipeline.scheduler
+        instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
+        lent = borrow(self._pipeline, instead)
         lent.__class__ = self._lent_class
-        vars(lent)["scheduler"] = self.new_scheduler(scheduler)
         return lent
 
     def new_scheduler(self, name: str) -> Any:
@@ -36,6 +43,25 @@ class PipelineLender:
             config = self._pipeline.scheduler.config
             self._prototypes[name] = build_scheduler(self._schedulers[name], config)
         return copy.deepcopy(self._prototypes[name])
+
+
+def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
+    """A shallow copy of a pipeline whose schedulers nobody else steps; modules are shared.
+
+    Pipelines inside it, such as a prior's, are borrowed too: their schedulers have state as well.
+
+    Args:
+        pipeline: the resident one.
+        copied: what stands in for which scheduler, by its id; filled with the copies made.
+    """
+    copied = {} if copied is None else copied
+    lent = copy.copy(pipeline)
+    for name, value in vars(pipeline).items():
+        if isinstance(value, SchedulerMixin):
+            vars(lent)[name] = copy.deepcopy(value, copied)
+        elif isinstance(value, DiffusionPipeline):
+            vars(lent)[name] = borrow(value, copied)
+    return lent
 
 
 def _with_known_device(pipeline: Any) -> type:

@@ -9,7 +9,7 @@ import torch
 from engine_fakes import tensor_call
 
 from service.engine.call import ParkableMethod, count_rows
-from service.engine.leaves import LeafKind, classify
+from service.engine.leaves import ArgumentRules, LeafKind, classify
 
 SAMPLE = torch.zeros(2, 3)
 
@@ -118,7 +118,9 @@ def test_half_precision_timesteps_are_not_mixed_with_others() -> None:
 
 
 def test_ignored_arguments_may_be_anything() -> None:
-    rule = ParkableMethod("vae", "decode", lambda: None, ignored=frozenset({"generator"}))
+    rule = ParkableMethod(
+        "vae", "decode", lambda: None, rules=ArgumentRules(ignored=frozenset({"generator"}))
+    )
     one, two = torch.Generator(), torch.Generator()
     keys = {
         tensor_call(SAMPLE, rule=rule, generator=value).key
@@ -128,7 +130,9 @@ def test_ignored_arguments_may_be_anything() -> None:
 
 
 def test_ignoring_reaches_no_further_than_the_argument_itself() -> None:
-    rule = ParkableMethod("vae", "decode", lambda: None, ignored=frozenset({"generator"}))
+    rule = ParkableMethod(
+        "vae", "decode", lambda: None, rules=ArgumentRules(ignored=frozenset({"generator"}))
+    )
     one = tensor_call(SAMPLE, rule=rule, extra={"generator": 1}).key
     other = tensor_call(SAMPLE, rule=rule, extra={"generator": 2}).key
     assert one != other
@@ -136,7 +140,9 @@ def test_ignoring_reaches_no_further_than_the_argument_itself() -> None:
 
 def test_named_shared_tensors_are_never_stacked() -> None:
     """By its sizes `ids` looks like two rows; only its name tells that it serves all of them."""
-    rule = ParkableMethod("flux", "forward", lambda: None, shared=frozenset({"ids"}))
+    rule = ParkableMethod(
+        "flux", "forward", lambda: None, rules=ArgumentRules(shared=frozenset({"ids"}))
+    )
     two_rows_ids = torch.zeros(2, 3)
     plain, named = (
         tensor_call(SAMPLE, ids=two_rows_ids),
@@ -148,8 +154,48 @@ def test_named_shared_tensors_are_never_stacked() -> None:
 
 
 def test_shared_tensors_do_not_decide_the_row_count() -> None:
-    rule = ParkableMethod("flux", "forward", lambda: None, shared=frozenset({"a_ids"}))
+    rule = ParkableMethod(
+        "flux", "forward", lambda: None, rules=ArgumentRules(shared=frozenset({"a_ids"}))
+    )
     assert tensor_call(rule=rule, a_ids=torch.zeros(9, 3), sample=torch.zeros(2, 3)).rows == 2
+
+
+def test_arguments_by_position_are_ruled_by_the_name_of_their_parameter() -> None:
+    rules = ArgumentRules(shared=frozenset({"ids"}))
+    method = ParkableMethod("m", "f", lambda: None, parameters=("sample", "ids"), rules=rules)
+    call = tensor_call(SAMPLE, torch.zeros(2, 3), rule=method)
+    assert [kind for path, kind, _ in call.key.leaves if path == (0, 1)] == [LeafKind.SHARED]
+
+
+def test_rows_are_those_of_the_first_parameter_whatever_the_alphabet_says() -> None:
+    method = ParkableMethod("m", "f", lambda: None, parameters=("sample", "encoded"))
+    assert tensor_call(rule=method, encoded=torch.zeros(9, 3), sample=SAMPLE).rows == 2
+
+
+def test_several_entries_for_each_row_are_stacked_only_with_as_many() -> None:
+    rules = ArgumentRules(repeated=frozenset({"text"}))
+    method = ParkableMethod("m", "f", lambda: None, rules=rules)
+
+    def keyed(rows: int, entries: int) -> Any:
+        return tensor_call(torch.zeros(rows, 3), rule=method, text=torch.zeros(entries, 5)).key
+
+    assert keyed(2, 16) == keyed(1, 8)
+    assert keyed(2, 16) != keyed(2, 8)
+
+
+def test_a_list_with_one_entry_a_row_counts_the_rows_and_not_its_tensors() -> None:
+    rules = ArgumentRules(row_lists=frozenset({"x"}))
+    method = ParkableMethod("m", "f", lambda: None, parameters=("x", "t"), rules=rules)
+
+    def called(*entries: Any) -> Any:
+        return tensor_call(list(entries), torch.zeros(len(entries)), rule=method)
+
+    latent, other = torch.zeros(16, 1, 4, 4), torch.zeros(16, 1, 4, 6)
+    assert called(latent, latent).rows == 2
+    assert called(latent).key == called(latent, latent).key
+    assert called(latent).key != called(other).key
+    assert called([(1, 4, 4)]).key == called([(1, 4, 4)], [(1, 4, 4)]).key
+    assert called([(1, 4, 4)]).key != called([(1, 4, 5)]).key
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from service.engine.call import ParkableMethod
 from service.engine.coalesce import UnsplittableError, split, stack
+from service.engine.leaves import ArgumentRules
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -90,7 +91,9 @@ def test_scalars_are_repeated_for_each_row_and_promoted() -> None:
 
 
 def test_shared_and_ignored_arguments_are_passed_once() -> None:
-    rule = ParkableMethod("m", "f", lambda: None, ignored=frozenset({"generator"}))
+    rule = ParkableMethod(
+        "m", "f", lambda: None, rules=ArgumentRules(ignored=frozenset({"generator"}))
+    )
     ids = torch.rand(5, 3)
     generators = [torch.Generator(), torch.Generator()]
     calls = [
@@ -101,6 +104,41 @@ def test_shared_and_ignored_arguments_are_passed_once() -> None:
     assert torch.equal(kwargs["ids"], ids)
     assert kwargs["generator"] is generators
     assert kwargs["scale"] == 0.5
+
+
+def test_several_entries_for_each_row_and_lists_of_rows_are_joined() -> None:
+    rules = ArgumentRules(repeated=frozenset({"text"}), row_lists=frozenset({"shapes"}))
+    rule = ParkableMethod("m", "f", lambda: None, rules=rules)
+    texts = torch.rand(6, 2), torch.rand(3, 2)
+    calls = [
+        tensor_call(torch.zeros(2, 2), rule=rule, text=texts[0], shapes=["a", "b"]),
+        tensor_call(torch.zeros(1, 2), rule=rule, text=texts[1], shapes=["a"]),
+    ]
+    _, kwargs = stack(calls)
+    assert torch.equal(kwargs["text"], torch.cat(texts))
+    assert kwargs["shapes"] == ["a", "b", "a"]
+
+
+def test_a_list_with_one_entry_a_row_is_cut_where_the_method_deals_in_such_lists() -> None:
+    entries = [torch.rand(4, 2) for _ in range(3)]
+    first, second = split((entries,), [2, 1], row_lists=True)
+    assert same(first, (entries[:2],))
+    assert same(second, (entries[2:],))
+
+
+@given(template=templates, rows=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_padding_repeats_the_last_row_and_is_cut_off_again(template: Any, rows: list[int]) -> None:
+    values = [fill(template, count) for count in rows]
+    steps = torch.tensor(7)
+    calls = [tensor_call(torch.rand(r, 2), steps, v) for v, r in zip(values, rows, strict=True)]
+    padding = 3
+    args, _ = stack(calls, padded_rows=sum(rows) + padding)
+    assert args[0].shape[0] == args[1].shape[0] == sum(rows) + padding
+    assert torch.equal(args[0][-padding:], calls[-1].args[0][-1:].expand(padding, 2))
+    pieces = split(args, rows, padding)
+    for call, piece in zip(calls, pieces, strict=True):
+        assert torch.equal(piece[0], call.args[0])
+        assert same(piece[2], call.args[2])
 
 
 def test_keywords_in_another_order_are_stacked_by_name() -> None:
