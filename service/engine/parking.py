@@ -69,9 +69,19 @@ def make_parkable(
             return _park(current.track, method, args, kwargs)
         return _recall(current.track, method, method.memo, args, kwargs)
 
-    before = vars(module).get(method_name)
-    setattr(module, method_name, parked)
-    return functools.partial(_restore, module, method_name, parked, before)
+    return replace_method(module, method_name, parked)
+
+
+def replace_method(
+    module: object, name: str, replacement: Callable[..., Any]
+) -> Callable[[], None]:
+    """Replace a method on one instance; returns a function that undoes it.
+
+    It does nothing if another replacement was put on top meanwhile.
+    """
+    before = vars(module).get(name)
+    setattr(module, name, replacement)
+    return functools.partial(_restore, module, name, replacement, before)
 
 
 def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:

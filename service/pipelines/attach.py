@@ -100,27 +100,34 @@ def attach(
         A function that undoes it.
     """
     undo = []
-    for path, module in components_of(pipeline):
-        for rule in (rule for rule in PARKING_RULES if rule.covers(path)):
-            remembers = rule.remembered and prompt_cache_bytes > 0
-            undo.append(
-                make_parkable(
-                    module,
-                    path,
-                    rule.method,
-                    stage=rule.stage,
-                    rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
-                    max_rows=max_rows if rule.shared else 1,
-                    bucket_rows=bucket_rows if rule.shared else (),
-                    memo=Memo(prompt_cache_bytes) if remembers else None,
-                )
+    for path, module, rule in parkable_methods(pipeline):
+        remembers = rule.remembered and prompt_cache_bytes > 0
+        undo.append(
+            make_parkable(
+                module,
+                path,
+                rule.method,
+                stage=rule.stage,
+                rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
+                max_rows=max_rows if rule.shared else 1,
+                bucket_rows=bucket_rows if rule.shared else (),
+                memo=Memo(prompt_cache_bytes) if remembers else None,
             )
+        )
 
     def detach() -> None:
         for restore in undo:
             restore()
 
     return detach
+
+
+def parkable_methods(pipeline: Any) -> Iterator[tuple[str, nn.Module, ParkingRule]]:
+    """Path and module of every component that parks, with the rule for each of its methods."""
+    for path, module in components_of(pipeline):
+        for rule in PARKING_RULES:
+            if rule.covers(path) and hasattr(module, rule.method):
+                yield path, module, rule
 
 
 def components_of(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
