@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from service.engine.leaves import (
     ArgumentRules,
@@ -24,7 +24,9 @@ from service.engine.leaves import (
     leading_size,
     walk,
 )
-from service.engine.memo import Memo
+
+if TYPE_CHECKING:
+    from service.engine.memo import Memo
 
 Leaf = tuple[Path, LeafKind, Hashable]
 NO_RULES = ArgumentRules()
@@ -64,13 +66,19 @@ class ParkableMethod:
         """`unet.forward`."""
         return f"{self.module}.{self.method}"
 
-    def position_of(self, name: str) -> tuple[int, str]:
-        """Sorts keyword arguments: by parameter, and by name those that are none."""
-        return self._positions.get(name, len(self.parameters)), name
+    def ordered(self, kwargs: dict[str, Any]) -> list[str]:
+        """Names of keyword arguments in the order of the parameters; those that are none last."""
+        names = tuple(kwargs)
+        if names not in self._orders:
+            known = {name: index for index, name in enumerate(self.parameters)}
+            self._orders[names] = sorted(
+                names, key=lambda name: (known.get(name, len(known)), name)
+            )
+        return self._orders[names]
 
     @cached_property
-    def _positions(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.parameters)}
+    def _orders(self) -> dict[tuple[str, ...], list[str]]:
+        return {}
 
     def padded_rows(self, rows: int) -> int:
         """How many rows a forward of `rows` rows is run with."""
@@ -84,6 +92,14 @@ class CallKey:
     method: str
     leaves: tuple[Leaf, ...]
     variant: Hashable = None
+
+    # Looked up at every tick for every parked call.
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.method, self.leaves, self.variant))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @cached_property
     def shape(self) -> tuple[Hashable, ...]:
@@ -134,7 +150,7 @@ def _arguments(
     names = method.parameters
     for index, value in enumerate(args):
         yield (0, index), names[index] if index < len(names) else None, value
-    for name in sorted(kwargs, key=method.position_of):
+    for name in method.ordered(kwargs):
         yield (1, name), name, kwargs[name]
 
 
@@ -155,8 +171,10 @@ def _read(value: Any, path: Path, rows: int, ruled: LeafKind | None) -> list[Lea
         return [(path, ruled, None)]
     if ruled is LeafKind.ROW_LIST and isinstance(value, list):
         return [(path, ruled, describe(ruled, value, rows))]
+    ruled = None if ruled is LeafKind.ROW_LIST else ruled
+    parts = walk(value, path) if isinstance(value, dict | tuple | list) else [(path, value)]
     leaves = []
-    for inner, part in walk(value, path):
-        kind = classify(part, rows, None if ruled is LeafKind.ROW_LIST else ruled)
+    for inner, part in parts:
+        kind = classify(part, rows, ruled)
         leaves.append((inner, kind, describe(kind, part, rows)))
     return leaves

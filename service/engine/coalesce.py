@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from itertools import accumulate
@@ -137,6 +137,28 @@ class Splitting:
         if value.dim() == 0 or value.shape[0] != rows:
             raise UnsplittableError(f"a tensor of shape {tuple(value.shape)} for {rows} rows")
         return list(value.split(self.shares))
+
+
+def duplicate(output: Any) -> Any:
+    """A copy whose tensors nobody else writes into; the same structure as `output`.
+
+    Raises:
+        UnsplittableError: there is an object in it that cannot be looked into.
+    """
+    if isinstance(output, torch.Tensor):
+        return output.clone()
+    if isinstance(output, HARMLESS):
+        return output
+    return _rebuild(output, {name: duplicate(part) for name, part in _parts(output).items()})
+
+
+def tensors_in(output: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of an output that `duplicate` copies."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif not isinstance(output, HARMLESS):
+        for part in _parts(output).values():
+            yield from tensors_in(part)
 
 
 def _parts(value: Any) -> dict[Any, Any]:

@@ -104,10 +104,9 @@ def classify(value: Any, rows: int, ruled: LeafKind | None = None) -> LeafKind:
         rows: of the call.
         ruled: what a rule says of the argument that the part belongs to.
     """
-    if isinstance(value, dict | tuple | list):
-        return LeafKind.CONTAINER
     if not isinstance(value, torch.Tensor):
-        return LeafKind.PLAIN
+        container = isinstance(value, dict | tuple | list)
+        return LeafKind.CONTAINER if container else LeafKind.PLAIN
     if ruled is not None:
         return ruled
     if value.dim() == 0 or (value.dim() == 1 and value.shape[0] in (1, rows)):
@@ -147,6 +146,8 @@ def _describe_entry(entry: Any) -> Hashable:
 
 def leading_size(value: Any) -> int | None:
     """Leading size of the first tensor with dimensions in `value`; None where there is none."""
+    if isinstance(value, torch.Tensor):
+        return max(value.shape[0], 1) if value.dim() else None
     for _, part in walk(value):
         if isinstance(part, torch.Tensor) and part.dim() > 0:
             return max(part.shape[0], 1)

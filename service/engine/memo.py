@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 
+from service.engine.coalesce import UnsplittableError, duplicate, tensors_in
 from service.engine.leaves import content_digest, describe_plain, walk
 
 
@@ -29,13 +29,19 @@ class Memo:
         if key not in self._outputs:
             return False, None
         self._outputs.move_to_end(key)
-        return True, copy.deepcopy(self._outputs[key])
+        return True, duplicate(self._outputs[key])
 
     def keep(self, key: Hashable, output: Any) -> None:
-        """Remember a copy of an output, and forget the least recently used beyond the limit."""
+        """Remember a copy of an output, and forget the least recently used beyond the limit.
+
+        An output that cannot be copied piece by piece is not remembered.
+        """
         if key in self._outputs:
             return
-        self._outputs[key] = copy.deepcopy(output)
+        try:
+            self._outputs[key] = duplicate(output)
+        except UnsplittableError:
+            return
         self.held_bytes += tensor_bytes(output)
         while self.held_bytes > self.max_bytes:
             _, forgotten = self._outputs.popitem(last=False)
@@ -44,8 +50,7 @@ class Memo:
 
 def tensor_bytes(output: Any) -> int:
     """Size of all tensors in an output."""
-    tensors = (value for _, value in walk(output) if isinstance(value, torch.Tensor))
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors_in(output))
 
 
 def content_key(variant: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:

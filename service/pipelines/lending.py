@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor
 
 from service.pipelines.schedulers import build_scheduler
 
@@ -42,7 +44,24 @@ class PipelineLender:
         if name not in self._prototypes:
             config = self._pipeline.scheduler.config
             self._prototypes[name] = build_scheduler(self._schedulers[name], config)
-        return copy.deepcopy(self._prototypes[name])
+        return copy_scheduler(self._prototypes[name])
+
+
+def copy_scheduler(scheduler: Any, copied: dict[int, Any] | None = None) -> Any:
+    """A scheduler with state of its own: all is copied but tensors and the configuration.
+
+    No scheduler writes into its tensors (it makes new ones for each schedule), and copying them
+    takes longer than the steps of a short request.
+
+    Args:
+        scheduler: the one to copy.
+        copied: as in `copy.deepcopy`.
+    """
+    known = {} if copied is None else copied
+    if id(scheduler) not in known:
+        shared = [v for v in vars(scheduler).values() if isinstance(v, Tensor | FrozenDict)]
+        known.update({id(value): value for value in shared})
+    return copy.deepcopy(scheduler, known)
 
 
 def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
@@ -58,7 +77,7 @@ def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
     lent = copy.copy(pipeline)
     for name, value in vars(pipeline).items():
         if isinstance(value, SchedulerMixin):
-            vars(lent)[name] = copy.deepcopy(value, copied)
+            vars(lent)[name] = copy_scheduler(value, copied)
         elif isinstance(value, DiffusionPipeline):
             vars(lent)[name] = borrow(value, copied)
     return lent
