@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from PIL import Image
 from torch import Tensor
@@ -28,6 +29,14 @@ def text_to_video(variation: Variation, size: int, **more: Any) -> dict[str, Any
         "output_type": "pt",
         **more,
     }
+
+
+def embeddings_to_video(variation: Variation, size: int, **more: Any) -> dict[str, Any]:
+    """For pipelines that clean texts with ftfy, which Stepserve does without."""
+    wanted, unwanted = variation.tensor(2, 1, 16, TEXT_WIDTH)
+    texts = {"prompt": None, "negative_prompt": None}
+    embeddings = {"prompt_embeds": wanted, "negative_prompt_embeds": unwanted}
+    return text_to_video(variation, size, **more) | texts | embeddings
 
 
 def picture(variation: Variation, size: int) -> Tensor:
@@ -56,8 +65,9 @@ def t5(kind: str = "T5", width: int = TEXT_WIDTH) -> dict[str, Any]:
     return {"text_encoder": encoder, "tokenizer": word_tokenizer()}
 
 
-def clip_text(width: int = TEXT_WIDTH) -> dict[str, Any]:
+def clip_text(width: int = TEXT_WIDTH, projected: bool = False) -> dict[str, Any]:
     """The text encoder of CLIP with its tokenizer."""
+    kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
     config = transformers.CLIPTextConfig(
         vocab_size=1000,
         hidden_size=width,
@@ -69,7 +79,8 @@ def clip_text(width: int = TEXT_WIDTH) -> dict[str, Any]:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return {"text_encoder": transformers.CLIPTextModel(config), "tokenizer": clip_tokenizer()}
+    encoder = getattr(transformers, kind)(config)
+    return {"text_encoder": encoder, "tokenizer": clip_tokenizer()}
 
 
 def second(parts: dict[str, Any]) -> dict[str, Any]:
@@ -91,10 +102,17 @@ def clip_vision(width: int, size: int, patch_size: int) -> Any:
     return transformers.CLIPVisionModelWithProjection(config)
 
 
+def randomize_zeros(module: torch.nn.Module) -> None:
+    """Give weights that training starts from zero a say in the result."""
+    for weight in module.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.2)
+
+
 def wan_vae() -> Any:
     """Wan's VAE: 8 pixels and 4 frames to a latent."""
     return diffusers.AutoencoderKLWan(
-        base_dim=3,
+        base_dim=6,
         z_dim=16,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,

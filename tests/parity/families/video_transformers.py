@@ -12,6 +12,7 @@ from .tokenizers import VOCABULARY, word_tokenizer
 from .video_parts import (
     clip_text,
     cogvideox_vae,
+    embeddings_to_video,
     hunyuan_vae,
     image_vae,
     ltx_vae,
@@ -66,18 +67,12 @@ def skyreels() -> Any:
     return diffusers.SkyReelsV2Pipeline(transformer=transformer, **wan_parts())
 
 
-def skyreels_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    arguments = wan_arguments(_, variation)
-    # It cleans texts with a package that Stepserve does without.
-    del arguments["prompt"], arguments["negative_prompt"]
-    embeddings = variation.tensor(2, 1, 16, 32)
-    return arguments | dict(
-        zip(("prompt_embeds", "negative_prompt_embeds"), embeddings, strict=True)
-    )
-
-
 def wan_arguments(_: Any, variation: Variation) -> dict[str, Any]:
     return text_to_video(variation, 16, num_frames=5, **SIXTEEN_WORDS)
+
+
+def skyreels_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    return embeddings_to_video(variation, 16, num_frames=5)
 
 
 def ltx_parts() -> dict[str, Any]:
@@ -147,17 +142,16 @@ def hunyuan_transformer(**config: Any) -> Any:
     )
 
 
-def llama_config(**more: Any) -> transformers.LlamaConfig:
+def llama_config(vocab_size: int = VOCABULARY) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         pad_token_id=0,
-        bos_token_id=2,
         eos_token_id=1,
+        bos_token_id=2,
         hidden_size=16,
         intermediate_size=37,
         num_attention_heads=4,
         num_hidden_layers=2,
-        **more,
     )
 
 
