@@ -20,6 +20,8 @@ TEST_MODEL = "STEPSERVE_TEST_MODEL"
 def pytest_configure(config: pytest.Config) -> None:
     # numpy's word to torch, by way of diffusers' schedulers.
     config.addinivalue_line("filterwarnings", "ignore:__array_:DeprecationWarning")
+    # Mochi turns autocast on for float32, which torch has none of on a CPU.
+    config.addinivalue_line("filterwarnings", "ignore:In CPU autocast:UserWarning")
 
 
 @pytest.fixture(scope="session")

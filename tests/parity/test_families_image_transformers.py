@@ -1,0 +1,92 @@
+"""The tiny image transformers are what the parity suite needs: quick, repeatable, telling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from families import flow_transformers, flux, pixart, stable_diffusion_3
+from families.family import Family, Variation
+from torch import Tensor
+
+MODULES = (stable_diffusion_3, flux, pixart, flow_transformers)
+FAMILIES = {family.name: family for module in MODULES for family in module.FAMILIES}
+MIXED = {
+    (family.name, scheduler) for family in FAMILIES.values() for scheduler in family.schedulers
+}
+# Of the range of an output: far above what another batch size may change.
+TELLING = 0.05
+# The least that a prompt alone changes: a hundred times a float32 picture's round-off.
+PROMPT_TELLS = 1e-3
+
+Pipelines = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> Pipelines:
+    """One pipeline of each family for all tests that do not change it."""
+    return cache(lambda name: FAMILIES[name].build())
+
+
+def call(family: Family, pipeline: Any, variation: Variation) -> Tensor:
+    return family.result(pipeline(**family.arguments(pipeline, variation)))
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def test_names_are_unique() -> None:
+    assert len(FAMILIES) == sum(len(module.FAMILIES) for module in MODULES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_requests_give_finite_and_clearly_different_pictures(
+    name: str, pipelines: Pipelines
+) -> None:
+    family, pipeline = FAMILIES[name], pipelines(name)
+    one, other = (call(family, pipeline, variation) for variation in family.variations(2))
+    assert one.isfinite().all()
+    assert other.isfinite().all()
+    assert one.shape == other.shape
+    assert largest_difference(one, other) > TELLING * (one.max() - one.min())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pipeline_built_anew_gives_the_same_picture(name: str, pipelines: Pipelines) -> None:
+    family, variation = FAMILIES[name], FAMILIES[name].variations(2)[1]
+    wanted = call(family, pipelines(name), variation)
+    assert torch.equal(call(family, pipelines(name), variation), wanted)
+    assert torch.equal(call(family, family.build(), variation), wanted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_mixed_up_would_be_noticed(name: str, pipelines: Pipelines) -> None:
+    family, pipeline = FAMILIES[name], pipelines(name)
+    variation = family.variations(1)[0]
+    one = call(family, pipeline, variation)
+    other = call(family, pipeline, replace(variation, index=3))
+    assert largest_difference(one, other) > PROMPT_TELLS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_runs_in_float64(name: str) -> None:
+    family = FAMILIES[name]
+    pipeline = family.build().to(torch.float64)
+    picture = call(family, pipeline, family.variations(1)[0])
+    assert getattr(pipeline, family.denoiser).dtype == torch.float64
+    assert picture.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "scheduler"), sorted(MIXED))
+def test_every_scheduler_that_is_mixed_in_works(name: str, scheduler: str) -> None:
+    family = FAMILIES[name]
+    pipeline = family.build()
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    for variation in family.variations():
+        assert call(family, pipeline, variation).isfinite().all()
