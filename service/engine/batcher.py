@@ -136,12 +136,15 @@ class Batcher:
 
     def _run_shared(self, group: Sequence[Track]) -> list[Any]:
         calls = _calls(group)
+        method = calls[0].method
         rows = [call.rows for call in calls]
-        args, kwargs = stack(calls)
+        padded_rows = method.padded_rows(sum(rows))
+        args, kwargs = stack(calls, padded_rows)
         started_s = self.clock()
-        output = calls[0].method.run(*args, **kwargs)
+        output = method.run(*args, **kwargs)
         seconds = self.clock() - started_s
-        outputs = split(output, rows)
+        padding = padded_rows - sum(rows)
+        outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
         self._account(group, sum(rows), seconds)
         return outputs
 

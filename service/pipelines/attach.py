@@ -72,6 +72,11 @@ ARGUMENT_RULES = {
     "FluxControlNetModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     "FluxTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     "HunyuanDiT2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "Kandinsky5Transformer3DModel": ArgumentRules(
+        shared=_names("visual_rope_pos", "text_rope_pos", "sparse_params")
+    ),
+    # One entry a layer.
+    "WanVACETransformer3DModel": ArgumentRules(shared=_names("control_hidden_states_scale")),
     # One entry a frame.
     "UNetMotionModel": ArgumentRules(repeated=_names("encoder_hidden_states")),
     # Python lists with one entry a row.
