@@ -8,28 +8,25 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
-    AutoencoderKLQwenImage,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
+    SCMScheduler,
 )
 from transformers import (
     Gemma2Config,
     Gemma2Model,
     GlmConfig,
     GlmModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -43,11 +40,12 @@ from .image_transformer_parts import (
     shifted_vae,
     t5_arguments,
     text_arguments,
+    tiny_clip_with_projection,
+    tiny_t5,
     tiny_vae,
     with_stronger_blocks,
-    without_zeros,
 )
-from .tokenizers import word_tokenizer
+from .tokenizers import clip_tokenizer, word_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {{ message.content }}{% endfor %}"
@@ -76,21 +74,26 @@ def tiny_deep_compression_vae() -> AutoencoderDC:
     )
 
 
+def sana_transformer(**more: Any) -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=SIZE,
+        **more,
+    )
+
+
 def sana() -> SanaPipeline:
     return SanaPipeline(
-        transformer=SanaTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=8,
-            cross_attention_dim=16,
-            caption_channels=WIDTH,
-            sample_size=SIZE,
-        ),
+        transformer=sana_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_deep_compression_vae(),
         text_encoder=tiny_gemma(),
@@ -179,85 +182,61 @@ def cogview_4() -> CogView4Pipeline:
     )
 
 
-def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
-    text = {**decoder_arguments(), "rope_parameters": QWEN_ROPE}
-    del text["head_dim"]
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-    }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-
-
-def tiny_qwen_vae() -> AutoencoderKLQwenImage:
-    return AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.1, 0.2, 0.0],
-        latents_std=[1.0, 1.5, 0.5, 1.0],
-    )
-
-
-def qwen_image() -> QwenImagePipeline:
-    return QwenImagePipeline(
-        transformer=QwenImageTransformer2DModel(
-            in_channels=16,
+def hidream() -> HiDreamImagePipeline:
+    language_model = LlamaConfig(**decoder_arguments(), attn_implementation="eager")
+    pipeline = HiDreamImagePipeline(
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
             out_channels=4,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            joint_attention_dim=WIDTH,
-            axes_dims_rope=(8, 4, 4),
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=tiny_qwen_vae(),
-        text_encoder=tiny_qwen_vl(),
-        tokenizer=word_tokenizer(),
-    )
-
-
-def qwen_from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    arguments = text_arguments(variation, guidance_scale=None, max_sequence_length=TOKENS)
-    return {**arguments, "true_cfg_scale": variation.guidance_scale}
-
-
-def z_image() -> ZImagePipeline:
-    return ZImagePipeline(
-        transformer=without_zeros(
-            ZImageTransformer2DModel(
-                in_channels=4,
-                dim=32,
-                n_layers=2,
-                n_refiner_layers=1,
-                n_heads=2,
-                n_kv_heads=2,
-                cap_feat_dim=WIDTH,
-                axes_dims=[8, 4, 4],
-                axes_lens=[256, 32, 32],
-            )
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_channels=[WIDTH, WIDTH],
+            text_emb_dim=2 * WIDTH,
+            num_routed_experts=2,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(SIZE // 2, SIZE // 2),
+            llama_layers=[0, 1],
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=shifted_vae(),
-        text_encoder=Qwen3Model(Qwen3Config(**decoder_arguments())),
-        tokenizer=word_tokenizer(TOKENS, chat_template=CHAT_TEMPLATE),
+        text_encoder=tiny_clip_with_projection(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=tiny_clip_with_projection(),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=tiny_t5(),
+        tokenizer_3=word_tokenizer(TOKENS),
+        text_encoder_4=LlamaForCausalLM(language_model),
+        tokenizer_4=word_tokenizer(TOKENS),
     )
+    # In latents: whatever size is asked for, it makes pictures of that many pixels.
+    pipeline.default_sample_size = SIZE // 2
+    return pipeline
+
+
+def sana_sprint() -> SanaSprintPipeline:
+    return SanaSprintPipeline(
+        transformer=sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+        scheduler=SCMScheduler(),
+        vae=tiny_deep_compression_vae(),
+        text_encoder=tiny_gemma(),
+        tokenizer=word_tokenizer(TOKENS),
+    )
+
+
+def sana_sprint_from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    arguments = sana_from_text(pipeline, variation)
+    del arguments["negative_prompt"]
+    return {**arguments, "intermediate_timesteps": None}
 
 
 FAMILIES = (
     Family("Sana", seeded(sana), sana_from_text),
+    Family("Sana Sprint", seeded(sana_sprint), sana_sprint_from_text),
     Family("Lumina Image 2", seeded(lumina_2), lumina_2_from_text),
     Family("AuraFlow", seeded(aura_flow), from_text),
     Family("CogView 4", seeded(cogview_4), from_text),
-    Family("Qwen-Image", seeded(qwen_image), qwen_from_text),
-    Family("Z-Image", seeded(z_image), from_text),
+    Family("HiDream", seeded(hidream), from_text),
 )

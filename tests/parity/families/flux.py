@@ -1,4 +1,4 @@
-"""FLUX in its five forms, and its kin: FLUX.2 and Chroma."""
+"""FLUX in its seven forms, and its kin: FLUX.2, Chroma and Bria."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKLFlux2,
+    BriaPipeline,
+    BriaTransformer2DModel,
+    ChromaImg2ImgPipeline,
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxControlPipeline,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from .family import Family, Variation, seeded
 from .image_transformer_parts import (
@@ -28,6 +39,7 @@ from .image_transformer_parts import (
     WIDTH,
     clip_and_t5,
     decoder_arguments,
+    mask,
     old_position_embedding,
     picture,
     shifted_vae,
@@ -42,6 +54,7 @@ PACKED_CHANNELS = 4 * LATENT_CHANNELS
 """Two by two latents make one token."""
 IMAGE_TOKEN = VOCABULARY - 1
 """A token that no word has."""
+CHAT_TEMPLATE = "user : {{ messages[0].content }}"
 USER_MESSAGES = """
 {%- for message in messages if message.role == 'user' -%}
   {{ message.content[0].text }}
@@ -99,8 +112,16 @@ def in_context(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def filled(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    mask = variation.tensor(1, 1, SIZE, SIZE).round()
-    return {**from_text(pipeline, variation), "image": picture(variation), "mask_image": mask}
+    image = picture(variation)
+    return {**from_text(pipeline, variation), "image": image, "mask_image": mask(variation)}
+
+
+def masked(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    return {**filled(pipeline, variation), "strength": variation.strength}
+
+
+def with_control_latents(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    return {**from_text(pipeline, variation), "control_image": picture(variation)}
 
 
 def controlled(pipeline: Any, variation: Variation) -> dict[str, Any]:
@@ -132,25 +153,41 @@ def flux_2_text_encoder() -> Mistral3ForConditionalGeneration:
     )
 
 
-def flux_2() -> Flux2Pipeline:
-    return Flux2Pipeline(
-        transformer=Flux2Transformer2DModel(
+def flux_2_components(guidance_embeds: bool) -> dict[str, Any]:
+    return {
+        "transformer": Flux2Transformer2DModel(
             in_channels=PACKED_CHANNELS,
             num_layers=1,
             num_single_layers=1,
             axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=guidance_embeds,
             **attention(),
         ),
-        scheduler=shifting_scheduler(),
-        vae=AutoencoderKLFlux2(
+        "scheduler": shifting_scheduler(),
+        "vae": AutoencoderKLFlux2(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(4, 8),
             norm_num_groups=2,
             latent_channels=LATENT_CHANNELS,
         ),
+    }
+
+
+def flux_2() -> Flux2Pipeline:
+    return Flux2Pipeline(
+        **flux_2_components(guidance_embeds=True),
         text_encoder=flux_2_text_encoder(),
         tokenizer=word_tokenizer(chat_template=USER_MESSAGES),
+    )
+
+
+def flux_2_klein() -> Flux2KleinPipeline:
+    """It has guidance of the usual kind, with a second, empty prompt."""
+    return Flux2KleinPipeline(
+        **flux_2_components(guidance_embeds=False),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**decoder_arguments())),
+        tokenizer=word_tokenizer(chat_template=CHAT_TEMPLATE),
     )
 
 
@@ -172,18 +209,47 @@ def chroma_transformer() -> ChromaTransformer2DModel:
     )
 
 
+def t5_components() -> dict[str, Any]:
+    return {
+        "scheduler": shifting_scheduler(),
+        "vae": shifted_vae(LATENT_CHANNELS),
+        "text_encoder": tiny_t5(),
+        "tokenizer": word_tokenizer(TOKENS),
+    }
+
+
 def chroma() -> ChromaPipeline:
-    return ChromaPipeline(
-        transformer=chroma_transformer(),
-        scheduler=shifting_scheduler(),
-        vae=shifted_vae(LATENT_CHANNELS),
-        text_encoder=tiny_t5(),
-        tokenizer=word_tokenizer(TOKENS),
+    return ChromaPipeline(transformer=chroma_transformer(), **t5_components())
+
+
+def chroma_from_image() -> ChromaImg2ImgPipeline:
+    return ChromaImg2ImgPipeline(transformer=chroma_transformer(), **t5_components())
+
+
+def bria() -> BriaPipeline:
+    transformer = BriaTransformer2DModel(
+        in_channels=PACKED_CHANNELS,
+        num_layers=1,
+        num_single_layers=1,
+        axes_dims_rope=[4, 4, 8],
+        **attention(),
     )
+    return BriaPipeline(transformer=transformer, **t5_components())
 
 
-def chroma_from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
+def guided(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    """With a second, negative prompt."""
     return text_arguments(variation, max_sequence_length=TOKENS)
+
+
+def guided_from_image(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    image, strength = picture(variation), variation.strength
+    return {**guided(pipeline, variation), "image": image, "strength": strength}
+
+
+def bria_from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    """It counts the halving of the patches as the VAE's."""
+    return {**guided(pipeline, variation), "height": 2 * SIZE, "width": 2 * SIZE}
 
 
 FAMILIES = (
@@ -205,10 +271,24 @@ FAMILIES = (
         filled,
     ),
     Family(
+        "FLUX, inpainting",
+        seeded(lambda: FluxInpaintPipeline(**components())),
+        masked,
+    ),
+    Family(
+        "FLUX Control",
+        # Latents and those of the control picture, side by side.
+        seeded(lambda: FluxControlPipeline(**components(2 * PACKED_CHANNELS))),
+        with_control_latents,
+    ),
+    Family(
         "FLUX with a ControlNet",
         seeded(lambda: FluxControlNetPipeline(controlnet=controlnet(), **components())),
         controlled,
     ),
     Family("FLUX.2", seeded(flux_2), flux_2_from_text),
-    Family("Chroma", seeded(chroma), chroma_from_text),
+    Family("FLUX.2 Klein", seeded(flux_2_klein), flux_2_from_text),
+    Family("Chroma", seeded(chroma), guided),
+    Family("Chroma, image to image", seeded(chroma_from_image), guided_from_image),
+    Family("Bria", seeded(bria), bria_from_text),
 )

@@ -192,3 +192,8 @@ def text_arguments(variation: Variation, **more: Any) -> dict[str, Any]:
 def picture(variation: Variation) -> torch.Tensor:
     """One of its own, to start from."""
     return variation.tensor(1, 3, SIZE, SIZE)
+
+
+def mask(variation: Variation) -> torch.Tensor:
+    """Which pixels of the picture to paint anew: about half of them."""
+    return variation.tensor(1, 1, SIZE, SIZE).round()

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3, plain, from a picture, and with a ControlNet."""
+"""Stable Diffusion 3, plain, from a picture, inside a mask, and with a ControlNet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
 )
 
@@ -20,6 +21,7 @@ from .image_transformer_parts import (
     TOKENS,
     WIDTH,
     SharpVAE,
+    mask,
     picture,
     shifted_vae,
     text_arguments,
@@ -29,7 +31,7 @@ from .image_transformer_parts import (
 )
 from .tokenizers import clip_tokenizer, word_tokenizer
 
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 16
 
 
 def blocks(num_layers: int) -> dict[str, Any]:
@@ -72,6 +74,10 @@ def from_image(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return {**from_text(pipeline, variation), "image": image, "strength": strength}
 
 
+def masked(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    return {**from_image(pipeline, variation), "mask_image": mask(variation)}
+
+
 def controlled(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return {
         **from_text(pipeline, variation),
@@ -98,6 +104,11 @@ FAMILIES = (
         "Stable Diffusion 3, image to image",
         seeded(lambda: StableDiffusion3Img2ImgPipeline(**components())),
         from_image,
+    ),
+    Family(
+        "Stable Diffusion 3, inpainting",
+        seeded(lambda: StableDiffusion3InpaintPipeline(**components())),
+        masked,
     ),
     Family(
         "Stable Diffusion 3 with a ControlNet",

@@ -10,6 +10,7 @@ import transformers
 from .family import Family, Variation, seeded
 from .video_parts import clip_vision, embeddings_to_video, picture, pil_pictures, text_to_video
 from .video_transformers import (
+    HUNYUAN,
     SIXTEEN_WORDS,
     cogvideox_parts,
     hunyuan_parts,
@@ -171,6 +172,52 @@ def hunyuan_from_picture_arguments(_: Any, variation: Variation) -> dict[str, An
     )
 
 
+def framepack() -> Any:
+    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        **HUNYUAN | {"patch_size": 2},
+        has_image_proj=True,
+        image_proj_dim=32,
+        has_clean_x_embedder=True,
+    )
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        image_size=16,
+        patch_size=4,
+    )
+    size = {"height": 16, "width": 16}
+    return diffusers.HunyuanVideoFramepackPipeline(
+        transformer=transformer,
+        text_encoder=transformers.LlamaModel(llama_config()),
+        image_encoder=transformers.SiglipVisionModel(vision),
+        feature_extractor=transformers.SiglipImageProcessorPil(size=size),
+        **hunyuan_parts(),
+    )
+
+
+def framepack_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    return text_to_video(
+        variation,
+        32,
+        image=pil_pictures(variation, 32)[0],
+        num_frames=9,
+        latent_window_size=3,
+        prompt_template={"template": "{}", "crop_start": 0},
+        **SIXTEEN_WORDS,
+    )
+
+
+def cogvideox_controlled() -> Any:
+    return diffusers.CogVideoXFunControlPipeline(**cogvideox_parts(in_channels=8))
+
+
+def cogvideox_controlled_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    video = pil_pictures(variation, 16, 8)
+    return text_to_video(variation, 16, control_video=video, **SIXTEEN_WORDS)
+
+
 FAMILIES = (
     Family("Wan 2.1, image to video", seeded(wan_from_picture), wan_from_picture_arguments),
     Family(
@@ -205,4 +252,11 @@ FAMILIES = (
         seeded(hunyuan_from_picture),
         hunyuan_from_picture_arguments,
     ),
+    Family(
+        "CogVideoX, with a control video",
+        seeded(cogvideox_controlled),
+        cogvideox_controlled_arguments,
+        schedulers=("CogVideoXDDIMScheduler", "DDIMScheduler"),
+    ),
+    Family("HunyuanVideo FramePack", seeded(framepack), framepack_arguments),
 )

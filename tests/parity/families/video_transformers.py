@@ -23,6 +23,20 @@ from .video_parts import (
 )
 
 SIXTEEN_WORDS = {"max_sequence_length": 16}
+HUNYUAN: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (2, 4, 4),
+}
 
 
 def wan_transformer(kind: str = "WanTransformer3DModel", **more: Any) -> Any:
@@ -123,23 +137,7 @@ def cogvideox_arguments(_: Any, variation: Variation) -> dict[str, Any]:
 
 
 def hunyuan_transformer(**config: Any) -> Any:
-    return diffusers.HunyuanVideoTransformer3DModel(
-        **{
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 10,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "num_refiner_layers": 1,
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "text_embed_dim": 16,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (2, 4, 4),
-        }
-        | config
-    )
+    return diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN | config)
 
 
 def llama_config(vocab_size: int = VOCABULARY) -> transformers.LlamaConfig:

@@ -14,6 +14,7 @@ from .video_parts import (
     image_vae,
     picture,
     pil_pictures,
+    randomize_zeros,
     second,
     text_to_video,
 )
@@ -70,6 +71,25 @@ def animatediff_from_video_arguments(_: Any, variation: Variation) -> dict[str, 
         strength=variation.strength,
         enforce_inference_steps=True,
     )
+
+
+def animatediff_controlled() -> Any:
+    parts = animatediff_parts()
+    controlnet = diffusers.ControlNetModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        conditioning_embedding_out_channels=(8, 8),
+        cross_attention_dim=32,
+        norm_num_groups=2,
+    )
+    randomize_zeros(controlnet)
+    return diffusers.AnimateDiffControlNetPipeline(controlnet=controlnet, **parts)
+
+
+def animatediff_controlled_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    frames = pil_pictures(variation, 16, 2)
+    return text_to_video(variation, 16, num_frames=2, conditioning_frames=frames)
 
 
 def animatediff_xl() -> Any:
@@ -150,6 +170,14 @@ FAMILIES = (
         animatediff_from_video_arguments,
         denoiser="unet",
         schedulers=IMAGE_SCHEDULERS,
+        remark="casts the VAE to float32 and back around its encode",
+    ),
+    Family(
+        "AnimateDiff, with a ControlNet",
+        seeded(animatediff_controlled),
+        animatediff_controlled_arguments,
+        denoiser="unet",
+        schedulers=IMAGE_SCHEDULERS,
     ),
     Family(
         "AnimateDiff XL, text to video",
@@ -163,5 +191,6 @@ FAMILIES = (
         seeded(stable_video),
         stable_video_arguments,
         denoiser="unet",
+        remark="in float16 it casts the VAE to float32 and back around its encode",
     ),
 )
