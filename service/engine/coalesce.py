@@ -100,6 +100,8 @@ class Stacking:
             return self._cat(values, each=1)
         if kind is LeafKind.REPEATED:
             return self._cat(values, each=values[0].shape[0] // self.rows[0])
+        if kind is LeafKind.LAYERED:
+            return self._cat([value.transpose(0, 1) for value in values], each=1).transpose(0, 1)
         if kind is LeafKind.ROW_LIST:
             return [entry for value in values for entry in value] + values[-1][-1:] * self.padding
         return values[0]

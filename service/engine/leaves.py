@@ -33,6 +33,8 @@ class LeafKind(Enum):
 
     - IGNORED: has no influence on the result; the first call's is passed.
     - REPEATED: a tensor with several entries for each row, such as one a frame; stacked.
+    - LAYERED: a tensor whose rows are its second dimension, such as states of many layers; stacked
+      along that dimension.
     - ROW_LIST: a Python list with one entry a row; the lists are joined.
     """
 
@@ -43,6 +45,7 @@ class LeafKind(Enum):
     PLAIN = "plain"
     IGNORED = "ignored"
     REPEATED = "repeated"
+    LAYERED = "layered"
     ROW_LIST = "row_list"
 
 
@@ -55,12 +58,14 @@ class ArgumentRules:
         shared: their tensors serve all rows, whatever their leading size. Without this, a tensor
             whose leading size happens to be the row count looks BATCHED.
         repeated: their tensors have several entries for each row.
+        layered: their tensors have the rows in the second dimension.
         row_lists: lists with one entry a row.
     """
 
     ignored: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
     repeated: frozenset[str] = frozenset()
+    layered: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
 
     def kind_of(self, name: Hashable) -> LeafKind | None:
@@ -73,6 +78,7 @@ class ArgumentRules:
             LeafKind.IGNORED: self.ignored,
             LeafKind.SHARED: self.shared,
             LeafKind.REPEATED: self.repeated,
+            LeafKind.LAYERED: self.layered,
             LeafKind.ROW_LIST: self.row_lists,
         }
         return {name: kind for kind, names in named.items() for name in names}
@@ -126,6 +132,8 @@ def describe(kind: LeafKind, value: Any, rows: int) -> Hashable:
         return value.dtype, value.shape, value.device, content_digest(value)
     if kind is LeafKind.REPEATED:
         return value.dtype, value.shape[1:], value.device, value.shape[0] / rows
+    if kind is LeafKind.LAYERED:
+        return value.dtype, (value.shape[0], *value.shape[2:]), value.device
     if kind is LeafKind.ROW_LIST:
         return frozenset(_describe_entry(entry) for entry in value)
     return id(type(value)) if kind is LeafKind.CONTAINER else None

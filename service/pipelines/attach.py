@@ -77,6 +77,8 @@ ARGUMENT_RULES = {
     ),
     # One entry a layer.
     "WanVACETransformer3DModel": ArgumentRules(shared=_names("control_hidden_states_scale")),
+    # States of many layers.
+    "HiDreamImageTransformer2DModel": ArgumentRules(layered=_names("encoder_hidden_states_llama3")),
     # One entry a frame.
     "UNetMotionModel": ArgumentRules(repeated=_names("encoder_hidden_states")),
     # Python lists with one entry a row.

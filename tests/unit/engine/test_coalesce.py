@@ -119,6 +119,18 @@ def test_several_entries_for_each_row_and_lists_of_rows_are_joined() -> None:
     assert kwargs["shapes"] == ["a", "b", "a"]
 
 
+def test_rows_in_the_second_dimension_are_joined_there() -> None:
+    rules = ArgumentRules(layered=frozenset({"states"}))
+    rule = ParkableMethod("m", "f", lambda: None, rules=rules)
+    states = torch.rand(2, 2, 5), torch.rand(2, 1, 5)
+    calls = [
+        tensor_call(torch.zeros(value.shape[1], 2), rule=rule, states=value) for value in states
+    ]
+    assert calls[0].key == calls[1].key
+    _, kwargs = stack(calls, padded_rows=4)
+    assert torch.equal(kwargs["states"], torch.cat([*states, states[1]], dim=1))
+
+
 def test_a_list_with_one_entry_a_row_is_cut_where_the_method_deals_in_such_lists() -> None:
     entries = [torch.rand(4, 2) for _ in range(3)]
     first, second = split((entries,), [2, 1], row_lists=True)
