@@ -16,6 +16,7 @@ from service.domain.errors import (
     BodyTooLargeError,
     CancelledError,
     EndedError,
+    ExpiredError,
     GenerationFailedError,
     InvalidRequestError,
     NotReadyError,
@@ -74,6 +75,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     GenerationFailedError: ErrorKind(500, "server_error", "generation_failed"),
     NotReadyError: ErrorKind(503, "server_error", "not_ready"),
     RefusedError: ErrorKind(503, "server_error", "refused"),
+    ExpiredError: ErrorKind(504, "server_error", "deadline_exceeded"),
     RequestTimedOutError: ErrorKind(504, "server_error", "timeout"),
 }
 

@@ -9,7 +9,8 @@ StepserveError
 │   └── NotReadyError            loading or draining
 └── EndedError                   accepted, then ended without a picture
     ├── GenerationFailedError
-    └── CancelledError
+    ├── CancelledError
+    └── ExpiredError             its deadline passed
 """
 
 from __future__ import annotations
@@ -82,3 +83,7 @@ class GenerationFailedError(EndedError):
 
 class CancelledError(EndedError):
     """The caller left or asked to stop."""
+
+
+class ExpiredError(EndedError):
+    """The deadline that the caller set passed before the request was finished."""

@@ -19,7 +19,10 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request will be worked on; `position` requests were accepted before it and still run."""
+    """The request will be worked on; `position` requests were accepted before it and still run.
+
+    `expected_s` is when it should be finished, in seconds from now, given what is in hand.
+    """
 
     request_id: str
     position: int
@@ -53,7 +56,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request ended without pictures: it was refused, failed or was cancelled."""
+    """The request ended without pictures: it was refused, failed, expired or was cancelled."""
 
     request_id: str
     error: StepserveError

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.engine.admission import RemainingWork, backlog_s
+import torch
+
+from service.domain.errors import ExpiredError
 from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
 from service.engine.cost import CostModel
-from service.engine.policy import Parked, pick
-from service.engine.row_limits import RowLimits
+from service.engine.outlook import Outlook
+from service.engine.policy import DUE_TIME, Parked, Policy, Running
+from service.engine.row_limits import RowLimits, is_out_of_memory
 from service.engine.track import Clock, Stage, Track, forget_frames
 
 
@@ -22,7 +24,8 @@ class Counters:
     """Totals since the start. `busy_s - forward_s` is the time the engine itself took.
 
     `forwards`, `rows` and `calls` count what succeeded; `retries` counts shared forwards that
-    failed and were run again in halves.
+    failed and were run again in halves, and `out_of_memory` those of them where memory ran out.
+    `unstacked` counts shapes whose row limit was lowered for good because sharing kept failing.
     """
 
     ticks: int = 0
@@ -30,6 +33,8 @@ class Counters:
     rows: int = 0
     calls: int = 0
     retries: int = 0
+    out_of_memory: int = 0
+    unstacked: int = 0
     forward_s: float = 0.0
     busy_s: float = 0.0
 
@@ -47,10 +52,11 @@ class Batcher:
     Args:
         max_active_rows: tracks are started while their denoiser rows fit, so that every started
             track can take part in every step; later ones wait their turn. One that is larger than
-            that is started alone.
+            that is started alone. See `policy` for when rows of less urgent tracks do not count.
         cost: learns what forwards take.
         clock: seconds, monotonic.
         on_ended: hears of each track once, after its listener did.
+        policy: decides who goes next.
     """
 
     def __init__(
@@ -59,20 +65,27 @@ class Batcher:
         cost: CostModel | None = None,
         clock: Clock = time.perf_counter,
         on_ended: Callable[[Track], None] = lambda track: None,
+        policy: Policy = DUE_TIME,
     ) -> None:
         self.max_active_rows = max_active_rows
         self.cost = cost or CostModel()
         self.clock = clock
         self.counters = Counters()
-        self.queued: deque[Track] = deque()
+        self.queued: list[Track] = []
         self.active: list[Track] = []
+        self.row_limits = RowLimits()
+        self.outlook = Outlook(self.cost)
         self._on_ended = on_ended
-        self._row_limits = RowLimits()
-        self._denoiser_row_s = self.cost.unknown_s
+        self._policy = policy
 
     def add(self, track: Track) -> None:
-        """Queue a new track; it starts at the next tick that has room for its rows."""
+        """Queue a new track; it starts at a tick that has room for its rows."""
         self.queued.append(track)
+
+    def limit_rows(self, rows: int) -> None:
+        """Let denoiser forwards have at most so many rows, and start tracks accordingly."""
+        self.max_active_rows = rows
+        self.row_limits.denoiser_rows = rows
 
     def stop_track(self, request_id: str, error: BaseException) -> None:
         """End a track by raising `error` from the call it is parked at. Unknown ids are ignored."""
@@ -90,25 +103,45 @@ class Batcher:
     def tick(self) -> bool:
         """Start what fits, run one forward, wake its tracks. False if there was nothing to do."""
         started_s = self.clock()
+        self._drop_expired(started_s)
         started_any = self._start_queued()
         group = self._decide()
         if group:
+            forward_s = self.counters.forward_s
             outputs = self._run(group)
             self._settle(group, outputs)
+            busy_s = self.clock() - started_s
             self.counters.ticks += 1
-            self.counters.busy_s += self.clock() - started_s
+            self.counters.busy_s += busy_s
+            self.outlook.tick_ended(busy_s, self.counters.forward_s - forward_s)
         return started_any or bool(group)
 
-    def backlog_s(self) -> float:
-        """Seconds that the denoiser steps of all work in hand should take."""
-        tracks = [*self.active, *self.queued]
-        per_row_s = self._denoiser_row_s
-        return backlog_s(RemainingWork(t.steps_left, t.work.rows, per_row_s) for t in tracks)
+    def expected_finish_s(self, track: Track, in_hand: Iterable[Track] | None = None) -> float:
+        """Seconds from now until `track` should be finished, given what else is in hand.
+
+        Args:
+            in_hand: everything else that was accepted, where the caller knows better: another
+                thread may not look at the queue.
+        """
+        others = [*self.active, *self.queued] if in_hand is None else in_hand
+        tracks = [*(other for other in others if other is not track), track]
+        return self.finish_times_s(tracks)[-1]
+
+    def finish_times_s(self, tracks: Sequence[Track]) -> list[float]:
+        """Seconds from now until each should be finished, if there were no others."""
+        return self.outlook.finish_times_s(tracks, self.max_active_rows, self._policy)
+
+    def _drop_expired(self, now_s: float) -> None:
+        expired = [track for track in (*self.active, *self.queued) if track.expires_s <= now_s]
+        for track in expired:
+            track.stop(_expired(track))
+        if expired:
+            self._forget_ended()
 
     def _start_queued(self) -> bool:
         started_any = False
-        while self.queued and self._has_room(self.queued[0]):
-            track = self.queued.popleft()
+        while track := self._next_to_start():
+            self.queued.remove(track)
             self.active.append(track)
             track.start()
             # Those that ended before their first call leave their room to the next in line.
@@ -116,14 +149,24 @@ class Batcher:
             started_any = True
         return started_any
 
-    def _has_room(self, track: Track) -> bool:
-        rows = sum(active.work.rows for active in self.active)
-        return not self.active or rows + track.work.rows <= self.max_active_rows
+    def _next_to_start(self) -> Track | None:
+        """The queued track that is next in line, if there is room for it."""
+        line = [(self.outlook.as_queued(track), track) for track in self.queued]
+        if not line:
+            return None
+        first, track = min(line, key=lambda pair: self._policy.rank(pair[0]))
+        running = [Running(other.work.rows, other.work.priority) for other in self.active]
+        return track if self._policy.has_room(first, running, self.max_active_rows) else None
 
     def _decide(self) -> list[Track]:
         waiting = {t.call: t for t in self.active if t.call is not None}
-        parked = [Parked(call, track.parked_s) for call, track in waiting.items()]
-        return [waiting[p.call] for p in pick(parked, self._expected_s, self._row_limits.limit)]
+        parked = [self._as_parked(call, track) for call, track in waiting.items()]
+        group = self._policy.pick(parked, self._expected_s, self.row_limits.limit)
+        return [waiting[item.call] for item in group]
+
+    def _as_parked(self, call: Call, track: Track) -> Parked:
+        latest_s = self.outlook.latest_start_s(track)
+        return Parked(call, track.parked_s, track.work.priority, latest_s, track.arrival)
 
     def _run(self, group: Sequence[Track]) -> list[Any]:
         """One output for each track; if the shared forward raises, halves are tried apart."""
@@ -150,15 +193,25 @@ class Batcher:
 
     def _run_halves(self, group: Sequence[Track], failure: BaseException) -> list[Any]:
         self.counters.retries += 1
+        # First of all: the frames hold what the forward had made, which takes memory.
+        forget_frames(failure)
+        out_of_memory = is_out_of_memory(failure)
+        if out_of_memory:
+            self._make_room(_calls(group), failure)
         middle = len(group) // 2
         halves = group[:middle], group[middle:]
         outputs = [output for half in halves for output in self._run(half)]
-        if not any(isinstance(output, Raised) for output in outputs):
+        if not out_of_memory and not any(isinstance(output, Raised) for output in outputs):
             # No call is to blame, so sharing is.
             rows = max(sum(call.rows for call in _calls(half)) for half in halves)
-            self._row_limits.lower(_calls(group)[0], rows, failure)
-        forget_frames(failure)
+            self.counters.unstacked += self.row_limits.lower(_calls(group)[0], rows, failure)
         return outputs
+
+    def _make_room(self, calls: Sequence[Call], failure: BaseException) -> None:
+        self.counters.out_of_memory += 1
+        self.row_limits.halve(calls[0], sum(call.rows for call in calls), failure)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def _settle(self, group: Sequence[Track], outputs: Sequence[Any]) -> None:
         for track, output in zip(group, outputs, strict=True):
@@ -178,8 +231,9 @@ class Batcher:
                 track.steps_done += 1
                 clockwork.shares.append(call.rows / rows)
                 clockwork.first_step_s = clockwork.first_step_s or self.clock() - seconds
-                self._denoiser_row_s = seconds / rows
+                self.outlook.step_ended(track, call)
         self.cost.observe(calls[0].key.shape, rows, seconds)
+        self.row_limits.succeeded(calls[0], rows)
         self.counters.forwards += 1
         self.counters.rows += rows
         self.counters.calls += len(group)
@@ -192,10 +246,18 @@ class Batcher:
         ended = [track for track in (*self.active, *self.queued) if track.ended]
         if ended:
             self.active = [track for track in self.active if not track.ended]
-            self.queued = deque(track for track in self.queued if not track.ended)
+            self.queued = [track for track in self.queued if not track.ended]
         for track in ended:
+            self.outlook.track_ended(track)
             self._on_ended(track)
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:
     return [track.call for track in group if track.call is not None]
+
+
+def _expired(track: Track) -> ExpiredError:
+    return ExpiredError(
+        f"request {track.work.id} was not finished within its deadline of "
+        f"{track.work.deadline_s:g} s"
+    )

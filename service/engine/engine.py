@@ -15,10 +15,11 @@ from functools import partial
 import torch
 
 from service.domain.errors import CancelledError, GenerationFailedError, NotReadyError
-from service.engine.admission import Load, check_room
+from service.engine.admission import Ending, Load, check_room, load_of
 from service.engine.batcher import Batcher, Counters
 from service.engine.cost import CostModel
 from service.engine.listener import tell
+from service.engine.policy import POLICIES
 from service.engine.track import Track, Work
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.5
 DRAIN_RETRY_S = 5.0
 LOWEST_PRIORITY = 19
+MOST_MEASURED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,24 @@ class EngineOptions:
     """Limits and manners of one engine.
 
     Args:
-        max_rows: most rows of one shared denoiser forward.
+        max_rows: most rows of one shared denoiser forward, or None if that is to be measured; see
+            `Engine.limit_rows`.
         max_waiting_pictures: pictures in hand beyond which new requests are refused.
         threads: torch threads of the engine, or None for torch's default.
         niceness: how far the engine thread steps back behind the threads that answer HTTP.
+        policy: decides who goes next, one of `policy.POLICIES`.
     """
 
-    max_rows: int = 32
+    max_rows: int | None = None
     max_waiting_pictures: int = 64
     threads: int | None = None
     niceness: int = 0
+    policy: str = "due-time"
+
+    @property
+    def row_ceiling(self) -> int:
+        """Most rows of one shared denoiser forward, whatever is measured."""
+        return MOST_MEASURED_ROWS if self.max_rows is None else self.max_rows
 
 
 class Engine:
@@ -54,7 +64,12 @@ class Engine:
 
     def __init__(self, options: EngineOptions | None = None, cost: CostModel | None = None) -> None:
         self.options = options or EngineOptions()
-        self.batcher = Batcher(self.options.max_rows, cost, on_ended=self._forget)
+        self.batcher = Batcher(
+            self.options.row_ceiling,
+            cost,
+            on_ended=self._forget,
+            policy=POLICIES[self.options.policy],
+        )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         # Guarded by the lock: what submitting threads and the engine thread share. A listener that
@@ -65,7 +80,6 @@ class Engine:
         self._open = True
         # Written by the engine thread only.
         self._running = True
-        self._backlog_s = 0.0
         self._last_sign_of_life_s = time.monotonic()
 
     def start(self) -> None:
@@ -84,13 +98,14 @@ class Engine:
         with self._lock:
             if not self._open:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
-            load = self._load()
-            check_room(load, work.pictures, self.options.max_waiting_pictures)
+            position = len(self._in_hand)
+            check_room(self._endings(), work.pictures, self.options.max_waiting_pictures)
             track = Track(work, self.batcher.clock)
+            expected_s = self.batcher.expected_finish_s(track, self._in_hand)
             self._in_hand.add(track)
-            tell(work.id, work.listener.accepted, load.requests, load.backlog_s)
+            tell(work.id, work.listener.accepted, position, expected_s)
             self._commands.put(partial(self.batcher.add, track))
-        return load.requests
+        return position
 
     def cancel(self, request_id: str) -> None:
         """End a request at its next park; does nothing if it is unknown or ended already."""
@@ -100,7 +115,16 @@ class Engine:
     def load(self) -> Load:
         """Work in hand: everything accepted and not yet ended."""
         with self._lock:
-            return self._load()
+            return load_of(self._endings())
+
+    def limit_rows(self, rows: int) -> None:
+        """Let shared denoiser forwards have at most so many rows from the next tick on."""
+        self._commands.put(partial(self.batcher.limit_rows, min(rows, self.options.row_ceiling)))
+
+    @property
+    def row_limit(self) -> int:
+        """Most rows of one shared denoiser forward, as configured or measured."""
+        return self.batcher.max_active_rows
 
     @property
     def counters(self) -> Counters:
@@ -161,7 +185,6 @@ class Engine:
             if not self._running:
                 return
             worked = self.batcher.tick()
-            self._backlog_s = self.batcher.backlog_s()
             self._last_sign_of_life_s = time.monotonic()
             if not worked:
                 self._take_commands(wait=True)
@@ -203,9 +226,10 @@ class Engine:
             if not self._in_hand:
                 self._nothing_in_hand.notify_all()
 
-    def _load(self) -> Load:
-        pictures = sum(track.work.pictures for track in self._in_hand)
-        return Load(len(self._in_hand), pictures, self._backlog_s)
+    def _endings(self) -> list[Ending]:
+        tracks = list(self._in_hand)
+        seconds = self.batcher.finish_times_s(tracks)
+        return [Ending(s, t.work.pictures) for s, t in zip(seconds, tracks, strict=True)]
 
 
 def _stopped(request_id: str) -> BaseException:

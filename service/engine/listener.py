@@ -19,8 +19,8 @@ class Listener(Protocol):
     is logged and otherwise ignored: it is no fault of the work.
     """
 
-    def accepted(self, position: int, backlog_s: float) -> None:
-        """The work was let in, behind `position` other pieces that take `backlog_s` seconds."""
+    def accepted(self, position: int, expected_s: float) -> None:
+        """The work was let in behind `position` other pieces; it should end in `expected_s`."""
 
     def started(self) -> None:
         """The pipeline call begins."""

@@ -1,43 +1,100 @@
-"""Which parked calls share the next forward. Pure: costs and limits are arguments.
+"""Who goes next: which parked calls share the next forward, and which request is started next.
 
-Calls with equal keys form a group. Each group is due at
+Pure: costs and limits are arguments. There are two policies to choose from by name, in `POLICIES`.
 
-    parked_s of its oldest call + expected seconds of its forward
+DUE_TIME, the default. What waits is due at
 
-and the group that is due first runs. So:
+    since_s + patience * expected seconds
+
+where the patience is that of its priority: an eighth for interactive work, 1 for normal, 8 for
+batch. If a request has a deadline, and its latest start by which that can be met comes sooner, it
+is due then, though never before `since_s`. What is due first goes first:
+
+- Among calls, `since_s` is when the call was parked and the seconds are those of the forward that
+  it can share. Calls with equal keys form a group, which is due with its most urgent call. The
+  group that is due first runs, its most urgent calls first while their rows fit.
+- Among queued requests, `since_s` is when the request was submitted and the seconds are those of
+  all its steps. It is started while its rows fit beside those of running requests that are at
+  least as urgent; the rows of less urgent ones it may take. They stay parked, and go on later
+  exactly where they stood.
+
+So:
 
 - A cheap call parked a little later goes ahead of an expensive one: a newcomer's text encoder runs
   before the denoiser step that all others wait for, and the newcomer joins that very step.
 - Shapes share the device by time, not by turns: a step that costs six times as much comes once for
-  every six of the cheap one, and neither blocks the other.
-- Nothing starves. Let call x be parked at t, let C be the largest expected cost of a forward with
-  its key, F the longest forward and A the number of tracks at work. x's group is due by t + C. A
-  call parked later than that is due later still, so only calls parked by t + C can go before x:
-  besides the forward that runs at that moment these are at most A - 1, one for each other track,
-  and each goes once. Hence x starts no later than
+  every six of the cheap one, and neither blocks the other. Between priorities the shares of time
+  are as 8 to 1.
+- A short request is started before long ones that were submitted a little earlier.
+- Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
+  a forward with its key, F the longest forward and A the number of tracks at work. x's group is
+  due by t + p * C, whoever else is in it. Nobody is due before being parked, so a call parked after
+  that is due later still, whatever its priority and deadline, and no group is led by it while x
+  waits. What leads a group before x is therefore parked by t + p * C: besides the forward that runs
+  at that moment these are at most A - 1 calls, one for each other track, and each goes once. Hence
+  x starts no later than
 
-      t + C + A * F
+      t + p * C + A * F
 
-  however many cheap newcomers arrive.
+  however many urgent or cheap newcomers arrive. Counted in ticks: after t + p * C at most A.
+
+STRICT_FIFO is what other servers do, and is kept to compare with: calls run for the oldest request
+alone and for those right behind it that happen to want the same; the first request that wants
+something else blocks all behind it. Priorities and deadlines are not heeded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from service.domain.requests import Priority
 from service.engine.call import Call, CallKey
 
 CostOf = Callable[[CallKey, int], float]
 LimitOf = Callable[[Call], int]
 
+PATIENCE = {Priority.INTERACTIVE: 0.125, Priority.NORMAL: 1.0, Priority.BATCH: 8.0}
+DENOISE = "denoise"
+
 
 @dataclass(frozen=True)
 class Parked:
-    """A call that waits for a forward since `parked_s` on the engine's clock."""
+    """A call that waits for a forward since `parked_s` on the engine's clock.
+
+    Args:
+        priority: of its request.
+        latest_start_s: when it must run for its request to meet its deadline.
+        arrival: orders requests by their submission.
+    """
 
     call: Call
     parked_s: float
+    priority: int = Priority.NORMAL
+    latest_start_s: float = math.inf
+    arrival: int = 0
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A request that was not started yet. `run_s` is what its steps should take."""
+
+    arrival: int
+    rows: int
+    submitted_s: float
+    run_s: float
+    priority: int = Priority.NORMAL
+    latest_start_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class Running:
+    """A request that was started."""
+
+    rows: int
+    priority: int = Priority.NORMAL
 
 
 def method_limit(call: Call) -> int:
@@ -45,20 +102,37 @@ def method_limit(call: Call) -> int:
     return call.method.max_rows
 
 
+def due_s(since_s: float, seconds: float, priority: int, latest_start_s: float = math.inf) -> float:
+    """When something is due on the engine's clock: the sooner, the older, cheaper and urgent."""
+    return min(since_s + patience(priority) * seconds, max(latest_start_s, since_s))
+
+
+def patience(priority: int) -> float:
+    """How many times its expected seconds something waits before it goes ahead of newcomers."""
+    return PATIENCE[Priority(min(max(priority, Priority.INTERACTIVE), Priority.BATCH))]
+
+
 def pick(
     parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
 ) -> list[Parked]:
-    """The calls for the next forward, oldest first; empty if nothing is parked."""
+    """The calls for the next forward, most urgent first; empty if nothing is parked."""
     groups: dict[CallKey, list[Parked]] = {}
-    for item in sorted(parked, key=lambda p: p.call.sequence):
+    for item in sorted(parked, key=_sequence):
         groups.setdefault(item.call.key, []).append(item)
-    fitting = [fit_rows(group, limit_of(group[0].call)) for group in groups.values()]
     # `min` keeps the first of equals, which is the group with the oldest call.
-    return min(fitting, key=lambda group: due_s(group, cost_of), default=[])
+    due = [(group_due_s(g, cost_of, limit_of(g[0].call)), g) for g in groups.values()]
+    _, group = min(due, key=lambda pair: pair[0], default=(0.0, []))
+    return fit_rows(_by_urgency(group, cost_of, limit_of), limit_of(group[0].call)) if group else []
+
+
+def group_due_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
+    """When calls with equal keys are due: with the most urgent of them."""
+    seconds = _forward_s(group, cost_of, limit)
+    return min(_call_due_s(item, seconds) for item in group)
 
 
 def fit_rows(group: Sequence[Parked], limit: int) -> list[Parked]:
-    """The oldest calls whose rows fit into one forward; at least one, however large."""
+    """The first calls whose rows fit into one forward; at least one, however large."""
     chosen: list[Parked] = []
     rows = 0
     for item in group:
@@ -69,7 +143,74 @@ def fit_rows(group: Sequence[Parked], limit: int) -> list[Parked]:
     return chosen
 
 
-def due_s(group: Sequence[Parked], cost_of: CostOf) -> float:
-    """When a group is due on the engine's clock: the sooner, the older and cheaper it is."""
+def strict_fifo(
+    parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
+) -> list[Parked]:
+    """The oldest request's call, with those right behind that have the same key.
+
+    Calls that are no denoising step go first, one by one: they belong to the start and the end of
+    a request, and would else keep newcomers from ever joining.
+    """
+    others = [item for item in parked if item.call.method.stage != DENOISE]
+    if others:
+        return [min(others, key=_sequence)]
+    line = sorted(parked, key=lambda item: item.arrival)
+    same = next((i for i, p in enumerate(line) if p.call.key != line[0].call.key), len(line))
+    return fit_rows(line[:same], limit_of(line[0].call)) if line else []
+
+
+def request_due_s(queued: Queued) -> float:
+    """When a queued request is due to be started."""
+    return due_s(queued.submitted_s, queued.run_s, queued.priority, queued.latest_start_s)
+
+
+def room_beside_urgent(queued: Queued, running: Iterable[Running], max_rows: int) -> bool:
+    """Whether its rows fit beside those of running requests that are at least as urgent."""
+    rows = [item.rows for item in running if item.priority <= queued.priority]
+    return not rows or sum(rows) + queued.rows <= max_rows
+
+
+def room_beside_all(queued: Queued, running: Iterable[Running], max_rows: int) -> bool:
+    """Whether its rows fit beside those of all running requests."""
+    rows = [item.rows for item in running]
+    return not rows or sum(rows) + queued.rows <= max_rows
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to decide.
+
+    Args:
+        pick: the calls for the next forward.
+        rank: of queued requests, the one of the lowest rank is started next.
+        has_room: whether it may be started beside the running ones. While it may not, nobody is.
+    """
+
+    pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
+    rank: Callable[[Queued], float]
+    has_room: Callable[[Queued, Iterable[Running], int], bool]
+
+
+DUE_TIME = Policy(pick, request_due_s, room_beside_urgent)
+STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, room_beside_all)
+POLICIES = MappingProxyType({"due-time": DUE_TIME, "strict-fifo": STRICT_FIFO})
+
+
+def _by_urgency(group: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf) -> list[Parked]:
+    seconds = _forward_s(group, cost_of, limit_of(group[0].call))
+    return sorted(group, key=lambda item: (_call_due_s(item, seconds), item.call.sequence))
+
+
+def _forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
+    """Expected seconds of the forward that a group would get, were it to run now."""
     rows = sum(item.call.rows for item in group)
-    return group[0].parked_s + cost_of(group[0].call.key, rows)
+    largest = max(item.call.rows for item in group)
+    return cost_of(group[0].call.key, max(min(rows, limit), largest))
+
+
+def _call_due_s(item: Parked, seconds: float) -> float:
+    return due_s(item.parked_s, seconds, item.priority, item.latest_start_s)
+
+
+def _sequence(item: Parked) -> int:
+    return item.call.sequence

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,7 +14,12 @@ from typing import Any
 import greenlet
 import torch
 
-from service.domain.errors import CancelledError, GenerationFailedError, StepserveError
+from service.domain.errors import (
+    CancelledError,
+    ExpiredError,
+    GenerationFailedError,
+    StepserveError,
+)
 from service.domain.states import RequestState, is_terminal, move
 from service.domain.timings import Timings
 from service.engine.call import Call
@@ -21,6 +28,7 @@ from service.engine.listener import Listener, tell
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+_arrivals = itertools.count()
 
 
 class Stage(StrEnum):
@@ -51,6 +59,8 @@ class Work:
         priority: 0 goes first; see `policy`.
         deadline_s: seconds after submission by which an answer is of use, or None.
         isolated: its calls never share a forward.
+        size: what decides the cost of its steps, such as width and height. Requests of equal size
+            are expected to take equally long for a row.
     """
 
     id: str
@@ -63,6 +73,7 @@ class Work:
     priority: int = 1
     deadline_s: float | None = None
     isolated: bool = False
+    size: Hashable = None
 
 
 @dataclass
@@ -108,6 +119,8 @@ class Track:
         self.call: Call | None = None
         self.parked_s = 0.0
         self.steps_done = 0
+        # Orders tracks by their submission.
+        self.arrival = next(_arrivals)
         self._clock = clock
         self._stopped_by: BaseException | None = None
         # Made on start: a greenlet belongs to the thread that makes it, which must be the engine's.
@@ -127,6 +140,12 @@ class Track:
     def steps_left(self) -> int:
         """Denoiser calls still expected."""
         return max(self.work.steps - self.steps_done, 0)
+
+    @property
+    def expires_s(self) -> float:
+        """When its deadline passes, on the engine's clock."""
+        deadline_s = self.work.deadline_s
+        return math.inf if deadline_s is None else self.clockwork.submitted_s + deadline_s
 
     def start(self) -> None:
         """Run up to the first module call."""
@@ -206,6 +225,8 @@ class Track:
         error = self._stopped_by or error
         if isinstance(error, CancelledError):
             self._end(RequestState.CANCELLED)
+        elif isinstance(error, ExpiredError):
+            self._end(RequestState.EXPIRED)
         else:
             self._end(RequestState.FAILED)
             logger.warning("request %s failed", self.work.id, exc_info=error)

@@ -33,9 +33,9 @@ class RequestListener:
     sink: Sink
     encoder: ThreadPoolExecutor
 
-    def accepted(self, position: int, backlog_s: float) -> None:
+    def accepted(self, position: int, expected_s: float) -> None:
         """The request was let in."""
-        self.sink(Accepted(self.request.id, position, backlog_s))
+        self.sink(Accepted(self.request.id, position, expected_s))
 
     def started(self) -> None:
         """The pipeline call begins."""
@@ -77,7 +77,7 @@ class PipelineRunner:
         self.model = model
         self.engine = Engine(options)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        self._detach = attach(model.pipeline, self.engine.options.max_rows)
+        self._detach = attach(model.pipeline, self.engine.options.row_ceiling)
 
     def start(self) -> None:
         """Start the engine."""
@@ -111,4 +111,8 @@ class PipelineRunner:
             pictures=request.n,
             run=partial(text_to_image, self.model, request, listener.step_ended),
             listener=listener,
+            priority=request.priority,
+            deadline_s=request.deadline_s,
+            isolated=request.reproducible,
+            size=(request.width, request.height),
         )

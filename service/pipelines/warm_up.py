@@ -22,7 +22,7 @@ def warm_up(runner: PipelineRunner) -> float:
     """
     started_s = time.perf_counter()
     pictures = 1
-    limit = min(runner.model.capabilities.max_n, runner.engine.options.max_rows // 2)
+    limit = min(runner.model.capabilities.max_n, runner.engine.options.row_ceiling // 2)
     while pictures <= max(limit, 1):
         _run(runner, _request(runner, pictures))
         pictures *= 2

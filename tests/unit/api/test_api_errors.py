@@ -16,6 +16,7 @@ from service.api.errors import TABLE, error_response, kind_of
 from service.domain import errors as domain_errors
 from service.domain.errors import (
     CancelledError,
+    ExpiredError,
     GenerationFailedError,
     InvalidRequestError,
     NotReadyError,
@@ -198,6 +199,7 @@ def failed(error: StepserveError) -> Any:
         (RefusedError("no", math.inf), 503, "refused", "3600"),
         (InvalidRequestError("odd", "seed"), 400, "invalid_value", None),
         (CancelledError("stopped"), 499, "request_cancelled", None),
+        (ExpiredError("too late"), 504, "deadline_exceeded", None),
     ],
 )
 async def test_errors_of_the_backend(

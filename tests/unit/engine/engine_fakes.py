@@ -125,9 +125,11 @@ class Ear:
     result: Any = None
     error: BaseException | None = None
     timings: Timings | None = None
+    expected_s: float | None = None
 
-    def accepted(self, position: int, backlog_s: float) -> None:
+    def accepted(self, position: int, expected_s: float) -> None:
         self.news.append("accepted")
+        self.expected_s = expected_s
 
     def started(self) -> None:
         self.news.append("started")

@@ -5,34 +5,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.errors import ServerFullError
-from service.engine.admission import (
-    MINIMUM_RETRY_S,
-    Load,
-    RemainingWork,
-    backlog_s,
-    check_room,
-)
+from service.engine.admission import MINIMUM_RETRY_S, Ending, Load, check_room, load_of
+
+endings = st.lists(st.builds(Ending, st.floats(0, 1e6), st.integers(1, 8)), min_size=1, max_size=20)
 
 
-def test_backlog_is_the_sum_of_what_is_left() -> None:
-    work = [RemainingWork(10, 2, 0.01), RemainingWork(0, 8, 0.01), RemainingWork(5, 4, 0.02)]
-    assert backlog_s(work) == pytest.approx(0.2 + 0.4)
-    assert backlog_s([]) == 0
+def test_load_sums_up_what_is_in_hand() -> None:
+    assert load_of([Ending(3.0, 2), Ending(5.0, 1), Ending(4.0, 4)]) == Load(3, 7, 5.0)
+    assert load_of([]) == Load(0, 0, 0.0)
 
 
 @given(pictures=st.integers(1, 1000), limit=st.integers(1, 10))
 def test_an_empty_server_takes_any_request(pictures: int, limit: int) -> None:
-    check_room(Load(0, 0, 0.0), pictures, limit)
+    check_room([], pictures, limit)
 
 
 def test_pictures_up_to_the_limit_get_in() -> None:
-    check_room(Load(3, 6, 9.0), 2, limit=8)
+    in_hand = [Ending(1.0, 2)] * 3
+    check_room(in_hand, 2, limit=8)
     with pytest.raises(ServerFullError, match="6 pictures are in hand and the limit is 8"):
-        check_room(Load(3, 6, 9.0), 3, limit=8)
+        check_room(in_hand, 3, limit=8)
 
 
-@given(requests=st.integers(1, 100), backlog=st.floats(0, 1e6))
-def test_retry_after_is_a_fair_share_of_the_backlog(requests: int, backlog: float) -> None:
+@pytest.mark.parametrize(("pictures", "retry_after_s"), [(1, 2.0), (2, 2.0), (3, 7.0), (9, 9.0)])
+def test_retry_after_is_when_there_should_be_room(pictures: int, retry_after_s: float) -> None:
     with pytest.raises(ServerFullError) as refused:
-        check_room(Load(requests, requests, backlog), 1, limit=requests)
-    assert refused.value.retry_after_s == max(backlog / requests, MINIMUM_RETRY_S)
+        check_room([Ending(9.0, 1), Ending(2.0, 2), Ending(7.0, 1)], pictures, limit=4)
+    assert refused.value.retry_after_s == retry_after_s
+
+
+@given(in_hand=endings, pictures=st.integers(1, 8))
+def test_once_those_have_ended_the_request_is_let_in(in_hand: list[Ending], pictures: int) -> None:
+    limit = max(sum(item.pictures for item in in_hand), pictures)
+    with pytest.raises(ServerFullError) as refused:
+        check_room([*in_hand, Ending(0.0, limit)], pictures, limit)
+    retry_after_s = refused.value.retry_after_s
+    assert retry_after_s >= MINIMUM_RETRY_S
+    check_room([item for item in in_hand if item.seconds > retry_after_s], pictures, limit)

@@ -101,9 +101,9 @@ def test_accepted_is_heard_before_started_even_if_the_engine_is_quicker(
     engines: Callable[..., Engine], modules: Modules
 ) -> None:
     class SlowEar(WaitingEar):
-        def accepted(self, position: int, backlog_s: float) -> None:
+        def accepted(self, position: int, expected_s: float) -> None:
             assert not self.begun.wait(0.02)
-            super().accepted(position, backlog_s)
+            super().accepted(position, expected_s)
 
     ear = SlowEar()
     engines().submit(job_work(modules, Job(seed=1), ear))
@@ -216,8 +216,8 @@ def test_a_listener_may_stop_and_ask_the_engine(
     engine = engines()
 
     class Stopping(WaitingEar):
-        def accepted(self, position: int, backlog_s: float) -> None:
-            super().accepted(position, backlog_s)
+        def accepted(self, position: int, expected_s: float) -> None:
+            super().accepted(position, expected_s)
             assert engine.load().requests == 1
 
         def finished(self, result: Any, timings: Timings) -> None:
@@ -236,9 +236,9 @@ def test_cancelling_ends_running_queued_and_nothing_else(
 ) -> None:
     engine = engines(max_rows=2)
     running = submit(engine, modules, Job(seed=1, steps=1_000_000))
+    assert running.begun.wait(PATIENCE_S)
     queued = submit(engine, modules, Job(seed=2))
     last = submit(engine, modules, Job(seed=3))
-    assert running.begun.wait(PATIENCE_S)
     for request_id in ("nobody", "2", "1", "1"):
         engine.cancel(request_id)
     assert queued.wait().news == ["accepted", "failed"]

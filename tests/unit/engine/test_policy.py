@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.call import CallKey, ParkableMethod
-from service.engine.policy import Parked, due_s, fit_rows, pick
+from service.engine.policy import Parked, group_due_s, pick
 
 CHEAP_S, STEP_S = 0.002, 0.050
 RULES = {
@@ -74,9 +74,9 @@ def test_a_lowered_limit_is_kept(items: list[Parked], limit: int) -> None:
 def test_nobody_else_is_due_sooner(items: list[Parked]) -> None:
     group = pick(items, price)
     for key in {item.call.key for item in items}:
-        others = sorted((i for i in items if i.call.key == key), key=lambda i: i.call.sequence)
-        fitting = fit_rows(others, others[0].call.method.max_rows)
-        assert due_s(group, price) <= due_s(fitting, price)
+        others = [item for item in items if item.call.key == key]
+        limit = others[0].call.method.max_rows
+        assert group_due_s(group, price, limit) <= group_due_s(others, price, limit)
 
 
 def test_a_newcomers_encoder_goes_before_the_step_that_all_wait_for() -> None:

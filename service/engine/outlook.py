@@ -1,0 +1,118 @@
+"""What the engine expects of the work in hand, from what it has measured so far."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from service.domain.states import RequestState
+from service.engine.call import Call
+from service.engine.cost import CostModel
+from service.engine.forecast import Device, Job, finish_times_s
+from service.engine.policy import Policy, Queued
+from service.engine.track import Stage, Track
+
+LEARNING_RATE = 0.1
+
+
+@dataclass
+class Average:
+    """An average that forgets: `None` until something was seen."""
+
+    value: float | None = None
+
+    def observe(self, value: float) -> None:
+        """Move a little towards what was seen."""
+        old = value if self.value is None else self.value
+        self.value = old + LEARNING_RATE * (value - old)
+
+    def __float__(self) -> float:
+        return self.value or 0.0
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What steps of one size look like: their shape in the cost model, and their row limit."""
+
+    shape: Hashable
+    max_rows: int
+
+
+class Outlook:
+    """Learns what requests of each size take, and foretells when those in hand will end.
+
+    Written by the engine thread only; others may read slightly old values.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self.cost = cost
+        self._shapes: dict[Hashable, StepShape] = {}
+        self._latest = StepShape(None, 1)
+        self._tick_overhead_s = Average()
+        self._other_row_s = Average()
+
+    def step_ended(self, track: Track, call: Call) -> None:
+        """A denoising step of a track took part in a forward."""
+        self._latest = StepShape(call.key.shape, call.method.max_rows)
+        self._shapes[track.work.size] = self._latest
+
+    def tick_ended(self, busy_s: float, forward_s: float) -> None:
+        """A tick is over; what was not spent in forwards is the engine's and the pipelines'."""
+        self._tick_overhead_s.observe(max(busy_s - forward_s, 0.0))
+
+    def track_ended(self, track: Track) -> None:
+        """A track is over: learn what requests take apart from their steps."""
+        if track.state is RequestState.FINISHED:
+            stage_s = track.clockwork.stage_s
+            other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
+            self._other_row_s.observe(other_s / track.work.rows)
+
+    def run_s(self, track: Track) -> float:
+        """Seconds that the steps left to a track would take, were it alone."""
+        return track.steps_left * self._forward_s(self._step_shape(track).shape, track.work.rows)
+
+    def latest_start_s(self, track: Track) -> float:
+        """When it must go on for its deadline to be met; infinite if it has none."""
+        return track.expires_s - (0.0 if track.work.deadline_s is None else self.run_s(track))
+
+    def as_queued(self, track: Track) -> Queued:
+        """A track that waits to be started, as the policy sees it."""
+        return Queued(
+            track.arrival,
+            track.work.rows,
+            track.clockwork.submitted_s,
+            self.run_s(track),
+            track.work.priority,
+            self.latest_start_s(track),
+        )
+
+    def finish_times_s(
+        self, tracks: Sequence[Track], max_active_rows: int, policy: Policy
+    ) -> list[float]:
+        """Seconds from now until each track should be finished, if there were no others."""
+        limits = {self._step_shape(t).shape: self._step_shape(t).max_rows for t in tracks}
+        device = Device(
+            cost_of=self._forward_s,
+            limit_of=lambda shape: min(limits[shape], max_active_rows),
+            max_active_rows=max_active_rows,
+        )
+        return finish_times_s([self._job(track, policy) for track in tracks], device)
+
+    def _job(self, track: Track, policy: Policy) -> Job:
+        work, shape = track.work, self._step_shape(track).shape
+        return Job(
+            group=(shape, track.variant),
+            shape=shape,
+            rows=work.rows,
+            steps=track.steps_left,
+            priority=work.priority,
+            other_s=float(self._other_row_s) * work.rows,
+            rank=policy.rank(self.as_queued(track)),
+            started=track.state is RequestState.RUNNING,
+        )
+
+    def _step_shape(self, track: Track) -> StepShape:
+        return self._shapes.get(track.work.size, self._latest)
+
+    def _forward_s(self, shape: Hashable, rows: int) -> float:
+        return self.cost.predict(shape, rows) + float(self._tick_overhead_s)
