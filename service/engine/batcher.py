@@ -138,6 +138,7 @@ class Batcher:
         calls = _calls(group)
         rows = [call.rows for call in calls]
         args, kwargs = stack(calls)
+        calls[0].enter()
         started_s = self.clock()
         output = calls[0].method.run(*args, **kwargs)
         seconds = self.clock() - started_s

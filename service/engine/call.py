@@ -71,7 +71,11 @@ class CallKey:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call as a track made it. `sequence` orders calls by the time they were parked."""
+    """One call as a track made it. `sequence` orders calls by the time they were parked.
+
+    `module_variant` is what the module must be set to. The key's variant says at least as much: it
+    also keeps isolated work apart.
+    """
 
     method: ParkableMethod
     args: tuple[Any, ...]
@@ -79,6 +83,12 @@ class Call:
     key: CallKey
     rows: int
     sequence: int = 0
+    module_variant: Hashable = None
+
+    def enter(self) -> None:
+        """Set the module to the variant that this call wants."""
+        if self.method.enter is not None:
+            self.method.enter(self.module_variant)
 
 
 def make_call(
@@ -87,6 +97,7 @@ def make_call(
     kwargs: dict[str, Any],
     sequence: int = 0,
     variant: Hashable = None,
+    module_variant: Hashable = None,
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
     considered = {k: Ignored.IGNORED if k in method.ignored else v for k, v in kwargs.items()}
@@ -98,7 +109,7 @@ def make_call(
         kind = classify(value, rows, always_shared)
         described.append((path, kind, describe(kind, value)))
     key = CallKey(method.name, tuple(described), variant)
-    return Call(method, args, kwargs, key, rows, sequence)
+    return Call(method, args, kwargs, key, rows, sequence, module_variant)
 
 
 def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import greenlet
@@ -26,6 +26,7 @@ def make_parkable(
     ignored: frozenset[str] = frozenset(),
     shared: frozenset[str] = frozenset(),
     max_rows: int = 32,
+    enter: Callable[[Hashable], None] | None = None,
     memo: Memo | None = None,
 ) -> Callable[[], None]:
     """Replace a method on one module instance; outside a track it behaves as before.
@@ -38,6 +39,7 @@ def make_parkable(
         ignored: keyword arguments that do not influence the result.
         shared: keyword arguments whose tensors serve all rows, whatever their leading size.
         max_rows: most rows of one shared forward.
+        enter: sets the module to a variant before a forward of calls that want it, or None.
         memo: where outputs are kept for calls with the same arguments, or None.
 
     Returns:
@@ -53,6 +55,7 @@ def make_parkable(
         ignored,
         shared,
         max_rows,
+        enter=enter,
         memo=memo,
     )
 
@@ -72,7 +75,15 @@ def make_parkable(
 
 
 def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:
-    return track.park(make_call(method, args, kwargs, next(_sequence), track.variant))
+    call = make_call(
+        method,
+        args,
+        kwargs,
+        next(_sequence),
+        variant=track.variant,
+        module_variant=track.work.variant,
+    )
+    return track.park(call)
 
 
 def _recall(

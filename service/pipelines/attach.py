@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +50,19 @@ PARKING_RULES = (
 )
 
 
-def attach(pipeline: Any, max_rows: int) -> Callable[[], None]:
+def attach(
+    pipeline: Any,
+    max_rows: int,
+    enter: Mapping[str, Callable[[Hashable], None]] | None = None,
+) -> Callable[[], None]:
     """Make the heavy modules of `pipeline` park every track that calls them.
 
     The modules stay resident and shared; called outside a track they behave as before.
+
+    Args:
+        pipeline: the resident pipeline.
+        max_rows: most rows of one shared forward.
+        enter: by component, what sets it to a variant before a forward of calls that want it.
 
     Returns:
         A function that undoes it.
@@ -70,6 +79,7 @@ def attach(pipeline: Any, max_rows: int) -> Callable[[], None]:
                     stage=rule.stage,
                     ignored=rule.ignored,
                     max_rows=min(rule.max_rows or max_rows, max_rows),
+                    enter=(enter or {}).get(rule.component),
                     memo=Memo(rule.remembered_bytes) if rule.remembered_bytes else None,
                 )
             )
