@@ -118,22 +118,22 @@ def _check_scheduler(name: str, known: tuple[str, ...]) -> None:
 
 def _check_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> None:
     if len(adapters) > model.max_adapters:
-        message = (
-            f"adapters must be at most {model.max_adapters} for model {model.id}, "
-            f"got {len(adapters)}"
-        )
+        limit = f"at most {model.max_adapters}" if model.max_adapters else "empty"
+        message = f"adapters must be {limit} for model {model.id}, got {len(adapters)}"
         raise InvalidRequestError(message, "adapters")
     names = [use.name for use in adapters]
     for use in adapters:
         if names.count(use.name) > 1:
             message = f"adapters: {shown(use.name)} is named more than once"
             raise InvalidRequestError(message, "adapters")
-        if not abs(use.scale) <= MAX_ADAPTER_SCALE:  # also true of NaN
-            message = (
-                f"adapters: the scale of {shown(use.name)} must be -{MAX_ADAPTER_SCALE:g} to "
-                f"{MAX_ADAPTER_SCALE:g}, got {use.scale}"
-            )
-            raise InvalidRequestError(message, "adapters")
+        _check_adapter_scale(use)
+
+
+def _check_adapter_scale(use: AdapterUse) -> None:
+    if not abs(use.scale) <= MAX_ADAPTER_SCALE:  # NaN ends here too
+        limits = f"-{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}"
+        message = f"adapters: the scale of {shown(use.name)} must be {limits}, got {use.scale}"
+        raise InvalidRequestError(message, "adapters")
 
 
 def _check_seed(request: GenerationRequest) -> None:

@@ -74,9 +74,14 @@ def settle_layers(module: torch.nn.Module) -> None:
     for layer in tuner_layers(module):
         layer.eval()
         weight = getattr(layer.get_base_layer(), "weight", None)
-        is_image_layer = weight is not None and weight.dim() == 4
-        if is_image_layer and weight.is_contiguous(memory_format=torch.channels_last):
+        if _is_channels_last(weight):
             layer.to(memory_format=torch.channels_last)
+
+
+def _is_channels_last(weight: torch.Tensor | None) -> bool:
+    if weight is None or weight.dim() != 4:
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def check_fits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -171,7 +172,10 @@ class AdapterShelf:
         read = self._pipeline.lora_state_dict(str(file.path.parent), **where)
         check_fits(read[0] if isinstance(read, tuple) else read, self._components)
         self._touched = True
-        self._pipeline.load_lora_weights(str(file.path.parent), adapter_name=name, **where)
+        with warnings.catch_warnings():
+            # PEFT's word on there being several adapters.
+            warnings.simplefilter("ignore")
+            self._pipeline.load_lora_weights(str(file.path.parent), adapter_name=name, **where)
         for module in self._components.values():
             settle_layers(module)
         self._refresh()
