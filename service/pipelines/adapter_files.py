@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 SUFFIX = ".safetensors"
 WEIGHTS = f"pytorch_lora_weights{SUFFIX}"
-# Parts of the tensor names that diffusers, PEFT and Kohya's trainer give to adapters.
-MARKS = ("lora", "lokr", ".alpha")
+# How the tensors of adapters are called by diffusers, PEFT and Kohya's trainer.
+_FACTOR = re.compile(r"(lora\w*[._])(A|B|down|up)((\.\w+)?\.weight)$")
+_OTHER = re.compile(r"(lora\w*[._](B|up)(\.\w+)?\.bias|\.lokr_\w+|\.alpha)$")
+_PARTNER = {"A": "B", "B": "A", "down": "up", "up": "down"}
 
 
 class AdapterFileError(Exception):
@@ -82,22 +85,29 @@ def check_header(file: AdapterFile) -> None:
     """
     try:
         with safe_open(file.path, framework="numpy") as opened:
-            names = list(opened.keys())
+            names = set(opened.keys())
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"it is not a whole safetensors file ({error})") from error
     _check_tensor_names(names)
 
 
-def _check_tensor_names(names: Iterable[str]) -> None:
-    names = list(names)
+def _check_tensor_names(names: Collection[str]) -> None:
     if not names:
         raise AdapterFileError("it holds no tensors")
     for name in names:
         if "dora_scale" in name:
             raise AdapterFileError("it is a DoRA adapter, which diffusers would load as a LoRA")
-        # Anything else would replace weights of the model, for every request.
-        if not any(mark in name for mark in MARKS):
+        factor = _FACTOR.search(name)
+        # Anything else would be ignored, or replace weights of the model for every request.
+        if factor is None and not _OTHER.search(name):
             raise AdapterFileError(f"its tensor {name!r} is none of a LoRA adapter")
+        # Without it, diffusers would leave memory as it was found in its place.
+        if factor is not None and _partner(name, factor) not in names:
+            raise AdapterFileError(f"it lacks the other factor of {name!r}")
+
+
+def _partner(name: str, factor: re.Match[str]) -> str:
+    return f"{name[: factor.start()]}{factor[1]}{_PARTNER[factor[2]]}{factor[3]}"
 
 
 def _weights_file(path: Path) -> Path:

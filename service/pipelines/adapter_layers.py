@@ -53,10 +53,6 @@ class AdapterSwitch:
         self._active[:] = [name for name, _ in scales]
         self._variant = variant
 
-    def has(self, name: str) -> bool:
-        """Whether the adapter has layers in this module."""
-        return name in self._layers
-
     def _set_scale(self, name: str, scale: float) -> None:
         if self._scales.get(name) != scale:
             for layer in self._layers.get(name, ()):
@@ -102,6 +98,8 @@ def check_fits(
             raise AdapterFileError(f"the model has no {factor['component']} that takes adapters")
         layer = _find_layer(components[factor["component"]], factor["layer"], name)
         _check_size(name, tensor, layer, factor["factor"])
+        if factor["factor"] == "A":
+            _check_rank(name, tensor, tensors.get(name.replace(".lora_A.", ".lora_B.")))
 
 
 def _find_layer(module: torch.nn.Module, path: str, name: str) -> Any:
@@ -121,3 +119,37 @@ def _check_size(name: str, tensor: torch.Tensor, layer: Any, factor: str) -> Non
     given = tensor.shape[1 if factor == "A" else 0]
     if size is not None and size != given:
         raise AdapterFileError(f"{name} is for {given} features and the model's layer has {size}")
+
+
+def _check_rank(name: str, first: torch.Tensor, second: torch.Tensor | None) -> None:
+    if second is None or first.shape[0] != second.shape[1]:
+        raise AdapterFileError(f"the two factors of {name} do not fit together")
+
+
+def check_complete(
+    name: str, tensors: Mapping[str, torch.Tensor], components: Mapping[str, torch.nn.Module]
+) -> None:
+    """Refuse a loaded adapter that has more or fewer tensors than its file.
+
+    A file may say that it is for other layers than it holds; the rest would be left to chance.
+
+    Raises:
+        AdapterFileError: names the component.
+    """
+    loaded = 0
+    for component, module in components.items():
+        given = [n for n in tensors if n.startswith(f"{component}.") and not n.endswith(".alpha")]
+        held = sum(_count_tensors(layer, name) for layer in tuner_layers(module))
+        if held != len(given):
+            raise AdapterFileError(f"it has {len(given)} tensors for {held} in the {component}")
+        loaded += held
+    if not loaded:
+        raise AdapterFileError("it has no layer for this model")
+
+
+def _count_tensors(layer: Any, name: str) -> int:
+    containers = [getattr(layer, attribute) for attribute in layer.adapter_layer_names]
+    parts = [container[name] for container in containers if name in container]
+    return sum(
+        1 if isinstance(part, torch.Tensor) else len(list(part.parameters())) for part in parts
+    )

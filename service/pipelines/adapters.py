@@ -23,7 +23,12 @@ from service.pipelines.adapter_files import (
     AdapterOptions,
     check_header,
 )
-from service.pipelines.adapter_layers import AdapterSwitch, check_fits, settle_layers
+from service.pipelines.adapter_layers import (
+    AdapterSwitch,
+    check_complete,
+    check_fits,
+    settle_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -170,17 +175,17 @@ class AdapterShelf:
     def _load_as(self, name: str, file: AdapterFile) -> None:
         where = {"weight_name": file.path.name, "local_files_only": True, "use_safetensors": True}
         read = self._pipeline.lora_state_dict(str(file.path.parent), **where)
-        check_fits(read[0] if isinstance(read, tuple) else read, self._components)
+        tensors = read[0] if isinstance(read, tuple) else read
+        check_fits(tensors, self._components)
         self._touched = True
         with warnings.catch_warnings():
             # PEFT's word on there being several adapters.
             warnings.simplefilter("ignore")
             self._pipeline.load_lora_weights(str(file.path.parent), adapter_name=name, **where)
+        check_complete(name, tensors, self._components)
         for module in self._components.values():
             settle_layers(module)
         self._refresh()
-        if not any(switch.has(name) for switch in self._switches.values()):
-            raise AdapterFileError("it has no layer for this model")
         if self.options.find(file.name) != file:
             raise _ReplacedError
 

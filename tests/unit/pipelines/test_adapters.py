@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_adapters import (
     ATTENTION,
@@ -26,7 +27,7 @@ from tiny_adapters import (
 )
 from tiny_model import Inbox, a_request, pixels
 
-from service.domain.errors import InvalidRequestError
+from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.events import Failed, Finished
 from service.domain.requests import AdapterUse, GenerationRequest
 from service.domain.timings import Timings
@@ -406,8 +407,10 @@ def add_tensor(path: Path, name: str) -> None:
             "its tensor 'unet.conv_norm_out.weight' is none of a LoRA adapter",
         ),
         (lambda path: add_tensor(path, "unet.x.dora_scale"), "it is a DoRA adapter"),
+        (lambda path: add_tensor(path, "unet.x.lora_A.weight"), "it lacks the other factor of"),
+        (lambda path: rename_tensors(path, "lora_A", "lora_C"), "is none of a LoRA adapter"),
     ],
-    ids=["cut", "pickle", "empty", "no tensors", "weights of the model", "dora"],
+    ids=["cut", "pickle", "empty", "no tensors", "base", "dora", "half", "unknown factor"],
 )
 def test_a_broken_file_is_refused_at_the_door(
     make: Make, folder: Path, break_it: Callable[[Path], None], reason: str
@@ -422,6 +425,21 @@ def test_a_broken_file_is_refused_at_the_door(
     assert str(folder) not in message
 
 
+def resize_a_factor(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file(tensors | {name: torch.zeros(tensors[name].shape[0], 7)}, path)
+
+
+def claim_other_layers(path: Path) -> None:
+    """Text encoder layers are found by the names in the file's metadata."""
+    shutil.copy(path.with_stem("text"), path)
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = {name: t for name, t in load_file(path).items() if "fc1" not in name}
+    save_file(tensors, path, metadata)
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
@@ -433,9 +451,10 @@ def test_a_broken_file_is_refused_at_the_door(
             lambda path: rename_tensors(path, "unet.", "transformer."),
             "the model has no transformer that takes adapters",
         ),
-        (lambda path: rename_tensors(path, "unet.", "lora_new."), "ValueError: "),
+        (resize_a_factor, "lora_A.weight do not fit together"),
+        (claim_other_layers, "tensors for"),
     ],
-    ids=["layer", "component", "names"],
+    ids=["layer", "component", "rank", "claims"],
 )
 def test_a_file_that_cannot_be_loaded_ends_its_own_request(
     make: Make,
@@ -459,6 +478,41 @@ def test_a_file_that_cannot_be_loaded_ends_its_own_request(
         assert difference(one.wait(), reference(request)) < FLOAT32_BOUND
     # Once is enough to know.
     assert refusal(runner, AdapterUse("plain")) == (["Failed"], outcome.error.message)
+
+
+def test_a_load_that_fails_half_way_leaves_nothing_behind(
+    make: Make, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make()
+    pipeline = runner.model.pipeline
+    monkeypatch.setattr(pipeline, "load_lora_into_text_encoder", lambda *args, **kwargs: 1 / 0)
+    runner.start()
+    message = refusal(runner, AdapterUse("plain"))[1]
+    assert message == "adapters: 'plain' cannot be used: ZeroDivisionError: division by zero"
+    assert runner.adapters.loaded == ()
+    layers = [m for m in pipeline.unet.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers
+    assert all(len(layer.scaling) == 0 for layer in layers)
+    monkeypatch.undo()
+    for request in requests_with((), use("text")):
+        served = submit_for_tensors(runner, request).wait()
+        assert difference(served, reference(request)) < FLOAT32_BOUND
+
+
+def test_no_memory_for_an_adapter_is_no_fault_of_its_file(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    runner = make()
+    monkeypatch.setattr(runner.model.pipeline, "load_lora_weights", fail)
+    runner.start()
+    _, outcome = ask(runner, a_request(adapters=use("plain")))
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, GenerationFailedError)
+    monkeypatch.undo()
+    picture(runner, AdapterUse("plain"))
 
 
 def test_an_adapter_of_another_model_is_told_by_its_sizes(

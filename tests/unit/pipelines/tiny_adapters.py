@@ -63,7 +63,7 @@ def save_adapter(
 
 def _weights(module: Any) -> dict[str, torch.Tensor]:
     tensors = get_peft_model_state_dict(module)
-    return {name: tensor * (6.0 if "lora_B" in name else 1.0) for name, tensor in tensors.items()}
+    return {name: tensor * (3.0 if "lora_B" in name else 1.0) for name, tensor in tensors.items()}
 
 
 def with_adapters(pipeline: Any, files: Sequence[Path]) -> Any:
