@@ -29,6 +29,7 @@ from service.pipelines.adapter_layers import (
     check_fits,
     settle_layers,
 )
+from service.pipelines.load import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ class AdapterShelf:
     `resolve` and `names` may be called from any thread; everything else belongs to the engine's.
     An adapter is never unloaded while a request at work uses it: while those at work use more than
     `max_loaded` different ones, more are loaded. Without any adapter nothing is ever touched.
+
+    Raises:
+        ModelLoadError: there are adapters, and the pipeline takes none.
     """
 
     def __init__(self, pipeline: Any, options: AdapterOptions) -> None:
@@ -219,7 +223,13 @@ class _ReplacedError(Exception):
 def _components(pipeline: Any) -> dict[str, torch.nn.Module]:
     names = getattr(pipeline, "_lora_loadable_modules", ())
     found = {name: getattr(pipeline, name, None) for name in names}
-    return {name: module for name, module in found.items() if module is not None}
+    components = {name: module for name, module in found.items() if module is not None}
+    if not components:
+        raise ModelLoadError(f"diffusers loads no adapters into a {type(pipeline).__name__}")
+    # To load one, diffusers would take the hooks off and put new ones on, below our feet.
+    if any(hasattr(module, "_hf_hook") for module in components.values()):
+        raise ModelLoadError("adapters cannot be used together with CPU offload")
+    return components
 
 
 def _unusable(name: str, reason: str) -> InvalidRequestError:

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ from service.domain.timings import Timings
 from service.engine.engine import EngineOptions
 from service.engine.track import Work
 from service.pipelines.adapter_files import AdapterOptions
-from service.pipelines.load import LoadedModel
+from service.pipelines.adapters import AdapterShelf
+from service.pipelines.load import LoadedModel, ModelLoadError
 from service.pipelines.runner import PipelineRunner
 
 # Seen: 4e-6; different adapters differ by more than 0.1.
@@ -579,6 +581,17 @@ def test_a_model_without_adapters_takes_none(runner: PipelineRunner) -> None:
     assert refusal(runner, AdapterUse("plain"))[1] == (
         "adapters must be empty for model tiny, got 1"
     )
+
+
+def test_a_pipeline_that_takes_no_adapters_is_told_at_once(folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no adapters into a SimpleNamespace"):
+        AdapterShelf(SimpleNamespace(unet=torch.nn.Linear(1, 1)), AdapterOptions(folder=folder))
+    offloaded = torch.nn.Linear(1, 1)
+    offloaded._hf_hook = object()  # type: ignore[assignment]
+    pipeline = SimpleNamespace(unet=offloaded, _lora_loadable_modules=["unet", "text_encoder"])
+    with pytest.raises(ModelLoadError, match="CPU offload"):
+        AdapterShelf(pipeline, AdapterOptions(folder=folder))
+    assert AdapterShelf(pipeline, AdapterOptions()).names() == ()
 
 
 def test_setting_what_is_set_already_writes_nothing(
