@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +12,13 @@ import typer
 from pydantic import ValidationError
 
 from service import __version__
-from service.config import ConfigError, Settings, load_settings
+from service.config import ConfigError, ModelSettings, Settings, load_settings
 from service.domain.errors import InvalidRequestError, StepserveError
 from service.domain.requests import GenerationRequest
 
 if TYPE_CHECKING:
     from service.domain.models import ModelCapabilities
+    from service.pipelines.adapter_files import AdapterOptions
     from service.pipelines.load import LoadedModel
 
 app = typer.Typer(
@@ -103,6 +105,10 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="Scheduler class by name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random if left out.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many pictures.")] = 1,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA adapter: a name or a .safetensors file, then =SCALE if not 1."),
+    ] = None,
     model: ModelOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -112,7 +118,10 @@ def generate(
     """
     from service.pipelines.local import generate_locally
 
-    loaded = _load(_settings(config), model)
+    settings = _settings(config)
+    adapters, used = _adapters(settings.models[_model_id(settings, model)], adapter or [])
+    loaded = _load(settings, model)
+    capabilities = replace(loaded.capabilities, max_adapters=adapters.max_loaded)
     wanted = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -122,9 +131,10 @@ def generate(
         "scheduler": scheduler,
         "seed": seed,
         "n": n,
+        "adapters": used,
         "output_format": OUTPUT_FORMATS.get(output.suffix.lower(), "png"),
     }
-    finished = generate_locally(loaded, _request(wanted, loaded.capabilities))
+    finished = generate_locally(loaded, _request(wanted, capabilities), adapters)
     for index, image in enumerate(finished.images):
         path = output if n == 1 else output.with_stem(f"{output.stem}-{index}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +238,33 @@ def _load(settings: Settings, model: str | None) -> LoadedModel:
     model_id = _model_id(settings, model)
     chosen = settings.models[model_id]
     return load_model(model_id, model_folder(chosen.path), chosen.dtype, chosen.device)
+
+
+def _adapters(
+    settings: ModelSettings, given: Sequence[str]
+) -> tuple[AdapterOptions, list[dict[str, object]]]:
+    """The adapters of a model and those that are given as files, and what a request says."""
+    from service.deployments.replica import adapter_options
+
+    options = adapter_options(settings)
+    named, used = dict(options.named), list[dict[str, object]]()
+    for text in given:
+        name, scale = _split_scale(text)
+        if name.endswith(".safetensors"):
+            path = Path(name)
+            name = path.stem
+            named[name] = path
+        used.append({"name": name, "scale": scale})
+    return replace(options, named=named, max_loaded=max(options.max_loaded, len(used))), used
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    """`pixels=0.8` is `("pixels", 0.8)`; names may hold `=` themselves."""
+    name, _, scale = text.rpartition("=")
+    try:
+        return (name, float(scale)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _request(wanted: Mapping[str, object], capabilities: ModelCapabilities) -> GenerationRequest:

@@ -104,6 +104,12 @@ class ModelSettings(_Section):
     num_gpus: Amount = 0.0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    adapters: dict[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = {}
+    """LoRA adapters by name: a safetensors file, or a folder that holds one."""
+    adapters_folder: Annotated[str, Field(min_length=1)] | None = None
+    """Each safetensors file in it is an adapter; new ones are found while serving."""
+    max_loaded_adapters: PositiveInt = 4
+    """Adapters that stay loaded while idle, and most of one request."""
     engine: EngineSettings = EngineSettings()
 
 

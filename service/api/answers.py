@@ -21,6 +21,13 @@ class ImageData(BaseModel):
     seed: int = Field(description="With `n` of 1, this seed makes this picture again.")
 
 
+class AdapterAnswer(BaseModel):
+    """A LoRA adapter that was applied, and how strongly."""
+
+    name: str
+    scale: float
+
+
 class Parameters(BaseModel):
     """Everything that shaped the pictures: sent back as a request body, it makes them again."""
 
@@ -33,6 +40,7 @@ class Parameters(BaseModel):
     guidance_scale: float
     seed: int
     scheduler: str
+    adapters: list[AdapterAnswer]
     output_format: Literal["png", "jpeg", "webp"]
 
 
@@ -66,6 +74,7 @@ _EXAMPLE: dict[str, Any] = {
         "guidance_scale": 4.0,
         "seed": 7,
         "scheduler": "euler",
+        "adapters": [{"name": "pixel-art", "scale": 0.8}],
         "output_format": "png",
     },
     "timings": {
@@ -125,6 +134,8 @@ class ModelAnswer(BaseModel):
     max_n: int
     max_prompt_characters: int
     max_prompt_tokens: int
+    adapters: list[str] = Field(description="LoRA adapters that requests may name.")
+    max_adapters: int = Field(description="Most adapters of one request.")
 
 
 class ModelList(BaseModel):

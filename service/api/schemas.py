@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.domain.limits import MAX_SEED, shown
 from service.domain.models import ModelCapabilities
-from service.domain.requests import GenerationRequest, OutputFormat
+from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
 
 T = TypeVar("T")
 
@@ -23,6 +23,15 @@ _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 def _documented(description: str, **bounds: Any) -> Any:
     """Describe an optional field; the bounds are shown only, because each model has its own."""
     return Field(default=None, description=description, json_schema_extra=bounds or None)
+
+
+class AdapterBody(BaseModel):
+    """A LoRA adapter to apply."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: str = Field(description="An adapter that the model lists in `GET /v1/models`.")
+    scale: float = Field(default=1.0, description="How strongly it is applied.")
 
 
 class ImageRequest(BaseModel):
@@ -71,6 +80,7 @@ class ImageRequest(BaseModel):
         maximum=MAX_SEED,
     )
     scheduler: str | None = _documented("A scheduler that the model lists in `GET /v1/models`.")
+    adapters: list[AdapterBody] | None = _documented("LoRA adapters, applied together.")
 
     @field_validator("response_format", mode="before")
     @classmethod
@@ -102,6 +112,7 @@ class ImageRequest(BaseModel):
             negative_prompt=_or(self.negative_prompt, ""),
             n=_or(self.n, 1),
             output_format=OutputFormat(_or(self.output_format, "png")),
+            adapters=tuple(AdapterUse(use.name, use.scale) for use in self.adapters or ()),
         )
 
 

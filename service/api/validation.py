@@ -64,8 +64,9 @@ def brief_json(value: Any) -> str:
 
 
 def _field(problem: dict[str, Any]) -> str | None:
-    """Return the field at fault; the location is ("body", field, ...) or just ("body",)."""
-    return str(problem["loc"][1]) if len(problem["loc"]) > 1 else None
+    """Return the field at fault, such as `n` or `adapters[0].scale`; None for the whole body."""
+    names = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][1:]]
+    return "".join(names).removeprefix(".") or None
 
 
 def _param(problem: dict[str, Any]) -> str | None:

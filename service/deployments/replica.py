@@ -21,6 +21,7 @@ from service.domain.requests import GenerationRequest
 
 if TYPE_CHECKING:
     from service.engine.engine import EngineOptions
+    from service.pipelines.adapter_files import AdapterOptions
     from service.pipelines.runner import PipelineRunner
 
 logger = logging.getLogger("ray.serve")
@@ -51,7 +52,7 @@ class ModelReplica:
 
     async def capabilities(self) -> ModelCapabilities:
         """What the model can do. Answered only once the replica is warm."""
-        return self.runner.model.capabilities
+        return self.runner.capabilities()
 
     async def generate(self, request: GenerationRequest) -> Outcome:
         """Serve a request to its end. Errors are returned, not raised: they cross processes."""
@@ -105,11 +106,22 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     settings = spec.settings
     leave_cores_to_engine()
     model = load_model(spec.model_id, spec.folder, settings.dtype, settings.device)
-    runner = PipelineRunner(model, engine_options(settings.engine))
+    runner = PipelineRunner(model, engine_options(settings.engine), adapter_options(settings))
     runner.start()
     seconds = warm_up(runner)
     logger.info("model %s is warm after %.1f s", spec.model_id, seconds)
     return runner
+
+
+def adapter_options(settings: ModelSettings) -> AdapterOptions:
+    """Where the adapters of a model are, from an operator's settings."""
+    from service.pipelines.adapter_files import AdapterOptions
+
+    return AdapterOptions(
+        named={name: Path(path) for name, path in settings.adapters.items()},
+        folder=Path(settings.adapters_folder) if settings.adapters_folder else None,
+        max_loaded=settings.max_loaded_adapters,
+    )
 
 
 def engine_options(settings: EngineSettings) -> EngineOptions:

@@ -5,17 +5,21 @@ Messages call fields by their HTTP names: a wrong width or height is a wrong `si
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from service.domain.errors import InvalidRequestError
 from service.domain.models import ModelCapabilities
-from service.domain.requests import GenerationRequest
+from service.domain.requests import AdapterUse, GenerationRequest
 
 MAX_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
 
+MAX_ADAPTER_SCALE = 10.0
+"""Beyond it either way no adapter draws anything."""
+
 SHOWN_CHARACTERS = 80
+SHOWN_NAMES = 20
 
 
 def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
@@ -32,7 +36,26 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_guidance_scale(request.guidance_scale, model.max_guidance_scale)
     _check_whole_number("n", request.n, model.max_n)
     _check_scheduler(request.scheduler, model.schedulers)
+    _check_adapters(request.adapters, model)
     _check_seed(request)
+
+
+def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) -> None:
+    """Return if all `adapters` are among the `known` names.
+
+    Not part of `check_request`, as files may be added at any time: only the replica knows.
+
+    Raises:
+        InvalidRequestError: names the first adapter that is not known.
+    """
+    for use in adapters:
+        if use.name not in known:
+            listed = ", ".join(known[:SHOWN_NAMES]) + (", ..." if len(known) > SHOWN_NAMES else "")
+            raise InvalidRequestError(
+                f"adapters: {shown(use.name)} is not known{did_you_mean(use.name, known)} "
+                f"(known: {listed or 'none'})",
+                "adapters",
+            )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -91,6 +114,26 @@ def _check_scheduler(name: str, known: tuple[str, ...]) -> None:
             f"(known: {', '.join(known)})",
             "scheduler",
         )
+
+
+def _check_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> None:
+    if len(adapters) > model.max_adapters:
+        limit = f"at most {model.max_adapters}" if model.max_adapters else "empty"
+        message = f"adapters must be {limit} for model {model.id}, got {len(adapters)}"
+        raise InvalidRequestError(message, "adapters")
+    names = [use.name for use in adapters]
+    for use in adapters:
+        if names.count(use.name) > 1:
+            message = f"adapters: {shown(use.name)} is named more than once"
+            raise InvalidRequestError(message, "adapters")
+        _check_adapter_scale(use)
+
+
+def _check_adapter_scale(use: AdapterUse) -> None:
+    if not abs(use.scale) <= MAX_ADAPTER_SCALE:  # NaN ends here too
+        limits = f"-{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}"
+        message = f"adapters: the scale of {shown(use.name)} must be {limits}, got {use.scale}"
+        raise InvalidRequestError(message, "adapters")
 
 
 def _check_seed(request: GenerationRequest) -> None:

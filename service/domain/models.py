@@ -43,5 +43,7 @@ class ModelCapabilities:
     max_n: int = 8
     max_prompt_characters: int = 1000
     max_prompt_tokens: int = 77
+    adapters: tuple[str, ...] = ()
+    max_adapters: int = 0
     created: int = 0
     owned_by: str = "stepserve"

@@ -183,6 +183,7 @@ class Batcher:
         rows = [call.rows for call in calls]
         padded_rows = method.padded_rows(sum(rows))
         args, kwargs = stack(calls, padded_rows)
+        calls[0].enter()
         started_s = self.clock()
         output = method.run(*args, **kwargs)
         seconds = self.clock() - started_s

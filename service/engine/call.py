@@ -110,7 +110,11 @@ class CallKey:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call as a track made it. `sequence` orders calls by the time they were parked."""
+    """One call as a track made it. `sequence` orders calls by the time they were parked.
+
+    `module_variant` is what the module must be set to. The key's variant says at least as much: it
+    also keeps isolated work apart.
+    """
 
     method: ParkableMethod
     args: tuple[Any, ...]
@@ -118,6 +122,12 @@ class Call:
     key: CallKey
     rows: int
     sequence: int = 0
+    module_variant: Hashable = None
+
+    def enter(self) -> None:
+        """Set the module to the variant that this call wants."""
+        if self.method.enter is not None:
+            self.method.enter(self.module_variant)
 
 
 def make_call(
@@ -126,6 +136,7 @@ def make_call(
     kwargs: dict[str, Any],
     sequence: int = 0,
     variant: Hashable = None,
+    module_variant: Hashable = None,
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
     arguments = list(_arguments(method, args, kwargs))
@@ -134,7 +145,7 @@ def make_call(
     for path, name, value in arguments:
         leaves += _read(value, path, rows, method.rules.kind_of(name))
     key = CallKey(method.name, tuple(leaves), variant)
-    return Call(method, args, kwargs, key, rows, sequence)
+    return Call(method, args, kwargs, key, rows, sequence, module_variant)
 
 
 def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import greenlet
@@ -28,6 +28,7 @@ def make_parkable(
     rules: ArgumentRules = NO_RULES,
     max_rows: int = 32,
     bucket_rows: tuple[int, ...] = (),
+    enter: Callable[[Hashable], None] | None = None,
     memo: Memo | None = None,
 ) -> Callable[[], None]:
     """Replace a method on one module instance; outside a track it behaves as before.
@@ -40,6 +41,7 @@ def make_parkable(
         rules: how some of its arguments are to be read.
         max_rows: most rows of one shared forward.
         bucket_rows: row counts that forwards are filled up to.
+        enter: sets the module to a variant before a forward of calls that want it, or None.
         memo: where outputs are kept for calls with the same arguments, or None.
 
     Returns:
@@ -56,6 +58,7 @@ def make_parkable(
         rules,
         max_rows,
         bucket_rows,
+        enter=enter,
         memo=memo,
     )
 
@@ -92,7 +95,15 @@ def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:
-    return track.park(make_call(method, args, kwargs, next(_sequence), track.variant))
+    call = make_call(
+        method,
+        args,
+        kwargs,
+        next(_sequence),
+        variant=track.variant,
+        module_variant=track.work.variant,
+    )
+    return track.park(call)
 
 
 def _recall(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -87,28 +87,39 @@ ARGUMENT_RULES = {
 }
 
 
-def attach(
-    pipeline: Any,
-    max_rows: int,
-    bucket_rows: tuple[int, ...] = (),
-    prompt_cache_bytes: int = PROMPTS_BYTES,
-) -> Callable[[], None]:
-    """Make the heavy modules of `pipeline` park every track that calls them.
-
-    The modules stay resident and shared; called outside a track they behave as before.
+@dataclass(frozen=True)
+class ParkingOptions:
+    """How a pipeline's modules are shared.
 
     Args:
-        pipeline: with its nested pipelines, if it has any.
         max_rows: most rows of one shared forward.
         bucket_rows: row counts that shared forwards are filled up to; empty: any.
         prompt_cache_bytes: how much is kept of each text encoder's outputs; 0 keeps nothing.
+        inline: components that do not park, because a call changes them while it runs: so nobody
+            else gets to see them changed.
+        enter: by component, what sets it to a variant before a forward of calls that want it.
+    """
+
+    max_rows: int = 32
+    bucket_rows: tuple[int, ...] = ()
+    prompt_cache_bytes: int = PROMPTS_BYTES
+    inline: frozenset[str] = frozenset()
+    enter: Mapping[str, Callable[[Hashable], None]] = field(default_factory=dict)
+
+
+def attach(pipeline: Any, options: ParkingOptions) -> Callable[[], None]:
+    """Make the heavy modules of `pipeline` park every track that calls them.
+
+    The modules stay resident and shared; called outside a track they behave as before.
 
     Returns:
         A function that undoes it.
     """
     undo = []
     for path, module, rule in parkable_methods(pipeline):
-        remembers = rule.remembered and prompt_cache_bytes > 0
+        if path in options.inline:
+            continue
+        remembers = rule.remembered and options.prompt_cache_bytes > 0
         undo.append(
             make_parkable(
                 module,
@@ -116,9 +127,10 @@ def attach(
                 rule.method,
                 stage=rule.stage,
                 rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
-                max_rows=max_rows if rule.shared else 1,
-                bucket_rows=bucket_rows if rule.shared else (),
-                memo=Memo(prompt_cache_bytes) if remembers else None,
+                max_rows=options.max_rows if rule.shared else 1,
+                bucket_rows=options.bucket_rows if rule.shared else (),
+                enter=options.enter.get(path),
+                memo=Memo(options.prompt_cache_bytes) if remembers else None,
             )
         )
 

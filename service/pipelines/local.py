@@ -8,17 +8,20 @@ from tqdm import tqdm
 
 from service.domain.events import Event, Failed, Finished, StepFinished
 from service.domain.requests import GenerationRequest
+from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner
 
 
-def generate_locally(model: LoadedModel, request: GenerationRequest) -> Finished:
+def generate_locally(
+    model: LoadedModel, request: GenerationRequest, adapters: AdapterOptions | None = None
+) -> Finished:
     """Run one request through an engine of its own and wait for its pictures.
 
     Raises:
         StepserveError: the request was refused or failed.
     """
-    runner = PipelineRunner(model)
+    runner = PipelineRunner(model, adapters=adapters)
     runner.start()
     events: SimpleQueue[Event] = SimpleQueue()
     try:

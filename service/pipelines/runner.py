@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from PIL import Image
@@ -12,12 +12,15 @@ from PIL import Image
 from service.domain.errors import InvalidRequestError, RefusedError
 from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
 from service.domain.limits import check_request
+from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest
 from service.domain.timings import Timings
 from service.engine.engine import Engine, EngineOptions
 from service.engine.listener import tell
 from service.engine.track import Work, as_stepserve_error
-from service.pipelines.attach import attach
+from service.pipelines.adapter_files import AdapterOptions
+from service.pipelines.adapters import AdapterShelf
+from service.pipelines.attach import ParkingOptions, attach
 from service.pipelines.images import encode_image
 from service.pipelines.load import LoadedModel
 from service.pipelines.text_to_image import denoiser_calls, text_to_image
@@ -73,20 +76,33 @@ class PipelineRunner:
     engine's threads: they must return quickly. What they raise there is logged and ignored.
     """
 
-    def __init__(self, model: LoadedModel, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        options: EngineOptions | None = None,
+        adapters: AdapterOptions | None = None,
+    ) -> None:
         self.model = model
         self.engine = Engine(options)
+        self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
+        self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        self._detach = attach(model.pipeline, self.engine.options.row_ceiling)
+        options = self.engine.options
+        parking = ParkingOptions(max_rows=options.row_ceiling, enter=self.adapters.enter())
+        self._detach = attach(model.pipeline, parking)
 
     def start(self) -> None:
         """Start the engine."""
         self.engine.start()
 
+    def capabilities(self) -> ModelCapabilities:
+        """What the model can do, with the adapters there are at this moment."""
+        return replace(self._limits, adapters=self.adapters.names())
+
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Accept a request, or answer at once with Failed if it is refused."""
         try:
-            check_request(request, self.model.capabilities)
+            check_request(request, self._limits)
             self.model.prompt_meter.check(request)
             self.engine.submit(self._work(request, sink))
         except (InvalidRequestError, RefusedError) as error:
@@ -101,18 +117,22 @@ class PipelineRunner:
         self.engine.stop(drain_s)
         self._encoder.shutdown(wait=True)
         self._detach()
+        self.adapters.close()
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
         listener = RequestListener(request, sink, self._encoder)
+        variant = self.adapters.resolve(request.adapters)
+        make = partial(text_to_image, self.model, request, listener.step_ended)
         return Work(
             id=request.id,
             rows=request.rows,
             steps=denoiser_calls(self.model, request),
             pictures=request.n,
-            run=partial(text_to_image, self.model, request, listener.step_ended),
+            run=partial(self.adapters.run_with, variant, make),
             listener=listener,
             priority=request.priority,
             deadline_s=request.deadline_s,
             isolated=request.reproducible,
             size=(request.width, request.height),
+            variant=variant,
         )

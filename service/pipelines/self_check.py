@@ -26,7 +26,7 @@ from service.domain.timings import Timings
 from service.engine.batcher import Batcher
 from service.engine.parking import replace_method
 from service.engine.track import Track, Work
-from service.pipelines.attach import ParkingRule, attach, parkable_methods
+from service.pipelines.attach import ParkingOptions, ParkingRule, attach, parkable_methods
 from service.pipelines.lending import borrow
 
 Trial = Callable[[Any], Tensor]
@@ -200,7 +200,7 @@ def run_at_once(
     batcher = Batcher(max_active_rows=max_rows * len(trials))
     ears = [Ear() for _ in trials]
     waiting = sorted(zip(arrivals, range(len(trials)), strict=True))
-    detach = attach(pipeline, max_rows, prompt_cache_bytes=0)
+    detach = attach(pipeline, ParkingOptions(max_rows=max_rows, prompt_cache_bytes=0))
     try:
         tick = 0
         while waiting or batcher.active or batcher.queued:

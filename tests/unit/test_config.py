@@ -60,6 +60,33 @@ def test_file_over_defaults(file: Path):
     assert sd.engine == EngineSettings(max_rows=8)
 
 
+def test_adapters_of_a_model(file: Path):
+    file.write_text(
+        "models:\n"
+        "  sd:\n"
+        "    adapters: {pixels.v2: /adapters/pixels.safetensors}\n"
+        "    max_loaded_adapters: 2\n"
+    )
+    model = load_settings(file, {"STEPSERVE_MODELS__SD__ADAPTERS_FOLDER": "/more"}).models["sd"]
+
+    assert model.adapters == {"pixels.v2": "/adapters/pixels.safetensors"}
+    assert (model.adapters_folder, model.max_loaded_adapters) == ("/more", 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("adapters: [a.safetensors]", "models.sd.adapters: "),
+        ("adapters: {a: 1}", "models.sd.adapters.a: "),
+        ("max_loaded_adapters: 0", "models.sd.max_loaded_adapters: "),
+        ("adapter_folder: x", "did you mean 'models.sd.adapters_folder'?"),
+    ],
+)
+def test_wrong_adapters(file: Path, setting: str, problem: str):
+    file.write_text(f"models:\n  sd:\n    {setting}\n")
+    assert problem in problems_of(file)
+
+
 def test_environment_over_file(file: Path):
     file.write_text("http: {port: 9000, host: 0.0.0.0}\nmodels: {sd-1.5: {replicas: 2}}\n")
     environ = {

@@ -22,6 +22,8 @@ EMOJI = ModelCapabilities(
     default_scheduler="euler",
     max_num_inference_steps=100,
     max_prompt_characters=50,
+    adapters=("pixels", "ink"),
+    max_adapters=2,
 )
 TIMINGS = Timings(queue_s=0.001, denoise_s=0.25, total_s=0.3, batch_share=0.5)
 SETTINGS = ApiSettings(default_model="emoji", max_body_bytes=2000, request_timeout_s=30)

@@ -9,7 +9,7 @@ import pytest
 from api_fakes import EMOJI, TIMINGS, FakeBackend
 
 from service.api import ModelStatus
-from service.domain.requests import GenerationRequest, OutputFormat
+from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
 
 URL = "/v1/images/generations"
 
@@ -91,9 +91,52 @@ async def test_parameters_sent_back_make_the_same_request(
     assert replace(two, id=one.id) == one
 
 
+async def test_adapters_are_passed_on_and_told(client: httpx.AsyncClient, backend: FakeBackend):
+    wanted = [{"name": "pixels", "scale": 0.5}, {"name": "ink"}]
+    response = await client.post(URL, json={"prompt": "cat", "adapters": wanted})
+
+    assert backend.requests[0].adapters == (AdapterUse("pixels", 0.5), AdapterUse("ink", 1.0))
+    told = response.json()["parameters"]["adapters"]
+    assert told == [{"name": "pixels", "scale": 0.5}, {"name": "ink", "scale": 1.0}]
+    again = await client.post(URL, json=response.json()["parameters"])
+    assert again.json()["parameters"]["adapters"] == told
+
+
+async def test_a_name_that_the_list_lacks_is_left_to_the_replica(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    """A file may have been added since the list was made."""
+    await client.post(URL, json={"prompt": "cat", "adapters": [{"name": "new"}]})
+
+    assert backend.requests[0].adapters == (AdapterUse("new"),)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "param", "message"),
+    [
+        ("pixels", "adapters", "adapters must be a valid list, got 'pixels'"),
+        (["pixels"], "adapters[0]", "adapters[0] must be"),
+        ([{"scale": 1}], "adapters[0].name", "adapters[0].name is required"),
+        ([{"name": "ink", "scale": "1"}], "adapters[0].scale", "valid number, got '1'"),
+        ([{"name": "ink"}, {"nam": "a"}], "adapters[1].name", "adapters[1].name is required"),
+        ([{"name": "ink", "scale": 11}], "adapters", "-10 to 10, got 11"),
+        ([{"name": "ink"}] * 2, "adapters", "'ink' is named more than once"),
+        ([{"name": "a"}, {"name": "b"}, {"name": "c"}], "adapters", "at most 2"),
+    ],
+)
+async def test_wrong_adapters(
+    client: httpx.AsyncClient, adapters: object, param: str, message: str
+):
+    response = await client.post(URL, json={"prompt": "cat", "adapters": adapters})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert message in response.json()["error"]["message"]
+
+
 async def test_null_means_left_out(client: httpx.AsyncClient, backend: FakeBackend):
     names = ["model", "n", "size", "response_format", "output_format", "user", "negative_prompt"]
-    names += ["num_inference_steps", "guidance_scale", "seed", "scheduler"]
+    names += ["num_inference_steps", "guidance_scale", "seed", "scheduler", "adapters"]
     response = await client.post(URL, json={"prompt": "cat"} | dict.fromkeys(names))
 
     assert response.status_code == 200

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.errors import InvalidRequestError
-from service.domain.limits import MAX_SEED, check_request, did_you_mean, shown
+from service.domain.limits import MAX_SEED, check_adapter_names, check_request, did_you_mean, shown
 from service.domain.models import ModelCapabilities, SizeRange
-from service.domain.requests import GenerationRequest
+from service.domain.requests import AdapterUse, GenerationRequest
 
 MODEL = ModelCapabilities(
     id="emoji",
@@ -22,6 +22,8 @@ MODEL = ModelCapabilities(
     max_guidance_scale=12.5,
     max_n=4,
     max_prompt_characters=20,
+    adapters=("pixels", "ink.v2"),
+    max_adapters=2,
 )
 VALID = GenerationRequest(
     id="r",
@@ -34,6 +36,11 @@ VALID = GenerationRequest(
     seed=0,
     scheduler="euler",
 )
+
+
+def adapters(**scales: float) -> tuple[AdapterUse, ...]:
+    return tuple(AdapterUse(name, scale) for name, scale in scales.items())
+
 
 SIDES = st.integers(0, 5).map(lambda steps: 48 + 16 * steps)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -53,6 +60,11 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
         scheduler=st.sampled_from(MODEL.schedulers),
         negative_prompt=TEXT,
         n=st.integers(1, 4),
+        adapters=st.lists(
+            st.builds(AdapterUse, name=TEXT, scale=st.floats(-10, 10)),
+            max_size=2,
+            unique_by=lambda use: use.name,
+        ).map(tuple),
     )
 )
 def test_everything_within_the_limits_passes(request: GenerationRequest):
@@ -81,6 +93,10 @@ def test_everything_within_the_limits_passes(request: GenerationRequest):
         ({"n": 5}, "n", ["1 to 4", "got 5"]),
         ({"scheduler": "ddmi"}, "scheduler", ["'ddmi'", "did you mean 'ddim'?", "euler"]),
         ({"scheduler": "x"}, "scheduler", ["'x'", "ddim, euler, euler_ancestral"]),
+        ({"adapters": adapters(a=1, b=1, c=1)}, "adapters", ["at most 2", "emoji", "got 3"]),
+        ({"adapters": adapters(a=1) * 2}, "adapters", ["'a' is named more than once"]),
+        ({"adapters": adapters(a=-10.5)}, "adapters", ["'a'", "-10 to 10", "got -10.5"]),
+        ({"adapters": adapters(a=math.nan)}, "adapters", ["-10 to 10", "got nan"]),
         ({"seed": -1}, "seed", [f"0 to {MAX_SEED}", "got -1"]),
         ({"seed": MAX_SEED + 1}, "seed", [f"0 to {MAX_SEED}", f"got {MAX_SEED + 1}"]),
     ],
@@ -151,3 +167,29 @@ def test_shown_is_printable_ascii_of_bounded_length(text: str):
     assert shown(text).isascii()
     assert shown(text).isprintable()
     assert len(shown(text)) <= 10 * 80 + 5
+
+
+def test_adapters_must_be_known_by_name():
+    check_adapter_names(adapters(pixels=1), MODEL.adapters)
+    check_adapter_names((), ())
+    with pytest.raises(InvalidRequestError) as caught:
+        check_adapter_names((AdapterUse("pixels"), AdapterUse("ink.v1")), MODEL.adapters)
+    assert caught.value.field == "adapters"
+    assert caught.value.message == (
+        "adapters: 'ink.v1' is not known; did you mean 'ink.v2'? (known: pixels, ink.v2)"
+    )
+    with pytest.raises(InvalidRequestError, match=r"'x' is not known \(known: none\)"):
+        check_adapter_names(adapters(x=1), ())
+
+
+def test_a_thousand_adapters_do_not_flood_the_message():
+    known = [f"adapter-{index}" for index in range(1000)]
+    with pytest.raises(InvalidRequestError) as caught:
+        check_adapter_names(adapters(x=1), known)
+    assert len(caught.value.message) < 500
+    assert caught.value.message.endswith(", adapter-19, ...)")
+
+
+def test_a_model_without_adapters_says_so():
+    with pytest.raises(InvalidRequestError, match="adapters must be empty for model emoji, got 1"):
+        check_request(replace(VALID, adapters=adapters(a=1)), replace(MODEL, max_adapters=0))

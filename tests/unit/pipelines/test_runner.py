@@ -19,7 +19,7 @@ from service.domain.events import Event, Failed, Finished, StepFinished
 from service.domain.timings import Timings
 from service.engine.engine import EngineOptions
 from service.pipelines import runner as runner_module
-from service.pipelines.attach import attach, parkable_methods
+from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, RequestListener
 from service.pipelines.text_to_image import denoiser_calls, text_to_image
@@ -175,7 +175,7 @@ def test_attaching_keeps_the_smaller_limit_and_can_be_undone(tiny: LoadedModel) 
     pipeline = tiny.pipeline
     parkable = [(module, rule.method) for _, module, rule in parkable_methods(pipeline)]
     assert len(parkable) == 4
-    detach = attach(pipeline, max_rows=2)
+    detach = attach(pipeline, ParkingOptions(max_rows=2))
     assert all(method in vars(module) for module, method in parkable)
     detach()
     assert not any(method in vars(module) for module, method in parkable)

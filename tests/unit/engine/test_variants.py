@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+import torch
+from engine_fakes import Ear, FakeClock, make_work
+from torch import Tensor, nn
+
+from service.engine.batcher import Batcher
+from service.engine.parking import make_parkable
+from service.engine.track import Track, Work
+
+
+class Switched(nn.Module):
+    """Returns what it was set to, and keeps what that was at each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.variant: Hashable = "nothing yet"
+        self.forwards: list[tuple[Hashable, int]] = []
+
+    def enter(self, variant: Hashable) -> None:
+        if variant == "broken":
+            raise ValueError("no such variant")
+        self.variant = variant
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Hashable]:
+        self.forwards.append((self.variant, sample.shape[0]))
+        return sample * 2, str(self.variant)
+
+
+def serve(make: Callable[[Switched], list[Work]]) -> Switched:
+    module, clock = Switched(), FakeClock()
+    make_parkable(module, "module", "forward", stage="denoise", enter=module.enter)
+    batcher = Batcher(clock=clock)
+    for work in make(module):
+        batcher.add(Track(work, clock))
+    while batcher.tick():
+        pass
+    return module
+
+
+def work_for(module: Switched, name: str, variant: Hashable, isolated: bool = False) -> Work:
+    def run() -> list[object]:
+        return [module(torch.ones(2, 4))[1] for _ in range(3)]
+
+    return replace(make_work(run, name=name), variant=variant, isolated=isolated)
+
+
+def answers(works: list[Work]) -> list[object]:
+    ears = [work.listener for work in works]
+    assert all(isinstance(ear, Ear) for ear in ears)
+    return [ear.result for ear in ears if isinstance(ear, Ear)]
+
+
+def test_each_forward_finds_the_module_set_to_the_variant_of_its_calls() -> None:
+    works: list[Work] = []
+
+    def make(module: Switched) -> list[Work]:
+        works.extend(work_for(module, str(i), v) for i, v in enumerate(["a", None, "b", "a"]))
+        return works
+
+    module = serve(make)
+    assert answers(works) == [["a"] * 3, ["None"] * 3, ["b"] * 3, ["a"] * 3]
+    assert sorted(module.forwards, key=str) == sorted([("a", 4), (None, 2), ("b", 2)] * 3, key=str)
+
+
+def test_isolated_work_is_given_its_own_variant_and_no_company() -> None:
+    works: list[Work] = []
+
+    def make(module: Switched) -> list[Work]:
+        works.extend(work_for(module, str(i), "a", isolated=i > 0) for i in range(3))
+        return works
+
+    module = serve(make)
+    assert module.forwards == [("a", 2)] * 9
+    assert answers(works) == [["a"] * 3] * 3
+
+
+def test_a_variant_that_cannot_be_entered_ends_only_those_that_want_it() -> None:
+    works: list[Work] = []
+
+    def make(module: Switched) -> list[Work]:
+        works.extend(work_for(module, str(i), v) for i, v in enumerate(["a", "broken", "broken"]))
+        return works
+
+    serve(make)
+    assert answers(works) == [["a"] * 3, None, None]
+    assert [str(work.listener.error) for work in works[1:]] == ["no such variant"] * 2  # type: ignore[attr-defined]
