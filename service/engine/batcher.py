@@ -23,7 +23,8 @@ from service.engine.track import Clock, Stage, Track, forget_frames
 class Counters:
     """Totals since the start. `busy_s - forward_s` is the time the engine itself took.
 
-    `forwards`, `rows` and `calls` count what succeeded; `retries` counts shared forwards that
+    `forwards`, `rows` and `calls` count what succeeded, and `padded_rows` what was run besides,
+    for nobody, to fill forwards up; `retries` counts shared forwards that
     failed and were run again in halves, and `out_of_memory` those of them where memory ran out.
     `unstacked` counts shapes whose row limit was lowered for good because sharing kept failing.
     """
@@ -31,6 +32,7 @@ class Counters:
     ticks: int = 0
     forwards: int = 0
     rows: int = 0
+    padded_rows: int = 0
     calls: int = 0
     retries: int = 0
     out_of_memory: int = 0
@@ -74,6 +76,8 @@ class Batcher:
         self.queued: list[Track] = []
         self.active: list[Track] = []
         self.row_limits = RowLimits()
+        # Set for pipelines that cannot share: nobody starts before the one at work has ended.
+        self.one_at_a_time = False
         self.outlook = Outlook(self.cost)
         self._on_ended = on_ended
         self._policy = policy
@@ -152,7 +156,7 @@ class Batcher:
     def _next_to_start(self) -> Track | None:
         """The queued track that is next in line, if there is room for it."""
         line = [(self.outlook.as_queued(track), track) for track in self.queued]
-        if not line:
+        if not line or (self.one_at_a_time and self.active):
             return None
         first, track = min(line, key=lambda pair: self._policy.rank(pair[0]))
         running = [Running(other.work.rows, other.work.priority) for other in self.active]
@@ -189,6 +193,7 @@ class Batcher:
         seconds = self.clock() - started_s
         padding = padded_rows - sum(rows)
         outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
+        self.counters.padded_rows += padding
         self._account(group, sum(rows), seconds)
         return outputs
 

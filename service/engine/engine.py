@@ -9,8 +9,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +25,8 @@ from service.engine.policy import POLICIES
 from service.engine.track import Track, Work
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IDLE_WAIT_S = 0.5
 DRAIN_RETRY_S = 5.0
@@ -116,6 +120,22 @@ class Engine:
         """Work in hand: everything accepted and not yet ended."""
         with self._lock:
             return load_of(self._endings())
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the engine's thread between two ticks, and wait for what it returns.
+
+        For work that needs the thread's torch settings and must not meet a forward. Not from a
+        listener. Raises what the function raises.
+
+        Raises:
+            NotReadyError: the engine is not running.
+        """
+        answer: Future[T] = Future()
+        with self._lock:
+            if not self._open or not self._thread.is_alive():
+                raise NotReadyError("the engine is not running", DRAIN_RETRY_S)
+            self._commands.put(partial(_answer, answer, function))
+        return answer.result()
 
     def limit_rows(self, rows: int) -> None:
         """Let shared denoiser forwards have at most so many rows from the next tick on."""
@@ -230,6 +250,13 @@ class Engine:
         tracks = list(self._in_hand)
         seconds = self.batcher.finish_times_s(tracks)
         return [Ending(s, t.work.pictures) for s, t in zip(seconds, tracks, strict=True)]
+
+
+def _answer(answer: Future[T], function: Callable[[], T]) -> None:
+    try:
+        answer.set_result(function())
+    except Exception as error:
+        answer.set_exception(error)
 
 
 def _stopped(request_id: str) -> BaseException:

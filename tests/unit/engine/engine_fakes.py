@@ -77,13 +77,20 @@ class Decoder(Costly):
 class Modules:
     """Resident modules that all requests share."""
 
-    def __init__(self, clock: FakeClock | None = None, max_rows: int = 32) -> None:
+    def __init__(
+        self,
+        clock: FakeClock | None = None,
+        max_rows: int = 32,
+        bucket_rows: tuple[int, ...] = (),
+    ) -> None:
         self.clock = clock or FakeClock()
         self.encoder = Encoder(self.clock, 0.002, 0.0001)
         self.denoiser = Denoiser(self.clock, 0.040, 0.002)
         self.decoder = Decoder(self.clock, 0.005, 0.001)
         self.undo = [
-            make_parkable(module, name, "forward", stage=stage, max_rows=max_rows)
+            make_parkable(
+                module, name, "forward", stage=stage, max_rows=max_rows, bucket_rows=bucket_rows
+            )
             for module, name, stage in (
                 (self.encoder, "encoder", "encode"),
                 (self.denoiser, "denoiser", "denoise"),
@@ -172,8 +179,8 @@ def job_work(modules: Modules, job: Job, ear: Ear | None = None) -> Work:
 class Bench:
     """A batcher on a fake clock, stepped by hand."""
 
-    def __init__(self, max_rows: int = 32) -> None:
-        self.modules = Modules(max_rows=max_rows)
+    def __init__(self, max_rows: int = 32, bucket_rows: tuple[int, ...] = ()) -> None:
+        self.modules = Modules(max_rows=max_rows, bucket_rows=bucket_rows)
         self.clock = self.modules.clock
         self.ended: list[str] = []
         self.batcher = Batcher(max_rows, clock=self.clock, on_ended=self._on_ended)

@@ -227,3 +227,27 @@ def test_until_rows_are_measured_the_ceiling_is_the_limit() -> None:
     assert EngineOptions().max_rows is None
     assert EngineOptions().row_ceiling == 64
     assert EngineOptions(max_rows=3).row_ceiling == 3
+
+
+def test_one_at_a_time_nobody_starts_before_the_one_at_work_has_ended() -> None:
+    bench = Bench()
+    bench.batcher.one_at_a_time = True
+    ears = [bench.add(Job(seed)) for seed in range(3)]
+    most = 0
+    while bench.batcher.tick():
+        most = max(most, len(bench.batcher.active))
+    assert most == 1
+    assert bench.ended == ["0", "1", "2"]
+    for seed, ear in enumerate(ears):
+        assert torch.equal(ear.result, alone(Job(seed)))
+    assert set(bench.modules.denoiser.rows) == {2}
+
+
+def test_forwards_are_filled_up_to_buckets_and_the_rest_belongs_to_nobody() -> None:
+    bench = Bench(bucket_rows=(4, 8))
+    ears = [bench.add(Job(seed)) for seed in range(3)]
+    bench.run()
+    assert set(bench.modules.denoiser.rows) == {8}
+    for seed, ear in enumerate(ears):
+        assert torch.equal(ear.result, alone(Job(seed)))
+    assert bench.batcher.counters.padded_rows == 3 * 2 + 2 * 2

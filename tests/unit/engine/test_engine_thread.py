@@ -402,3 +402,13 @@ def test_an_idle_engine_shows_life_and_uses_next_to_no_time(
     time.sleep(0.6)
     assert time.process_time() - used_s < 0.1
     assert engine.silent_s() < 5
+
+
+def test_a_function_runs_on_the_engine_thread_between_ticks(engines: Callable[..., Engine]) -> None:
+    engine = engines()
+    assert engine.call(lambda: threading.current_thread().name) == "engine"
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 // 0)
+    engine.stop()
+    with pytest.raises(NotReadyError):
+        engine.call(lambda: None)
