@@ -27,11 +27,12 @@ from service.engine.batcher import Batcher
 from service.engine.parking import replace_method
 from service.engine.track import Track, Work
 from service.pipelines.attach import ParkingOptions, ParkingRule, attach, parkable_methods
-from service.pipelines.lending import borrow
 
-Trial = Callable[[Any], Tensor]
-"""One request: calls the pipeline that it is given, and returns what is to be compared."""
+Trial = Callable[[], Tensor]
+"""One request: calls a borrowed pipeline, and returns what is to be compared."""
 
+# Nothing is remembered: every trial is to take its own way.
+ENOUGH_ROWS = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
 # Largest difference that rounding explains, as a share of the largest value.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 # In half precision rounding is coarse, and only a share of what two requests differ by tells.
@@ -154,11 +155,21 @@ def module_state(module: nn.Module) -> tuple[object, ...]:
     )
 
 
+def changed_components(pipeline: Any, trials: Sequence[Trial]) -> frozenset[str]:
+    """Components that some trial changes while it runs."""
+    watch = Watch(pipeline)
+    with torch.no_grad(), watch.watching():
+        for trial in trials:
+            trial()
+    return frozenset(watch.changed)
+
+
 def check_sharing(
     pipeline: Any,
     trials: Sequence[Trial],
     arrivals: Sequence[int] | None = None,
-    max_rows: int = 64,
+    options: ParkingOptions = ENOUGH_ROWS,
+    one_at_a_time: bool = False,
 ) -> SharingReport:
     """Run the trials one after another and at once, and compare.
 
@@ -168,25 +179,28 @@ def check_sharing(
         pipeline: a resident one.
         trials: two or more requests that differ.
         arrivals: at which tick each begins; None means all at the first.
-        max_rows: most rows of one shared forward.
+        options: how it is attached; components that are inline there may be changed by a call.
+        one_at_a_time: nobody starts before the one at work has ended; a call may change anything.
     """
-    plain_watch = Watch(pipeline)
+    plain_watch, watch = Watch(pipeline), Watch(pipeline)
     with torch.no_grad(), plain_watch.watching():
-        plain = [trial(borrow(pipeline)) for trial in trials]
-    if plain_watch.changed:
-        return SharingReport(changed=tuple(sorted(plain_watch.changed)))
-    watch = Watch(pipeline)
+        plain = [trial() for trial in trials]
+    changed = plain_watch.changed - options.inline
+    if changed and not one_at_a_time:
+        return SharingReport(changed=tuple(sorted(changed)))
     with torch.no_grad(), watch.watching():
-        ears, retries = run_at_once(pipeline, trials, arrivals or [0] * len(trials), max_rows)
-    errors = [f"{type(e.error).__name__}: {e.error}" for e in ears if e.error is not None]
+        batcher = Batcher(max_active_rows=len(trials))
+        batcher.one_at_a_time = one_at_a_time
+        ears = run_at_once(batcher, pipeline, trials, arrivals or [0] * len(trials), options)
     calls, forwards = plain_watch.forwards, watch.forwards
+    errors = [f"{type(e.error).__name__}: {e.error}" for e in ears if e.error is not None]
     if errors:
-        return SharingReport(calls, forwards, retries, error=errors[0])
+        return SharingReport(calls, forwards, batcher.counters.retries, error=errors[0])
     separation = smallest_separation(plain)
     return SharingReport(
         calls,
         forwards,
-        retries,
+        batcher.counters.retries,
         difference=max(difference(p, e.result) for p, e in zip(plain, ears, strict=True)),
         separation=separation,
         bound=ROUNDING.get(dtype_of(pipeline), SHARE_OF_SEPARATION * separation),
@@ -194,33 +208,32 @@ def check_sharing(
 
 
 def run_at_once(
-    pipeline: Any, trials: Sequence[Trial], arrivals: Sequence[int], max_rows: int
-) -> tuple[list[Ear], int]:
-    """Run the trials through a batcher of their own; returns their ends, and the retries."""
-    batcher = Batcher(max_active_rows=max_rows * len(trials))
+    batcher: Batcher,
+    pipeline: Any,
+    trials: Sequence[Trial],
+    arrivals: Sequence[int],
+    options: ParkingOptions,
+) -> list[Ear]:
+    """Run the trials through a batcher; returns what became of each."""
     ears = [Ear() for _ in trials]
     waiting = sorted(zip(arrivals, range(len(trials)), strict=True))
-    detach = attach(pipeline, ParkingOptions(max_rows=max_rows, prompt_cache_bytes=0))
+    detach = attach(pipeline, options)
     try:
         tick = 0
         while waiting or batcher.active or batcher.queued:
             while waiting and waiting[0][0] <= tick:
                 _, index = waiting.pop(0)
-                batcher.add(
-                    Track(_work(pipeline, trials[index], index, ears[index]), batcher.clock)
-                )
+                batcher.add(Track(trial_work(index, trials[index], ears[index]), batcher.clock))
             batcher.tick()
             tick += 1
     finally:
         detach()
-    return ears, batcher.counters.retries
+    return ears
 
 
-def _work(pipeline: Any, trial: Trial, index: int, ear: Ear) -> Work:
-    def run() -> Tensor:
-        return trial(borrow(pipeline))
-
-    return Work(f"trial-{index}", rows=1, steps=1, pictures=1, run=run, listener=ear)
+def trial_work(index: int, trial: Trial, ear: Ear) -> Work:
+    """A trial as the engine wants it."""
+    return Work(f"trial-{index}", rows=1, steps=1, pictures=1, run=trial, listener=ear)
 
 
 def difference(one: Tensor, other: Tensor) -> float:

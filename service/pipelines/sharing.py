@@ -1,0 +1,153 @@
+"""How the requests of one model share forwards: found out once, before it serves.
+
+Three things are asked of the pipeline and of the device, in this order:
+
+1. Does a call change shared modules while it runs? A text encoder or VAE that it changes runs in
+   the call, unparked, so that nobody else gets to see the change. If it changes what is called at
+   every step, its requests run one at a time.
+2. Do requests at once get what each gets alone? Pipelines of the parity suite were seen to; any
+   other is tried here, and runs one at a time if not.
+3. Do rows depend on what they share a forward with, in their last bits? If they do, forwards of one
+   fixed row count may cure it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from service.domain.errors import CancelledError
+from service.engine.call import Call, CallKey
+from service.engine.row_independence import rows_are_independent
+from service.engine.track import Stage, Track
+from service.pipelines.attach import ParkingOptions, attach, parkable_methods
+from service.pipelines.self_check import (
+    ENOUGH_ROWS,
+    Ear,
+    Trial,
+    changed_components,
+    check_sharing,
+    trial_work,
+)
+from service.pipelines.verified import VERIFIED
+
+logger = logging.getLogger(__name__)
+
+FIXED_ROWS = 8
+"""Large enough to fill a CPU, and small enough not to make a single request wait for nobody."""
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """How requests share forwards.
+
+    Args:
+        alone: they do not: they run one at a time.
+        inline: components that run inside a call, unparked.
+        fixed_rows: every shared forward is filled up to this many rows; 0: any row count.
+        same_bytes: whether a picture is the same in every bit at any load, on this device.
+        remark: why it is not the usual plan; for people.
+    """
+
+    alone: bool = False
+    inline: frozenset[str] = frozenset()
+    fixed_rows: int = 0
+    same_bytes: bool = True
+    remark: str = ""
+
+    @property
+    def row_policy(self) -> str:
+        """In a few words, for fingerprints: pictures of different policies may differ."""
+        if self.alone:
+            return "one request at a time"
+        return f"filled up to {self.fixed_rows} rows" if self.fixed_rows else "any rows"
+
+    def parking(self, options: ParkingOptions) -> ParkingOptions:
+        """`options` as this plan wants them."""
+        if self.fixed_rows:
+            buckets = (self.fixed_rows,)
+            options = replace(options, max_rows=self.fixed_rows, bucket_rows=buckets)
+        return replace(options, inline=self.inline)
+
+
+def plan_sharing(
+    pipeline: Any, trials: Sequence[Trial], max_rows: int, fix_rows: bool = True
+) -> SharingPlan:
+    """Find out how requests of a pipeline may share forwards.
+
+    Run it on the engine's thread, before the pipeline is attached to the engine.
+
+    Args:
+        pipeline: a resident one.
+        trials: small requests that differ, of every task that it serves.
+        max_rows: most rows of one shared forward.
+        fix_rows: whether forwards of one row count may be used for the sake of equal bytes.
+    """
+    plan = plan_company(pipeline, trials)
+    if plan.alone:
+        return plan
+    return plan_rows(pipeline, trials, plan, max_rows, fix_rows)
+
+
+def plan_company(pipeline: Any, trials: Sequence[Trial]) -> SharingPlan:
+    """Whether requests may run at once, and which components must run inside a call."""
+    changed = changed_components(pipeline, trials)
+    stepped = {path for path, _, rule in parkable_methods(pipeline) if rule.shared}
+    if changed & stepped:
+        names = ", ".join(sorted(changed & stepped))
+        return SharingPlan(alone=True, remark=f"a call changes {names} while it runs")
+    remark = f"{', '.join(sorted(changed))}: changed by a call, so runs inside it"
+    plan = SharingPlan(inline=changed, remark=remark if changed else "")
+    if type(pipeline).__name__ in VERIFIED:
+        return plan
+    report = check_sharing(pipeline, trials, options=plan.parking(ENOUGH_ROWS))
+    if report.objection:
+        return replace(plan, alone=True, remark=report.objection)
+    return plan
+
+
+def plan_rows(
+    pipeline: Any, trials: Sequence[Trial], plan: SharingPlan, max_rows: int, fix_rows: bool
+) -> SharingPlan:
+    """Whether pictures have the same bytes at any load, and what it takes."""
+    with parked_at_denoiser(pipeline, trials, plan.parking(ENOUGH_ROWS)) as calls:
+        if all(rows_are_independent(group, max_rows) for group in calls):
+            return plan
+        fixed_rows = min(FIXED_ROWS, max_rows)
+        if fix_rows and all(rows_are_independent(g, max_rows, fixed_rows) for g in calls):
+            return replace(plan, fixed_rows=fixed_rows)
+    remark = "; ".join(filter(None, [plan.remark, "rows depend on their company in the last bits"]))
+    return replace(plan, same_bytes=False, remark=remark)
+
+
+@contextmanager
+def parked_at_denoiser(
+    pipeline: Any, trials: Sequence[Trial], options: ParkingOptions
+) -> Iterator[list[list[Call]]]:
+    """The first denoiser call of every trial, by equal keys; the trials end with the block."""
+    detach = attach(pipeline, options)
+    tracks = [Track(trial_work(i, trial, Ear()), lambda: 0.0) for i, trial in enumerate(trials)]
+    try:
+        with torch.no_grad():
+            for track in tracks:
+                _run_to_denoiser(track)
+            groups: dict[CallKey, list[Call]] = defaultdict(list)
+            for call in (track.call for track in tracks if track.call is not None):
+                groups[call.key].append(call)
+            yield list(groups.values())
+            for track in tracks:
+                track.stop(CancelledError("the trial was about its first step only"))
+    finally:
+        detach()
+
+
+def _run_to_denoiser(track: Track) -> None:
+    track.start()
+    while track.call is not None and track.call.method.stage != Stage.DENOISE:
+        track.resume(track.call.method.run(*track.call.args, **track.call.kwargs))
