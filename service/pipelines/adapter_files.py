@@ -94,13 +94,14 @@ def check_header(file: AdapterFile) -> None:
 def _check_tensor_names(names: Collection[str]) -> None:
     if not names:
         raise AdapterFileError("it holds no tensors")
-    for name in names:
-        if "dora_scale" in name:
-            raise AdapterFileError("it is a DoRA adapter, which diffusers would load as a LoRA")
-        factor = _FACTOR.search(name)
+    if any("dora_scale" in name for name in names):
+        raise AdapterFileError("it is a DoRA adapter, which diffusers would load as a LoRA")
+    factors = {name: _FACTOR.search(name) for name in sorted(names)}
+    for name, factor in factors.items():
         # Anything else would be ignored, or replace weights of the model for every request.
         if factor is None and not _OTHER.search(name):
             raise AdapterFileError(f"its tensor {name!r} is none of a LoRA adapter")
+    for name, factor in factors.items():
         # Without it, diffusers would leave memory as it was found in its place.
         if factor is not None and _partner(name, factor) not in names:
             raise AdapterFileError(f"it lacks the other factor of {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import warnings
@@ -177,21 +178,40 @@ class AdapterShelf:
         return name
 
     def _load_as(self, name: str, file: AdapterFile) -> None:
-        where = {"weight_name": file.path.name, "local_files_only": True, "use_safetensors": True}
-        read = self._pipeline.lora_state_dict(str(file.path.parent), **where)
-        tensors = read[0] if isinstance(read, tuple) else read
-        check_fits(tensors, self._components)
+        loader, tensors = self._checking_loader()
         self._touched = True
         with warnings.catch_warnings():
             # PEFT's word on there being several adapters.
             warnings.simplefilter("ignore")
-            self._pipeline.load_lora_weights(str(file.path.parent), adapter_name=name, **where)
+            loader.load_lora_weights(
+                str(file.path.parent),
+                weight_name=file.path.name,
+                adapter_name=name,
+                local_files_only=True,
+                use_safetensors=True,
+            )
         check_complete(name, tensors, self._components)
         for module in self._components.values():
             settle_layers(module)
         self._refresh()
         if self.options.find(file.name) != file:
             raise _ReplacedError
+
+    def _checking_loader(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        """A pipeline that looks at what it read, brought into one form, before it loads that.
+
+        What it read is put into the second part of the answer.
+        """
+        loader, tensors = copy.copy(self._pipeline), dict[str, torch.Tensor]()
+
+        def read_and_check(*args: Any, **kwargs: Any) -> Any:
+            read = self._pipeline.lora_state_dict(*args, **kwargs)
+            tensors.update(read[0] if isinstance(read, tuple) else read)
+            check_fits(tensors, self._components)
+            return read
+
+        vars(loader)["lora_state_dict"] = read_and_check
+        return loader, tensors
 
     def _remember_failure(self, file: AdapterFile, error: Exception) -> Exception:
         logger.warning("adapter %s cannot be loaded", file.name, exc_info=error)

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from service.models.catalogue import EMBEDDED
 
 
 def stepserve(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -68,3 +72,27 @@ def test_models_and_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["serve", "generate", "models", "train", "explain", "config"])
 def test_every_command_has_help(command: str) -> None:
     assert len(stepserve(command, "--help").stdout) > 200
+
+
+def write_adapter(path: Path) -> Path:
+    """A LoRA for the embedded model that turns round what its last layer says."""
+    weights = load_file(EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors")
+    first = weights["conv_out.weight"].float()
+    second = -2 * torch.eye(first.shape[0])[:, :, None, None]
+    layer = "unet.conv_out"
+    save_file({f"{layer}.lora_A.weight": first, f"{layer}.lora_B.weight": second}, path)
+    return path
+
+
+def test_generate_with_an_adapter(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "turned.v1.safetensors")
+    pictures = []
+    for scale in ("0", "1"):
+        target = tmp_path / f"{scale}.png"
+        given = ("--adapter", f"{adapter}={scale}")
+        stepserve("generate", "pizza", "-o", str(target), "--seed", "3", "--steps", "4", *given)
+        with Image.open(target) as picture:
+            told = json.loads(picture.text["parameters"])["adapters"]
+            assert told == [{"name": "turned.v1", "scale": float(scale)}]
+            pictures.append(picture.tobytes())
+    assert pictures[0] != pictures[1]
