@@ -17,6 +17,7 @@ from service.domain.states import RequestState, is_terminal, move
 from service.domain.timings import Timings
 from service.engine.call import Call
 from service.engine.listener import Listener, tell
+from service.engine.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Work:
         priority: 0 goes first; see `policy`.
         deadline_s: seconds after submission by which an answer is of use, or None.
         isolated: its calls never share a forward.
+        narrowing: which denoiser calls need only half of their rows, or None.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Work:
     priority: int = 1
     deadline_s: float | None = None
     isolated: bool = False
+    narrowing: Narrowing | None = None
 
 
 @dataclass

@@ -6,11 +6,22 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+from service.domain.requests import Task
 from service.pipelines.schedulers import build_scheduler
+
+OTHER_TASKS = {
+    Task.IMAGE_TO_IMAGE: AutoPipelineForImage2Image,
+    Task.INPAINTING: AutoPipelineForInpainting,
+}
 
 
 class PipelineLender:
     """Hands out shallow copies of one pipeline: modules shared, scheduler of their own.
+
+    For other tasks than the pipeline's own they are of diffusers' classes for these, over the same
+    modules, so that requests of all tasks meet in the same forwards.
 
     What a copy needs is worked out once. Building a scheduler reads the signature of its class,
     and a pipeline looks through all modules for the device it runs on: together that takes longer
@@ -21,12 +32,19 @@ class PipelineLender:
         self._pipeline = pipeline
         self._schedulers = schedulers
         self._prototypes: dict[str, Any] = {}
-        self._lent_class = _with_known_device(pipeline)
+        pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
+        self._lenders = {task: (p, _with_known_device(p)) for task, p in pipelines.items()}
 
-    def lend(self, scheduler: str) -> Any:
-        """An ordinary pipeline of the same class name, with a new scheduler of that name."""
-        lent = copy.copy(self._pipeline)
-        lent.__class__ = self._lent_class
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What can be done with these modules."""
+        return tuple(self._lenders)
+
+    def lend(self, scheduler: str, task: Task = Task.TEXT_TO_IMAGE) -> Any:
+        """An ordinary pipeline of the task's class name, with a new scheduler of that name."""
+        pipeline, lent_class = self._lenders[task]
+        lent = copy.copy(pipeline)
+        lent.__class__ = lent_class
         vars(lent)["scheduler"] = self.new_scheduler(scheduler)
         return lent
 
@@ -36,6 +54,18 @@ class PipelineLender:
             config = self._pipeline.scheduler.config
             self._prototypes[name] = build_scheduler(self._schedulers[name], config)
         return copy.deepcopy(self._prototypes[name])
+
+
+def _for_other_tasks(pipeline: Any) -> dict[Task, Any]:
+    made = {}
+    for task, auto_class in OTHER_TASKS.items():
+        try:
+            made[task] = auto_class.from_pipe(pipeline)
+        except ValueError:
+            # diffusers has no pipeline of that task for models of this kind.
+            continue
+        made[task].set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return made
 
 
 def _with_known_device(pipeline: Any) -> type:

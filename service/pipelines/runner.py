@@ -18,9 +18,11 @@ from service.engine.engine import Engine, EngineOptions
 from service.engine.listener import tell
 from service.engine.track import Work, as_stepserve_error
 from service.pipelines.attach import attach
+from service.pipelines.guidance import narrow_to_interval
 from service.pipelines.images import encode_image
+from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
-from service.pipelines.text_to_image import denoiser_calls, text_to_image
+from service.pipelines.tasks import denoiser_calls, make_pictures
 
 Sink = Callable[[Event], None]
 
@@ -32,6 +34,7 @@ class RequestListener:
     request: GenerationRequest
     sink: Sink
     encoder: ThreadPoolExecutor
+    fingerprint: str = ""
 
     def accepted(self, position: int, backlog_s: float) -> None:
         """The request was let in."""
@@ -63,7 +66,8 @@ class RequestListener:
         except Exception as error:
             tell(self.request.id, self.failed, error, timings)
         else:
-            tell(self.request.id, self.sink, Finished(self.request.id, encoded, timings))
+            finished = Finished(self.request.id, encoded, timings, self.fingerprint)
+            tell(self.request.id, self.sink, finished)
 
 
 class PipelineRunner:
@@ -77,6 +81,8 @@ class PipelineRunner:
         self.model = model
         self.engine = Engine(options)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        fingerprint = model.capabilities.fingerprint
+        self._fingerprint = fingerprint.short if fingerprint else ""
         self._detach = attach(model.pipeline, self.engine.options.max_rows)
 
     def start(self) -> None:
@@ -103,12 +109,18 @@ class PipelineRunner:
         self._detach()
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
-        listener = RequestListener(request, sink, self._encoder)
+        listener = RequestListener(request, sink, self._encoder, self._fingerprint)
+        inputs = decode_inputs(request)
+        calls = denoiser_calls(self.model, request)
         return Work(
             id=request.id,
             rows=request.rows,
-            steps=denoiser_calls(self.model, request),
+            steps=calls,
             pictures=request.n,
-            run=partial(text_to_image, self.model, request, listener.step_ended),
+            run=partial(make_pictures, self.model, request, inputs, listener.step_ended),
             listener=listener,
+            priority=request.priority,
+            deadline_s=request.deadline_s,
+            isolated=request.reproducible,
+            narrowing=narrow_to_interval(request, calls),
         )
