@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
 from service.domain.requests import Task
+from service.pipelines.blending import denoiser_for_inpainting
 from service.pipelines.schedulers import build_scheduler
 
 OTHER_TASKS = {
@@ -60,11 +61,15 @@ def _for_other_tasks(pipeline: Any) -> dict[Task, Any]:
     made = {}
     for task, auto_class in OTHER_TASKS.items():
         try:
-            made[task] = auto_class.from_pipe(pipeline)
+            # Constructors may alter the settings of the scheduler that they get.
+            other = auto_class.from_pipe(pipeline, scheduler=copy.deepcopy(pipeline.scheduler))
+            if task is Task.INPAINTING and hasattr(other, "unet"):
+                vars(other)["unet"] = denoiser_for_inpainting(other)
         except ValueError:
             # diffusers has no pipeline of that task for models of this kind.
             continue
-        made[task].set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        made[task] = other
     return made
 
 
