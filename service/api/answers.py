@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.backend import ModelStatus
 from service.domain.events import EncodedImage, Finished
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, Task
 
 
 class ImageData(BaseModel):
@@ -34,6 +34,9 @@ class Parameters(BaseModel):
     seed: int
     scheduler: str
     output_format: Literal["png", "jpeg", "webp"]
+    guidance_start: float
+    guidance_end: float
+    reproducible: bool
 
 
 class TimingsAnswer(BaseModel):
@@ -67,7 +70,11 @@ _EXAMPLE: dict[str, Any] = {
         "seed": 7,
         "scheduler": "euler",
         "output_format": "png",
+        "guidance_start": 0.0,
+        "guidance_end": 1.0,
+        "reproducible": False,
     },
+    "fingerprint": "5f1d7a84c0be93a2",
     "timings": {
         "queue_s": 0.002,
         "first_step_s": 0.011,
@@ -93,6 +100,10 @@ class ImagesAnswer(BaseModel):
     size: str = Field(description="`WIDTHxHEIGHT` in pixels.", examples=["64x64"])
     seed: int = Field(description="The seed used, also where it was drawn by the server.")
     parameters: Parameters
+    fingerprint: str = Field(
+        description="The `short` fingerprint of the model in `GET /v1/models`: where it is the "
+        "same, the same parameters give the same pictures."
+    )
     timings: TimingsAnswer
 
 
@@ -103,6 +114,22 @@ class SizesAnswer(BaseModel):
     maximum: int
     step: int
     native: int
+
+
+class FingerprintAnswer(BaseModel):
+    """What decides the bytes of a picture besides its request."""
+
+    digest: str = Field(description="SHA-256 over everything below.")
+    short: str = Field(description="The beginning of the digest, as every picture's answer has it.")
+    weights: str = Field(description="SHA-256 over the weights and the settings of components.")
+    stepserve: str
+    torch: str
+    diffusers: str
+    transformers: str
+    device: str
+    processor: str
+    dtype: str
+    row_buckets: str
 
 
 class ModelAnswer(BaseModel):
@@ -125,6 +152,11 @@ class ModelAnswer(BaseModel):
     max_n: int
     max_prompt_characters: int
     max_prompt_tokens: int
+    tasks: list[Task]
+    guidance_interval: bool = Field(
+        description="Whether `guidance_start` and `guidance_end` may be set."
+    )
+    fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
 
 
 class ModelList(BaseModel):
@@ -175,15 +207,18 @@ def images_answer(request: GenerationRequest, finished: Finished) -> ImagesAnswe
         size=parameters.size,
         seed=request.seed,
         parameters=parameters,
+        fingerprint=finished.fingerprint,
         timings=TimingsAnswer(**asdict(finished.timings)),
     )
 
 
 def model_answer(status: ModelStatus) -> ModelAnswer:
     """Return one model as the catalogue shows it."""
-    return ModelAnswer.model_validate(
-        asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
-    )
+    told = asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
+    fingerprint = status.capabilities.fingerprint
+    if fingerprint is not None:
+        told["fingerprint"] |= {"digest": fingerprint.digest, "short": fingerprint.short}
+    return ModelAnswer.model_validate(told)
 
 
 def _image(image: EncodedImage) -> ImageData:

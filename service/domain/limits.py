@@ -116,8 +116,8 @@ def _check_strength(request: GenerationRequest) -> None:
         raise InvalidRequestError(message, "strength")
     if request.task is not Task.TEXT_TO_IMAGE and int(steps * strength) < 1:
         raise InvalidRequestError(
-            f"strength {strength} of {steps} steps leaves none to do: it must be at least "
-            f"{1 / steps:.3g} with that num_inference_steps",
+            f"strength {strength} of {steps} steps leaves none to do: with that "
+            f"num_inference_steps it must be at least {math.ceil(10_000 / steps) / 10_000:g}",
             "strength",
         )
 

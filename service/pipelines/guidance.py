@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from service.domain.requests import GenerationRequest
 from service.engine.narrowing import Narrowing
@@ -16,6 +17,13 @@ CONDITIONAL_ROWS_LAST = frozenset(
         "StableDiffusion3Pipeline",
     }
 )
+
+
+def can_limit_guidance(pipeline: Any) -> bool:
+    """Whether guidance may be limited to an interval without the pipeline's help."""
+    # Distilled UNets take the guidance scale as an input instead.
+    is_input = pipeline.components.get("unet") and pipeline.unet.config.time_cond_proj_dim
+    return type(pipeline).__name__ in CONDITIONAL_ROWS_LAST and not is_input
 
 
 def narrow_to_interval(request: GenerationRequest, calls: int) -> Narrowing | None:

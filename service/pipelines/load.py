@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from service.domain.errors import StepserveError
 from service.domain.models import ModelCapabilities, SizeRange
 from service.pipelines.fingerprint import take_fingerprint
-from service.pipelines.guidance import CONDITIONAL_ROWS_LAST
+from service.pipelines.guidance import can_limit_guidance
 from service.pipelines.lending import PipelineLender
 from service.pipelines.prompts import PromptMeter
 from service.pipelines.schedulers import usable_schedulers
@@ -77,7 +77,7 @@ def _load(model_id: str, folder: Path, dtype: torch.dtype, device: str) -> Loade
     capabilities = replace(
         capabilities,
         tasks=lender.tasks,
-        guidance_interval=type(pipeline).__name__ in CONDITIONAL_ROWS_LAST,
+        guidance_interval=can_limit_guidance(pipeline),
         fingerprint=take_fingerprint(folder, dtype, pipeline.device),
     )
     return LoadedModel(pipeline, capabilities, schedulers, meter, lender)
