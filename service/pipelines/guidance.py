@@ -21,9 +21,11 @@ CONDITIONAL_ROWS_LAST = frozenset(
 
 def can_limit_guidance(pipeline: Any) -> bool:
     """Whether guidance may be limited to an interval without the pipeline's help."""
-    # Distilled UNets take the guidance scale as an input instead.
-    is_input = pipeline.components.get("unet") and pipeline.unet.config.time_cond_proj_dim
-    return type(pipeline).__name__ in CONDITIONAL_ROWS_LAST and not is_input
+    if type(pipeline).__name__ not in CONDITIONAL_ROWS_LAST:
+        return False
+    # Distilled UNets take the guidance scale as an input, and no second half.
+    unet = getattr(pipeline, "unet", None)
+    return unet is None or unet.config.time_cond_proj_dim is None
 
 
 def narrow_to_interval(request: GenerationRequest, calls: int) -> Narrowing | None:

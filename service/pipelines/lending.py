@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,18 +61,23 @@ class PipelineLender:
 
 def _for_other_tasks(pipeline: Any) -> dict[Task, Any]:
     made = {}
-    for task, auto_class in OTHER_TASKS.items():
-        try:
-            # Constructors may alter the settings of the scheduler that they get.
-            other = auto_class.from_pipe(pipeline, scheduler=copy.deepcopy(pipeline.scheduler))
-            if task is Task.INPAINTING and hasattr(other, "unet"):
-                vars(other)["unet"] = denoiser_for_inpainting(other)
-        except ValueError:
-            # diffusers has no pipeline of that task for models of this kind.
-            continue
-        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-        made[task] = other
+    for task in OTHER_TASKS:
+        # diffusers raises where it has no pipeline of that task for models of this kind.
+        with contextlib.suppress(ValueError):
+            made[task] = _for_task(pipeline, task)
     return made
+
+
+def _for_task(pipeline: Any, task: Task) -> Any:
+    # Constructors alter settings of the scheduler that they get, and say so: hence a copy.
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        other = OTHER_TASKS[task].from_pipe(pipeline, scheduler=scheduler)
+    if task is Task.INPAINTING and hasattr(other, "unet"):
+        vars(other)["unet"] = denoiser_for_inpainting(other)
+    other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return other
 
 
 def _with_known_device(pipeline: Any) -> type:
