@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from service import __version__
 from service.config import ConfigError, ModelSettings, Settings, load_settings
 from service.domain.errors import InvalidRequestError, StepserveError
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, Task
 
 if TYPE_CHECKING:
+    from service.domain.events import EncodedImage
     from service.domain.models import ModelCapabilities
     from service.pipelines.adapter_files import AdapterOptions
     from service.pipelines.load import LoadedModel
@@ -32,6 +33,7 @@ config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True
 app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
 
+STRENGTH = GenerationRequest.strength
 OUTPUT_FORMATS = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 ConfigOption = Annotated[
@@ -109,6 +111,11 @@ def generate(
         list[str] | None,
         typer.Option(help="LoRA adapter: a name or a .safetensors file, then =SCALE if not 1."),
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,
+    strength: Annotated[float, typer.Option(help="Noise put on --image, up to 1.")] = STRENGTH,
+    guidance_start: Annotated[float, typer.Option(help="Share of steps before guidance.")] = 0.0,
+    guidance_end: Annotated[float, typer.Option(help="Share of steps where guidance ends.")] = 1.0,
     model: ModelOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -133,13 +140,12 @@ def generate(
         "n": n,
         "adapters": used,
         "output_format": OUTPUT_FORMATS.get(output.suffix.lower(), "png"),
+        "guidance_start": guidance_start,
+        "guidance_end": guidance_end,
     }
-    finished = generate_locally(loaded, _request(wanted, capabilities), adapters)
-    for index, image in enumerate(finished.images):
-        path = output if n == 1 else output.with_stem(f"{output.stem}-{index}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image.data)
-        typer.echo(f"{path}  seed {image.seed}")
+    pictures = _pictures(image, mask, strength)
+    finished = generate_locally(loaded, _request(wanted, capabilities, pictures), adapters)
+    _write(finished.images, output)
 
 
 @app.command()
@@ -267,7 +273,35 @@ def _split_scale(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _request(wanted: Mapping[str, object], capabilities: ModelCapabilities) -> GenerationRequest:
+def _pictures(image: Path | None, mask: Path | None, strength: float) -> dict[str, Any]:
+    """The fields of a request that say what it starts from, and which task that makes it."""
+    task = Task.INPAINTING if mask else Task.IMAGE_TO_IMAGE if image else Task.TEXT_TO_IMAGE
+    return {
+        "task": task,
+        "image": _read("image", image),
+        "mask_image": _read("mask", mask),
+        "strength": strength,
+    }
+
+
+def _read(option: str, path: Path | None) -> bytes | None:
+    try:
+        return path.read_bytes() if path else None
+    except OSError as error:
+        raise InvalidRequestError(f"--{option} {path} cannot be read: {error.strerror}") from error
+
+
+def _write(images: Sequence[EncodedImage], output: Path) -> None:
+    for index, image in enumerate(images):
+        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{index}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image.data)
+        typer.echo(f"{path}  seed {image.seed}")
+
+
+def _request(
+    wanted: Mapping[str, object], capabilities: ModelCapabilities, pictures: Mapping[str, Any]
+) -> GenerationRequest:
     """Fill in and check a request as the HTTP door does."""
     from service.api.schemas import ImageRequest
     from service.domain.limits import check_request
@@ -276,7 +310,7 @@ def _request(wanted: Mapping[str, object], capabilities: ModelCapabilities) -> G
         body = ImageRequest.model_validate(wanted)
     except ValidationError as error:
         raise InvalidRequestError(error.errors()[0]["msg"]) from error
-    request = body.to_generation("local", capabilities)
+    request = replace(body.to_generation("local", capabilities), **pictures)
     check_request(request, capabilities)
     return request
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.backend import ModelStatus
 from service.domain.events import EncodedImage, Finished
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, Task
 
 
 class ImageData(BaseModel):
@@ -42,6 +42,9 @@ class Parameters(BaseModel):
     scheduler: str
     adapters: list[AdapterAnswer]
     output_format: Literal["png", "jpeg", "webp"]
+    guidance_start: float
+    guidance_end: float
+    reproducible: bool
 
 
 class TimingsAnswer(BaseModel):
@@ -76,7 +79,11 @@ _EXAMPLE: dict[str, Any] = {
         "scheduler": "euler",
         "adapters": [{"name": "pixel-art", "scale": 0.8}],
         "output_format": "png",
+        "guidance_start": 0.0,
+        "guidance_end": 1.0,
+        "reproducible": False,
     },
+    "fingerprint": "5f1d7a84c0be93a2",
     "timings": {
         "queue_s": 0.002,
         "first_step_s": 0.011,
@@ -102,6 +109,10 @@ class ImagesAnswer(BaseModel):
     size: str = Field(description="`WIDTHxHEIGHT` in pixels.", examples=["64x64"])
     seed: int = Field(description="The seed used, also where it was drawn by the server.")
     parameters: Parameters
+    fingerprint: str = Field(
+        description="The `short` fingerprint of the model in `GET /v1/models`: where it is the "
+        "same, the same parameters give the same pictures."
+    )
     timings: TimingsAnswer
 
 
@@ -112,6 +123,22 @@ class SizesAnswer(BaseModel):
     maximum: int
     step: int
     native: int
+
+
+class FingerprintAnswer(BaseModel):
+    """What decides the bytes of a picture besides its request."""
+
+    digest: str = Field(description="SHA-256 over everything below.")
+    short: str = Field(description="The beginning of the digest, as every picture's answer has it.")
+    weights: str = Field(description="SHA-256 over the weights and the settings of components.")
+    stepserve: str
+    torch: str
+    diffusers: str
+    transformers: str
+    device: str
+    processor: str
+    dtype: str
+    row_buckets: str
 
 
 class ModelAnswer(BaseModel):
@@ -136,6 +163,11 @@ class ModelAnswer(BaseModel):
     max_prompt_tokens: int
     adapters: list[str] = Field(description="LoRA adapters that requests may name.")
     max_adapters: int = Field(description="Most adapters of one request.")
+    tasks: list[Task]
+    guidance_interval: bool = Field(
+        description="Whether `guidance_start` and `guidance_end` may be set."
+    )
+    fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
 
 
 class ModelList(BaseModel):
@@ -186,15 +218,18 @@ def images_answer(request: GenerationRequest, finished: Finished) -> ImagesAnswe
         size=parameters.size,
         seed=request.seed,
         parameters=parameters,
+        fingerprint=finished.fingerprint,
         timings=TimingsAnswer(**asdict(finished.timings)),
     )
 
 
 def model_answer(status: ModelStatus) -> ModelAnswer:
     """Return one model as the catalogue shows it."""
-    return ModelAnswer.model_validate(
-        asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
-    )
+    told = asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
+    fingerprint = status.capabilities.fingerprint
+    if fingerprint is not None:
+        told["fingerprint"] |= {"digest": fingerprint.digest, "short": fingerprint.short}
+    return ModelAnswer.model_validate(told)
 
 
 def _image(image: EncodedImage) -> ImageData:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.domain.limits import MAX_SEED, shown
 from service.domain.models import ModelCapabilities
-from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
+from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Priority
 
 T = TypeVar("T")
 
@@ -81,6 +81,27 @@ class ImageRequest(BaseModel):
     )
     scheduler: str | None = _documented("A scheduler that the model lists in `GET /v1/models`.")
     adapters: list[AdapterBody] | None = _documented("LoRA adapters, applied together.")
+    guidance_start: float | None = _documented(
+        "Guidance is applied from this share of the steps on; 0 if left out. Steps without "
+        "guidance are twice as fast.",
+        minimum=0,
+        exclusiveMaximum=1,
+    )
+    guidance_end: float | None = _documented(
+        "Guidance is applied before this share of the steps; 1 if left out.",
+        exclusiveMinimum=0,
+        maximum=1,
+    )
+    priority: Literal["interactive", "normal", "batch"] | None = _documented(
+        "Who goes first when there is more work than the server can do; `normal` if left out."
+    )
+    deadline_s: float | None = _documented(
+        "Seconds after which an answer is of no more use.", exclusiveMinimum=0
+    )
+    reproducible: bool | None = _documented(
+        "Share no computation with other requests, so that equal fingerprints mean equal bytes on "
+        "every device; slower. `false` if left out."
+    )
 
     @field_validator("response_format", mode="before")
     @classmethod
@@ -113,6 +134,11 @@ class ImageRequest(BaseModel):
             n=_or(self.n, 1),
             output_format=OutputFormat(_or(self.output_format, "png")),
             adapters=tuple(AdapterUse(use.name, use.scale) for use in self.adapters or ()),
+            guidance_start=_or(self.guidance_start, 0.0),
+            guidance_end=_or(self.guidance_end, 1.0),
+            priority=Priority[_or(self.priority, "normal").upper()],
+            deadline_s=self.deadline_s,
+            reproducible=_or(self.reproducible, False),
         )
 
 

@@ -47,11 +47,12 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class Finished:
-    """All pictures are made."""
+    """All pictures are made; `fingerprint` is the short one of the model that made them."""
 
     request_id: str
     images: tuple[EncodedImage, ...]
     timings: Timings
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

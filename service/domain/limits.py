@@ -5,12 +5,13 @@ Messages call fields by their HTTP names: a wrong width or height is a wrong `si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from service.domain.errors import InvalidRequestError
 from service.domain.models import ModelCapabilities
-from service.domain.requests import AdapterUse, GenerationRequest
+from service.domain.requests import AdapterUse, GenerationRequest, Task
 
 MAX_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
@@ -21,6 +22,13 @@ MAX_ADAPTER_SCALE = 10.0
 SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 20
 
+PICTURES_OF: dict[Task, tuple[str, ...]] = {
+    Task.TEXT_TO_IMAGE: (),
+    Task.IMAGE_TO_IMAGE: ("image",),
+    Task.INPAINTING: ("image", "mask_image"),
+}
+"""The request fields with pictures that each task is made of."""
+
 
 def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     """Return if `model` can serve `request` as it is.
@@ -28,16 +36,20 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     Raises:
         InvalidRequestError: names the first field out of bounds, its value and its limit.
     """
+    _check_task(request, model)
     _check_prompts(request, model)
     _check_size(request, model)
     _check_whole_number(
         "num_inference_steps", request.num_inference_steps, model.max_num_inference_steps
     )
+    _check_strength(request)
     _check_guidance_scale(request.guidance_scale, model.max_guidance_scale)
+    _check_guidance_interval(request, model)
     _check_whole_number("n", request.n, model.max_n)
     _check_scheduler(request.scheduler, model.schedulers)
     _check_adapters(request.adapters, model)
     _check_seed(request)
+    _check_deadline(request.deadline_s)
 
 
 def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) -> None:
@@ -68,6 +80,19 @@ def shown(text: str) -> str:
     """Return `text` quoted and printable, cut to a length that fits in an error message."""
     cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
     return ascii(cut)
+
+
+def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
+    if request.task not in model.tasks:
+        known = ", ".join(model.tasks)
+        message = f"task {request.task} is not one of model {model.id!r} (known: {known})"
+        raise InvalidRequestError(message, "task")
+    wanted = PICTURES_OF[request.task]
+    for field in ("image", "mask_image"):
+        is_given = getattr(request, field) is not None
+        if is_given != (field in wanted):
+            verb = "is of no use to" if is_given else "is required for"
+            raise InvalidRequestError(f"{field} {verb} {request.task}", field)
 
 
 def _check_prompts(request: GenerationRequest, model: ModelCapabilities) -> None:
@@ -105,6 +130,41 @@ def _check_guidance_scale(value: float, maximum: float) -> None:
     if not 0 <= value <= maximum:  # NaN ends here too: every comparison with it is false
         message = f"guidance_scale must be 0 to {maximum:g}, got {value}"
         raise InvalidRequestError(message, "guidance_scale")
+
+
+def _check_strength(request: GenerationRequest) -> None:
+    strength, steps = request.strength, request.num_inference_steps
+    if not 0 < strength <= 1:
+        message = f"strength must be over 0 and at most 1, got {strength}"
+        raise InvalidRequestError(message, "strength")
+    if request.task is not Task.TEXT_TO_IMAGE and int(steps * strength) < 1:
+        raise InvalidRequestError(
+            f"strength {strength} of {steps} steps leaves none to do: with that "
+            f"num_inference_steps it must be at least {math.ceil(10_000 / steps) / 10_000:g}",
+            "strength",
+        )
+
+
+def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilities) -> None:
+    start, end = request.guidance_start, request.guidance_end
+    if not 0 <= start < 1:
+        message = f"guidance_start must be at least 0 and less than 1, got {start}"
+        raise InvalidRequestError(message, "guidance_start")
+    if not start < end <= 1:
+        message = f"guidance_end must be over guidance_start ({start}) and at most 1, got {end}"
+        raise InvalidRequestError(message, "guidance_end")
+    if request.is_guidance_limited and not model.guidance_interval:
+        field = "guidance_start" if start > 0 else "guidance_end"
+        raise InvalidRequestError(
+            f"{field} {getattr(request, field)} is not possible: model {model.id!r} applies "
+            "guidance at every step",
+            field,
+        )
+
+
+def _check_deadline(deadline_s: float | None) -> None:
+    if deadline_s is not None and not 0 < deadline_s < math.inf:
+        raise InvalidRequestError(f"deadline_s must be over 0, got {deadline_s}", "deadline_s")
 
 
 def _check_scheduler(name: str, known: tuple[str, ...]) -> None:

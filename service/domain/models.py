@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from service.domain.fingerprint import Fingerprint
+from service.domain.requests import Task
+
 
 @dataclass(frozen=True)
 class SizeRange:
@@ -29,7 +32,10 @@ class SizeRange:
 
 @dataclass(frozen=True)
 class ModelCapabilities:
-    """Limits and defaults of one model, as `GET /v1/models` tells them."""
+    """Limits and defaults of one model, as `GET /v1/models` tells them.
+
+    `guidance_interval` tells whether guidance may be limited to some of the steps.
+    """
 
     id: str
     description: str
@@ -47,3 +53,6 @@ class ModelCapabilities:
     max_adapters: int = 0
     created: int = 0
     owned_by: str = "stepserve"
+    tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
+    guidance_interval: bool = True
+    fingerprint: Fingerprint | None = None

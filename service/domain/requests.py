@@ -43,13 +43,15 @@ class GenerationRequest:
     """A request for pictures with every default filled in.
 
     Picture `i` of `n` is drawn from seed `seed + i`, so that each can be made again alone.
-    `guidance_scale` of 1 or less means no classifier-free guidance and one row instead of two;
-    guidance is applied only between the fractions `guidance_start` and `guidance_end` of the steps.
+    `guidance_scale` of 1 or less means no classifier-free guidance and one row instead of two.
+    Guidance is applied at denoiser call `i` (from 0) of `c` if `guidance_start <= i / c` and
+    `i / c < guidance_end`; the other calls take one row instead of two as well.
 
     Args:
         image: the picture to start from, as a file (image-to-image and inpainting).
         mask_image: white where inpainting may paint, as a file.
-        strength: share of the noise schedule that is applied to `image`, 0 to 1.
+        strength: share of the noise schedule that is applied to `image`, over 0 up to 1; that
+            share of the steps is done.
         adapters: LoRA adapters, applied together.
         deadline_s: seconds after acceptance by which an answer is of use, or None.
         reproducible: its rows never share a forward, so that its bytes depend on nothing else.
@@ -80,5 +82,14 @@ class GenerationRequest:
 
     @property
     def rows(self) -> int:
-        """Rows that each denoiser call of this request takes."""
+        """Rows that each denoiser call of this request takes; outside the interval it is half."""
         return self.n * (2 if self.guidance_scale > 1 else 1)
+
+    @property
+    def is_guidance_limited(self) -> bool:
+        """Whether some denoiser calls may do without guidance."""
+        return (self.guidance_start, self.guidance_end) != (0, 1)
+
+    def is_guided(self, call: int, calls: int) -> bool:
+        """Whether guidance is applied at denoiser call `call` (from 0) of `calls`."""
+        return self.guidance_start <= call / calls < self.guidance_end

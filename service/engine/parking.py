@@ -14,6 +14,7 @@ import torch
 from service.engine.call import NO_RULES, ParkableMethod, make_call
 from service.engine.leaves import ArgumentRules
 from service.engine.memo import Memo, content_key
+from service.engine.narrowing import Narrowing
 from service.engine.track import Stage, Track, TrackGreenlet
 
 _sequence = itertools.count()
@@ -67,6 +68,8 @@ def make_parkable(
         current = greenlet.getcurrent()
         if not isinstance(current, TrackGreenlet):
             return original(*args, **kwargs)
+        if method.stage == Stage.DENOISE and current.track.work.narrowing is not None:
+            return _park_narrowed(current.track, current.track.work.narrowing, method, args, kwargs)
         # A call that wants gradients needs a forward of its own.
         if method.memo is None or torch.is_grad_enabled():
             return _park(current.track, method, args, kwargs)
@@ -104,6 +107,19 @@ def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: A
         module_variant=track.work.variant,
     )
     return track.park(call)
+
+
+def _park_narrowed(
+    track: Track,
+    narrowing: Narrowing,
+    method: ParkableMethod,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if not narrowing.is_due(method.name):
+        return _park(track, method, args, kwargs)
+    half_args, half_kwargs = narrowing.narrow(args, kwargs, method.rules.shared | method.rules.ignored)
+    return narrowing.widen(_park(track, method, half_args, half_kwargs))
 
 
 def _recall(

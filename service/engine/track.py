@@ -24,6 +24,7 @@ from service.domain.states import RequestState, is_terminal, move
 from service.domain.timings import Timings
 from service.engine.call import Call
 from service.engine.listener import Listener, tell
+from service.engine.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Work:
         isolated: its calls never share a forward.
         size: what decides the cost of its steps, such as width and height. Requests of equal size
             are expected to take equally long for a row.
+        narrowing: which denoiser calls need only half of their rows, or None.
     """
 
     id: str
@@ -74,6 +76,7 @@ class Work:
     deadline_s: float | None = None
     isolated: bool = False
     size: Hashable = None
+    narrowing: Narrowing | None = None
 
 
 @dataclass

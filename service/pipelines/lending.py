@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DiffusionPipeline,
+    SchedulerMixin,
+)
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
+from service.domain.requests import Task
+from service.pipelines.blending import denoiser_for_inpainting
 from service.pipelines.schedulers import build_scheduler
+
+OTHER_TASKS = {
+    Task.IMAGE_TO_IMAGE: AutoPipelineForImage2Image,
+    Task.INPAINTING: AutoPipelineForInpainting,
+}
 
 
 class PipelineLender:
     """Hands out shallow copies of one pipeline: modules shared, scheduler of their own.
+
+    For other tasks than the pipeline's own they are of diffusers' classes for these, over the same
+    modules, so that requests of all tasks meet in the same forwards.
 
     What a copy needs is worked out once. Building a scheduler reads the signature of its class,
     and a pipeline looks through all modules for the device it runs on: together that takes longer
@@ -25,18 +42,26 @@ class PipelineLender:
         self._pipeline = pipeline
         self._schedulers = schedulers
         self._prototypes: dict[str, Any] = {}
-        self._lent_class = _with_known_device(pipeline)
+        pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
+        self._lenders = {task: (p, _with_known_device(p)) for task, p in pipelines.items()}
 
-    def lend(self, scheduler: str | None = None) -> Any:
-        """An ordinary pipeline of the same class name, with a scheduler of its own.
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What can be done with these modules."""
+        return tuple(self._lenders)
+
+    def lend(self, scheduler: str | None = None, task: Task = Task.TEXT_TO_IMAGE) -> Any:
+        """An ordinary pipeline of the task's class name, with a scheduler of its own.
 
         Args:
             scheduler: the class by name; None for a copy of the pipeline's own.
+            task: what it is to be used for.
         """
-        own = self._pipeline.scheduler
+        pipeline, lent_class = self._lenders[task]
+        own = pipeline.scheduler
         instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
-        lent = borrow(self._pipeline, instead)
-        lent.__class__ = self._lent_class
+        lent = borrow(pipeline, instead)
+        lent.__class__ = lent_class
         return lent
 
     def new_scheduler(self, name: str) -> Any:
@@ -81,6 +106,27 @@ def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
         elif isinstance(value, DiffusionPipeline):
             vars(lent)[name] = borrow(value, copied)
     return lent
+
+
+def _for_other_tasks(pipeline: Any) -> dict[Task, Any]:
+    made = {}
+    for task in OTHER_TASKS:
+        # diffusers raises where it has no pipeline of that task for models of this kind.
+        with contextlib.suppress(ValueError):
+            made[task] = _for_task(pipeline, task)
+    return made
+
+
+def _for_task(pipeline: Any, task: Task) -> Any:
+    # Constructors alter settings of the scheduler that they get, and say so: hence a copy.
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        other = OTHER_TASKS[task].from_pipe(pipeline, scheduler=scheduler)
+    if task is Task.INPAINTING and hasattr(other, "unet"):
+        vars(other)["unet"] = denoiser_for_inpainting(other)
+    other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return other
 
 
 def _with_known_device(pipeline: Any) -> type:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from service.domain.errors import StepserveError
 from service.domain.models import ModelCapabilities, SizeRange
+from service.pipelines.fingerprint import take_fingerprint
+from service.pipelines.guidance import can_limit_guidance
 from service.pipelines.lending import PipelineLender
 from service.pipelines.prompts import PromptMeter
 from service.pipelines.schedulers import usable_schedulers
@@ -30,7 +33,7 @@ class ModelLoadError(StepserveError):
 class LoadedModel:
     """A resident pipeline, what it can do, and the scheduler classes it may use by name.
 
-    `denoiser_calls` remembers how often the denoiser is called, by scheduler and steps.
+    `denoiser_calls` remembers how often the denoiser is called, by what decides it.
     """
 
     pipeline: Any
@@ -38,7 +41,7 @@ class LoadedModel:
     schedulers: dict[str, type]
     prompt_meter: PromptMeter
     lender: PipelineLender
-    denoiser_calls: dict[tuple[str, int], int] = field(default_factory=dict)
+    denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
 
 
 def load_model(
@@ -71,6 +74,12 @@ def _load(model_id: str, folder: Path, dtype: torch.dtype, device: str) -> Loade
     capabilities = describe_model(model_id, folder, pipeline, tuple(schedulers))
     meter = PromptMeter(pipeline.tokenizer)
     lender = PipelineLender(pipeline, schedulers)
+    capabilities = replace(
+        capabilities,
+        tasks=lender.tasks,
+        guidance_interval=can_limit_guidance(pipeline),
+        fingerprint=take_fingerprint(folder, dtype, pipeline.device),
+    )
     return LoadedModel(pipeline, capabilities, schedulers, meter, lender)
 
 

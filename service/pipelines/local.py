@@ -32,6 +32,10 @@ def generate_locally(
 
 
 def _follow(events: SimpleQueue[Event]) -> Finished:
+    accepted = events.get()
+    if isinstance(accepted, Failed):
+        # Refused: there is no progress to show.
+        raise accepted.error
     with tqdm(desc="denoising", unit="step", leave=False) as bar:
         while True:
             match events.get():

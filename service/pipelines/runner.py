@@ -21,9 +21,11 @@ from service.engine.track import Work, as_stepserve_error
 from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.adapters import AdapterShelf
 from service.pipelines.attach import ParkingOptions, attach
+from service.pipelines.guidance import narrow_to_interval
 from service.pipelines.images import encode_image
+from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
-from service.pipelines.text_to_image import denoiser_calls, text_to_image
+from service.pipelines.tasks import denoiser_calls, make_pictures
 
 Sink = Callable[[Event], None]
 
@@ -35,6 +37,7 @@ class RequestListener:
     request: GenerationRequest
     sink: Sink
     encoder: ThreadPoolExecutor
+    fingerprint: str = ""
 
     def accepted(self, position: int, expected_s: float) -> None:
         """The request was let in."""
@@ -66,7 +69,8 @@ class RequestListener:
         except Exception as error:
             tell(self.request.id, self.failed, error, timings)
         else:
-            tell(self.request.id, self.sink, Finished(self.request.id, encoded, timings))
+            finished = Finished(self.request.id, encoded, timings, self.fingerprint)
+            tell(self.request.id, self.sink, finished)
 
 
 class PipelineRunner:
@@ -87,6 +91,8 @@ class PipelineRunner:
         self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        fingerprint = model.capabilities.fingerprint
+        self._fingerprint = fingerprint.short if fingerprint else ""
         options = self.engine.options
         parking = ParkingOptions(max_rows=options.row_ceiling, enter=self.adapters.enter())
         self._detach = attach(model.pipeline, parking)
@@ -120,13 +126,15 @@ class PipelineRunner:
         self.adapters.close()
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
-        listener = RequestListener(request, sink, self._encoder)
+        listener = RequestListener(request, sink, self._encoder, self._fingerprint)
+        inputs = decode_inputs(request)
+        calls = denoiser_calls(self.model, request)
         variant = self.adapters.resolve(request.adapters)
-        make = partial(text_to_image, self.model, request, listener.step_ended)
+        make = partial(make_pictures, self.model, request, inputs, listener.step_ended)
         return Work(
             id=request.id,
             rows=request.rows,
-            steps=denoiser_calls(self.model, request),
+            steps=calls,
             pictures=request.n,
             run=partial(self.adapters.run_with, variant, make),
             listener=listener,
@@ -135,4 +143,5 @@ class PipelineRunner:
             isolated=request.reproducible,
             size=(request.width, request.height),
             variant=variant,
+            narrowing=narrow_to_interval(request, calls),
         )

@@ -42,6 +42,24 @@ def test_generate_several_as_jpeg(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p-0.jpg", "p-1.jpg"]
 
 
+def test_a_picture_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
+    start, mask = tmp_path / "start.jpg", tmp_path / "mask.png"
+    Image.new("RGB", (100, 80), (40, 90, 200)).save(start)
+    Image.new("L", (64, 64), 255).save(mask)
+    given = ("--image", str(start), "--strength", "0.5", "--steps", "4", "--seed", "1")
+    interval = ("--guidance-start", "0.25", "--guidance-end", "0.75")
+    stepserve("generate", "a red heart", "-o", str(tmp_path / "changed.png"), *given, *interval)
+    masked = ("--mask", str(mask))
+    stepserve("generate", "a red heart", "-o", str(tmp_path / "part.png"), *given, *masked)
+    for name, task in (("changed", "image-to-image"), ("part", "inpainting")):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.size == (64, 64)
+            told = json.loads(picture.text["parameters"])
+        assert (told["task"], told["strength"]) == (task, 0.5)
+        assert told["guidance_start"] == (0.25 if name == "changed" else 0)
+        assert len(told["image_sha256"]) == 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -49,6 +67,10 @@ def test_generate_several_as_jpeg(tmp_path: Path) -> None:
         (("generate", "x", "--size", "big"), ("size", "big")),
         (("generate", "x", "--scheduler", "EulerDiscrete"), ("EulerDiscreteScheduler",)),
         (("generate", "x", "--model", "nope"), ("nope", "emoji")),
+        (("generate", "x", "--image", "nowhere.png"), ("--image", "nowhere.png", "No such file")),
+        (("generate", "x", "--mask", "pyproject.toml"), ("image is required for inpainting",)),
+        (("generate", "x", "--image", "pyproject.toml"), ("image of", "cannot be read")),
+        (("generate", "x", "--guidance-end", "2"), ("guidance_end", "at most 1", "2.0")),
     ],
 )
 def test_mistakes_are_explained_in_one_line(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity_cases import ForwardCounter, load_reference
+import torch
+from parity_cases import ForwardCounter, load_reference, rows_are_independent
 
 from service.engine.engine import EngineOptions
 from service.models.catalogue import EMBEDDED
@@ -61,3 +62,36 @@ def serve(model_folder: Path) -> Iterator[Callable[..., tuple[PipelineRunner, Fo
     for runner, counter in started:
         counter.remove()
         runner.stop()
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Print although tests are quiet: what was measured belongs into the log."""
+
+    def write(line: str) -> None:
+        with capsys.disabled():
+            print(line)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def row_independent(reference: Callable[[str], Any]) -> bool:
+    """Whether this CPU gives a denoiser row the same bits in any batch, in bfloat16.
+
+    Only the denoiser is asked: text encoder and VAE run call by call, as they are not independent.
+    """
+    pipeline = reference("bfloat16")
+    unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(1, tokens, unet.config.cross_attention_dim, generator=generator).bfloat16()
+
+    def denoise(sample: torch.Tensor) -> torch.Tensor:
+        return unet(sample, 500, text.repeat(sample.shape[0], 1, 1)).sample
+
+    def random(width: int, height: int) -> torch.Tensor:
+        scale = pipeline.vae_scale_factor
+        shape = 6, unet.config.in_channels, height // scale, width // scale
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    return all(rows_are_independent(denoise, random(*size)) for size in ((64, 64), (96, 64)))

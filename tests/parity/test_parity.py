@@ -12,13 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from parity_cases import (
     ForwardCounter,
     call_plain,
     largest_byte_difference,
     mixed_requests,
-    rows_are_independent,
     serve_staggered,
     submit_for_files,
     submit_for_tensors,
@@ -46,39 +44,6 @@ FLOAT32_BOUNDS = dict.fromkeys(
 BFLOAT16_BYTE_BOUND = 64
 # One picture of several, and the same one alone: other row counts in the VAE.
 ALONE_BYTE_BOUND = 16
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Print although tests are quiet: what was measured belongs into the log."""
-
-    def write(line: str) -> None:
-        with capsys.disabled():
-            print(line)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def row_independent(reference: Reference) -> bool:
-    """Whether this CPU gives a denoiser row the same bits in any batch, in bfloat16.
-
-    Only the denoiser is asked: text encoder and VAE run call by call, as they are not independent.
-    """
-    pipeline = reference("bfloat16")
-    unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randn(1, tokens, unet.config.cross_attention_dim, generator=generator).bfloat16()
-
-    def denoise(sample: torch.Tensor) -> torch.Tensor:
-        return unet(sample, 500, text.repeat(sample.shape[0], 1, 1)).sample
-
-    def random(width: int, height: int) -> torch.Tensor:
-        scale = pipeline.vae_scale_factor
-        shape = 6, unet.config.in_channels, height // scale, width // scale
-        return torch.randn(shape, generator=generator).bfloat16()
-
-    return all(rows_are_independent(denoise, random(*size)) for size in ((64, 64), (96, 64)))
 
 
 def plain_answers(

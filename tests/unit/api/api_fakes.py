@@ -10,10 +10,21 @@ import httpx
 
 from service.api import ApiSettings, ModelStatus, create_app
 from service.domain.events import EncodedImage, Finished, Outcome
+from service.domain.fingerprint import Fingerprint
 from service.domain.models import ModelCapabilities, SizeRange
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, Task
 from service.domain.timings import Timings
 
+FINGERPRINT = Fingerprint(
+    weights="aa11",
+    stepserve="0.1.0",
+    torch="2.13.0",
+    diffusers="0.42.1",
+    transformers="5.23.0",
+    device="cpu",
+    processor="AVX512",
+    dtype="bfloat16",
+)
 EMOJI = ModelCapabilities(
     id="emoji",
     description="small",
@@ -24,6 +35,8 @@ EMOJI = ModelCapabilities(
     max_prompt_characters=50,
     adapters=("pixels", "ink"),
     max_adapters=2,
+    tasks=(Task.TEXT_TO_IMAGE, Task.INPAINTING),
+    fingerprint=FINGERPRINT,
 )
 TIMINGS = Timings(queue_s=0.001, denoise_s=0.25, total_s=0.3, batch_share=0.5)
 SETTINGS = ApiSettings(default_model="emoji", max_body_bytes=2000, request_timeout_s=30)
@@ -68,7 +81,7 @@ async def finish(request: GenerationRequest) -> Outcome:
     """Make "pictures" that say their seed."""
     seeds = range(request.seed, request.seed + request.n)
     images = tuple(EncodedImage(b"seed %d" % seed, "image/png", seed) for seed in seeds)
-    return Finished(request.id, images, TIMINGS)
+    return Finished(request.id, images, TIMINGS, FINGERPRINT.short)
 
 
 def raising(error: Exception) -> Generate:

@@ -74,6 +74,12 @@ INVALID = [
     ({"prompt": "c", "seed": 2**53}, "seed", "got 9007199254740992"),
     ({"prompt": "c", "seed": 10**1500}, "seed", "a number of 4983 bits"),
     ({"prompt": "c", "scheduler": "eular"}, "scheduler", "did you mean 'euler'?"),
+    ({"prompt": "c", "guidance_start": 1}, "guidance_start", "less than 1, got 1"),
+    ({"prompt": "c", "guidance_start": "0"}, "guidance_start", "valid number, got '0'"),
+    ({"prompt": "c", "guidance_end": 1.5}, "guidance_end", "at most 1, got 1.5"),
+    ({"prompt": "c", "priority": "high"}, "priority", "'normal' or 'batch', got 'high'"),
+    ({"prompt": "c", "deadline_s": 0}, "deadline_s", "deadline_s must be over 0, got 0"),
+    ({"prompt": "c", "reproducible": "yes"}, "reproducible", "valid boolean, got 'yes'"),
     ({"prompt": "c", "sede": 1}, "sede", "unknown field 'sede'; did you mean 'seed'?"),
     ({"prompt": "c", "quality": "hd"}, "quality", "unknown field 'quality'"),
 ]

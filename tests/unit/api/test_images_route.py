@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 
 import httpx
 import pytest
-from api_fakes import EMOJI, TIMINGS, FakeBackend
+from api_fakes import EMOJI, FINGERPRINT, TIMINGS, FakeBackend
 
 from service.api import ModelStatus
-from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
+from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Priority
 
 URL = "/v1/images/generations"
 
@@ -42,6 +42,11 @@ async def test_every_field_reaches_the_backend(client: httpx.AsyncClient, backen
         "guidance_scale": 0,
         "seed": 5,
         "scheduler": "ddim",
+        "guidance_start": 0.25,
+        "guidance_end": 0.75,
+        "priority": "batch",
+        "deadline_s": 30,
+        "reproducible": True,
     }
     response = await client.post(URL, json=body)
 
@@ -60,6 +65,11 @@ async def test_every_field_reaches_the_backend(client: httpx.AsyncClient, backen
             negative_prompt="dog",
             n=2,
             output_format=OutputFormat.WEBP,
+            guidance_start=0.25,
+            guidance_end=0.75,
+            priority=Priority.BATCH,
+            deadline_s=30.0,
+            reproducible=True,
         )
     ]
 
@@ -77,13 +87,15 @@ async def test_the_answer(client: httpx.AsyncClient):
     assert (answer["model"], answer["seed"], answer["size"]) == ("emoji", 5, "64x64")
     assert answer["output_format"] == "png"
     assert answer["timings"] == asdict(TIMINGS)
+    assert answer["fingerprint"] == FINGERPRINT.short
     assert response.headers["server-timing"] == TIMINGS.server_timing()
 
 
 async def test_parameters_sent_back_make_the_same_request(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
-    first = await client.post(URL, json={"prompt": "cat", "n": 2, "size": "64x80"})
+    body = {"prompt": "cat", "n": 2, "size": "64x80", "guidance_end": 0.5, "reproducible": True}
+    first = await client.post(URL, json=body)
     again = await client.post(URL, json=first.json()["parameters"])
 
     assert again.json()["parameters"] == first.json()["parameters"]
@@ -137,10 +149,15 @@ async def test_wrong_adapters(
 async def test_null_means_left_out(client: httpx.AsyncClient, backend: FakeBackend):
     names = ["model", "n", "size", "response_format", "output_format", "user", "negative_prompt"]
     names += ["num_inference_steps", "guidance_scale", "seed", "scheduler", "adapters"]
+    names += ["guidance_start", "guidance_end", "priority", "deadline_s", "reproducible"]
     response = await client.post(URL, json={"prompt": "cat"} | dict.fromkeys(names))
 
     assert response.status_code == 200
-    assert (backend.requests[0].n, backend.requests[0].width) == (1, 64)
+    request = backend.requests[0]
+    assert (request.n, request.width) == (1, 64)
+    assert (request.guidance_start, request.guidance_end) == (0, 1)
+    assert (request.priority, request.deadline_s) == (Priority.NORMAL, None)
+    assert request.reproducible is False
 
 
 async def test_size_auto_is_native(client: httpx.AsyncClient, backend: FakeBackend):

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import httpx
-from api_fakes import EMOJI, FakeBackend
+from api_fakes import EMOJI, FINGERPRINT, FakeBackend
 
 from service import __version__
 from service.api import ModelStatus
@@ -24,6 +24,18 @@ async def test_models_are_listed_with_limits(client: httpx.AsyncClient, backend:
     assert emoji["sizes"] == {"minimum": 48, "maximum": 128, "step": 16, "native": 64}
     assert emoji["schedulers"] == ["ddim", "euler"]
     assert emoji["max_num_inference_steps"] == 100
+    assert emoji["tasks"] == ["text-to-image", "inpainting"]
+    assert emoji["guidance_interval"] is True
+
+
+async def test_models_tell_their_whole_fingerprint(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses.append(ModelStatus(replace(EMOJI, id="sd", fingerprint=None), ready=False))
+    told, loading = (
+        model["fingerprint"] for model in (await client.get("/v1/models")).json()["data"]
+    )
+    whole = asdict(FINGERPRINT) | {"digest": FINGERPRINT.digest, "short": FINGERPRINT.short}
+    assert told == whole
+    assert loading is None
 
 
 async def test_one_model(client: httpx.AsyncClient, backend: FakeBackend):

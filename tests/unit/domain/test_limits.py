@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from service.domain.errors import InvalidRequestError
 from service.domain.limits import MAX_SEED, check_adapter_names, check_request, did_you_mean, shown
 from service.domain.models import ModelCapabilities, SizeRange
-from service.domain.requests import AdapterUse, GenerationRequest
+from service.domain.requests import AdapterUse, GenerationRequest, Task
 
 MODEL = ModelCapabilities(
     id="emoji",
@@ -24,6 +24,7 @@ MODEL = ModelCapabilities(
     max_prompt_characters=20,
     adapters=("pixels", "ink.v2"),
     max_adapters=2,
+    tasks=(Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE),
 )
 VALID = GenerationRequest(
     id="r",
@@ -98,6 +99,37 @@ def test_everything_within_the_limits_passes(request: GenerationRequest):
         ({"adapters": adapters(a=-10.5)}, "adapters", ["'a'", "-10 to 10", "got -10.5"]),
         ({"adapters": adapters(a=math.nan)}, "adapters", ["-10 to 10", "got nan"]),
         ({"seed": -1}, "seed", [f"0 to {MAX_SEED}", "got -1"]),
+        ({"guidance_start": -0.1}, "guidance_start", ["at least 0", "got -0.1"]),
+        ({"guidance_start": 1.0}, "guidance_start", ["less than 1", "got 1.0"]),
+        ({"guidance_start": math.nan}, "guidance_start", ["got nan"]),
+        ({"guidance_end": 1.1}, "guidance_end", ["at most 1", "got 1.1"]),
+        ({"guidance_end": 0.0}, "guidance_end", ["over guidance_start (0.0)", "got 0.0"]),
+        (
+            {"guidance_start": 0.5, "guidance_end": 0.5},
+            "guidance_end",
+            ["over guidance_start (0.5)", "got 0.5"],
+        ),
+        ({"guidance_end": math.nan}, "guidance_end", ["got nan"]),
+        ({"deadline_s": 0.0}, "deadline_s", ["over 0", "got 0.0"]),
+        ({"deadline_s": -1.0}, "deadline_s", ["over 0", "got -1.0"]),
+        ({"deadline_s": math.nan}, "deadline_s", ["got nan"]),
+        ({"deadline_s": math.inf}, "deadline_s", ["got inf"]),
+        ({"strength": 0.0}, "strength", ["over 0", "at most 1", "got 0.0"]),
+        ({"strength": 1.1}, "strength", ["over 0", "at most 1", "got 1.1"]),
+        ({"strength": math.nan}, "strength", ["got nan"]),
+        ({"task": Task.INPAINTING}, "task", ["inpainting", "text-to-image, image-to-image"]),
+        ({"task": Task.IMAGE_TO_IMAGE}, "image", ["required for image-to-image"]),
+        ({"image": b"x"}, "image", ["no use to text-to-image"]),
+        (
+            {"task": Task.IMAGE_TO_IMAGE, "image": b"x", "mask_image": b"x"},
+            "mask_image",
+            ["no use to image-to-image"],
+        ),
+        (
+            {"task": Task.IMAGE_TO_IMAGE, "image": b"x", "strength": 0.04},
+            "strength",
+            ["0.04 of 20 steps", "at least 0.05"],
+        ),
         ({"seed": MAX_SEED + 1}, "seed", [f"0 to {MAX_SEED}", f"got {MAX_SEED + 1}"]),
     ],
 )
@@ -155,6 +187,47 @@ def test_bounds_belong_to_the_model():
     check_request(replace(VALID, n=5), replace(MODEL, max_n=5))
     with pytest.raises(InvalidRequestError, match="'other'"):
         check_request(VALID, replace(MODEL, id="other", sizes=SizeRange(128, 256, 8, 128)))
+
+
+@given(steps=st.integers(1, 100), strength=st.floats(0.001, 1))
+def test_strengths_that_leave_a_step_pass(steps: int, strength: float):
+    request = replace(
+        VALID,
+        task=Task.IMAGE_TO_IMAGE,
+        image=b"x",
+        num_inference_steps=steps,
+        strength=strength,
+    )
+    if int(steps * strength) >= 1:
+        check_request(request, MODEL)
+    else:
+        with pytest.raises(InvalidRequestError, match="leaves none to do"):
+            check_request(request, MODEL)
+
+
+def test_strength_does_not_matter_without_a_picture():
+    check_request(replace(VALID, num_inference_steps=1, strength=0.5), MODEL)
+
+
+def test_inpainting_takes_a_picture_and_a_mask():
+    model = replace(MODEL, tasks=tuple(Task))
+    request = replace(VALID, task=Task.INPAINTING, image=b"x", mask_image=b"x")
+    check_request(request, model)
+    with pytest.raises(InvalidRequestError, match="mask_image is required for inpainting"):
+        check_request(replace(request, mask_image=None), model)
+
+
+@pytest.mark.parametrize(
+    ("interval", "field"), [((0.2, 1.0), "guidance_start"), ((0.0, 0.9), "guidance_end")]
+)
+def test_intervals_are_refused_where_the_model_has_none(interval: tuple[float, float], field: str):
+    model = replace(MODEL, guidance_interval=False)
+    request = replace(VALID, guidance_start=interval[0], guidance_end=interval[1])
+    check_request(request, MODEL)
+    check_request(VALID, model)
+    with pytest.raises(InvalidRequestError, match="'emoji' applies guidance at every step") as no:
+        check_request(request, model)
+    assert no.value.field == field
 
 
 def test_did_you_mean():

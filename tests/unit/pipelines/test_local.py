@@ -7,7 +7,7 @@ from tiny_model import MAX_TOKENS, a_request, pixels
 from service.domain.errors import InvalidRequestError
 from service.pipelines.load import LoadedModel
 from service.pipelines.local import generate_locally
-from service.pipelines.text_to_image import text_to_image
+from service.pipelines.tasks import make_pictures
 
 
 def test_a_request_is_served_as_the_plain_pipeline_would(
@@ -16,7 +16,7 @@ def test_a_request_is_served_as_the_plain_pipeline_would(
     request = a_request(n=2, num_inference_steps=3)
     finished = generate_locally(tiny, request)
     with torch.no_grad():
-        wanted = text_to_image(tiny, request)
+        wanted = make_pictures(tiny, request)
     assert [pixels(image.data) for image in finished.images] == [w.tobytes() for w in wanted]
     assert "denoising" in capsys.readouterr().err
 
@@ -37,6 +37,6 @@ def test_failures_are_raised(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: object) -> None:
         raise InvalidRequestError("no", "prompt")
 
-    monkeypatch.setattr("service.pipelines.runner.text_to_image", broken)
+    monkeypatch.setattr("service.pipelines.runner.make_pictures", broken)
     with pytest.raises(InvalidRequestError, match="no"):
         generate_locally(tiny, a_request())

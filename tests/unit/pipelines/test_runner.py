@@ -22,7 +22,7 @@ from service.pipelines import runner as runner_module
 from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, RequestListener
-from service.pipelines.text_to_image import denoiser_calls, text_to_image
+from service.pipelines.tasks import denoiser_calls, make_pictures
 from service.pipelines.warm_up import warm_up
 
 
@@ -163,7 +163,7 @@ def test_steps_are_shared_and_encodes_and_decodes_are_not(tiny: LoadedModel) -> 
     for n, result in enumerate(results, start=1):
         assert isinstance(result, Finished)
         with torch.no_grad():
-            wanted = text_to_image(tiny, a_request(n=n, seed=10 * n))
+            wanted = make_pictures(tiny, a_request(n=n, seed=10 * n))
         for image, reference in zip(result.images, wanted, strict=True):
             difference = [
                 abs(a - b) for a, b in zip(pixels(image.data), reference.tobytes(), strict=True)
@@ -221,6 +221,6 @@ def test_warming_up_a_model_that_makes_no_picture_says_why(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(runner_module, "text_to_image", broken)
+    monkeypatch.setattr(runner_module, "make_pictures", broken)
     with pytest.raises(GenerationFailedError, match="no kernel image is available"):
         warm_up(runner)

@@ -1,4 +1,4 @@
-"""One text-to-image request as an ordinary call of an ordinary diffusers pipeline."""
+"""One request as an ordinary call of an ordinary diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, Task
+from service.pipelines.inputs import InputPictures
 from service.pipelines.load import LoadedModel
 
 OnStep = Callable[[int, int], None]
+NO_PICTURES = InputPictures()
 
 
 def make_generators(seed: int, n: int) -> list[torch.Generator]:
@@ -20,8 +22,11 @@ def make_generators(seed: int, n: int) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed + index) for index in range(n)]
 
 
-def text_to_image(
-    model: LoadedModel, request: GenerationRequest, on_step: OnStep | None = None
+def make_pictures(
+    model: LoadedModel,
+    request: GenerationRequest,
+    inputs: InputPictures = NO_PICTURES,
+    on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """Make the pictures of a request. `on_step(i, n)` is called after each scheduler step.
 
@@ -36,44 +41,64 @@ def text_to_image(
             _check_finite(values["latents"], request)
         return {}
 
-    pipeline = model.lender.lend(request.scheduler)
+    pipeline = model.lender.lend(request.scheduler, request.task)
     images: list[Image.Image] = pipeline(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or None,
-        width=request.width,
-        height=request.height,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         num_images_per_prompt=request.n,
         generator=make_generators(request.seed, request.n),
         callback_on_step_end=step_ended,
         callback_on_step_end_tensor_inputs=["latents"],
+        **task_arguments(request, inputs),
     ).images
     return images
 
 
+def task_arguments(request: GenerationRequest, inputs: InputPictures) -> dict[str, Any]:
+    """What the pipeline call of one task takes and those of others do not."""
+    size = {"width": request.width, "height": request.height}
+    match request.task:
+        case Task.TEXT_TO_IMAGE:
+            return size
+        case Task.IMAGE_TO_IMAGE:
+            # The picture has the wanted size already, and most such pipelines take no other.
+            return {"image": inputs.image, "strength": request.strength}
+        case Task.INPAINTING:
+            pictures = {"image": inputs.image, "mask_image": inputs.mask_image}
+            return pictures | size | {"strength": request.strength}
+
+
 def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
-    """How often the denoiser will be called: some schedulers call it more than once a step.
+    """How often the denoiser will be called.
+
+    Some schedulers call it more than once a step, and a strength below 1 leaves steps out.
 
     Raises:
         InvalidRequestError: the scheduler cannot do that number of steps.
     """
-    wanted = request.scheduler, request.num_inference_steps
+    strength = None if request.task is Task.TEXT_TO_IMAGE else request.strength
+    wanted = request.scheduler, request.num_inference_steps, request.task, strength
     if wanted not in model.denoiser_calls:
-        model.denoiser_calls[wanted] = _count_timesteps(model, *wanted)
+        model.denoiser_calls[wanted] = _count_timesteps(model, request)
     return model.denoiser_calls[wanted]
 
 
-def _count_timesteps(model: LoadedModel, name: str, steps: int) -> int:
-    scheduler = model.lender.new_scheduler(name)
+def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
+    pipeline = model.lender.lend(request.scheduler, request.task)
+    steps = request.num_inference_steps
     try:
-        scheduler.set_timesteps(steps)
+        pipeline.scheduler.set_timesteps(steps)
     except Exception as error:
         # Such as PNDM, which begins with four steps of a higher order.
         raise InvalidRequestError(
-            f"num_inference_steps {steps} cannot be done by {name}", "num_inference_steps"
+            f"num_inference_steps {steps} cannot be done by {request.scheduler}",
+            "num_inference_steps",
         ) from error
-    return len(scheduler.timesteps)
+    if request.task is Task.TEXT_TO_IMAGE:
+        return len(pipeline.scheduler.timesteps)
+    return len(pipeline.get_timesteps(steps, request.strength, torch.device("cpu"))[0])
 
 
 def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:

@@ -1,0 +1,320 @@
+"""Several tasks over one set of modules, and what a request turns into for the engine."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
+from PIL import Image
+from tiny_model import Inbox, a_request, default_scheduler, pixels, save_tiny_model
+
+from service.domain.errors import GenerationFailedError, InvalidRequestError
+from service.domain.events import Failed, Finished
+from service.domain.requests import GenerationRequest, Priority, Task
+from service.engine.engine import EngineOptions
+from service.engine.track import Work
+from service.pipelines.blending import BlendedDenoiser, denoiser_for_inpainting
+from service.pipelines.guidance import can_limit_guidance, narrow_to_interval
+from service.pipelines.inputs import decode_inputs
+from service.pipelines.lending import PipelineLender
+from service.pipelines.load import LoadedModel, load_model
+from service.pipelines.runner import PipelineRunner
+from service.pipelines.tasks import denoiser_calls, make_pictures
+
+CLASSES = {
+    Task.TEXT_TO_IMAGE: "StableDiffusionPipeline",
+    Task.IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline",
+    Task.INPAINTING: "StableDiffusionInpaintPipeline",
+}
+
+
+def png(shade: int, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").point(lambda value: (value + shade) % 256).convert(mode).save(
+        buffer, "PNG"
+    )
+    return buffer.getvalue()
+
+
+def a_request_for(task: Task, **changes: Any) -> GenerationRequest:
+    files: dict[str, Any] = {}
+    if task is not Task.TEXT_TO_IMAGE:
+        files["image"] = png(90)
+    if task is Task.INPAINTING:
+        files["mask_image"] = png(0, "L")
+    return a_request(id=task.value, task=task, **(files | {"num_inference_steps": 4} | changes))
+
+
+def serve(model: LoadedModel, *requests: GenerationRequest) -> tuple[list[Any], PipelineRunner]:
+    """All at once, so that whatever may share does."""
+    runner = PipelineRunner(model, EngineOptions(max_rows=16, max_waiting_pictures=20))
+    inboxes = [Inbox() for _ in requests]
+    for request, inbox in zip(requests, inboxes, strict=True):
+        runner.submit(request, inbox)
+    runner.start()
+    outcomes = [inbox.wait() for inbox in inboxes]
+    runner.stop()
+    return outcomes, runner
+
+
+@pytest.fixture
+def rows(tiny: LoadedModel) -> Iterator[list[int]]:
+    """Rows of every denoiser forward that really runs."""
+    seen: list[int] = []
+    handle = tiny.pipeline.unet.conv_in.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[0])
+    )
+    yield seen
+    handle.remove()
+
+
+def test_the_model_says_what_it_can_do(tiny: LoadedModel) -> None:
+    assert tiny.capabilities.tasks == tiny.lender.tasks == tuple(Task)
+    assert tiny.capabilities.guidance_interval
+
+
+@pytest.mark.parametrize("task", Task)
+def test_every_task_is_diffusers_own_pipeline_over_the_same_modules(
+    tiny: LoadedModel, task: Task
+) -> None:
+    one, other = (tiny.lender.lend("EulerDiscreteScheduler", task) for _ in range(2))
+    assert type(one).__name__ == CLASSES[task]
+    for name in ("unet", "vae", "text_encoder", "tokenizer"):
+        assert getattr(one, name) is getattr(tiny.pipeline, name)
+    assert one.scheduler is not other.scheduler
+    assert one._progress_bar_config == {"disable": True}
+
+
+def test_the_resident_scheduler_keeps_its_settings(tmp_path: Path) -> None:
+    """The constructors of some pipelines change them."""
+    scheduler = PNDMScheduler.from_config(default_scheduler().config)
+    model = load_model("m", save_tiny_model(tmp_path, scheduler), dtype="float32")
+    assert model.pipeline.scheduler.config.skip_prk_steps is False
+    for task in Task:
+        assert model.lender.lend("PNDMScheduler", task).scheduler.config.skip_prk_steps is False
+
+
+def test_a_pipeline_without_other_tasks_has_one() -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=2,
+        layers_per_block=1,
+    )
+    pipeline = DDPMPipeline(unet, DDPMScheduler())
+    assert PipelineLender(pipeline, {}).tasks == (Task.TEXT_TO_IMAGE,)
+    assert not can_limit_guidance(pipeline)
+
+
+def test_all_tasks_share_their_steps(tiny: LoadedModel, rows: list[int]) -> None:
+    # One that needs no picture encoded is a few steps ahead of the others.
+    requests = [a_request_for(task, strength=1.0, num_inference_steps=16) for task in Task]
+    outcomes, runner = serve(tiny, *requests)
+    assert 6 in rows
+    assert runner.engine.counters.retries == 0
+    pictures = {pixels(outcome.images[0].data) for outcome in outcomes}
+    assert len(pictures) == 3
+    for request, outcome in zip(requests, outcomes, strict=True):
+        with torch.no_grad():
+            (wanted,) = make_pictures(tiny, request, decode_inputs(request))
+        pairs = zip(pixels(outcome.images[0].data), wanted.tobytes(), strict=True)
+        assert max(abs(a - b) for a, b in pairs) <= 1
+
+
+def test_the_picture_and_the_mask_matter(tiny: LoadedModel) -> None:
+    request = a_request_for(Task.INPAINTING, strength=0.5)
+    others = [replace(request, image=png(10)), replace(request, mask_image=png(128, "L"))]
+    with torch.no_grad():
+        made = [make_pictures(tiny, r, decode_inputs(r))[0].tobytes() for r in [request, *others]]
+    assert len(set(made)) == 3
+
+
+@pytest.mark.parametrize("task", [Task.IMAGE_TO_IMAGE, Task.INPAINTING])
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "strength", "calls"),
+    [
+        ("DDIMScheduler", 10, 1.0, 10),
+        ("DDIMScheduler", 10, 0.55, 5),
+        ("DDIMScheduler", 10, 0.1, 1),
+        ("HeunDiscreteScheduler", 10, 0.5, 9),
+        ("KDPM2DiscreteScheduler", 10, 0.3, 5),
+        ("PNDMScheduler", 6, 0.5, 12),
+    ],
+)
+def test_work_is_estimated_with_strength(
+    tiny: LoadedModel, task: Task, scheduler: str, steps: int, strength: float, calls: int
+) -> None:
+    request = a_request_for(task, scheduler=scheduler, num_inference_steps=steps, strength=strength)
+    assert denoiser_calls(tiny, request) == calls
+    inbox = Inbox()
+    runner = PipelineRunner(tiny)
+    runner.start()
+    runner.submit(request, inbox)
+    assert isinstance(inbox.wait(), Finished)
+    runner.stop()
+    assert inbox.kinds.count("StepFinished") == calls
+
+
+@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize(
+    ("start", "end", "wanted"),
+    [
+        (0.0, 0.5, [2, 2, 1, 1]),
+        (0.5, 1.0, [1, 1, 2, 2]),
+        (0.25, 0.75, [1, 2, 2, 1]),
+        (0.0, 1.0, [2, 2, 2, 2]),
+    ],
+)
+def test_steps_outside_the_interval_take_half_of_the_rows(
+    tiny: LoadedModel, rows: list[int], task: Task, start: float, end: float, wanted: list[int]
+) -> None:
+    request = a_request_for(task, strength=1.0, guidance_start=start, guidance_end=end)
+    (outcome,), _ = serve(tiny, request)
+    assert isinstance(outcome, Finished)
+    assert rows == wanted
+
+
+def test_an_interval_makes_another_picture_than_none_and_than_all(tiny: LoadedModel) -> None:
+    request = a_request(num_inference_steps=4, guidance_scale=20.0)
+    variants = [request, replace(request, guidance_end=0.5), replace(request, guidance_scale=1.0)]
+    made = [serve(tiny, variant)[0][0].images[0].data for variant in variants]
+    assert len({pixels(data) for data in made}) == 3
+
+
+def test_an_interval_that_holds_no_step_is_no_guidance(tiny: LoadedModel, rows: list[int]) -> None:
+    request = a_request(num_inference_steps=4)
+    limited = replace(request, guidance_start=0.9, guidance_end=0.99)
+    (one,), _ = serve(tiny, limited)
+    (other,), _ = serve(tiny, replace(request, guidance_scale=1.0))
+    assert rows == [1] * 8
+    assert pixels(one.images[0].data) == pixels(other.images[0].data)
+
+
+def test_guided_and_unguided_steps_share_forwards(tiny: LoadedModel, rows: list[int]) -> None:
+    requests = [
+        a_request(id="a", num_inference_steps=4, guidance_end=0.5, n=2),
+        a_request(id="b", num_inference_steps=4, seed=9),
+    ]
+    _, runner = serve(tiny, *requests)
+    assert rows == [6, 6, 4, 4]
+    assert runner.engine.counters.retries == 0
+
+
+def test_nothing_is_narrowed_without_need() -> None:
+    assert narrow_to_interval(a_request(), 4) is None
+    assert narrow_to_interval(a_request(guidance_scale=1.0, guidance_end=0.5), 4) is None
+    assert narrow_to_interval(a_request(guidance_end=0.5), 4) is not None
+
+
+def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedModel) -> None:
+    request = a_request(guidance_end=0.5)
+    pipeline = tiny.lender.lend("DDIMScheduler")
+    work = Work(
+        id="r",
+        rows=2,
+        steps=2,
+        pictures=1,
+        run=lambda: pipeline("red heart", guidance_scale=1.0, num_inference_steps=2),
+        listener=SimpleNamespace(**dict.fromkeys(("accepted", "started"), lambda *args: None)),
+        narrowing=narrow_to_interval(replace(request, guidance_start=0.5, guidance_end=1.0), 2),
+    )
+    ended = Inbox()
+    work.listener.failed = lambda error, timings: ended(Failed("r", error))
+    runner = PipelineRunner(tiny)
+    runner.engine.submit(work)
+    runner.start()
+    outcome = ended.wait()
+    runner.stop()
+    assert isinstance(outcome, Failed)
+    assert "a call of 2 rows was expected" in str(outcome.error)
+
+
+def test_reproducible_requests_share_no_forward(tiny: LoadedModel, rows: list[int]) -> None:
+    requests = [a_request(id=str(index), seed=index) for index in range(3)]
+    serve(tiny, *requests)
+    assert rows == [6, 6]
+    rows.clear()
+    serve(tiny, *[replace(request, reproducible=True) for request in requests])
+    assert rows == [2] * 6
+
+
+def test_what_the_policy_needs_reaches_the_engine(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = PipelineRunner(tiny)
+    submitted: list[Work] = []
+    monkeypatch.setattr(runner.engine, "submit", submitted.append)
+    runner.submit(a_request(), Inbox())
+    urgent = a_request(priority=Priority.INTERACTIVE, deadline_s=3.5, reproducible=True, n=2)
+    runner.submit(urgent, Inbox())
+    runner.stop()
+    plain, work = submitted
+    assert (plain.priority, plain.deadline_s, plain.isolated) == (1, None, False)
+    assert (work.priority, work.deadline_s, work.isolated) == (0, 3.5, True)
+    assert (work.rows, work.steps, work.pictures) == (4, 2, 2)
+
+
+def test_a_file_that_is_no_picture_is_refused_at_once(runner: PipelineRunner) -> None:
+    inbox = Inbox()
+    runner.submit(a_request_for(Task.IMAGE_TO_IMAGE, image=b"no picture"), inbox)
+    outcome = inbox.wait()
+    assert inbox.kinds == ["Failed"]
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, InvalidRequestError)
+    assert outcome.error.field == "image"
+
+
+def test_finished_requests_tell_the_models_fingerprint(tiny: LoadedModel) -> None:
+    (finished,), _ = serve(tiny, a_request())
+    assert tiny.capabilities.fingerprint is not None
+    assert finished.fingerprint == tiny.capabilities.fingerprint.short
+
+
+@pytest.mark.parametrize(
+    ("inputs", "latents", "blended"), [(4, 4, False), (9, 4, False), (16, 16, True)]
+)
+def test_what_the_inpainting_pipeline_is_told_of_the_denoiser(
+    inputs: int, latents: int, blended: bool
+) -> None:
+    unet = SimpleNamespace(config={"in_channels": inputs, "sample_size": 8}, dtype="bf16")
+    unet.config = type(default_scheduler().config)(unet.config)
+    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=latents))
+    told = denoiser_for_inpainting(SimpleNamespace(unet=unet, vae=vae))
+    assert isinstance(told, BlendedDenoiser) is blended
+    if blended:
+        assert (told.config.in_channels, told.config.sample_size, told.dtype) == (4, 8, "bf16")
+        assert unet.config.in_channels == inputs
+    else:
+        assert told is unet
+
+
+def test_a_denoiser_of_other_inputs_cannot_inpaint() -> None:
+    unet = SimpleNamespace(config=SimpleNamespace(in_channels=8))
+    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+    with pytest.raises(ValueError, match="8 input channels cannot inpaint"):
+        denoiser_for_inpainting(SimpleNamespace(unet=unet, vae=vae))
+
+
+def test_numbers_that_overflow_are_a_failure_for_every_task(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias = tiny.pipeline.unet.conv_out.bias
+    kept = bias.data.clone()
+    bias.data.fill_(float("inf"))
+    try:
+        outcomes, _ = serve(tiny, *[a_request_for(task) for task in Task])
+    finally:
+        bias.data.copy_(kept)
+    for outcome in outcomes:
+        assert isinstance(outcome, Failed)
+        assert isinstance(outcome.error, GenerationFailedError)
