@@ -118,7 +118,8 @@ def _park_narrowed(
 ) -> Any:
     if not narrowing.is_due(method.name):
         return _park(track, method, args, kwargs)
-    half_args, half_kwargs = narrowing.narrow(args, kwargs, method.rules.shared | method.rules.ignored)
+    without_rows = method.rules.shared | method.rules.ignored
+    half_args, half_kwargs = narrowing.narrow(args, kwargs, without_rows)
     return narrowing.widen(_park(track, method, half_args, half_kwargs))
 
 
