@@ -35,7 +35,7 @@ def save_tiny_model(folder: Path, scheduler: Any = None, **manifest: object) -> 
         vae=_vae(),
         text_encoder=_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
-        unet=_unet(),
+        unet=tiny_unet(),
         scheduler=scheduler or default_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -83,7 +83,7 @@ def _text_encoder(vocabulary: int) -> CLIPTextModel:
     )
 
 
-def _unet() -> UNet2DConditionModel:
+def tiny_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
