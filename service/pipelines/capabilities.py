@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def check_serves_prompts(pipeline_class: type, signature: CallSignature) -> None
     """
     name = pipeline_class.__name__
     if not signature.accepts("prompt"):
-        others = ", ".join(sorted(signature.needed)) or "nothing"
-        raise ModelLoadError(f"{name} takes no prompt (it needs: {others})")
+        needed = f" (it needs: {', '.join(sorted(signature.needed))})" if signature.needed else ""
+        raise ModelLoadError(f"{name} takes no prompt{needed}")
     others = ", ".join(sorted(signature.needed - {"prompt"}))
     if others:
         raise ModelLoadError(f"{name} needs more than a prompt: {others}")
@@ -93,11 +94,12 @@ def describe_model(
 def derive_sizes(pipeline: Any, signature: CallSignature) -> SizeRange:
     """Half to twice the native side, in steps that the pipeline takes as they are."""
     step = _step_px(pipeline)
-    native = _native_px(pipeline, signature)
+    most = _most_px(pipeline)
+    native = min(_native_px(pipeline, signature), most or sys.maxsize)
     if not signature.accepts("height"):
         return SizeRange(minimum=native, maximum=native, step=step, native=native)
     minimum = max(native // 2 // step, 1) * step
-    maximum = min(native * 2, _most_px(pipeline) or native * 2)
+    maximum = min(native * 2, most or sys.maxsize)
     return SizeRange(minimum=minimum, maximum=maximum, step=step, native=native)
 
 

@@ -21,7 +21,7 @@ class PipelineLender:
         self._pipeline = pipeline
         self._schedulers = schedulers
         self._prototypes: dict[str, Any] = {}
-        self._lent_class = _with_known_device(pipeline)
+        self._lent_class = _lent_class(pipeline)
 
     def lend(self, scheduler: str) -> Any:
         """An ordinary pipeline of the same class name, with a new scheduler of that name."""
@@ -38,7 +38,12 @@ class PipelineLender:
         return copy.deepcopy(self._prototypes[name])
 
 
-def _with_known_device(pipeline: Any) -> type:
+def _lent_class(pipeline: Any) -> type:
     device = pipeline._execution_device
-    known = property(lambda self: device)
-    return type(type(pipeline).__name__, (type(pipeline),), {"_execution_device": known})
+    answers = {
+        "_execution_device": property(lambda self: device),
+        # At its end a pipeline takes its offloading hooks off and puts new ones on. The modules are
+        # shared, others are in the middle of theirs, and what makes calls park would go with them.
+        "maybe_free_model_hooks": lambda self: None,
+    }
+    return type(type(pipeline).__name__, (type(pipeline),), answers)

@@ -12,7 +12,13 @@ from typing import Any
 # Pipelines give these a default of None and raise when they are left out.
 PICTURE_INPUTS = ("image", "mask_image", "control_image")
 # Arguments that tell a pipeline for something else than pictures.
-OTHER_MEDIA = {"num_frames": "videos", "video_length": "videos", "video": "videos"}
+OTHER_MEDIA = {
+    "num_frames": "videos",
+    "frames": "videos",
+    "video_length": "videos",
+    "video": "videos",
+    "control_video": "videos",
+}
 
 
 @dataclass(frozen=True)
