@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -31,6 +32,29 @@ from pydantic import (
 PREFIX = "STEPSERVE_"
 CONFIG_VARIABLE = "STEPSERVE_CONFIG"
 """The variable that names the YAML file where no path is given."""
+
+ATTENTION_BACKENDS = (
+    "native",
+    "flex",
+    "flash",
+    "flash_varlen",
+    "sage",
+    "sage_varlen",
+    "xformers",
+    "_flash_3",
+    "_flash_varlen_3",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+    "_native_npu",
+    "_native_xla",
+    "_sage_qk_int8_pv_fp8_cuda",
+    "_sage_qk_int8_pv_fp8_cuda_sm90",
+    "_sage_qk_int8_pv_fp16_cuda",
+    "_sage_qk_int8_pv_fp16_triton",
+)
+"""What diffusers knows, without those whose code it would download when they are chosen."""
 
 KeyPath = tuple[str, ...]
 
@@ -60,6 +84,7 @@ _Number = BeforeValidator(_refuse_bool)
 PositiveInt = Annotated[int, _Number, Field(ge=1)]
 PositiveSeconds = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
+ByteCount = Annotated[int, _Number, Field(ge=0)]
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
@@ -94,7 +119,38 @@ class EngineSettings(_Section):
     """Seconds that accepted requests get to finish when the server stops."""
 
 
-class ModelSettings(_Section):
+def _check_attention_backend(name: str) -> str:
+    if name not in ATTENTION_BACKENDS:
+        known = ", ".join(ATTENTION_BACKENDS)
+        raise ValueError(f"is none of {known}{_did_you_mean(name, ATTENTION_BACKENDS)}")
+    return name
+
+
+AttentionBackend = Annotated[str, AfterValidator(_check_attention_backend)]
+
+
+class SpeedSettings(_Section):
+    """What makes a model faster or smaller; `docs/performance.md` says by how much."""
+
+    channels_last: bool | None = None
+    """Memory format of convolutions; None means for UNets and VAEs, where it helps."""
+    compile: bool = False
+    """Compile the denoiser with torch.compile in the background, while eager code serves."""
+    attention_backend: AttentionBackend | None = None
+    """How the denoiser computes attention; None means as diffusers chooses."""
+    vae_slicing: bool = False
+    """Decode the pictures of one request one by one: less memory."""
+    vae_tiling: bool = False
+    """Decode large pictures in overlapping tiles: less memory, slightly other pictures."""
+    cpu_offload: Literal["none", "model", "sequential"] = "none"
+    """Keep modules (or layers) on the CPU until they are called; on CUDA only."""
+    quantization: Literal["none", "int8", "int8_dynamic"] = "none"
+    """Weights of the denoiser's linear layers as integers, and for int8_dynamic its activations."""
+    prompt_cache_bytes: ByteCount = 64 * 2**20
+    """How much is kept of the outputs of each text encoder; 0 keeps none."""
+
+
+class ModelSettings(SpeedSettings):
     """One served model."""
 
     path: Annotated[str, Field(min_length=1)] | None = None

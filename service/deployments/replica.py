@@ -105,7 +105,7 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
 
     settings = spec.settings
     leave_cores_to_engine()
-    model = load_model(spec.model_id, spec.folder, settings.dtype, settings.device)
+    model = load_model(spec.model_id, spec.folder, settings.dtype, settings.device, speed=settings)
     runner = PipelineRunner(model, engine_options(settings.engine), adapter_options(settings))
     runner.start()
     seconds = warm_up(runner)

@@ -30,7 +30,7 @@ from service.pipelines.adapter_layers import (
     check_fits,
     settle_layers,
 )
-from service.pipelines.load import ModelLoadError
+from service.pipelines.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 

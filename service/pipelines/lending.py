@@ -43,7 +43,7 @@ class PipelineLender:
         self._schedulers = schedulers
         self._prototypes: dict[str, Any] = {}
         pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
-        self._lenders = {task: (p, _with_known_device(p)) for task, p in pipelines.items()}
+        self._lenders = {task: (p, _lent_class(p)) for task, p in pipelines.items()}
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -129,7 +129,12 @@ def _for_task(pipeline: Any, task: Task) -> Any:
     return other
 
 
-def _with_known_device(pipeline: Any) -> type:
+def _lent_class(pipeline: Any) -> type:
     device = pipeline._execution_device
-    known = property(lambda self: device)
-    return type(type(pipeline).__name__, (type(pipeline),), {"_execution_device": known})
+    answers = {
+        "_execution_device": property(lambda self: device),
+        # At its end a pipeline takes its offloading hooks off and puts new ones on. The modules are
+        # shared, others are in the middle of theirs, and what makes calls park would go with them.
+        "maybe_free_model_hooks": lambda self: None,
+    }
+    return type(type(pipeline).__name__, (type(pipeline),), answers)

@@ -1,4 +1,4 @@
-"""Loading a diffusers folder, and reading off it what the model can do."""
+"""Loading a diffusers folder: any pipeline that makes pictures from a prompt."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from service.domain.errors import StepserveError
-from service.domain.models import ModelCapabilities, SizeRange
+from service.config import SpeedSettings
+from service.domain.models import ModelCapabilities
+from service.pipelines.capabilities import (
+    Facts,
+    check_serves_prompts,
+    describe_model,
+    read_manifest,
+)
+from service.pipelines.errors import ModelLoadError
 from service.pipelines.fingerprint import take_fingerprint
 from service.pipelines.guidance import can_limit_guidance
 from service.pipelines.lending import PipelineLender
-from service.pipelines.prompts import PromptMeter
+from service.pipelines.prompts import PromptMeter, measure_prompts, tokenizers_of
 from service.pipelines.schedulers import usable_schedulers
+from service.pipelines.signature import CallSignature, read_signature
+from service.pipelines.speed import check_speed, loading_arguments, settle
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MANIFEST = "stepserve.json"
-
-
-class ModelLoadError(StepserveError):
-    """A model could not be loaded; the message says which and why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +46,23 @@ class LoadedModel:
     schedulers: dict[str, type]
     prompt_meter: PromptMeter
     lender: PipelineLender
+    signature: CallSignature
     denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
 
 
 def load_model(
-    model_id: str, folder: Path, dtype: str = "bfloat16", device: str = "auto"
+    model_id: str,
+    folder: Path,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    speed: SpeedSettings | None = None,
 ) -> LoadedModel:
-    """Load a text-to-image pipeline from a local diffusers folder (safetensors only).
+    """Load a text-to-image pipeline from a local diffusers folder.
+
+    Weights are read from safetensors only, and no code that lies in the folder is run.
 
     Raises:
-        ModelLoadError: the folder is missing or is no such pipeline.
+        ModelLoadError: the folder is missing or is no such pipeline, or a setting does not fit it.
     """
     if not (folder / "model_index.json").exists():
         raise ModelLoadError(f"model {model_id}: {folder} is not a diffusers folder")
@@ -58,29 +70,58 @@ def load_model(
         raise ModelLoadError(f"model {model_id}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     _hush_libraries()
     try:
-        return _load(model_id, folder, DTYPES[dtype], device)
+        return _load(model_id, folder, DTYPES[dtype], device, speed or SpeedSettings())
+    except ModelLoadError as error:
+        raise ModelLoadError(f"model {model_id}: cannot be loaded: {error.message}") from error
     except Exception as error:
         # Whatever the libraries raise for a file that is cut short or says something else.
         kind = type(error).__name__
         raise ModelLoadError(f"model {model_id}: cannot be loaded: {kind}: {error}") from error
 
 
-def _load(model_id: str, folder: Path, dtype: torch.dtype, device: str) -> LoadedModel:
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True
+def _load(
+    model_id: str, folder: Path, dtype: torch.dtype, device: str, speed: SpeedSettings
+) -> LoadedModel:
+    chosen = choose_device(device)
+    check_speed(speed, chosen)
+    manifest = read_manifest(folder)
+    pipeline_class = _pipeline_class(folder)
+    signature = read_signature(pipeline_class)
+    check_serves_prompts(pipeline_class, signature)
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        **loading_arguments(speed, folder),
     )
-    _settle(pipeline, choose_device(device))
+    settle(pipeline, chosen, speed)
     schedulers = usable_schedulers(pipeline.scheduler)
-    capabilities = describe_model(model_id, folder, pipeline, tuple(schedulers))
-    meter = PromptMeter(pipeline.tokenizer)
+    meter = measure_prompts(
+        tokenizers_of(pipeline),
+        signature.default("max_sequence_length", int),
+        manifest.get("max_prompt_tokens"),
+    )
+    facts = Facts(signature, tuple(schedulers), meter.limit)
     lender = PipelineLender(pipeline, schedulers)
     capabilities = replace(
-        capabilities,
+        describe_model(model_id, folder, pipeline, facts, manifest),
         tasks=lender.tasks,
         guidance_interval=can_limit_guidance(pipeline),
         fingerprint=take_fingerprint(folder, dtype, pipeline.device),
     )
-    return LoadedModel(pipeline, capabilities, schedulers, meter, lender)
+    return LoadedModel(pipeline, capabilities, schedulers, meter, lender, signature)
+
+
+def _pipeline_class(folder: Path) -> type:
+    """The class that the folder names, looked up before gigabytes are read."""
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    # A list names a file of Python code in the folder.
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise ModelLoadError(f"diffusers has no pipeline {name!r}, and no code of a folder is run")
+    pipeline_class: type = getattr(diffusers, name)
+    return pipeline_class
 
 
 def leave_cores_to_engine() -> None:
@@ -99,55 +140,8 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def describe_model(
-    model_id: str, folder: Path, pipeline: Any, schedulers: tuple[str, ...]
-) -> ModelCapabilities:
-    """Limits from the folder's `stepserve.json`, or derived from the pipeline's own shapes."""
-    manifest_path = folder / MANIFEST
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
-    sizes = manifest.pop("sizes", None)
-    derived = {
-        "description": f"{type(pipeline).__name__} from {folder.name}",
-        "created": int((folder / "model_index.json").stat().st_mtime),
-        "default_scheduler": type(pipeline.scheduler).__name__,
-    }
-    capabilities = ModelCapabilities(
-        id=model_id,
-        sizes=SizeRange(**sizes) if sizes else derive_sizes(pipeline),
-        schedulers=schedulers,
-        max_prompt_tokens=pipeline.tokenizer.model_max_length,
-        **(derived | manifest),
-    )
-    if capabilities.default_scheduler not in schedulers:
-        raise ValueError(
-            f"its default scheduler {capabilities.default_scheduler} is none of those it can use: "
-            f"{', '.join(schedulers)}"
-        )
-    return capabilities
-
-
-def derive_sizes(pipeline: Any) -> SizeRange:
-    """Half to twice the native side, in steps that the UNet can halve as often as it does."""
-    halvings = len(pipeline.unet.config.block_out_channels) - 1
-    step = pipeline.vae_scale_factor * 2**halvings
-    native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    minimum = max(native // 2 // step, 1) * step
-    return SizeRange(minimum=minimum, maximum=native * 2, step=step, native=native)
-
-
 def _hush_libraries() -> None:
     """Progress bars of a load, and warnings of settings that one scheduler has and another not."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-def _settle(pipeline: Any, device: torch.device) -> None:
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    # With channels last every kernel gives a row the same bits in any batch (bfloat16 on CPU), and
-    # convolutions are faster on both kinds of device.
-    for module in (pipeline.unet, pipeline.vae):
-        module.to(memory_format=torch.channels_last)
-        module.eval()
-    pipeline.text_encoder.eval()

@@ -20,23 +20,40 @@ UNSUITABLE = {
 }
 
 
+# Left out even where it is the model's own: the same request would make another picture each time.
+SEEDLESS = {"DPMSolverSDEScheduler"}
+
+# Flow-matching schedulers that shift their noise by the picture's size are told how far.
+PROBE_SHIFT = 1.0
+
+
 def usable_schedulers(scheduler: Any) -> dict[str, type]:
-    """Scheduler classes that can stand in for `scheduler`, by name, sorted.
+    """Scheduler classes that can stand in for `scheduler`, by name, sorted; its own among them.
 
     Each is built from the same settings and tried on a small tensor; those that raise (because
     they do not know the prediction type, or need a package that is not installed) are left out.
+    The model's own class is not tried: the model was made for it.
     """
-    candidates = {cls.__name__: cls for cls in [*scheduler.compatibles, type(scheduler)]}
-    return {
-        name: cls
-        for name, cls in sorted(candidates.items())
-        if name not in UNSUITABLE and _works(cls, scheduler.config)
-    }
+    own = type(scheduler)
+    usable = {own.__name__: own} if own.__name__ not in SEEDLESS else {}
+    for cls in getattr(scheduler, "compatibles", ()):
+        name = cls.__name__
+        if name not in UNSUITABLE and name not in usable and _works(cls, scheduler.config):
+            usable[name] = cls
+    return dict(sorted(usable.items()))
 
 
 def build_scheduler(cls: type, config: Any) -> Any:
     """A new scheduler of class `cls` with the noise schedule of `config`."""
     return cls.from_config(config)  # type: ignore[attr-defined]
+
+
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Prepare a scheduler for that many steps, whatever else its class wants to be told."""
+    if getattr(scheduler.config, "use_dynamic_shifting", False):
+        scheduler.set_timesteps(steps, mu=PROBE_SHIFT)
+    else:
+        scheduler.set_timesteps(steps)
 
 
 def _works(cls: type, config: Any) -> bool:
@@ -50,9 +67,11 @@ def _works(cls: type, config: Any) -> bool:
 
 
 def _makes_finite_samples(scheduler: Any) -> bool:
-    scheduler.set_timesteps(PROBE_STEPS)
+    set_steps(scheduler, PROBE_STEPS)
+    # Flow matching has no such method, as the model's input is the sample itself.
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     sample = torch.zeros(1, 1, 2, 2)
     for timestep in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(sample, timestep)
+        model_input = scale(sample, timestep)
         sample = scheduler.step(model_input, timestep, sample, return_dict=False)[0]
     return bool(torch.isfinite(sample).all())

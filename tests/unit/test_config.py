@@ -292,3 +292,33 @@ def test_the_environment_does_not_change_the_files_tree(file: Path):
     settings = load_settings(file, {"STEPSERVE_MODELS__A__REPLICAS": "2"})
 
     assert (settings.models["a"].replicas, settings.models["b"].replicas) == (2, 1)
+
+
+def test_knobs_for_speed_and_memory(file: Path):
+    file.write_text(
+        "models: {a: {compile: yes, channels_last: false, quantization: int8, vae_tiling: true,"
+        " attention_backend: native, cpu_offload: model, prompt_cache_bytes: 0}}\n"
+    )
+    model = load_settings(file, {"STEPSERVE_MODELS__A__VAE_SLICING": "true"}).models["a"]
+
+    assert (model.compile, model.channels_last, model.quantization) == (True, False, "int8")
+    assert (model.vae_slicing, model.vae_tiling, model.cpu_offload) == (True, True, "model")
+    assert (model.attention_backend, model.prompt_cache_bytes) == ("native", 0)
+    assert ModelSettings().channels_last is None
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{attention_backend: nativ}", "did you mean 'native'?"),
+        ("{attention_backend: flash_hub}", "is none of native"),
+        ("{quantization: int3}", "models.a.quantization: Input should be 'none', 'int8'"),
+        ("{cpu_offload: yes}", "models.a.cpu_offload: Input should be 'none', 'model'"),
+        ("{compil: true}", "unknown key; did you mean 'models.a.compile'?"),
+        ("{prompt_cache_bytes: -1}", "greater than or equal to 0"),
+    ],
+)
+def test_wrong_knobs(file: Path, content: str, problem: str):
+    file.write_text(f"models: {{a: {content}}}")
+
+    assert problem in problems_of(file)

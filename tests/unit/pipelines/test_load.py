@@ -11,13 +11,10 @@ import torch
 from tiny_model import MAX_TOKENS, NATIVE_PX
 
 from service.domain.models import SizeRange
-from service.pipelines.load import (
-    LoadedModel,
-    ModelLoadError,
-    choose_device,
-    derive_sizes,
-    load_model,
-)
+from service.pipelines.capabilities import derive_sizes
+from service.pipelines.errors import ModelLoadError
+from service.pipelines.load import LoadedModel, choose_device, load_model
+from service.pipelines.signature import CallSignature
 
 
 @pytest.fixture
@@ -103,7 +100,7 @@ def test_sizes_are_steps_that_the_unet_can_halve(
 ) -> None:
     config = SimpleNamespace(block_out_channels=[8] * levels, sample_size=sample_size)
     pipeline = SimpleNamespace(unet=SimpleNamespace(config=config), vae_scale_factor=scale)
-    sizes = derive_sizes(pipeline)
+    sizes = derive_sizes(pipeline, CallSignature(frozenset({"prompt", "height"})))
     assert sizes == wanted
     assert sizes.minimum > 0
     assert sizes.accepts(sizes.native)

@@ -7,7 +7,7 @@ from tiny_model import MAX_TOKENS, a_request
 
 from service.domain.errors import InvalidRequestError
 from service.pipelines.load import LoadedModel
-from service.pipelines.prompts import PromptMeter
+from service.pipelines.prompts import TokenCounter
 
 
 def test_a_prompt_that_just_fits_is_let_in(tiny: LoadedModel) -> None:
@@ -31,6 +31,7 @@ def test_one_token_more_is_refused_with_field_value_and_limit(
 def test_counting_is_right_while_a_pipeline_pads_and_cuts(tiny: LoadedModel) -> None:
     """A tokenizer keeps how it pads and cuts as state: counting must not share the pipeline's."""
     tokenizer = tiny.pipeline.tokenizer
+    counter = TokenCounter(tokenizer, MAX_TOKENS)
     long, short = "a" * 40, "a"
 
     def encode_as_pipeline(_: int) -> int:
@@ -40,7 +41,7 @@ def test_counting_is_right_while_a_pipeline_pads_and_cuts(tiny: LoadedModel) -> 
         return len(ids)
 
     with ThreadPoolExecutor(4) as pool:
-        counted = pool.map(tiny.prompt_meter.count, [long] * 200)
+        counted = pool.map(counter.count, [long] * 200)
         # One at a time, as on the engine thread.
         padded = [encode_as_pipeline(index) for index in range(200)]
         assert set(counted) == {42}
@@ -49,5 +50,5 @@ def test_counting_is_right_while_a_pipeline_pads_and_cuts(tiny: LoadedModel) -> 
 
 def test_the_pipelines_tokenizer_is_left_as_it_was(tiny: LoadedModel) -> None:
     before = tiny.pipeline.tokenizer.backend_tokenizer.to_str()
-    PromptMeter(tiny.pipeline.tokenizer).count("a" * 99)
+    TokenCounter(tiny.pipeline.tokenizer, MAX_TOKENS).count("a" * 99)
     assert tiny.pipeline.tokenizer.backend_tokenizer.to_str() == before

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from tiny_model import default_scheduler
 
 from service.pipelines import schedulers
 from service.pipelines.load import LoadedModel
-from service.pipelines.schedulers import UNSUITABLE, build_scheduler, usable_schedulers
+from service.pipelines.schedulers import (
+    SEEDLESS,
+    UNSUITABLE,
+    build_scheduler,
+    set_steps,
+    usable_schedulers,
+)
 
 
 def compatible() -> list[str]:
@@ -78,3 +90,53 @@ def test_settings_and_noise_schedule_are_the_models(name: str) -> None:
     assert scheduler.config.prediction_type == "v_prediction"
     assert torch.equal(scheduler.betas, own.betas)
     assert not scheduler.config.get("clip_sample", False)
+
+
+def every_scheduler() -> list[Any]:
+    """One of each class of diffusers that can be made without arguments."""
+    found = (getattr(diffusers, name, None) for name in dir(diffusers) if "Scheduler" in name)
+    made = []
+    for cls in found:
+        if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
+            with contextlib.suppress(TypeError):
+                made.append(cls())
+    return made
+
+
+@pytest.mark.parametrize("scheduler", every_scheduler(), ids=lambda made: type(made).__name__)
+def test_any_scheduler_gives_a_table_with_itself(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a model's own scheduler wants to be told, it does not stop the model loading."""
+    # What else is usable is not asked here: trying them all takes long.
+    monkeypatch.setattr(schedulers, "_works", lambda cls, config: False)
+    name = type(scheduler).__name__
+    assert list(usable_schedulers(scheduler)) == [name] * (name not in SEEDLESS)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(),
+    ],
+    ids=["shifting", "flow", "heun"],
+)
+def test_flow_matching_schedulers_pass_the_trial(scheduler: Any) -> None:
+    assert schedulers._works(type(scheduler), scheduler.config)
+    assert type(scheduler).__name__ in usable_schedulers(scheduler)
+    set_steps(scheduler, 5)
+    assert scheduler.num_inference_steps == 5 or len(scheduler.timesteps) >= 5
+
+
+def test_a_multistep_solver_made_for_flow_matching_is_given_only_those_that_know_it() -> None:
+    """As Sana has it: others would take the model's answer for noise."""
+    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    usable = usable_schedulers(flow)
+    assert "DPMSolverMultistepScheduler" in usable
+    assert not {"DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"} & set(usable)
+
+
+def test_a_distilled_model_keeps_its_own_scheduler() -> None:
+    assert "LCMScheduler" in usable_schedulers(diffusers.LCMScheduler())

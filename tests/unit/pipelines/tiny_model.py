@@ -30,12 +30,12 @@ NATIVE_PX = 64
 def save_tiny_model(folder: Path, scheduler: Any = None, **manifest: object) -> Path:
     """Write the model and its `stepserve.json`; without manifest entries, none is written."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = tiny_clip_tokenizer()
     pipeline = StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
-        unet=_unet(),
+        unet=tiny_unet(),
         scheduler=scheduler or default_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -60,11 +60,12 @@ def default_scheduler() -> DDIMScheduler:
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
+def tiny_clip_tokenizer(max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
+    """A real CLIP tokenizer that knows letters only."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{a}</w>" for a in letters)]
     vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=max_tokens)
 
 
 def _text_encoder(vocabulary: int) -> CLIPTextModel:
@@ -83,7 +84,7 @@ def _text_encoder(vocabulary: int) -> CLIPTextModel:
     )
 
 
-def _unet() -> UNet2DConditionModel:
+def tiny_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,

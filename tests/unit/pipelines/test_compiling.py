@@ -1,0 +1,228 @@
+"""With quick backends of torch.compile; inductor, which takes minutes, is measured in the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from tiny_model import tiny_unet
+
+from service.engine.parking import make_parkable
+from service.pipelines.compiling import (
+    BackgroundCompiler,
+    CompileState,
+    Example,
+    SwitchableForward,
+    examples_by_bucket,
+    shape_of,
+)
+
+BUCKETS = (1, 2)
+# The thread steps back behind all others, and a busy machine has many.
+WAIT_S = 600
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.eager_calls = 0
+
+    def forward(self, sample: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.eager_calls += 1
+        return self.linear(sample) * scale
+
+
+@pytest.fixture
+def small() -> Small:
+    torch._dynamo.reset()
+    return Small()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def small_examples() -> dict[int, Example]:
+    return examples_by_bucket(Example((torch.ones(1, 4),), {}), BUCKETS)
+
+
+def compiler_of(
+    forward: SwitchableForward, examples: dict[int, Example], backend: Any = "eager"
+) -> BackgroundCompiler:
+    threads = torch.get_num_threads()
+    return BackgroundCompiler(forward.eager, examples, forward.switch, threads, backend)
+
+
+def unet_example(rows: int) -> Example:
+    return Example(
+        (torch.randn(rows, 4, 8, 8), torch.full((rows,), 500)),
+        {"encoder_hidden_states": torch.randn(rows, 16, 16), "return_dict": False},
+    )
+
+
+def test_a_real_unet_gives_the_same_rows_before_and_after() -> None:
+    torch._dynamo.reset()
+    unet: UNet2DConditionModel = tiny_unet().eval()
+    forward = SwitchableForward(unet)
+    example = unet_example(2)
+    before = unet(*example.args, **example.kwargs)[0]
+    assert forward.in_use == "eager"
+
+    recorded = forward.stop_recording()
+    assert recorded is not None
+    compiler = compiler_of(forward, examples_by_bucket(recorded, BUCKETS))
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+
+    after = unet(*example.args, **example.kwargs)[0]
+    assert forward.in_use == "compiled"
+    assert compiler.state is CompileState.READY
+    assert compiler.buckets_ready == BUCKETS
+    torch.testing.assert_close(after, before)
+
+
+def test_eager_code_serves_until_every_bucket_is_ready_then_it_switches_once(small: Small) -> None:
+    forward = SwitchableForward(small)
+    switched: list[tuple[int, ...]] = []
+    in_use_while_compiling = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        small(torch.ones(2, 4))
+        in_use_while_compiling.append(forward.in_use)
+        return graph.forward
+
+    def switch(run: Callable[..., Any]) -> None:
+        switched.append(compiler.buckets_ready)
+        forward.switch(run)
+
+    threads = torch.get_num_threads()
+    compiler = BackgroundCompiler(forward.eager, small_examples(), switch, threads, backend)
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    assert in_use_while_compiling == ["eager", "eager"]
+    assert switched == [BUCKETS]
+    assert forward.in_use == "compiled"
+
+
+def test_after_the_switch_compiled_shapes_run_no_eager_code(small: Small) -> None:
+    forward = SwitchableForward(small)
+    compiler = compiler_of(forward, small_examples())
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    calls = small.eager_calls
+    for rows in BUCKETS:
+        small(torch.ones(rows, 4))
+    assert small.eager_calls == calls
+    # A column of a wider tensor: another layout, the same shape.
+    small(torch.ones(2, 8)[:, ::2])
+    assert small.eager_calls == calls
+
+
+def test_a_shape_that_was_not_compiled_is_always_served_by_eager_code(small: Small) -> None:
+    forward = SwitchableForward(small)
+    compiler = compiler_of(forward, small_examples())
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    calls = small.eager_calls
+    small(torch.ones(3, 4))
+    small(torch.ones(1, 4), scale=2.0)
+    assert small.eager_calls == calls + 2
+    assert compiler.state is CompileState.READY
+
+
+def test_what_cannot_be_compiled_leaves_eager_code_on_and_says_why(small: Small) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        raise ValueError("no C++ compiler")
+
+    forward = SwitchableForward(small)
+    compiler = compiler_of(forward, small_examples(), backend)
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.FAILED
+    assert "no C++ compiler" in compiler.reason
+    assert "\n" not in compiler.reason
+    assert "ValueError" in compiler.reason
+    assert forward.in_use == "eager"
+    assert torch.equal(small(torch.ones(1, 4)), small.linear(torch.ones(1, 4)))
+
+
+def test_a_graph_that_does_not_fit_gives_way_to_eager_code_for_good(small: Small) -> None:
+    """Made for two threads and called by one: compiling again would keep everybody waiting."""
+    forward = SwitchableForward(small)
+    other = torch.get_num_threads() + 1
+    compiler = BackgroundCompiler(forward.eager, small_examples(), forward.switch, other, "eager")
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    calls = small.eager_calls
+    wanted = small.linear(torch.ones(1, 4))
+    assert torch.equal(small(torch.ones(1, 4)), wanted)
+    assert small.eager_calls == calls + 1
+    assert compiler.state is CompileState.FAILED
+    assert "recompile" in compiler.reason
+    assert forward.in_use == "eager"
+
+
+def test_an_error_of_the_forward_itself_is_passed_on(small: Small) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if broken:
+                raise RuntimeError("out of memory")
+            return graph(*args)
+
+        return run
+
+    broken: list[bool] = []
+    forward = SwitchableForward(small)
+    compiler = compiler_of(forward, small_examples(), backend)
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    broken.append(True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        small(torch.ones(1, 4))
+    assert compiler.state is CompileState.READY
+
+
+def test_stopping_leaves_eager_code_on(small: Small) -> None:
+    forward = SwitchableForward(small)
+    compiler = compiler_of(forward, small_examples())
+    compiler.stop()
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.FAILED
+    assert "stopped" in compiler.reason
+    assert forward.in_use == "eager"
+
+
+def test_a_parked_call_runs_through_the_switch(small: Small) -> None:
+    """`attach` comes second: it wraps what is installed here, and takes only itself off."""
+    forward = SwitchableForward(small)
+    detach = make_parkable(small, "small", "forward", stage="denoise")
+    forward.switch(lambda sample: sample + 1)
+    assert torch.equal(small(torch.zeros(1, 4)), torch.ones(1, 4))
+    detach()
+    assert small.forward is forward
+
+
+def test_examples_have_the_wanted_rows_and_share_nothing() -> None:
+    example = unet_example(4)
+    made = examples_by_bucket(example, (1, 8))
+    assert made[1].args[0].shape == (1, 4, 8, 8)
+    assert made[8].kwargs["encoder_hidden_states"].shape == (8, 16, 16)
+    assert made[8].kwargs["return_dict"] is False
+    assert made[1].args[0].data_ptr() != example.args[0].data_ptr()
+
+
+def test_shapes_tell_calls_apart_by_all_but_content() -> None:
+    one, other = unet_example(2), unet_example(2)
+    assert shape_of(one.args, one.kwargs) == shape_of(other.args, other.kwargs)
+    assert shape_of(one.args, one.kwargs) != shape_of(one.args, {**one.kwargs, "return_dict": True})
+    assert shape_of((torch.ones(1),), {}) != shape_of((torch.ones(2),), {})
+    assert shape_of((torch.ones(1),), {}) != shape_of((torch.ones(1).double(),), {})
+    assert shape_of((1,), {}) != shape_of((True,), {})

@@ -1,0 +1,146 @@
+"""Any pipeline that makes pictures from a prompt loads; others are refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_families import CLIP_TOKENS, T5_TOKENS, save_tiny_dit, save_tiny_flux, save_tiny_sd3
+from tiny_model import a_request
+
+from service.domain.errors import InvalidRequestError
+from service.domain.models import SizeRange
+from service.pipelines.errors import ModelLoadError
+from service.pipelines.load import LoadedModel, load_model
+from service.pipelines.signature import accepted_arguments
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="module")
+def flux(flux_folder: Path) -> LoadedModel:
+    return load_model("flux", flux_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = save_tiny_sd3(tmp_path_factory.mktemp("sd3"))
+    return load_model("sd3", folder, dtype="float32", device="cpu")
+
+
+def picture(model: LoadedModel, side_px: int) -> Image.Image:
+    wanted = {
+        "prompt": "red heart",
+        "negative_prompt": "big apple",
+        "width": side_px,
+        "height": side_px,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "num_images_per_prompt": 1,
+        "generator": [torch.Generator("cpu").manual_seed(1)],
+        "no_such_argument": 1,
+    }
+    pipeline = model.lender.lend(model.capabilities.default_scheduler)
+    with torch.no_grad():
+        return pipeline(**accepted_arguments(model.signature, wanted)).images[0]
+
+
+def test_flux_is_described_by_its_own_shapes_and_defaults(flux: LoadedModel) -> None:
+    capabilities = flux.capabilities
+    # Two by two latents of two pixels make a patch, and its authors took 128 latents a side.
+    assert capabilities.sizes == SizeRange(128, 512, 4, 256)
+    assert capabilities.schedulers == (SCHEDULER,)
+    assert capabilities.default_num_inference_steps == 28
+    assert capabilities.default_guidance_scale == 3.5
+    assert capabilities.description.startswith("FluxPipeline from")
+
+
+def test_stable_diffusion_3_is_no_larger_than_its_table_of_positions(sd3: LoadedModel) -> None:
+    assert sd3.capabilities.sizes == SizeRange(8, 24, 4, 16)
+    assert sd3.capabilities.default_num_inference_steps == 28
+    assert sd3.capabilities.default_guidance_scale == 7.0
+
+
+def test_a_lent_pipeline_of_another_family_makes_pictures(
+    flux: LoadedModel, sd3: LoadedModel
+) -> None:
+    assert picture(flux, 32).size == (32, 32)
+    assert picture(sd3, 24).size == (24, 24)
+
+
+def test_the_strictest_of_several_tokenizers_decides(flux: LoadedModel, sd3: LoadedModel) -> None:
+    for model in (flux, sd3):
+        assert model.capabilities.max_prompt_tokens == T5_TOKENS < CLIP_TOKENS
+        model.prompt_meter.check(a_request(prompt="red " * (T5_TOKENS - 1)))
+        with pytest.raises(InvalidRequestError, match=f"{T5_TOKENS + 1} tokens long"):
+            model.prompt_meter.check(a_request(prompt="red " * T5_TOKENS))
+        # Many letters in few words: CLIP's tokenizer counts letters here.
+        with pytest.raises(InvalidRequestError, match=f"limit of model tiny is {CLIP_TOKENS}"):
+            model.prompt_meter.check(a_request(prompt="heart" * 16))
+
+
+def test_an_operator_may_accept_that_an_encoder_cuts(flux_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(flux_folder, tmp_path / "copied"))
+    (folder / "stepserve.json").write_text(json.dumps({"max_prompt_tokens": 90}))
+    model = load_model("flux", folder, dtype="float32", device="cpu")
+    assert model.capabilities.max_prompt_tokens == 90
+    model.prompt_meter.check(a_request(prompt="red " * (T5_TOKENS + 1)))
+    with pytest.raises(InvalidRequestError, match="limit of model tiny is 90"):
+        model.prompt_meter.check(a_request(prompt="red " * 40))
+
+
+def test_transformers_keep_their_memory_format(flux: LoadedModel, sd3: LoadedModel) -> None:
+    for model in (flux, sd3):
+        vae = next(p for p in model.pipeline.vae.parameters() if p.dim() == 4 and p.shape[1] > 1)
+        assert vae.is_contiguous(memory_format=torch.channels_last)
+        assert not model.pipeline.transformer.training
+    patches = sd3.pipeline.transformer.pos_embed.proj.weight
+    assert patches.is_contiguous()
+
+
+def test_a_class_conditional_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"takes no prompt \(it needs: class_labels\)"):
+        load_model("dit", save_tiny_dit(tmp_path), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "needs more than a prompt: image"),
+        ("StableDiffusionInpaintPipeline", "needs more than a prompt: image, mask_image"),
+        ("FluxControlPipeline", "needs more than a prompt: control_image"),
+        ("WanPipeline", "makes videos, not pictures"),
+        ("SanaVideoPipeline", "makes videos, not pictures"),
+        ("StableAudioPipeline", "makes sound, not pictures"),
+        ("KandinskyV22PriorPipeline", "makes embeddings, not pictures"),
+        ("DDPMPipeline", "takes no prompt$"),
+        ("NoSuchPipeline", "diffusers has no pipeline 'NoSuchPipeline'"),
+        (["own_code", "OwnPipeline"], "no code of a folder is run"),
+    ],
+)
+def test_other_pipelines_are_refused_before_weights_are_read(
+    tmp_path: Path, name: object, reason: str
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    (tmp_path / "own_code.py").write_text("raise SystemExit('code of a folder was run')")
+    with pytest.raises(ModelLoadError, match=reason):
+        load_model("x", tmp_path)
+
+
+def test_code_that_a_component_brings_is_not_run(flux_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(flux_folder, tmp_path / "copied"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["own_code", "OwnTransformer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "transformer/own_code.py").write_text("raise SystemExit('code of a folder was run')")
+    with pytest.raises(ModelLoadError, match=r"own_code|trust_remote_code"):
+        load_model("x", folder)
