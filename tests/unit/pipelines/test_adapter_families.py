@@ -217,7 +217,7 @@ def test_an_adapter_that_diffusers_would_make_room_for_in_the_model_is_refused(
     save_file(load_file(file) | wide, file)
     denoiser = flux()
     before = denoiser.forward()
-    with pytest.raises(InvalidRequestError, match="x_embedder.* is for 8 features"):
+    with pytest.raises(InvalidRequestError, match=r"x_embedder.* is for 8 features"):
         shelf_forwards(denoiser, file)
     assert torch.equal(denoiser.forward(), before)
     denoiser.pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
