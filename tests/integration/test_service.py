@@ -100,6 +100,18 @@ def test_png_holds_every_parameter(client: httpx.Client) -> None:
     assert [image["seed"] for image in answer.body["data"]] == [11, 12]
 
 
+def test_answers_say_what_shaped_the_picture_and_where_it_was_made(client: httpx.Client) -> None:
+    wanted = {"guidance_start": 0.1, "guidance_end": 0.6, "reproducible": True}
+    given = {"priority": "interactive", "deadline_s": 60, "num_inference_steps": 10, "seed": 1}
+    one, other = (generate(client, prompt="pizza", **wanted, **given) for _ in range(2))
+    assert wanted.items() <= one.body["parameters"].items()
+    assert one.body["data"] == other.body["data"]
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["tasks"] == ["text-to-image", "image-to-image", "inpainting"]
+    assert one.body["fingerprint"] == model["fingerprint"]["short"]
+    assert model["fingerprint"]["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize(("output_format", "kind"), [("jpeg", "JPEG"), ("webp", "WEBP")])
 def test_other_formats(client: httpx.Client, output_format: str, kind: str) -> None:
     answer = generate(client, prompt="pizza", num_inference_steps=2, output_format=output_format)
