@@ -112,6 +112,8 @@ class EngineSettings(_Section):
     max_rows: PositiveInt = 32
     """Most rows in one shared forward of the denoiser."""
     max_waiting_pictures: PositiveInt = 64
+    fixed_rows: bool = True
+    """Where the load would decide the last bits of a picture, fill forwards up to one row count."""
     threads: PositiveInt | None = None
     """Torch threads; None means as many as there are cores."""
     niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10

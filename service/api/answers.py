@@ -167,6 +167,12 @@ class ModelAnswer(BaseModel):
     guidance_interval: bool = Field(
         description="Whether `guidance_start` and `guidance_end` may be set."
     )
+    same_bytes: bool = Field(
+        description="Whether a picture has the same bytes at any load, on the device at hand."
+    )
+    sharing_remark: str = Field(
+        description="What is unusual in how requests share computation; empty where nothing is."
+    )
     fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
 
 

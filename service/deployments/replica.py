@@ -100,13 +100,15 @@ def _settle_from_thread(
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     from service.pipelines.load import leave_cores_to_engine, load_model
-    from service.pipelines.runner import PipelineRunner
+    from service.pipelines.runner import PipelineRunner, SharingOptions
     from service.pipelines.warm_up import warm_up
 
     settings = spec.settings
     leave_cores_to_engine()
     model = load_model(spec.model_id, spec.folder, settings.dtype, settings.device, speed=settings)
-    runner = PipelineRunner(model, engine_options(settings.engine), adapter_options(settings))
+    sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
+    adapters = adapter_options(settings)
+    runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing)
     runner.start()
     seconds = warm_up(runner)
     logger.info("model %s is warm after %.1f s", spec.model_id, seconds)

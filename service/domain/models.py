@@ -34,7 +34,11 @@ class SizeRange:
 class ModelCapabilities:
     """Limits and defaults of one model, as `GET /v1/models` tells them.
 
-    `guidance_interval` tells whether guidance may be limited to some of the steps.
+    Args:
+        guidance_interval: whether guidance may be limited to some of the steps.
+        same_bytes: whether a picture is the same in every bit whatever the load, on the device that
+            serves it. Where it is not, `reproducible` requests give that.
+        sharing_remark: what is unusual in how requests share forwards; empty: nothing.
     """
 
     id: str
@@ -55,4 +59,6 @@ class ModelCapabilities:
     owned_by: str = "stepserve"
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     guidance_interval: bool = True
+    same_bytes: bool = True
+    sharing_remark: str = ""
     fingerprint: Fingerprint | None = None

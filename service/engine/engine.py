@@ -82,13 +82,20 @@ class Engine:
         self._nothing_in_hand = threading.Condition(self._lock)
         self._in_hand: set[Track] = set()
         self._open = True
+        self._prepare: Callable[[], None] = lambda: None
         # Written by the engine thread only.
         self._running = True
         self._last_sign_of_life_s = time.monotonic()
 
-    def start(self) -> None:
-        """Start the engine thread."""
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Start the engine thread, and wait until `prepare` has run on it, ahead of any work.
+
+        Raises what `prepare` raises.
+        """
+        prepared: Future[None] = Future()
+        self._prepare = partial(_answer, prepared, prepare)
         self._thread.start()
+        prepared.result()
 
     def submit(self, work: Work) -> int:
         """Accept work and return how many requests are ahead of it.
@@ -176,6 +183,7 @@ class Engine:
     def _main(self) -> None:
         try:
             self._settle_in()
+            self._prepare()
             while self._running:
                 self._turn()
         finally:

@@ -20,6 +20,7 @@ from torch import Tensor
 from service.domain.requests import Task
 from service.pipelines.blending import denoiser_for_inpainting
 from service.pipelines.schedulers import build_scheduler
+from service.pipelines.signature import CallSignature, read_signature
 
 OTHER_TASKS = {
     Task.IMAGE_TO_IMAGE: AutoPipelineForImage2Image,
@@ -44,11 +45,16 @@ class PipelineLender:
         self._prototypes: dict[str, Any] = {}
         pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
         self._lenders = {task: (p, _lent_class(p)) for task, p in pipelines.items()}
+        self._signatures = {task: read_signature(type(p)) for task, p in pipelines.items()}
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """What can be done with these modules."""
         return tuple(self._lenders)
+
+    def signature(self, task: Task) -> CallSignature:
+        """What the pipeline of a task takes."""
+        return self._signatures[task]
 
     def lend(self, scheduler: str | None = None, task: Task = Task.TEXT_TO_IMAGE) -> Any:
         """An ordinary pipeline of the task's class name, with a scheduler of its own.

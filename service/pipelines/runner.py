@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,14 +21,35 @@ from service.engine.listener import tell
 from service.engine.track import Work, as_stepserve_error
 from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.adapters import AdapterShelf
-from service.pipelines.attach import ParkingOptions, attach
+from service.pipelines.attach import PROMPTS_BYTES, ParkingOptions, attach
 from service.pipelines.guidance import narrow_to_interval
 from service.pipelines.images import encode_image
 from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
+from service.pipelines.sharing import SharingPlan, plan_sharing
 from service.pipelines.tasks import denoiser_calls, make_pictures
+from service.pipelines.trials import make_trials
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """What an operator decides about how requests share forwards.
+
+    Args:
+        fixed_rows: where pictures would else depend on the load in their last bits, fill forwards
+            up to one row count if that cures it.
+        prompt_cache_bytes: how much is kept of each text encoder's outputs.
+    """
+
+    fixed_rows: bool = True
+    prompt_cache_bytes: int = PROMPTS_BYTES
+
+
+DEFAULT_SHARING = SharingOptions()
 
 
 @dataclass(frozen=True)
@@ -85,21 +107,32 @@ class PipelineRunner:
         model: LoadedModel,
         options: EngineOptions | None = None,
         adapters: AdapterOptions | None = None,
+        sharing: SharingOptions = DEFAULT_SHARING,
     ) -> None:
         self.model = model
         self.engine = Engine(options)
         self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
+        self.plan = SharingPlan()
+        self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        fingerprint = model.capabilities.fingerprint
-        self._fingerprint = fingerprint.short if fingerprint else ""
-        options = self.engine.options
-        parking = ParkingOptions(max_rows=options.row_ceiling, enter=self.adapters.enter())
-        self._detach = attach(model.pipeline, parking)
+        self._fingerprint = ""
+        self._detach: Callable[[], None] = lambda: None
 
     def start(self) -> None:
-        """Start the engine."""
-        self.engine.start()
+        """Start the engine, and find out on its thread how requests may share forwards."""
+        self.engine.start(self._settle_plan)
+        plan, fingerprint = self.plan, self._limits.fingerprint
+        if fingerprint is not None:
+            fingerprint = replace(fingerprint, row_buckets=plan.row_policy)
+            self._fingerprint = fingerprint.short
+        self._limits = replace(
+            self._limits,
+            fingerprint=fingerprint,
+            same_bytes=plan.same_bytes,
+            sharing_remark=plan.remark,
+        )
+        logger.info("%s: %s. %s", self.model.capabilities.id, plan.row_policy, plan.remark)
 
     def capabilities(self) -> ModelCapabilities:
         """What the model can do, with the adapters there are at this moment."""
@@ -124,6 +157,21 @@ class PipelineRunner:
         self._encoder.shutdown(wait=True)
         self._detach()
         self.adapters.close()
+
+    def _settle_plan(self) -> None:
+        pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
+        trials = make_trials(self.model)
+        self.plan = plan_sharing(pipeline, trials, ceiling, self._sharing.fixed_rows)
+        parking = self.plan.parking(
+            ParkingOptions(
+                max_rows=ceiling,
+                prompt_cache_bytes=self._sharing.prompt_cache_bytes,
+                enter=self.adapters.enter(),
+            )
+        )
+        self.engine.batcher.one_at_a_time = self.plan.alone
+        self.engine.batcher.limit_rows(parking.max_rows)
+        self._detach = attach(pipeline, parking)
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
         listener = RequestListener(request, sink, self._encoder, self._fingerprint)

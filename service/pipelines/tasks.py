@@ -12,6 +12,7 @@ from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.requests import GenerationRequest, Task
 from service.pipelines.inputs import InputPictures
 from service.pipelines.load import LoadedModel
+from service.pipelines.signature import accepted_arguments
 
 OnStep = Callable[[int, int], None]
 NO_PICTURES = InputPictures()
@@ -33,6 +34,18 @@ def make_pictures(
     Raises:
         GenerationFailedError: the denoiser's numbers overflowed.
     """
+    images: list[Image.Image] = call_pipeline(model, request, inputs, on_step)
+    return images
+
+
+def call_pipeline(
+    model: LoadedModel,
+    request: GenerationRequest,
+    inputs: InputPictures = NO_PICTURES,
+    on_step: OnStep | None = None,
+    output_type: str = "pil",
+) -> Any:
+    """Call a borrowed pipeline with those of a request's arguments that it takes."""
 
     def step_ended(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> Any:
         if on_step is not None:
@@ -41,19 +54,21 @@ def make_pictures(
             _check_finite(values["latents"], request)
         return {}
 
-    pipeline = model.lender.lend(request.scheduler, request.task)
-    images: list[Image.Image] = pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt or None,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=request.n,
-        generator=make_generators(request.seed, request.n),
-        callback_on_step_end=step_ended,
-        callback_on_step_end_tensor_inputs=["latents"],
+    wanted = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt or None,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "num_images_per_prompt": request.n,
+        "generator": make_generators(request.seed, request.n),
+        "callback_on_step_end": step_ended,
+        "callback_on_step_end_tensor_inputs": ["latents"],
+        "output_type": output_type,
         **task_arguments(request, inputs),
-    ).images
-    return images
+    }
+    pipeline = model.lender.lend(request.scheduler, request.task)
+    signature = model.lender.signature(request.task)
+    return pipeline(**accepted_arguments(signature, wanted))[0]
 
 
 def task_arguments(request: GenerationRequest, inputs: InputPictures) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Small requests of everything that a model does, to find out how its requests may share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from service.domain.models import ModelCapabilities
+from service.domain.requests import GenerationRequest, Task
+from service.pipelines.inputs import InputPictures
+from service.pipelines.load import LoadedModel
+from service.pipelines.self_check import Trial
+from service.pipelines.tasks import call_pipeline
+
+PROMPTS = ("a red heart", "a blue house")
+STEPS = 2
+
+
+def make_trials(model: LoadedModel) -> list[Trial]:
+    """Two requests of each task, one with guidance and one without: calls of two and of one row."""
+    requests = [
+        _request(model.capabilities, task, index)
+        for task in model.lender.tasks
+        for index in range(len(PROMPTS))
+    ]
+    return [partial(_try, model, request) for request in requests]
+
+
+def _request(capabilities: ModelCapabilities, task: Task, index: int) -> GenerationRequest:
+    return GenerationRequest(
+        id=f"trial-{task}-{index}",
+        model=capabilities.id,
+        prompt=PROMPTS[index],
+        width=capabilities.sizes.native,
+        height=capabilities.sizes.native,
+        num_inference_steps=STEPS,
+        guidance_scale=0.0 if index else capabilities.default_guidance_scale,
+        seed=index,
+        scheduler=capabilities.default_scheduler,
+        task=task,
+        strength=1.0,
+    )
+
+
+def _try(model: LoadedModel, request: GenerationRequest) -> Tensor:
+    pictures: Tensor = call_pipeline(model, request, _pictures(request), output_type="pt")
+    return torch.as_tensor(pictures)
+
+
+def _pictures(request: GenerationRequest) -> InputPictures:
+    """Something to start from: a slope of greys, whose right half may be repainted."""
+    slope = np.linspace(0, 255, request.width, dtype=np.uint8)
+    greys = np.broadcast_to(slope, (request.height, request.width))
+    return InputPictures(
+        image=Image.fromarray(greys).convert("RGB"),
+        mask_image=Image.fromarray((greys > 127).astype(np.uint8) * 255),
+    )
