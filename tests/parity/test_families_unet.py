@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -12,6 +12,7 @@ from families import (
     cascade,
     controlled,
     deepfloyd,
+    edits,
     kandinsky,
     stable_diffusion,
     stable_diffusion_xl,
@@ -24,6 +25,7 @@ from torch import Tensor
 MODULES = (
     stable_diffusion,
     stable_diffusion_xl,
+    edits,
     controlled,
     kandinsky,
     cascade,
@@ -35,6 +37,15 @@ FAMILIES = {family.name: family for module in MODULES for family in module.FAMIL
 # Far more than rounding, which moves them by 1e-5 of the range and less.
 LEAST_DIFFERENCE = 0.05
 LEAST_EFFECT = 0.01
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Modules this small are many times slower with more, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def call(family: Family, pipeline: Any, variation: Variation, **changes: Any) -> Tensor:
@@ -113,6 +124,8 @@ def test_all_variations_can_be_asked_for(family: Family) -> None:
         ("Stable Cascade, decoder", "image_embeddings", lambda latents: -latents),
         ("DeepFloyd IF, super-resolution", "image", lambda picture: -picture),
         ("DeepFloyd IF, super-resolution", "noise_level", lambda level: level + 1),
+        ("InstructPix2Pix", "image", lambda picture: 1 - picture),
+        ("Stable Diffusion upscaler", "noise_level", lambda level: level + 1),
         ("StableUnCLIP", "prior_guidance_scale", lambda _: 9.0),
         ("DiT", "class_labels", lambda labels: [labels[0] + 1]),
         ("Consistency model", "class_labels", lambda labels: [labels[0] + 1]),

@@ -64,7 +64,7 @@ XL_SETTINGS: dict[str, Any] = {
 }
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**changes: Any) -> AutoencoderKL:
     """Halves a picture once."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
@@ -73,6 +73,7 @@ def tiny_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=SIDE,
+        **changes,
     )
 
 
