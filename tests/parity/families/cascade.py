@@ -11,11 +11,11 @@ from diffusers import (
     StableCascadePriorPipeline,
     StableCascadeUNet,
 )
-from diffusers.pipelines.wuerstchen import PaellaVQModel
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 
 from families.family import Family, Variation, seeded
 from families.tokenizers import clip_tokenizer
-from families.unet_parts import WIDTH, prompted, tiny_clip_text
+from families.unet_parts import WIDTH, prompted, relative_output, tiny_clip_text
 
 LAYERS = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENTION_LAYERS = (*LAYERS, "SDCascadeAttnBlock")
@@ -104,6 +104,7 @@ FAMILIES = (
         seeded(build_prior),
         from_prompt,
         denoiser="prior",
+        result=relative_output,
         remark="makes latents, no pictures",
     ),
     Family(

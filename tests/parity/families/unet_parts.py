@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel, VQModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -15,7 +15,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from families.family import NEGATIVE_PROMPT, Variation
+from families.family import NEGATIVE_PROMPT, Variation, first_output
 from families.tokenizers import VOCABULARY, clip_tokenizer
 
 CLIP_VOCABULARY = 514
@@ -64,7 +64,7 @@ XL_SETTINGS: dict[str, Any] = {
 }
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**changes: Any) -> AutoencoderKL:
     """Halves a picture once."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
@@ -73,13 +73,14 @@ def tiny_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=SIDE,
+        **changes,
     )
 
 
 def tiny_movq() -> VQModel:
     """What Kandinsky decodes latents with."""
     return VQModel(
-        block_out_channels=(8, 16),
+        block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
         latent_channels=4,
@@ -117,14 +118,17 @@ def tiny_t5() -> T5EncoderModel:
 
 def sd_scheduler() -> PNDMScheduler:
     """The noise schedule of Stable Diffusion, from which other schedulers are made."""
-    return PNDMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
+    config = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        # Not this scheduler's, but for those that are made from it.
+        "clip_sample": False,
+    }
+    return PNDMScheduler.from_config(config)
 
 
 def sd_components(**changes: Any) -> dict[str, Any]:
@@ -162,6 +166,12 @@ def fill_zeros(module: nn.Module, standard_deviation: float = 0.1) -> None:
     for parameter in module.parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=standard_deviation)
+
+
+def relative_output(output: Any) -> Tensor:
+    """Latents as parts of their largest value, which depends on the scheduler."""
+    latents = first_output(output)
+    return latents / latents.abs().max()
 
 
 def common(variation: Variation) -> dict[str, Any]:
