@@ -10,7 +10,8 @@ from service.domain.events import Event, Failed, Finished, StepFinished
 from service.domain.requests import GenerationRequest
 from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.load import LoadedModel
-from service.pipelines.runner import PipelineRunner
+from service.pipelines.runner import PipelineRunner, SharingOptions
+from service.pipelines.sharing import SharingPlan
 
 
 def generate_locally(
@@ -21,7 +22,9 @@ def generate_locally(
     Raises:
         StepserveError: the request was refused or failed.
     """
-    runner = PipelineRunner(model, adapters=adapters)
+    # There is nobody to share with, so nothing to find out.
+    alone = SharingOptions(plan=SharingPlan())
+    runner = PipelineRunner(model, adapters=adapters, sharing=alone)
     runner.start()
     events: SimpleQueue[Event] = SimpleQueue()
     try:

@@ -43,10 +43,12 @@ class SharingOptions:
         fixed_rows: where pictures would else depend on the load in their last bits, fill forwards
             up to one row count if that cures it.
         prompt_cache_bytes: how much is kept of each text encoder's outputs.
+        plan: made before; None makes one when the engine starts.
     """
 
     fixed_rows: bool = True
     prompt_cache_bytes: int = PROMPTS_BYTES
+    plan: SharingPlan | None = None
 
 
 DEFAULT_SHARING = SharingOptions()
@@ -116,7 +118,8 @@ class PipelineRunner:
         self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        self._fingerprint = ""
+        fingerprint = model.capabilities.fingerprint
+        self._fingerprint = fingerprint.short if fingerprint else ""
         self._detach: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -160,8 +163,9 @@ class PipelineRunner:
 
     def _settle_plan(self) -> None:
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
-        trials = make_trials(self.model)
-        self.plan = plan_sharing(pipeline, trials, ceiling, self._sharing.fixed_rows)
+        self.plan = self._sharing.plan or plan_sharing(
+            pipeline, make_trials(self.model), ceiling, self._sharing.fixed_rows
+        )
         parking = self.plan.parking(
             ParkingOptions(
                 max_rows=ceiling,

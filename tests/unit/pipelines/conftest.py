@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tiny_model import save_tiny_model
+from tiny_model import UNTRIED, save_tiny_model
 
 from service.engine.engine import EngineOptions
 from service.pipelines.load import LoadedModel, load_model
@@ -39,7 +39,7 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 
 @pytest.fixture
 def runner(tiny: LoadedModel) -> Iterator[PipelineRunner]:
-    made = PipelineRunner(tiny, EngineOptions(max_rows=16, max_waiting_pictures=8))
+    made = PipelineRunner(tiny, EngineOptions(max_rows=16, max_waiting_pictures=8), sharing=UNTRIED)
     made.start()
     yield made
     made.stop()

@@ -26,7 +26,7 @@ from tiny_adapters import (
     uses,
     with_adapters,
 )
-from tiny_model import Inbox, a_request, pixels
+from tiny_model import UNTRIED, Inbox, a_request, pixels
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.events import Failed, Finished
@@ -76,7 +76,7 @@ def make(tiny: LoadedModel, folder: Path) -> Iterator[Make]:
     def make_runner(**options: Any) -> PipelineRunner:
         adapters = AdapterOptions(**({"folder": folder} | options))
         engine = EngineOptions(max_rows=32, max_waiting_pictures=100)
-        runners.append(PipelineRunner(tiny, engine, adapters))
+        runners.append(PipelineRunner(tiny, engine, adapters, sharing=UNTRIED))
         return runners[-1]
 
     yield make_runner
@@ -253,7 +253,7 @@ def test_requests_without_adapters_are_those_of_a_model_that_never_had_any(
     make: Make, tiny: LoadedModel
 ) -> None:
     bare = requests_with((), (), guidance_scale=3.0)
-    never = PipelineRunner(tiny, EngineOptions(max_rows=32))
+    never = PipelineRunner(tiny, EngineOptions(max_rows=32), sharing=UNTRIED)
     untouched = serve_together(never, bare)
     never.stop()
     others = requests_with(*MIXED, guidance_scale=3.0)

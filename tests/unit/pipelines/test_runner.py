@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from PIL import Image
-from tiny_model import MAX_TOKENS, Inbox, a_request, pixels
+from tiny_model import MAX_TOKENS, UNTRIED, Inbox, a_request, pixels
 
 from service.domain.errors import (
     CancelledError,
@@ -62,7 +62,7 @@ def test_what_the_model_cannot_do_is_answered_at_once(
 
 
 def test_a_full_or_stopped_server_is_answered_at_once(tiny: LoadedModel) -> None:
-    runner = PipelineRunner(tiny, EngineOptions(max_waiting_pictures=1))
+    runner = PipelineRunner(tiny, EngineOptions(max_waiting_pictures=1), sharing=UNTRIED)
     first, second, late = Inbox(), Inbox(), Inbox()
     runner.submit(a_request(id="1"), first)
     runner.submit(a_request(id="2"), second)
@@ -79,7 +79,7 @@ def test_a_full_or_stopped_server_is_answered_at_once(tiny: LoadedModel) -> None
 
 
 def test_cancelling_answers_with_cancelled(tiny: LoadedModel) -> None:
-    runner = PipelineRunner(tiny)
+    runner = PipelineRunner(tiny, sharing=UNTRIED)
     inbox = Inbox()
     runner.submit(a_request(id="7", num_inference_steps=1000), inbox)
     runner.cancel("7")
@@ -148,7 +148,7 @@ def test_numbers_that_overflow_are_a_failure_and_not_a_black_picture(
 
 def test_steps_are_shared_and_encodes_and_decodes_are_not(tiny: LoadedModel) -> None:
     """Kernels of text encoder and VAE may round differently for another row count."""
-    runner = PipelineRunner(tiny)
+    runner = PipelineRunner(tiny, sharing=UNTRIED)
     inboxes = [Inbox() for _ in range(2)]
     for n, inbox in enumerate(inboxes, start=1):
         runner.submit(a_request(id=str(n), n=n, seed=10 * n), inbox)
@@ -182,7 +182,9 @@ def test_attaching_keeps_the_smaller_limit_and_can_be_undone(tiny: LoadedModel) 
 
 
 def test_stopping_detaches(tiny: LoadedModel) -> None:
-    runner = PipelineRunner(tiny)
+    runner = PipelineRunner(tiny, sharing=UNTRIED)
+    assert "forward" not in vars(tiny.pipeline.unet)
+    runner.start()
     assert "forward" in vars(tiny.pipeline.unet)
     runner.stop()
     assert "forward" not in vars(tiny.pipeline.unet)
@@ -207,7 +209,7 @@ def test_work_is_estimated_by_the_schedulers_own_count(
 def test_warming_up_runs_growing_row_counts(
     tiny: LoadedModel, max_rows: int, requests: int
 ) -> None:
-    runner = PipelineRunner(tiny, EngineOptions(max_rows=max_rows))
+    runner = PipelineRunner(tiny, EngineOptions(max_rows=max_rows), sharing=UNTRIED)
     runner.start()
     assert warm_up(runner) > 0
     runner.stop()

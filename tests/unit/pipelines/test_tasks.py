@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
 from PIL import Image
-from tiny_model import Inbox, a_request, default_scheduler, pixels, save_tiny_model
+from tiny_model import UNTRIED, Inbox, a_request, default_scheduler, pixels, save_tiny_model
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.events import Failed, Finished
@@ -54,7 +54,9 @@ def a_request_for(task: Task, **changes: Any) -> GenerationRequest:
 
 def serve(model: LoadedModel, *requests: GenerationRequest) -> tuple[list[Any], PipelineRunner]:
     """All at once, so that whatever may share does."""
-    runner = PipelineRunner(model, EngineOptions(max_rows=16, max_waiting_pictures=20))
+    runner = PipelineRunner(
+        model, EngineOptions(max_rows=16, max_waiting_pictures=20), sharing=UNTRIED
+    )
     inboxes = [Inbox() for _ in requests]
     for request, inbox in zip(requests, inboxes, strict=True):
         runner.submit(request, inbox)
@@ -157,7 +159,7 @@ def test_work_is_estimated_with_strength(
     request = a_request_for(task, scheduler=scheduler, num_inference_steps=steps, strength=strength)
     assert denoiser_calls(tiny, request) == calls
     inbox = Inbox()
-    runner = PipelineRunner(tiny)
+    runner = PipelineRunner(tiny, sharing=UNTRIED)
     runner.start()
     runner.submit(request, inbox)
     assert isinstance(inbox.wait(), Finished)
@@ -230,7 +232,7 @@ def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedM
     )
     ended = Inbox()
     work.listener.failed = lambda error, timings: ended(Failed("r", error))
-    runner = PipelineRunner(tiny)
+    runner = PipelineRunner(tiny, sharing=UNTRIED)
     runner.engine.submit(work)
     runner.start()
     outcome = ended.wait()
@@ -251,7 +253,7 @@ def test_reproducible_requests_share_no_forward(tiny: LoadedModel, rows: list[in
 def test_what_the_policy_needs_reaches_the_engine(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = PipelineRunner(tiny)
+    runner = PipelineRunner(tiny, sharing=UNTRIED)
     submitted: list[Work] = []
     monkeypatch.setattr(runner.engine, "submit", submitted.append)
     runner.submit(a_request(), Inbox())

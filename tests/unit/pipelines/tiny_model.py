@@ -22,8 +22,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from service.domain.events import Event, Failed, Finished
 from service.domain.requests import GenerationRequest
+from service.pipelines.runner import SharingOptions
+from service.pipelines.sharing import SharingPlan
 
 MAX_TOKENS = 16
+# For tests that count forwards, and in float32: requests share as they come.
+UNTRIED = SharingOptions(plan=SharingPlan())
 NATIVE_PX = 64
 
 
