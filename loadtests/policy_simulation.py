@@ -1,4 +1,4 @@
-"""What a policy does to latency and goodput, by simulation: the real policy, forwards without torch.
+"""What a policy does to latency and goodput: the real policy, forwards that only take time.
 
     python -m loadtests.policy_simulation
 
@@ -175,9 +175,7 @@ def goodput_knee(policy: Policy, mix: Mix, count: int = 800, seed: int = 1) -> f
         low, high = high, 2 * high
     while high / low > 1.02:
         middle = math.sqrt(low * high)
-        low, high = (
-            (middle, high) if holds(policy, at_rate(requests, middle)) else (low, middle)
-        )
+        low, high = (middle, high) if holds(policy, at_rate(requests, middle)) else (low, middle)
     return low
 
 
