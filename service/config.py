@@ -84,8 +84,8 @@ class HttpSettings(_Section):
 class EngineSettings(_Section):
     """One engine: how much it takes on, and how much of the machine it may use."""
 
-    max_rows: PositiveInt = 32
-    """Most rows in one shared forward of the denoiser."""
+    max_rows: PositiveInt | None = None
+    """Most rows in one shared forward of the denoiser; None means measured at start, up to 64."""
     max_waiting_pictures: PositiveInt = 64
     threads: PositiveInt | None = None
     """Torch threads; None means as many as there are cores."""

@@ -95,13 +95,16 @@ class Outlook:
         self, tracks: Sequence[Track], max_active_rows: int, policy: Policy
     ) -> list[float]:
         """Seconds from now until each track should be finished, if there were no others."""
-        limits = {self._step_shape(t).shape: self._step_shape(t).max_rows for t in tracks}
+        # Looked up once: the engine thread may be learning a new shape at this moment.
+        shapes = [self._step_shape(track) for track in tracks]
+        limits = {step.shape: step.max_rows for step in shapes}
         device = Device(
             cost_of=self._forward_s,
             limit_of=lambda shape: min(limits[shape], max_active_rows),
             max_active_rows=max_active_rows,
         )
-        return finish_times_s([self._job(track, policy) for track in tracks], device)
+        jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
+        return finish_times_s(jobs, device)
 
     def stretched_s(self, track: Track, foretold_s: float) -> float:
         """What was foretold for a new track, made longer by as much as it usually gets.
@@ -118,8 +121,8 @@ class Outlook:
             stretch = self._stretches.setdefault(track.work.size, Average())
             stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
 
-    def _job(self, track: Track, policy: Policy) -> Job:
-        work, shape = track.work, self._step_shape(track).shape
+    def _job(self, track: Track, shape: Hashable, policy: Policy) -> Job:
+        work = track.work
         return Job(
             group=(shape, track.variant),
             shape=shape,
