@@ -1,4 +1,4 @@
-"""What a policy does to latency and goodput, simulated: the real policy, forwards without torch.
+"""What a policy does to latency and goodput: the real policy, forwards that only take time.
 
     python -m loadtests.policy_simulation
 

@@ -109,8 +109,8 @@ class HttpSettings(_Section):
 class EngineSettings(_Section):
     """One engine: how much it takes on, and how much of the machine it may use."""
 
-    max_rows: PositiveInt = 32
-    """Most rows in one shared forward of the denoiser."""
+    max_rows: PositiveInt | None = None
+    """Most rows in one shared forward of the denoiser; None means measured at start, up to 64."""
     max_waiting_pictures: PositiveInt = 64
     fixed_rows: bool = True
     """Where the load would decide the last bits of a picture, fill forwards up to one row count."""

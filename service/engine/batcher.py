@@ -129,7 +129,7 @@ class Batcher:
         """
         others = [*self.active, *self.queued] if in_hand is None else in_hand
         tracks = [*(other for other in others if other is not track), track]
-        return self.finish_times_s(tracks)[-1]
+        return self.outlook.stretched_s(track, self.finish_times_s(tracks)[-1])
 
     def finish_times_s(self, tracks: Sequence[Track]) -> list[float]:
         """Seconds from now until each should be finished, if there were no others."""
@@ -254,7 +254,7 @@ class Batcher:
             self.active = [track for track in self.active if not track.ended]
             self.queued = [track for track in self.queued if not track.ended]
         for track in ended:
-            self.outlook.track_ended(track)
+            self.outlook.track_ended(track, self.clock())
             self._on_ended(track)
 
 

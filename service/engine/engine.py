@@ -63,11 +63,13 @@ class Engine:
     """Runs submitted work. Every accepted piece of work ends in exactly one listener call.
 
     All methods may be called from any thread, and by listeners; only `stop` may not be called by
-    `Listener.accepted`, which runs while the door is held.
+    `Listener.accepted`, which runs while the door is held. `row_limit` is the most rows of one
+    shared denoiser forward, as configured or measured.
     """
 
     def __init__(self, options: EngineOptions | None = None, cost: CostModel | None = None) -> None:
         self.options = options or EngineOptions()
+        self.row_limit = self.options.row_ceiling
         self.batcher = Batcher(
             self.options.row_ceiling,
             cost,
@@ -146,12 +148,8 @@ class Engine:
 
     def limit_rows(self, rows: int) -> None:
         """Let shared denoiser forwards have at most so many rows from the next tick on."""
-        self._commands.put(partial(self.batcher.limit_rows, min(rows, self.options.row_ceiling)))
-
-    @property
-    def row_limit(self) -> int:
-        """Most rows of one shared denoiser forward, as configured or measured."""
-        return self.batcher.max_active_rows
+        self.row_limit = min(rows, self.options.row_ceiling)
+        self._commands.put(partial(self.batcher.limit_rows, self.row_limit))
 
     @property
     def counters(self) -> Counters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from service.engine.policy import Policy, Queued
 from service.engine.track import Stage, Track
 
 LEARNING_RATE = 0.1
+# In logarithms: few requests that took far longer than foretold say no more than this.
+MOST_STRETCH = 0.35
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Outlook:
         self._latest = StepShape(None, 1)
         self._tick_overhead_s = Average()
         self._other_row_s = Average()
+        self._stretches: dict[Hashable, Average] = {}
 
     def step_ended(self, track: Track, call: Call) -> None:
         """A denoising step of a track took part in a forward."""
@@ -60,12 +64,13 @@ class Outlook:
         """A tick is over; what was not spent in forwards is the engine's and the pipelines'."""
         self._tick_overhead_s.observe(max(busy_s - forward_s, 0.0))
 
-    def track_ended(self, track: Track) -> None:
+    def track_ended(self, track: Track, now_s: float) -> None:
         """A track is over: learn what requests take apart from their steps."""
         if track.state is RequestState.FINISHED:
             stage_s = track.clockwork.stage_s
             other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
             self._other_row_s.observe(other_s / track.work.rows)
+            self._learn_stretch(track, now_s - track.clockwork.submitted_s)
 
     def run_s(self, track: Track) -> float:
         """Seconds that the steps left to a track would take, were it alone."""
@@ -90,16 +95,34 @@ class Outlook:
         self, tracks: Sequence[Track], max_active_rows: int, policy: Policy
     ) -> list[float]:
         """Seconds from now until each track should be finished, if there were no others."""
-        limits = {self._step_shape(t).shape: self._step_shape(t).max_rows for t in tracks}
+        # Looked up once: the engine thread may be learning a new shape at this moment.
+        shapes = [self._step_shape(track) for track in tracks]
+        limits = {step.shape: step.max_rows for step in shapes}
         device = Device(
             cost_of=self._forward_s,
             limit_of=lambda shape: min(limits[shape], max_active_rows),
             max_active_rows=max_active_rows,
         )
-        return finish_times_s([self._job(track, policy) for track in tracks], device)
+        jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
+        return finish_times_s(jobs, device)
 
-    def _job(self, track: Track, policy: Policy) -> Job:
-        work, shape = track.work, self._step_shape(track).shape
+    def stretched_s(self, track: Track, foretold_s: float) -> float:
+        """What was foretold for a new track, made longer by as much as it usually gets.
+
+        Forecasts know nothing of those who come later and share the device.
+        """
+        track.foretold_s = foretold_s
+        stretch = self._stretches.get(track.work.size)
+        return foretold_s * math.exp(float(stretch or 0.0))
+
+    def _learn_stretch(self, track: Track, total_s: float) -> None:
+        if track.foretold_s and total_s > 0:
+            log_ratio = math.log(total_s / track.foretold_s)
+            stretch = self._stretches.setdefault(track.work.size, Average())
+            stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
+
+    def _job(self, track: Track, shape: Hashable, policy: Policy) -> Job:
+        work = track.work
         return Job(
             group=(shape, track.variant),
             shape=shape,

@@ -79,7 +79,7 @@ class RowLimits:
     answers are right either way, as the parts run apart, but failing first at every step would cost
     more than sharing gains.
 
-    The limit is doubled again after `RECOVERY_FORWARDS` forwards that succeeded with more than half
+    The limit is doubled again after `RECOVERY_FORWARDS` forwards that succeeded with at least half
     of the rows it allows, until it is where it was; one more success there and all is forgotten. If
     it fails after it was raised, that number is doubled, up to `MOST_RECOVERY_FORWARDS`. After
     `STRIKES` failures that were not for want of memory the shape keeps what worked for good: if
@@ -116,7 +116,7 @@ class RowLimits:
     def succeeded(self, call: Call, rows: int) -> None:
         """A forward with that many rows went well."""
         lowered = self._lowered.get(call.key.shape)
-        if lowered is None or lowered.for_good or 2 * rows <= lowered.rows:
+        if lowered is None or lowered.for_good or 2 * rows < lowered.rows:
             return
         lowered.successes += 1
         if lowered.rows >= self._configured(call):

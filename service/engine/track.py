@@ -124,6 +124,8 @@ class Track:
         self.steps_done = 0
         # Orders tracks by their submission.
         self.arrival = next(_arrivals)
+        # Seconds that it should take if nothing more came; what that was worth is learned.
+        self.foretold_s: float | None = None
         self._clock = clock
         self._stopped_by: BaseException | None = None
         # Made on start: a greenlet belongs to the thread that makes it, which must be the engine's.

@@ -1,17 +1,36 @@
-"""First forwards are slow, as kernels are chosen for each shape: better before serving."""
+"""First forwards are slow, as kernels are chosen for each shape: better before serving.
+
+Where the row limit is to be measured, it is measured here: steps of growing row counts are timed
+until more rows bring no more throughput, or memory or time runs out, and the knee of that curve
+becomes the limit.
+"""
 
 from __future__ import annotations
 
 import gc
+import logging
 import time
+from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
-from service.domain.errors import StepserveError
+import torch
+
+from service.domain.errors import CancelledError, StepserveError
 from service.domain.events import Event, Failed, Finished
 from service.domain.requests import GenerationRequest
+from service.domain.timings import Timings
+from service.engine.row_limits import is_out_of_memory, knee
+from service.engine.track import Work
 from service.pipelines.runner import PipelineRunner
+from service.pipelines.text_to_image import text_to_image
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 2
+# The first step of a row count is slow; of the others the fastest counts.
+MEASURED_STEPS = 4
+MEASURING_S = 6.0
 
 
 def warm_up(runner: PipelineRunner) -> float:
@@ -26,6 +45,8 @@ def warm_up(runner: PipelineRunner) -> float:
     while pictures <= max(limit, 1):
         _run(runner, _request(runner, pictures))
         pictures *= 2
+    if runner.engine.options.max_rows is None:
+        _set_measured_limit(runner)
     # What is loaded by now stays: the garbage collector need not walk a million objects again and
     # again between two denoising steps.
     gc.collect()
@@ -33,7 +54,99 @@ def warm_up(runner: PipelineRunner) -> float:
     return time.perf_counter() - started_s
 
 
-def _request(runner: PipelineRunner, pictures: int) -> GenerationRequest:
+def measure_steps(runner: PipelineRunner) -> dict[int, float]:
+    """Seconds of one step by its rows, for as many rows as are worth trying."""
+    started_s = time.perf_counter()
+    curve: dict[int, float] = {}
+    request = _request(runner, 1, MEASURED_STEPS)
+    while request.rows <= runner.engine.options.row_ceiling:
+        before_s = time.perf_counter()
+        seconds = _measure(runner, request)
+        if seconds is None:
+            break
+        best = max((rows / step_s for rows, step_s in curve.items()), default=0.0)
+        curve[request.rows] = seconds
+        now_s = time.perf_counter()
+        # Twice the rows will take about twice as long.
+        if (
+            request.rows / seconds < best
+            or now_s + 2 * (now_s - before_s) - started_s > MEASURING_S
+        ):
+            break
+        request = _request(runner, 2 * request.n, MEASURED_STEPS)
+    return curve
+
+
+class Stopwatch:
+    """Times the steps of one request, ends it after some, and says how it ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: list[float] = []
+        self.ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._device = device
+        self._last_s = 0.0
+
+    def step_ended(self, step: int, steps: int) -> None:
+        """Called inside the pipeline after each step."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now_s = time.perf_counter()
+        if step > 1:
+            self.seconds.append(now_s - self._last_s)
+        self._last_s = now_s
+        if step >= MEASURED_STEPS:
+            raise CancelledError("measured")
+
+    def accepted(self, position: int, expected_s: float) -> None:
+        """Nobody waits for it."""
+
+    def started(self) -> None:
+        """Nobody waits for it."""
+
+    def finished(self, result: Any, timings: Timings) -> None:
+        """It had fewer steps than were wanted."""
+        self.ended.put(None)
+
+    def failed(self, error: BaseException, timings: Timings) -> None:
+        """It was ended, or could not be done."""
+        self.ended.put(None if isinstance(error, CancelledError) else error)
+
+
+def _set_measured_limit(runner: PipelineRunner) -> None:
+    curve = measure_steps(runner)
+    if not curve:
+        return
+    runner.engine.limit_rows(knee(curve))
+    logger.info(
+        "model %s: %d rows share a forward at most; milliseconds by rows: %s",
+        runner.model.capabilities.id,
+        runner.engine.row_limit,
+        ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in curve.items()),
+    )
+
+
+def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None:
+    """Seconds of one step of `request` alone, or None if it cannot be done."""
+    stopwatch = Stopwatch(torch.device(runner.model.pipeline.device))
+    work = Work(
+        id=request.id,
+        rows=request.rows,
+        steps=MEASURED_STEPS,
+        pictures=request.n,
+        run=partial(text_to_image, runner.model, request, stopwatch.step_ended),
+        listener=stopwatch,
+        size=(request.width, request.height),
+    )
+    runner.engine.submit(work)
+    error = stopwatch.ended.get()
+    if error is not None and not is_out_of_memory(error):
+        logger.warning("%d rows could not be measured: %s", request.rows, error)
+    return None if error is not None else min(stopwatch.seconds, default=None)
+
+
+def _request(
+    runner: PipelineRunner, pictures: int, steps: int = WARM_UP_STEPS
+) -> GenerationRequest:
     capabilities = runner.model.capabilities
     return GenerationRequest(
         id=f"warm-up-{pictures}",
@@ -41,7 +154,7 @@ def _request(runner: PipelineRunner, pictures: int) -> GenerationRequest:
         prompt="warm up",
         width=capabilities.sizes.native,
         height=capabilities.sizes.native,
-        num_inference_steps=WARM_UP_STEPS,
+        num_inference_steps=steps,
         guidance_scale=capabilities.default_guidance_scale,
         seed=0,
         scheduler=capabilities.default_scheduler,

@@ -37,7 +37,7 @@ def test_defaults():
     assert settings.models == {"emoji": ModelSettings()}
     assert settings.default_model == "emoji"
     assert settings.models["emoji"].engine == EngineSettings(
-        max_rows=32, max_waiting_pictures=64, threads=None, niceness=10, drain_s=20.0
+        max_rows=None, max_waiting_pictures=64, threads=None, niceness=10, drain_s=20.0
     )
     assert settings.models["emoji"].path is None
 
@@ -284,7 +284,7 @@ def test_describe_is_a_file_of_the_same_settings(file: Path):
     file.write_text(settings.describe())
 
     assert load_settings(file, {}) == settings
-    assert yaml.safe_load(settings.describe())["models"]["sdxl"]["engine"]["max_rows"] == 32
+    assert yaml.safe_load(settings.describe())["models"]["sdxl"]["engine"]["max_rows"] is None
 
 
 def test_the_environment_does_not_change_the_files_tree(file: Path):

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from engine_fakes import Ear, Job, Modules, alone, job_work, make_work
 
 from service.domain.errors import (
     CancelledError,
+    ExpiredError,
     GenerationFailedError,
     NotReadyError,
     ServerFullError,
 )
 from service.domain.timings import Timings
 from service.engine.engine import Engine, EngineOptions
+from service.engine.policy import STRICT_FIFO
 
 PATIENCE_S = 20.0
 
@@ -114,6 +117,43 @@ def test_position_counts_those_ahead(engines: Callable[..., Engine], modules: Mo
     engine = engines(started=False)
     assert [engine.submit(job_work(modules, Job(seed=s), Ear())) for s in range(3)] == [0, 1, 2]
     assert engine.load().requests == engine.load().pictures == 3
+
+
+def test_the_caller_is_told_when_to_expect_it(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines(started=False)
+    ears = [Ear() for _ in range(3)]
+    for seed, ear in enumerate(ears):
+        engine.submit(job_work(modules, Job(seed=seed, steps=10), ear))
+    expected_s = [ear.expected_s for ear in ears]
+    assert all(seconds is not None and seconds > 0 for seconds in expected_s)
+    assert engine.load().backlog_s > 0
+
+
+def test_rows_may_be_limited_while_it_runs(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    engine = engines(max_rows=8)
+    for rows, limit in ((4, 4), (100, 8)):
+        engine.limit_rows(rows)
+        submit(engine, modules, Job(seed=rows)).wait()
+        assert engine.row_limit == limit
+
+
+def test_an_engine_drops_what_expired(engines: Callable[..., Engine], modules: Modules) -> None:
+    ear = WaitingEar()
+    work = replace(job_work(modules, Job(seed=1, steps=10**6), ear), deadline_s=0.05)
+    engine = engines()
+    engine.submit(work)
+    assert isinstance(ear.wait().error, ExpiredError)
+    assert engine.load().requests == 0
+
+
+def test_a_policy_is_chosen_by_name(engines: Callable[..., Engine], modules: Modules) -> None:
+    engine = engines(policy="strict-fifo")
+    assert engine.batcher._policy is STRICT_FIFO
+    assert submit(engine, modules, Job(seed=1)).wait().ends == ["finished"]
 
 
 def test_grad_is_disabled_in_tracks(engines: Callable[..., Engine], modules: Modules) -> None:

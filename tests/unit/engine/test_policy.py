@@ -1,14 +1,30 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import cycle
 
+import pytest
 import torch
 from engine_fakes import tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.domain.requests import Priority
 from service.engine.call import CallKey, ParkableMethod
-from service.engine.policy import Parked, group_due_s, pick
+from service.engine.policy import (
+    POLICIES,
+    Parked,
+    Queued,
+    Running,
+    due_s,
+    group_due_s,
+    patience,
+    pick,
+    room_beside_all,
+    room_beside_urgent,
+    strict_fifo,
+)
 
 CHEAP_S, STEP_S = 0.002, 0.050
 RULES = {
@@ -113,43 +129,161 @@ def test_shapes_share_the_device_by_time() -> None:
 
 @dataclass
 class Adversary:
-    """Tracks that re-park whatever hurts `victim` most, as soon as their forward is done."""
+    """Tracks that re-park whatever hurts `victim` most, as soon as their forward is done.
+
+    Forwards cost a fixed share and a share per row, so that company makes them longer.
+    """
 
     prices: dict[str, float]
     now_s: float = 0.0
     sequence: int = 0
 
     def cost_of(self, key: CallKey, rows: int) -> float:
-        return self.prices[key.method.split(".")[0]]
+        return self.prices[key.method.split(".")[0]] * (0.5 + 0.5 * rows)
 
-    def park(self, cost_s: float) -> Parked:
+    def park(self, name: str, rows: int, priority: int, slack_s: float) -> Parked:
         self.sequence += 1
-        name = f"track{self.sequence}"
-        self.prices[name] = cost_s
-        rule = ParkableMethod(name, "forward", lambda: None)
-        return Parked(tensor_call(torch.zeros(1, 1), rule=rule, sequence=self.sequence), self.now_s)
+        rule = ParkableMethod(name, "forward", lambda: None, max_rows=4)
+        call = tensor_call(torch.zeros(rows, 1), rule=rule, sequence=self.sequence)
+        return Parked(call, self.now_s, priority, self.now_s + slack_s)
+
+
+NAMES = ("a", "b", "c", "d")
+moves = st.tuples(
+    st.sampled_from(NAMES),
+    st.integers(1, 4),
+    st.sampled_from(list(Priority)),
+    st.sampled_from([-1.0, 0.0, 0.1, math.inf]),
+)
 
 
 @given(
-    victim_cost_s=st.floats(0.01, 1.0),
-    costs=st.lists(st.floats(0.001, 1.0), min_size=40, max_size=40),
+    prices=st.lists(st.floats(0.001, 1.0), min_size=4, max_size=4),
+    victim=moves,
+    choices=st.lists(moves, min_size=30, max_size=30),
     others=st.integers(0, 10),
 )
 def test_no_call_waits_longer_than_the_bound(
-    victim_cost_s: float, costs: list[float], others: int
+    prices: list[float],
+    victim: tuple[str, int, int, float],
+    choices: list[tuple[str, int, int, float]],
+    others: int,
 ) -> None:
-    """Start by t + C + A * F, as the policy's docstring derives."""
-    adversary = Adversary({})
-    choice = iter(costs * 100)
-    tracks = [adversary.park(next(choice)) for _ in range(others)]
-    victim = adversary.park(victim_cost_s)
-    longest_s = max([*costs, victim_cost_s])
-    bound_s = victim_cost_s + (others + 1) * longest_s
-    while True:
-        (chosen,) = pick([*tracks, victim], adversary.cost_of)
-        if chosen is victim:
-            break
-        adversary.now_s += adversary.cost_of(chosen.call.key, 1)
-        tracks.remove(chosen)
-        tracks.append(adversary.park(next(choice)))
+    """Start by t + p * C + A * F, and within A ticks after t + p * C, as the docstring derives."""
+    adversary = Adversary(dict(zip(NAMES, prices, strict=True)))
+    choice = cycle(choices)
+    tracks = [adversary.park(*next(choice)) for _ in range(others)]
+    waiting = adversary.park(*victim)
+    # Four rows are the limit of a forward.
+    due_by_s = patience(victim[2]) * 2.5 * adversary.prices[victim[0]]
+    bound_s = due_by_s + (others + 1) * 2.5 * max(prices)
+    late_ticks = 0
+    while waiting not in (group := pick([*tracks, waiting], adversary.cost_of)):
+        late_ticks += adversary.now_s > due_by_s
+        rows = sum(item.call.rows for item in group)
+        adversary.now_s += adversary.cost_of(group[0].call.key, rows)
+        tracks = [item for item in tracks if item not in group]
+        tracks += [adversary.park(*next(choice)) for _ in group]
         assert adversary.now_s <= bound_s + 1e-9
+        assert late_ticks <= others
+
+
+def test_a_group_is_due_with_its_most_urgent_call() -> None:
+    urgent = Parked(parked("large", 0.5, 3).call, 0.5, Priority.INTERACTIVE)
+    batch = Parked(parked("large", 0.0, 0).call, 0.0, Priority.BATCH)
+    step = parked("small", 0.52, 1)
+    assert pick([batch, step], price) == [step]
+    assert pick([batch, step, urgent], price) == [urgent, batch]
+
+
+def test_when_rows_do_not_fit_the_urgent_go_first_and_equals_by_age() -> None:
+    calls = [
+        Parked(parked("small", 0.0, n, rows=2).call, 0.0, priority)
+        for n, priority in enumerate([1, 2, 0, 1, 0, 2])
+    ]
+    assert [calls.index(item) for item in pick(calls, price)] == [2, 4, 0, 3]
+
+
+def test_what_waits_at_low_priority_ages() -> None:
+    batch = Parked(parked("large", 0.0, 0, rows=8).call, 0.0, Priority.BATCH)
+    due_s = 8 * PRICES["large"]
+    for now_s, expected in ((due_s - 0.1, False), (due_s, True)):
+        newcomer = Parked(parked("large", now_s, 1, rows=8).call, now_s, Priority.INTERACTIVE)
+        assert (pick([batch, newcomer], price) == [batch]) is expected
+
+
+def test_a_deadline_that_presses_goes_first() -> None:
+    calm = parked("small", 0.0, 0)
+    for latest_start_s, first in ((math.inf, False), (0.2, False), (0.02, True), (-5.0, True)):
+        pressed = Parked(parked("large", 0.01, 1).call, 0.01, latest_start_s=latest_start_s)
+        assert (pick([calm, pressed], price) == [pressed]) is first
+
+
+def test_nothing_is_due_before_it_was_parked() -> None:
+    assert due_s(5.0, 1.0, Priority.INTERACTIVE, latest_start_s=-100) == 5.0
+
+
+@pytest.mark.parametrize(("priority", "expected"), [(-3, 0.125), (0, 0.125), (2, 8), (9, 8)])
+def test_unknown_priorities_are_the_nearest_known(priority: int, expected: float) -> None:
+    assert patience(priority) == expected
+
+
+def test_priorities_share_the_device_as_eight_to_one() -> None:
+    """Two groups that cost the same; what they get is the share of their patience."""
+    now_s, runs = 0.0, {"small": 0, "large": 0}
+    priorities = {"small": Priority.NORMAL, "large": Priority.BATCH}
+    waiting = {n: Parked(parked(n, 0.0, 0).call, 0.0, p) for n, p in priorities.items()}
+    for sequence in range(900):
+        (item,) = pick(list(waiting.values()), lambda key, rows: STEP_S)
+        name = item.call.method.module
+        now_s += STEP_S
+        runs[name] += 1
+        waiting[name] = Parked(parked(name, now_s, 1 + sequence).call, now_s, priorities[name])
+    assert runs["small"] / runs["large"] == pytest.approx(8, rel=0.15)
+
+
+def fifo_line(*names: str) -> list[Parked]:
+    """Denoiser calls of requests in the order of their arrival; the youngest call first."""
+    return [
+        Parked(parked(name, 0.0, 9 - arrival).call, 0.0, arrival=arrival)
+        for arrival, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "together"),
+    [
+        ("small", 1),
+        ("small small large small", 2),
+        ("large small small", 1),
+        (" ".join(["small"] * 12), 8),
+    ],
+)
+def test_strict_fifo_runs_the_oldest_and_a_different_one_blocks(line: str, together: int) -> None:
+    calls = fifo_line(*line.split())
+    assert strict_fifo(list(reversed(calls)), price) == calls[:together]
+    assert strict_fifo([], price) == []
+
+
+def test_strict_fifo_lets_newcomers_reach_their_first_step() -> None:
+    rule = ParkableMethod("encoder", "forward", lambda: None, stage="encode")
+    encode = Parked(tensor_call(torch.zeros(1, 3), rule=rule, sequence=9), 0.0, arrival=9)
+    assert strict_fifo([*fifo_line("small", "small"), encode], price) == [encode]
+
+
+def test_room_beside_running_requests() -> None:
+    running = [Running(4, Priority.INTERACTIVE), Running(8, Priority.BATCH)]
+    for priority, urgent, everyone in ((0, True, False), (1, True, False), (2, False, False)):
+        newcomer = Queued(0, 4, 0.0, 1.0, priority)
+        assert room_beside_urgent(newcomer, running, 12) is urgent
+        assert room_beside_all(newcomer, running, 12) is everyone
+    large = Queued(0, 99, 0.0, 1.0)
+    assert room_beside_urgent(large, [], 12)
+    assert room_beside_all(large, [], 12)
+    assert not room_beside_urgent(large, running, 12)
+
+
+def test_policies_are_chosen_by_name() -> None:
+    assert POLICIES["due-time"].pick is pick
+    assert POLICIES["strict-fifo"].pick is strict_fifo
+    assert POLICIES["strict-fifo"].rank(Queued(7, 1, 0.0, 1.0)) == 7

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, RequestListener
 from service.pipelines.tasks import denoiser_calls, make_pictures
-from service.pipelines.warm_up import warm_up
+from service.pipelines.warm_up import measure_steps, warm_up
 
 
 def test_events_come_in_order_and_end_once(runner: PipelineRunner) -> None:
@@ -215,6 +216,42 @@ def test_warming_up_runs_growing_row_counts(
     runner.stop()
     # Two steps and one decode a request; prompt and negative prompt are encoded once for all.
     assert runner.engine.counters.calls == 3 * requests + 2
+
+
+def test_warming_up_measures_the_row_limit_where_none_is_configured(
+    tiny: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = PipelineRunner(tiny, EngineOptions())
+    assert runner.engine.row_limit == 64
+    runner.start()
+    with caplog.at_level(logging.INFO, "service.pipelines.warm_up"):
+        warm_up(runner)
+    assert runner.engine.row_limit in (2, 4, 8, 16, 32, 64)
+    assert f"{runner.engine.row_limit} rows share a forward at most" in caplog.text
+    inbox = Inbox()
+    runner.submit(a_request(), inbox)
+    assert isinstance(inbox.wait(), Finished)
+    assert runner.engine.batcher.max_active_rows == runner.engine.row_limit
+    runner.stop()
+
+
+def test_rows_are_measured_as_far_as_memory_allows(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = tiny.pipeline.unet.forward
+
+    def scarce(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sample.shape[0] > 9:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(tiny.pipeline.unet, "forward", scarce)
+    runner = PipelineRunner(tiny, EngineOptions())
+    runner.start()
+    curve = measure_steps(runner)
+    runner.stop()
+    assert list(curve) == [2, 4, 8][: len(curve)]
+    assert all(seconds > 0 for seconds in curve.values())
 
 
 def test_warming_up_a_model_that_makes_no_picture_says_why(
