@@ -11,26 +11,23 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+
+from service.pipelines.call_shapes import (
+    Example,
+    UniformArguments,
+    examples_by_bucket,
+    shape_of,
+)
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 LOWEST_PRIORITY = 19
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """Arguments of one forward."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class CompileState(StrEnum):
@@ -50,32 +47,51 @@ class SwitchableForward:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.eager: Forward = module.forward
-        self.latest: Example | None = None
-        self._run = self.eager
+        self.compiler: BackgroundCompiler | None = None
+        self._latest: Example | None = None
         self._recording = True
+        self._run = self.eager
         functools.update_wrapper(self, self.eager)
-        # A module's own attributes are not for it: only `forward` on this instance is replaced.
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run whichever code is in use."""
         if self._recording:
-            self.latest = Example(args, kwargs)
+            self._latest = Example(args, kwargs)
         return self._run(*args, **kwargs)
 
     @property
     def in_use(self) -> str:
-        """`eager` or `compiled`; compiled and eager code round differently."""
+        """`eager` or `compiled`: the two round differently, so a picture depends on it."""
         return "eager" if self._run is self.eager else "compiled"
-
-    def stop_recording(self) -> Example | None:
-        """Return the latest arguments, and let go of them."""
-        latest, self.latest, self._recording = self.latest, None, False
-        return latest
 
     def switch(self, run: Forward) -> None:
         """Use `run` from the next forward on."""
         self._run = run
+
+    def start_compiling(
+        self, buckets: Sequence[int], threads: int, backend: str = "inductor"
+    ) -> BackgroundCompiler:
+        """Compile for calls like the latest one, with each of these row counts.
+
+        To be called when the module was warmed up at its native size.
+
+        Raises:
+            RuntimeError: the module was never called.
+        """
+        if self._latest is None:
+            raise RuntimeError("nothing to compile for: the module was never called")
+        examples = examples_by_bucket(self._latest, buckets)
+        self._latest, self._recording = None, False
+        self.compiler = BackgroundCompiler(self.eager, examples, self.switch, threads, backend)
+        self.compiler.start()
+        return self.compiler
+
+
+def row_buckets(max_rows: int) -> tuple[int, ...]:
+    """Powers of two up to `max_rows`, and that itself: few graphs, at most half of one unused."""
+    powers = (2**n for n in range(max_rows.bit_length()))
+    return tuple(sorted({*(rows for rows in powers if rows < max_rows), max_rows}))
 
 
 class BackgroundCompiler:
@@ -110,7 +126,9 @@ class BackgroundCompiler:
         limit = max(torch._dynamo.config.recompile_limit, 2 * len(self._examples))
         torch._dynamo.config.recompile_limit = limit
         self._compiled: Forward = torch.compile(forward, backend=backend, dynamic=False)
-        self._shapes = frozenset(shape_of(e.args, e.kwargs) for e in self._examples.values())
+        self._uniform = UniformArguments(forward)
+        uniform = (self._uniform(e.args, e.kwargs) for e in self._examples.values())
+        self._shapes = frozenset(shape_of(example) for example in uniform)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._main, name="compile", daemon=True)
 
@@ -129,13 +147,13 @@ class BackgroundCompiler:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph that was compiled for this shape, or eager code where there is none."""
-        if self.state is not CompileState.READY or shape_of(args, kwargs) not in self._shapes:
+        call = self._uniform(args, kwargs)
+        if self.state is not CompileState.READY or shape_of(call) not in self._shapes:
             return self._eager(*args, **kwargs)
-        args, kwargs = tree_map(_dense, (args, kwargs))
         try:
             # Never compile here: everybody would wait for it.
             with torch.compiler.set_stance("fail_on_recompile"):
-                return self._compiled(*args, **kwargs)
+                return self._compiled(*call.args, **call.kwargs)
         except RuntimeError as error:
             if "fail_on_recompile" not in str(error):
                 raise
@@ -163,8 +181,8 @@ class BackgroundCompiler:
             self._examples.clear()
 
     def _compile(self, example: Example) -> None:
-        args, kwargs = tree_map(_dense, (example.args, example.kwargs))
-        self._compiled(*args, **kwargs)
+        call = self._uniform(example.args, example.kwargs)
+        self._compiled(*call.args, **call.kwargs)
 
     def _give_up(self, error: Exception) -> None:
         # Torch writes what failed on the first line, why on the second, and much below.
@@ -174,45 +192,6 @@ class BackgroundCompiler:
         if self.state is CompileState.READY:
             self._switch(self._eager)
         self.state = CompileState.FAILED
-
-
-def examples_by_bucket(example: Example, buckets: tuple[int, ...]) -> dict[int, Example]:
-    """The same call for each number of rows; every tensor with that many rows is repeated."""
-    leaves, _ = tree_flatten((example.args, example.kwargs))
-    rows = next(leaf.shape[0] for leaf in leaves if _has_rows(leaf))
-
-    def resized(leaf: Any, wanted: int) -> Any:
-        if not _has_rows(leaf) or leaf.shape[0] != rows:
-            return leaf
-        return leaf[:1].expand(wanted, *leaf.shape[1:]).clone()
-
-    made = {}
-    for wanted in buckets:
-        resize = functools.partial(resized, wanted=wanted)
-        args, kwargs = tree_map(resize, (example.args, example.kwargs))
-        made[wanted] = Example(args, kwargs)
-    return made
-
-
-def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """Equal for calls that the same graph can serve."""
-    leaves, structure = tree_flatten((args, kwargs))
-    return str(structure), tuple(_describe(leaf) for leaf in leaves)
-
-
-def _describe(leaf: Any) -> Hashable:
-    if isinstance(leaf, torch.Tensor):
-        return leaf.dtype, tuple(leaf.shape), leaf.device
-    return type(leaf), repr(leaf)
-
-
-def _dense(leaf: Any) -> Any:
-    """One memory layout for each shape, as a graph is made for a layout too."""
-    return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
 def _step_back() -> None:

@@ -19,9 +19,11 @@ from service.domain.models import ModelCapabilities
 from service.pipelines.capabilities import (
     Facts,
     check_serves_prompts,
+    denoiser_of,
     describe_model,
     read_manifest,
 )
+from service.pipelines.compiling import SwitchableForward
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.fingerprint import take_fingerprint
 from service.pipelines.guidance import can_limit_guidance
@@ -38,6 +40,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class LoadedModel:
     """A resident pipeline, what it can do, and the scheduler classes it may use by name.
 
+    `denoiser_forward` is what compiles the denoiser, where that is wanted.
     `denoiser_calls` remembers how often the denoiser is called, by what decides it.
     """
 
@@ -47,6 +50,8 @@ class LoadedModel:
     prompt_meter: PromptMeter
     lender: PipelineLender
     signature: CallSignature
+    speed: SpeedSettings
+    denoiser_forward: SwitchableForward | None = None
     denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
 
 
@@ -111,7 +116,23 @@ def _load(
         guidance_interval=can_limit_guidance(pipeline),
         fingerprint=take_fingerprint(folder, dtype, pipeline.device),
     )
-    return LoadedModel(pipeline, capabilities, schedulers, meter, lender, signature)
+    return LoadedModel(
+        pipeline,
+        capabilities,
+        schedulers,
+        meter,
+        lender,
+        signature,
+        speed,
+        SwitchableForward(_denoiser(pipeline)) if speed.compile else None,
+    )
+
+
+def _denoiser(pipeline: Any) -> Any:
+    denoiser = denoiser_of(pipeline)
+    if denoiser is None:
+        raise ModelLoadError("compile needs a component `transformer` or `unet`")
+    return denoiser
 
 
 def _pipeline_class(folder: Path) -> type:

@@ -23,7 +23,7 @@ from service.domain.timings import Timings
 from service.engine.row_limits import is_out_of_memory, knee
 from service.engine.track import Work
 from service.pipelines.runner import PipelineRunner
-from service.pipelines.text_to_image import text_to_image
+from service.pipelines.tasks import make_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
         rows=request.rows,
         steps=MEASURED_STEPS,
         pictures=request.n,
-        run=partial(text_to_image, runner.model, request, stopwatch.step_ended),
+        run=partial(make_pictures, runner.model, request, on_step=stopwatch.step_ended),
         listener=stopwatch,
         size=(request.width, request.height),
     )

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from tiny_model import tiny_unet
+from tiny_model import Inbox, a_request, pixels, tiny_unet
 
+from service.config import SpeedSettings
+from service.domain.events import Finished
+from service.engine.engine import EngineOptions
 from service.engine.parking import make_parkable
+from service.pipelines.call_shapes import (
+    Example,
+    UniformArguments,
+    examples_by_bucket,
+    rows_of,
+    shape_of,
+)
 from service.pipelines.compiling import (
     BackgroundCompiler,
     CompileState,
-    Example,
     SwitchableForward,
-    examples_by_bucket,
-    shape_of,
+    row_buckets,
 )
+from service.pipelines.load import load_model
+from service.pipelines.runner import PipelineRunner
 
 BUCKETS = (1, 2)
 # The thread steps back behind all others, and a busy machine has many.
@@ -69,25 +79,32 @@ def unet_example(rows: int) -> Example:
     )
 
 
-def test_a_real_unet_gives_the_same_rows_before_and_after() -> None:
+def serve(runner: PipelineRunner) -> bytes:
+    inbox = Inbox()
+    runner.submit(a_request(), inbox)
+    finished = inbox.wait()
+    assert isinstance(finished, Finished), finished
+    return pixels(finished.images[0].data)
+
+
+def test_a_served_model_gives_the_same_picture_before_and_after(tiny_folder: Path) -> None:
+    """The graphs fit the engine's thread: no gradients, its number of threads, its timesteps."""
     torch._dynamo.reset()
-    unet: UNet2DConditionModel = tiny_unet().eval()
-    forward = SwitchableForward(unet)
-    example = unet_example(2)
-    before = unet(*example.args, **example.kwargs)[0]
+    model = load_model("tiny", tiny_folder, "float32", "cpu", SpeedSettings(compile=True))
+    forward = model.denoiser_forward
+    assert forward is not None
+    runner = PipelineRunner(model, EngineOptions(threads=1))
+    runner.start()
+    before = serve(runner)
     assert forward.in_use == "eager"
 
-    recorded = forward.stop_recording()
-    assert recorded is not None
-    compiler = compiler_of(forward, examples_by_bucket(recorded, BUCKETS))
-    compiler.start()
+    compiler = forward.start_compiling((2,), threads=1, backend="eager")
+    assert forward.compiler is compiler
     assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
-
-    after = unet(*example.args, **example.kwargs)[0]
-    assert forward.in_use == "compiled"
-    assert compiler.state is CompileState.READY
-    assert compiler.buckets_ready == BUCKETS
-    torch.testing.assert_close(after, before)
+    after = serve(runner)
+    runner.stop()
+    assert (forward.in_use, compiler.state) == ("compiled", CompileState.READY)
+    assert after == before
 
 
 def test_eager_code_serves_until_every_bucket_is_ready_then_it_switches_once(small: Small) -> None:
@@ -220,9 +237,48 @@ def test_examples_have_the_wanted_rows_and_share_nothing() -> None:
 
 
 def test_shapes_tell_calls_apart_by_all_but_content() -> None:
-    one, other = unet_example(2), unet_example(2)
-    assert shape_of(one.args, one.kwargs) == shape_of(other.args, other.kwargs)
-    assert shape_of(one.args, one.kwargs) != shape_of(one.args, {**one.kwargs, "return_dict": True})
-    assert shape_of((torch.ones(1),), {}) != shape_of((torch.ones(2),), {})
-    assert shape_of((torch.ones(1),), {}) != shape_of((torch.ones(1).double(),), {})
-    assert shape_of((1,), {}) != shape_of((True,), {})
+    def shape(value: Any) -> Any:
+        return shape_of(Example((value,), {}))
+
+    assert shape_of(unet_example(2)) == shape_of(unet_example(2))
+    assert shape_of(unet_example(2)) != shape_of(unet_example(4))
+    assert shape(torch.ones(1)) == shape(torch.zeros(1))
+    assert shape(torch.ones(1)) != shape(torch.ones(1).double())
+    assert shape(1) != shape(True)
+    assert shape({"a": 1}) != shape({"b": 1})
+
+
+@pytest.mark.parametrize(
+    "timestep",
+    [torch.tensor(500), torch.tensor(500.0), torch.tensor([500]), torch.full((2,), 500)],
+    ids=["number", "fraction", "single", "rows"],
+)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_timesteps_are_brought_into_one_form(timestep: torch.Tensor, by_name: bool) -> None:
+    sample = torch.randn(2, 4, 8, 8)
+    uniform = UniformArguments(tiny_unet().forward)
+    args, kwargs = ((sample,), {"timestep": timestep}) if by_name else ((sample, timestep), {})
+    call = uniform(args, kwargs)
+    found = call.kwargs["timestep"] if by_name else call.args[1]
+    assert found.dtype == torch.float32
+    assert found.tolist() == [500.0, 500.0]
+    assert call.args[0] is sample
+
+
+def test_a_module_without_timesteps_keeps_its_arguments() -> None:
+    call = UniformArguments(Small().forward)((torch.ones(2, 4), 3), {"scale": 1.0})
+    assert (call.args[1], call.kwargs) == (3, {"scale": 1.0})
+    assert rows_of((3,), {}) == 1
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "wanted"),
+    [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (32, (1, 2, 4, 8, 16, 32))],
+)
+def test_row_buckets(max_rows: int, wanted: tuple[int, ...]) -> None:
+    assert row_buckets(max_rows) == wanted
+
+
+def test_a_module_that_was_never_called_has_nothing_to_compile_for(small: Small) -> None:
+    with pytest.raises(RuntimeError, match="never called"):
+        SwitchableForward(small).start_compiling((1,), 1)

@@ -1,0 +1,99 @@
+"""What a compiled graph is made for: arguments of one shape, brought into one form."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Arguments of one forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class UniformArguments:
+    """Brings the arguments of a denoiser into the form that its graphs were compiled for.
+
+    A call that runs alone keeps its timestep as the pipeline made it: one number, whole or not as
+    its scheduler likes. Stacked calls have one a row. A denoiser takes all of these for the same.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        names = list(inspect.signature(forward).parameters)
+        self._place = names.index("timestep") if "timestep" in names else None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+        """Return the same arguments with one timestep a row, and densely laid out."""
+        rows = rows_of(args, kwargs)
+        if "timestep" in kwargs:
+            kwargs = {**kwargs, "timestep": _one_a_row(kwargs["timestep"], rows)}
+        elif self._place is not None and self._place < len(args):
+            before, value, after = _around(args, self._place)
+            args = (*before, _one_a_row(value, rows), *after)
+        return Example(*tree_map(_dense, (args, kwargs)))
+
+
+def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The leading size of the first tensor that has dimensions; 1 where there is none."""
+    leaves, _ = tree_flatten((args, kwargs))
+    return next((leaf.shape[0] for leaf in leaves if _has_rows(leaf)), 1)
+
+
+def examples_by_bucket(example: Example, buckets: Sequence[int]) -> dict[int, Example]:
+    """The same call for each number of rows; every tensor with as many rows is repeated."""
+    rows = rows_of(example.args, example.kwargs)
+
+    def resized(leaf: Any, wanted: int) -> Any:
+        if not _has_rows(leaf) or leaf.shape[0] != rows:
+            return leaf
+        return leaf[:1].expand(wanted, *leaf.shape[1:]).clone()
+
+    made = {}
+    for wanted in buckets:
+        resize = functools.partial(resized, wanted=wanted)
+        made[wanted] = Example(*tree_map(resize, (example.args, example.kwargs)))
+    return made
+
+
+def shape_of(example: Example) -> Hashable:
+    """Equal for calls that the same graph can serve."""
+    leaves, structure = tree_flatten((example.args, example.kwargs))
+    return str(structure), tuple(_describe(leaf) for leaf in leaves)
+
+
+def _around(args: tuple[Any, ...], place: int) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
+    return args[:place], args[place], args[place + 1 :]
+
+
+def _one_a_row(timestep: Any, rows: int) -> Any:
+    if not isinstance(timestep, torch.Tensor) or timestep.numel() != 1:
+        return _fractional(timestep)
+    return _fractional(timestep.reshape(1)).expand(rows)
+
+
+def _fractional(timestep: Any) -> Any:
+    whole = isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()
+    return timestep.float() if whole else timestep
+
+
+def _describe(leaf: Any) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype, tuple(leaf.shape), leaf.device
+    return type(leaf), repr(leaf)
+
+
+def _dense(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
