@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -155,53 +155,66 @@ def module_state(module: nn.Module) -> tuple[object, ...]:
     )
 
 
-def changed_components(pipeline: Any, trials: Sequence[Trial]) -> frozenset[str]:
-    """Components that some trial changes while it runs."""
+@dataclass(frozen=True)
+class PlainRun:
+    """What plain calls gave, one after another.
+
+    Args:
+        results: of each trial.
+        calls: of the stepped modules.
+        changed: components that some trial changes while it runs.
+    """
+
+    results: list[Tensor]
+    calls: int
+    changed: frozenset[str]
+
+
+def run_plainly(pipeline: Any, trials: Sequence[Trial]) -> PlainRun:
+    """Run the trials one after another, without an engine."""
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
-        for trial in trials:
-            trial()
-    return frozenset(watch.changed)
+        results = [trial() for trial in trials]
+    return PlainRun(results, watch.forwards, frozenset(watch.changed))
 
 
 def check_sharing(
     pipeline: Any,
     trials: Sequence[Trial],
+    plain: PlainRun | None = None,
     arrivals: Sequence[int] | None = None,
     options: ParkingOptions = ENOUGH_ROWS,
     one_at_a_time: bool = False,
 ) -> SharingReport:
-    """Run the trials one after another and at once, and compare.
+    """Run the trials at once, and compare with what they give one after another.
 
     The pipeline must not be attached to an engine. Run it on the thread that will run the engine.
 
     Args:
         pipeline: a resident one.
         trials: two or more requests that differ.
+        plain: what they gave one after another, if they were run before.
         arrivals: at which tick each begins; None means all at the first.
         options: how it is attached; components that are inline there may be changed by a call.
         one_at_a_time: nobody starts before the one at work has ended; a call may change anything.
     """
-    plain_watch, watch = Watch(pipeline), Watch(pipeline)
-    with torch.no_grad(), plain_watch.watching():
-        plain = [trial() for trial in trials]
-    changed = plain_watch.changed - options.inline
+    plain = plain or run_plainly(pipeline, trials)
+    changed = plain.changed - options.inline
     if changed and not one_at_a_time:
         return SharingReport(changed=tuple(sorted(changed)))
+    batcher = Batcher(max_active_rows=len(trials))
+    batcher.one_at_a_time = one_at_a_time
+    watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
-        batcher = Batcher(max_active_rows=len(trials))
-        batcher.one_at_a_time = one_at_a_time
         ears = run_at_once(batcher, pipeline, trials, arrivals or [0] * len(trials), options)
-    calls, forwards = plain_watch.forwards, watch.forwards
+    report = SharingReport(plain.calls, watch.forwards, batcher.counters.retries)
     errors = [f"{type(e.error).__name__}: {e.error}" for e in ears if e.error is not None]
     if errors:
-        return SharingReport(calls, forwards, batcher.counters.retries, error=errors[0])
-    separation = smallest_separation(plain)
-    return SharingReport(
-        calls,
-        forwards,
-        batcher.counters.retries,
-        difference=max(difference(p, e.result) for p, e in zip(plain, ears, strict=True)),
+        return replace(report, error=errors[0])
+    separation = smallest_separation(plain.results)
+    return replace(
+        report,
+        difference=max(difference(p, e.result) for p, e in zip(plain.results, ears, strict=True)),
         separation=separation,
         bound=ROUNDING.get(dtype_of(pipeline), SHARE_OF_SEPARATION * separation),
     )

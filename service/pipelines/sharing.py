@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,8 +31,8 @@ from service.pipelines.self_check import (
     ENOUGH_ROWS,
     Ear,
     Trial,
-    changed_components,
     check_sharing,
+    run_plainly,
     trial_work,
 )
 from service.pipelines.verified import VERIFIED
@@ -95,18 +95,27 @@ def plan_sharing(
     return plan_rows(pipeline, trials, plan, max_rows, fix_rows)
 
 
-def plan_company(pipeline: Any, trials: Sequence[Trial]) -> SharingPlan:
-    """Whether requests may run at once, and which components must run inside a call."""
-    changed = changed_components(pipeline, trials)
+def plan_company(
+    pipeline: Any, trials: Sequence[Trial], verified: Collection[str] = VERIFIED
+) -> SharingPlan:
+    """Whether requests may run at once, and which components must run inside a call.
+
+    Args:
+        pipeline: a resident one.
+        trials: small requests that differ.
+        verified: classes of pipelines that need no trial of requests at once.
+    """
+    plain = run_plainly(pipeline, trials)
+    changed = plain.changed
     stepped = {path for path, _, rule in parkable_methods(pipeline) if rule.shared}
     if changed & stepped:
         names = ", ".join(sorted(changed & stepped))
         return SharingPlan(alone=True, remark=f"a call changes {names} while it runs")
     remark = f"{', '.join(sorted(changed))}: changed by a call, so runs inside it"
     plan = SharingPlan(inline=changed, remark=remark if changed else "")
-    if type(pipeline).__name__ in VERIFIED:
+    if type(pipeline).__name__ in verified:
         return plan
-    report = check_sharing(pipeline, trials, options=plan.parking(ENOUGH_ROWS))
+    report = check_sharing(pipeline, trials, plain, options=plan.parking(ENOUGH_ROWS))
     if report.objection:
         return replace(plan, alone=True, remark=report.objection)
     return plan

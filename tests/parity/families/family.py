@@ -64,6 +64,10 @@ class Family:
         result: what is compared, out of what the call returned.
         guidance_scales: which the requests use in turn.
         shares: whether requests are expected to share forwards of the denoiser.
+        least_sharing: fewest calls that one forward must serve on average, of four requests with
+            2, 3, 4 and 5 steps at once. The most possible is 2.8.
+        float64: whether it can run in double precision.
+        bfloat16: whether it can run in bfloat16.
         remark: what it needs, or why it cannot share; for the table in the docs.
     """
 
@@ -75,6 +79,9 @@ class Family:
     result: Callable[[Any], Tensor] = first_output
     guidance_scales: tuple[float, ...] = (5.0, 3.0, 7.5, 5.0)
     shares: bool = True
+    least_sharing: float = 2.4
+    float64: bool = True
+    bfloat16: bool = True
     remark: str = ""
 
     def variations(self, count: int = 4) -> list[Variation]:

@@ -156,6 +156,7 @@ FAMILIES = (
         partial(with_lora_scale, (0.5, 1.0)),
         denoiser="unet",
         schedulers=SCHEDULERS,
+        least_sharing=1.5,
         remark="requests share where their scales are equal",
     ),
     Family(
@@ -164,8 +165,8 @@ FAMILIES = (
         partial(with_lora_scale, (0.25, 1.0, 0.5)),
         denoiser="unet",
         schedulers=SCHEDULERS,
-        shares=False,
-        remark="the call sets its scale on the shared text encoder while it encodes the prompt",
+        least_sharing=1.1,
+        remark="requests share where their scales are equal",
     ),
     Family(
         "Stable Diffusion with perturbed-attention guidance",

@@ -1,0 +1,23 @@
+"""All families of the parity suite."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import families
+from families.family import Family
+
+
+def _collect() -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    for info in pkgutil.iter_modules(families.__path__):
+        if info.name == "catalogue":
+            continue
+        for family in getattr(importlib.import_module(f"families.{info.name}"), "FAMILIES", ()):
+            assert family.name not in found, f"two families are called {family.name}"
+            found[family.name] = family
+    return dict(sorted(found.items()))
+
+
+FAMILIES = _collect()

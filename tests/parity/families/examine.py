@@ -1,0 +1,113 @@
+"""Runs the requests of one family at once and alone, in several precisions, and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from families.family import Family, Variation
+from service.engine.row_independence import rows_are_independent
+from service.pipelines.lending import borrow
+from service.pipelines.self_check import (
+    ENOUGH_ROWS,
+    SharingReport,
+    Trial,
+    check_sharing,
+    run_plainly,
+)
+from service.pipelines.sharing import SharingPlan, parked_at_denoiser, plan_company
+
+STAGGERED = (0, 1, 3, 6)
+UNMERGED = replace(ENOUGH_ROWS, max_rows=1)
+CHECKED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What came of one family.
+
+    Args:
+        pipeline: name of its class.
+        plan: how its requests share forwards.
+        float64: all at once; None if it does not run in float64.
+        together: all at once, in float32.
+        staggered: arriving one after another, in float32.
+        unmerged: at once, but every call in a forward of its own, in float32.
+        bfloat16: at once; None if it does not run in bfloat16.
+        independent: whether bfloat16 rows have the same bits in any company, on this device.
+    """
+
+    pipeline: str
+    plan: SharingPlan
+    float64: SharingReport | None
+    together: SharingReport
+    staggered: SharingReport
+    unmerged: SharingReport
+    bfloat16: SharingReport | None
+    independent: bool
+
+
+def examine(family: Family) -> Findings:
+    """Run everything. It takes seconds."""
+    pipeline = family.build()
+    trials = make_trials(family, pipeline)
+    plain = run_plainly(pipeline, trials)
+    plan = plan_company(pipeline, trials, verified=())
+    check = partial(check_sharing, pipeline, trials, plain, one_at_a_time=plan.alone)
+    bfloat16, independent = examine_bfloat16(family)
+    return Findings(
+        type(pipeline).__name__,
+        plan,
+        examine_float64(family),
+        check(options=plan.parking(ENOUGH_ROWS)),
+        check(options=plan.parking(ENOUGH_ROWS), arrivals=STAGGERED),
+        check(options=plan.parking(UNMERGED)),
+        bfloat16,
+        independent,
+    )
+
+
+def make_trials(family: Family, pipeline: Any) -> list[Trial]:
+    """Its requests, each with a scheduler of its own."""
+    return [partial(_call, family, pipeline, variation) for variation in family.variations()]
+
+
+def examine_float64(family: Family) -> SharingReport | None:
+    """In double precision only mistakes are left."""
+    if not family.float64:
+        return None
+    pipeline = family.build().to(torch.float64)
+    trials = make_trials(family, pipeline)
+    plan = plan_company(pipeline, trials, verified=())
+    options = plan.parking(ENOUGH_ROWS)
+    return check_sharing(pipeline, trials, options=options, one_at_a_time=plan.alone)
+
+
+def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
+    """All at once in bfloat16, and whether rows are independent there."""
+    if not family.bfloat16:
+        return None, False
+    pipeline = family.build().to(torch.bfloat16)
+    trials = make_trials(family, pipeline)
+    plain = run_plainly(pipeline, trials)
+    plan = plan_company(pipeline, trials, verified=())
+    options = plan.parking(ENOUGH_ROWS)
+    with parked_at_denoiser(pipeline, trials, options) as groups:
+        independent = all(rows_are_independent(calls, CHECKED_ROWS) for calls in groups)
+    report = check_sharing(pipeline, trials, plain, options=options, one_at_a_time=plan.alone)
+    return report, independent
+
+
+def _call(family: Family, pipeline: Any, variation: Variation) -> Tensor:
+    lent = borrow(pipeline)
+    if family.schedulers:
+        name = family.schedulers[variation.index % len(family.schedulers)]
+        scheduler: Callable[..., Any] = getattr(diffusers, name).from_config
+        lent.scheduler = scheduler(lent.scheduler.config)
+    return family.result(lent(**family.arguments(lent, variation)))
