@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import diffusers
 import torch
 
 DOCS = Path(__file__).parent
@@ -22,18 +23,20 @@ from families.family import Family  # noqa: E402
 HEAD = """\
 # Pipelines
 
-Any diffusers pipeline that makes pictures from a prompt can be served from a local folder, unmodified.
-This table is made by `python docs/make_pipelines.py` from the parity suite
+Any diffusers pipeline that makes pictures from a prompt can be served from a local folder,
+unmodified. This table is made by `python docs/make_pipelines.py` from the parity suite
 (`tests/parity/test_families.py`), which builds a tiny pipeline of each family with random weights,
 runs four requests of 2, 3, 4 and 5 steps that differ in seed, prompt, guidance, strength and, where
-there are several, scheduler, and compares with the same calls made one at a time by plain diffusers.
+there are several, scheduler, and compares with the same calls made one at a time by plain
+diffusers.
 
-- **calls per forward**: how many calls of the modules that run at every step shared one forward, all
-  four requests arriving at once. The most possible is 2.8, as they end one after another.
+- **calls per forward**: how many calls of the modules that run at every step shared one forward,
+  all four requests arriving at once. The most possible is 2.8, as they end one after another (more
+  where a strength leaves steps out).
 - **float64**, **float32**: largest difference to the plain calls, as a share of the largest value.
   In float64 only mistakes would be left; in float32 there is rounding.
-- **bfloat16**: whether results are equal in every bit. Where kernels round by the number of rows they
-  need not be; the server finds out for the model and device at hand, and says so in
+- **bfloat16**: whether results are equal in every bit. Where kernels round by the number of rows
+  they need not be; the server finds out for the model and device at hand, and says so in
   `GET /v1/models`.
 
 A pipeline whose class is not in this table gets the same check when it is loaded, before its
@@ -57,8 +60,6 @@ def main() -> None:
     rows = []
     for family in FAMILIES.values():
         rows.append(row(family, examine(family)))
-        print(rows[-1], flush=True)
-    import diffusers
 
     head = HEAD.format(versions=f"diffusers {diffusers.__version__} and torch {torch.__version__}")
     (DOCS / "pipelines.md").write_text(head + "\n".join(rows) + "\n")

@@ -21,7 +21,15 @@ from typing import TypeVar
 
 from service.engine.call import Call, CallKey, ParkableMethod
 from service.engine.leaves import LeafKind
-from service.engine.policy import POLICIES, Parked, Policy, Queued, Running, method_limit
+from service.engine.policy import (
+    POLICIES,
+    Parked,
+    Policy,
+    Queued,
+    Running,
+    method_limit,
+    next_to_start,
+)
 
 Choice = TypeVar("Choice", bound=Hashable)
 
@@ -116,11 +124,12 @@ class Simulation:
 
     def _start_queued(self) -> None:
         while self.queued:
-            line = [(_as_queued(number, request), request) for number, request in self.queued]
-            first, request = min(line, key=lambda pair: self.policy.rank(pair[0]))
+            line = {_as_queued(number, request): request for number, request in self.queued}
             running = [Running(item.call.rows) for item in self.parked.values()]
-            if not self.policy.has_room(first, running, self.max_active_rows):
+            first = next_to_start(list(line), running, self.max_active_rows, self.policy)
+            if first is None:
                 return
+            request = line[first]
             self.queued.remove((first.arrival, request))
             self.steps_left[first.arrival] = request.steps
             self._park(first.arrival, request.size, request.rows)

@@ -14,7 +14,7 @@ from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
 from service.engine.cost import CostModel
 from service.engine.outlook import Outlook
-from service.engine.policy import DUE_TIME, Parked, Policy, Running
+from service.engine.policy import DUE_TIME, Parked, Policy, Running, next_to_start
 from service.engine.row_limits import RowLimits, is_out_of_memory
 from service.engine.track import Clock, Stage, Track, forget_frames
 
@@ -155,12 +155,12 @@ class Batcher:
 
     def _next_to_start(self) -> Track | None:
         """The queued track that is next in line, if there is room for it."""
-        line = [(self.outlook.as_queued(track), track) for track in self.queued]
-        if not line or (self.one_at_a_time and self.active):
+        if not self.queued or (self.one_at_a_time and self.active):
             return None
-        first, track = min(line, key=lambda pair: self._policy.rank(pair[0]))
+        line = {self.outlook.as_queued(track): track for track in self.queued}
         running = [Running(other.work.rows, other.work.priority) for other in self.active]
-        return track if self._policy.has_room(first, running, self.max_active_rows) else None
+        first = next_to_start(list(line), running, self.max_active_rows, self._policy)
+        return None if first is None else line[first]
 
     def _decide(self) -> list[Track]:
         waiting = {t.call: t for t in self.active if t.call is not None}

@@ -14,9 +14,10 @@ is due then, though never before `since_s`. What is due first goes first:
   it can share. Calls with equal keys form a group, which is due with its most urgent call. The
   group that is due first runs, its most urgent calls first while their rows fit.
 - Among queued requests, `since_s` is when the request was submitted and the seconds are those of
-  all its steps. It is started while its rows fit beside those of running requests that are at
-  least as urgent; the rows of less urgent ones it may take. They stay parked, and go on later
-  exactly where they stood.
+  all its steps. It is started while its rows fit beside those of running requests of at least its
+  priority; the rows of lower ones it may take. They stay parked, and go on later exactly where they
+  stood. Behind one that does not fit yet, only requests of higher priority are started, and only
+  while they leave it its rows: so neither do the old block the urgent, nor the urgent starve them.
 
 So:
 
@@ -164,6 +165,21 @@ def request_due_s(queued: Queued) -> float:
     return due_s(queued.submitted_s, queued.run_s, queued.priority, queued.latest_start_s)
 
 
+def next_to_start(
+    queued: Sequence[Queued], running: Sequence[Running], max_rows: int, policy: Policy
+) -> Queued | None:
+    """The queued request to be started now, if there is room for any."""
+    line, free_rows = list(queued), max_rows
+    while line:
+        head = min(line, key=policy.rank)
+        if policy.has_room(head, running, free_rows):
+            return head
+        # What is kept for it.
+        free_rows = max(free_rows - head.rows, 0)
+        line = [item for item in line if item.priority < head.priority]
+    return None
+
+
 def room_beside_urgent(queued: Queued, running: Iterable[Running], max_rows: int) -> bool:
     """Whether its rows fit beside those of running requests that are at least as urgent."""
     rows = [item.rows for item in running if item.priority <= queued.priority]
@@ -183,7 +199,7 @@ class Policy:
     Args:
         pick: the calls for the next forward.
         rank: of queued requests, the one of the lowest rank is started next.
-        has_room: whether it may be started beside the running ones. While it may not, nobody is.
+        has_room: whether it may be started beside the running ones.
     """
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -31,6 +32,8 @@ WARM_UP_STEPS = 2
 # The first step of a row count is slow; of the others the fastest counts.
 MEASURED_STEPS = 4
 MEASURING_S = 6.0
+# Where there is no time to find the knee; if memory does not suffice, the engine lowers it.
+USUAL_ROWS = 32
 
 
 def warm_up(runner: PipelineRunner) -> float:
@@ -54,27 +57,40 @@ def warm_up(runner: PipelineRunner) -> float:
     return time.perf_counter() - started_s
 
 
-def measure_steps(runner: PipelineRunner) -> dict[int, float]:
-    """Seconds of one step by its rows, for as many rows as are worth trying."""
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of one step by its rows. `cut_short`: there was no time for more rows."""
+
+    seconds: dict[int, float]
+    cut_short: bool = False
+
+    @property
+    def row_limit(self) -> int:
+        """The knee; where throughput still grew when the time ran out, the usual limit."""
+        rows = knee(self.seconds)
+        return max(rows, USUAL_ROWS) if self.cut_short and rows == max(self.seconds) else rows
+
+
+def measure_steps(runner: PipelineRunner, most_s: float = MEASURING_S) -> Curve:
+    """Time a step for as many rows as are worth trying, within about `most_s` seconds."""
     started_s = time.perf_counter()
-    curve: dict[int, float] = {}
+    seconds: dict[int, float] = {}
     request = _request(runner, 1, MEASURED_STEPS)
     while request.rows <= runner.engine.options.row_ceiling:
         before_s = time.perf_counter()
-        seconds = _measure(runner, request)
-        if seconds is None:
+        step_s = _measure(runner, request)
+        if step_s is None:
             break
-        best = max((rows / step_s for rows, step_s in curve.items()), default=0.0)
-        curve[request.rows] = seconds
+        best = max((rows / each_s for rows, each_s in seconds.items()), default=0.0)
+        seconds[request.rows] = step_s
+        if request.rows / step_s < best:
+            break
         now_s = time.perf_counter()
         # Twice the rows will take about twice as long.
-        if (
-            request.rows / seconds < best
-            or now_s + 2 * (now_s - before_s) - started_s > MEASURING_S
-        ):
-            break
+        if now_s + 2 * (now_s - before_s) - started_s > most_s:
+            return Curve(seconds, cut_short=2 * request.rows <= runner.engine.options.row_ceiling)
         request = _request(runner, 2 * request.n, MEASURED_STEPS)
-    return curve
+    return Curve(seconds)
 
 
 class Stopwatch:
@@ -114,14 +130,15 @@ class Stopwatch:
 
 def _set_measured_limit(runner: PipelineRunner) -> None:
     curve = measure_steps(runner)
-    if not curve:
+    if not curve.seconds:
         return
-    runner.engine.limit_rows(knee(curve))
+    runner.engine.limit_rows(curve.row_limit)
     logger.info(
-        "model %s: %d rows share a forward at most; milliseconds by rows: %s",
+        "model %s: at most %d rows share a forward; milliseconds of a step by its rows: %s%s",
         runner.model.capabilities.id,
         runner.engine.row_limit,
-        ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in curve.items()),
+        ", ".join(f"{rows}: {1000 * step_s:.1f}" for rows, step_s in curve.seconds.items()),
+        " (no time for more)" if curve.cut_short else "",
     )
 
 

@@ -9,6 +9,7 @@ here if it does not.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,7 @@ from service.pipelines.verified import VERIFIED
 
 FLOAT64_BOUND = 1e-6
 FLOAT32_BOUND = 2e-4
-BFLOAT16_BOUND = 0.25
-SERVED_ALONE = {"Stable Diffusion with perturbed-attention guidance"}
+TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_requests_get_at_once_what_each_gets_alone(family: Family) -> None:
 
 
 def check_shared(family: Family, found: Findings) -> None:
-    assert found.plan.alone is (family.name in SERVED_ALONE)
+    assert found.plan.alone is not family.shares
     assert found.unmerged.forwards == found.unmerged.calls
     if found.plan.alone:
         assert found.plan.remark
@@ -64,5 +64,10 @@ def check_bfloat16(found: Findings) -> None:
 
 def test_the_list_of_verified_pipelines_is_that_of_the_suite() -> None:
     """Any other class is tried when it is loaded."""
-    shared = {n: f for n, f in FAMILIES.items() if n not in SERVED_ALONE}
-    assert {type(family.build()).__name__ for family in shared.values()} == VERIFIED
+    shared = [family for family in FAMILIES.values() if family.shares]
+    assert {type(family.build()).__name__ for family in shared} == VERIFIED
+
+
+def test_the_table_in_the_docs_has_every_family() -> None:
+    table = TABLE.read_text()
+    assert [name for name in FAMILIES if f"| {name} |" not in table] == []

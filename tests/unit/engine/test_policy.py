@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from service.domain.requests import Priority
 from service.engine.call import CallKey, ParkableMethod
 from service.engine.policy import (
+    DUE_TIME,
     POLICIES,
+    STRICT_FIFO,
     Parked,
     Queued,
     Running,
     due_s,
     group_due_s,
+    next_to_start,
     patience,
     pick,
     room_beside_all,
@@ -281,6 +284,24 @@ def test_room_beside_running_requests() -> None:
     assert room_beside_urgent(large, [], 12)
     assert room_beside_all(large, [], 12)
     assert not room_beside_urgent(large, running, 12)
+
+
+def test_the_urgent_pass_an_old_one_that_does_not_fit_but_leave_it_its_rows() -> None:
+    running = [Running(2, Priority.INTERACTIVE), Running(6, Priority.NORMAL)]
+    old = Queued(0, 4, 0.0, 1.0, Priority.NORMAL)
+    urgent, peer = Queued(1, 2, 99.0, 1.0, Priority.INTERACTIVE), Queued(2, 1, 0.5, 1.0)
+
+    def first(*queued: Queued, max_rows: int = 8) -> Queued | None:
+        return next_to_start(queued, running, max_rows, DUE_TIME)
+
+    assert first(old, peer) is None
+    assert first(old, peer, urgent) == urgent
+    # Two running, two more, and four that are kept for the old one: one row less is too few.
+    assert first(old, urgent, max_rows=7) is None
+    assert first(old, urgent, max_rows=12) == old
+    assert first(Queued(3, 99, 0.0, 1.0), urgent) is None
+    assert next_to_start([old, urgent], running, 8, STRICT_FIFO) is None
+    assert first() is None
 
 
 def test_policies_are_chosen_by_name() -> None:

@@ -86,6 +86,20 @@ def test_the_urgent_are_started_first() -> None:
     assert bench.ended == ["3", "0", "2", "1"]
 
 
+def test_an_urgent_request_is_not_blocked_by_a_long_old_queue() -> None:
+    bench = Bench(max_rows=4)
+    ears = [add(bench, Job(seed=seed, steps=30)) for seed in range(20)]
+    bench.run(200)
+    assert any(not ear.news for ear in ears)
+    urgent = Job(seed=99, steps=4)
+    ear = add(bench, urgent, Priority.INTERACTIVE)
+    # Encoder, steps and decoder, with a few turns of those that are older.
+    bench.run(12)
+    assert_same(ear, urgent)
+    bench.run()
+    assert all(other.ends == ["finished"] for other in ears)
+
+
 def test_normal_requests_do_not_step_back_for_their_equals() -> None:
     bench = Bench(max_rows=2)
     first = add(bench, Job(seed=1, steps=9))

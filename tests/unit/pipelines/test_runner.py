@@ -24,7 +24,7 @@ from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, RequestListener
 from service.pipelines.tasks import denoiser_calls, make_pictures
-from service.pipelines.warm_up import measure_steps, warm_up
+from service.pipelines.warm_up import Curve, measure_steps, warm_up
 
 
 def test_events_come_in_order_and_end_once(runner: PipelineRunner) -> None:
@@ -227,7 +227,7 @@ def test_warming_up_measures_the_row_limit_where_none_is_configured(
     with caplog.at_level(logging.INFO, "service.pipelines.warm_up"):
         warm_up(runner)
     assert runner.engine.row_limit in (2, 4, 8, 16, 32, 64)
-    assert f"{runner.engine.row_limit} rows share a forward at most" in caplog.text
+    assert f"at most {runner.engine.row_limit} rows share a forward" in caplog.text
     inbox = Inbox()
     runner.submit(a_request(), inbox)
     assert isinstance(inbox.wait(), Finished)
@@ -250,8 +250,33 @@ def test_rows_are_measured_as_far_as_memory_allows(
     runner.start()
     curve = measure_steps(runner)
     runner.stop()
-    assert list(curve) == [2, 4, 8][: len(curve)]
-    assert all(seconds > 0 for seconds in curve.values())
+    assert list(curve.seconds) == [2, 4, 8][: len(curve.seconds)]
+    assert curve.row_limit <= 8
+    assert all(seconds > 0 for seconds in curve.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("curve", "limit"),
+    [
+        (Curve({2: 1.0, 4: 1.2}), 4),
+        (Curve({2: 1.0, 4: 1.2}, cut_short=True), 32),
+        (Curve({2: 1.0, 4: 2.0}, cut_short=True), 2),
+        (Curve({32: 1.0, 64: 1.2}, cut_short=True), 64),
+    ],
+)
+def test_a_curve_cut_short_limits_only_where_it_had_stopped_growing(
+    curve: Curve, limit: int
+) -> None:
+    assert curve.row_limit == limit
+
+
+def test_measuring_stops_when_its_time_is_over(tiny: LoadedModel) -> None:
+    runner = PipelineRunner(tiny, EngineOptions())
+    runner.start()
+    curve = measure_steps(runner, most_s=0.0)
+    runner.stop()
+    assert list(curve.seconds) == [2]
+    assert curve.cut_short
 
 
 def test_warming_up_a_model_that_makes_no_picture_says_why(
