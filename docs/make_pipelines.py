@@ -57,10 +57,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows = []
-    for family in FAMILIES.values():
-        rows.append(row(family, examine(family)))
-
+    rows = [row(family, examine(family)) for family in tqdm(FAMILIES.values())]
     head = HEAD.format(versions=f"diffusers {diffusers.__version__} and torch {torch.__version__}")
     (DOCS / "pipelines.md").write_text(head + "\n".join(rows) + "\n")
 

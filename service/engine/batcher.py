@@ -26,6 +26,7 @@ class Counters:
     `forwards`, `rows` and `calls` count what succeeded, and `padded_rows` what was run besides,
     for nobody, to fill forwards up; `retries` counts shared forwards that
     failed and were run again in halves, and `out_of_memory` those of them where memory ran out.
+    `denoiser_rows` and `denoiser_s` are the part of rows and seconds that denoisers had.
     `unstacked` counts shapes whose row limit was lowered for good because sharing kept failing.
     """
 
@@ -37,6 +38,8 @@ class Counters:
     retries: int = 0
     out_of_memory: int = 0
     unstacked: int = 0
+    denoiser_rows: int = 0
+    denoiser_s: float = 0.0
     forward_s: float = 0.0
     busy_s: float = 0.0
 
@@ -238,6 +241,9 @@ class Batcher:
                 clockwork.shares.append(call.rows / rows)
                 clockwork.first_step_s = clockwork.first_step_s or self.clock() - seconds
                 self.outlook.step_ended(track, call)
+        if stage is Stage.DENOISE:
+            self.counters.denoiser_rows += rows
+            self.counters.denoiser_s += seconds
         self.cost.observe(calls[0].key.shape, rows, seconds)
         self.row_limits.succeeded(calls[0], rows)
         self.counters.forwards += 1

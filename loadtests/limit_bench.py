@@ -1,0 +1,229 @@
+"""How near the engine comes to the bare denoiser, and what else sharing costs and brings.
+
+    python -m loadtests.limit_bench [--repeats 5] [--out out/bench-limit.json] [--plot FILE]
+
+Everything runs on the engine's thread, the bare denoiser and plain diffusers too: one OpenMP team,
+the same dtype and threads for all, in turns. Medians are reported.
+
+- near the limit: rows per second at saturation beside those of the denoiser called in a loop;
+- the curve of that over 1 to 64 concurrent requests;
+- one homogeneous batch of eight beside diffusers' own `pipe([prompt] * 8)`;
+- guidance at 60 % of the steps beside guidance at all of them;
+- how well the end of each request was foretold when it was accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from loadtests.engine_bench import mixed_requests, or_raise, run_engine
+from service.domain.events import Accepted, Event, Failed, Finished
+from service.domain.requests import GenerationRequest
+from service.engine.engine import EngineOptions
+from service.models.catalogue import EMBEDDED
+from service.pipelines.load import load_model
+from service.pipelines.runner import PipelineRunner
+from service.pipelines.warm_up import warm_up
+
+CONCURRENT = (1, 2, 4, 8, 16, 32, 64)
+ROW_COUNTS = (2, 8, 16, 32, 48, 64)
+STEPS = 20
+BATCH = 8
+INTERVAL = 0.6
+
+
+def requests_alike(count: int, **changes: Any) -> list[GenerationRequest]:
+    """That many requests of 20 steps that differ in the seed only."""
+    alike = replace(mixed_requests()[1], num_inference_steps=STEPS, guidance_scale=4.0, **changes)
+    return [replace(alike, id=f"alike-{index}", seed=index) for index in range(count)]
+
+
+def bare_rows_per_s(runner: PipelineRunner, rows: int, forwards: int = 12) -> float:
+    """The resident denoiser alone, called in a loop on the engine's thread."""
+    unet = runner.model.pipeline.unet
+    config, tokens = unet.config, runner.model.pipeline.tokenizer.model_max_length
+    sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size)
+    text = torch.randn(rows, tokens, config.cross_attention_dim).to(unet.dtype)
+    timesteps = torch.full((rows,), 500)
+
+    def loop() -> float:
+        latents = sample.to(unet.dtype)
+        unet(latents, timesteps, text, return_dict=False)
+        started_s = time.perf_counter()
+        for _ in range(forwards):
+            unet(latents, timesteps, text, return_dict=False)
+        return rows * forwards / (time.perf_counter() - started_s)
+
+    return runner.engine.call(loop)
+
+
+def engine_rows_per_s(runner: PipelineRunner, count: int) -> float:
+    """Denoiser rows of that many concurrent requests, by the time until the last has its file."""
+    requests = requests_alike(count)
+    seconds, _ = run_engine(runner, requests)
+    return sum(request.rows for request in requests) * STEPS / seconds
+
+
+def saturated_rows_per_s(runner: PipelineRunner, count: int = 96) -> float:
+    """Denoiser rows by the engine's time, but for what text encoder and VAE took of it."""
+    counters = runner.engine.counters
+    before = replace(counters)
+    run_engine(runner, requests_alike(count))
+    rows = counters.denoiser_rows - before.denoiser_rows
+    others_s = counters.forward_s - before.forward_s - (counters.denoiser_s - before.denoiser_s)
+    return rows / (counters.busy_s - before.busy_s - others_s)
+
+
+def batch_of_eight_s(runner: PipelineRunner) -> tuple[float, float]:
+    """Seconds of diffusers' own batch, and of as many requests through the engine."""
+    request = requests_alike(BATCH)[0]
+    pipeline = runner.model.lender.lend(request.scheduler)
+
+    def plain() -> float:
+        started_s = time.perf_counter()
+        pipeline(
+            [request.prompt] * BATCH,
+            num_inference_steps=STEPS,
+            guidance_scale=request.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(BATCH)],
+        )
+        return time.perf_counter() - started_s
+
+    plain_s = runner.engine.call(plain)
+    engine_s, _ = run_engine(runner, requests_alike(BATCH))
+    return plain_s, engine_s
+
+
+def pictures_per_s(runner: PipelineRunner, guidance_end: float, count: int = 32) -> float:
+    """Saturated by requests with guidance up to that share of their steps."""
+    seconds, _ = run_engine(runner, requests_alike(count, guidance_end=guidance_end))
+    return count / seconds
+
+
+def foretold_errors(runner: PipelineRunner) -> list[float]:
+    """Relative errors of the finish times foretold at acceptance, on the mixed load, staggered."""
+    errors: list[float] = []
+    ended: SimpleQueue[Finished | Failed] = SimpleQueue()
+    expected_s: dict[str, float | None] = {}
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Accepted):
+            expected_s[event.request_id] = event.expected_s
+        elif isinstance(event, Finished | Failed):
+            ended.put(event)
+
+    requests = mixed_requests() * 2
+    for index, request in enumerate(requests):
+        runner.submit(replace(request, id=f"{request.id}-{index}"), sink)
+        time.sleep(0.05)
+    for _ in requests:
+        finished = or_raise(ended.get())
+        foretold = expected_s[finished.request_id]
+        assert foretold is not None
+        errors.append(abs(foretold / finished.timings.total_s - 1))
+    return errors
+
+
+def median_of(repeats: int, *measures: Callable[[], float]) -> list[float]:
+    """Medians of several measures taken in turns."""
+    rounds = [[measure() for measure in measures] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
+    """Everything, warm."""
+    curve = dict.fromkeys(CONCURRENT, 0.0)
+    bare = {rows: median_of(3, lambda r=rows: bare_rows_per_s(runner, r))[0] for rows in ROW_COUNTS}
+    best = max(bare, key=lambda rows: bare[rows])
+    saturated, bare_best = median_of(
+        repeats, lambda: saturated_rows_per_s(runner), lambda: bare_rows_per_s(runner, best)
+    )
+    for count in CONCURRENT:
+        (curve[count],) = median_of(3, lambda c=count: engine_rows_per_s(runner, c))
+    batches = [batch_of_eight_s(runner) for _ in range(repeats)]
+    full, limited = median_of(
+        repeats, lambda: pictures_per_s(runner, 1.0), lambda: pictures_per_s(runner, INTERVAL)
+    )
+    return {
+        "bare_rows_per_s": bare,
+        "best_rows": best,
+        "row_limit": runner.engine.row_limit,
+        "saturated_rows_per_s": saturated,
+        "near_the_limit": saturated / bare_best,
+        "rows_per_s_by_concurrency": curve,
+        "batch_of_eight_ratio": statistics.median(engine / plain for plain, engine in batches),
+        "interval_gain": limited / full,
+        "foretold_error": statistics.median(foretold_errors(runner)),
+        "threads": runner.engine.options.threads,
+    }
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Rows per second over concurrent requests, with the limit."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    curve = report["rows_per_s_by_concurrency"]
+    axes.plot(list(curve), list(curve.values()), marker="o", label="requests through the engine")
+    limit = report["bare_rows_per_s"][report["best_rows"]]
+    axes.axhline(limit, linestyle="--", color="grey", label="bare denoiser in a loop, best rows")
+    axes.set(
+        xscale="log",
+        xticks=list(curve),
+        xticklabels=list(curve),
+        ylim=(0, None),
+        xlabel="concurrent requests (20 steps, guided)",
+        ylabel="denoiser rows per second",
+    )
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("out/bench-limit.json"))
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    engine = EngineOptions(max_waiting_pictures=1000, threads=options.threads)
+    runner = PipelineRunner(load_model("emoji", EMBEDDED), engine)
+    runner.start()
+    warm_up(runner)
+    report = measure(runner, options.repeats)
+    runner.stop()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2))
+    if options.plot:
+        plot(report, options.plot)
+    print_table(report)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Goals beside what was measured."""
+    rows = (
+        ("rows/s at saturation over bare denoiser", f"{report['near_the_limit']:.3f}", ">= 0.93"),
+        ("batch of 8 over pipe([prompt] * 8)", f"{report['batch_of_eight_ratio']:.3f}", "<= 1.03"),
+        ("guidance at 60 % of steps, pictures/s", f"{report['interval_gain']:.2f}x", ">= 1.2x"),
+        ("finish times foretold, median error", f"{report['foretold_error']:.1%}", "<= 15 %"),
+        ("row limit as measured", str(report["row_limit"]), ""),
+    )
+    for name, value, goal in rows:
+        print(f"{name:42}{value:>12}   {goal}")
+
+
+if __name__ == "__main__":
+    main()
