@@ -12,6 +12,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from tqdm import tqdm
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "tests" / "parity"))

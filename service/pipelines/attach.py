@@ -80,7 +80,13 @@ ARGUMENT_RULES = {
     # States of many layers.
     "HiDreamImageTransformer2DModel": ArgumentRules(layered=_names("encoder_hidden_states_llama3")),
     # One entry a frame.
-    "UNetMotionModel": ArgumentRules(repeated=_names("encoder_hidden_states")),
+    "UNetMotionModel": ArgumentRules(
+        repeated=_names(
+            "encoder_hidden_states",
+            "down_block_additional_residuals",
+            "mid_block_additional_residual",
+        )
+    ),
     # Python lists with one entry a row.
     "QwenImageTransformer2DModel": ArgumentRules(row_lists=_names("img_shapes", "txt_seq_lens")),
     "ZImageTransformer2DModel": ArgumentRules(row_lists=_names("x", "cap_feats")),

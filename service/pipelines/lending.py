@@ -15,6 +15,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.configuration_utils import FrozenDict
+from diffusers.guiders.guider_utils import BaseGuidance
 from torch import Tensor
 
 from service.domain.requests import Task
@@ -96,7 +97,7 @@ def copy_scheduler(scheduler: Any, copied: dict[int, Any] | None = None) -> Any:
 
 
 def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
-    """A shallow copy of a pipeline whose schedulers nobody else steps; modules are shared.
+    """A shallow copy of a pipeline whose schedulers and guiders are its own; modules are shared.
 
     Pipelines inside it, such as a prior's, are borrowed too: their schedulers have state as well.
 
@@ -107,7 +108,7 @@ def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
     copied = {} if copied is None else copied
     lent = copy.copy(pipeline)
     for name, value in vars(pipeline).items():
-        if isinstance(value, SchedulerMixin):
+        if isinstance(value, SchedulerMixin | BaseGuidance):
             vars(lent)[name] = copy_scheduler(value, copied)
         elif isinstance(value, DiffusionPipeline):
             vars(lent)[name] = borrow(value, copied)

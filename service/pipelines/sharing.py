@@ -43,6 +43,9 @@ FIXED_ROWS = 8
 """Large enough to fill a CPU, and small enough not to make a single request wait for nobody."""
 
 
+LIMITS_IN_QUARTERS = (4, 3, 2, 1)
+
+
 @dataclass(frozen=True)
 class SharingPlan:
     """How requests share forwards.
@@ -50,6 +53,7 @@ class SharingPlan:
     Args:
         alone: they do not: they run one at a time.
         inline: components that run inside a call, unparked.
+        max_rows: most rows of one shared forward; 0: as many as are wanted.
         fixed_rows: every shared forward is filled up to this many rows; 0: any row count.
         same_bytes: whether a picture is the same in every bit at any load, on this device.
         remark: why it is not the usual plan; for people.
@@ -57,6 +61,7 @@ class SharingPlan:
 
     alone: bool = False
     inline: frozenset[str] = frozenset()
+    max_rows: int = 0
     fixed_rows: int = 0
     same_bytes: bool = True
     remark: str = ""
@@ -73,7 +78,8 @@ class SharingPlan:
         if self.fixed_rows:
             buckets = (self.fixed_rows,)
             options = replace(options, max_rows=self.fixed_rows, bucket_rows=buckets)
-        return replace(options, inline=self.inline)
+        max_rows = min(self.max_rows or options.max_rows, options.max_rows)
+        return replace(options, max_rows=max_rows, inline=self.inline)
 
 
 def plan_sharing(
@@ -124,10 +130,15 @@ def plan_company(
 def plan_rows(
     pipeline: Any, trials: Sequence[Trial], plan: SharingPlan, max_rows: int, fix_rows: bool
 ) -> SharingPlan:
-    """Whether pictures have the same bytes at any load, and what it takes."""
+    """Whether pictures have the same bytes at any load, and what it takes.
+
+    Kernels that are indifferent to the row count up to some number may not be so beyond it. Then
+    larger forwards are done without: they gain little.
+    """
     with parked_at_denoiser(pipeline, trials, plan.parking(ENOUGH_ROWS)) as calls:
-        if all(rows_are_independent(group, max_rows) for group in calls):
-            return plan
+        for limit in (share * max_rows // 4 for share in LIMITS_IN_QUARTERS):
+            if all(rows_are_independent(group, limit) for group in calls):
+                return replace(plan, max_rows=limit)
         fixed_rows = min(FIXED_ROWS, max_rows)
         if fix_rows and all(rows_are_independent(g, max_rows, fixed_rows) for g in calls):
             return replace(plan, fixed_rows=fixed_rows)

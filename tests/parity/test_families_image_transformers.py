@@ -25,7 +25,6 @@ TELLING = 0.05
 PROMPT_TELLS = 1e-3
 
 # Its time embedding hands float32 values to its weights, whatever their dtype.
-NOT_IN_FLOAT64 = {"Kandinsky 5, image"}
 
 Pipelines = Callable[[str], Any]
 
@@ -75,22 +74,6 @@ def test_a_prompt_mixed_up_would_be_noticed(name: str, pipelines: Pipelines) -> 
     one = call(family, pipeline, variation)
     other = call(family, pipeline, replace(variation, index=3))
     assert largest_difference(one, other) > PROMPT_TELLS
-
-
-@pytest.mark.parametrize("name", sorted(NOT_IN_FLOAT64))
-def test_it_cannot_run_in_float64(name: str) -> None:
-    pipeline = FAMILIES[name].build().to(torch.float64)
-    with pytest.raises(RuntimeError, match="same dtype"):
-        call(FAMILIES[name], pipeline, FAMILIES[name].variations(1)[0])
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_IN_FLOAT64])
-def test_it_runs_in_float64(name: str) -> None:
-    family = FAMILIES[name]
-    pipeline = family.build().to(torch.float64)
-    picture = call(family, pipeline, family.variations(1)[0])
-    assert getattr(pipeline, family.denoiser).dtype == torch.float64
-    assert picture.isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "scheduler"), sorted(MIXED))

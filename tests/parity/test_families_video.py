@@ -26,7 +26,6 @@ MODULES = (
 )
 FAMILIES = {family.name: family for module in MODULES for family in module.FAMILIES}
 # Its transformer embeds time in single precision, whatever it is cast to.
-SINGLE_PRECISION = {"Kandinsky 5, text to video"}
 
 
 @cache
@@ -59,14 +58,6 @@ def test_weights_are_the_same_at_every_build(name: str) -> None:
     weights = getattr(again, family.denoiser).state_dict()
     for key, weight in getattr(built, family.denoiser).state_dict().items():
         assert torch.equal(weight, weights[key]), key
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SINGLE_PRECISION])
-def test_it_runs_in_double_precision(name: str) -> None:
-    family = FAMILIES[name]
-
-    pipeline = family.build().to(torch.float64)
-    assert torch.isfinite(video(family, family.variations(1)[0], pipeline)).all()
 
 
 SCHEDULERS = [(family.name, kind) for family in FAMILIES.values() for kind in family.schedulers]

@@ -85,7 +85,7 @@ def from_prompt(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 def from_latents(pipeline: Any, variation: Variation) -> dict[str, Any]:
     latents = 2 * variation.tensor(1, PRIOR_CHANNELS, 4, 4) - 1
-    return prompted(variation) | {"image_embeddings": latents}
+    return prompted(variation) | {"image_embeddings": latents.to(pipeline.decoder.dtype)}
 
 
 def both_stages(pipeline: Any, variation: Variation) -> dict[str, Any]:

@@ -272,13 +272,20 @@ FAMILIES = (
         sana_video_from_picture_arguments,
     ),
     Family("EasyAnimate", seeded(easyanimate), easyanimate_arguments),
-    Family("Kandinsky 5, text to video", seeded(kandinsky5), kandinsky5_arguments),
+    Family(
+        "Kandinsky 5, text to video",
+        seeded(kandinsky5),
+        kandinsky5_arguments,
+        float64=False,
+        bfloat16=False,
+        remark="its time embedding computes in float32 only",
+    ),
     Family(
         "HunyuanVideo 1.5, text to video",
         seeded(hunyuan_1_5),
         hunyuan_1_5_arguments,
         guidance_scales=(5.0,),
-        remark="the guider keeps the step it is at, and all requests have one guider",
+        remark="its guider holds the guidance scale, so that all requests have the same",
     ),
     Family(
         "SkyReels V2, diffusion forcing",
