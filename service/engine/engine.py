@@ -64,12 +64,12 @@ class Engine:
 
     All methods may be called from any thread, and by listeners; only `stop` may not be called by
     `Listener.accepted`, which runs while the door is held. `row_limit` is the most rows of one
-    shared denoiser forward, as configured or measured.
+    shared denoiser forward, as configured or measured, and `row_ceiling` the most it may become.
     """
 
     def __init__(self, options: EngineOptions | None = None, cost: CostModel | None = None) -> None:
         self.options = options or EngineOptions()
-        self.row_limit = self.options.row_ceiling
+        self.row_limit = self.row_ceiling = self.options.row_ceiling
         self.batcher = Batcher(
             self.options.row_ceiling,
             cost,
@@ -148,7 +148,7 @@ class Engine:
 
     def limit_rows(self, rows: int) -> None:
         """Let shared denoiser forwards have at most so many rows from the next tick on."""
-        self.row_limit = min(rows, self.options.row_ceiling)
+        self.row_limit = min(rows, self.row_ceiling)
         self._commands.put(partial(self.batcher.limit_rows, self.row_limit))
 
     @property

@@ -174,7 +174,9 @@ class PipelineRunner:
             )
         )
         self.engine.batcher.one_at_a_time = self.plan.alone
-        self.engine.batcher.limit_rows(parking.max_rows)
+        self.engine.row_ceiling = parking.max_rows
+        if not self.plan.fixed_rows:
+            self.engine.limit_rows(parking.max_rows)
         self._detach = attach(pipeline, parking)
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:

@@ -25,6 +25,7 @@ import torch
 from service.domain.errors import CancelledError
 from service.engine.call import Call, CallKey
 from service.engine.row_independence import rows_are_independent
+from service.engine.row_limits import is_out_of_memory
 from service.engine.track import Stage, Track
 from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.self_check import (
@@ -137,13 +138,23 @@ def plan_rows(
     """
     with parked_at_denoiser(pipeline, trials, plan.parking(ENOUGH_ROWS)) as calls:
         for limit in (share * max_rows // 4 for share in LIMITS_IN_QUARTERS):
-            if all(rows_are_independent(group, limit) for group in calls):
+            if _are_independent(calls, limit):
                 return replace(plan, max_rows=limit)
         fixed_rows = min(FIXED_ROWS, max_rows)
-        if fix_rows and all(rows_are_independent(g, max_rows, fixed_rows) for g in calls):
+        if fix_rows and _are_independent(calls, fixed_rows, fixed_rows):
             return replace(plan, fixed_rows=fixed_rows)
     remark = "; ".join(filter(None, [plan.remark, "rows depend on their company in the last bits"]))
     return replace(plan, same_bytes=False, remark=remark)
+
+
+def _are_independent(groups: list[list[Call]], max_rows: int, bucket_rows: int = 0) -> bool:
+    """As `rows_are_independent`, for calls of several keys; False where memory runs out."""
+    try:
+        return all(rows_are_independent(calls, max_rows, bucket_rows) for calls in groups)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
 
 
 @contextmanager

@@ -44,11 +44,11 @@ def warm_up(runner: PipelineRunner) -> float:
     """
     started_s = time.perf_counter()
     pictures = 1
-    limit = min(runner.model.capabilities.max_n, runner.engine.options.row_ceiling // 2)
+    limit = min(runner.model.capabilities.max_n, runner.engine.row_ceiling // 2)
     while pictures <= max(limit, 1):
         _run(runner, _request(runner, pictures))
         pictures *= 2
-    if runner.engine.options.max_rows is None:
+    if runner.engine.options.max_rows is None and not runner.plan.fixed_rows:
         _set_measured_limit(runner)
     # What is loaded by now stays: the garbage collector need not walk a million objects again and
     # again between two denoising steps.
@@ -76,7 +76,7 @@ def measure_steps(runner: PipelineRunner, most_s: float = MEASURING_S) -> Curve:
     started_s = time.perf_counter()
     seconds: dict[int, float] = {}
     request = _request(runner, 1, MEASURED_STEPS)
-    while request.rows <= runner.engine.options.row_ceiling:
+    while request.rows <= runner.engine.row_ceiling:
         before_s = time.perf_counter()
         step_s = _measure(runner, request)
         if step_s is None:
@@ -88,7 +88,7 @@ def measure_steps(runner: PipelineRunner, most_s: float = MEASURING_S) -> Curve:
         now_s = time.perf_counter()
         # Twice the rows will take about twice as long.
         if now_s + 2 * (now_s - before_s) - started_s > most_s:
-            return Curve(seconds, cut_short=2 * request.rows <= runner.engine.options.row_ceiling)
+            return Curve(seconds, cut_short=2 * request.rows <= runner.engine.row_ceiling)
         request = _request(runner, 2 * request.n, MEASURED_STEPS)
     return Curve(seconds)
 

@@ -221,7 +221,7 @@ def test_warming_up_runs_growing_row_counts(
 def test_warming_up_measures_the_row_limit_where_none_is_configured(
     tiny: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner = PipelineRunner(tiny, EngineOptions())
+    runner = PipelineRunner(tiny, EngineOptions(), sharing=UNTRIED)
     assert runner.engine.row_limit == 64
     runner.start()
     with caplog.at_level(logging.INFO, "service.pipelines.warm_up"):
@@ -246,7 +246,7 @@ def test_rows_are_measured_as_far_as_memory_allows(
         return forward(sample, *args, **kwargs)
 
     monkeypatch.setattr(tiny.pipeline.unet, "forward", scarce)
-    runner = PipelineRunner(tiny, EngineOptions())
+    runner = PipelineRunner(tiny, EngineOptions(), sharing=UNTRIED)
     runner.start()
     curve = measure_steps(runner)
     runner.stop()
@@ -271,7 +271,7 @@ def test_a_curve_cut_short_limits_only_where_it_had_stopped_growing(
 
 
 def test_measuring_stops_when_its_time_is_over(tiny: LoadedModel) -> None:
-    runner = PipelineRunner(tiny, EngineOptions())
+    runner = PipelineRunner(tiny, EngineOptions(), sharing=UNTRIED)
     runner.start()
     curve = measure_steps(runner, most_s=0.0)
     runner.stop()
