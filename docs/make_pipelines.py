@@ -34,6 +34,8 @@ diffusers.
 - **calls per forward**: how many calls of the modules that run at every step shared one forward,
   all four requests arriving at once. The most possible is 2.8, as they end one after another (more
   where a strength leaves steps out).
+  Requests share where shapes agree: the same size, and, in pipelines that do not pad their prompts
+  to one length, equally many tokens.
 - **float64**, **float32**: largest difference to the plain calls, as a share of the largest value.
   In float64 only mistakes would be left; in float32 there is rounding.
 - **bfloat16**: whether results are equal in every bit. Where kernels round by the number of rows

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from families.catalogue import FAMILIES
-from families.examine import Findings, examine
+from families.examine import Findings, examine, make_trials
 from families.family import Family
 
+from service.pipelines.self_check import ENOUGH_ROWS, check_sharing
+from service.pipelines.sharing import plan_company
 from service.pipelines.verified import VERIFIED
 
 FLOAT64_BOUND = 1e-6
@@ -60,6 +62,25 @@ def check_shared(family: Family, found: Findings) -> None:
 def check_bfloat16(found: Findings) -> None:
     if found.bfloat16 is not None and found.independent:
         assert found.bfloat16.difference == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Stable Diffusion XL", torch.float16),
+        ("Stable Diffusion XL, image to image", torch.bfloat16),
+    ],
+)
+def test_a_vae_that_the_call_casts_runs_inside_the_call(name: str, dtype: torch.dtype) -> None:
+    """The pipeline makes the shared VAE float32 for its own decode, or encode, and back."""
+    pipeline = FAMILIES[name].build().to(dtype)
+    trials = make_trials(FAMILIES[name], pipeline)
+    plan = plan_company(pipeline, trials, verified=())
+    assert (plan.alone, plan.inline) == (False, {"vae"})
+    assert "vae" in plan.remark
+    report = check_sharing(pipeline, trials, options=plan.parking(ENOUGH_ROWS))
+    assert report.objection == ""
+    assert pipeline.vae.dtype == dtype
 
 
 def test_the_list_of_verified_pipelines_is_that_of_the_suite() -> None:
