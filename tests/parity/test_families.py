@@ -64,6 +64,7 @@ def check_bfloat16(found: Findings) -> None:
         assert found.bfloat16.difference == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
