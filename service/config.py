@@ -117,6 +117,8 @@ class EngineSettings(_Section):
     threads: PositiveInt | None = None
     """Torch threads; None means as many as there are cores."""
     niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10
+    gradients: bool = False
+    """Whether pipelines may compute gradients, as some guidance does; costs a few percent."""
     drain_s: Amount = 20.0
     """Seconds that accepted requests get to finish when the server stops."""
 

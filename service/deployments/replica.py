@@ -141,4 +141,5 @@ def engine_options(settings: EngineSettings) -> EngineOptions:
         # Said in so many words, as Ray sets torch's default by the CPUs that a replica reserves.
         threads=settings.threads or os.cpu_count(),
         niceness=settings.niceness,
+        gradients=settings.gradients,
     )

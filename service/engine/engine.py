@@ -45,6 +45,8 @@ class EngineOptions:
         threads: torch threads of the engine, or None for torch's default.
         niceness: how far the engine thread steps back behind the threads that answer HTTP.
         policy: decides who goes next, one of `policy.POLICIES`.
+        gradients: whether pipelines may compute gradients, as some kinds of guidance do. Without,
+            every operation is a few percent cheaper.
     """
 
     max_rows: int | None = None
@@ -52,6 +54,7 @@ class EngineOptions:
     threads: int | None = None
     niceness: int = 0
     policy: str = "due-time"
+    gradients: bool = False
 
     @property
     def row_ceiling(self) -> int:
@@ -181,9 +184,11 @@ class Engine:
     def _main(self) -> None:
         try:
             self._settle_in()
-            self._prepare()
-            while self._running:
-                self._turn()
+            # These modes belong to the thread, not to the greenlet: once, at the root.
+            with torch.no_grad() if self.options.gradients else torch.inference_mode():
+                self._prepare()
+                while self._running:
+                    self._turn()
         finally:
             self._close()
 
@@ -192,8 +197,6 @@ class Engine:
             self._step_back()
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
-        # Grad mode belongs to the thread, not to the greenlet: once, at the root.
-        torch.set_grad_enabled(False)
 
     def _step_back(self) -> None:
         # On Linux niceness belongs to a thread, and threads it starts (OpenMP's) inherit it.

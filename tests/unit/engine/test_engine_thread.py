@@ -452,3 +452,22 @@ def test_a_function_runs_on_the_engine_thread_between_ticks(engines: Callable[..
     engine.stop()
     with pytest.raises(NotReadyError):
         engine.call(lambda: None)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_pipeline_may_compute_gradients_where_that_is_wanted(
+    engines: Callable[..., Engine], gradients: bool
+) -> None:
+    def steepest() -> float:
+        with torch.enable_grad():
+            point = torch.tensor(3.0, requires_grad=True)
+            (slope,) = torch.autograd.grad(point * point, point)
+        return float(slope)
+
+    engine = engines(gradients=gradients)
+    assert engine.call(torch.is_inference_mode_enabled) is not gradients
+    ear = WaitingEar()
+    engine.submit(make_work(steepest, ear=ear))
+    ear.wait()
+    assert (ear.result == 6.0) is gradients
+    assert (ear.error is None) is gradients
