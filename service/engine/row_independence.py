@@ -1,50 +1,143 @@
 """Does a row get the same bits whatever it shares a forward with? Tried on the device at hand.
 
 Kernels may sum in another order for another row count, so that the last bits of a row depend on how
-many others there are. Some devices, dtypes and models are free of that at any row count; others
+many others there are. Most devices, dtypes and models are free of that up to some row count; others
 are within forwards of one fixed row count, filled up where requests have fewer.
+
+A difference can hide: half precision rounds most of it away. What shows it least is a layer that
+gets one vector a row, such as an embedding of the timestep: a forward tells of a few numbers only.
+Such layers are therefore tried by themselves as well, with far more rows than requests would have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from service.engine.call import Call
+from service.engine.call import Call, ParkableMethod, make_call
 from service.engine.coalesce import split, stack, tensors_in
+from service.engine.leaves import LeafKind, Path
+from service.engine.row_limits import is_out_of_memory
+
+# Where kernels differ at all, about one number in 10,000 was seen to: enough of them to be sure.
+VECTOR_NUMBERS = 2**16
 
 
-def rows_are_independent(calls: Sequence[Call], max_rows: int, bucket_rows: int = 0) -> bool:
-    """Whether each call has the same output bits alone and in every company that is tried.
+@dataclass(frozen=True)
+class VectorLayer:
+    """A linear layer that gets one vector a row, and how large its numbers are."""
+
+    layer: nn.Linear
+    scale: float
+
+    @property
+    def shape(self) -> Hashable:
+        """What kernels are chosen by."""
+        return self.layer.weight.shape, self.layer.weight.dtype, self.layer.bias is None
+
+    def calls(self, least: int, generator: torch.Generator) -> list[Call]:
+        """Calls of one row each, with vectors of their own; `least` of them or more."""
+        count = max(VECTOR_NUMBERS // self.layer.out_features, least)
+        vectors = torch.randn(count, self.layer.in_features, generator=generator) * self.scale
+        weight = self.layer.weight
+        rows = vectors.to(weight.device, weight.dtype).split(1)
+        method = ParkableMethod("layer", "forward", self.layer.forward)
+        return [make_call(method, (row,), {}) for row in rows]
+
+
+def independent_rows(calls: Sequence[Call], max_rows: int) -> int:
+    """Most rows of a forward in which each call has the same bits as alone, as far as was tried.
 
     Args:
         calls: of equal keys, with different content.
-        max_rows: most rows of a forward.
-        bucket_rows: what every forward is filled up to; 0 leaves it as it is.
+        max_rows: where to stop trying.
+
+    Returns:
+        `max_rows`, or the row count before the first one where bits differ or memory runs out; 1 if
+        that is 2.
+    """
+    alone = [run_together([call])[0] for call in calls]
+    kept = 1
+    for count in row_counts(max_rows):
+        try:
+            if not _keep_bits(calls, alone, count):
+                return kept
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return kept
+        kept = count
+    return kept
+
+
+def rows_are_independent(calls: Sequence[Call], bucket_rows: int) -> bool:
+    """Whether each call has the same bits in every company, if forwards always have so many rows.
+
+    Args:
+        calls: of equal keys, with different content.
+        bucket_rows: what every forward is filled up to.
     """
     alone = [run_together([call], bucket_rows)[0] for call in calls]
-    return all(
-        same_bits(output, alone[index])
-        for company in companies([call.rows for call in calls], bucket_rows or max_rows)
-        for index, output in zip(
-            company, run_together([calls[index] for index in company], bucket_rows), strict=True
-        )
-    )
+    # Whatever fills a forward up is company, too: few counts are enough.
+    counts = (max(bucket_rows // 2, 1), bucket_rows)
+    return all(_keep_bits(calls, alone, count, bucket_rows) for count in counts)
 
 
-def companies(rows: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-    """Which calls, by index, to run together: every size of company, in changing order."""
-    count = len(rows)
-    size = 2
-    while size <= max_rows:
-        # Going round and round, each time from another place: neighbours and positions change.
-        company = [index * (1 + size % 2) % count for index in range(size, 2 * size)]
-        while sum(rows[index] for index in company) > max_rows:
-            company.pop()
+def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> list[list[Call]]:
+    """Calls of each kind of layer in a module that gets one vector a row.
+
+    Args:
+        call: of the module; it is run once.
+        least: calls of each layer.
+        generator: on the CPU.
+    """
+    found: dict[Hashable, VectorLayer] = {}
+    with _seeing_vectors(call.rows, lambda seen: found.setdefault(seen.shape, seen)):
+        run_together([call])
+    return [layer.calls(least, generator) for layer in found.values()]
+
+
+def varied(call: Call, generator: torch.Generator) -> Call:
+    """The same call with other numbers: every one is scaled down by a factor of its own.
+
+    What is batched, and of integers only timesteps: others may be masks or places in a table.
+    """
+    kinds = {path: kind for path, kind, _ in call.key.leaves}
+    vary = partial(_vary, kinds=kinds, generator=generator)
+    args = tuple(vary(value, (0, index)) for index, value in enumerate(call.args))
+    kwargs = {name: vary(value, (1, name)) for name, value in call.kwargs.items()}
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def row_counts(max_rows: int) -> list[int]:
+    """Row counts to try, from 2 in growing steps, up to and with `max_rows`."""
+    powers = [2**exponent for exponent in range(1, max_rows.bit_length())]
+    counts = {count for power in powers for count in (power, power * 3 // 2)}
+    return sorted(count for count in {*counts, max_rows} if 2 <= count <= max_rows)
+
+
+def companies(rows: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Which calls, by index, to run together so that each takes part in a forward of `count` rows.
+
+    Where sizes do not fit there are fewer rows. Calls come in changing order: neighbours and places
+    change from count to count.
+    """
+    stride = next(s for s in range(count, count + len(rows) + 1) if _is_coprime(s, len(rows)))
+    order = [index * stride % len(rows) for index in range(len(rows))]
+    seen: set[int] = set()
+    for turn, index in enumerate(order):
+        if index in seen or rows[index] > count:
+            continue
+        company = _fill_up(order[turn:] + order[:turn], rows, count)
+        seen.update(company)
         yield company
-        size += 1 if size < 4 else size // 2
 
 
 def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
@@ -61,3 +154,63 @@ def same_bits(one: Any, other: Any) -> bool:
     """Whether all tensors in two outputs are equal in every bit."""
     pairs = zip(tensors_in(one), tensors_in(other), strict=True)
     return all(torch.equal(left, right) for left, right in pairs)
+
+
+def _keep_bits(calls: Sequence[Call], alone: Sequence[Any], count: int, bucket: int = 0) -> bool:
+    return all(
+        same_bits(output, alone[index])
+        for company in companies([call.rows for call in calls], count)
+        for index, output in zip(
+            company, run_together([calls[index] for index in company], bucket), strict=True
+        )
+    )
+
+
+def _fill_up(order: Sequence[int], rows: Sequence[int], count: int) -> list[int]:
+    """Calls in that order while they fit, again and again until no more do."""
+    company: list[int] = []
+    left = count
+    while left >= min(rows):
+        for index in order:
+            if rows[index] <= left:
+                company.append(index)
+                left -= rows[index]
+    return company
+
+
+def _is_coprime(one: int, other: int) -> bool:
+    while other:
+        one, other = other, one % other
+    return one == 1
+
+
+def _vary(
+    value: Any, path: Path, kinds: Mapping[Path, LeafKind], generator: torch.Generator
+) -> Any:
+    vary = partial(_vary, kinds=kinds, generator=generator)
+    if type(value) is dict:
+        return {name: vary(part, (*path, name)) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(vary(part, (*path, index)) for index, part in enumerate(value))
+    if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
+        return value
+    kind = kinds.get(path)
+    if kind is LeafKind.PER_ROW or (kind is LeafKind.BATCHED and value.is_floating_point()):
+        factors = torch.rand(value.shape, generator=generator).to(value.device)
+        return (value * factors).to(value.dtype)
+    return value
+
+
+@contextmanager
+def _seeing_vectors(rows: int, see: Callable[[VectorLayer], object]) -> Iterator[None]:
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not isinstance(module, nn.Linear) or not args or not isinstance(args[0], Tensor):
+            return
+        if args[0].numel() == rows * module.in_features:
+            see(VectorLayer(module, float(args[0].detach().float().square().mean().sqrt())))
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -7,8 +7,8 @@ Three things are asked of the pipeline and of the device, in this order:
    every step, its requests run one at a time.
 2. Do requests at once get what each gets alone? Pipelines of the parity suite were seen to; any
    other is tried here, and runs one at a time if not.
-3. Do rows depend on what they share a forward with, in their last bits? If they do, forwards of one
-   fixed row count may cure it.
+3. Do rows depend on what they share a forward with, in their last bits? Forwards get no more rows
+   than are free of that. If those are too few, forwards of one fixed row count may cure it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ import torch
 
 from service.domain.errors import CancelledError
 from service.engine.call import Call, CallKey
-from service.engine.row_independence import rows_are_independent
-from service.engine.row_limits import is_out_of_memory
+from service.engine.row_independence import (
+    independent_rows,
+    rows_are_independent,
+    varied,
+    vector_layer_calls,
+)
 from service.engine.track import Stage, Track
 from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.self_check import (
@@ -43,8 +47,8 @@ logger = logging.getLogger(__name__)
 FIXED_ROWS = 8
 """Large enough to fill a CPU, and small enough not to make a single request wait for nobody."""
 
-
-LIMITS_IN_QUARTERS = (4, 3, 2, 1)
+# What a forward is tried with: enough for different content, and few enough to start soon.
+TRIED_CALLS = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class SharingPlan:
     Args:
         alone: they do not: they run one at a time.
         inline: components that run inside a call, unparked.
-        max_rows: most rows of one shared forward; 0: as many as are wanted.
+        max_rows: most rows of a shared forward that keep pictures as they are; 0: any number.
         fixed_rows: every shared forward is filled up to this many rows; 0: any row count.
         same_bytes: whether a picture is the same in every bit at any load, on this device.
         remark: why it is not the usual plan; for people.
@@ -79,8 +83,9 @@ class SharingPlan:
         if self.fixed_rows:
             buckets = (self.fixed_rows,)
             options = replace(options, max_rows=self.fixed_rows, bucket_rows=buckets)
-        max_rows = min(self.max_rows or options.max_rows, options.max_rows)
-        return replace(options, max_rows=max_rows, inline=self.inline)
+        elif self.max_rows:
+            options = replace(options, max_rows=min(options.max_rows, self.max_rows))
+        return replace(options, inline=self.inline)
 
 
 def plan_sharing(
@@ -131,30 +136,34 @@ def plan_company(
 def plan_rows(
     pipeline: Any, trials: Sequence[Trial], plan: SharingPlan, max_rows: int, fix_rows: bool
 ) -> SharingPlan:
-    """Whether pictures have the same bytes at any load, and what it takes.
-
-    Kernels that are indifferent to the row count up to some number may not be so beyond it. Then
-    larger forwards are done without: they gain little.
-    """
-    with parked_at_denoiser(pipeline, trials, plan.parking(ENOUGH_ROWS)) as calls:
-        for limit in (share * max_rows // 4 for share in LIMITS_IN_QUARTERS):
-            if _are_independent(calls, limit):
-                return replace(plan, max_rows=limit)
+    """Whether pictures have the same bytes at any load, and what it takes."""
+    with parked_at_denoiser(pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
+        tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
         fixed_rows = min(FIXED_ROWS, max_rows)
-        if fix_rows and _are_independent(calls, fixed_rows, fixed_rows):
+        rows = most_independent_rows(tried, max_rows, fixed_rows)
+        if rows >= fixed_rows:
+            return replace(plan, max_rows=rows)
+        if fix_rows and all(rows_are_independent(calls, fixed_rows) for calls in tried):
             return replace(plan, fixed_rows=fixed_rows)
     remark = "; ".join(filter(None, [plan.remark, "rows depend on their company in the last bits"]))
     return replace(plan, same_bytes=False, remark=remark)
 
 
-def _are_independent(groups: list[list[Call]], max_rows: int, bucket_rows: int = 0) -> bool:
-    """As `rows_are_independent`, for calls of several keys; False where memory runs out."""
-    try:
-        return all(rows_are_independent(calls, max_rows, bucket_rows) for calls in groups)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
+def most_independent_rows(tried: Sequence[Sequence[Call]], max_rows: int, least: int) -> int:
+    """Most rows of a forward that keep all bits; where `least` do not, some lower number."""
+    for calls in tried:
+        if max_rows >= least:
+            max_rows = independent_rows(calls, max_rows)
+    return max_rows
+
+
+def calls_to_try(group: Sequence[Call], max_rows: int) -> Iterator[list[Call]]:
+    """Calls of layers that a few rows tell little of, then of the whole module."""
+    generator = torch.Generator().manual_seed(0)
+    yield from vector_layer_calls(group[0], max_rows, generator)
+    # At the first step all timesteps are the same: others are tried, too.
+    others = [varied(group[i % len(group)], generator) for i in range(TRIED_CALLS - len(group))]
+    yield [*group, *others]
 
 
 @contextmanager

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.engine.call import Call, ParkableMethod, make_call
-from service.engine.row_independence import companies, rows_are_independent, same_bits
+from service.engine.row_independence import (
+    VECTOR_NUMBERS,
+    companies,
+    independent_rows,
+    row_counts,
+    rows_are_independent,
+    same_bits,
+    varied,
+    vector_layer_calls,
+)
 
 LAST_BIT = 2**-23
 
@@ -40,33 +50,82 @@ def leaks_to_neighbours(sample: Tensor) -> tuple[Tensor]:
 
 
 def test_rows_that_only_depend_on_themselves_are_independent() -> None:
-    assert rows_are_independent(calls_of(steady), max_rows=32)
-    assert rows_are_independent(calls_of(steady), max_rows=8, bucket_rows=8)
+    assert independent_rows(calls_of(steady), max_rows=33) == 33
+    assert rows_are_independent(calls_of(steady), bucket_rows=8)
 
 
-@pytest.mark.parametrize("forward", [rounds_by_row_count, rounds_by_position, leaks_to_neighbours])
+@pytest.mark.parametrize("forward", [rounds_by_position, leaks_to_neighbours])
 def test_a_last_bit_that_depends_on_others_is_seen(forward: Any) -> None:
-    assert not rows_are_independent(calls_of(forward), max_rows=32)
+    assert independent_rows(calls_of(forward, rows=(1, 2, 1)), max_rows=32) == 1
+    assert not rows_are_independent(calls_of(forward), bucket_rows=8)
+
+
+def test_rows_may_be_independent_up_to_some_row_count() -> None:
+    assert independent_rows(calls_of(rounds_by_row_count), max_rows=32) == 4
 
 
 def test_forwards_of_one_row_count_can_make_rows_independent() -> None:
-    assert rows_are_independent(calls_of(rounds_by_row_count), max_rows=8, bucket_rows=8)
-    assert not rows_are_independent(calls_of(leaks_to_neighbours), max_rows=8, bucket_rows=8)
+    assert rows_are_independent(calls_of(rounds_by_row_count), bucket_rows=8)
 
 
-@given(rows=st.lists(st.integers(1, 3), min_size=1, max_size=5), max_rows=st.integers(6, 64))
-def test_companies_fit_and_grow_to_the_limit(rows: list[int], max_rows: int) -> None:
-    tried = list(companies(rows, max_rows))
+def test_a_single_row_is_always_alone() -> None:
+    assert independent_rows(calls_of(leaks_to_neighbours), max_rows=1) == 1
+
+
+@given(rows=st.lists(st.integers(1, 3), min_size=1, max_size=9), count=st.integers(3, 64))
+def test_each_call_takes_part_in_forwards_as_large_as_can_be(rows: list[int], count: int) -> None:
+    tried = list(companies(rows, count))
     sums = [sum(rows[index] for index in company) for company in tried]
-    assert all(total <= max_rows for total in sums)
-    assert max(sums) > max_rows / 3
-    assert all(0 <= index < len(rows) for company in tried for index in company)
+    assert all(count - min(rows) < total <= count for total in sums)
+    assert {index for company in tried for index in company} == set(range(len(rows)))
+
+
+@given(max_rows=st.integers(1, 300))
+def test_row_counts_grow_to_the_limit_in_small_steps(max_rows: int) -> None:
+    counts = row_counts(max_rows)
+    assert counts == sorted(set(counts))
+    assert counts[-1:] == [max_rows][: max_rows - 1]
+    assert all(later <= 1.5 * count for count, later in pairwise(counts))
 
 
 def test_every_call_meets_others_and_stands_at_several_places() -> None:
-    tried = list(companies([2, 2, 1, 1], 32))
+    tried = [company for count in row_counts(32) for company in companies([2, 2, 1, 1], count)]
     for call in range(4):
-        assert {company.index(call) for company in tried if call in company} - {0}
+        assert len({company.index(call) for company in tried if call in company}) > 1
+
+
+def test_layers_with_one_vector_a_row_are_found_and_tried_with_many_rows() -> None:
+    embed, mix = nn.Linear(3, 512), nn.Linear(512, 4)
+
+    def forward(sample: Tensor, timestep: Tensor) -> Tensor:
+        return mix(embed(timestep.reshape(-1, 1) * sample[:, 0]).unsqueeze(1) * sample[:, :1, :1])
+
+    method = ParkableMethod("unet", "forward", forward)
+    call = make_call(method, (torch.ones(2, 5, 3), torch.ones(2)), {})
+    kinds = vector_layer_calls(call, least=64, generator=torch.Generator().manual_seed(0))
+    assert [len(calls) for calls in kinds] == [VECTOR_NUMBERS // 512, VECTOR_NUMBERS // 4]
+    assert all(len({c.key for c in calls}) == 1 and calls[0].rows == 1 for calls in kinds)
+
+
+def test_a_layer_that_gets_several_vectors_a_row_is_not_one_of_them() -> None:
+    layer = nn.Linear(3, 512)
+    call = make_call(ParkableMethod("unet", "forward", layer.forward), (torch.ones(2, 5, 3),), {})
+    assert vector_layer_calls(call, 64, torch.Generator()) == []
+
+
+def test_a_varied_call_could_share_a_forward_and_says_something_else() -> None:
+    method = ParkableMethod("unet", "forward", lambda *args, **kwargs: None)
+    mask, classes = torch.ones(2, 4, dtype=torch.bool), torch.tensor([3, 4])
+    kwargs = {"added": {"mask": mask, "text": [torch.ones(2, 6)]}, "table": torch.ones(7, 2)}
+    call = make_call(method, (torch.ones(2, 3), torch.tensor(999), classes), kwargs)
+    other = varied(call, torch.Generator().manual_seed(0))
+    again = make_call(method, other.args, other.kwargs)
+    assert again.key == call.key
+    assert not torch.equal(other.args[0], call.args[0])
+    assert 0 <= other.args[1] < 999
+    assert not torch.equal(other.kwargs["added"]["text"][0], torch.ones(2, 6))
+    assert other.kwargs["added"]["mask"] is mask
+    assert other.kwargs["table"] is call.kwargs["table"]
 
 
 def test_bits_are_compared_in_all_tensors() -> None:

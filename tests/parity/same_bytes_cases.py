@@ -1,0 +1,267 @@
+"""Small requests of every kind, random loads of them, and digests of what comes back.
+
+As a script it serves some of them one after another and prints their digests: another process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import greenlet
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import nn
+
+from service.domain.errors import CancelledError
+from service.domain.events import Event, Failed, Finished
+from service.domain.requests import AdapterUse, GenerationRequest, Priority, Task
+from service.engine.engine import EngineOptions
+from service.engine.leaves import content_digest
+from service.engine.track import TrackGreenlet
+from service.pipelines.adapter_files import AdapterOptions
+from service.pipelines.load import load_model
+from service.pipelines.runner import DEFAULT_SHARING, PipelineRunner, SharingOptions
+
+PATIENCE_S = 240.0
+TASKS = tuple(Task)
+PROMPTS = ("red heart", "rocket on a blue background", "smiling cat face", "green leaf, noto")
+SIZES = ((64, 64), (64, 64), (64, 64), (48, 64), (64, 64), (96, 64), (64, 64))
+STEPS = (3, 5, 4, 8, 6)
+GUIDANCE = (4.0, 1.0, 7.5, 0.0, 5.0)
+INTERVALS = ((0.0, 1.0), (0.0, 1.0), (0.25, 0.75), (0.0, 0.6))
+STRENGTHS = (1.0, 0.7, 0.5)
+PICTURES = (1, 1, 1, 2, 1, 3)
+ADAPTERS = ("first", "second")
+# What is in hand at a time, at most, while a load is served.
+MOST_IN_HAND = 14
+
+
+def request_pool(schedulers: Sequence[str], count: int = 40) -> list[GenerationRequest]:
+    """Requests that differ in everything; one in five uses an adapter."""
+    return [_request(index, schedulers[index % len(schedulers)]) for index in range(count)]
+
+
+def _request(index: int, scheduler: str) -> GenerationRequest:
+    task = TASKS[(index + index // 20) % len(TASKS)]
+    width, height = SIZES[index % len(SIZES)]
+    start, end = INTERVALS[index % len(INTERVALS)]
+    adapters = (AdapterUse(ADAPTERS[index // 5 % 2], 0.8),) if index % 5 == 4 else ()
+    return GenerationRequest(
+        id=f"pool-{index}",
+        model="emoji",
+        prompt=PROMPTS[index % len(PROMPTS)],
+        negative_prompt=("", "blurry")[index // 2 % 2],
+        width=width,
+        height=height,
+        num_inference_steps=STEPS[index % len(STEPS)],
+        guidance_scale=GUIDANCE[index // 3 % len(GUIDANCE)],
+        guidance_start=start,
+        guidance_end=end,
+        seed=5000 + 10 * index,
+        scheduler=scheduler,
+        n=PICTURES[index % len(PICTURES)],
+        task=task,
+        image=None if task is Task.TEXT_TO_IMAGE else _png(_photo()),
+        mask_image=_png(_mask()) if task is Task.INPAINTING else None,
+        strength=STRENGTHS[index % len(STRENGTHS)],
+        adapters=adapters,
+    )
+
+
+def _photo() -> Image.Image:
+    image = Image.new("RGB", (80, 80), (40, 90, 200))
+    ImageDraw.Draw(image).ellipse((10, 14, 68, 72), fill=(230, 40, 30))
+    return image
+
+
+def _mask() -> Image.Image:
+    image = Image.new("L", (64, 64), 0)
+    ImageDraw.Draw(image).rectangle((16, 16, 48, 48), fill=255)
+    return image
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save_adapters(folder: Path, model: Path) -> Path:
+    """Two LoRA adapters with random weights, strong enough to be seen."""
+    unet = load_model("emoji", model, "float32", "cpu").pipeline.unet
+    for seed, name in enumerate(ADAPTERS):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for path, layer in unet.named_modules():
+            if isinstance(layer, nn.Linear) and path.endswith(("to_q", "to_v")):
+                a = torch.randn(4, layer.in_features, generator=generator)
+                b = torch.randn(layer.out_features, 4, generator=generator)
+                tensors[f"unet.{path}.lora_A.weight"] = a / layer.in_features**0.5
+                tensors[f"unet.{path}.lora_B.weight"] = b / 4
+        save_file(tensors, folder / f"{name}.safetensors")
+    return folder
+
+
+@contextmanager
+def serving(
+    folder: Path, dtype: str, adapters: Path | None = None, sharing: SharingOptions | None = None
+) -> Iterator[PipelineRunner]:
+    """An engine on a model of its own."""
+    model = load_model("emoji", folder, dtype, "cpu")
+    options = EngineOptions(max_waiting_pictures=10_000)
+    runner = PipelineRunner(
+        model, options, AdapterOptions(folder=adapters), sharing or DEFAULT_SHARING
+    )
+    runner.start()
+    try:
+        yield runner
+    finally:
+        runner.stop()
+
+
+def digest(finished: Finished) -> tuple[str, ...]:
+    """SHA-256 of each file of an answer."""
+    return tuple(hashlib.sha256(image.data).hexdigest() for image in finished.images)
+
+
+def serve_alone(
+    runner: PipelineRunner, requests: Sequence[GenerationRequest]
+) -> dict[str, tuple[str, ...]]:
+    """Digests of requests that are served one after another, by id."""
+    digests = {}
+    for request in requests:
+        events: SimpleQueue[Event] = SimpleQueue()
+        runner.submit(request, events.put)
+        while not isinstance(event := events.get(timeout=PATIENCE_S), Finished):
+            assert not isinstance(event, Failed), f"{request}: {event}"
+        digests[request.id] = digest(event)
+    return digests
+
+
+class CompanyWatch:
+    """Tells which submissions share each forward of the denoiser.
+
+    Each row is known again by its content: tracks hand it to the UNet, and a part of the UNet gets
+    it once the forward really runs.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self.rows: list[int] = []
+        self.histories: dict[str, list[frozenset[str]]] = defaultdict(list)
+        self._submissions: dict[bytes, set[str]] = defaultdict(set)
+        self._handles = [
+            unet.register_forward_pre_hook(self._handed_over),
+            unet.conv_in.register_forward_pre_hook(self._ran),
+        ]
+
+    def _handed_over(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        current = greenlet.getcurrent()
+        assert isinstance(current, TrackGreenlet)
+        for row in args[0]:
+            self._submissions[content_digest(row)].add(current.track.work.id)
+
+    def _ran(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        self.rows.append(args[0].shape[0])
+        met = [self._submissions[content_digest(row)] for row in args[0]]
+        company = frozenset(name for names in met for name in names)
+        for name in company:
+            self.histories[name].append(company)
+
+    @property
+    def mean_rows(self) -> float:
+        return sum(self.rows) / len(self.rows)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass
+class RandomLoad:
+    """Submissions at random moments of the engine's own progress, some cancelled on the way.
+
+    Args:
+        pool: what is asked for.
+        seed: of what is drawn. What meets what depends on the machine as well.
+        enough: finished submissions after which no more are made.
+        reproducible: share of submissions that ask for forwards of their own.
+    """
+
+    runner: PipelineRunner
+    pool: Sequence[GenerationRequest]
+    seed: int
+    enough: int
+    reproducible: float = 0.05
+    finished: list[tuple[GenerationRequest, tuple[str, ...]]] = field(default_factory=list)
+    cancelled: int = 0
+    _in_hand: dict[str, GenerationRequest] = field(default_factory=dict)
+    _events: SimpleQueue[Event] = field(default_factory=SimpleQueue)
+
+    def serve(self) -> None:
+        """Until enough are finished, and what is in hand then."""
+        chance = random.Random(self.seed)
+        made = 0
+        while self._in_hand or len(self.finished) < self.enough:
+            wanted = self.enough - len(self.finished) - len(self._in_hand)
+            burst = min(chance.choice((1, 1, 2, 3, 6)), MOST_IN_HAND - len(self._in_hand), wanted)
+            for _ in range(burst):
+                self._submit(chance, made)
+                made += 1
+            if self._in_hand and chance.random() < 0.1:
+                self.runner.cancel(chance.choice(list(self._in_hand)))
+            self._hear(chance.choice((1, 2, 5, 12)))
+
+    def _submit(self, chance: random.Random, number: int) -> None:
+        drawn = chance.choice(self.pool)
+        request = replace(
+            drawn,
+            id=f"{drawn.id}/{number}",
+            priority=chance.choice(list(Priority)),
+            reproducible=chance.random() < self.reproducible,
+        )
+        self._in_hand[request.id] = request
+        self.runner.submit(request, self._events.put)
+
+    def _hear(self, events: int) -> None:
+        for _ in range(events):
+            if not self._in_hand:
+                return
+            event = self._events.get(timeout=PATIENCE_S)
+            if isinstance(event, Finished):
+                self.finished.append((self._in_hand.pop(event.request_id), digest(event)))
+            elif isinstance(event, Failed):
+                assert isinstance(event.error, CancelledError), event
+                self.cancelled += 1
+                del self._in_hand[event.request_id]
+
+    def wrong(self, wanted: Mapping[str, tuple[str, ...]]) -> list[str]:
+        """Submissions whose bytes are not those that are wanted, by the id in the pool."""
+        return [
+            f"{request.id} {request.scheduler} {request.task} {request.width}x{request.height}"
+            for request, got in self.finished
+            if got != wanted[request.id.partition("/")[0]]
+        ]
+
+
+def main() -> None:
+    """Print digests of the first requests of the pool as JSON."""
+    folder, adapters, dtype, count = sys.argv[1:]
+    with serving(Path(folder), dtype, Path(adapters)) as runner:
+        requests = request_pool(runner.capabilities().schedulers)[: int(count)]
+        print(json.dumps(serve_alone(runner, requests)))
+
+
+if __name__ == "__main__":
+    main()
