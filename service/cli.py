@@ -34,7 +34,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
 
 STRENGTH = GenerationRequest.strength
-OUTPUT_FORMATS = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+OUTPUT_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 ConfigOption = Annotated[
     Path | None,
@@ -91,7 +91,7 @@ def serve(
     settings = settings.model_copy(update={"http": http})
     typer.echo(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
     serve_until_stopped(settings, lambda url: greet(url, first_picture))
-    typer.echo("stopped: everything accepted was answered")
+    typer.echo("stopped")
 
 
 @app.command()
@@ -139,7 +139,7 @@ def generate(
         "seed": seed,
         "n": n,
         "adapters": used,
-        "output_format": OUTPUT_FORMATS.get(output.suffix.lower(), "png"),
+        "output_format": _output_format(output),
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
     }
@@ -275,8 +275,17 @@ def _split_scale(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _output_format(output: Path) -> str:
+    if output.suffix.lower() not in OUTPUT_FORMATS:
+        known = ", ".join(OUTPUT_FORMATS)
+        raise InvalidRequestError(f"--output {output} must end in one of {known}")
+    return OUTPUT_FORMATS[output.suffix.lower()]
+
+
 def _pictures(image: Path | None, mask: Path | None, strength: float) -> dict[str, Any]:
     """The fields of a request that say what it starts from, and which task that makes it."""
+    if image is None and (mask is not None or strength != STRENGTH):
+        raise InvalidRequestError("--mask and --strength need an --image to work on")
     task = Task.INPAINTING if mask else Task.IMAGE_TO_IMAGE if image else Task.TEXT_TO_IMAGE
     return {
         "task": task,

@@ -23,6 +23,7 @@ from service.domain.errors import (
     RefusedError,
     ServerFullError,
     StepserveError,
+    StoppedError,
     UnknownModelError,
 )
 
@@ -75,6 +76,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     GenerationFailedError: ErrorKind(500, "server_error", "generation_failed"),
     NotReadyError: ErrorKind(503, "server_error", "not_ready"),
     RefusedError: ErrorKind(503, "server_error", "refused"),
+    StoppedError: ErrorKind(503, "server_error", "server_stopped"),
     ExpiredError: ErrorKind(504, "server_error", "deadline_exceeded"),
     RequestTimedOutError: ErrorKind(504, "server_error", "timeout"),
 }

@@ -15,7 +15,7 @@ from service.domain.events import Outcome
 from service.domain.models import ModelCapabilities, SizeRange
 from service.domain.requests import GenerationRequest
 
-PROBE_INTERVAL_S = 2.0
+PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 10.0
 FIRST_PROBE_TIMEOUT_S = 1.0
 RETRY_AFTER_S = 3.0
@@ -74,6 +74,9 @@ class RemoteBackend:
             capabilities = await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
             self._mark_not_ready(model_id, "loading")
+        except NotReadyError:
+            # Ray raises what the replica raised as an error that is of both kinds.
+            self._mark_not_ready(model_id, "draining")
         except (RayError, RayServeException) as error:
             self._mark_not_ready(model_id, f"unavailable: {type(error).__name__}")
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.config import EngineSettings, ModelSettings
-from service.domain.errors import UnknownModelError
+from service.domain.errors import NotReadyError, UnknownModelError
 from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest
@@ -28,6 +28,7 @@ logger = logging.getLogger("ray.serve")
 
 # A forward never takes this long on any machine worth serving from; a hung one does.
 STUCK_AFTER_S = 300.0
+DRAIN_RETRY_S = 5.0
 
 
 class ReplicaStuckError(RuntimeError):
@@ -49,9 +50,16 @@ class ModelReplica:
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
         self.runner = _load_runner(spec)
+        self._draining = False
 
     async def capabilities(self) -> ModelCapabilities:
-        """What the model can do. Answered only once the replica is warm."""
+        """What the model can do. Answered only once the replica is warm.
+
+        Raises:
+            NotReadyError: it takes no new work any more.
+        """
+        if self._draining:
+            raise NotReadyError("draining", DRAIN_RETRY_S)
         return self.runner.capabilities()
 
     async def generate(self, request: GenerationRequest) -> Outcome:
@@ -70,6 +78,7 @@ class ModelReplica:
 
     async def drain(self) -> None:
         """Refuse new work and return when what is in hand has ended."""
+        self._draining = True
         drain_s = self.spec.settings.engine.drain_s
         await asyncio.get_running_loop().run_in_executor(None, self.runner.stop, drain_s)
 

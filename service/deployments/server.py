@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,9 +54,11 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
 
     Raises:
         ModelNotFoundError: a configured model does not exist.
-        StartError: the service was not ready in time, or a model failed to load.
+        StartError: the address is taken, a model failed to load, or the service was not ready in
+            time.
     """
     application = build_application(settings)
+    check_address(settings.http.host, settings.http.port)
     with _stop_signals() as stopped:
         start_ray(settings)
         try:
@@ -66,6 +69,22 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
                 drain(settings)
         finally:
             stop_ray()
+
+
+def check_address(host: str, port: int) -> None:
+    """Return if the address is free. Ray would share it with another service of ours, unasked.
+
+    Raises:
+        StartError: somebody listens there, or it is no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
 def start_ray(settings: Settings) -> None:

@@ -9,6 +9,7 @@ StepserveError
 │   └── NotReadyError            loading or draining
 └── EndedError                   accepted, then ended without a picture
     ├── GenerationFailedError
+    ├── StoppedError             the server stopped first
     ├── CancelledError
     └── ExpiredError             its deadline passed
 """
@@ -79,6 +80,10 @@ class EndedError(StepserveError):
 
 class GenerationFailedError(EndedError):
     """The pipeline raised; the message says what."""
+
+
+class StoppedError(EndedError):
+    """The server stopped before the request was finished; another one may do it."""
 
 
 class CancelledError(EndedError):

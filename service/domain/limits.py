@@ -21,6 +21,7 @@ MAX_ADAPTER_SCALE = 10.0
 
 SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 20
+SHORTEST_PART = 4
 
 PICTURES_OF: dict[Task, tuple[str, ...]] = {
     Task.TEXT_TO_IMAGE: (),
@@ -72,7 +73,12 @@ def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) ->
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
-    close = get_close_matches(word[:SHOWN_CHARACTERS], list(known), n=1)
+    word, names = word[:SHOWN_CHARACTERS], list(known)
+    # A part of a name is close, too: "steps", "ddim".
+    holding = [
+        name for name in names if len(word) >= SHORTEST_PART and word.lower() in name.lower()
+    ]
+    close = get_close_matches(word, names, n=1) or sorted(holding, key=len)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -16,7 +16,12 @@ from typing import TypeVar
 
 import torch
 
-from service.domain.errors import CancelledError, GenerationFailedError, NotReadyError
+from service.domain.errors import (
+    CancelledError,
+    GenerationFailedError,
+    NotReadyError,
+    StoppedError,
+)
 from service.engine.admission import Ending, Load, check_room, load_of
 from service.engine.batcher import Batcher, Counters
 from service.engine.cost import CostModel
@@ -269,7 +274,7 @@ def _answer(answer: Future[T], function: Callable[[], T]) -> None:
 
 
 def _stopped(request_id: str) -> BaseException:
-    return CancelledError(f"request {request_id} was cancelled: the server is stopping")
+    return StoppedError(f"request {request_id} was not finished before the server stopped")
 
 
 def _engine_failed(error: Exception, request_id: str) -> BaseException:

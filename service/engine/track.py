@@ -19,6 +19,7 @@ from service.domain.errors import (
     ExpiredError,
     GenerationFailedError,
     StepserveError,
+    StoppedError,
 )
 from service.domain.states import RequestState, is_terminal, move
 from service.domain.timings import Timings
@@ -228,7 +229,7 @@ class Track:
 
     def _fail(self, error: BaseException) -> None:
         error = self._stopped_by or error
-        if isinstance(error, CancelledError):
+        if isinstance(error, CancelledError | StoppedError):
             self._end(RequestState.CANCELLED)
         elif isinstance(error, ExpiredError):
             self._end(RequestState.EXPIRED)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +18,8 @@ from conftest import Service  # type: ignore[import-not-found]
 def test_ctrl_c_finishes_accepted_work_and_exits_with_0(tmp_path: Path) -> None:
     service = Service(tmp_path)
     service.start()
-    body = {"prompt": "house", "num_inference_steps": 60}
-    with ThreadPoolExecutor(1) as pool:
+    body = {"prompt": "house", "num_inference_steps": 250}
+    with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(
             httpx.post,
             f"{service.url}/v1/images/generations",
@@ -27,7 +30,28 @@ def test_ctrl_c_finishes_accepted_work_and_exits_with_0(tmp_path: Path) -> None:
         time.sleep(0.7)
         assert not answer.done()
         started_s = time.monotonic()
+        ready = pool.submit(readiness_until, service, 503)
         assert service.interrupt() == 0, service.log
+        assert "draining" in ready.result()
         assert answer.result().status_code == 200, answer.result().text
     assert time.monotonic() - started_s < 30
-    assert "everything accepted was answered" in service.log
+    assert service.log.rstrip().endswith("stopped")
+
+
+def readiness_until(service: Service, status: int) -> str:
+    """The body of the first answer with that status; load balancers ask until then."""
+    with httpx.Client(base_url=service.url, timeout=5, trust_env=False) as client:
+        while (answer := client.get("/readyz")).status_code != status:
+            time.sleep(0.1)
+    return answer.text
+
+
+def test_a_port_that_is_taken_is_refused_in_a_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert (
+        ended.stderr == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    )

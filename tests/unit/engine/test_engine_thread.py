@@ -14,11 +14,11 @@ import torch
 from engine_fakes import Ear, Job, Modules, alone, job_work, make_work
 
 from service.domain.errors import (
-    CancelledError,
     ExpiredError,
     GenerationFailedError,
     NotReadyError,
     ServerFullError,
+    StoppedError,
 )
 from service.domain.timings import Timings
 from service.engine.engine import Engine, EngineOptions
@@ -231,7 +231,7 @@ def test_stopping_at_once_cancels_the_rest(
     assert ears[0].begun.wait(PATIENCE_S)
     engine.stop()
     assert [ear.ends for ear in ears] == [["failed"]] * 5
-    assert all(isinstance(ear.error, CancelledError) for ear in ears)
+    assert all(isinstance(ear.error, StoppedError) for ear in ears)
     assert engine.load().requests == 0
     engine.stop()
     engine.cancel("0")
