@@ -275,6 +275,17 @@ def test_row_policies_are_told_by_the_fingerprint(fresh: LoadedModel) -> None:
     assert told[0] == told[1] != told[2]
 
 
+def test_the_number_of_threads_is_told_by_the_fingerprint(fresh: LoadedModel) -> None:
+    told = []
+    for threads in (1, 2):
+        sharing = SharingOptions(plan=SharingPlan())
+        runner = PipelineRunner(fresh, EngineOptions(threads=threads), sharing=sharing)
+        runner.start()
+        runner.stop()
+        told.append(runner.capabilities().fingerprint)
+    assert [fingerprint.threads for fingerprint in told if fingerprint is not None] == [1, 2]
+
+
 def test_nothing_of_the_trials_is_left_behind(fresh: LoadedModel) -> None:
     pipeline = fresh.pipeline
     modules = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
