@@ -139,6 +139,7 @@ class FingerprintAnswer(BaseModel):
     processor: str
     dtype: str
     row_buckets: str
+    threads: int
 
 
 class ModelAnswer(BaseModel):

@@ -14,7 +14,7 @@ class Fingerprint:
     """Where a model runs and what it is made of.
 
     The same request gives the same bytes wherever fingerprints are equal. Where they differ it may
-    give other bytes: another processor or version of torch may round otherwise.
+    give other bytes: another processor, version of torch or number of threads may round otherwise.
 
     Args:
         weights: SHA-256 over the files with weights and with the settings of components.
@@ -23,6 +23,7 @@ class Fingerprint:
         processor: what kernels are chosen by: the CPU's capability, or the GPU's name.
         dtype: what the model computes in, such as `bfloat16`.
         row_buckets: to how many rows forwards are padded.
+        threads: of a CPU, that a kernel shares its work among; 0 where that is not known.
     """
 
     weights: str
@@ -34,6 +35,7 @@ class Fingerprint:
     processor: str
     dtype: str
     row_buckets: str = "any rows"
+    threads: int = 0
 
     @property
     def digest(self) -> str:

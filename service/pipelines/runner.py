@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from PIL import Image
 
 from service.domain.errors import InvalidRequestError, RefusedError
@@ -120,6 +121,7 @@ class PipelineRunner:
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         fingerprint = model.capabilities.fingerprint
         self._fingerprint = fingerprint.short if fingerprint else ""
+        self._threads = 0
         self._detach: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -127,7 +129,7 @@ class PipelineRunner:
         self.engine.start(self._settle_plan)
         plan, fingerprint = self.plan, self._limits.fingerprint
         if fingerprint is not None:
-            fingerprint = replace(fingerprint, row_buckets=plan.row_policy)
+            fingerprint = replace(fingerprint, row_buckets=plan.row_policy, threads=self._threads)
             self._fingerprint = fingerprint.short
         self._limits = replace(
             self._limits,
@@ -162,6 +164,8 @@ class PipelineRunner:
         self.adapters.close()
 
     def _settle_plan(self) -> None:
+        # Here, as it is the engine thread's own number that counts.
+        self._threads = torch.get_num_threads() if self.model.pipeline.device.type == "cpu" else 0
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
         self.plan = self._sharing.plan or plan_sharing(
             pipeline, make_trials(self.model), ceiling, self._sharing.fixed_rows
