@@ -23,6 +23,7 @@ class Fingerprint:
         processor: what kernels are chosen by: the CPU's capability, or the GPU's name.
         dtype: what the model computes in, such as `bfloat16`.
         row_buckets: to how many rows forwards are padded.
+        code: what runs the denoiser, `eager` or `compiled`: the two round differently.
     """
 
     weights: str
@@ -34,6 +35,7 @@ class Fingerprint:
     processor: str
     dtype: str
     row_buckets: str = "any rows"
+    code: str = "eager"
 
     @property
     def digest(self) -> str:

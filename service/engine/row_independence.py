@@ -7,7 +7,7 @@ are within forwards of one fixed row count, filled up where requests have fewer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,40 @@ from service.engine.call import Call
 from service.engine.coalesce import split, stack, tensors_in
 
 
-def rows_are_independent(calls: Sequence[Call], max_rows: int, bucket_rows: int = 0) -> bool:
+def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
+    """Outputs of calls with equal keys, from one shared forward.
+
+    It is filled up to `padded_rows`, or where that is 0 as their method wants it.
+    """
+    rows = [call.rows for call in calls]
+    padded_rows = padded_rows or calls[0].method.padded_rows(sum(rows))
+    args, kwargs = stack(calls, padded_rows)
+    method = calls[0].method
+    output = method.run(*args, **kwargs)
+    padding = max(padded_rows - sum(rows), 0)
+    return split(output, rows, padding, row_lists=bool(method.rules.row_lists))
+
+
+def rows_are_independent(
+    calls: Sequence[Call],
+    max_rows: int,
+    bucket_rows: int = 0,
+    run: Callable[[Sequence[Call], int], list[Any]] = run_together,
+) -> bool:
     """Whether each call has the same output bits alone and in every company that is tried.
 
     Args:
         calls: of equal keys, with different content.
         max_rows: most rows of a forward.
-        bucket_rows: what every forward is filled up to; 0 leaves it as it is.
+        bucket_rows: what every forward is filled up to; 0 leaves that to the method.
+        run: as `run_together`, for calls that have to run elsewhere.
     """
-    alone = [run_together([call], bucket_rows)[0] for call in calls]
+    alone = [run([call], bucket_rows)[0] for call in calls]
     return all(
         same_bits(output, alone[index])
         for company in companies([call.rows for call in calls], bucket_rows or max_rows)
         for index, output in zip(
-            company, run_together([calls[index] for index in company], bucket_rows), strict=True
+            company, run([calls[index] for index in company], bucket_rows), strict=True
         )
     )
 
@@ -45,16 +65,6 @@ def companies(rows: Sequence[int], max_rows: int) -> Iterator[list[int]]:
             company.pop()
         yield company
         size += 1 if size < 4 else size // 2
-
-
-def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
-    """Outputs of calls with equal keys, from one shared forward."""
-    rows = [call.rows for call in calls]
-    args, kwargs = stack(calls, padded_rows)
-    method = calls[0].method
-    output = method.run(*args, **kwargs)
-    padding = max(padded_rows - sum(rows), 0)
-    return split(output, rows, padding, row_lists=bool(method.rules.row_lists))
 
 
 def same_bits(one: Any, other: Any) -> bool:
