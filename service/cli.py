@@ -243,9 +243,9 @@ def _load(settings: Settings, model: str | None) -> LoadedModel:
 
     model_id = _model_id(settings, model)
     chosen = settings.models[model_id]
-    return load_model(
-        model_id, model_folder(chosen.path), chosen.dtype, chosen.device, speed=chosen
-    )
+    # It would be at an end before anything were compiled.
+    speed = chosen.model_copy(update={"compile": False})
+    return load_model(model_id, model_folder(chosen.path), chosen.dtype, chosen.device, speed=speed)
 
 
 def _adapters(

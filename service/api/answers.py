@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.backend import ModelStatus
 from service.domain.events import EncodedImage, Finished
+from service.domain.models import Compilation
 from service.domain.requests import GenerationRequest, Task
 
 
@@ -140,6 +141,7 @@ class FingerprintAnswer(BaseModel):
     dtype: str
     row_buckets: str
     threads: int
+    code: str = Field(description="What runs the denoiser: eager or compiled code.")
 
 
 class ModelAnswer(BaseModel):
@@ -173,6 +175,12 @@ class ModelAnswer(BaseModel):
     )
     sharing_remark: str = Field(
         description="What is unusual in how requests share computation; empty where nothing is."
+    )
+    compilation: Compilation = Field(
+        description="Whether the denoiser is compiled; eager code serves where it is not."
+    )
+    compilation_remark: str = Field(
+        description="How far the compilation is, or why there is none; empty where that is plain."
     )
     fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
 

@@ -108,7 +108,6 @@ def _settle_from_thread(
 
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
-    from service.pipelines.compiling import row_buckets
     from service.pipelines.load import leave_cores_to_engine, load_model
     from service.pipelines.runner import PipelineRunner, SharingOptions
     from service.pipelines.warm_up import warm_up
@@ -122,10 +121,7 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     runner.start()
     seconds = warm_up(runner)
     logger.info("model %s is warm after %.1f s", spec.model_id, seconds)
-    if model.denoiser_forward is not None:
-        options = runner.engine.options
-        threads = options.threads or os.cpu_count() or 1
-        model.denoiser_forward.start_compiling(row_buckets(options.row_ceiling), threads)
+    runner.start_compiling()
     return runner
 
 

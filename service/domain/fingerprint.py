@@ -24,6 +24,7 @@ class Fingerprint:
         dtype: what the model computes in, such as `bfloat16`.
         row_buckets: to how many rows forwards are padded.
         threads: of a CPU, that a kernel shares its work among; 0 where that is not known.
+        code: what runs the denoiser, `eager` or `compiled`: the two round differently.
     """
 
     weights: str
@@ -36,6 +37,7 @@ class Fingerprint:
     dtype: str
     row_buckets: str = "any rows"
     threads: int = 0
+    code: str = "eager"
 
     @property
     def digest(self) -> str:

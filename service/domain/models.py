@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from service.domain.fingerprint import Fingerprint
 from service.domain.requests import Task
@@ -30,6 +31,15 @@ class SizeRange:
         )
 
 
+class Compilation(StrEnum):
+    """How far the denoiser is compiled. Until it is, and where it fails, eager code serves."""
+
+    OFF = "off"
+    COMPILING = "compiling"
+    COMPILED = "compiled"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True)
 class ModelCapabilities:
     """Limits and defaults of one model, as `GET /v1/models` tells them.
@@ -39,6 +49,8 @@ class ModelCapabilities:
         same_bytes: whether a picture is the same in every bit whatever the load, on the device that
             serves it. Where it is not, `reproducible` requests give that.
         sharing_remark: what is unusual in how requests share forwards; empty: nothing.
+        compilation: whether new requests are served by compiled code.
+        compilation_remark: how far it is, or why it is not; empty: nothing to say.
     """
 
     id: str
@@ -61,4 +73,6 @@ class ModelCapabilities:
     guidance_interval: bool = True
     same_bytes: bool = True
     sharing_remark: str = ""
+    compilation: Compilation = Compilation.OFF
+    compilation_remark: str = ""
     fingerprint: Fingerprint | None = None

@@ -26,6 +26,9 @@ from service.engine.coalesce import split, stack, tensors_in
 from service.engine.leaves import LeafKind, Path
 from service.engine.row_limits import is_out_of_memory
 
+Run = Callable[[Sequence[Call], int], list[Any]]
+"""Runs calls together, in a forward of so many rows, or of as many as their method wants if 0."""
+
 # Where kernels differ at all, about one number in 10,000 was seen to: enough of them to be sure.
 VECTOR_NUMBERS = 2**16
 
@@ -52,22 +55,24 @@ class VectorLayer:
         return [make_call(method, (row,), {}) for row in rows]
 
 
-def independent_rows(calls: Sequence[Call], max_rows: int) -> int:
+def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = None) -> int:
     """Most rows of a forward in which each call has the same bits as alone, as far as was tried.
 
     Args:
         calls: of equal keys, with different content.
         max_rows: where to stop trying.
+        run: in place of `run_together`, for calls that have to run elsewhere.
 
     Returns:
         `max_rows`, or the row count before the first one where bits differ or memory runs out; 1 if
         that is 2.
     """
-    alone = [run_together([call])[0] for call in calls]
+    run = run or run_together
+    alone = [run([call], 0)[0] for call in calls]
     kept = 1
     for count in row_counts(max_rows):
         try:
-            if not _keep_bits(calls, alone, count):
+            if not _keep_bits(calls, alone, count, run):
                 return kept
         except Exception as error:
             if not is_out_of_memory(error):
@@ -87,7 +92,7 @@ def rows_are_independent(calls: Sequence[Call], bucket_rows: int) -> bool:
     alone = [run_together([call], bucket_rows)[0] for call in calls]
     # Whatever fills a forward up is company, too: few counts are enough.
     counts = (max(bucket_rows // 2, 1), bucket_rows)
-    return all(_keep_bits(calls, alone, count, bucket_rows) for count in counts)
+    return all(_keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
 
 
 def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> list[list[Call]]:
@@ -141,10 +146,14 @@ def companies(rows: Sequence[int], count: int) -> Iterator[list[int]]:
 
 
 def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
-    """Outputs of calls with equal keys, from one shared forward."""
+    """Outputs of calls with equal keys, from one shared forward.
+
+    It is filled up to `padded_rows`, or where that is 0 as their method wants it.
+    """
     rows = [call.rows for call in calls]
-    args, kwargs = stack(calls, padded_rows)
     method = calls[0].method
+    padded_rows = padded_rows or method.padded_rows(sum(rows))
+    args, kwargs = stack(calls, padded_rows)
     output = method.run(*args, **kwargs)
     padding = max(padded_rows - sum(rows), 0)
     return split(output, rows, padding, row_lists=bool(method.rules.row_lists))
@@ -156,12 +165,14 @@ def same_bits(one: Any, other: Any) -> bool:
     return all(torch.equal(left, right) for left, right in pairs)
 
 
-def _keep_bits(calls: Sequence[Call], alone: Sequence[Any], count: int, bucket: int = 0) -> bool:
+def _keep_bits(
+    calls: Sequence[Call], alone: Sequence[Any], count: int, run: Run, bucket_rows: int = 0
+) -> bool:
     return all(
         same_bits(output, alone[index])
         for company in companies([call.rows for call in calls], count)
         for index, output in zip(
-            company, run_together([calls[index] for index in company], bucket), strict=True
+            company, run([calls[index] for index in company], bucket_rows), strict=True
         )
     )
 

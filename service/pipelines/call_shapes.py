@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,22 +45,6 @@ def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The leading size of the first tensor that has dimensions; 1 where there is none."""
     leaves, _ = tree_flatten((args, kwargs))
     return next((leaf.shape[0] for leaf in leaves if _has_rows(leaf)), 1)
-
-
-def examples_by_bucket(example: Example, buckets: Sequence[int]) -> dict[int, Example]:
-    """The same call for each number of rows; every tensor with as many rows is repeated."""
-    rows = rows_of(example.args, example.kwargs)
-
-    def resized(leaf: Any, wanted: int) -> Any:
-        if not _has_rows(leaf) or leaf.shape[0] != rows:
-            return leaf
-        return leaf[:1].expand(wanted, *leaf.shape[1:]).clone()
-
-    made = {}
-    for wanted in buckets:
-        resize = functools.partial(resized, wanted=wanted)
-        made[wanted] = Example(*tree_map(resize, (example.args, example.kwargs)))
-    return made
 
 
 def shape_of(example: Example) -> Hashable:

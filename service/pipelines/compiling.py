@@ -1,8 +1,8 @@
-"""The denoiser compiled in the background, while its eager code serves.
+"""A forward compiled in the background, while its eager code serves.
 
 `torch.compile` takes seconds to minutes for each shape. So a thread compiles every row bucket of
-the native shape first, and only when all are ready the module changes over, between two forwards.
-From then on a shape is always served in the same way: compiled if it was compiled, else eager.
+the native shape first, and only when all are ready compiled code is handed out. From then on it
+serves a shape always in the same way: compiled if it was compiled, else eager.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
 import torch
 
-from service.pipelines.call_shapes import (
-    Example,
-    UniformArguments,
-    examples_by_bucket,
-    shape_of,
-)
+from service.pipelines.call_shapes import Example, UniformArguments, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +41,14 @@ class SwitchableForward:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
         self.eager: Forward = module.forward
-        self.compiler: BackgroundCompiler | None = None
-        self._latest: Example | None = None
-        self._recording = True
         self._run = self.eager
         functools.update_wrapper(self, self.eager)
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run whichever code is in use."""
-        if self._recording:
-            self._latest = Example(args, kwargs)
         return self._run(*args, **kwargs)
 
     @property
@@ -69,24 +60,6 @@ class SwitchableForward:
         """Use `run` from the next forward on."""
         self._run = run
 
-    def start_compiling(
-        self, buckets: Sequence[int], threads: int, backend: str = "inductor"
-    ) -> BackgroundCompiler:
-        """Compile for calls like the latest one, with each of these row counts.
-
-        To be called when the module was warmed up at its native size.
-
-        Raises:
-            RuntimeError: the module was never called.
-        """
-        if self._latest is None:
-            raise RuntimeError("nothing to compile for: the module was never called")
-        examples = examples_by_bucket(self._latest, buckets)
-        self._latest, self._recording = None, False
-        self.compiler = BackgroundCompiler(self.eager, examples, self.switch, threads, backend)
-        self.compiler.start()
-        return self.compiler
-
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:
     """Powers of two up to `max_rows`, and that itself: few graphs, at most half of one unused."""
@@ -95,13 +68,14 @@ def row_buckets(max_rows: int) -> tuple[int, ...]:
 
 
 class BackgroundCompiler:
-    """Compiles a forward for every row bucket on a thread of its own, then switches once.
+    """Compiles a forward for every example on a thread of its own, then switches once.
 
     Args:
         forward: the eager forward of the module.
-        examples: arguments of one call for each bucket.
-        switch: called with the compiled forward when all buckets are ready, and with the eager one
-            should a compiled graph ever turn out not to fit the calls it was made for.
+        examples: arguments of one call for each graph, in the order in which they are compiled.
+        switch: called on that thread with the compiled forward when all graphs are ready, and with
+            the eager one should a graph ever turn out not to fit the calls it was made for. What it
+            raises counts as a failure to compile.
         threads: torch threads of the thread that will run it. A graph is made for a number of
             threads and does not fit any other.
         backend: as `torch.compile` takes it.
@@ -110,30 +84,28 @@ class BackgroundCompiler:
     def __init__(
         self,
         forward: Forward,
-        examples: Mapping[int, Example],
+        examples: Sequence[Example],
         switch: Callable[[Forward], None],
         threads: int,
-        backend: str = "inductor",
+        backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         self.state = CompileState.COMPILING
         self.reason = ""
-        self.buckets_ready: tuple[int, ...] = ()
+        self.graphs_ready = 0
+        self.graphs_wanted = len(examples)
         self._eager = forward
-        self._examples = dict(examples)
+        self._examples = list(examples)
         self._switch = switch
         self._threads = threads
-        # Beyond this number torch would quietly run eager code.
-        limit = max(torch._dynamo.config.recompile_limit, 2 * len(self._examples))
-        torch._dynamo.config.recompile_limit = limit
         self._compiled: Forward = torch.compile(forward, backend=backend, dynamic=False)
         self._uniform = UniformArguments(forward)
-        uniform = (self._uniform(e.args, e.kwargs) for e in self._examples.values())
+        uniform = (self._uniform(e.args, e.kwargs) for e in examples)
         self._shapes = frozenset(shape_of(example) for example in uniform)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._main, name="compile", daemon=True)
 
     def start(self) -> None:
-        """Begin to compile, the smallest bucket first."""
+        """Begin to compile."""
         self._thread.start()
 
     def wait(self, timeout_s: float | None = None) -> CompileState:
@@ -142,7 +114,7 @@ class BackgroundCompiler:
         return self.state
 
     def stop(self) -> None:
-        """Compile no further bucket; one that is under way is not interrupted."""
+        """Make no further graph, and do not switch; a graph under way is not interrupted."""
         self._stopping.set()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,20 +137,25 @@ class BackgroundCompiler:
         torch.set_num_threads(self._threads)
         # What a graph is made for includes that there are no gradients, as on the engine's thread.
         torch.set_grad_enabled(False)
+        # Beyond this number torch would quietly run eager code. Each thread has a limit of its own.
+        torch._dynamo.config.recompile_limit = 2 * len(self._examples)
         try:
-            for rows in sorted(self._examples):
-                if self._stopping.is_set():
-                    raise InterruptedError("stopped before all buckets were compiled")
-                self._compile(self._examples[rows])
-                self.buckets_ready += (rows,)
-        except Exception as error:
-            self._give_up(error)
-        else:
+            for example in self._examples:
+                self._check_not_stopped()
+                self._compile(example)
+                self.graphs_ready += 1
+            self._check_not_stopped()
             self.state = CompileState.READY
             self._switch(self.run)
+        except Exception as error:
+            self._give_up(error)
         finally:
             # They hold tensors.
             self._examples.clear()
+
+    def _check_not_stopped(self) -> None:
+        if self._stopping.is_set():
+            raise InterruptedError("stopped before everything was compiled")
 
     def _compile(self, example: Example) -> None:
         call = self._uniform(example.args, example.kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,6 +24,9 @@ from service.engine.track import Work, as_stepserve_error
 from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.adapters import AdapterShelf
 from service.pipelines.attach import PROMPTS_BYTES, ParkingOptions, attach
+from service.pipelines.compiling import row_buckets
+from service.pipelines.denoiser_code import Code, DenoiserCode
+from service.pipelines.errors import ModelLoadError
 from service.pipelines.guidance import narrow_to_interval
 from service.pipelines.images import encode_image
 from service.pipelines.inputs import decode_inputs
@@ -62,7 +66,7 @@ class RequestListener:
     request: GenerationRequest
     sink: Sink
     encoder: ThreadPoolExecutor
-    fingerprint: str = ""
+    fingerprint: Callable[[], str] = str
 
     def accepted(self, position: int, expected_s: float) -> None:
         """The request was let in."""
@@ -94,7 +98,7 @@ class RequestListener:
         except Exception as error:
             tell(self.request.id, self.failed, error, timings)
         else:
-            finished = Finished(self.request.id, encoded, timings, self.fingerprint)
+            finished = Finished(self.request.id, encoded, timings, self.fingerprint())
             tell(self.request.id, self.sink, finished)
 
 
@@ -103,6 +107,9 @@ class PipelineRunner:
 
     Sinks are called on the submitting thread (Accepted, or Failed if refused) and then on the
     engine's threads: they must return quickly. What they raise there is logged and ignored.
+
+    Raises:
+        ModelLoadError: the model was loaded to be compiled, which excludes adapters.
     """
 
     def __init__(
@@ -119,9 +126,12 @@ class PipelineRunner:
         self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        fingerprint = model.capabilities.fingerprint
-        self._fingerprint = fingerprint.short if fingerprint else ""
         self._threads = 0
+        self._code: DenoiserCode | None = None
+        if model.denoiser_forward is not None:
+            if self.adapters.options.any:
+                raise ModelLoadError("compile and adapters cannot be combined")
+            self._code = DenoiserCode(model.pipeline, model.denoiser_forward, self.engine)
         self._detach: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -130,7 +140,6 @@ class PipelineRunner:
         plan, fingerprint = self.plan, self._limits.fingerprint
         if fingerprint is not None:
             fingerprint = replace(fingerprint, row_buckets=plan.row_policy, threads=self._threads)
-            self._fingerprint = fingerprint.short
         self._limits = replace(
             self._limits,
             fingerprint=fingerprint,
@@ -140,8 +149,23 @@ class PipelineRunner:
         logger.info("%s: %s. %s", self.model.capabilities.id, plan.row_policy, plan.remark)
 
     def capabilities(self) -> ModelCapabilities:
-        """What the model can do, with the adapters there are at this moment."""
-        return replace(self._limits, adapters=self.adapters.names())
+        """What the model can do at this moment: adapters come, and compiled code does."""
+        limits = replace(self._limits, adapters=self.adapters.names())
+        return limits if self._code is None else _with_code(limits, self._code)
+
+    def start_compiling(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the denoiser in the background, if it was loaded to be compiled.
+
+        Only when the model is warm: then the row limit is known.
+        """
+        if self._code is not None:
+            self._code.start_compiling(self.plan, backend)
+
+    def wait_until_compiled(self, timeout_s: float | None = None) -> ModelCapabilities:
+        """Wait until the compilation has ended, well or not, or until the time is over."""
+        if self._code is not None:
+            self._code.wait(timeout_s)
+        return self.capabilities()
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Accept a request, or answer at once with Failed if it is refused."""
@@ -158,6 +182,8 @@ class PipelineRunner:
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Finish what is in hand within `drain_s` seconds, cancel the rest, and end."""
+        if self._code is not None:
+            self._code.stop()
         self.engine.stop(drain_s)
         self._encoder.shutdown(wait=True)
         self._detach()
@@ -167,14 +193,18 @@ class PipelineRunner:
         # Here, as it is the engine thread's own number that counts.
         self._threads = torch.get_num_threads() if self.model.pipeline.device.type == "cpu" else 0
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
+        trials = make_trials(self.model)
+        buckets = row_buckets(ceiling) if self._code else ()
         self.plan = self._sharing.plan or plan_sharing(
-            pipeline, make_trials(self.model), ceiling, self._sharing.fixed_rows
+            pipeline, trials, ceiling, self._sharing.fixed_rows, buckets
         )
+        if self._code is not None:
+            self.plan = self._code.examine(self.plan, trials, ceiling)
         parking = self.plan.parking(
             ParkingOptions(
                 max_rows=ceiling,
                 prompt_cache_bytes=self._sharing.prompt_cache_bytes,
-                enter=self.adapters.enter(),
+                enter=self._code.enter() if self._code else self.adapters.enter(),
             )
         )
         self.engine.batcher.one_at_a_time = self.plan.alone
@@ -184,7 +214,8 @@ class PipelineRunner:
         self._detach = attach(pipeline, parking)
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
-        listener = RequestListener(request, sink, self._encoder, self._fingerprint)
+        code = self._code.in_use if self._code else None
+        listener = RequestListener(request, sink, self._encoder, partial(self._fingerprint, code))
         inputs = decode_inputs(request)
         calls = denoiser_calls(self.model, request)
         variant = self.adapters.resolve(request.adapters)
@@ -200,6 +231,24 @@ class PipelineRunner:
             deadline_s=request.deadline_s,
             isolated=request.reproducible,
             size=(request.width, request.height),
-            variant=variant,
+            variant=code or variant,
             narrowing=narrow_to_interval(request, calls),
         )
+
+    def _fingerprint(self, code: Code | None) -> str:
+        """Of a picture that was made since `code` was in use; None without a choice of code."""
+        fingerprint = self._limits.fingerprint
+        if fingerprint is None:
+            return ""
+        if self._code is None or code is None:
+            return fingerprint.short
+        return replace(fingerprint, code=self._code.outcome(code)).short
+
+
+def _with_code(limits: ModelCapabilities, code: DenoiserCode) -> ModelCapabilities:
+    """What is to be told of a model whose denoiser is, or will be, compiled."""
+    in_use = code.in_use
+    limits = replace(limits, compilation=code.state, compilation_remark=code.remark)
+    if limits.fingerprint is not None:
+        limits = replace(limits, fingerprint=replace(limits.fingerprint, code=in_use))
+    return limits if in_use is Code.EAGER else replace(limits, same_bytes=code.same_bytes)

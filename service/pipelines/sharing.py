@@ -60,6 +60,8 @@ class SharingPlan:
         inline: components that run inside a call, unparked.
         max_rows: most rows of a shared forward that keep pictures as they are; 0: any number.
         fixed_rows: every shared forward is filled up to this many rows; 0: any row count.
+        row_buckets: where no count is fixed, forwards are filled up to the next of these; empty:
+            not at all.
         same_bytes: whether a picture is the same in every bit at any load, on this device.
         remark: why it is not the usual plan; for people.
     """
@@ -68,6 +70,7 @@ class SharingPlan:
     inline: frozenset[str] = frozenset()
     max_rows: int = 0
     fixed_rows: int = 0
+    row_buckets: tuple[int, ...] = ()
     same_bytes: bool = True
     remark: str = ""
 
@@ -76,10 +79,12 @@ class SharingPlan:
         """In a few words, for fingerprints: pictures of different policies may differ."""
         if self.alone:
             return "one request at a time"
-        return f"filled up to {self.fixed_rows} rows" if self.fixed_rows else "any rows"
+        buckets = (self.fixed_rows,) if self.fixed_rows else self.row_buckets
+        return f"filled up to {', '.join(map(str, buckets))} rows" if buckets else "any rows"
 
     def parking(self, options: ParkingOptions) -> ParkingOptions:
         """`options` as this plan wants them."""
+        options = replace(options, bucket_rows=self.row_buckets)
         if self.fixed_rows:
             buckets = (self.fixed_rows,)
             options = replace(options, max_rows=self.fixed_rows, bucket_rows=buckets)
@@ -89,7 +94,11 @@ class SharingPlan:
 
 
 def plan_sharing(
-    pipeline: Any, trials: Sequence[Trial], max_rows: int, fix_rows: bool = True
+    pipeline: Any,
+    trials: Sequence[Trial],
+    max_rows: int,
+    fix_rows: bool = True,
+    row_buckets: tuple[int, ...] = (),
 ) -> SharingPlan:
     """Find out how requests of a pipeline may share forwards.
 
@@ -100,10 +109,12 @@ def plan_sharing(
         trials: small requests that differ, of every task that it serves.
         max_rows: most rows of one shared forward.
         fix_rows: whether forwards of one row count may be used for the sake of equal bytes.
+        row_buckets: what forwards are to be filled up to in any case.
     """
     plan = plan_company(pipeline, trials)
     if plan.alone:
         return plan
+    plan = replace(plan, row_buckets=row_buckets)
     return plan_rows(pipeline, trials, plan, max_rows, fix_rows)
 
 

@@ -33,6 +33,8 @@ def check_speed(speed: SpeedSettings, device: torch.device) -> None:
         raise ModelLoadError(f"cpu_offload needs a CUDA device, this one is {device}")
     if speed.cpu_offload != "none" and speed.compile:
         raise ModelLoadError("compile and cpu_offload cannot be combined")
+    if speed.quantization != "none" and speed.compile:
+        raise ModelLoadError("compile and quantization cannot be combined")
     if speed.quantization != "none" and find_spec("torchao") is None:
         raise ModelLoadError(
             f"quantization {speed.quantization} needs the package torchao: "

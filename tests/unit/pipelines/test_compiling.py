@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from tiny_model import Inbox, a_request, pixels, tiny_unet
+from tiny_model import tiny_unet
 
-from service.config import SpeedSettings
-from service.domain.events import Finished
-from service.engine.engine import EngineOptions
 from service.engine.parking import make_parkable
 from service.pipelines.call_shapes import (
     Example,
     UniformArguments,
-    examples_by_bucket,
     rows_of,
     shape_of,
 )
@@ -27,8 +22,6 @@ from service.pipelines.compiling import (
     SwitchableForward,
     row_buckets,
 )
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner
 
 BUCKETS = (1, 2)
 # The thread steps back behind all others, and a busy machine has many.
@@ -61,12 +54,12 @@ def _no_gradients() -> Any:
         yield
 
 
-def small_examples() -> dict[int, Example]:
-    return examples_by_bucket(Example((torch.ones(1, 4),), {}), BUCKETS)
+def small_examples(buckets: Sequence[int] = BUCKETS) -> list[Example]:
+    return [Example((torch.ones(rows, 4),), {}) for rows in buckets]
 
 
 def compiler_of(
-    forward: SwitchableForward, examples: dict[int, Example], backend: Any = "eager"
+    forward: SwitchableForward, examples: list[Example], backend: Any = "eager"
 ) -> BackgroundCompiler:
     threads = torch.get_num_threads()
     return BackgroundCompiler(forward.eager, examples, forward.switch, threads, backend)
@@ -79,37 +72,9 @@ def unet_example(rows: int) -> Example:
     )
 
 
-def serve(runner: PipelineRunner) -> bytes:
-    inbox = Inbox()
-    runner.submit(a_request(), inbox)
-    finished = inbox.wait()
-    assert isinstance(finished, Finished), finished
-    return pixels(finished.images[0].data)
-
-
-def test_a_served_model_gives_the_same_picture_before_and_after(tiny_folder: Path) -> None:
-    """The graphs fit the engine's thread: no gradients, its number of threads, its timesteps."""
-    torch._dynamo.reset()
-    model = load_model("tiny", tiny_folder, "float32", "cpu", SpeedSettings(compile=True))
-    forward = model.denoiser_forward
-    assert forward is not None
-    runner = PipelineRunner(model, EngineOptions(threads=1))
-    runner.start()
-    before = serve(runner)
-    assert forward.in_use == "eager"
-
-    compiler = forward.start_compiling((2,), threads=1, backend="eager")
-    assert forward.compiler is compiler
-    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
-    after = serve(runner)
-    runner.stop()
-    assert (forward.in_use, compiler.state) == ("compiled", CompileState.READY)
-    assert after == before
-
-
 def test_eager_code_serves_until_every_bucket_is_ready_then_it_switches_once(small: Small) -> None:
     forward = SwitchableForward(small)
-    switched: list[tuple[int, ...]] = []
+    switched: list[int] = []
     in_use_while_compiling = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -118,7 +83,7 @@ def test_eager_code_serves_until_every_bucket_is_ready_then_it_switches_once(sma
         return graph.forward
 
     def switch(run: Callable[..., Any]) -> None:
-        switched.append(compiler.buckets_ready)
+        switched.append(compiler.graphs_ready)
         forward.switch(run)
 
     threads = torch.get_num_threads()
@@ -126,7 +91,7 @@ def test_eager_code_serves_until_every_bucket_is_ready_then_it_switches_once(sma
     compiler.start()
     assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
     assert in_use_while_compiling == ["eager", "eager"]
-    assert switched == [BUCKETS]
+    assert switched == [len(BUCKETS)]
     assert forward.in_use == "compiled"
 
 
@@ -217,6 +182,35 @@ def test_stopping_leaves_eager_code_on(small: Small) -> None:
     assert forward.in_use == "eager"
 
 
+def test_what_the_switch_raises_is_a_failure_to_compile(small: Small) -> None:
+    forward = SwitchableForward(small)
+
+    def switch(run: Callable[..., Any]) -> None:
+        if run != forward.eager:
+            raise ValueError("not wanted any more")
+        forward.switch(run)
+
+    threads = torch.get_num_threads()
+    compiler = BackgroundCompiler(forward.eager, small_examples(), switch, threads, "eager")
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.FAILED
+    assert compiler.reason == "ValueError: not wanted any more"
+    assert forward.in_use == "eager"
+
+
+def test_more_graphs_than_torch_makes_of_itself(small: Small) -> None:
+    """Beyond eight for one function it would quietly run eager code."""
+    buckets = range(1, 12)
+    forward = SwitchableForward(small)
+    compiler = compiler_of(forward, small_examples(buckets))
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    calls = small.eager_calls
+    for rows in buckets:
+        small(torch.ones(rows, 4))
+    assert (small.eager_calls, compiler.graphs_ready) == (calls, len(buckets))
+
+
 def test_a_parked_call_runs_through_the_switch(small: Small) -> None:
     """`attach` comes second: it wraps what is installed here, and takes only itself off."""
     forward = SwitchableForward(small)
@@ -225,15 +219,6 @@ def test_a_parked_call_runs_through_the_switch(small: Small) -> None:
     assert torch.equal(small(torch.zeros(1, 4)), torch.ones(1, 4))
     detach()
     assert small.forward is forward
-
-
-def test_examples_have_the_wanted_rows_and_share_nothing() -> None:
-    example = unet_example(4)
-    made = examples_by_bucket(example, (1, 8))
-    assert made[1].args[0].shape == (1, 4, 8, 8)
-    assert made[8].kwargs["encoder_hidden_states"].shape == (8, 16, 16)
-    assert made[8].kwargs["return_dict"] is False
-    assert made[1].args[0].data_ptr() != example.args[0].data_ptr()
 
 
 def test_shapes_tell_calls_apart_by_all_but_content() -> None:
@@ -277,8 +262,3 @@ def test_a_module_without_timesteps_keeps_its_arguments() -> None:
 )
 def test_row_buckets(max_rows: int, wanted: tuple[int, ...]) -> None:
     assert row_buckets(max_rows) == wanted
-
-
-def test_a_module_that_was_never_called_has_nothing_to_compile_for(small: Small) -> None:
-    with pytest.raises(RuntimeError, match="never called"):
-        SwitchableForward(small).start_compiling((1,), 1)

@@ -136,6 +136,11 @@ def test_offloading_and_compiling_exclude_one_another() -> None:
         speed.check_speed(SpeedSettings(cpu_offload="model", compile=True), torch.device("cuda"))
 
 
+def test_quantizing_and_compiling_exclude_one_another() -> None:
+    with pytest.raises(ModelLoadError, match="compile and quantization cannot be combined"):
+        speed.check_speed(SpeedSettings(quantization="int8", compile=True), torch.device("cpu"))
+
+
 def test_offloading_first_and_parking_second_survives_the_end_of_a_call(tiny_folder: Path) -> None:
     """Accelerate's hooks as CUDA would get them, here with the CPU as the device."""
     model = load(tiny_folder)
