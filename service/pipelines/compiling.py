@@ -62,8 +62,12 @@ class SwitchableForward:
 
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Powers of two up to `max_rows`, and that itself: few graphs, at most half of one unused."""
-    powers = (2**n for n in range(max_rows.bit_length()))
+    """Powers of two up to `max_rows`, and that itself: few graphs, at most half of one unused.
+
+    There is none of one row: the compiler makes other kernels for it, which round differently, so
+    that the bits of a picture would depend on its company.
+    """
+    powers = (2**n for n in range(1, max_rows.bit_length()))
     return tuple(sorted({*(rows for rows in powers if rows < max_rows), max_rows}))
 
 

@@ -28,6 +28,7 @@ from service.pipelines.call_shapes import Example, UniformArguments, shape_of
 from service.pipelines.compiling import (
     BackgroundCompiler,
     CompileState,
+    Forward,
     SwitchableForward,
     row_buckets,
 )
@@ -95,6 +96,12 @@ class DenoiserCode:
             return f"{compiler.graphs_ready} of {compiler.graphs_wanted} graphs are ready"
         return compiler.reason
 
+    def forward_of(self, code: Hashable) -> Forward:
+        """What runs requests of that code; eager code runs those of none."""
+        if code is Code.COMPILED and self._compiler is not None:
+            return self._compiler.run
+        return self._forward.eager
+
     def enter(self) -> dict[str, Callable[[Hashable], None]]:
         """By component, what sets it to the code of a request."""
         return {self._path: self._set}
@@ -127,7 +134,11 @@ class DenoiserCode:
             return
         examples = list(self._examples(plan.row_buckets))
         self._compiler = BackgroundCompiler(
-            self._forward.eager, examples, self._put_in_service, self._threads, backend
+            self._forward.eager,
+            examples,
+            self._put_in_service,
+            self._threads,
+            backend,
         )
         self._compiler.start()
 
@@ -143,10 +154,7 @@ class DenoiserCode:
             self._compiler.stop()
 
     def _set(self, code: Hashable) -> None:
-        if code is Code.COMPILED and self._compiler is not None:
-            self._forward.switch(self._compiler.run)
-        else:
-            self._forward.switch(self._forward.eager)
+        self._forward.switch(self.forward_of(code))
 
     def _examples(self, buckets: Sequence[int]) -> Iterator[Example]:
         """One call of each shape that shared forwards may have, the fewest rows first."""
@@ -166,7 +174,7 @@ class DenoiserCode:
     def _row_limit(self, call: Call) -> int:
         return min(self._engine.row_limit, call.method.max_rows)
 
-    def _put_in_service(self, run: Callable[..., Any]) -> None:
+    def _put_in_service(self, run: Forward) -> None:
         """Called by the compiling thread, and by the engine's should a graph not fit after all."""
         if run == self._forward.eager:
             self._forward.switch(run)

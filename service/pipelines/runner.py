@@ -120,18 +120,21 @@ class PipelineRunner:
         sharing: SharingOptions = DEFAULT_SHARING,
     ) -> None:
         self.model = model
-        self.engine = Engine(options)
+        # Graphs are not made for inference mode.
+        compiled = model.denoiser_forward is not None
+        options = options or EngineOptions()
+        self.engine = Engine(replace(options, gradients=options.gradients or compiled))
         self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
         self.plan = SharingPlan()
         self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._threads = 0
-        self._code: DenoiserCode | None = None
+        self.denoiser_code: DenoiserCode | None = None
         if model.denoiser_forward is not None:
             if self.adapters.options.any:
                 raise ModelLoadError("compile and adapters cannot be combined")
-            self._code = DenoiserCode(model.pipeline, model.denoiser_forward, self.engine)
+            self.denoiser_code = DenoiserCode(model.pipeline, model.denoiser_forward, self.engine)
         self._detach: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -151,20 +154,20 @@ class PipelineRunner:
     def capabilities(self) -> ModelCapabilities:
         """What the model can do at this moment: adapters come, and compiled code does."""
         limits = replace(self._limits, adapters=self.adapters.names())
-        return limits if self._code is None else _with_code(limits, self._code)
+        return limits if self.denoiser_code is None else _with_code(limits, self.denoiser_code)
 
     def start_compiling(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the denoiser in the background, if it was loaded to be compiled.
 
         Only when the model is warm: then the row limit is known.
         """
-        if self._code is not None:
-            self._code.start_compiling(self.plan, backend)
+        if self.denoiser_code is not None:
+            self.denoiser_code.start_compiling(self.plan, backend)
 
     def wait_until_compiled(self, timeout_s: float | None = None) -> ModelCapabilities:
         """Wait until the compilation has ended, well or not, or until the time is over."""
-        if self._code is not None:
-            self._code.wait(timeout_s)
+        if self.denoiser_code is not None:
+            self.denoiser_code.wait(timeout_s)
         return self.capabilities()
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
@@ -182,8 +185,8 @@ class PipelineRunner:
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Finish what is in hand within `drain_s` seconds, cancel the rest, and end."""
-        if self._code is not None:
-            self._code.stop()
+        if self.denoiser_code is not None:
+            self.denoiser_code.stop()
         self.engine.stop(drain_s)
         self._encoder.shutdown(wait=True)
         self._detach()
@@ -194,17 +197,17 @@ class PipelineRunner:
         self._threads = torch.get_num_threads() if self.model.pipeline.device.type == "cpu" else 0
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
         trials = make_trials(self.model)
-        buckets = row_buckets(ceiling) if self._code else ()
+        buckets = row_buckets(ceiling) if self.denoiser_code else ()
         self.plan = self._sharing.plan or plan_sharing(
             pipeline, trials, ceiling, self._sharing.fixed_rows, buckets
         )
-        if self._code is not None:
-            self.plan = self._code.examine(self.plan, trials, ceiling)
+        if self.denoiser_code is not None:
+            self.plan = self.denoiser_code.examine(self.plan, trials, ceiling)
         parking = self.plan.parking(
             ParkingOptions(
                 max_rows=ceiling,
                 prompt_cache_bytes=self._sharing.prompt_cache_bytes,
-                enter=self._code.enter() if self._code else self.adapters.enter(),
+                enter=self.denoiser_code.enter() if self.denoiser_code else self.adapters.enter(),
             )
         )
         self.engine.batcher.one_at_a_time = self.plan.alone
@@ -214,7 +217,7 @@ class PipelineRunner:
         self._detach = attach(pipeline, parking)
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
-        code = self._code.in_use if self._code else None
+        code = self.denoiser_code.in_use if self.denoiser_code else None
         listener = RequestListener(request, sink, self._encoder, partial(self._fingerprint, code))
         inputs = decode_inputs(request)
         calls = denoiser_calls(self.model, request)
@@ -240,9 +243,9 @@ class PipelineRunner:
         fingerprint = self._limits.fingerprint
         if fingerprint is None:
             return ""
-        if self._code is None or code is None:
+        if self.denoiser_code is None or code is None:
             return fingerprint.short
-        return replace(fingerprint, code=self._code.outcome(code)).short
+        return replace(fingerprint, code=self.denoiser_code.outcome(code).value).short
 
 
 def _with_code(limits: ModelCapabilities, code: DenoiserCode) -> ModelCapabilities:
@@ -250,5 +253,5 @@ def _with_code(limits: ModelCapabilities, code: DenoiserCode) -> ModelCapabiliti
     in_use = code.in_use
     limits = replace(limits, compilation=code.state, compilation_remark=code.remark)
     if limits.fingerprint is not None:
-        limits = replace(limits, fingerprint=replace(limits.fingerprint, code=in_use))
+        limits = replace(limits, fingerprint=replace(limits.fingerprint, code=in_use.value))
     return limits if in_use is Code.EAGER else replace(limits, same_bytes=code.same_bytes)

@@ -27,7 +27,9 @@ Graph = Callable[..., Any]
 # The compiling thread steps back behind all others, and a busy machine has many.
 WAIT_S = 600
 MAX_ROWS = 4
-BUCKETS = (1, 2, 4)
+BUCKETS = (2, 4)
+# One graph: quicker, where a test is not about their number.
+ONE_GRAPH = SharingOptions(plan=SharingPlan(fixed_rows=4))
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected")
 
@@ -108,10 +110,10 @@ def test_pictures_stay_and_fingerprints_change_with_the_code(
         told = runner.wait_until_compiled(WAIT_S)
         after = make(runner)
         assert (told.compilation, told.compilation_remark) == (Compilation.COMPILED, "")
-        assert told.same_bytes
         assert told.fingerprint is not None
-        assert told.fingerprint.code == "compiled"
-        assert told.fingerprint.row_buckets == "filled up to 1, 2, 4 rows"
+        # No class of ours: the door reads it without importing torch.
+        assert (told.fingerprint.code, type(told.fingerprint.code)) == ("compiled", str)
+        assert told.fingerprint.row_buckets == "filled up to 2, 4 rows"
         assert after.fingerprint == told.fingerprint.short != before.fingerprint
         assert pixels(after.images[0].data) == pixels(before.images[0].data)
 
@@ -126,7 +128,7 @@ def test_eager_code_serves_until_the_last_graph_is_ready(model: LoadedModel) -> 
         assert backend.rows == list(BUCKETS[:-1]), "compiling runs each graph once"
         told = runner.capabilities()
         assert told.compilation is Compilation.COMPILING
-        assert told.compilation_remark == "2 of 3 graphs are ready"
+        assert told.compilation_remark == "1 of 2 graphs are ready"
         backend.go_on.set()
         assert runner.wait_until_compiled(WAIT_S).compilation is Compilation.COMPILED
     assert backend.graphs == len(BUCKETS)
@@ -181,7 +183,7 @@ def test_forwards_get_the_rows_of_a_bucket_whichever_code_runs_them(model: Loade
         backend.rows.clear()
         make(runner, n=3, guidance_scale=0.0)
         make(runner, n=1, guidance_scale=0.0)
-        assert set(backend.rows) == {4, 1}
+        assert set(backend.rows) == {4, 2}
         assert runner.engine.counters.padded_rows > 0
         # Larger than any shared forward, and of another size: eager code, at every load.
         backend.rows.clear()
@@ -191,7 +193,7 @@ def test_forwards_get_the_rows_of_a_bucket_whichever_code_runs_them(model: Loade
 
 
 def test_isolated_requests_use_the_code_of_their_time(model: LoadedModel) -> None:
-    with serving(model) as runner:
+    with serving(model, ONE_GRAPH) as runner:
         runner.start_compiling("eager")
         runner.wait_until_compiled(WAIT_S)
         assert make(runner, reproducible=True).fingerprint == told_fingerprint(runner)
@@ -202,7 +204,7 @@ def test_a_failure_leaves_eager_code_on_and_says_why(model: LoadedModel) -> None
     def broken(graph: torch.fx.GraphModule, inputs: list[Any]) -> Graph:
         raise ValueError("no C++ compiler")
 
-    with serving(model) as runner:
+    with serving(model, ONE_GRAPH) as runner:
         eager = told_fingerprint(runner)
         runner.start_compiling(broken)
         told = runner.wait_until_compiled(WAIT_S)
@@ -214,7 +216,7 @@ def test_a_failure_leaves_eager_code_on_and_says_why(model: LoadedModel) -> None
 def test_a_graph_that_does_not_fit_the_engine_is_found_out_before_anyone_gets_it(
     model: LoadedModel,
 ) -> None:
-    with serving(model) as runner:
+    with serving(model, ONE_GRAPH) as runner:
         runner.engine.call(lambda: torch.set_num_threads(2))
         runner.start_compiling("eager")
         told = runner.wait_until_compiled(WAIT_S)
@@ -225,7 +227,7 @@ def test_a_graph_that_does_not_fit_the_engine_is_found_out_before_anyone_gets_it
 
 
 def test_graphs_that_stop_fitting_are_told_by_a_fingerprint_of_its_own(model: LoadedModel) -> None:
-    with serving(model) as runner:
+    with serving(model, ONE_GRAPH) as runner:
         eager = told_fingerprint(runner)
         runner.start_compiling("eager")
         runner.wait_until_compiled(WAIT_S)
@@ -242,9 +244,9 @@ def test_same_bytes_are_promised_only_if_compiled_rows_are_seen_to_be_independen
 ) -> None:
     class Careless(Backend):
         def compiled(self, graph: torch.fx.GraphModule) -> Graph:
-            return lambda *args: tuple(part + len(part) for part in graph(*args))
+            return lambda *args: tuple(part + part.sum() for part in graph(*args))
 
-    with serving(model) as runner:
+    with serving(model, ONE_GRAPH) as runner:
         assert runner.capabilities().same_bytes
         runner.start_compiling(Careless())
         told = runner.wait_until_compiled(WAIT_S)
@@ -279,11 +281,17 @@ def test_stopping_before_the_change(model: LoadedModel) -> None:
         assert "the engine is not running" in told.compilation_remark
 
 
-def test_a_fixed_row_count_needs_one_graph(model: LoadedModel) -> None:
+def test_a_fixed_row_count_needs_one_graph_and_has_the_same_bytes_at_any_load(
+    model: LoadedModel,
+) -> None:
     backend = Backend()
-    with serving(model, SharingOptions(plan=SharingPlan(fixed_rows=4))) as runner:
+    with serving(model, ONE_GRAPH, max_rows=8) as runner:
         runner.start_compiling(backend)
-        assert runner.wait_until_compiled(WAIT_S).compilation is Compilation.COMPILED
+        told = runner.wait_until_compiled(WAIT_S)
+        assert told.compilation is Compilation.COMPILED
+        assert told.same_bytes
+        assert told.fingerprint is not None
+        assert told.fingerprint.row_buckets == "filled up to 4 rows"
         make(runner)
     assert backend.graphs == 1
     assert set(backend.rows) == {4}
@@ -326,7 +334,7 @@ def test_adapters_are_refused(model: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_a_cancelled_request_leaves_the_code_as_it_was(model: LoadedModel) -> None:
-    with serving(model) as runner:
+    with serving(model, ONE_GRAPH) as runner:
         runner.start_compiling("eager")
         runner.wait_until_compiled(WAIT_S)
         inbox = Inbox()

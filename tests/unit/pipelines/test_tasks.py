@@ -277,9 +277,10 @@ def test_a_file_that_is_no_picture_is_refused_at_once(runner: PipelineRunner) ->
 
 
 def test_finished_requests_tell_the_models_fingerprint(tiny: LoadedModel) -> None:
-    (finished,), _ = serve(tiny, a_request())
-    assert tiny.capabilities.fingerprint is not None
-    assert finished.fingerprint == tiny.capabilities.fingerprint.short
+    (finished,), runner = serve(tiny, a_request())
+    fingerprint = runner.capabilities().fingerprint
+    assert fingerprint is not None
+    assert finished.fingerprint == fingerprint.short
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,248 @@
+"""The embedded model's denoiser: eager against compiled, with inductor.
+
+    python -m loadtests.compile_bench [--rows 2,8,16,32] [--repeats 15] [--threads 2]
+
+A real engine serves the model while it is compiled in the background. Told are the seconds until
+compiled code is in service, what a forward takes meanwhile, milliseconds of a forward for each row
+bucket (eager and compiled in turns, medians), and whether a row has the same bits in any company:
+within a bucket, and from one bucket to another. Absolute times mean nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from service.config import SpeedSettings
+from service.domain.models import Compilation
+from service.engine.call import Call
+from service.engine.coalesce import stack, tensors_in
+from service.engine.engine import EngineOptions
+from service.engine.row_independence import rows_are_independent, run_together, same_bits
+from service.models.catalogue import EMBEDDED
+from service.pipelines.attach import ParkingOptions
+from service.pipelines.compiling import SwitchableForward, row_buckets
+from service.pipelines.load import leave_cores_to_engine, load_model
+from service.pipelines.runner import PipelineRunner, SharingOptions
+from service.pipelines.sharing import SharingPlan, parked_at_denoiser
+from service.pipelines.trials import make_trials
+from service.pipelines.warm_up import warm_up
+
+LOOK_EVERY_S = 5.0
+MEASURED_MEANWHILE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class ForwardTimes:
+    """Medians for one row count. `difference`: of the outputs, as a share of their norm."""
+
+    rows: int
+    eager_ms: float
+    compiled_ms: float
+    difference: float
+    eager_independent: bool
+    compiled_independent: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured. `meanwhile_ms`: an eager forward while it compiles, and before."""
+
+    compile_s: float
+    outcome: Compilation
+    remark: str
+    same_bytes: bool
+    before_ms: float
+    meanwhile_ms: float
+    meanwhile_rows: int
+    forwards: list[ForwardTimes]
+    buckets_that_agree: dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A served model, and calls of its denoiser to run again and again."""
+
+    runner: PipelineRunner
+    forward: SwitchableForward
+    calls: list[Call]
+
+    def on_engine(self, function: Callable[[], Any]) -> Any:
+        """Between two ticks, on the thread that graphs are made for."""
+        return self.runner.engine.call(function)
+
+    def seconds(self, rows: int, run: Callable[..., Any]) -> float:
+        """One forward of so many rows by one of the two codes."""
+
+        def timed() -> float:
+            self.forward.switch(run)
+            args, kwargs = stack(self.calls[:1], rows)
+            started_s = time.perf_counter()
+            self.forward(*args, **kwargs)
+            return time.perf_counter() - started_s
+
+        return float(self.on_engine(timed))
+
+    def outputs(self, company: Sequence[int], rows: int, run: Callable[..., Any]) -> list[Any]:
+        """Of the calls with these indices together, filled up to `rows`."""
+
+        def together() -> list[Any]:
+            self.forward.switch(run)
+            return run_together([self.calls[index] for index in company], rows)
+
+        return list(self.on_engine(together))
+
+
+def main() -> None:
+    """Measure, and print a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="2,8,16,32", help="row counts to time")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-rows", type=int, default=32)
+    parser.add_argument("--fixed-rows", type=int, default=0, help="one bucket instead of many")
+    options = parser.parse_args()
+    leave_cores_to_engine()
+    report = measure(options)
+    print_table(report)
+    print(json.dumps(asdict(report)))
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Everything, in a process of its own."""
+    model = load_model("emoji", EMBEDDED, "bfloat16", "cpu", SpeedSettings(compile=True))
+    engine = EngineOptions(max_rows=options.max_rows, threads=options.threads)
+    runner = PipelineRunner(model, engine, sharing=_sharing(options.fixed_rows))
+    runner.start()
+    warm_up(runner)
+    try:
+        return _measure(runner, options)
+    finally:
+        runner.stop()
+
+
+def _sharing(fixed_rows: int) -> SharingOptions:
+    plan = SharingPlan(fixed_rows=fixed_rows) if fixed_rows else None
+    return SharingOptions(plan=plan)
+
+
+def _measure(runner: PipelineRunner, options: argparse.Namespace) -> Report:
+    forward = runner.model.denoiser_forward
+    assert forward is not None
+    bench = Bench(runner, forward, runner.engine.call(partial(_calls_of, runner)))
+    meanwhile_rows = options.fixed_rows or min(MEASURED_MEANWHILE_ROWS, options.max_rows)
+    before_s = [bench.seconds(meanwhile_rows, forward.eager) for _ in range(options.repeats)]
+    compile_s, meanwhile_s = _compile(bench, meanwhile_rows)
+    told = runner.capabilities()
+    print(f"{told.compilation} after {compile_s:.0f} s {told.compilation_remark}", flush=True)
+    buckets = (options.fixed_rows,) if options.fixed_rows else row_buckets(options.max_rows)
+    wanted = [rows for rows in map(int, options.rows.split(",")) if rows in buckets]
+    compiled = _compiled(runner) if told.compilation is Compilation.COMPILED else forward.eager
+    codes = {"eager": forward.eager, "compiled": compiled}
+    return Report(
+        compile_s=compile_s,
+        outcome=told.compilation,
+        remark=told.compilation_remark,
+        same_bytes=told.same_bytes,
+        before_ms=1000 * statistics.median(before_s),
+        meanwhile_ms=1000 * statistics.median(meanwhile_s),
+        meanwhile_rows=meanwhile_rows,
+        forwards=[_compare(bench, rows, compiled, options.repeats) for rows in wanted],
+        buckets_that_agree={name: _agreeing(bench, buckets, run) for name, run in codes.items()},
+    )
+
+
+def _compiled(runner: PipelineRunner) -> Callable[..., Any]:
+    """What requests of now are run by."""
+    code = runner.denoiser_code
+    assert code is not None
+    return code.forward_of(code.in_use)
+
+
+def _calls_of(runner: PipelineRunner) -> list[Call]:
+    """Calls of the denoiser with equal keys and different content, the fewest rows first."""
+    model = runner.model
+    options = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
+    with parked_at_denoiser(model.pipeline, make_trials(model), options) as groups:
+        return sorted(groups[0], key=lambda call: call.rows)
+
+
+def _compile(bench: Bench, rows: int) -> tuple[float, list[float]]:
+    """Seconds until it has ended, and those of eager forwards meanwhile."""
+    started_s, meanwhile_s = time.perf_counter(), list[float]()
+    bench.runner.start_compiling()
+    while True:
+        told = bench.runner.wait_until_compiled(LOOK_EVERY_S)
+        seconds = time.perf_counter() - started_s
+        if told.compilation is not Compilation.COMPILING:
+            return seconds, meanwhile_s
+        meanwhile_s.append(bench.seconds(rows, bench.forward.eager))
+        print(f"{seconds:.0f} s: {told.compilation_remark}", flush=True)
+
+
+def _compare(bench: Bench, rows: int, compiled: Callable[..., Any], repeats: int) -> ForwardTimes:
+    eager = bench.forward.eager
+    eager_s, compiled_s = [], []
+    for _ in range(repeats):
+        eager_s.append(bench.seconds(rows, eager))
+        compiled_s.append(bench.seconds(rows, compiled))
+    one, other = (next(tensors_in(bench.outputs([0], rows, run))) for run in (eager, compiled))
+    difference = (one.float() - other.float()).norm() / one.float().norm()
+    return ForwardTimes(
+        rows=rows,
+        eager_ms=1000 * statistics.median(eager_s),
+        compiled_ms=1000 * statistics.median(compiled_s),
+        difference=float(difference),
+        eager_independent=_independent(bench, rows, eager),
+        compiled_independent=_independent(bench, rows, compiled),
+    )
+
+
+def _independent(bench: Bench, rows: int, run: Callable[..., Any]) -> bool:
+    """Whether the bits of a call are the same whoever else is in a forward of so many rows."""
+    return rows_are_independent(bench.calls, rows, rows, partial(_together, bench, run))
+
+
+def _together(bench: Bench, run: Callable[..., Any], calls: Sequence[Call], rows: int) -> list[Any]:
+    return bench.outputs([bench.calls.index(call) for call in calls], rows, run)
+
+
+def _agreeing(bench: Bench, buckets: Sequence[int], run: Callable[..., Any]) -> list[list[int]]:
+    """Buckets in which a call has the same bits, together."""
+    alike: list[tuple[Any, list[int]]] = []
+    for rows in buckets:
+        output = bench.outputs([0], rows, run)[0]
+        group = next((found for known, found in alike if same_bits(known, output)), None)
+        if group is None:
+            alike.append((output, [rows]))
+        else:
+            group.append(rows)
+    return [group for _, group in alike]
+
+
+def print_table(report: Report) -> None:
+    """For people."""
+    print(
+        f"{report.outcome} in {report.compile_s:.0f} s; same bytes at any load: "
+        f"{report.same_bytes}. An eager forward of {report.meanwhile_rows} rows took "
+        f"{report.meanwhile_ms:.1f} ms meanwhile, {report.before_ms:.1f} ms before."
+    )
+    print("rows  eager ms  compiled ms  ratio  difference  independent (eager, compiled)")
+    for f in report.forwards:
+        print(
+            f"{f.rows:4}  {f.eager_ms:8.1f}  {f.compiled_ms:11.1f}  "
+            f"{f.eager_ms / f.compiled_ms:5.2f}  {100 * f.difference:8.2f} %  "
+            f"{f.eager_independent}, {f.compiled_independent}"
+        )
+    for name, groups in report.buckets_that_agree.items():
+        print(f"{name}: a row has the same bits in each of these buckets: {groups}")
+
+
+if __name__ == "__main__":
+    main()
