@@ -40,6 +40,7 @@ format: $(INSTALLED)  ## Format the code and mend what the linter can.
 
 bench: $(INSTALLED)  ## Measure the engine against plain diffusers, side by side.
 	$(BIN)/python -m loadtests.engine_bench
+	$(BIN)/python -m loadtests.limit_bench
 	$(BIN)/python -m loadtests.http_bench
 
 clean:  ## Remove the virtual environment and caches.

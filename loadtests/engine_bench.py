@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -135,14 +136,19 @@ def or_raise(outcome: Finished | Failed) -> Finished:
 
 
 def compare(runner: PipelineRunner, pipeline: Any, repeats: int) -> Comparison:
-    """Plain and engine in turns, warm, `repeats` times."""
+    """Plain and engine in turns, warm, `repeats` times.
+
+    Both on the engine thread: with a second one that runs torch there would be two OpenMP teams
+    for the same cores, which slows both.
+    """
     requests = mixed_requests()
-    run_plain(pipeline, requests[:4])
+    plain = partial(run_plain, pipeline, requests)
+    runner.engine.call(plain)
     run_engine(runner, requests)
     plain_s, engine_s = [], []
     before = replace(runner.engine.counters)
     for repeat in range(repeats):
-        seconds, pixels = run_plain(pipeline, requests)
+        seconds, pixels = runner.engine.call(plain)
         plain_s.append(seconds)
         seconds, finished = run_engine(runner, requests)
         engine_s.append(seconds)
@@ -233,14 +239,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=EMBEDDED)
     parser.add_argument("--out", type=Path, default=Path("out/bench-engine.json"))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     plain = load_model("emoji", options.model)
     runner = PipelineRunner(
         load_model("emoji", options.model), EngineOptions(threads=options.threads)
     )
     runner.start()
     warm_up(runner)
-    curve = {rows: denoiser_step_s(plain, rows) for rows in (1, 2, 4, 8, 16, 32)}
+    step = partial(denoiser_step_s, plain)
+    curve = {rows: runner.engine.call(partial(step, rows)) for rows in (1, 2, 4, 8, 16, 32)}
     comparison = compare(runner, plain.pipeline, options.repeats)
     first_step_s, step_s = admission_latency(runner)
     runner.stop()
