@@ -26,10 +26,10 @@ HEAD = """\
 
 Any diffusers pipeline that makes pictures from a prompt can be served from a local folder,
 unmodified. This table is made by `python docs/make_pipelines.py` from the parity suite
-(`tests/parity/test_every_family.py`), which builds a tiny pipeline of each family with random weights,
-runs four requests of 2, 3, 4 and 5 steps that differ in seed, prompt, guidance, strength and, where
-there are several, scheduler, and compares with the same calls made one at a time by plain
-diffusers.
+(`tests/parity/test_every_family.py`), which builds a tiny pipeline of each family with random
+weights, runs four requests of 2, 3, 4 and 5 steps that differ in seed, prompt, guidance, strength
+and, where there are several, scheduler, and compares with the same calls made one at a time by
+plain diffusers.
 
 - **calls per forward**: how many calls of the modules that run at every step shared one forward,
   all four requests arriving at once. The most possible is 2.8, as they end one after another (more
