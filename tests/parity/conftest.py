@@ -13,7 +13,7 @@ from parity_cases import ForwardCounter, load_reference, rows_are_independent
 from service.engine.engine import EngineOptions
 from service.models.catalogue import EMBEDDED
 from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner
+from service.pipelines.runner import PipelineRunner, SharingOptions
 
 TEST_MODEL = "STEPSERVE_TEST_MODEL"
 
@@ -52,9 +52,12 @@ def serve(model_folder: Path) -> Iterator[Callable[..., tuple[PipelineRunner, Fo
 
     def start(dtype: str, **options: Any) -> tuple[PipelineRunner, ForwardCounter]:
         model = load_model("emoji", model_folder, dtype, "cpu")
-        runner = PipelineRunner(model, EngineOptions(max_waiting_pictures=1000, **options))
-        counter = ForwardCounter(model.pipeline.unet)
+        engine = EngineOptions(max_waiting_pictures=1000, **options)
+        # Rows that fill forwards up would be counted with the rest.
+        runner = PipelineRunner(model, engine, sharing=SharingOptions(fixed_rows=False))
         runner.start()
+        # Not before: the engine tries some requests of its own when it starts.
+        counter = ForwardCounter(model.pipeline.unet)
         started.append((runner, counter))
         return runner, counter
 
