@@ -30,7 +30,7 @@ from service.pipelines.guidance import can_limit_guidance
 from service.pipelines.lending import PipelineLender
 from service.pipelines.prompts import PromptMeter, measure_prompts, tokenizers_of
 from service.pipelines.schedulers import usable_schedulers
-from service.pipelines.signature import CallSignature, read_signature
+from service.pipelines.signature import read_signature
 from service.pipelines.speed import check_speed, loading_arguments, settle
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,8 +49,6 @@ class LoadedModel:
     schedulers: dict[str, type]
     prompt_meter: PromptMeter
     lender: PipelineLender
-    signature: CallSignature
-    speed: SpeedSettings
     denoiser_forward: SwitchableForward | None = None
     denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
 
@@ -122,8 +120,6 @@ def _load(
         schedulers,
         meter,
         lender,
-        signature,
-        speed,
         SwitchableForward(_denoiser(pipeline)) if speed.compile else None,
     )
 

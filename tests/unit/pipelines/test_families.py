@@ -14,6 +14,7 @@ from tiny_model import a_request
 
 from service.domain.errors import InvalidRequestError
 from service.domain.models import SizeRange
+from service.domain.requests import Task
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.load import LoadedModel, load_model
 from service.pipelines.signature import accepted_arguments
@@ -51,7 +52,8 @@ def picture(model: LoadedModel, side_px: int) -> Image.Image:
     }
     pipeline = model.lender.lend(model.capabilities.default_scheduler)
     with torch.no_grad():
-        return pipeline(**accepted_arguments(model.signature, wanted)).images[0]
+        signature = model.lender.signature(Task.TEXT_TO_IMAGE)
+        return pipeline(**accepted_arguments(signature, wanted)).images[0]
 
 
 def test_flux_is_described_by_its_own_shapes_and_defaults(flux: LoadedModel) -> None:
