@@ -204,6 +204,10 @@ def train_emoji(
     cache: Annotated[
         Path, typer.Option(help="Fetched artwork packages and rendered pictures.")
     ] = Path(".cache/artwork"),
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Train the model in this folder further (default: start anew)."),
+    ] = None,
 ) -> None:
     """Train the embedded text-to-image model from open emoji artwork.
 
@@ -216,7 +220,13 @@ def train_emoji(
     from service.training.emoji import make_recipe
     from service.training.emoji import train_emoji as train
 
-    recipe = make_recipe(seed, denoiser_steps=steps, vae_steps=vae_steps, batch_size=batch_size)
+    recipe = make_recipe(
+        seed,
+        denoiser_steps=steps,
+        vae_steps=vae_steps,
+        batch_size=batch_size,
+        start_from=None if start_from is None else str(start_from),
+    )
     typer.echo(f"trained: {train(recipe, output, cache)}")
 
 

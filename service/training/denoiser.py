@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from service.training.artwork import Artwork
 from service.training.captions import Caption, write_caption
 from service.training.diffusion import NoiseSchedule, spread_timesteps
+from service.training.errors import StartingModelError
 from service.training.fingerprint import describe_settings, digest_text, digest_weights
 from service.training.grids import save_grid
 from service.training.hyperparameters import LoopConfig
@@ -148,6 +149,21 @@ class DenoiserStage:
         self.unet = build_unet(config)
         self.unet.to(memory_format=torch.channels_last)
         self.text_encoder = build_text_encoder(config, tokenizer)
+        self.started_from: dict[str, str] = {}
+
+    def start_from(self, earlier: StableDiffusionPipeline) -> None:
+        """Begin with the weights of an earlier model instead of random ones.
+
+        Raises:
+            StartingModelError: its text encoder or denoiser has other shapes.
+        """
+        for name in ("unet", "text_encoder"):
+            part = getattr(earlier, name)
+            try:
+                getattr(self, name).load_state_dict(part.state_dict())
+            except RuntimeError as error:
+                raise StartingModelError(f"the {name} to start from does not fit: {error}") from error
+            self.started_from[f"start.{name}"] = digest_weights(part)
 
     def train(self) -> StableDiffusionPipeline:
         """Train, or finish an interrupted training, and return the assembled pipeline."""
@@ -163,6 +179,7 @@ class DenoiserStage:
             "artwork.names": digest_text([*self.artwork.names, *self.artwork.styles]),
             "tokenizer": digest_text(sorted(map(repr, self.tokenizer.get_vocab().items()))),
             "autoencoder": digest_weights(self.autoencoder),
+            **self.started_from,
         }
 
     def pipeline(self) -> StableDiffusionPipeline:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from service.training.artwork import Artwork, load_artwork
 from service.training.captions import find_tokenizer, keep_tokenizer, train_tokenizer
 from service.training.denoiser import DenoiserConfig, DenoiserStage
+from service.training.errors import StartingModelError
 from service.training.export import export_pipeline
 from service.training.hyperparameters import LoopConfig
 from service.training.latents import encode_artwork
@@ -22,11 +24,15 @@ from service.training.vae import AutoencoderConfig, AutoencoderStage
 class EmojiRecipe:
     """Everything that decides what the trained model becomes.
 
+    `start_from` is the folder of an earlier model of the same shapes: its autoencoder and tokenizer
+    are kept, and its text encoder and denoiser are trained further.
+
     Raises:
         ValueError: the denoiser does not fit the autoencoder's latents.
     """
 
     seed: int = 0
+    start_from: str | None = None
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     vae_loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
@@ -65,7 +71,9 @@ class EmojiRecipe:
         """The command line that runs this recipe."""
         steps = self.denoiser_loop.steps
         command = f"stepserve train emoji --seed {self.seed} --steps {steps}"
-        usual = make_recipe(self.seed, steps) == self
+        if self.start_from is not None:
+            command += f" --start-from {self.start_from}"
+        usual = make_recipe(self.seed, steps, start_from=self.start_from) == self
         return command if usual else f"{command}  # and the changes to be seen in training.json"
 
 
@@ -77,6 +85,7 @@ def make_recipe(
     vae_batch_size: int | None = None,
     sample_interval_steps: int | None = None,
     checkpoint_interval_steps: int | None = None,
+    start_from: str | None = None,
 ) -> EmojiRecipe:
     """The recipe of the embedded model with some values changed; None keeps the recipe's own.
 
@@ -92,6 +101,7 @@ def make_recipe(
     return replace(
         usual,
         seed=seed,
+        start_from=start_from,
         vae_loop=_changed(usual.vae_loop, steps=vae_steps, batch_size=vae_batch_size, **both),
         denoiser_loop=_changed(
             usual.denoiser_loop, steps=denoiser_steps, batch_size=batch_size, **both
@@ -151,12 +161,13 @@ def train_emoji(
         KeyboardInterrupt: Ctrl-C; the same call goes on where it stopped.
     """
     torch.manual_seed(recipe.seed)
+    start = None if recipe.start_from is None else load_start(Path(recipe.start_from))
     artwork = artwork or load_artwork(cache, 2 * recipe.vae.picture_px)
     pictures = artwork_tensor(artwork)
-    autoencoder = AutoencoderStage(recipe.vae, recipe.vae_loop, pictures, folder / "vae").train()
+    autoencoder = _autoencoder(recipe, start, pictures, folder)
     latents = encode_artwork(autoencoder, pictures, folder / "latents.safetensors")
     autoencoder.register_to_config(scaling_factor=latents.scaling_factor)
-    tokenizer = _tokenizer(recipe.denoiser, artwork, folder)
+    tokenizer = start.tokenizer if start else _tokenizer(recipe.denoiser, artwork, folder)
     torch.manual_seed(recipe.seed + 1)
     stage = DenoiserStage(
         recipe.denoiser,
@@ -167,7 +178,31 @@ def train_emoji(
         autoencoder,
         folder / "denoiser",
     )
+    if start is not None:
+        stage.start_from(start)
     return export_pipeline(stage.train(), recipe, folder / "model", pictures=len(artwork))
+
+
+def load_start(folder: Path) -> StableDiffusionPipeline:
+    """The model that a training goes on from, in float32.
+
+    Raises:
+        StartingModelError: there is none in `folder`.
+    """
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise StartingModelError(f"no model to start from in {folder}: {error}") from error
+
+
+def _autoencoder(
+    recipe: EmojiRecipe, start: StableDiffusionPipeline | None, pictures: torch.Tensor, folder: Path
+) -> AutoencoderKL:
+    if start is not None:
+        return start.vae
+    return AutoencoderStage(recipe.vae, recipe.vae_loop, pictures, folder / "vae").train()
 
 
 def _tokenizer(shape: DenoiserConfig, artwork: Artwork, folder: Path) -> CLIPTokenizer:

@@ -2,6 +2,7 @@
 
 TrainingError
 ├── ArtworkUnavailableError      the artwork packages cannot be fetched or read
+├── StartingModelError           the model to train further is absent, or of other shapes
 ├── CheckpointError              a checkpoint is damaged, or belongs to another training
 ├── TrainingDivergedError        the loss is no longer a number
 ├── ExportError                  the finished model breaks a promise, such as its size
@@ -19,6 +20,10 @@ class TrainingError(StepserveError):
 
 class ArtworkUnavailableError(TrainingError):
     """The artwork packages could not be fetched; the message says what to install or check."""
+
+
+class StartingModelError(TrainingError):
+    """There is no model to go on from in the folder that was named, or it does not fit."""
 
 
 class CheckpointError(TrainingError):
