@@ -331,7 +331,7 @@ def _request(
         body = ImageRequest.model_validate(wanted)
     except ValidationError as error:
         raise InvalidRequestError(error.errors()[0]["msg"]) from error
-    request = replace(body.to_generation("local", capabilities), **pictures)
+    request = replace(body.to_generation("local", "", capabilities), **pictures)
     check_request(request, capabilities)
     return request
 

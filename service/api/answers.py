@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.backend import ModelStatus
+from service.api.errors import ErrorDetail, error_detail
+from service.domain.batch import BatchView
 from service.domain.events import EncodedImage, Finished
 from service.domain.models import Compilation
+from service.domain.progress import Progress
 from service.domain.requests import GenerationRequest, Task
+from service.domain.states import RequestState
+from service.domain.timings import Timings
 
 
 class ImageData(BaseModel):
     """One picture."""
 
-    b64_json: str = Field(description="The picture file, base64.")
+    b64_json: str | None = Field(default=None, description="The picture file, base64.")
+    url: str | None = Field(default=None, description="Where the file is, until the link expires.")
     seed: int = Field(description="With `n` of 1, this seed makes this picture again.")
 
 
@@ -43,9 +50,11 @@ class Parameters(BaseModel):
     scheduler: str
     adapters: list[AdapterAnswer]
     output_format: Literal["png", "jpeg", "webp"]
+    output_compression: int | None = None
     guidance_start: float
     guidance_end: float
     reproducible: bool
+    strength: float | None = Field(default=None, description="Of edits and variations.")
 
 
 class TimingsAnswer(BaseModel):
@@ -192,6 +201,67 @@ class ModelList(BaseModel):
     data: list[ModelAnswer]
 
 
+class ProgressAnswer(BaseModel):
+    """Where one request stands."""
+
+    id: str
+    object: Literal["request"] = "request"
+    model: str
+    created: int = Field(description="Unix time in seconds.")
+    state: RequestState
+    position: int = Field(description="So many requests were accepted before it and still run.")
+    step: int = Field(description="Denoising steps that are done.")
+    steps: int
+    expected_s: float | None = Field(
+        description="Seconds until it should be finished; null where nobody knows."
+    )
+    error: ErrorDetail | None = Field(description="Why there are no pictures.")
+    timings: TimingsAnswer | None = Field(description="Once it is finished.")
+
+
+class RequestInBatchAnswer(BaseModel):
+    """A request in hand; another caller's has no id."""
+
+    id: str | None
+    state: RequestState
+    step: int
+    steps: int
+    rows: int
+
+
+class RowsAnswer(BaseModel):
+    """How many rows of a forward one request had."""
+
+    id: str | None
+    rows: int
+
+
+class ForwardAnswer(BaseModel):
+    """One forward of a module, shared by requests."""
+
+    number: int = Field(description="Counts the forwards of its replica from 1.")
+    module: str
+    rows: int
+    padded_rows: int = Field(description="Run besides, for nobody.")
+    seconds: float
+    requests: list[RowsAnswer]
+
+
+class ReplicaBatchAnswer(BaseModel):
+    """The running batch of one replica."""
+
+    row_limit: int
+    requests: list[RequestInBatchAnswer]
+    forwards: list[ForwardAnswer] = Field(description="The latest, oldest first.")
+
+
+class BatchAnswer(BaseModel):
+    """What the replicas of a model are working on."""
+
+    model: str
+    replicas: list[ReplicaBatchAnswer]
+
+
 class HealthAnswer(BaseModel):
     """The process answers."""
 
@@ -206,35 +276,28 @@ class ReadyAnswer(BaseModel):
     models: list[str]
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong; `param` names the field at fault where there is one."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str
-
-
 class ErrorAnswer(BaseModel):
     """The body of every error."""
 
     error: ErrorDetail
 
 
-def images_answer(request: GenerationRequest, finished: Finished) -> ImagesAnswer:
-    """Return the answer to `request`, dated now."""
-    parameters = _parameters(request)
+def images_answer(
+    request: GenerationRequest, finished: Finished, data: list[ImageData]
+) -> ImagesAnswer:
+    """Return the answer to `request`, dated now, with its pictures as `data`."""
+    parameters = parameters_answer(request)
     return ImagesAnswer(
         id=request.id,
         created=int(time.time()),
         model=request.model,
-        data=[_image(image) for image in finished.images],
+        data=data,
         output_format=parameters.output_format,
         size=parameters.size,
         seed=request.seed,
         parameters=parameters,
         fingerprint=finished.fingerprint,
-        timings=TimingsAnswer(**asdict(finished.timings)),
+        timings=timings_answer(finished.timings),
     )
 
 
@@ -247,11 +310,73 @@ def model_answer(status: ModelStatus) -> ModelAnswer:
     return ModelAnswer.model_validate(told)
 
 
-def _image(image: EncodedImage) -> ImageData:
-    return ImageData(b64_json=b64encode(image.data).decode("ascii"), seed=image.seed)
+def base64_of(image: EncodedImage) -> str:
+    """A picture file as JSON can hold it."""
+    return b64encode(image.data).decode("ascii")
 
 
-def _parameters(request: GenerationRequest) -> Parameters:
-    return Parameters.model_validate(
-        asdict(request) | {"size": f"{request.width}x{request.height}"},
+def parameters_answer(request: GenerationRequest) -> Parameters:
+    """Everything that shaped the pictures of a request."""
+    told = asdict(request) | {"size": f"{request.width}x{request.height}"}
+    if request.task is Task.TEXT_TO_IMAGE:
+        told["strength"] = None
+    return Parameters.model_validate(told)
+
+
+def timings_answer(timings: Timings) -> TimingsAnswer:
+    """Seconds by stage."""
+    return TimingsAnswer(**asdict(timings))
+
+
+def progress_answer(progress: Progress) -> ProgressAnswer:
+    """Return where a request stands, as its own URL tells it."""
+    return ProgressAnswer(
+        id=progress.request_id,
+        model=progress.model,
+        created=progress.created,
+        state=progress.state,
+        position=progress.position,
+        step=progress.step,
+        steps=progress.steps,
+        expected_s=progress.expected_s,
+        error=None if progress.error is None else error_detail(progress.error, progress.request_id),
+        timings=None if progress.timings is None else timings_answer(progress.timings),
+    )
+
+
+def batch_answer(model_id: str, views: Sequence[BatchView], caller: str) -> BatchAnswer:
+    """Return the running batches of a model's replicas, with the ids of the caller's own requests.
+
+    Requests of others are shown without their names.
+    """
+    return BatchAnswer(model=model_id, replicas=[_replica_batch(view, caller) for view in views])
+
+
+def _replica_batch(view: BatchView, caller: str) -> ReplicaBatchAnswer:
+    def own(request_id: str, owner: str) -> str | None:
+        return request_id if owner == caller else None
+
+    return ReplicaBatchAnswer(
+        row_limit=view.row_limit,
+        requests=[
+            RequestInBatchAnswer(
+                id=own(request.id, request.owner),
+                state=request.state,
+                step=request.step,
+                steps=request.steps,
+                rows=request.rows,
+            )
+            for request in view.requests
+        ],
+        forwards=[
+            ForwardAnswer(
+                number=forward.number,
+                module=forward.module,
+                rows=forward.rows,
+                padded_rows=forward.padded_rows,
+                seconds=forward.seconds,
+                requests=[RowsAnswer(id=own(i, owner), rows=n) for i, owner, n in forward.requests],
+            )
+            for forward in view.forwards
+        ],
     )

@@ -13,7 +13,9 @@ from service.api.middleware import (
     RequestIdMiddleware,
     UnexpectedErrorMiddleware,
 )
-from service.api.routes import health, images, models
+from service.api.openapi import add_schemas
+from service.api.routes import health, images, models, requests
+from service.api.schemas import PictureReference
 from service.api.settings import ApiSettings
 
 DESCRIPTION = """\
@@ -39,8 +41,9 @@ def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
     app.state.backend = backend
     app.state.settings = settings
     add_error_handlers(app)
-    for part in (images, models, health):
+    for part in (images, requests, models, health):
         app.include_router(part.router)
+    add_schemas(app, PictureReference)
     return app
 
 
@@ -48,5 +51,9 @@ def _middleware(settings: ApiSettings) -> list[Middleware]:
     return [
         Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
         Middleware(UnexpectedErrorMiddleware),
-        Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
+        Middleware(
+            BodyLimitMiddleware,
+            max_bytes=settings.max_body_bytes,
+            max_upload_bytes=settings.max_upload_bytes,
+        ),
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.domain.events import Outcome
+from service.domain.batch import BatchView
+from service.domain.events import Event, Outcome
 from service.domain.models import ModelCapabilities
+from service.domain.progress import Progress
+from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
 
 
@@ -33,4 +36,35 @@ class Backend(Protocol):
         Raises:
             StepserveError: as an alternative to returning it inside `Failed`.
         """
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve `request`, and tell what happens to it up to `Finished` or `Failed`.
+
+        Closing the stream gives the request up.
+
+        Raises:
+            StepserveError: as an alternative to telling it inside `Failed`.
+        """
+        ...
+
+    async def progress(self, request_id: str) -> Progress | None:
+        """Return where a request stands, or None if no such request is known."""
+        ...
+
+    async def cancel(self, request_id: str) -> Progress | None:
+        """End a request at its next step, if it has not ended; None if it is not known."""
+        ...
+
+    async def events(
+        self, request_id: str, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
+        """Return a request's events from `number` on, or wait up to `wait_s` for the next.
+
+        None if no such request is known.
+        """
+        ...
+
+    async def batch(self, model_id: str) -> Sequence[BatchView]:
+        """Return what each replica of a model has in hand."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -41,6 +41,48 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeou
         raise RequestTimedOutError(f"the request was not finished within {timeout_s:g} s")
     finally:
         await _stop(working, leaving)
+
+
+async def stream_while_connected(
+    receive: Receive, items: AsyncGenerator[T, None], quiet_s: float, timeout_s: float
+) -> AsyncGenerator[T | None, None]:
+    """Yield `items`, and None after every `quiet_s` seconds without one; then close them.
+
+    Closing this generator, the client leaving, and the calling task being cancelled close `items`.
+
+    Raises:
+        CancelledError: the client left.
+        RequestTimedOutError: `items` went on for more than `timeout_s` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + timeout_s
+    leaving = asyncio.create_task(_until_disconnect(receive))
+    following = asyncio.create_task(_next(items))
+    try:
+        while True:
+            wait_s = min(quiet_s, deadline_s - loop.time())
+            await asyncio.wait({following, leaving}, timeout=wait_s, return_when="FIRST_COMPLETED")
+            if following.done():
+                if not (item := following.result()):
+                    return
+                following = asyncio.create_task(_next(items))
+                yield item[0]
+            elif leaving.done():
+                raise CancelledError("the client left before the request was finished")
+            elif loop.time() >= deadline_s:
+                raise RequestTimedOutError(f"the request was not finished within {timeout_s:g} s")
+            else:
+                yield None
+    finally:
+        await _stop(following, leaving)
+        await items.aclose()
+
+
+async def _next(items: AsyncGenerator[T, None]) -> tuple[T] | None:
+    """The next item in a tuple, or None after the last: a task cannot raise StopAsyncIteration."""
+    async for item in items:
+        return (item,)
+    return None
 
 
 async def _until_disconnect(receive: Receive) -> None:

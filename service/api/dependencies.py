@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+from dataclasses import dataclass
 from email.message import Message
 from typing import Annotated, cast
 
@@ -12,8 +12,12 @@ from service.api.backend import Backend, ModelStatus
 from service.api.errors import UnsupportedMediaTypeError
 from service.api.middleware import request_id_of
 from service.api.settings import ApiSettings
-from service.domain.errors import NotReadyError, UnknownModelError
+from service.domain.errors import InvalidRequestError, NotReadyError, UnknownModelError
+from service.domain.events import EncodedImage
 from service.domain.limits import did_you_mean, shown
+
+JSON = "application/json"
+FORM = "multipart/form-data"
 
 READY_RETRY_S = 5.0
 """When to ask a loading model again: loading takes seconds to minutes."""
@@ -29,9 +33,38 @@ def get_settings(request: Request) -> ApiSettings:
     return cast(ApiSettings, request.app.state.settings)
 
 
-def make_generation_id(request: Request) -> str:
-    """Return an id that is unique even where two clients send the same `X-Request-ID`."""
-    return f"{request_id_of(request.scope)}-{secrets.token_hex(4)}"
+@dataclass(frozen=True)
+class Incoming:
+    """One request as it came in, and what is there to serve it.
+
+    `caller` is the name of its API key, empty where there are none.
+    """
+
+    http: Request
+    backend: Backend
+    settings: ApiSettings
+    caller: str
+    request_id: str
+
+    async def link(self, image: EncodedImage) -> str:
+        """Keep a picture for a while, and return where it is."""
+        raise InvalidRequestError("response_format 'url' is not served here", "response_format")
+
+
+def get_incoming(request: Request) -> Incoming:
+    """Return everything a route needs to know of the request."""
+    return Incoming(
+        http=request,
+        backend=get_backend(request),
+        settings=get_settings(request),
+        caller=caller_of(request),
+        request_id=request_id_of(request.scope),
+    )
+
+
+def caller_of(request: Request) -> str:
+    """Return the name of the API key that the request came with."""
+    return str(getattr(request.state, "caller", ""))
 
 
 def require_json(request: Request) -> None:
@@ -40,17 +73,29 @@ def require_json(request: Request) -> None:
     Raises:
         UnsupportedMediaTypeError: the `Content-Type` is missing or another one.
     """
+    declared_type(request, JSON)
+
+
+def declared_type(request: Request, *known: str) -> str:
+    """Return the media type of the body.
+
+    Raises:
+        UnsupportedMediaTypeError: the `Content-Type` is missing or none of the known.
+    """
     given = request.headers.get("content-type", "")
     header = Message()
     header["content-type"] = given
-    if header.get_content_type() != "application/json":
+    media_type = header.get_content_type()
+    if not given or media_type not in known:
+        wanted = " or ".join(map(repr, known))
         got = shown(given) if given else "none"
-        raise UnsupportedMediaTypeError(f"Content-Type must be 'application/json', got {got}")
+        raise UnsupportedMediaTypeError(f"Content-Type must be {wanted}, got {got}")
+    return media_type
 
 
 BackendDep = Annotated[Backend, Depends(get_backend)]
 SettingsDep = Annotated[ApiSettings, Depends(get_settings)]
-GenerationId = Annotated[str, Depends(make_generation_id)]
+IncomingDep = Annotated[Incoming, Depends(get_incoming)]
 
 
 async def find_model(backend: Backend, model_id: str) -> ModelStatus:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from service.domain.errors import (
     BodyTooLargeError,
@@ -21,10 +22,12 @@ from service.domain.errors import (
     InvalidRequestError,
     NotReadyError,
     RefusedError,
+    RequestIdInUseError,
     ServerFullError,
     StepserveError,
     StoppedError,
     UnknownModelError,
+    UnknownRequestError,
 )
 
 logger = logging.getLogger(__name__)
@@ -36,8 +39,12 @@ class MalformedJsonError(InvalidRequestError):
     """The request body is not valid JSON."""
 
 
+class MalformedFormError(InvalidRequestError):
+    """The request body is not a valid form."""
+
+
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The request body is not declared as JSON."""
+    """The request body is declared as something that this URL does not take."""
 
 
 class UnknownRouteError(InvalidRequestError):
@@ -52,6 +59,15 @@ class RequestTimedOutError(EndedError):
     """The request took longer than the server allows."""
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong; `param` names the field at fault where there is one."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
 @dataclass(frozen=True)
 class ErrorKind:
     """How one class of errors is told over HTTP: status, `error.type` and `error.code`."""
@@ -64,9 +80,12 @@ class ErrorKind:
 TABLE: dict[type[StepserveError], ErrorKind] = {
     InvalidRequestError: ErrorKind(400, "invalid_request_error", "invalid_value"),
     MalformedJsonError: ErrorKind(400, "invalid_request_error", "invalid_json"),
+    MalformedFormError: ErrorKind(400, "invalid_request_error", "invalid_form"),
     UnknownModelError: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    UnknownRequestError: ErrorKind(404, "invalid_request_error", "request_not_found"),
     UnknownRouteError: ErrorKind(404, "invalid_request_error", "unknown_url"),
     MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
+    RequestIdInUseError: ErrorKind(409, "invalid_request_error", "request_id_in_use"),
     BodyTooLargeError: ErrorKind(413, "invalid_request_error", "body_too_large"),
     UnsupportedMediaTypeError: ErrorKind(415, "invalid_request_error", "unsupported_media_type"),
     ServerFullError: ErrorKind(429, "rate_limit_error", "server_full"),
@@ -90,14 +109,19 @@ def kind_of(error: Exception) -> ErrorKind:
 
 def error_response(error: Exception, request_id: str) -> JSONResponse:
     """Return the HTTP answer for `error`; a status of 500 is logged with its cause."""
+    body = {"error": error_detail(error, request_id).model_dump()}
+    return JSONResponse(body, status_code=kind_of(error).status, headers=_headers(error))
+
+
+def error_detail(error: Exception, request_id: str) -> ErrorDetail:
+    """Return what the caller is told of `error`; a status of 500 is logged with its cause."""
     kind = kind_of(error)
-    body = {
-        "message": _public_message(error, kind, request_id),
-        "type": kind.type,
-        "param": error.field if isinstance(error, InvalidRequestError) else None,
-        "code": kind.code,
-    }
-    return JSONResponse({"error": body}, status_code=kind.status, headers=_headers(error))
+    return ErrorDetail(
+        message=_public_message(error, kind, request_id),
+        type=kind.type,
+        param=error.field if isinstance(error, InvalidRequestError) else None,
+        code=kind.code,
+    )
 
 
 def _public_message(error: Exception, kind: ErrorKind, request_id: str) -> str:

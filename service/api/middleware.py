@@ -14,6 +14,7 @@ from service.api.errors import error_response
 from service.domain.errors import BodyTooLargeError
 
 REQUEST_ID_HEADER = "X-Request-ID"
+UPLOADS = ("/v1/images/edits", "/v1/images/variations")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -50,50 +51,72 @@ class UnexpectedErrorMiddleware:
         """Serve one connection, and never leave it unanswered."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        answer = _Answer(send)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, answer.send)
         except Exception as error:
-            # Every answer here is sent whole, so an error means that none was begun.
+            if answer.has_begun:
+                # A stream: the server cuts it off, which is all that can still be told.
+                raise
             await error_response(error, request_id_of(scope))(scope, receive, send)
 
 
-class BodyLimitMiddleware:
-    """Reads the whole body before anything else runs, and refuses one over `max_bytes`."""
+class _Answer:
+    """Passes an answer on, and knows whether it has begun."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_begun = False
+
+    async def send(self, message: Message) -> None:
+        self.has_begun = True
+        await self._send(message)
+
+
+class BodyLimitMiddleware:
+    """Reads the whole body before anything else runs, and refuses one over the limit.
+
+    The limit is `max_upload_bytes` for URLs that take pictures, `max_bytes` for all others.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or answer 413."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
         try:
-            self._check(_declared_bytes(scope))
-            body = await self._read(receive)
+            _check_bytes(_declared_bytes(scope), limit_bytes)
+            body = await _read_body(receive, limit_bytes)
         except BodyTooLargeError as error:
             return await error_response(error, request_id_of(scope))(scope, receive, send)
         except ClientDisconnect:
             return None
         return await self._app(scope, _replay(body, receive), send)
 
-    async def _read(self, receive: Receive) -> bytes:
-        """Count what arrives: the declared length is only a hint, and chunks declare none."""
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body += message.get("body", b"")
-            self._check(len(body))
-            if not message.get("more_body", False):
-                return bytes(body)
 
-    def _check(self, size_bytes: int) -> None:
-        if size_bytes > self._max_bytes:
-            raise BodyTooLargeError(
-                f"the body is {size_bytes} bytes long or more; the limit is {self._max_bytes} bytes"
-            )
+async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
+    """Count what arrives: the declared length is only a hint, and chunks declare none."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        _check_bytes(len(body), limit_bytes)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _check_bytes(size_bytes: int, limit_bytes: int) -> None:
+    if size_bytes > limit_bytes:
+        raise BodyTooLargeError(
+            f"the body is {size_bytes} bytes long or more; the limit is {limit_bytes} bytes"
+        )
 
 
 def _choose_id(given: str) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
+from pydantic import BaseModel
+
 from service.api.answers import ErrorAnswer
 from service.api.errors import TABLE
 from service.domain.errors import RefusedError, StepserveError
@@ -63,3 +66,41 @@ def _add(responses: Responses, error_class: type[StepserveError]) -> None:
     )
     example = {"message": text, "type": kind.type, "param": None, "code": kind.code}
     response["content"]["application/json"]["examples"][kind.code] = {"value": {"error": example}}
+
+
+def event_stream() -> dict[str, Any]:
+    """Return the content of an answer that is a stream of server-sent events if asked for."""
+    text = "With `stream`: partial pictures, then the finished ones, then the end."
+    return {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+
+
+def add_schemas(app: FastAPI, *models: type[BaseModel]) -> None:
+    """Describe `models` in the document of `app`: FastAPI sees none that we read ourselves."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = made()
+        for model in models:
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"].setdefault(model.__name__, schema)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def form_or_json(model: type[BaseModel], files: tuple[str, ...]) -> dict[str, Any]:
+    """Return a request body that is a form whose `files` are files, or JSON with their URLs."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    file = {"type": "string", "format": "binary"}
+    form = {n: field for n, field in schema["properties"].items() if n != "images"}
+    form |= {name: file | {"description": form[name]["description"]} for name in files}
+    required = [*schema.get("required", ()), files[0]]
+    form_schema = schema | {"properties": form, "required": required}
+    return {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": form_schema | {"title": f"{model.__name__}Form"}},
+            "application/json": {"schema": schema},
+        },
+    }

@@ -1,4 +1,4 @@
-"""The body of a request for pictures, as it arrives: strict types, unknown fields refused.
+"""The bodies of requests for pictures, as they arrive: strict types, unknown fields refused.
 
 Only types are checked here. What a model can do is checked by `service.domain.limits`.
 """
@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import re
 import secrets
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from service.domain.limits import MAX_SEED, shown
+from service.domain.limits import MAX_PREVIEWS, MAX_SEED, shown
 from service.domain.models import ModelCapabilities
 from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Priority
 
 T = TypeVar("T")
+
+UNUSED = "Accepted for compatibility and not used."
+STRENGTH = "How far to go from the picture; 1 keeps nothing of it. 0.8 if left out."
+MAX_PARTIAL_IMAGES = 3
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -34,39 +39,37 @@ class AdapterBody(BaseModel):
     scale: float = Field(default=1.0, description="How strongly it is applied.")
 
 
-class ImageRequest(BaseModel):
-    """What to draw. OpenAI's fields, then Stepserve's own. `null` means the same as left out."""
+class PictureRequest(BaseModel):
+    """What every request for pictures may say: OpenAI's fields, then Stepserve's own."""
 
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        json_schema_extra={
-            "examples": [
-                {"prompt": "red heart, noto, on a blue background"},
-                {
-                    "prompt": "smiling cat",
-                    "n": 2,
-                    "seed": 7,
-                    "num_inference_steps": 30,
-                    "guidance_scale": 5.0,
-                },
-            ]
-        },
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    prompt: Annotated[str, Field(description="What the picture shows.")]
     model: str | None = _documented("A model id of `GET /v1/models`; else the default model.")
     n: int | None = _documented("How many pictures; 1 if left out.", minimum=1)
     size: str | None = _documented(
         "`WIDTHxHEIGHT` in pixels, or `auto` for the model's native size.",
         pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
     )
-    response_format: Literal["b64_json"] | None = _documented("How pictures are returned.")
+    response_format: Literal["b64_json", "url"] | None = _documented(
+        "How pictures are returned: in the answer, or as links that expire; `b64_json` if left out."
+    )
     output_format: Literal["png", "jpeg", "webp"] | None = _documented(
         "The file format of the pictures; `png` if left out."
     )
-    user: str | None = _documented("Accepted for compatibility and not used.")
+    output_compression: int | None = _documented(
+        "Quality of JPEG and WEBP files; 95 if left out.", minimum=0, maximum=100
+    )
+    stream: bool | None = _documented(
+        "Answer with server-sent events: pictures on the way, then the finished ones."
+    )
+    partial_images: int | None = _documented(
+        "How many pictures on the way a stream holds; 0 if left out.", minimum=0, maximum=3
+    )
+    user: str | None = _documented(UNUSED)
+    quality: str | None = _documented(UNUSED)
+    moderation: str | None = _documented(UNUSED)
+    style: str | None = _documented(UNUSED)
+    background: str | None = _documented(UNUSED)
     negative_prompt: str | None = _documented("What the picture must not show.")
     num_inference_steps: int | None = _documented("Denoising steps.", minimum=1)
     guidance_scale: float | None = _documented(
@@ -102,12 +105,18 @@ class ImageRequest(BaseModel):
         "Share no computation with other requests, so that equal fingerprints mean equal bytes on "
         "every device; slower. `false` if left out."
     )
+    previews: int | None = _documented(
+        "How many pictures on the way to make, in a stream or to be followed under "
+        "`/v1/requests/{id}/events`; `partial_images` without its limit of 3.",
+        minimum=0,
+        maximum=MAX_PREVIEWS,
+    )
 
-    @field_validator("response_format", mode="before")
+    @field_validator("partial_images")
     @classmethod
-    def _refuse_urls(cls, value: Any) -> Any:
-        if value == "url":
-            raise ValueError("response_format 'url' is not supported yet; use 'b64_json'")
+    def _check_partial_images(cls, value: int | None) -> int | None:
+        if value is not None and not 0 <= value <= MAX_PARTIAL_IMAGES:
+            raise ValueError(f"partial_images must be 0 to {MAX_PARTIAL_IMAGES}, got {value}")
         return value
 
     @field_validator("size")
@@ -117,13 +126,22 @@ class ImageRequest(BaseModel):
             raise ValueError(f"size must be 'auto' or 'WIDTHxHEIGHT' in pixels, got {shown(value)}")
         return value
 
-    def to_generation(self, request_id: str, model: ModelCapabilities) -> GenerationRequest:
-        """Return the request with everything left out filled in from `model`; draws a seed."""
+    @property
+    def wants_urls(self) -> bool:
+        """Whether the pictures are to be links."""
+        return self.response_format == "url"
+
+    def fill_in(self, request_id: str, owner: str, model: ModelCapabilities) -> GenerationRequest:
+        """Return a request with everything left out filled in from `model`; draws a seed.
+
+        What it is made of, a prompt or pictures, is left to the kind of request.
+        """
         width, height = _parse_size(self.size, model.sizes.native)
         return GenerationRequest(
             id=request_id,
+            owner=owner,
             model=model.id,
-            prompt=self.prompt,
+            prompt="",
             width=width,
             height=height,
             num_inference_steps=_or(self.num_inference_steps, model.default_num_inference_steps),
@@ -133,13 +151,75 @@ class ImageRequest(BaseModel):
             negative_prompt=_or(self.negative_prompt, ""),
             n=_or(self.n, 1),
             output_format=OutputFormat(_or(self.output_format, "png")),
+            output_compression=self.output_compression,
             adapters=tuple(AdapterUse(use.name, use.scale) for use in self.adapters or ()),
             guidance_start=_or(self.guidance_start, 0.0),
             guidance_end=_or(self.guidance_end, 1.0),
             priority=Priority[_or(self.priority, "normal").upper()],
             deadline_s=self.deadline_s,
             reproducible=_or(self.reproducible, False),
+            previews=_or(self.previews, _or(self.partial_images, 0) if self.stream else 0),
         )
+
+
+class ImageRequest(PictureRequest):
+    """What to draw. OpenAI's fields, then Stepserve's own. `null` means the same as left out."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"prompt": "red heart, noto, on a blue background"},
+                {
+                    "prompt": "smiling cat",
+                    "n": 2,
+                    "seed": 7,
+                    "num_inference_steps": 30,
+                    "guidance_scale": 5.0,
+                },
+            ]
+        },
+    )
+
+    prompt: Annotated[str, Field(description="What the picture shows.")]
+
+    def to_generation(
+        self, request_id: str, owner: str, model: ModelCapabilities
+    ) -> GenerationRequest:
+        """Return the request with everything left out filled in from `model`; draws a seed."""
+        return replace(self.fill_in(request_id, owner, model), prompt=self.prompt)
+
+
+class PictureReference(BaseModel):
+    """A picture by its address."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    image_url: str = Field(description="A `data:` URL; `https:` where the operator allows it.")
+
+
+class EditRequest(PictureRequest):
+    """How to change a picture. `image` and `mask` are files of a form, or addresses in JSON."""
+
+    prompt: Annotated[str, Field(description="What the changed picture shows.")]
+    image: str | None = _documented("The picture to change, as a `data:` URL.")
+    images: list[PictureReference] | None = _documented("The picture to change, in a list of one.")
+    mask: PictureReference | str | None = _documented(
+        "Where to repaint: where it is transparent, or white in a picture without transparency."
+    )
+    strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
+    input_fidelity: str | None = _documented(UNUSED)
+
+
+class VariationRequest(PictureRequest):
+    """How to vary a picture. `image` is a file of a form, or an address in JSON."""
+
+    prompt: str | None = _documented("What the variations show; nothing in particular if left out.")
+    image: str | None = _documented("The picture to vary, as a `data:` URL.")
+    images: list[PictureReference] | None = _documented("The picture to vary, in a list of one.")
+    strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
 
 
 def _or(value: T | None, default: T) -> T:

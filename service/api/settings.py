@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from service.api.uploads import UploadLimits
 
 
 @dataclass(frozen=True)
@@ -15,5 +17,7 @@ class ApiSettings:
 
     default_model: str
     max_body_bytes: int = 1_048_576
+    max_upload_bytes: int = 20_971_520
+    uploads: UploadLimits = field(default_factory=UploadLimits)
     request_timeout_s: float = 600.0
     echo_request_id: bool = True

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from service.api.backend import ModelStatus
+from service.domain.batch import BatchView
 from service.domain.errors import NotReadyError, ServerFullError
-from service.domain.events import Outcome
+from service.domain.events import Event, Outcome
 from service.domain.models import ModelCapabilities, SizeRange
+from service.domain.progress import Progress
+from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
 
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 10.0
 FIRST_PROBE_TIMEOUT_S = 1.0
 RETRY_AFTER_S = 3.0
+# Answered from memory between two awaits; a replica that takes longer is as good as gone.
+ASK_TIMEOUT_S = 5.0
 
 
 class RemoteBackend:
@@ -46,16 +52,66 @@ class RemoteBackend:
             NotReadyError: no replica could take it, or the replica died while working on it.
             ServerFullError: Ray Serve's own queue in front of the replicas is full.
         """
-        try:
+        with _told_as_ours(request.model):
             outcome: Outcome = await self._handles[request.model].generate.remote(request)
-        except BackPressureError as error:
-            raise ServerFullError(
-                "the queue in front of the model is full", RETRY_AFTER_S
-            ) from error
-        except (RayError, RayServeException) as error:
-            message = f"model {request.model} lost the replica that worked on this request"
-            raise NotReadyError(message, RETRY_AFTER_S) from error
-        return outcome
+            return outcome
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve a request as `generate` does, and tell what happens to it up to its end.
+
+        Raises:
+            NotReadyError: no replica could take it, or the replica died while working on it.
+            ServerFullError: Ray Serve's own queue in front of the replicas is full.
+        """
+        with _told_as_ours(request.model):
+            handle = self._handles[request.model].options(stream=True)
+            events = handle.stream.remote(request)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                events.cancel()
+
+    async def progress(self, request_id: str) -> Progress | None:
+        """Where a request stands, whichever replica has it; None if none does."""
+        return _first_at_work(await self._ask_all("progress", request_id))
+
+    async def cancel(self, request_id: str) -> Progress | None:
+        """End a request at its next step, whichever replica has it; None if none does."""
+        return _first_at_work(await self._ask_all("cancel", request_id))
+
+    async def events(
+        self, request_id: str, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
+        """Events of a request from `number` on, as soon as there are any; None if it is unknown."""
+        answers = await self._ask_all("events", request_id, number, wait_s, slack_s=wait_s)
+        known: list[Sequence[NumberedEvent]] = [a for a in answers if a is not None]
+        return max(known, key=len) if known else None
+
+    async def batch(self, model_id: str) -> Sequence[BatchView]:
+        """What each replica of a model has in hand."""
+        views: list[BatchView] = await self._ask_replicas(model_id, "batch")
+        return views
+
+    async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
+        """The answers of all replicas of all models: only they know which requests they have."""
+        answers = await asyncio.gather(
+            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._handles)
+        )
+        return [answer for of_model in answers for answer in of_model]
+
+    async def _ask_replicas(
+        self, model_id: str, method: str, *arguments: Any, slack_s: float = 0.0
+    ) -> list[Any]:
+        reply = self._handles[model_id].broadcast(method, *arguments)
+        try:
+            answers = await reply.results_async(
+                timeout_s=ASK_TIMEOUT_S + slack_s, return_exceptions=True
+            )
+        except (TimeoutError, RayError, RayServeException):
+            # Loading, or gone: it has nothing to tell.
+            return []
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _start_probes(self) -> None:
         for model_id in self._handles:
@@ -85,6 +141,23 @@ class RemoteBackend:
     def _mark_not_ready(self, model_id: str, detail: str) -> None:
         known = self._statuses[model_id].capabilities
         self._statuses[model_id] = ModelStatus(known, ready=False, detail=detail)
+
+
+@contextmanager
+def _told_as_ours(model_id: str) -> Iterator[None]:
+    try:
+        yield
+    except BackPressureError as error:
+        raise ServerFullError("the queue in front of the model is full", RETRY_AFTER_S) from error
+    except (RayError, RayServeException) as error:
+        message = f"model {model_id} lost the replica that worked on this request"
+        raise NotReadyError(message, RETRY_AFTER_S) from error
+
+
+def _first_at_work(answers: Sequence[Progress | None]) -> Progress | None:
+    """An id may have been used before, on another replica: who is at work goes before the ended."""
+    known = [answer for answer in answers if answer is not None]
+    return min(known, key=lambda progress: (progress.ended, -progress.created), default=None)
 
 
 def _unknown(model_id: str) -> ModelStatus:

@@ -8,15 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.config import EngineSettings, ModelSettings
-from service.domain.errors import NotReadyError, UnknownModelError
+from service.deployments.request_desk import RequestDesk
+from service.domain.batch import BatchView
+from service.domain.errors import NotReadyError, RequestIdInUseError, UnknownModelError
 from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.models import ModelCapabilities
+from service.domain.progress import Progress
+from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
 
 if TYPE_CHECKING:
@@ -50,6 +55,7 @@ class ModelReplica:
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
         self.runner = _load_runner(spec)
+        self.desk = RequestDesk(self.runner)
         self._draining = False
 
     async def capabilities(self) -> ModelCapabilities:
@@ -64,17 +70,58 @@ class ModelReplica:
 
     async def generate(self, request: GenerationRequest) -> Outcome:
         """Serve a request to its end. Errors are returned, not raised: they cross processes."""
+        outcome: Outcome | None = None
+        async with aclosing(self.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, Finished | Failed):
+                    outcome = event
+        assert outcome is not None
+        return outcome
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve a request, and tell what happens to it, up to its end.
+
+        Closing the stream, or cancelling whoever reads it, cancels the request.
+        """
         if request.model != self.spec.model_id:
             error = UnknownModelError(f"this replica serves {self.spec.model_id}", "model")
-            return Failed(request.id, error)
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[Outcome] = loop.create_future()
-        self.runner.submit(request, _settle_from_thread(loop, outcome))
+            yield Failed(request.id, error)
+            return
         try:
-            return await outcome
-        except asyncio.CancelledError:
-            self.runner.cancel(request.id)
-            raise
+            events = await self.desk.submit(request)
+        except RequestIdInUseError as error:
+            yield Failed(request.id, error)
+            return
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if isinstance(event, Finished | Failed):
+                    return
+        finally:
+            self.desk.give_up(request.id)
+
+    async def progress(self, request_id: str) -> Progress | None:
+        """Where a request stands, or None if this replica does not know it."""
+        return self.desk.progress(request_id)
+
+    async def cancel(self, request_id: str) -> Progress | None:
+        """End a request at its next step; None if this replica does not know it."""
+        self.desk.give_up(request_id)
+        return self.desk.progress(request_id)
+
+    async def events(
+        self, request_id: str, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
+        """The events of a request from `number` on, as soon as there are any, or after `wait_s`.
+
+        None if this replica does not know it.
+        """
+        return await self.desk.events(request_id, number, wait_s)
+
+    async def batch(self) -> BatchView:
+        """What the engine has in hand, and its latest forwards."""
+        return self.runner.view()
 
     async def drain(self) -> None:
         """Refuse new work and return when what is in hand has ended."""
@@ -91,20 +138,6 @@ class ModelReplica:
         silent_s = self.runner.engine.silent_s()
         if silent_s > STUCK_AFTER_S:
             raise ReplicaStuckError(f"the engine has been silent for {silent_s:.0f} s")
-
-
-def _settle_from_thread(
-    loop: asyncio.AbstractEventLoop, outcome: asyncio.Future[Outcome]
-) -> Callable[[Event], None]:
-    def settle(event: Outcome) -> None:
-        if not outcome.done():
-            outcome.set_result(event)
-
-    def sink(event: Event) -> None:
-        if isinstance(event, Finished | Failed):
-            loop.call_soon_threadsafe(settle, event)
-
-    return sink
 
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:

@@ -3,6 +3,8 @@
 StepserveError
 ├── InvalidRequestError          the caller can mend it: names field, value and limit
 │   ├── UnknownModelError
+│   ├── UnknownRequestError
+│   ├── RequestIdInUseError
 │   └── BodyTooLargeError
 ├── RefusedError                 refused at the door; says when to try again
 │   ├── ServerFullError
@@ -45,6 +47,14 @@ class InvalidRequestError(StepserveError):
 
 class UnknownModelError(InvalidRequestError):
     """No model of that name is served."""
+
+
+class UnknownRequestError(InvalidRequestError):
+    """No request of that id is known; long after its end it is forgotten."""
+
+
+class RequestIdInUseError(InvalidRequestError):
+    """A request of that id is still at work."""
 
 
 class BodyTooLargeError(InvalidRequestError):

@@ -46,6 +46,20 @@ class StepFinished:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What the pictures will roughly be, foretold at step `step` of `steps`.
+
+    `index` counts the previews of a request from 0. The files hold no parameters.
+    """
+
+    request_id: str
+    index: int
+    step: int
+    steps: int
+    images: tuple[EncodedImage, ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """All pictures are made; `fingerprint` is the short one of the model that made them."""
 
@@ -63,5 +77,5 @@ class Failed:
     error: StepserveError
 
 
-Event = Accepted | Started | StepFinished | Finished | Failed
+Event = Accepted | Started | StepFinished | Preview | Finished | Failed
 Outcome = Finished | Failed

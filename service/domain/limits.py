@@ -11,13 +11,16 @@ from difflib import get_close_matches
 
 from service.domain.errors import InvalidRequestError
 from service.domain.models import ModelCapabilities
-from service.domain.requests import AdapterUse, GenerationRequest, Task
+from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Task
 
 MAX_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
 
 MAX_ADAPTER_SCALE = 10.0
 """Beyond it either way no adapter draws anything."""
+
+MAX_PREVIEWS = 50
+"""Each takes about as long as a denoising step or two."""
 
 SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 20
@@ -51,6 +54,8 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_adapters(request.adapters, model)
     _check_seed(request)
     _check_deadline(request.deadline_s)
+    _check_previews(request.previews)
+    _check_compression(request)
 
 
 def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) -> None:
@@ -102,7 +107,8 @@ def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
 
 
 def _check_prompts(request: GenerationRequest, model: ModelCapabilities) -> None:
-    if not request.prompt.strip():
+    # What is made of a picture needs no words: a variation has none.
+    if not request.prompt.strip() and request.task is Task.TEXT_TO_IMAGE:
         raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         _check_text(field, text, model.max_prompt_characters)
@@ -171,6 +177,26 @@ def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilitie
 def _check_deadline(deadline_s: float | None) -> None:
     if deadline_s is not None and not 0 < deadline_s < math.inf:
         raise InvalidRequestError(f"deadline_s must be over 0, got {deadline_s}", "deadline_s")
+
+
+def _check_previews(previews: int) -> None:
+    if not 0 <= previews <= MAX_PREVIEWS:
+        message = f"previews must be 0 to {MAX_PREVIEWS}, got {_digits(previews)}"
+        raise InvalidRequestError(message, "previews")
+
+
+def _check_compression(request: GenerationRequest) -> None:
+    quality = request.output_compression
+    if quality is None:
+        return
+    if not 0 <= quality <= 100:
+        message = f"output_compression must be 0 to 100, got {_digits(quality)}"
+        raise InvalidRequestError(message, "output_compression")
+    if request.output_format is OutputFormat.PNG and quality != 100:
+        raise InvalidRequestError(
+            f"output_compression {quality} needs output_format 'jpeg' or 'webp': png loses nothing",
+            "output_compression",
+        )
 
 
 def _check_scheduler(name: str, known: tuple[str, ...]) -> None:

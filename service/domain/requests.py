@@ -55,6 +55,9 @@ class GenerationRequest:
         adapters: LoRA adapters, applied together.
         deadline_s: seconds after acceptance by which an answer is of use, or None.
         reproducible: its rows never share a forward, so that its bytes depend on nothing else.
+        output_compression: quality of JPEG and WEBP files, 0 to 100, or None for the usual.
+        previews: how many times, evenly spread over its steps, to foretell the pictures.
+        owner: who sent it; empty for anybody.
     """
 
     id: str
@@ -79,6 +82,9 @@ class GenerationRequest:
     priority: Priority = Priority.NORMAL
     deadline_s: float | None = None
     reproducible: bool = False
+    output_compression: int | None = None
+    previews: int = 0
+    owner: str = ""
 
     @property
     def rows(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from service.domain.batch import BatchView, RequestInBatch, SharedForward
 from service.domain.errors import ExpiredError
 from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
@@ -42,6 +44,9 @@ class Counters:
     denoiser_s: float = 0.0
     forward_s: float = 0.0
     busy_s: float = 0.0
+
+
+SHOWN_FORWARDS = 64
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Batcher:
         # Set for pipelines that cannot share: nobody starts before the one at work has ended.
         self.one_at_a_time = False
         self.outlook = Outlook(self.cost)
+        self.latest_forwards: deque[SharedForward] = deque(maxlen=SHOWN_FORWARDS)
         self._on_ended = on_ended
         self._policy = policy
 
@@ -137,6 +143,14 @@ class Batcher:
     def finish_times_s(self, tracks: Sequence[Track]) -> list[float]:
         """Seconds from now until each should be finished, if there were no others."""
         return self.outlook.finish_times_s(tracks, self.max_active_rows, self._policy)
+
+    def view(self) -> BatchView:
+        """What is in hand, and the latest forwards. May be called from any thread."""
+        return BatchView(
+            row_limit=self.max_active_rows,
+            requests=tuple(map(_in_batch, [*self.active, *self.queued])),
+            forwards=tuple(self.latest_forwards.copy()),
+        )
 
     def _drop_expired(self, now_s: float) -> None:
         expired = [track for track in (*self.active, *self.queued) if track.expires_s <= now_s]
@@ -198,7 +212,17 @@ class Batcher:
         outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
         self.counters.padded_rows += padding
         self._account(group, sum(rows), seconds)
+        self._remember(group, method.name, padding, seconds)
         return outputs
+
+    def _remember(
+        self, group: Sequence[Track], module: str, padded_rows: int, seconds: float
+    ) -> None:
+        """For those who watch; in the engine's own time, so nothing is worked out here."""
+        rows = tuple((t.work.id, t.work.owner, t.call.rows) for t in group if t.call is not None)
+        self.latest_forwards.append(
+            SharedForward(self.counters.forwards, module, rows, padded_rows, seconds)
+        )
 
     def _run_halves(self, group: Sequence[Track], failure: BaseException) -> list[Any]:
         self.counters.retries += 1
@@ -262,6 +286,11 @@ class Batcher:
         for track in ended:
             self.outlook.track_ended(track, self.clock())
             self._on_ended(track)
+
+
+def _in_batch(track: Track) -> RequestInBatch:
+    work = track.work
+    return RequestInBatch(work.id, work.owner, track.state, track.steps_done, work.steps, work.rows)
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:

@@ -138,6 +138,19 @@ class Engine:
         with self._lock:
             return load_of(self._endings())
 
+    def outlook_of(self, request_id: str) -> tuple[int, float] | None:
+        """How many requests in hand came before this one, and when it should end, in seconds.
+
+        None if it is not in hand.
+        """
+        with self._lock:
+            tracks = sorted(self._in_hand, key=lambda track: track.arrival)
+            seconds = self.batcher.finish_times_s(tracks)
+        for position, (track, expected_s) in enumerate(zip(tracks, seconds, strict=True)):
+            if track.work.id == request_id:
+                return position, expected_s
+        return None
+
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two ticks, and wait for what it returns.
 

@@ -32,7 +32,7 @@ class Listener(Protocol):
         """The work was cancelled or raised."""
 
 
-def tell(work_id: str, say: Callable[..., None], *news: Any) -> None:
+def tell(work_id: str, say: Callable[..., Any], *news: Any) -> None:
     """Call a listener's method; log what it raises."""
     try:
         say(*news)

@@ -64,6 +64,7 @@ class Work:
         size: what decides the cost of its steps, such as width and height. Requests of equal size
             are expected to take equally long for a row.
         narrowing: which denoiser calls need only half of their rows, or None.
+        owner: who it is for; told to those who watch the batch.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Work:
     isolated: bool = False
     size: Hashable = None
     narrowing: Narrowing | None = None
+    owner: str = ""
 
 
 @dataclass

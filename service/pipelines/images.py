@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -25,7 +26,17 @@ MEDIA_TYPES = {
 }
 PARAMETERS_KEY = "parameters"
 # They decide no pixel, and the same picture should be the same bytes.
-WITHOUT_EFFECT = ("id", "output_format", "priority", "deadline_s", "reproducible")
+WITHOUT_EFFECT = (
+    "id",
+    "output_format",
+    "output_compression",
+    "priority",
+    "deadline_s",
+    "reproducible",
+    "previews",
+    "owner",
+)
+USUAL_QUALITY = 95
 
 
 def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
@@ -43,13 +54,26 @@ def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
 def encode_image(image: Image.Image, request: GenerationRequest, index: int) -> EncodedImage:
     """Write one picture in the wanted format. Same picture and parameters: same bytes."""
     parameters = json.dumps(parameters_of(request, index))
-    buffer = io.BytesIO()
     if request.output_format is OutputFormat.PNG:
         info = PngInfo()
         info.add_itxt(PARAMETERS_KEY, parameters)
-        image.save(buffer, "PNG", pnginfo=info)
-    else:
-        exif = Image.Exif()
-        exif.get_ifd(EXIF_SECTION)[EXIF_USER_COMMENT] = EXIF_ASCII + parameters.encode()
-        image.save(buffer, request.output_format.value.upper(), quality=95, exif=exif)
+        return _encode(image, request, index, pnginfo=info)
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_SECTION)[EXIF_USER_COMMENT] = EXIF_ASCII + parameters.encode()
+    return _encode(image, request, index, exif=exif)
+
+
+def encode_preview(image: Image.Image, request: GenerationRequest, index: int) -> EncodedImage:
+    """Write what a picture will roughly be in the wanted format."""
+    return _encode(image, request, index)
+
+
+def _encode(
+    image: Image.Image, request: GenerationRequest, index: int, **options: Any
+) -> EncodedImage:
+    if request.output_format is not OutputFormat.PNG:
+        quality = request.output_compression
+        options["quality"] = USUAL_QUALITY if quality is None else quality
+    buffer = io.BytesIO()
+    image.save(buffer, request.output_format.value.upper(), **options)
     return EncodedImage(buffer.getvalue(), MEDIA_TYPES[request.output_format], request.seed + index)

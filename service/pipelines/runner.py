@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from service.domain.batch import BatchView
 from service.domain.errors import InvalidRequestError, RefusedError
-from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
+from service.domain.events import Accepted, Event, Failed, Finished, Preview, Started, StepFinished
 from service.domain.limits import check_request
 from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest
@@ -28,7 +29,7 @@ from service.pipelines.compiling import row_buckets
 from service.pipelines.denoiser_code import Code, DenoiserCode
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.guidance import narrow_to_interval
-from service.pipelines.images import encode_image
+from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
 from service.pipelines.sharing import SharingPlan, plan_sharing
@@ -80,6 +81,14 @@ class RequestListener:
         """The pipeline call got one step further. Called inside it, where raising would end it."""
         tell(self.request.id, self.sink, StepFinished(self.request.id, step, steps))
 
+    def foretold(self, index: int, step: int, steps: int, images: list[Image.Image]) -> None:
+        """What the pictures will roughly be. Called inside the pipeline call, as `step_ended` is.
+
+        Previews and the pictures themselves are encoded by one thread, so they stay in order.
+        """
+        told = partial(self._tell_preview, index, step, steps, images)
+        tell(self.request.id, partial(self.encoder.submit, told))
+
     def finished(self, result: list[Image.Image], timings: Timings) -> None:
         """Encode off the engine thread: the next forward must not wait for it."""
         try:
@@ -91,6 +100,11 @@ class RequestListener:
     def failed(self, error: BaseException, timings: Timings) -> None:
         """Cancelled, or the pipeline raised."""
         self.sink(Failed(self.request.id, as_stepserve_error(error, self.request.id)))
+
+    def _tell_preview(self, index: int, step: int, steps: int, images: list[Image.Image]) -> None:
+        files = tuple(encode_preview(image, self.request, i) for i, image in enumerate(images))
+        preview = Preview(self.request.id, index, step, steps, files)
+        tell(self.request.id, self.sink, preview)
 
     def _encode(self, images: list[Image.Image], timings: Timings) -> None:
         try:
@@ -179,6 +193,14 @@ class PipelineRunner:
         except (InvalidRequestError, RefusedError) as error:
             sink(Failed(request.id, error))
 
+    def outlook_of(self, request_id: str) -> tuple[int, float] | None:
+        """Requests in hand that came before this one, and seconds until it should end, or None."""
+        return self.engine.outlook_of(request_id)
+
+    def view(self) -> BatchView:
+        """What is in hand, and the latest forwards."""
+        return self.engine.batcher.view()
+
     def cancel(self, request_id: str) -> None:
         """End a request at its next park."""
         self.engine.cancel(request_id)
@@ -222,7 +244,9 @@ class PipelineRunner:
         inputs = decode_inputs(request)
         calls = denoiser_calls(self.model, request)
         variant = self.adapters.resolve(request.adapters)
-        make = partial(make_pictures, self.model, request, inputs, listener.step_ended)
+        make = partial(
+            make_pictures, self.model, request, inputs, listener.step_ended, listener.foretold
+        )
         return Work(
             id=request.id,
             rows=request.rows,
@@ -236,6 +260,7 @@ class PipelineRunner:
             size=(request.width, request.height),
             variant=code or variant,
             narrowing=narrow_to_interval(request, calls),
+            owner=request.owner,
         )
 
     def _fingerprint(self, code: Code | None) -> str:

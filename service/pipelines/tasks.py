@@ -12,6 +12,7 @@ from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.requests import GenerationRequest, Task
 from service.pipelines.inputs import InputPictures
 from service.pipelines.load import LoadedModel
+from service.pipelines.previews import OnPreview, Previewer, can_preview
 from service.pipelines.signature import accepted_arguments
 
 OnStep = Callable[[int, int], None]
@@ -28,13 +29,16 @@ def make_pictures(
     request: GenerationRequest,
     inputs: InputPictures = NO_PICTURES,
     on_step: OnStep | None = None,
+    on_preview: OnPreview | None = None,
 ) -> list[Image.Image]:
     """Make the pictures of a request. `on_step(i, n)` is called after each scheduler step.
 
     Raises:
         GenerationFailedError: the denoiser's numbers overflowed.
     """
-    images: list[Image.Image] = call_pipeline(model, request, inputs, on_step)
+    images: list[Image.Image] = call_pipeline(
+        model, request, inputs, on_step, on_preview=on_preview
+    )
     return images
 
 
@@ -44,12 +48,17 @@ def call_pipeline(
     inputs: InputPictures = NO_PICTURES,
     on_step: OnStep | None = None,
     output_type: str = "pil",
+    on_preview: OnPreview | None = None,
 ) -> Any:
     """Call a borrowed pipeline with those of a request's arguments that it takes."""
+    borrowed = model.lender.lend(request.scheduler, request.task)
+    previewer = _previewer(borrowed, request, on_preview)
 
     def step_ended(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> Any:
         if on_step is not None:
             on_step(index + 1, pipeline.num_timesteps)
+        if previewer is not None:
+            previewer.step_ended(index + 1, pipeline.num_timesteps)
         if index + 1 == pipeline.num_timesteps:
             _check_finite(values["latents"], request)
         return {}
@@ -66,9 +75,16 @@ def call_pipeline(
         "output_type": output_type,
         **task_arguments(request, inputs),
     }
-    pipeline = model.lender.lend(request.scheduler, request.task)
     signature = model.lender.signature(request.task)
-    return pipeline(**accepted_arguments(signature, wanted))[0]
+    return borrowed(**accepted_arguments(signature, wanted))[0]
+
+
+def _previewer(
+    pipeline: Any, request: GenerationRequest, on_preview: OnPreview | None
+) -> Previewer | None:
+    if request.previews == 0 or on_preview is None or not can_preview(pipeline):
+        return None
+    return Previewer(pipeline, request, on_preview)
 
 
 def task_arguments(request: GenerationRequest, inputs: InputPictures) -> dict[str, Any]:

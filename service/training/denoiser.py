@@ -162,7 +162,9 @@ class DenoiserStage:
             try:
                 getattr(self, name).load_state_dict(part.state_dict())
             except RuntimeError as error:
-                raise StartingModelError(f"the {name} to start from does not fit: {error}") from error
+                raise StartingModelError(
+                    f"the {name} to start from does not fit: {error}"
+                ) from error
             self.started_from[f"start.{name}"] = digest_weights(part)
 
     def train(self) -> StableDiffusionPipeline:

@@ -1,31 +1,46 @@
-"""`POST /v1/images/generations`."""
+"""`POST /v1/images/generations`, `/v1/images/edits` and `/v1/images/variations`."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Response
 
-from service.api.answers import ImagesAnswer, images_answer
-from service.api.connection import while_connected
+from service.api.answers import ImagesAnswer
+from service.api.backend import ModelStatus
 from service.api.dependencies import (
-    BackendDep,
-    GenerationId,
-    SettingsDep,
+    Incoming,
+    IncomingDep,
     find_model,
     require_json,
     require_ready,
 )
-from service.api.errors import MalformedJsonError, RequestTimedOutError, UnsupportedMediaTypeError
-from service.api.openapi import REQUEST_ID, REQUEST_ID_PARAMETER, SERVER_TIMING, error_responses
-from service.api.schemas import ImageRequest
+from service.api.errors import (
+    MalformedFormError,
+    MalformedJsonError,
+    RequestTimedOutError,
+    UnsupportedMediaTypeError,
+)
+from service.api.inputs import Inputs, read_inputs
+from service.api.openapi import (
+    REQUEST_ID,
+    REQUEST_ID_PARAMETER,
+    SERVER_TIMING,
+    Responses,
+    error_responses,
+    event_stream,
+    form_or_json,
+)
+from service.api.pictures import PictureCall, answer_pictures
+from service.api.schemas import EditRequest, ImageRequest, PictureRequest, VariationRequest
 from service.domain.errors import (
     BodyTooLargeError,
+    ExpiredError,
     GenerationFailedError,
     InvalidRequestError,
     NotReadyError,
+    RequestIdInUseError,
     ServerFullError,
     UnknownModelError,
 )
-from service.domain.events import Failed, Finished, Outcome
 from service.domain.limits import check_request
 
 router = APIRouter(tags=["images"])
@@ -34,46 +49,97 @@ _ERRORS = error_responses(
     InvalidRequestError,
     MalformedJsonError,
     UnknownModelError,
+    RequestIdInUseError,
     BodyTooLargeError,
     UnsupportedMediaTypeError,
     ServerFullError,
     GenerationFailedError,
     NotReadyError,
+    ExpiredError,
     RequestTimedOutError,
 )
+_ANSWER: Responses = {200: {"headers": REQUEST_ID | SERVER_TIMING, "content": event_stream()}}
 
 
 @router.post(
     "/v1/images/generations",
     summary="Make pictures from a prompt",
     dependencies=[Depends(require_json)],
+    response_model=ImagesAnswer,
+    response_model_exclude_none=True,
     response_description="The pictures, and all parameters that make them again.",
-    responses=_ERRORS | {200: {"headers": REQUEST_ID | SERVER_TIMING}},
+    responses=_ERRORS | _ANSWER,
     openapi_extra={"parameters": [REQUEST_ID_PARAMETER]},
 )
 async def create_images(
-    body: ImageRequest,
-    request: Request,
-    response: Response,
-    backend: BackendDep,
-    settings: SettingsDep,
-    generation_id: GenerationId,
-) -> ImagesAnswer:
+    body: ImageRequest, incoming: IncomingDep, response: Response
+) -> ImagesAnswer | Response:
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
-    model_id = settings.default_model if body.model is None else body.model
-    model = await find_model(backend, model_id)
-    generation = body.to_generation(generation_id, model.capabilities)
-    check_request(generation, model.capabilities)
+    model = await _chosen_model(incoming, body)
+    generation = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
+    return await _answer(PictureCall(incoming, body, generation), model, response)
+
+
+@router.post(
+    "/v1/images/edits",
+    summary="Change a picture, or repaint a part of it",
+    response_model=ImagesAnswer,
+    response_model_exclude_none=True,
+    response_description="The pictures, and all parameters that shaped them.",
+    responses=_ERRORS | error_responses(MalformedFormError) | _ANSWER,
+    openapi_extra={
+        "parameters": [REQUEST_ID_PARAMETER],
+        "requestBody": form_or_json(EditRequest, ("image", "mask")),
+    },
+)
+async def edit_image(incoming: IncomingDep, response: Response) -> ImagesAnswer | Response:
+    """Compatible with OpenAI's `images.edit`.
+
+    With a mask, only what is transparent in it is repainted (or white, where it has no
+    transparency). Without one the whole picture is changed, by as much as `strength` says.
+    """
+    inputs = await read_inputs(incoming, EditRequest)
+    if not (inputs.body.prompt or "").strip():
+        raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
+    return await _from_picture(incoming, inputs, "image_edit", response)
+
+
+@router.post(
+    "/v1/images/variations",
+    summary="Make pictures like one that is given",
+    response_model=ImagesAnswer,
+    response_model_exclude_none=True,
+    response_description="The pictures, and all parameters that shaped them.",
+    responses=_ERRORS | error_responses(MalformedFormError) | _ANSWER,
+    openapi_extra={
+        "parameters": [REQUEST_ID_PARAMETER],
+        "requestBody": form_or_json(VariationRequest, ("image",)),
+    },
+)
+async def vary_image(incoming: IncomingDep, response: Response) -> ImagesAnswer | Response:
+    """Compatible with OpenAI's `images.create_variation`: image-to-image without a prompt."""
+    inputs = await read_inputs(incoming, VariationRequest)
+    return await _from_picture(incoming, inputs, "image_variation", response)
+
+
+async def _from_picture(
+    incoming: Incoming, inputs: Inputs, event_prefix: str, response: Response
+) -> ImagesAnswer | Response:
+    model = await _chosen_model(incoming, inputs.body)
+    generation = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
+    call = PictureCall(incoming, inputs.body, generation, event_prefix)
+    return await _answer(call, model, response)
+
+
+async def _chosen_model(incoming: Incoming, body: PictureRequest) -> ModelStatus:
+    default = incoming.settings.default_model
+    return await find_model(incoming.backend, default if body.model is None else body.model)
+
+
+async def _answer(
+    call: PictureCall, model: ModelStatus, response: Response
+) -> ImagesAnswer | Response:
+    """Serve the call if the model can do what is wanted, and is there."""
+    check_request(call.generation, model.capabilities)
     require_ready([model])
-    outcome = await while_connected(
-        request.receive, backend.generate(generation), settings.request_timeout_s
-    )
-    finished = _succeeded(outcome)
-    response.headers["Server-Timing"] = finished.timings.server_timing()
-    return images_answer(generation, finished)
-
-
-def _succeeded(outcome: Outcome) -> Finished:
-    if isinstance(outcome, Failed):
-        raise outcome.error
-    return outcome
+    return await answer_pictures(call, response)

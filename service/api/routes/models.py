@@ -1,11 +1,11 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`."""
+"""`GET /v1/models`, `/v1/models/{id}` and `/v1/models/{id}/batch`."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.api.answers import ModelAnswer, ModelList, model_answer
-from service.api.dependencies import BackendDep, find_model
+from service.api.answers import BatchAnswer, ModelAnswer, ModelList, batch_answer, model_answer
+from service.api.dependencies import BackendDep, IncomingDep, find_model
 from service.api.openapi import error_responses
 from service.domain.errors import UnknownModelError
 
@@ -24,3 +24,15 @@ async def list_models(backend: BackendDep) -> ModelList:
 async def show_model(id: str, backend: BackendDep) -> ModelAnswer:  # noqa: A002 (OpenAI's name)
     """One model with its limits and defaults."""
     return model_answer(await find_model(backend, id))
+
+
+@router.get(
+    "/v1/models/{id}/batch",
+    summary="Watch the running batch",
+    responses=error_responses(UnknownModelError),
+)
+async def show_batch(id: str, incoming: IncomingDep) -> BatchAnswer:  # noqa: A002
+    """Which requests each replica has in hand, and which of them shared its latest forwards."""
+    await find_model(incoming.backend, id)
+    views = await incoming.backend.batch(id)
+    return batch_answer(id, views, incoming.caller)

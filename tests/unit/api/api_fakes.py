@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
 import httpx
 
 from service.api import ApiSettings, ModelStatus, create_app
-from service.domain.events import EncodedImage, Finished, Outcome
+from service.domain.batch import BatchView
+from service.domain.errors import CancelledError
+from service.domain.events import (
+    Accepted,
+    EncodedImage,
+    Event,
+    Failed,
+    Finished,
+    Outcome,
+    Preview,
+    Started,
+    StepFinished,
+)
 from service.domain.fingerprint import Fingerprint
 from service.domain.models import ModelCapabilities, SizeRange
+from service.domain.progress import Progress
+from service.domain.request_log import NumberedEvent, RequestLog
 from service.domain.requests import GenerationRequest, Task
 from service.domain.timings import Timings
 
@@ -42,6 +57,7 @@ TIMINGS = Timings(queue_s=0.001, denoise_s=0.25, total_s=0.3, batch_share=0.5)
 SETTINGS = ApiSettings(default_model="emoji", max_body_bytes=2000, request_timeout_s=30)
 
 Generate = Callable[[GenerationRequest], Awaitable[Outcome]]
+Stream = Callable[[GenerationRequest], AsyncIterator[Event]]
 
 
 class FakeBackend:
@@ -51,13 +67,52 @@ class FakeBackend:
         self.statuses = [ModelStatus(EMOJI, ready=True)]
         self.requests: list[GenerationRequest] = []
         self.generate_with: Generate = finish
+        self.stream_with: Stream = run_through
+        self.log = RequestLog(time.monotonic, time.time)
+        self.batches: list[BatchView] = []
 
     async def models(self) -> Sequence[ModelStatus]:
         return self.statuses
 
     async def generate(self, request: GenerationRequest) -> Outcome:
         self.requests.append(request)
-        return await self.generate_with(request)
+        self.log.open(request)
+        try:
+            outcome = await self.generate_with(request)
+        except asyncio.CancelledError:
+            self.log.add(Failed(request.id, CancelledError("gone")))
+            raise
+        self.log.add(outcome)
+        return outcome
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        self.log.open(request)
+        try:
+            async for event in self.stream_with(request):
+                self.log.add(event)
+                yield event
+        finally:
+            self.log.add(Failed(request.id, CancelledError("gone")))
+
+    async def progress(self, request_id: str) -> Progress | None:
+        return self.log.progress(request_id)
+
+    async def cancel(self, request_id: str) -> Progress | None:
+        self.log.add(Failed(request_id, CancelledError(f"request {request_id} was cancelled")))
+        return self.log.progress(request_id)
+
+    async def events(
+        self, request_id: str, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
+        events = self.log.events_since(request_id, number)
+        if not events and self.log.is_running(request_id):
+            await asyncio.sleep(min(wait_s, 0.01))
+            events = self.log.events_since(request_id, number)
+        return events
+
+    async def batch(self, model_id: str) -> Sequence[BatchView]:
+        return self.batches
 
 
 class Blocking:
@@ -82,6 +137,21 @@ async def finish(request: GenerationRequest) -> Outcome:
     seeds = range(request.seed, request.seed + request.n)
     images = tuple(EncodedImage(b"seed %d" % seed, "image/png", seed) for seed in seeds)
     return Finished(request.id, images, TIMINGS, FINGERPRINT.short)
+
+
+async def run_through(request: GenerationRequest) -> AsyncIterator[Event]:
+    """Two steps, with as many previews as wanted between them."""
+    yield Accepted(request.id, 0, 0.5)
+    yield Started(request.id)
+    yield StepFinished(request.id, 1, 2)
+    for index in range(request.previews):
+        previews = tuple(
+            EncodedImage(b"preview %d" % index, "image/png", request.seed + i)
+            for i in range(request.n)
+        )
+        yield Preview(request.id, index, 1, 2, previews)
+    yield StepFinished(request.id, 2, 2)
+    yield await finish(request)
 
 
 def raising(error: Exception) -> Generate:

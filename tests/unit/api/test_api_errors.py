@@ -60,7 +60,7 @@ INVALID = [
     ({"prompt": "c", "size": 64}, "size", "size must be a valid string, got 64"),
     ({"prompt": "c", "size": "64x65"}, "size", "size 64x65 is not accepted by 'emoji'"),
     ({"prompt": "c", "size": "0x0"}, "size", "48 to 128 in steps of 16"),
-    ({"prompt": "c", "response_format": "url"}, "response_format", "'url' is not supported yet"),
+    ({"prompt": "c", "response_format": "link"}, "response_format", "'b64_json' or 'url'"),
     ({"prompt": "c", "response_format": "png"}, "response_format", "must be 'b64_json'"),
     ({"prompt": "c", "output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp', got"),
     ({"prompt": "c", "user": 1}, "user", "user must be a valid string"),
@@ -81,7 +81,15 @@ INVALID = [
     ({"prompt": "c", "deadline_s": 0}, "deadline_s", "deadline_s must be over 0, got 0"),
     ({"prompt": "c", "reproducible": "yes"}, "reproducible", "valid boolean, got 'yes'"),
     ({"prompt": "c", "sede": 1}, "sede", "unknown field 'sede'; did you mean 'seed'?"),
-    ({"prompt": "c", "quality": "hd"}, "quality", "unknown field 'quality'"),
+    ({"prompt": "c", "qualities": "hd"}, "qualities", "did you mean 'quality'"),
+    ({"prompt": "c", "partial_images": 4}, "partial_images", "must be 0 to 3, got 4"),
+    ({"prompt": "c", "previews": 51}, "previews", "must be 0 to 50, got 51"),
+    ({"prompt": "c", "output_compression": 50}, "output_compression", "needs output_format 'jpeg'"),
+    (
+        {"prompt": "c", "output_compression": 101, "output_format": "webp"},
+        "output_compression",
+        "must be 0 to 100, got 101",
+    ),
 ]
 
 

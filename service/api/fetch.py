@@ -1,0 +1,178 @@
+"""Pictures by address: `data:` always, `http(s):` where the operator allows it, and then guarded.
+
+A server that fetches what it is told to may be led to places that only it can reach. So every
+address that a name stands for must be a public one, it is checked when the connection is made (a
+name may mean something else a moment later), and so is every address that a redirect leads to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+
+from service.api.uploads import UploadLimits
+from service.domain.errors import InvalidRequestError
+from service.domain.limits import shown
+
+MAX_REDIRECTS = 3
+REDIRECTS = (301, 302, 303, 307, 308)
+DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,", re.ASCII)
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+class AddressNotAllowedError(Exception):
+    """The address is not one that pictures may be fetched from."""
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """Return every IP address that a name stands for now."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet."""
+    parsed: Address = ipaddress.ip_address(address)
+    mapped = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
+    return parsed.is_global and not parsed.is_multicast and (mapped is None or mapped.is_global)
+
+
+class GuardedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to public addresses only: the ones it has checked, not the name again."""
+
+    def __init__(self, resolver: Resolve, allow: Callable[[str], bool]) -> None:
+        self._resolve = resolver
+        self._allow = allow
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect to the first of the addresses of `host`, if all of them are allowed."""
+        addresses = await self._resolve(host, port)
+        if not addresses or not all(map(self._allow, addresses)):
+            raise AddressNotAllowedError(host)
+        return await self._network.connect_tcp(addresses[0], port, timeout, local_address)
+
+
+async def fetch_picture(
+    address: str,
+    field: str,
+    limits: UploadLimits,
+    resolver: Resolve = resolve,
+    allow: Callable[[str], bool] = is_public,
+) -> bytes:
+    """Return the file at an address.
+
+    Args:
+        address: a `data:`, `http:` or `https:` URL.
+        field: what messages call it.
+        resolver: finds the IP addresses of a name.
+        allow: whether an IP address may be connected to.
+
+    Raises:
+        InvalidRequestError: the address is not allowed, or gives no file within the limits.
+    """
+    if address.startswith("data:"):
+        return _read_data_url(address, field)
+    if not limits.urls:
+        raise InvalidRequestError(
+            f"{field} must be a file or a 'data:' URL; this server fetches no addresses, "
+            f"got {shown(address)}",
+            field,
+        )
+    try:
+        async with asyncio.timeout(limits.fetch_timeout_s):
+            return await _fetch(address, field, limits, GuardedBackend(resolver, allow))
+    except TimeoutError as error:
+        raise InvalidRequestError(
+            f"{field} did not arrive within {limits.fetch_timeout_s:g} s", field
+        ) from error
+    except AddressNotAllowedError as error:
+        # As little as possible: what is there is nothing that a caller should learn.
+        raise _not_allowed(field, address) from error
+    except (httpcore.NetworkError, httpcore.ProtocolError, OSError, ValueError) as error:
+        raise InvalidRequestError(f"{field} cannot be fetched from {shown(address)}", field) from (
+            error
+        )
+
+
+async def _fetch(address: str, field: str, limits: UploadLimits, backend: GuardedBackend) -> bytes:
+    async with httpcore.AsyncConnectionPool(network_backend=backend, max_connections=1) as pool:
+        for _ in range(MAX_REDIRECTS + 1):
+            _check_address(address, field)
+            async with pool.stream("GET", address, headers=[("Host", _host(address))]) as response:
+                if response.status not in REDIRECTS:
+                    return await _read(response, field, address, limits.max_bytes)
+                location = _header(response, b"location")
+            address = urljoin(address, location)
+    raise InvalidRequestError(f"{field} is redirected more than {MAX_REDIRECTS} times", field)
+
+
+async def _read(response: httpcore.Response, field: str, address: str, max_bytes: int) -> bytes:
+    if response.status != 200:
+        raise InvalidRequestError(
+            f"{field} cannot be fetched from {shown(address)}: status {response.status}", field
+        )
+    content = bytearray()
+    async for chunk in response.aiter_stream():
+        content += chunk
+        if len(content) > max_bytes:
+            raise InvalidRequestError(
+                f"{field} at {shown(address)} is longer than the limit of {max_bytes} bytes", field
+            )
+    return bytes(content)
+
+
+def _read_data_url(address: str, field: str) -> bytes:
+    head = DATA_URL.match(address)
+    if head is None:
+        raise InvalidRequestError(
+            f"{field} must begin with 'data:image/png;base64,' or another picture type, "
+            f"got {shown(address)}",
+            field,
+        )
+    try:
+        return base64.b64decode(address[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequestError(f"{field} is a 'data:' URL with wrong base64", field) from error
+
+
+def _check_address(address: str, field: str) -> None:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        raise _not_allowed(field, address)
+
+
+def _not_allowed(field: str, address: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{field} must be at a public 'http:' or 'https:' address without credentials, "
+        f"got {shown(address)}",
+        field,
+    )
+
+
+def _host(address: str) -> str:
+    return urlsplit(address).netloc
+
+
+def _header(response: httpcore.Response, name: bytes) -> str:
+    values = [value for key, value in response.headers if key.lower() == name]
+    return values[0].decode("latin-1") if values else ""

@@ -1,0 +1,101 @@
+"""Forms with files, read into the same fields that JSON bodies have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from service.api.errors import MalformedFormError
+from service.api.validation import invalid_request
+from service.domain.errors import InvalidRequestError
+from service.domain.limits import shown
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MAX_FILES = 20
+MAX_FIELDS = 100
+LIST_SUFFIX = "[]"
+"""OpenAI's clients name the files of a list so."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a form holds: text fields, and the content of its files by field."""
+
+    fields: dict[str, str]
+    files: dict[str, list[bytes]]
+
+
+async def read_form(request: Request) -> Form:
+    """Read a multipart form.
+
+    Raises:
+        MalformedFormError: it is none.
+        InvalidRequestError: a text field occurs twice.
+    """
+    fields: dict[str, str] = {}
+    files: dict[str, list[bytes]] = {}
+    try:
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    key = name.removesuffix(LIST_SUFFIX)
+                    files.setdefault(key, []).append(await value.read())
+                elif name in fields:
+                    raise InvalidRequestError(f"{shown(name)} is given twice", name)
+                else:
+                    fields[name] = value
+    except HTTPException as error:
+        raise MalformedFormError(f"the form cannot be read: {error.detail}") from error
+    return Form(fields, files)
+
+
+def parse_fields(fields: dict[str, str], model: type[Model]) -> Model:
+    """Read text fields as the types that `model` has; what JSON would not quote is read as JSON.
+
+    Raises:
+        InvalidRequestError: a field is unknown, or of another type.
+    """
+    texts = _text_fields(model)
+    values = {name: value if name in texts else _as_json(value) for name, value in fields.items()}
+    return parse_body(values, model)
+
+
+def parse_body(values: Any, model: type[Model]) -> Model:
+    """Check the values of a body.
+
+    Raises:
+        InvalidRequestError: tells every problem.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            dict(problem) | {"loc": ("body", *problem["loc"])} for problem in error.errors()
+        ]
+        raise invalid_request(RequestValidationError(problems), model.model_fields) from error
+
+
+def _text_fields(model: type[BaseModel]) -> set[str]:
+    return {name for name, field in model.model_fields.items() if _holds_text(field.annotation)}
+
+
+def _holds_text(annotation: Any) -> bool:
+    parts: Iterable[Any] = get_args(annotation)
+    return annotation is str or isinstance(annotation, str) or any(map(_holds_text, parts))
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        # Left as it is, so that the message shows what was sent.
+        return text
