@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -55,6 +56,10 @@ ATTENTION_BACKENDS = (
     "_sage_qk_int8_pv_fp16_triton",
 )
 """What diffusers knows, without those whose code it would download when they are chosen."""
+
+RESULTS_FOLDER = str(Path(tempfile.gettempdir()) / f"stepserve-results-{os.getuid()}")
+
+HIDDEN = "(hidden; not shown)"
 
 KeyPath = tuple[str, ...]
 
@@ -103,7 +108,32 @@ class HttpSettings(_Section):
     host: str = "127.0.0.1"
     port: Annotated[int, _Number, Field(ge=1, le=65535)] = 8000
     max_body_bytes: PositiveInt = 1_048_576
+    max_upload_bytes: PositiveInt = 20_971_520
+    """As `max_body_bytes`, for requests that bring pictures along."""
     request_timeout_s: PositiveSeconds = 600.0
+
+
+class UploadSettings(_Section):
+    """Pictures that requests bring along."""
+
+    max_bytes: PositiveInt = 10_485_760
+    """Of one picture file."""
+    max_pixels: PositiveInt = 16_777_216
+    urls: bool = False
+    """Whether pictures are fetched from public `http:` and `https:` addresses."""
+    fetch_timeout_s: PositiveSeconds = 10.0
+
+
+class ResultSettings(_Section):
+    """Where pictures are kept that are answered as links."""
+
+    address: Annotated[str, Field(min_length=1)] = RESULTS_FOLDER
+    """A local folder that all ingress replicas see, or such as `s3://bucket/prefix`."""
+    expires_s: PositiveSeconds = 3600.0
+    secret: Annotated[str, Field(min_length=16)] | None = None
+    """What links are signed with; None: made once and kept in the local folder."""
+    public_url: str = ""
+    """What links begin with, where it is not how clients address the server."""
 
 
 class EngineSettings(_Section):
@@ -177,6 +207,8 @@ class Settings(_Section):
     """Everything an operator may set. `Settings()` holds the defaults and reads nothing."""
 
     http: HttpSettings = HttpSettings()
+    uploads: UploadSettings = UploadSettings()
+    results: ResultSettings = ResultSettings()
     models: Annotated[dict[ModelId, ModelSettings], Field(min_length=1)] = {
         "emoji": ModelSettings()
     }
@@ -198,8 +230,11 @@ class Settings(_Section):
         return value
 
     def describe(self) -> str:
-        """Return every setting in effect as YAML that `load_settings` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Return every setting in effect as YAML as `load_settings` reads it, but for secrets."""
+        told = self.model_dump(mode="json")
+        if self.results.secret is not None:
+            told["results"]["secret"] = HIDDEN
+        return yaml.safe_dump(told, sort_keys=False)
 
 
 def load_settings(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:

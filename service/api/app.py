@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
@@ -14,7 +18,8 @@ from service.api.middleware import (
     UnexpectedErrorMiddleware,
 )
 from service.api.openapi import add_schemas
-from service.api.routes import health, images, models, requests
+from service.api.results import ResultStore
+from service.api.routes import health, images, models, requests, results
 from service.api.schemas import PictureReference
 from service.api.settings import ApiSettings
 
@@ -27,8 +32,8 @@ has the body `{"error": {"message", "type", "param", "code"}}`, and every answer
 """
 
 
-def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
-    """Return the app that serves `backend` over HTTP."""
+def create_app(backend: Backend, settings: ApiSettings, store: ResultStore) -> FastAPI:
+    """Return the app that serves `backend` over HTTP, and keeps results in `store`."""
     app = FastAPI(
         title="Stepserve",
         version=__version__,
@@ -37,14 +42,25 @@ def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
         # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
         redirect_slashes=False,
         middleware=_middleware(settings),
+        lifespan=_lifespan,
     )
     app.state.backend = backend
     app.state.settings = settings
+    app.state.store = store
     add_error_handlers(app)
-    for part in (images, requests, models, health):
+    for part in (images, requests, results, models, health):
         app.include_router(part.router)
     add_schemas(app, PictureReference)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    sweeping = asyncio.create_task(app.state.store.sweep_for_ever())
+    try:
+        yield
+    finally:
+        sweeping.cancel()
 
 
 def _middleware(settings: ApiSettings) -> list[Middleware]:

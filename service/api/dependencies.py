@@ -11,8 +11,9 @@ from fastapi import Depends, Request
 from service.api.backend import Backend, ModelStatus
 from service.api.errors import UnsupportedMediaTypeError
 from service.api.middleware import request_id_of
+from service.api.results import ResultStore
 from service.api.settings import ApiSettings
-from service.domain.errors import InvalidRequestError, NotReadyError, UnknownModelError
+from service.domain.errors import NotReadyError, UnknownModelError
 from service.domain.events import EncodedImage
 from service.domain.limits import did_you_mean, shown
 
@@ -43,12 +44,15 @@ class Incoming:
     http: Request
     backend: Backend
     settings: ApiSettings
+    store: ResultStore
     caller: str
     request_id: str
 
     async def link(self, image: EncodedImage) -> str:
         """Keep a picture for a while, and return where it is."""
-        raise InvalidRequestError("response_format 'url' is not served here", "response_format")
+        path = await self.store.put(image.data, image.media_type)
+        prefix = self.settings.public_url or str(self.http.base_url)
+        return prefix.rstrip("/") + path
 
 
 def get_incoming(request: Request) -> Incoming:
@@ -57,9 +61,15 @@ def get_incoming(request: Request) -> Incoming:
         http=request,
         backend=get_backend(request),
         settings=get_settings(request),
+        store=get_store(request),
         caller=caller_of(request),
         request_id=request_id_of(request.scope),
     )
+
+
+def get_store(request: Request) -> ResultStore:
+    """Return the store that the app was made with."""
+    return cast(ResultStore, request.app.state.store)
 
 
 def caller_of(request: Request) -> str:
@@ -95,6 +105,7 @@ def declared_type(request: Request, *known: str) -> str:
 
 BackendDep = Annotated[Backend, Depends(get_backend)]
 SettingsDep = Annotated[ApiSettings, Depends(get_settings)]
+StoreDep = Annotated[ResultStore, Depends(get_store)]
 IncomingDep = Annotated[Incoming, Depends(get_incoming)]
 
 

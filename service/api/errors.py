@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from service.api.results import LinkExpiredError, ResultNotFoundError, WrongSignatureError
 from service.domain.errors import (
     BodyTooLargeError,
     CancelledError,
@@ -83,7 +84,10 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     MalformedFormError: ErrorKind(400, "invalid_request_error", "invalid_form"),
     UnknownModelError: ErrorKind(404, "invalid_request_error", "model_not_found"),
     UnknownRequestError: ErrorKind(404, "invalid_request_error", "request_not_found"),
+    ResultNotFoundError: ErrorKind(404, "invalid_request_error", "result_not_found"),
     UnknownRouteError: ErrorKind(404, "invalid_request_error", "unknown_url"),
+    WrongSignatureError: ErrorKind(403, "invalid_request_error", "invalid_signature"),
+    LinkExpiredError: ErrorKind(410, "invalid_request_error", "result_expired"),
     MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
     RequestIdInUseError: ErrorKind(409, "invalid_request_error", "request_id_in_use"),
     BodyTooLargeError: ErrorKind(413, "invalid_request_error", "body_too_large"),

@@ -12,7 +12,8 @@ class ApiSettings:
     """Limits and defaults of the HTTP door.
 
     `default_model` serves requests that name no model. `echo_request_id` is turned off behind a
-    proxy that already adds `X-Request-ID` to every answer, as Ray Serve's does.
+    proxy that already adds `X-Request-ID` to every answer, as Ray Serve's does. `public_url` begins
+    links to results; empty: as the client addressed the server.
     """
 
     default_model: str
@@ -21,3 +22,4 @@ class ApiSettings:
     uploads: UploadLimits = field(default_factory=UploadLimits)
     request_timeout_s: float = 600.0
     echo_request_id: bool = True
+    public_url: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -10,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 import httpx
 
 from service.api import ApiSettings, ModelStatus, create_app
+from service.api.results import ResultStore
 from service.domain.batch import BatchView
 from service.domain.errors import CancelledError
 from service.domain.events import (
@@ -53,6 +55,7 @@ EMOJI = ModelCapabilities(
     tasks=(Task.TEXT_TO_IMAGE, Task.INPAINTING),
     fingerprint=FINGERPRINT,
 )
+_stores = itertools.count()
 TIMINGS = Timings(queue_s=0.001, denoise_s=0.25, total_s=0.3, batch_share=0.5)
 SETTINGS = ApiSettings(default_model="emoji", max_body_bytes=2000, request_timeout_s=30)
 
@@ -161,6 +164,10 @@ def raising(error: Exception) -> Generate:
     return generate
 
 
+def make_store() -> ResultStore:
+    return ResultStore(f"memory://results-{next(_stores)}", 60, b"secret")
+
+
 def client_for(backend: FakeBackend, settings: ApiSettings = SETTINGS) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=create_app(backend, settings))
+    transport = httpx.ASGITransport(app=create_app(backend, settings, make_store()))
     return httpx.AsyncClient(transport=transport, base_url="http://test")

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from api_fakes import SETTINGS, FakeBackend
+from api_fakes import SETTINGS, FakeBackend, make_store
 from jsonschema import Draft202012Validator
 
 from service.api import create_app
@@ -15,7 +15,7 @@ from service.api.schemas import ImageRequest
 
 @pytest.fixture
 def document() -> dict[str, Any]:
-    return create_app(FakeBackend(), SETTINGS).openapi()
+    return create_app(FakeBackend(), SETTINGS, make_store()).openapi()
 
 
 def operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -39,6 +39,7 @@ def test_all_routes_are_there(document: dict[str, Any]):
         "/v1/images/variations": {"post"},
         "/v1/requests/{id}": {"get", "delete"},
         "/v1/requests/{id}/events": {"get"},
+        "/v1/results/{name}": {"get"},
         "/v1/models": {"get"},
         "/v1/models/{id}": {"get"},
         "/v1/models/{id}/batch": {"get"},

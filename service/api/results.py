@@ -1,0 +1,197 @@
+"""Finished pictures that are kept for a while, and links that nobody can guess or forge.
+
+A link holds its own expiry and a signature over it, so that any ingress replica can check it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import fsspec
+
+from service.domain.errors import InvalidRequestError, StepserveError
+
+ROUTE = "/v1/results"
+ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+MEDIA_TYPES = {ending: media_type for media_type, ending in ENDINGS.items()}
+NAME = re.compile(r"([0-9]{10,12})-[A-Za-z0-9_-]{32}\.(png|jpg|webp)", re.ASCII)
+"""When it expires (Unix time in seconds), 192 random bits, and what it is."""
+
+SECRET_FILE = "secret"  # noqa: S105 - the name of the file that holds it
+SECRET_BYTES = 32
+SWEEP_S = 60.0
+PARTIAL = ".partial"
+
+
+class ResultNotFoundError(InvalidRequestError):
+    """No such result, or it is gone."""
+
+
+class LinkExpiredError(InvalidRequestError):
+    """The link has expired; the same request makes the picture again."""
+
+
+class WrongSignatureError(InvalidRequestError):
+    """The link was not made by this server, or was changed since."""
+
+
+class StoreUnusableError(StepserveError):
+    """Results cannot be kept where the settings say; the message says why."""
+
+
+class ResultStore:
+    """Keeps pictures in a folder, or under any other address that fsspec knows.
+
+    Args:
+        address: a local folder, or such as `s3://bucket/prefix`.
+        expires_s: how long results are kept, in seconds.
+        secret: what links are signed with; every replica must have the same.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        expires_s: float,
+        secret: bytes,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._files, self._root = fsspec.url_to_fs(address)
+        self._is_local = "file" in _protocols(self._files)
+        self._expires_s = expires_s
+        self._secret = secret
+        self._clock = clock
+
+    async def put(self, data: bytes, media_type: str) -> str:
+        """Keep a file and return the path of its link, with its expiry and signature."""
+        expires = int(self._clock() + self._expires_s)
+        name = f"{expires}-{secrets.token_urlsafe(24)}.{ENDINGS[media_type]}"
+        await asyncio.to_thread(self._write, name, data)
+        return f"{ROUTE}/{name}?{urlencode({'signature': self.sign(name)})}"
+
+    async def get(self, name: str, signature: str) -> tuple[bytes, str, int]:
+        """Return a file, its media type, and for how many seconds more it is kept.
+
+        Raises:
+            WrongSignatureError: the link is not one of ours.
+            LinkExpiredError: it was.
+            ResultNotFoundError: there is no such file.
+        """
+        parts = NAME.fullmatch(name)
+        wanted, given = self.sign(name).encode(), signature.encode(errors="replace")
+        if parts is None or not hmac.compare_digest(wanted, given):
+            raise WrongSignatureError("the signature of this link is wrong", "signature")
+        left_s = int(parts[1]) - int(self._clock())
+        if left_s <= 0:
+            raise LinkExpiredError("this link has expired; send the request again")
+        try:
+            data = await asyncio.to_thread(self._files.cat_file, self._path(name))
+        except FileNotFoundError as error:
+            raise ResultNotFoundError("this result is gone; send the request again") from error
+        return data, MEDIA_TYPES[parts[2]], left_s
+
+    def sign(self, name: str) -> str:
+        """The signature of a name, which holds the expiry."""
+        return hmac.new(self._secret, name.encode(errors="replace"), hashlib.sha256).hexdigest()
+
+    async def sweep(self) -> int:
+        """Remove what has expired, and return how many files that were."""
+        return await asyncio.to_thread(self._sweep)
+
+    async def sweep_for_ever(self) -> None:
+        """Remove what expires, once a minute. Several replicas may do so at once."""
+        while True:
+            await self.sweep()
+            await asyncio.sleep(SWEEP_S)
+
+    def _write(self, name: str, data: bytes) -> None:
+        if not self._is_local:
+            # Object stores show a file when it is whole.
+            self._files.pipe_file(self._path(name), data)
+            return
+        path = Path(self._path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(name + PARTIAL)
+        partial.write_bytes(data)
+        partial.replace(path)
+
+    def _sweep(self) -> int:
+        try:
+            paths = self._files.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return 0
+        removed = expired(map(_base_name, paths), self._clock())
+        for name in removed:
+            # Another replica may be faster.
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(self._path(name))
+        return len(removed)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def expired(names: Iterable[str], now: float) -> list[str]:
+    """Return those of the names that are results and have expired."""
+    return [
+        name
+        for name in names
+        if (parts := NAME.fullmatch(name.removesuffix(PARTIAL))) and int(parts[1]) <= now
+    ]
+
+
+def open_store(address: str, expires_s: float, secret: str | None = None) -> ResultStore:
+    """A store as the settings describe it.
+
+    Without a secret one is made in the folder, readable by its owner alone, and shared by all
+    replicas that see the folder.
+
+    Raises:
+        StoreUnusableError: there is no secret and no local folder to keep one in, or the address is
+            of a kind that is not known.
+    """
+    try:
+        files, root = fsspec.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise StoreUnusableError(f"results cannot be kept at {address!r}: {error}") from error
+    if secret:
+        return ResultStore(address, expires_s, secret.encode())
+    if "file" not in _protocols(files):
+        raise StoreUnusableError(
+            f"results at {address!r} need results.secret: all replicas must sign alike"
+        )
+    return ResultStore(address, expires_s, _shared_secret(Path(root)))
+
+
+def _shared_secret(folder: Path) -> bytes:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / SECRET_FILE
+    partial = folder / f"{SECRET_FILE}.{secrets.token_hex(8)}"
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(SECRET_BYTES))
+    # Whoever links first has made the secret of all.
+    with contextlib.suppress(FileExistsError):
+        os.link(partial, path)
+    partial.unlink()
+    return path.read_bytes()
+
+
+def _protocols(files: Any) -> tuple[str, ...]:
+    protocol = files.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _base_name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]

@@ -1,0 +1,42 @@
+"""`GET /v1/results/{name}`: pictures by signed link."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from service.api.dependencies import StoreDep
+from service.api.openapi import error_responses
+from service.api.results import LinkExpiredError, ResultNotFoundError, WrongSignatureError
+
+router = APIRouter(tags=["results"])
+
+_PICTURE = {"schema": {"type": "string", "format": "binary"}}
+
+
+@router.get(
+    "/v1/results/{name}",
+    summary="Fetch a picture by its link",
+    response_class=Response,
+    responses=error_responses(WrongSignatureError, ResultNotFoundError, LinkExpiredError)
+    | {
+        200: {
+            "description": "The picture file.",
+            "content": dict.fromkeys(("image/png", "image/jpeg", "image/webp"), _PICTURE),
+        }
+    },
+)
+async def fetch_result(
+    name: str,
+    store: StoreDep,
+    signature: Annotated[str, Query(description="As the link has it.")] = "",
+) -> Response:
+    """The links of answers with `response_format: url` lead here, and need no API key."""
+    data, media_type, left_s = await store.get(name, signature)
+    headers = {
+        "Cache-Control": f"private, max-age={left_s}, immutable",
+        "Content-Disposition": f'inline; filename="{name}"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(data, media_type=media_type, headers=headers)

@@ -1,0 +1,232 @@
+"""Edits and variations: forms and JSON, real pictures, and what becomes of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import httpx
+import pytest
+from api_fakes import EMOJI, FakeBackend, client_for
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.api import ApiSettings, ModelStatus
+from service.api.inputs import nearest_size
+from service.api.uploads import UploadLimits
+from service.domain.models import SizeRange
+from service.domain.requests import Task
+
+EDITS = "/v1/images/edits"
+VARIATIONS = "/v1/images/variations"
+SETTINGS = ApiSettings("emoji", uploads=UploadLimits(max_bytes=50_000, max_pixels=40_000))
+
+
+def picture(size: tuple[int, int] = (64, 48), mode: str = "RGB", kind: str = "PNG", **options: Any):
+    buffer = io.BytesIO()
+    Image.new(mode, size, options.pop("color", "red")).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def opened(file: bytes | None) -> Image.Image:
+    assert file is not None
+    return Image.open(io.BytesIO(file))
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    backend = FakeBackend()
+    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    capabilities = EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks})
+    backend.statuses = [ModelStatus(capabilities, ready=True)]
+    return backend
+
+
+@pytest.fixture
+def client(backend: FakeBackend) -> httpx.AsyncClient:
+    return client_for(backend, SETTINGS)
+
+
+async def test_an_edit_without_mask_is_image_to_image(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    fields = {"prompt": "blue", "strength": "0.5", "n": "2", "seed": "7", "quality": "high"}
+    answer = await client.post(EDITS, data=fields, files={"image": picture()})
+
+    assert answer.status_code == 200, answer.text
+    [request] = backend.requests
+    assert (request.task, request.strength, request.n, request.seed) == (
+        Task.IMAGE_TO_IMAGE,
+        0.5,
+        2,
+        7,
+    )
+    assert (request.width, request.height) == (64, 48)
+    assert answer.json()["parameters"]["strength"] == 0.5
+    assert len(answer.json()["data"]) == 2
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        # OpenAI's: transparent is repainted. diffusers': white is.
+        picture(mode="RGBA", color=(0, 0, 0, 0)),
+        picture(mode="L", color=255),
+        picture(mode="RGBA", color=(255, 255, 255, 255)),
+    ],
+)
+async def test_an_edit_with_mask_is_inpainting(
+    client: httpx.AsyncClient, backend: FakeBackend, mask: bytes
+):
+    files = {"image": picture(), "mask": mask}
+    answer = await client.post(EDITS, data={"prompt": "blue"}, files=files)
+
+    assert answer.status_code == 200, answer.text
+    [request] = backend.requests
+    assert request.task is Task.INPAINTING
+    assert opened(request.mask_image).getextrema() == (255, 255)
+
+
+@pytest.mark.parametrize("name", ["image", "image[]", "images"])
+async def test_names_of_the_picture(client: httpx.AsyncClient, backend: FakeBackend, name: str):
+    await client.post(EDITS, data={"prompt": "blue"}, files={name: picture()})
+
+    assert len(backend.requests) == 1
+
+
+async def test_json_with_a_data_url(client: httpx.AsyncClient, backend: FakeBackend):
+    url = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    bodies = [
+        {"prompt": "blue", "image": url, "mask": url},
+        {"prompt": "blue", "images": [{"image_url": url}], "mask": {"image_url": url}},
+    ]
+    answers = [await client.post(EDITS, json=body) for body in bodies]
+
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert {request.task for request in backend.requests} == {Task.INPAINTING}
+
+
+async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: FakeBackend):
+    answer = await client.post(VARIATIONS, data={"n": "1"}, files={"image": picture()})
+
+    assert answer.status_code == 200, answer.text
+    [request] = backend.requests
+    assert (request.task, request.prompt, request.rows) == (Task.IMAGE_TO_IMAGE, "", 1)
+
+
+async def test_streamed_edits_have_names_of_their_own(client: httpx.AsyncClient):
+    fields = {"prompt": "blue", "stream": "true", "partial_images": "1"}
+    answer = await client.post(EDITS, data=fields, files={"image": picture()})
+
+    assert "event: image_edit.partial_image" in answer.text
+    assert "event: image_edit.completed" in answer.text
+
+
+async def test_pictures_are_made_upright_and_lose_all_but_their_pixels(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x010F] = "Camera maker"
+    file = picture((64, 48), kind="JPEG", exif=exif)
+    await client.post(EDITS, data={"prompt": "blue"}, files={"image": file})
+
+    kept = opened(backend.requests[0].image)
+    assert kept.size == (48, 64)
+    assert kept.format == "PNG"
+    assert not kept.info
+    assert not kept.getexif()
+    assert b"Camera" in file
+    assert b"Camera" not in (backend.requests[0].image or b"")
+
+
+async def test_transparent_pictures_are_laid_on_white(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    file = picture(mode="RGBA", color=(255, 0, 0, 0))
+    await client.post(EDITS, data={"prompt": "blue"}, files={"image": file})
+
+    assert opened(backend.requests[0].image).getpixel((0, 0)) == (255, 255, 255)
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
+WRONG: list[tuple[dict[str, str], dict[str, bytes], str, str]] = [
+    ({"prompt": "x"}, {"mask": picture()}, "image", "is required"),
+    ({}, {"image": picture()}, "prompt", "is required"),
+    ({"prompt": " "}, {"image": picture()}, "prompt", "is empty"),
+    ({"prompt": "x"}, {"image": SVG}, "image", "cannot be read as a picture"),
+    ({"prompt": "x"}, {"image": picture()[:60]}, "image", "cannot be read as a picture"),
+    ({"prompt": "x"}, {"image": picture(kind="GIF")}, "image", "known: PNG, JPEG, WEBP"),
+    (
+        {"prompt": "x"},
+        {"image": picture((201, 200))},
+        "image",
+        "201x200 pixels; the limit is 40000",
+    ),
+    ({"prompt": "x"}, {"image": b"\0" * 50_001}, "image", "50001 bytes long; the limit is 50000"),
+    ({"prompt": "x"}, {"image": picture(), "mask": picture((8, 8))}, "mask", "must be equal"),
+    ({"prompt": "x"}, {"image": picture(), "msk": picture()}, "msk", "unknown file"),
+    ({"prompt": "x", "strength": "2"}, {"image": picture()}, "strength", "at most 1, got 2"),
+    ({"prompt": "x", "strength": "much"}, {"image": picture()}, "strength", "valid number"),
+    ({"prompt": "x", "stepz": "2"}, {"image": picture()}, "stepz", "unknown field"),
+    ({"prompt": "x", "image": "http://10.0.0.1/"}, {}, "image", "fetches no addresses"),
+    ({"prompt": "x", "image": "data:text/html;base64,aaaa"}, {}, "image", "must begin with"),
+    ({"prompt": "x", "image": "data:image/png;base64,%%"}, {}, "image", "wrong base64"),
+]
+
+
+@pytest.mark.parametrize(("fields", "files", "param", "message"), WRONG)
+async def test_mistakes_are_named(
+    client: httpx.AsyncClient,
+    fields: dict[str, str],
+    files: dict[str, bytes],
+    param: str,
+    message: str,
+):
+    parts = files or {"unused[]": b""}
+    answer = await client.post(EDITS, data=fields, files=parts if files else None)
+    if not files:
+        answer = await client.post(EDITS, json=fields)
+
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert message in answer.json()["error"]["message"]
+
+
+async def test_two_pictures_are_one_too_many(client: httpx.AsyncClient):
+    files = [("image[]", picture()), ("image[]", picture())]
+    answer = await client.post(EDITS, data={"prompt": "x"}, files=files)
+
+    assert answer.json()["error"]["message"] == "image must be one picture, got 2"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status"),
+    [
+        ("text/plain", b"x", 415),
+        ("application/json", b"{", 400),
+        ("application/json", b"[]", 400),
+        ("multipart/form-data", b"x", 400),
+        ("multipart/form-data; boundary=x", b"--x\r\nnonsense", 400),
+    ],
+)
+async def test_bodies_of_other_kinds(
+    client: httpx.AsyncClient, content_type: str, body: bytes, status: int
+):
+    answer = await client.post(EDITS, content=body, headers={"Content-Type": content_type})
+
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_the_nearest_size_is_one_that_the_model_has(width: int, height: int):
+    sizes = SizeRange(minimum=48, maximum=128, step=16, native=64)
+    found = nearest_size(width, height, sizes)
+
+    assert all(map(sizes.accepts, found))
+    if sizes.accepts(width) and sizes.accepts(height):
+        assert found == (width, height)
+    assert (found[0] >= found[1]) == (width >= height) or found[0] == found[1]

@@ -1,0 +1,139 @@
+"""Pictures as links: kept, signed, expired and swept."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import pytest
+from api_fakes import FakeBackend
+
+from service.api.results import (
+    LinkExpiredError,
+    ResultStore,
+    StoreUnusableError,
+    WrongSignatureError,
+    expired,
+    open_store,
+)
+
+URL = "/v1/images/generations"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(params=["local", "memory"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "r") if request.param == "local" else f"memory://{tmp_path}"
+
+
+def parts_of(link: str) -> tuple[str, str]:
+    split = urlsplit(link)
+    return split.path.rsplit("/", 1)[-1], parse_qs(split.query)["signature"][0]
+
+
+async def test_what_is_kept_is_found_by_its_link_alone(address: str):
+    clock = Clock()
+    store = ResultStore(address, 60, b"s", clock)
+    name, signature = parts_of(await store.put(b"png", "image/png"))
+    other, _ = parts_of(await store.put(b"png", "image/png"))
+
+    assert await store.get(name, signature) == (b"png", "image/png", 60)
+    assert name != other
+    for wrong in ("", "é", signature[:-1], "0" * 64):
+        with pytest.raises(WrongSignatureError):
+            await store.get(name, wrong)
+    with pytest.raises(WrongSignatureError):
+        await store.get(other, signature)
+
+
+async def test_a_later_expiry_cannot_be_claimed(address: str):
+    clock = Clock()
+    store = ResultStore(address, 60, b"s", clock)
+    name, signature = parts_of(await store.put(b"png", "image/png"))
+    clock.now += 61
+
+    with pytest.raises(LinkExpiredError):
+        await store.get(name, signature)
+    with pytest.raises(WrongSignatureError):
+        await store.get(name.replace(name.split("-")[0], "1900000000"), signature)
+
+
+async def test_sweeping_removes_what_has_expired_and_nothing_else(address: str):
+    clock = Clock()
+    store = ResultStore(address, 60, b"s", clock)
+    await store.put(b"old", "image/png")
+    clock.now += 50
+    name, signature = parts_of(await store.put(b"new", "image/webp"))
+    clock.now += 15
+
+    assert await store.sweep() == 1
+    assert await store.sweep() == 0
+    assert (await store.get(name, signature))[0] == b"new"
+
+
+async def test_an_empty_store_is_swept(address: str):
+    assert await ResultStore(address, 60, b"s").sweep() == 0
+
+
+def test_only_results_are_swept():
+    old = f"1000000000-{'a' * 32}.png"
+
+    assert expired([old, f"{old}.partial", "secret", "notes.txt"], 1.8e9) == [
+        old,
+        f"{old}.partial",
+    ]
+
+
+def test_replicas_share_a_secret_that_only_the_owner_reads(tmp_path: Path):
+    folder = tmp_path / "results"
+    signatures = {open_store(str(folder), 60).sign("x") for _ in range(3)}
+
+    assert len(signatures) == 1
+    assert stat.S_IMODE((folder / "secret").stat().st_mode) == 0o600
+    assert [path.name for path in folder.iterdir()] == ["secret"]
+
+
+def test_a_remote_store_needs_a_secret():
+    with pytest.raises(StoreUnusableError, match=r"results\.secret"):
+        open_store("memory://x", 60)
+    assert open_store("memory://x", 60, "a secret of sixteen").sign("x")
+    with pytest.raises(StoreUnusableError, match="nothing"):
+        open_store("nothing://x", 60)
+
+
+async def test_answers_hold_links_that_work(client: httpx.AsyncClient, backend: FakeBackend):
+    body = {"prompt": "cat", "n": 2, "seed": 3, "response_format": "url"}
+    answer = await client.post(URL, json=body)
+    data = answer.json()["data"]
+    files = [await client.get(picture["url"]) for picture in data]
+
+    assert [set(picture) for picture in data] == [{"url", "seed"}] * 2
+    assert data[0]["url"].startswith("http://test/v1/results/")
+    assert [file.content for file in files] == [b"seed 3", b"seed 4"]
+    assert files[0].headers["content-type"] == "image/png"
+    assert files[0].headers["x-content-type-options"] == "nosniff"
+    assert files[0].headers["cache-control"] == "private, max-age=60, immutable"
+
+
+@pytest.mark.parametrize("name", ["x.png", "..%2f..%2fetc%2fpasswd", "secret"])
+async def test_other_names_are_refused(client: httpx.AsyncClient, name: str):
+    answer = await client.get(f"/v1/results/{name}?signature=00")
+
+    assert answer.status_code in (403, 404)
+
+
+async def test_streams_hold_links_too(client: httpx.AsyncClient):
+    body = {"prompt": "cat", "stream": True, "response_format": "url"}
+    answer = await client.post(URL, json=body)
+
+    assert '"url":"http://test/v1/results/' in answer.text
+    assert "b64_json" not in answer.text
