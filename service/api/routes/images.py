@@ -140,6 +140,7 @@ async def _answer(
     call: PictureCall, model: ModelStatus, response: Response
 ) -> ImagesAnswer | Response:
     """Serve the call if the model can do what is wanted, and is there."""
-    check_request(call.generation, model.capabilities)
+    # What a loading model can do is not known yet.
     require_ready([model])
+    check_request(call.generation, model.capabilities)
     return await answer_pictures(call, response)

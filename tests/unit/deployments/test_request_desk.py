@@ -1,0 +1,138 @@
+"""The desk between an event loop and an engine's threads, over a real runner's manners."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from service.deployments.request_desk import RequestDesk
+from service.domain.errors import CancelledError, RequestIdInUseError
+from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
+from service.domain.requests import GenerationRequest
+from service.domain.states import RequestState
+from service.domain.timings import Timings
+
+
+class ThreadedRunner:
+    """Tells events from threads of its own, as an engine does."""
+
+    def __init__(self) -> None:
+        self.sinks: dict[str, Callable[[Event], None]] = {}
+        self.cancelled: list[str] = []
+
+    def submit(self, request: GenerationRequest, sink: Callable[[Event], None]) -> None:
+        self.sinks[request.id] = sink
+        sink(Accepted(request.id, 0, 1.0))
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    def outlook_of(self, request_id: str) -> tuple[int, float] | None:
+        return (2, 5.0)
+
+    def tell(self, *events: Event) -> None:
+        def run() -> None:
+            for event in events:
+                self.sinks[event.request_id](event)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+
+def request(request_id: str = "a") -> GenerationRequest:
+    return GenerationRequest(request_id, "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim")
+
+
+def finished() -> Finished:
+    return Finished("a", (), Timings())
+
+
+@pytest.fixture
+def runner() -> ThreadedRunner:
+    return ThreadedRunner()
+
+
+@pytest.fixture
+def desk(runner: ThreadedRunner) -> RequestDesk:
+    return RequestDesk(cast(Any, runner))
+
+
+async def test_events_arrive_in_order(desk: RequestDesk, runner: ThreadedRunner):
+    queue = await desk.submit(request())
+    runner.tell(Started("a"), *(StepFinished("a", i, 50) for i in range(1, 51)), finished())
+    told = [await queue.get() for _ in range(53)]
+
+    assert [e.step for e in told if isinstance(e, StepFinished)] == list(range(1, 51))
+    assert isinstance(told[0], Accepted)
+    assert isinstance(told[-1], Finished)
+
+
+async def test_the_engine_is_asked_how_long_it_takes(desk: RequestDesk, runner: ThreadedRunner):
+    await desk.submit(request())
+    runner.tell(Started("a"))
+    await asyncio.sleep(0)
+    running = desk.progress("a")
+    runner.tell(finished())
+    await asyncio.sleep(0)
+    ended = desk.progress("a")
+
+    assert running is not None
+    assert ended is not None
+    assert (running.position, running.expected_s) == (2, 5.0)
+    assert (ended.position, ended.expected_s) == (0, None)
+    assert desk.progress("b") is None
+
+
+async def test_news_wakes_those_who_wait(desk: RequestDesk, runner: ThreadedRunner):
+    await desk.submit(request())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(desk.events("a", 1, 30.0))
+    await asyncio.sleep(0)
+    runner.tell(Started("a"))
+    news = await waiting
+
+    assert news is not None
+    assert [numbered.event for numbered in news] == [Started("a")]
+
+
+async def test_without_news_the_wait_ends(desk: RequestDesk):
+    await desk.submit(request())
+    await asyncio.sleep(0)
+
+    assert await desk.events("a", 1, 0.01) == []
+    assert await desk.events("unknown", 0, 30.0) is None
+
+
+async def test_giving_up_reaches_the_engine_once_it_is_at_work(
+    desk: RequestDesk, runner: ThreadedRunner
+):
+    desk.give_up("a")
+    await desk.submit(request())
+    desk.give_up("a")
+    runner.tell(Failed("a", CancelledError("gone")))
+    await asyncio.sleep(0)
+    desk.give_up("a")
+
+    assert runner.cancelled == ["a"]
+    progress = desk.progress("a")
+    assert progress is not None
+    assert progress.state is RequestState.CANCELLED
+
+
+async def test_a_client_that_left_may_come_again(desk: RequestDesk, runner: ThreadedRunner):
+    await desk.submit(request())
+    with pytest.raises(RequestIdInUseError):
+        await desk.submit(request())
+    desk.give_up("a")
+    again = asyncio.create_task(desk.submit(request()))
+    await asyncio.sleep(0)
+    runner.tell(Failed("a", CancelledError("gone")))
+    queue = await again
+    runner.tell(finished())
+
+    assert [type(await queue.get()) for _ in range(2)] == [Accepted, Finished]
