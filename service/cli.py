@@ -32,6 +32,8 @@ train_app = typer.Typer(help="Train a small diffusion model from scratch.", no_a
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
+keys_app = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 STRENGTH = GenerationRequest.strength
 OUTPUT_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -72,6 +74,9 @@ def serve(
         Path | None,
         typer.Option(help="Make one picture through HTTP into this folder when ready."),
     ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Serve other machines without API keys.")
+    ] = False,
 ) -> None:
     """Serve the configured models over HTTP until Ctrl-C, then finish accepted work and stop.
 
@@ -86,7 +91,8 @@ def serve(
     from service.first_picture import greet
 
     settings = _settings(config)
-    given = {key: value for key, value in {"host": host, "port": port}.items() if value is not None}
+    wanted = {"host": host, "port": port, "allow_anonymous": allow_anonymous or None}
+    given = {key: value for key, value in wanted.items() if value is not None}
     http = settings.http.model_copy(update=given)
     settings = settings.model_copy(update={"http": http})
     typer.echo(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
@@ -230,6 +236,59 @@ def train_emoji(
     typer.echo(f"trained: {train(recipe, output, cache)}")
 
 
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; shown in logs and limits.")],
+    file: Annotated[
+        Path | None, typer.Option(help="Add its hash to this file (made if missing).")
+    ] = None,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(help="Most requests for pictures in a minute.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Most requests for pictures at once.")
+    ] = None,
+    priority: Annotated[
+        str, typer.Option(help="Most urgent priority: interactive, normal or batch.")
+    ] = "interactive",
+) -> None:
+    """Make an API key. It is shown once: only its hash is kept.
+
+    Serve with it: STEPSERVE_AUTH__KEYS_FILE=keys.yaml stepserve serve --host 0.0.0.0
+    """
+    from service.api.keys import ApiKey, add_key, hash_key, new_key
+
+    key = new_key()
+    try:
+        entry = ApiKey.model_validate(
+            {
+                "name": name,
+                "sha256": hash_key(key),
+                "requests_per_minute": requests_per_minute,
+                "max_concurrent": max_concurrent,
+                "priority": priority,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequestError(f"{first['loc'][0]}: {first['msg']}") from error
+    if file is not None:
+        add_key(file, entry)
+    typer.echo(f"key:    {key}")
+    typer.echo(f"sha256: {entry.sha256}" + ("" if file is None else f"  (added to {file})"))
+
+
+@keys_app.command("list")
+def list_keys(config: ConfigOption = None) -> None:
+    """List the API keys of the configuration by name, with their limits."""
+    from service.deployments.ingress import read_access_keys
+
+    for key in read_access_keys(_settings(config)).keys:
+        rate = "any number" if key.requests_per_minute is None else f"{key.requests_per_minute:g}"
+        most = "any" if key.max_concurrent is None else key.max_concurrent
+        typer.echo(f"{key.name}  {rate} a minute, {most} at once, up to {key.priority}")
+
+
 @config_app.command("check")
 def check_config(config: ConfigOption = None) -> None:
     """Check the configuration file and STEPSERVE_ variables, and print what is in effect."""
@@ -324,6 +383,7 @@ def _request(
     wanted: Mapping[str, object], capabilities: ModelCapabilities, pictures: Mapping[str, Any]
 ) -> GenerationRequest:
     """Fill in and check a request as the HTTP door does."""
+    from service.api.keys import ANYBODY
     from service.api.schemas import ImageRequest
     from service.domain.limits import check_request
 
@@ -331,7 +391,7 @@ def _request(
         body = ImageRequest.model_validate(wanted)
     except ValidationError as error:
         raise InvalidRequestError(error.errors()[0]["msg"]) from error
-    request = replace(body.to_generation("local", "", capabilities), **pictures)
+    request = replace(body.to_generation("local", ANYBODY, capabilities), **pictures)
     check_request(request, capabilities)
     return request
 

@@ -111,6 +111,21 @@ class HttpSettings(_Section):
     max_upload_bytes: PositiveInt = 20_971_520
     """As `max_body_bytes`, for requests that bring pictures along."""
     request_timeout_s: PositiveSeconds = 600.0
+    ingress_replicas: PositiveInt = 1
+    """Processes that answer HTTP."""
+    allow_anonymous: bool = False
+    """Serve other machines without API keys."""
+    cors_origins: tuple[str, ...] = ()
+    """Pages from elsewhere that may call from a browser, such as `https://example.com`."""
+
+
+class AuthSettings(_Section):
+    """Who may call. Without keys everybody may, and only this machine is listened to."""
+
+    keys_file: Annotated[str, Field(min_length=1)] | None = None
+    """A YAML file of keys, as `stepserve keys create` writes it."""
+    keys: str | None = None
+    """Keys as `name=key` or `name=sha256:hash`, by commas."""
 
 
 class UploadSettings(_Section):
@@ -207,6 +222,7 @@ class Settings(_Section):
     """Everything an operator may set. `Settings()` holds the defaults and reads nothing."""
 
     http: HttpSettings = HttpSettings()
+    auth: AuthSettings = AuthSettings()
     uploads: UploadSettings = UploadSettings()
     results: ResultSettings = ResultSettings()
     models: Annotated[dict[ModelId, ModelSettings], Field(min_length=1)] = {
@@ -232,8 +248,9 @@ class Settings(_Section):
     def describe(self) -> str:
         """Return every setting in effect as YAML as `load_settings` reads it, but for secrets."""
         told = self.model_dump(mode="json")
-        if self.results.secret is not None:
-            told["results"]["secret"] = HIDDEN
+        for section, key in (("results", "secret"), ("auth", "keys")):
+            if told[section][key] is not None:
+                told[section][key] = HIDDEN
         return yaml.safe_dump(told, sort_keys=False)
 
 

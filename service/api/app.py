@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
+from service.api.access import Access, AccessMiddleware
 from service.api.backend import Backend
 from service.api.handlers import add_error_handlers
 from service.api.middleware import (
@@ -23,6 +25,8 @@ from service.api.routes import health, images, models, requests, results
 from service.api.schemas import PictureReference
 from service.api.settings import ApiSettings
 
+EXPOSED_HEADERS = ("X-Request-ID", "Server-Timing", "Retry-After")
+
 DESCRIPTION = """\
 A diffusion-model server that batches requests at every denoising step.
 
@@ -32,8 +36,13 @@ has the body `{"error": {"message", "type", "param", "code"}}`, and every answer
 """
 
 
-def create_app(backend: Backend, settings: ApiSettings, store: ResultStore) -> FastAPI:
-    """Return the app that serves `backend` over HTTP, and keeps results in `store`."""
+def create_app(
+    backend: Backend, settings: ApiSettings, store: ResultStore, access: Access
+) -> FastAPI:
+    """Return the app that serves `backend` over HTTP to those who have `access`.
+
+    Results that are answered as links are kept in `store`.
+    """
     app = FastAPI(
         title="Stepserve",
         version=__version__,
@@ -41,7 +50,7 @@ def create_app(backend: Backend, settings: ApiSettings, store: ResultStore) -> F
         redoc_url=None,
         # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
         redirect_slashes=False,
-        middleware=_middleware(settings),
+        middleware=_middleware(settings, access),
         lifespan=_lifespan,
     )
     app.state.backend = backend
@@ -63,10 +72,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         sweeping.cancel()
 
 
-def _middleware(settings: ApiSettings) -> list[Middleware]:
+def _middleware(settings: ApiSettings, access: Access) -> list[Middleware]:
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=EXPOSED_HEADERS,
+    )
     return [
+        *([cors] if settings.cors_origins else []),
         Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
         Middleware(UnexpectedErrorMiddleware),
+        Middleware(AccessMiddleware, access=access),
         Middleware(
             BodyLimitMiddleware,
             max_bytes=settings.max_body_bytes,

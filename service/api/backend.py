@@ -22,6 +22,11 @@ class ModelStatus:
     ready: bool
     detail: str = ""
 
+    @property
+    def is_known(self) -> bool:
+        """Whether its limits are: they are read off the model when it is loaded."""
+        return bool(self.capabilities.schedulers)
+
 
 class Backend(Protocol):
     """Makes pictures. Implemented over Ray Serve handles, or in one process."""

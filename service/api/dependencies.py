@@ -8,8 +8,10 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from service.api.access import caller_in
 from service.api.backend import Backend, ModelStatus
 from service.api.errors import UnsupportedMediaTypeError
+from service.api.keys import Caller
 from service.api.middleware import request_id_of
 from service.api.results import ResultStore
 from service.api.settings import ApiSettings
@@ -38,14 +40,14 @@ def get_settings(request: Request) -> ApiSettings:
 class Incoming:
     """One request as it came in, and what is there to serve it.
 
-    `caller` is the name of its API key, empty where there are none.
+    `caller` is whose API key it came with: anybody's, where there are none.
     """
 
     http: Request
     backend: Backend
     settings: ApiSettings
     store: ResultStore
-    caller: str
+    caller: Caller
     request_id: str
 
     async def link(self, image: EncodedImage) -> str:
@@ -62,7 +64,7 @@ def get_incoming(request: Request) -> Incoming:
         backend=get_backend(request),
         settings=get_settings(request),
         store=get_store(request),
-        caller=caller_of(request),
+        caller=caller_in(request.scope),
         request_id=request_id_of(request.scope),
     )
 
@@ -70,11 +72,6 @@ def get_incoming(request: Request) -> Incoming:
 def get_store(request: Request) -> ResultStore:
     """Return the store that the app was made with."""
     return cast(ResultStore, request.app.state.store)
-
-
-def caller_of(request: Request) -> str:
-    """Return the name of the API key that the request came with."""
-    return str(getattr(request.state, "caller", ""))
 
 
 def require_json(request: Request) -> None:

@@ -56,6 +56,14 @@ class MethodNotAllowedError(InvalidRequestError):
     """The URL exists, but not with this method."""
 
 
+class UnauthorizedError(StepserveError):
+    """The request has no API key, or a wrong one."""
+
+
+class KeyLimitError(RefusedError):
+    """The API key has used up what it may."""
+
+
 class RequestTimedOutError(EndedError):
     """The request took longer than the server allows."""
 
@@ -84,6 +92,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     MalformedFormError: ErrorKind(400, "invalid_request_error", "invalid_form"),
     UnknownModelError: ErrorKind(404, "invalid_request_error", "model_not_found"),
     UnknownRequestError: ErrorKind(404, "invalid_request_error", "request_not_found"),
+    UnauthorizedError: ErrorKind(401, "authentication_error", "invalid_api_key"),
     ResultNotFoundError: ErrorKind(404, "invalid_request_error", "result_not_found"),
     UnknownRouteError: ErrorKind(404, "invalid_request_error", "unknown_url"),
     WrongSignatureError: ErrorKind(403, "invalid_request_error", "invalid_signature"),
@@ -92,6 +101,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     RequestIdInUseError: ErrorKind(409, "invalid_request_error", "request_id_in_use"),
     BodyTooLargeError: ErrorKind(413, "invalid_request_error", "body_too_large"),
     UnsupportedMediaTypeError: ErrorKind(415, "invalid_request_error", "unsupported_media_type"),
+    KeyLimitError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
     ServerFullError: ErrorKind(429, "rate_limit_error", "server_full"),
     # The client has left, so nobody reads it; the status is for logs (nginx's "client closed").
     CancelledError: ErrorKind(499, "cancelled", "request_cancelled"),

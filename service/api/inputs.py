@@ -10,6 +10,7 @@ from service.api.dependencies import FORM, JSON, Incoming, declared_type
 from service.api.errors import MalformedJsonError
 from service.api.fetch import fetch_picture
 from service.api.forms import parse_body, parse_fields, read_form
+from service.api.keys import Caller
 from service.api.schemas import EditRequest, PictureReference, VariationRequest
 from service.api.uploads import Upload, prepare_image, prepare_mask
 from service.domain.errors import InvalidRequestError
@@ -28,13 +29,13 @@ class Inputs:
     mask: Upload | None = None
 
     def to_generation(
-        self, request_id: str, owner: str, model: ModelCapabilities
+        self, request_id: str, caller: Caller, model: ModelCapabilities
     ) -> GenerationRequest:
         """Return the request with everything left out filled in from `model`; draws a seed.
 
         Where no size is asked for, it is the picture's own, or the nearest one of the model.
         """
-        filled = self.body.fill_in(request_id, owner, model)
+        filled = self.body.fill_in(request_id, caller, model)
         prompt = self.body.prompt or ""
         if self.body.size in (None, "auto"):
             width, height = nearest_size(self.image.width, self.image.height, model.sizes)

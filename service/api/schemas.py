@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from service.api.keys import Caller
 from service.domain.limits import MAX_PREVIEWS, MAX_SEED, shown
 from service.domain.models import ModelCapabilities
-from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Priority
+from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
 
 T = TypeVar("T")
 
@@ -131,7 +132,9 @@ class PictureRequest(BaseModel):
         """Whether the pictures are to be links."""
         return self.response_format == "url"
 
-    def fill_in(self, request_id: str, owner: str, model: ModelCapabilities) -> GenerationRequest:
+    def fill_in(
+        self, request_id: str, caller: Caller, model: ModelCapabilities
+    ) -> GenerationRequest:
         """Return a request with everything left out filled in from `model`; draws a seed.
 
         What it is made of, a prompt or pictures, is left to the kind of request.
@@ -139,7 +142,7 @@ class PictureRequest(BaseModel):
         width, height = _parse_size(self.size, model.sizes.native)
         return GenerationRequest(
             id=request_id,
-            owner=owner,
+            owner=caller.name,
             model=model.id,
             prompt="",
             width=width,
@@ -155,7 +158,7 @@ class PictureRequest(BaseModel):
             adapters=tuple(AdapterUse(use.name, use.scale) for use in self.adapters or ()),
             guidance_start=_or(self.guidance_start, 0.0),
             guidance_end=_or(self.guidance_end, 1.0),
-            priority=Priority[_or(self.priority, "normal").upper()],
+            priority=caller.priority(self.priority),
             deadline_s=self.deadline_s,
             reproducible=_or(self.reproducible, False),
             previews=_or(self.previews, _or(self.partial_images, 0) if self.stream else 0),
@@ -186,10 +189,10 @@ class ImageRequest(PictureRequest):
     prompt: Annotated[str, Field(description="What the picture shows.")]
 
     def to_generation(
-        self, request_id: str, owner: str, model: ModelCapabilities
+        self, request_id: str, caller: Caller, model: ModelCapabilities
     ) -> GenerationRequest:
         """Return the request with everything left out filled in from `model`; draws a seed."""
-        return replace(self.fill_in(request_id, owner, model), prompt=self.prompt)
+        return replace(self.fill_in(request_id, caller, model), prompt=self.prompt)
 
 
 class PictureReference(BaseModel):

@@ -13,7 +13,8 @@ class ApiSettings:
 
     `default_model` serves requests that name no model. `echo_request_id` is turned off behind a
     proxy that already adds `X-Request-ID` to every answer, as Ray Serve's does. `public_url` begins
-    links to results; empty: as the client addressed the server.
+    links to results; empty: as the client addressed the server. Pages of `cors_origins` may call
+    from a browser.
     """
 
     default_model: str
@@ -23,3 +24,4 @@ class ApiSettings:
     request_timeout_s: float = 600.0
     echo_request_id: bool = True
     public_url: str = ""
+    cors_origins: tuple[str, ...] = ()

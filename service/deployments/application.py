@@ -37,6 +37,7 @@ def build_application(settings: Settings) -> Any:
     ingress = serve.deployment(
         Ingress,
         name="ingress",
+        num_replicas=settings.http.ingress_replicas,
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
@@ -52,7 +53,7 @@ def deployment_name(model_id: str) -> str:
 def needed_cpus(settings: Settings) -> float:
     """Logical CPUs that all replicas together ask Ray for."""
     models = sum(model.replicas * model.num_cpus for model in settings.models.values())
-    return models + INGRESS_CPUS
+    return models + settings.http.ingress_replicas * INGRESS_CPUS
 
 
 def _model_deployment(model_id: str, settings: ModelSettings) -> Any:

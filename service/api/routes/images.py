@@ -140,7 +140,8 @@ async def _answer(
     call: PictureCall, model: ModelStatus, response: Response
 ) -> ImagesAnswer | Response:
     """Serve the call if the model can do what is wanted, and is there."""
-    # What a loading model can do is not known yet.
-    require_ready([model])
+    if not model.is_known:
+        require_ready([model])
     check_request(call.generation, model.capabilities)
+    require_ready([model])
     return await answer_pictures(call, response)

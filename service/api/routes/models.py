@@ -35,4 +35,4 @@ async def show_batch(id: str, incoming: IncomingDep) -> BatchAnswer:  # noqa: A0
     """Which requests each replica has in hand, and which of them shared its latest forwards."""
     await find_model(incoming.backend, id)
     views = await incoming.backend.batch(id)
-    return batch_answer(id, views, incoming.caller)
+    return batch_answer(id, views, incoming.caller.name)

@@ -80,7 +80,7 @@ async def follow_request(
 async def _find(incoming: Incoming, request_id: str) -> Progress:
     """A request of the caller's. Another caller's is as unknown as one that never was."""
     progress = await incoming.backend.progress(request_id)
-    if progress is None or progress.owner != incoming.caller:
+    if progress is None or progress.owner != incoming.caller.name:
         raise UnknownRequestError(f"no request {shown(request_id)} is known", "id")
     return progress
 

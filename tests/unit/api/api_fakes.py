@@ -9,9 +9,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
 import httpx
+from fastapi import FastAPI
 
 from service.api import ApiSettings, ModelStatus, create_app
+from service.api.access import Access
+from service.api.keys import ApiKey, KeyRing
 from service.api.results import ResultStore
+from service.api.usage import LocalUsage, UsageLedger
 from service.domain.batch import BatchView
 from service.domain.errors import CancelledError
 from service.domain.events import (
@@ -168,6 +172,13 @@ def make_store() -> ResultStore:
     return ResultStore(f"memory://results-{next(_stores)}", 60, b"secret")
 
 
+def make_app(
+    backend: FakeBackend, settings: ApiSettings = SETTINGS, keys: Sequence[ApiKey] = ()
+) -> FastAPI:
+    usage = LocalUsage(UsageLedger(time.monotonic, 600))
+    return create_app(backend, settings, make_store(), Access(KeyRing(keys), usage))
+
+
 def client_for(backend: FakeBackend, settings: ApiSettings = SETTINGS) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=create_app(backend, settings, make_store()))
+    transport = httpx.ASGITransport(app=make_app(backend, settings))
     return httpx.AsyncClient(transport=transport, base_url="http://test")

@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 import uvicorn
-from api_fakes import SETTINGS, FakeBackend, client_for, make_store
-
-from service.api import create_app
+from api_fakes import FakeBackend, client_for, make_app
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def server_port(backend: FakeBackend) -> Iterator[int]:
     """A real uvicorn server in a thread; its socket listens before the server runs."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    app = create_app(backend, SETTINGS, make_store())
+    app = make_app(backend)
     server = uvicorn.Server(uvicorn.Config(app, ws="none", log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

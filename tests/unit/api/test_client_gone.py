@@ -7,9 +7,9 @@ import socket
 from typing import Any
 
 import pytest
-from api_fakes import SETTINGS, Blocking, FakeBackend, make_store
+from api_fakes import Blocking, FakeBackend, make_app
 
-from service.api import connection, create_app
+from service.api import connection
 from service.api.connection import while_connected
 from service.api.errors import RequestTimedOutError
 from service.domain.errors import CancelledError
@@ -52,7 +52,7 @@ def post_scope() -> dict[str, Any]:
 
 async def begin(backend: FakeBackend, peer: Peer) -> asyncio.Task[None]:
     """Start a request as a server would, and return once the backend works on it."""
-    app = create_app(backend, SETTINGS, make_store())
+    app = make_app(backend)
     task = asyncio.create_task(app(post_scope(), peer.receive, peer.send))
     while not backend.requests:
         await asyncio.sleep(0)
@@ -93,7 +93,7 @@ async def test_no_task_is_left_behind(backend: FakeBackend):
 
 async def test_leaving_during_the_upload_is_answered_to_nobody(backend: FakeBackend):
     peer = Peer()
-    app = create_app(backend, SETTINGS, make_store())
+    app = make_app(backend)
     await app(post_scope(), disconnected, peer.send)
 
     assert peer.sent == []

@@ -5,17 +5,16 @@ from typing import Any
 
 import httpx
 import pytest
-from api_fakes import SETTINGS, FakeBackend, make_store
+from api_fakes import FakeBackend, make_app
 from jsonschema import Draft202012Validator
 
-from service.api import create_app
 from service.api.answers import ErrorAnswer, ImagesAnswer
 from service.api.schemas import ImageRequest
 
 
 @pytest.fixture
 def document() -> dict[str, Any]:
-    return create_app(FakeBackend(), SETTINGS, make_store()).openapi()
+    return make_app(FakeBackend()).openapi()
 
 
 def operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,113 @@
+"""ASGI middleware: who calls, and whether it is their turn. Comes before any body is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import KeyLimitError, UnauthorizedError, error_response
+from service.api.keys import ANYBODY, ApiKey, Caller, KeyRing, caller_of_key
+from service.api.middleware import request_id_of
+from service.api.usage import Grant, Refusal, Usage
+
+GUARDED = "/v1/"
+LINKS = "/v1/results/"
+"""Signed links are their own permission."""
+
+COUNTED = "/v1/images/"
+SCHEME = "bearer"
+
+
+@dataclass(frozen=True)
+class Access:
+    """The keys that open the door, and where their use is counted."""
+
+    keys: KeyRing
+    usage: Usage
+
+
+class AccessMiddleware:
+    """Lets in who has a key, and counts what they use. Without keys everybody is let in."""
+
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or answer 401 or 429."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        scope["state"]["caller"] = ANYBODY
+        # The browser asks for permission without a key.
+        if not self._access.keys.keys or not _is_guarded(scope) or scope["method"] == "OPTIONS":
+            return await self._app(scope, receive, send)
+        key = self._access.keys.find(_token(scope))
+        if key is None:
+            return await _refuse(UnauthorizedError(_how_to_come_in(scope)), scope, receive, send)
+        scope["state"]["caller"] = caller_of_key(key)
+        if not key.has_limits or not scope["path"].startswith(COUNTED):
+            return await self._app(scope, receive, send)
+        return await self._count(key, scope, receive, send)
+
+    async def _count(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self._access.usage.take(key)
+        if isinstance(answer, Refusal):
+            error = KeyLimitError(answer.message, answer.retry_after_s)
+            return await _refuse(error, scope, receive, send)
+        try:
+            await self._app(scope, receive, _with_limits(send, key, answer))
+        finally:
+            await self._access.usage.give_back(key.name, answer.lease)
+
+
+def caller_in(scope: Scope) -> Caller:
+    """Who sent the request of a connection."""
+    caller: Caller = scope["state"]["caller"]
+    return caller
+
+
+def _is_guarded(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path.startswith(GUARDED) and not path.startswith(LINKS)
+
+
+def _token(scope: Scope) -> str:
+    scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == SCHEME else ""
+
+
+def _how_to_come_in(scope: Scope) -> str:
+    if "authorization" in Headers(scope=scope):
+        return "the API key is wrong"
+    return "an API key is required: send it as 'Authorization: Bearer KEY'"
+
+
+async def _refuse(
+    error: UnauthorizedError | KeyLimitError, scope: Scope, receive: Receive, send: Send
+) -> None:
+    response = error_response(error, request_id_of(scope))
+    if isinstance(error, UnauthorizedError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    await response(scope, receive, send)
+
+
+def _with_limits(send: Send, key: ApiKey, grant: Grant) -> Send:
+    if grant.remaining is None or grant.reset_s is None:
+        return send
+    told = {
+        "x-ratelimit-limit-requests": f"{key.requests_per_minute:g}",
+        "x-ratelimit-remaining-requests": str(grant.remaining),
+        "x-ratelimit-reset-requests": f"{math.ceil(grant.reset_s)}s",
+    }
+
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in told.items():
+                headers[name] = value
+        await send(message)
+
+    return send_with_limits

@@ -1,0 +1,185 @@
+"""API keys: who may call, and how much.
+
+Keys are 256 random bits, so a plain SHA-256 keeps them as safe at rest as a slow hash would: there
+is nothing to guess. What is kept is the hash only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from service.domain.errors import InvalidRequestError, StepserveError
+from service.domain.requests import Priority
+
+PREFIX = "sk-stepserve-"
+KEY_BYTES = 32
+HASH_PREFIX = "sha256:"
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_ENTRY = re.compile(r"([A-Za-z0-9._-]{1,64})=(\S+)")
+
+
+class KeysUnreadableError(StepserveError):
+    """The keys cannot be used as they are written; the message says what is wrong."""
+
+
+class ApiKey(BaseModel):
+    """One key as an operator writes it down.
+
+    `priority` is the most urgent that its requests may ask for. No limit is None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    sha256: Sha256
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    priority: Literal["interactive", "normal", "batch"] = "interactive"
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether its use must be counted."""
+        return self.requests_per_minute is not None or self.max_concurrent is not None
+
+
+class KeysFile(BaseModel):
+    """A file of keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: tuple[ApiKey, ...] = ()
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request: the name of the key, empty for anybody, and what it may do."""
+
+    name: str = ""
+    most_urgent: Priority = Priority.INTERACTIVE
+
+    def priority(self, wanted: str | None) -> Priority:
+        """The priority of a request that asks for `wanted`.
+
+        Raises:
+            InvalidRequestError: the key may not ask for that.
+        """
+        if wanted is None:
+            return max(Priority.NORMAL, self.most_urgent)
+        if Priority[wanted.upper()] < self.most_urgent:
+            most = self.most_urgent.name.lower()
+            raise InvalidRequestError(
+                f"priority {wanted!r} is not open to this API key; the most urgent is {most!r}",
+                "priority",
+            )
+        return Priority[wanted.upper()]
+
+
+ANYBODY = Caller()
+
+
+class KeyRing:
+    """All keys. Without any, everybody may call.
+
+    Raises:
+        KeysUnreadableError: two keys have one name.
+    """
+
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+        self.keys = tuple(keys)
+        names = [key.name for key in self.keys]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise KeysUnreadableError(f"two API keys are named {min(twice)!r}")
+
+    def find(self, token: str) -> ApiKey | None:
+        """The key that `token` is, or None. Takes equally long for any token."""
+        digest = hash_key(token)
+        found = None
+        for key in self.keys:
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return found
+
+
+def caller_of_key(key: ApiKey) -> Caller:
+    """Who calls with a key."""
+    return Caller(key.name, Priority[key.priority.upper()])
+
+
+def new_key() -> str:
+    """A key that nobody can guess."""
+    return PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def hash_key(token: str) -> str:
+    """What is kept of a key."""
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()
+
+
+def read_keys(path: Path | None, listed: str | None) -> KeyRing:
+    """The keys of a file, and those listed as `name=key` or `name=sha256:hash`, by commas.
+
+    Raises:
+        KeysUnreadableError: names the file or entry, and what is wrong with it.
+    """
+    from_file = () if path is None else _read_file(path).keys
+    return KeyRing([*from_file, *_read_list(listed or "")])
+
+
+def add_key(path: Path, key: ApiKey) -> None:
+    """Add a key to a file, which is made if there is none, readable by its owner alone.
+
+    Raises:
+        KeysUnreadableError: the file cannot be read, or holds a key of that name.
+    """
+    known = _read_file(path).keys if path.exists() else ()
+    ring = KeyRing([*known, key])
+    told = [_plain(each) for each in ring.keys]
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    partial.touch(mode=0o600)
+    partial.write_text(yaml.safe_dump({"keys": told}, sort_keys=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def _plain(key: ApiKey) -> dict[str, Any]:
+    return key.model_dump(exclude_defaults=True)
+
+
+def _read_file(path: Path) -> KeysFile:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return KeysFile.model_validate(tree or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise KeysUnreadableError(f"cannot read API keys from {path}: {error}") from error
+    except ValidationError as error:
+        # Without the values: a plain key written in place of a hash must not reach a log.
+        problems = [".".join(map(str, e["loc"])) + f": {e['msg']}" for e in error.errors()]
+        raise KeysUnreadableError(f"wrong API keys in {path}: {'; '.join(problems)}") from None
+
+
+def _read_list(listed: str) -> list[ApiKey]:
+    return [_read_entry(i, e.strip()) for i, e in enumerate(listed.split(",")) if e.strip()]
+
+
+def _read_entry(index: int, entry: str) -> ApiKey:
+    parts = _ENTRY.fullmatch(entry)
+    if parts is None:
+        raise KeysUnreadableError(f"API key {index} of the list must be written as name=key")
+    name, key = parts.groups()
+    digest = key.removeprefix(HASH_PREFIX) if key.startswith(HASH_PREFIX) else hash_key(key)
+    try:
+        return ApiKey(name=name, sha256=digest)
+    except ValidationError:
+        raise KeysUnreadableError(f"API key {name!r} of the list has a wrong hash") from None
