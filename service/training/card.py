@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers import StableDiffusionPipeline
 
@@ -28,11 +29,10 @@ def write_card(
     values = {
         "weights_mb": f"{weights_bytes / 1e6:.0f}",
         "folder_name": "path/to/this/folder",
-        "command": recipe.command,
+        **_history_values(folder),
         **_data_values(pictures),
         **_shape_values(pipeline, recipe),
         **_objective_values(recipe),
-        **_loop_values(recipe),
     }
     (folder / "README.md").write_text(template.substitute(values), encoding="utf-8")
 
@@ -110,12 +110,23 @@ def _objective_values(recipe: EmojiRecipe) -> dict[str, str]:
     }
 
 
-def _loop_values(recipe: EmojiRecipe) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for name, loop in (("vae", recipe.vae_loop), ("denoiser", recipe.denoiser_loop)):
-        values[f"{name}_steps"] = f"{loop.steps:,}"
-        values[f"{name}_batch"] = str(loop.batch_size)
-        values[f"{name}_samples"] = f"{loop.steps * loop.batch_size:,}"
-        values[f"{name}_rate"] = f"{loop.learning_rate:g} to {loop.final_learning_rate:g}"
-        values[f"{name}_ema"] = str(loop.ema_decay)
-    return values
+def _history_values(folder: Path) -> dict[str, str]:
+    """The commands and the stages that led to a model, the first one first."""
+    trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8"))]
+    while trainings[-1].get("started_from"):
+        trainings.append(trainings[-1]["started_from"])
+    trainings.reverse()
+    loops = [("VAE", trainings[0]["recipe"]["vae_loop"])]
+    loops += [("denoiser", training["recipe"]["denoiser_loop"]) for training in trainings]
+    return {
+        "commands": "\n".join(training["command"] for training in trainings),
+        "stages": "\n".join(_stage_line(name, loop) for name, loop in loops),
+    }
+
+
+def _stage_line(name: str, loop: dict[str, Any]) -> str:
+    samples = loop["steps"] * loop["batch_size"]
+    return (
+        f"| {name} | {loop['steps']:,} | {loop['batch_size']} | {samples:,} "
+        f"| {loop['learning_rate']:g} to {loop['final_learning_rate']:g} | {loop['ema_decay']} |"
+    )

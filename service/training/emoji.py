@@ -72,7 +72,7 @@ class EmojiRecipe:
         steps = self.denoiser_loop.steps
         command = f"stepserve train emoji --seed {self.seed} --steps {steps}"
         if self.start_from is not None:
-            command += f" --start-from {self.start_from}"
+            command += f" --start-from {self.start_from} --output runs/emoji-further"
         usual = make_recipe(self.seed, steps, start_from=self.start_from) == self
         return command if usual else f"{command}  # and the changes to be seen in training.json"
 
@@ -191,7 +191,7 @@ def load_start(folder: Path) -> StableDiffusionPipeline:
     """
     try:
         return StableDiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise StartingModelError(f"no model to start from in {folder}: {error}") from error

@@ -73,6 +73,7 @@ def describe_training(
     return {
         "command": recipe.command,
         "recipe": asdict(recipe),
+        "started_from": read_earlier(recipe.start_from),
         "artwork": [asdict(package) for package in PACKAGES],
         "pictures": pictures,
         "parameters": count_parameters(pipeline),
@@ -111,6 +112,15 @@ def check_promises(folder: Path) -> None:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"the saved model does not load again: {error}") from error
+
+
+def read_earlier(folder: str | None) -> dict[str, Any] | None:
+    """How the model in a folder was trained, as its `training.json` says; None for no folder."""
+    if folder is None:
+        return None
+    path = Path(folder) / "training.json"
+    earlier: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return earlier
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from service.training.card import count_parameters
 from service.training.checkpoint import load_checkpoint
 from service.training.denoiser import DenoiserStage
 from service.training.emoji import EmojiRecipe, make_recipe, tiny_recipe, train_emoji
-from service.training.errors import CheckpointError, ExportError
+from service.training.errors import CheckpointError, ExportError, StartingModelError
 from service.training.export import check_promises
 
 
@@ -220,3 +220,32 @@ def test_model_that_does_not_load_is_not_exported(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ExportError, match="does not load again"):
         check_promises(tmp_path)
+
+
+def test_a_model_is_trained_further(trained: Path, artwork: Artwork, tmp_path: Path) -> None:
+    recipe = replace(tiny_recipe(seed=1, steps=2), start_from=str(trained / "model"))
+    further = train_emoji(recipe, tmp_path / "run", tmp_path / "cache", artwork)
+    first = StableDiffusionPipeline.from_pretrained(trained / "model")
+    second = StableDiffusionPipeline.from_pretrained(further)
+    told = json.loads((further / "training.json").read_text())
+    card = (further / "README.md").read_text()
+
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    for name, same in (("vae", True), ("unet", False), ("text_encoder", False)):
+        weights = [getattr(pipeline, name).state_dict() for pipeline in (first, second)]
+        equal = all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        assert equal == same, name
+    assert told["started_from"]["command"].startswith("stepserve train emoji --seed 0")
+    assert f"--start-from {trained}" in card
+    assert card.count("| denoiser |") == 2
+
+
+@pytest.mark.parametrize("what", ["missing", "other shapes"])
+def test_a_model_that_does_not_fit_cannot_be_trained_further(
+    what: str, trained: Path, artwork: Artwork, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nothing" if what == "missing" else trained / "model"
+    recipe = replace(tiny_recipe(steps=2), start_from=str(folder))
+    recipe = replace(recipe, denoiser=replace(recipe.denoiser, block_channels=(16, 48)))
+    with pytest.raises(StartingModelError, match=r"no model to start from|does not fit"):
+        train_emoji(recipe, tmp_path / "run", tmp_path / "cache", artwork)
