@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,7 +22,7 @@ from service.api.middleware import (
 )
 from service.api.openapi import add_schemas
 from service.api.results import ResultStore
-from service.api.routes import health, images, models, requests, results
+from service.api.routes import docs, health, images, models, requests, results
 from service.api.schemas import PictureReference
 from service.api.settings import ApiSettings
 
@@ -47,7 +48,9 @@ def create_app(
         title="Stepserve",
         version=__version__,
         description=DESCRIPTION,
+        docs_url=None,
         redoc_url=None,
+        generate_unique_id_function=_operation_id,
         # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
         redirect_slashes=False,
         middleware=_middleware(settings, access),
@@ -57,10 +60,16 @@ def create_app(
     app.state.settings = settings
     app.state.store = store
     add_error_handlers(app)
-    for part in (images, requests, results, models, health):
+    for part in (images, requests, results, models, health, docs):
         app.include_router(part.router)
+    app.mount(docs.ASSETS_URL, docs.ASSETS)
     add_schemas(app, PictureReference)
     return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    """What client generators call the function: `create_images`."""
+    return route.name
 
 
 @asynccontextmanager

@@ -68,10 +68,15 @@ def _add(responses: Responses, error_class: type[StepserveError]) -> None:
     response["content"]["application/json"]["examples"][kind.code] = {"value": {"error": example}}
 
 
-def event_stream() -> dict[str, Any]:
-    """Return the content of an answer that is a stream of server-sent events if asked for."""
-    text = "With `stream`: partial pictures, then the finished ones, then the end."
-    return {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+def event_stream(text: str, *names: str) -> dict[str, Any]:
+    """Return the content of an answer that is a stream of server-sent events of these names."""
+    properties = {
+        "event": {"type": "string", "enum": [*names]},
+        "data": {"type": "string", "contentMediaType": "application/json", "description": text},
+        "id": {"type": "string"},
+    }
+    schema = {"type": "object", "properties": properties, "required": ["event", "data"]}
+    return {"text/event-stream": {"schema": schema}}
 
 
 def add_schemas(app: FastAPI, *models: type[BaseModel]) -> None:

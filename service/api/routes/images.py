@@ -58,7 +58,12 @@ _ERRORS = error_responses(
     ExpiredError,
     RequestTimedOutError,
 )
-_ANSWER: Responses = {200: {"headers": REQUEST_ID | SERVER_TIMING, "content": event_stream()}}
+
+
+def _answers(prefix: str) -> Responses:
+    names = f"{prefix}.partial_image", f"{prefix}.completed", "error"
+    stream = event_stream("With `stream`: partial pictures, then the finished ones.", *names)
+    return {200: {"headers": REQUEST_ID | SERVER_TIMING, "content": stream}}
 
 
 @router.post(
@@ -68,7 +73,7 @@ _ANSWER: Responses = {200: {"headers": REQUEST_ID | SERVER_TIMING, "content": ev
     response_model=ImagesAnswer,
     response_model_exclude_none=True,
     response_description="The pictures, and all parameters that make them again.",
-    responses=_ERRORS | _ANSWER,
+    responses=_ERRORS | _answers("image_generation"),
     openapi_extra={"parameters": [REQUEST_ID_PARAMETER]},
 )
 async def create_images(
@@ -86,7 +91,7 @@ async def create_images(
     response_model=ImagesAnswer,
     response_model_exclude_none=True,
     response_description="The pictures, and all parameters that shaped them.",
-    responses=_ERRORS | error_responses(MalformedFormError) | _ANSWER,
+    responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_edit"),
     openapi_extra={
         "parameters": [REQUEST_ID_PARAMETER],
         "requestBody": form_or_json(EditRequest, ("image", "mask")),
@@ -110,7 +115,7 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesAnswer 
     response_model=ImagesAnswer,
     response_model_exclude_none=True,
     response_description="The pictures, and all parameters that shaped them.",
-    responses=_ERRORS | error_responses(MalformedFormError) | _ANSWER,
+    responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_variation"),
     openapi_extra={
         "parameters": [REQUEST_ID_PARAMETER],
         "requestBody": form_or_json(VariationRequest, ("image",)),

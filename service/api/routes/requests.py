@@ -25,6 +25,9 @@ router = APIRouter(tags=["requests"])
 POLL_S = 5.0
 """How long one question for news waits for an answer."""
 
+_EVENTS = "What happened, with the `id` of the request."
+_EVENT_NAMES = ("accepted", "started", "step", "preview", "finished", "failed")
+
 MAX_EVENT_NUMBER = 10**9
 
 
@@ -52,7 +55,9 @@ async def cancel_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # n
     summary="Follow it",
     response_class=Response,
     responses=error_responses(UnknownRequestError, InvalidRequestError)
-    | {200: {"description": "Server-sent events.", "content": event_stream()}},
+    | {
+        200: {"description": "Server-sent events.", "content": event_stream(_EVENTS, *_EVENT_NAMES)}
+    },
 )
 async def follow_request(
     id: str,  # noqa: A002

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import httpx
 import pytest
 from api_fakes import FakeBackend, make_app
 from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
 
 from service.api.answers import ErrorAnswer, ImagesAnswer
 from service.api.schemas import ImageRequest
@@ -124,3 +126,21 @@ async def test_docs_page(client: httpx.AsyncClient):
     assert page.status_code == 200
     assert "/openapi.json" in page.text
     assert (await client.get("/openapi.json")).status_code == 200
+
+
+def test_the_document_is_valid_and_names_its_operations(document: dict[str, Any]):
+    validate(document)
+
+    names = {operation["operationId"] for operation in operations(document)}
+    assert {"create_images", "edit_image", "vary_image", "show_request", "list_models"} <= names
+
+
+async def test_the_docs_page_needs_no_other_host(client: httpx.AsyncClient):
+    page = (await client.get("/docs")).text
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', page)
+    found = [await client.get(address) for address in addresses]
+
+    assert "swagger-ui-bundle.js" in page
+    assert len(addresses) >= 3
+    assert all(address.startswith("/docs/assets/") for address in addresses)
+    assert [answer.status_code for answer in found] == [200] * len(found)

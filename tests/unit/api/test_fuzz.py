@@ -1,0 +1,46 @@
+"""Whatever is sent, no answer is a 5xx, and every answer is as the OpenAPI document says."""
+
+from __future__ import annotations
+
+import schemathesis
+from api_fakes import EMOJI, FakeBackend, make_app
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from service.api import ApiSettings, ModelStatus
+from service.domain.requests import Task
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+def fuzzed_app():
+    backend = FakeBackend()
+    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    backend.statuses = [ModelStatus(EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks}), ready=True)]
+    return make_app(backend, ApiSettings("emoji"))
+
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", fuzzed_app())
+
+
+@schema.parametrize()
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+def test_every_answer_is_as_documented(case: schemathesis.Case):
+    case.call_and_validate(checks=CHECKS)
