@@ -191,6 +191,10 @@ class ModelAnswer(BaseModel):
     compilation_remark: str = Field(
         description="How far the compilation is, or why there is none; empty where that is plain."
     )
+    expected_s: float | None = Field(
+        description="Seconds that a request with the defaults should take on an idle replica; null "
+        "while that is not known."
+    )
     fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
 
 

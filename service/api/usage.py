@@ -14,6 +14,8 @@ from service.api.keys import ApiKey
 
 MINUTE_S = 60.0
 BUSY_RETRY_S = 1.0
+# Who waits exactly as long as told must not be sent away again.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _check_concurrency(key: ApiKey, account: Account) -> Refusal | None:
 
 def _check_rate(key: ApiKey, account: Account) -> Refusal | None:
     limit = key.requests_per_minute
-    if limit is None or account.tokens >= 1:
+    if limit is None or account.tokens >= 1 - ROUNDING:
         return None
     wait_s = math.ceil((1 - account.tokens) / limit * MINUTE_S)
     return Refusal(

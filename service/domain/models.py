@@ -50,6 +50,8 @@ class ModelCapabilities:
             serves it. Where it is not, `reproducible` requests give that.
         sharing_remark: what is unusual in how requests share forwards; empty: nothing.
         compilation: whether new requests are served by compiled code.
+        expected_s: how long a request with the defaults should take on an idle replica, in seconds,
+            or None while nothing is learned.
         compilation_remark: how far it is, or why it is not; empty: nothing to say.
     """
 
@@ -75,4 +77,5 @@ class ModelCapabilities:
     sharing_remark: str = ""
     compilation: Compilation = Compilation.OFF
     compilation_remark: str = ""
+    expected_s: float | None = None
     fingerprint: Fingerprint | None = None

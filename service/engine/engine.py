@@ -151,6 +151,10 @@ class Engine:
                 return position, expected_s
         return None
 
+    def alone_s(self, work: Work) -> float:
+        """Seconds that `work` should take if there were no other; 0 while nothing is learned."""
+        return self.batcher.finish_times_s([Track(work, self.batcher.clock)])[0]
+
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two ticks, and wait for what it returns.
 

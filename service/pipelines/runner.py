@@ -167,7 +167,9 @@ class PipelineRunner:
 
     def capabilities(self) -> ModelCapabilities:
         """What the model can do at this moment: adapters come, and compiled code does."""
-        limits = replace(self._limits, adapters=self.adapters.names())
+        limits = replace(
+            self._limits, adapters=self.adapters.names(), expected_s=self._usual_request_s()
+        )
         return limits if self.denoiser_code is None else _with_code(limits, self.denoiser_code)
 
     def start_compiling(self, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -262,6 +264,22 @@ class PipelineRunner:
             narrowing=narrow_to_interval(request, calls),
             owner=request.owner,
         )
+
+    def _usual_request_s(self) -> float | None:
+        """Seconds that a request with the defaults should take on an idle replica."""
+        limits = self._limits
+        usual = GenerationRequest(
+            id="usual",
+            model=limits.id,
+            prompt="",
+            width=limits.sizes.native,
+            height=limits.sizes.native,
+            num_inference_steps=limits.default_num_inference_steps,
+            guidance_scale=limits.default_guidance_scale,
+            seed=0,
+            scheduler=limits.default_scheduler,
+        )
+        return self.engine.alone_s(self._work(usual, lambda event: None)) or None
 
     def _fingerprint(self, code: Code | None) -> str:
         """Of a picture that was made since `code` was in use; None without a choice of code."""

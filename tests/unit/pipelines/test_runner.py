@@ -288,3 +288,22 @@ def test_warming_up_a_model_that_makes_no_picture_says_why(
     monkeypatch.setattr(runner_module, "make_pictures", broken)
     with pytest.raises(GenerationFailedError, match="no kernel image is available"):
         warm_up(runner)
+
+
+def test_the_model_tells_what_a_usual_request_costs(runner: PipelineRunner) -> None:
+    inbox = Inbox()
+    limits = runner.capabilities()
+    runner.submit(
+        a_request(
+            num_inference_steps=limits.default_num_inference_steps,
+            guidance_scale=limits.default_guidance_scale,
+            scheduler=limits.default_scheduler,
+        ),
+        inbox,
+    )
+    finished = inbox.wait()
+    expected_s = runner.capabilities().expected_s
+
+    assert isinstance(finished, Finished)
+    assert expected_s is not None
+    assert 0.2 < expected_s / finished.timings.total_s < 5
