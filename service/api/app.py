@@ -22,7 +22,7 @@ from service.api.middleware import (
 )
 from service.api.openapi import add_schemas
 from service.api.results import ResultStore
-from service.api.routes import docs, health, images, models, requests, results
+from service.api.routes import docs, health, images, models, playground, requests, results
 from service.api.schemas import PictureReference
 from service.api.settings import ApiSettings
 
@@ -60,9 +60,10 @@ def create_app(
     app.state.settings = settings
     app.state.store = store
     add_error_handlers(app)
-    for part in (images, requests, results, models, health, docs):
+    for part in (images, requests, results, models, health, docs, playground):
         app.include_router(part.router)
     app.mount(docs.ASSETS_URL, docs.ASSETS)
+    app.mount(playground.ASSETS_URL, playground.ASSETS)
     add_schemas(app, PictureReference)
     return app
 

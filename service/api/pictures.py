@@ -122,7 +122,7 @@ async def _chunks(call: PictureCall, event: Event | None) -> AsyncIterator[bytes
             for index, image in enumerate(images):
                 yield await _completed_event(call, event, index, image)
         case Failed(error=error):
-            raise error
+            yield _error_event(call, error)
 
 
 def _partial_event(call: PictureCall, preview: Preview, index: int, image: EncodedImage) -> bytes:

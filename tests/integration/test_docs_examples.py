@@ -36,6 +36,6 @@ def test_the_examples_run_in_their_order(service: Service, tmp_path: Path):
         assert ran.returncode == 0, f"{code}\n{ran.stdout}{ran.stderr}"
 
     made = {path.name for path in tmp_path.iterdir()}
-    assert len(blocks) >= 12
+    assert len(blocks) >= 11
     assert {"heart.png", "sunflower-7.webp", "sunflower-8.webp", "completed.png"} <= made
     assert {"edited.json", "variations.json", "events.txt", "batch.json"} <= made

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from api_fakes import FakeBackend, raising, run_through
 
-from service.domain.errors import GenerationFailedError, ServerFullError
+from service.domain.errors import CancelledError, GenerationFailedError, ServerFullError
 from service.domain.events import Accepted, Event, Failed
 from service.domain.requests import GenerationRequest
 
@@ -68,6 +68,18 @@ async def test_a_refusal_has_a_status_of_its_own(client: httpx.AsyncClient, back
 
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "3"
+
+
+async def test_cancelling_from_elsewhere_is_told(client: httpx.AsyncClient, backend: FakeBackend):
+    async def cancelled(request: GenerationRequest) -> AsyncIterator[Event]:
+        yield Accepted(request.id, 0, None)
+        yield Failed(request.id, CancelledError("cancelled"))
+
+    backend.stream_with = cancelled
+    answer = await client.post(URL, json={"prompt": "cat", "stream": True})
+
+    [(name, data)] = parse(answer.text)
+    assert (name, data["error"]["code"]) == ("error", "request_cancelled")
 
 
 @pytest.mark.parametrize("raises", [True, False])

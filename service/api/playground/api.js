@@ -1,0 +1,81 @@
+// Talking to the service: JSON, streams of events, and errors in its own words.
+
+const KEY = "stepserve-key";
+
+export class ServiceError extends Error {
+  constructor(status, detail, retryAfterS) {
+    super(detail.message);
+    this.status = status;
+    this.code = detail.code;
+    this.retryAfterS = retryAfterS;
+  }
+}
+
+export const apiKey = {
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  set: (key) => sessionStorage.setItem(KEY, key),
+};
+
+function headers(more = {}) {
+  const key = apiKey.get();
+  return key ? { Authorization: `Bearer ${key}`, ...more } : more;
+}
+
+async function checked(answer) {
+  if (answer.ok) return answer;
+  let detail = { message: `the service answered ${answer.status}`, code: "unknown" };
+  try {
+    detail = (await answer.json()).error ?? detail;
+  } catch { /* not ours: a proxy's page, perhaps */ }
+  throw new ServiceError(answer.status, detail, Number(answer.headers.get("Retry-After")) || null);
+}
+
+export async function getJson(path) {
+  return (await checked(await fetch(path, { headers: headers() }))).json();
+}
+
+export async function cancel(id) {
+  await checked(await fetch(`/v1/requests/${id}`, { method: "DELETE", headers: headers() }));
+}
+
+/** The request for a body and the pictures it begins with, as `fetch` takes it. */
+function asFetch(body, files) {
+  if (!files.image) {
+    return ["/v1/images/generations", { "Content-Type": "application/json" }, JSON.stringify(body)];
+  }
+  const form = new FormData();
+  for (const [name, value] of Object.entries(body)) {
+    form.append(name, typeof value === "string" ? value : JSON.stringify(value));
+  }
+  for (const [name, file] of Object.entries(files)) if (file) form.append(name, file, `${name}.png`);
+  return ["/v1/images/edits", {}, form];
+}
+
+/** Yields the events of a streamed request: `[name, data]`. */
+export async function* stream(id, body, files, signal) {
+  const [path, kind, content] = asFetch({ ...body, stream: true }, files);
+  const answer = await checked(await fetch(path, {
+    method: "POST", body: content, signal, headers: headers({ "X-Request-ID": id, ...kind }),
+  }));
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const event = parse(block);
+      if (event) yield event;
+    }
+  }
+}
+
+function parse(block) {
+  let name = "message", data = "";
+  for (const line of block.split("\n")) {
+    if (line.startsWith("event:")) name = line.slice(6).trim();
+    if (line.startsWith("data:")) data += line.slice(5).trim();
+  }
+  return data ? [name, JSON.parse(data)] : null;
+}
