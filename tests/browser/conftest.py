@@ -1,125 +1,11 @@
-"""Real Chromium on pages that a real server serves. The pictures come from a backend in memory."""
+"""Real Chromium on pages that a real server serves."""
 
 from __future__ import annotations
 
-import asyncio
-import io
-import shutil
-import socket
-import sys
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-import uvicorn
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "api"))
-
-from api_fakes import EMOJI, TIMINGS, FakeBackend, make_app
-
-from service.api import ApiSettings, ModelStatus
-from service.api.keys import ApiKey
-from service.domain.batch import BatchView, RequestInBatch, SharedForward
-from service.domain.errors import CancelledError
-from service.domain.events import (
-    Accepted,
-    EncodedImage,
-    Event,
-    Failed,
-    Finished,
-    Preview,
-    Started,
-    StepFinished,
-)
-from service.domain.requests import GenerationRequest, Task
-from service.domain.states import RequestState
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-def picture(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (shade, 40, 90)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-class SteppingBackend(FakeBackend):
-    """Makes its pictures step by step, at the pace of a small model, and shows its batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
-        told = vars(EMOJI) | {"tasks": tasks, "max_num_inference_steps": 1000}
-        self.statuses = [ModelStatus(EMOJI.__class__(**told), ready=True)]
-        self.stream_with = self.step_through
-        self.step_s = 0.01
-        self.forwards = 0
-
-    async def step_through(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        yield Accepted(request.id, 0, 1.0)
-        yield Started(request.id)
-        steps = request.num_inference_steps
-        for step in range(1, steps + 1):
-            await asyncio.sleep(self.step_s)
-            if not self.log.is_running(request.id):
-                yield Failed(request.id, CancelledError(f"request {request.id} was cancelled"))
-                return
-            self._show(request, step)
-            yield StepFinished(request.id, step, steps)
-            if request.previews and step % max(steps // (request.previews + 1), 1) == 0:
-                file = EncodedImage(picture(step % 256), "image/png", request.seed)
-                yield Preview(request.id, 0, step, steps, (file,))
-        files = tuple(
-            EncodedImage(picture(200 + i), "image/png", request.seed + i) for i in range(request.n)
-        )
-        yield Finished(request.id, files, TIMINGS)
-        self.batches = [BatchView(32, (), self.batches[0].forwards)]
-
-    def _show(self, request: GenerationRequest, step: int) -> None:
-        self.forwards += 1
-        shown = RequestInBatch(
-            request.id, "", RequestState.RUNNING, step, request.num_inference_steps, request.rows
-        )
-        rows = ((request.id, "", request.rows), ("someone", "else", 1))
-        forward = SharedForward(self.forwards, "unet.forward", rows, 0, 0.02)
-        before = self.batches[0].forwards if self.batches else ()
-        self.batches = [BatchView(32, (shown,), (*before, forward)[-64:])]
-
-
-@dataclass
-class Site:
-    """A running server."""
-
-    url: str
-    backend: SteppingBackend = field(default_factory=SteppingBackend)
-
-
-def serve(backend: SteppingBackend, keys: tuple[ApiKey, ...] = ()) -> Iterator[Site]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(backend, ApiSettings("emoji"), keys)
-    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield Site(f"http://127.0.0.1:{listener.getsockname()[1]}", backend)
-    server.should_exit = True
-    server.force_exit = True
-    thread.join(timeout=10)
-    assert not thread.is_alive()
+from stepping_site import CHROMIUM, OPTIONS, Site, SteppingBackend, Watched, serve
 
 
 @pytest.fixture
@@ -127,7 +13,8 @@ def site() -> Iterator[Site]:
     yield from serve(SteppingBackend())
 
 
-@pytest.fixture(scope="session")
+# Not for longer than a module: Playwright holds the event loop of the thread meanwhile.
+@pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
@@ -137,13 +24,6 @@ def browser():
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
         yield launched
         launched.close()
-
-
-@dataclass
-class Watched:
-    """What a page did that it should not have done."""
-
-    problems: list[str] = field(default_factory=list)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SteppingBackend, picture, serve
 from PIL import Image
+from stepping_site import SteppingBackend, picture, serve
 
 from service.api.keys import ApiKey, hash_key
 from service.domain.errors import ServerFullError

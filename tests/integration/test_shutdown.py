@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 # No import by name: each conftest is its own module.
-from conftest import Service  # type: ignore[import-not-found]
+from running_service import Service
 
 
 def test_ctrl_c_finishes_accepted_work_and_exits_with_0(tmp_path: Path) -> None:
