@@ -307,6 +307,7 @@ def _model_id(settings: Settings, model: str | None) -> str:
 
 
 def _load(settings: Settings, model: str | None) -> LoadedModel:
+    from service.deployments.replica import trust_of
     from service.models.catalogue import model_folder
     from service.pipelines.load import load_model
 
@@ -314,7 +315,8 @@ def _load(settings: Settings, model: str | None) -> LoadedModel:
     chosen = settings.models[model_id]
     # It would be at an end before anything were compiled.
     speed = chosen.model_copy(update={"compile": False})
-    return load_model(model_id, model_folder(chosen.path), chosen.dtype, chosen.device, speed=speed)
+    folder, trust = model_folder(chosen.path), trust_of(chosen)
+    return load_model(model_id, folder, chosen.dtype, chosen.device, speed, trust)
 
 
 def _adapters(
