@@ -87,6 +87,7 @@ def serve(
         curl http://127.0.0.1:8000/v1/images/generations
           -H "Content-Type: application/json" -d '{"prompt": "red heart"}'
     """
+    from service.deployments.ingress import read_access_keys
     from service.deployments.server import serve_until_stopped
     from service.first_picture import greet
 
@@ -96,7 +97,8 @@ def serve(
     http = settings.http.model_copy(update=given)
     settings = settings.model_copy(update={"http": http})
     typer.echo(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
-    serve_until_stopped(settings, lambda url: greet(url, first_picture))
+    needs_key = bool(read_access_keys(settings).keys)
+    serve_until_stopped(settings, lambda url: greet(url, first_picture, needs_key))
     typer.echo("stopped")
 
 
@@ -274,8 +276,11 @@ def create_key(
         raise InvalidRequestError(f"{first['loc'][0]}: {first['msg']}") from error
     if file is not None:
         add_key(file, entry)
-    typer.echo(f"key:    {key}")
-    typer.echo(f"sha256: {entry.sha256}" + ("" if file is None else f"  (added to {file})"))
+    typer.echo(f"key: {key}")
+    typer.echo("Keep it now: it is not shown again, and only its hash is kept.")
+    typer.echo(
+        f"Added to {file}" if file else f"Add to auth.keys_file, below keys:\n{entry.text()}"
+    )
 
 
 @keys_app.command("list")

@@ -5,27 +5,43 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api.access import Access, AccessMiddleware
 from service.api.backend import Backend
+from service.api.errors import UnauthorizedError
 from service.api.handlers import add_error_handlers
 from service.api.middleware import (
     BodyLimitMiddleware,
     RequestIdMiddleware,
     UnexpectedErrorMiddleware,
 )
-from service.api.openapi import add_schemas
+from service.api.openapi import add_schemas, error_responses
 from service.api.results import ResultStore
 from service.api.routes import health, images, models, requests, results
 from service.api.schemas import PictureReference
 from service.api.settings import ApiSettings
 
-EXPOSED_HEADERS = ("X-Request-ID", "Server-Timing", "Retry-After")
+EXPOSED_HEADERS = (
+    "X-Request-ID",
+    "Server-Timing",
+    "Retry-After",
+    "X-RateLimit-Limit-Requests",
+    "X-RateLimit-Remaining-Requests",
+    "X-RateLimit-Reset-Requests",
+)
+
+KEY_SCHEME = HTTPBearer(
+    scheme_name="ApiKey",
+    description="An API key, as the operator of this server hands them out.",
+    auto_error=False,
+)
 
 DESCRIPTION = """\
 A diffusion-model server that batches requests at every denoising step.
@@ -57,10 +73,21 @@ def create_app(
     app.state.settings = settings
     app.state.store = store
     add_error_handlers(app)
-    for part in (images, requests, results, models, health):
+    keys = _told_of_keys() if access.keys.keys else {}
+    for part in (images, requests, models):
+        app.include_router(part.router, **keys)
+    for part in (results, health):
         app.include_router(part.router)
     add_schemas(app, PictureReference)
     return app
+
+
+def _told_of_keys() -> dict[str, Any]:
+    """What the document says of keys. They are checked elsewhere, before any body is read."""
+    return {
+        "dependencies": [Security(KEY_SCHEME)],
+        "responses": error_responses(UnauthorizedError),
+    }
 
 
 @asynccontextmanager

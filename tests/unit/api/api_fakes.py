@@ -15,7 +15,7 @@ from service.api import ApiSettings, ModelStatus, create_app
 from service.api.access import Access
 from service.api.keys import ApiKey, KeyRing
 from service.api.results import ResultStore
-from service.api.usage import LocalUsage, UsageLedger
+from service.api.usage import LocalUsage
 from service.domain.batch import BatchView
 from service.domain.errors import CancelledError
 from service.domain.events import (
@@ -173,10 +173,13 @@ def make_store() -> ResultStore:
 
 
 def make_app(
-    backend: FakeBackend, settings: ApiSettings = SETTINGS, keys: Sequence[ApiKey] = ()
+    backend: FakeBackend,
+    settings: ApiSettings = SETTINGS,
+    keys: Sequence[ApiKey] = (),
+    clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    usage = LocalUsage(UsageLedger(time.monotonic, 600))
-    return create_app(backend, settings, make_store(), Access(KeyRing(keys), usage))
+    access = Access(KeyRing(keys), LocalUsage(clock))
+    return create_app(backend, settings, make_store(), access)
 
 
 def client_for(backend: FakeBackend, settings: ApiSettings = SETTINGS) -> httpx.AsyncClient:
