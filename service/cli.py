@@ -87,7 +87,7 @@ def serve(
         curl http://127.0.0.1:8000/v1/images/generations
           -H "Content-Type: application/json" -d '{"prompt": "red heart"}'
     """
-    from service.deployments.ingress import read_access_keys
+    from service.deployments.exposure import read_access_keys
     from service.deployments.server import serve_until_stopped
     from service.first_picture import greet
 
@@ -286,7 +286,7 @@ def create_key(
 @keys_app.command("list")
 def list_keys(config: ConfigOption = None) -> None:
     """List the API keys of the configuration by name, with their limits."""
-    from service.deployments.ingress import read_access_keys
+    from service.deployments.exposure import read_access_keys
 
     for key in read_access_keys(_settings(config)).keys:
         rate = "any number" if key.requests_per_minute is None else f"{key.requests_per_minute:g}"

@@ -172,6 +172,11 @@ def _read_data_url(address: str, field: str) -> bytes:
 
 
 def _check_address(address: str, field: str) -> None:
+    if not address.isascii():
+        raise InvalidRequestError(
+            f"{field} must be at an address in ASCII, other signs as %XX, got {shown(address)}",
+            field,
+        )
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
         raise _not_allowed(field, address)

@@ -95,7 +95,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits would be cut off at 255 by Pillow's conversions, not scaled."""
     if not image.mode.startswith("I"):
         return image
-    return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
 def _too_many_pixels(field: str, size: str, limits: UploadLimits) -> InvalidRequestError:

@@ -9,7 +9,8 @@ from ray import serve
 
 from service.api.keys import KeyRing
 from service.config import ModelSettings, Settings
-from service.deployments.ingress import Ingress, needs_counter, read_access_keys
+from service.deployments.exposure import needs_counter, read_access_keys
+from service.deployments.ingress import Ingress
 from service.deployments.replica import ModelReplica, ReplicaSpec
 from service.deployments.shared_usage import UsageCounter
 from service.models.catalogue import model_folder

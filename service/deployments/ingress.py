@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,7 +10,7 @@ from ray import serve
 
 from service.api.access import Access
 from service.api.app import create_app
-from service.api.keys import KeyRing, read_keys
+from service.api.keys import KeyRing
 from service.api.results import open_store
 from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
@@ -19,21 +18,6 @@ from service.api.usage import LocalUsage
 from service.config import Settings
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.shared_usage import SharedUsage
-
-
-def needs_counter(settings: Settings, keys: KeyRing) -> bool:
-    """Whether the use of keys must be counted in one place outside the ingress replicas."""
-    return settings.http.ingress_replicas > 1 and any(key.has_limits for key in keys.keys)
-
-
-def read_access_keys(settings: Settings) -> KeyRing:
-    """The API keys that the settings name.
-
-    Raises:
-        KeysUnreadableError: they are not written as they should be.
-    """
-    path = settings.auth.keys_file
-    return read_keys(None if path is None else Path(path), settings.auth.keys)
 
 
 @serve.ingress()

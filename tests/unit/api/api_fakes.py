@@ -67,6 +67,16 @@ Generate = Callable[[GenerationRequest], Awaitable[Outcome]]
 Stream = Callable[[GenerationRequest], AsyncIterator[Event]]
 
 
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 class FakeBackend:
     """Answers at once; set `generate_with` for anything else. Keeps the requests it got."""
 

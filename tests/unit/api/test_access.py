@@ -10,9 +10,17 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from api_fakes import SETTINGS, Blocking, FakeBackend, client_for, make_app, make_store, raising
+from api_fakes import (
+    SETTINGS,
+    Blocking,
+    Clock,
+    FakeBackend,
+    client_for,
+    make_app,
+    make_store,
+    raising,
+)
 from fastapi import FastAPI
-from test_usage import Clock
 
 from service.api import ApiSettings, create_app
 from service.api.access import Access

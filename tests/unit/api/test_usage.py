@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
+from api_fakes import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.api.keys import ApiKey
 from service.api.usage import LEASE_S, MINUTE_S, Grant, LocalUsage, Rate, Refusal, UsageLedger
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
