@@ -4,6 +4,8 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 HOST ?= 127.0.0.1
 PORT ?= 8000
+# More options of `stepserve serve`, such as --config or --allow-anonymous.
+OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -23,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # not make, which would otherwise report an interrupt although the service drained and exited 0.
 run: $(INSTALLED)  ## Serve on HOST:PORT and make a first picture into out/.
 	@if [ -t 0 ]; then set -m; fi; \
-	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-picture out; exit $$?
+	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-picture out $(OPTIONS); exit $$?
 
 test: $(INSTALLED)  ## Run every test.
 	$(BIN)/python -m pytest

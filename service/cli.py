@@ -87,6 +87,7 @@ def serve(
         curl http://127.0.0.1:8000/v1/images/generations
           -H "Content-Type: application/json" -d '{"prompt": "red heart"}'
     """
+    from service.deployments.exposure import read_access_keys
     from service.deployments.server import serve_until_stopped
     from service.first_picture import greet
 
@@ -96,7 +97,8 @@ def serve(
     http = settings.http.model_copy(update=given)
     settings = settings.model_copy(update={"http": http})
     typer.echo(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
-    serve_until_stopped(settings, lambda url: greet(url, first_picture))
+    needs_key = bool(read_access_keys(settings).keys)
+    serve_until_stopped(settings, lambda url: greet(url, first_picture, needs_key))
     typer.echo("stopped")
 
 
@@ -274,14 +276,17 @@ def create_key(
         raise InvalidRequestError(f"{first['loc'][0]}: {first['msg']}") from error
     if file is not None:
         add_key(file, entry)
-    typer.echo(f"key:    {key}")
-    typer.echo(f"sha256: {entry.sha256}" + ("" if file is None else f"  (added to {file})"))
+    typer.echo(f"key: {key}")
+    typer.echo("Keep it now: it is not shown again, and only its hash is kept.")
+    typer.echo(
+        f"Added to {file}" if file else f"Add to auth.keys_file, below keys:\n{entry.text()}"
+    )
 
 
 @keys_app.command("list")
 def list_keys(config: ConfigOption = None) -> None:
     """List the API keys of the configuration by name, with their limits."""
-    from service.deployments.ingress import read_access_keys
+    from service.deployments.exposure import read_access_keys
 
     for key in read_access_keys(_settings(config)).keys:
         rate = "any number" if key.requests_per_minute is None else f"{key.requests_per_minute:g}"
@@ -307,6 +312,7 @@ def _model_id(settings: Settings, model: str | None) -> str:
 
 
 def _load(settings: Settings, model: str | None) -> LoadedModel:
+    from service.deployments.replica import trust_of
     from service.models.catalogue import model_folder
     from service.pipelines.load import load_model
 
@@ -314,7 +320,8 @@ def _load(settings: Settings, model: str | None) -> LoadedModel:
     chosen = settings.models[model_id]
     # It would be at an end before anything were compiled.
     speed = chosen.model_copy(update={"compile": False})
-    return load_model(model_id, model_folder(chosen.path), chosen.dtype, chosen.device, speed=speed)
+    folder, trust = model_folder(chosen.path), trust_of(chosen)
+    return load_model(model_id, folder, chosen.dtype, chosen.device, speed, trust)
 
 
 def _adapters(

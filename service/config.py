@@ -61,6 +61,9 @@ RESULTS_FOLDER = str(Path(tempfile.gettempdir()) / f"stepserve-results-{os.getui
 
 HIDDEN = "(hidden; not shown)"
 
+SECRETS = (("results", "secret"), ("auth", "keys"))
+"""Settings that are not told in messages."""
+
 KeyPath = tuple[str, ...]
 
 # Kubernetes puts such variables into every pod beside a Service whose name begins with
@@ -133,7 +136,8 @@ class UploadSettings(_Section):
 
     max_bytes: PositiveInt = 10_485_760
     """Of one picture file."""
-    max_pixels: PositiveInt = 16_777_216
+    max_pixels: Annotated[int, _Number, Field(ge=1, le=16_777_216)] = 16_777_216
+    """Of one picture; known before it is decoded."""
     urls: bool = False
     """Whether pictures are fetched from public `http:` and `https:` addresses."""
     fetch_timeout_s: PositiveSeconds = 10.0
@@ -213,6 +217,10 @@ class ModelSettings(SpeedSettings):
     """LoRA adapters by name: a safetensors file, or a folder that holds one."""
     adapters_folder: Annotated[str, Field(min_length=1)] | None = None
     """Each safetensors file in it is an adapter; new ones are found while serving."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder."""
+    allow_pickle: bool = False
+    """Read weights from pickle files where there are no safetensors; they may hold code to run."""
     max_loaded_adapters: PositiveInt = 4
     """Adapters that stay loaded while idle, and most of one request."""
     engine: EngineSettings = EngineSettings()
@@ -248,7 +256,7 @@ class Settings(_Section):
     def describe(self) -> str:
         """Return every setting in effect as YAML as `load_settings` reads it, but for secrets."""
         told = self.model_dump(mode="json")
-        for section, key in (("results", "secret"), ("auth", "keys")):
+        for section, key in SECRETS:
             if told[section][key] is not None:
                 told[section][key] = HIDDEN
         return yaml.safe_dump(told, sort_keys=False)
@@ -371,7 +379,8 @@ def _explain(item: Any, origins: Mapping[KeyPath, str]) -> str:
     name = origins.get(path) or ".".join(path)
     if item["type"] == "extra_forbidden":
         return f"{name}: unknown key{_did_you_mean(path[-1], _siblings(path), path[:-1])}"
-    return f"{name}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+    given = HIDDEN if path[:2] in SECRETS else repr(item["input"])
+    return f"{name}: {item['msg'].removeprefix('Value error, ')}, got {given}"
 
 
 def _siblings(path: KeyPath) -> set[str]:

@@ -12,13 +12,19 @@ PROMPT = "rocket on a blue background"
 REQUEST_TIMEOUT_S = 120.0
 
 
-def greet(url: str, folder: Path | None) -> None:
-    """Print where the service is; with a folder, make one picture into it first."""
+def greet(url: str, folder: Path | None, needs_key: bool = False) -> None:
+    """Print where the service is; with a folder, make one picture into it first.
+
+    Where a key is needed that is left out: only its hash is known here.
+    """
     typer.echo(f"ready: {url}  (API: {url}/docs)")
-    if folder is not None:
+    if folder is not None and needs_key:
+        typer.echo("first picture: left out, as it takes an API key")
+    elif folder is not None:
         typer.echo(f"first picture: {make_first_picture(url, folder)}")
+    key = ' -H "Authorization: Bearer $KEY"' if needs_key else ""
     typer.echo(
-        f"try:\n  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+        f"try:\n  curl -s {url}/v1/images/generations -H 'Content-Type: application/json'{key} \\\n"
         """    -d '{"prompt": "red heart"}' | """
         """python3 -c 'import base64, json, sys; """
         """open("heart.png", "wb").write(base64.b64decode("""

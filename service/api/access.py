@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 
+# As the router itself finds the path below a prefix: if it were found otherwise, some would get in.
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import KeyLimitError, UnauthorizedError, error_response
 from service.api.keys import ANYBODY, ApiKey, Caller, KeyRing, caller_of_key
 from service.api.middleware import request_id_of
-from service.api.usage import Grant, Refusal, Usage
+from service.api.usage import Rate, Refusal, Usage
+from service.domain.errors import NotReadyError, StepserveError
 
 GUARDED = "/v1/"
 LINKS = "/v1/results/"
@@ -48,19 +52,23 @@ class AccessMiddleware:
         if key is None:
             return await _refuse(UnauthorizedError(_how_to_come_in(scope)), scope, receive, send)
         scope["state"]["caller"] = caller_of_key(key)
-        if not key.has_limits or not scope["path"].startswith(COUNTED):
+        if not key.has_limits or not get_route_path(scope).startswith(COUNTED):
             return await self._app(scope, receive, send)
         return await self._count(key, scope, receive, send)
 
     async def _count(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self._access.usage.take(key)
-        if isinstance(answer, Refusal):
-            error = KeyLimitError(answer.message, answer.retry_after_s)
-            return await _refuse(error, scope, receive, send)
+        lease = secrets.token_hex(16)
         try:
-            await self._app(scope, receive, _with_limits(send, key, answer))
+            answer = await self._access.usage.take(key, lease)
+            if isinstance(answer, Refusal):
+                error = KeyLimitError(answer.message, answer.retry_after_s)
+                return await _refuse(error, scope, receive, _with_limits(send, answer.rate))
+            await self._app(scope, receive, _with_limits(send, answer.rate))
+        except NotReadyError as error:
+            # Those of the app are answered inside it: nobody answers who counts.
+            await _refuse(error, scope, receive, send)
         finally:
-            await self._access.usage.give_back(key.name, answer.lease)
+            self._access.usage.give_back(key.name, lease)
 
 
 def caller_in(scope: Scope) -> Caller:
@@ -70,7 +78,7 @@ def caller_in(scope: Scope) -> Caller:
 
 
 def _is_guarded(scope: Scope) -> bool:
-    path: str = scope["path"]
+    path = get_route_path(scope)
     return path.startswith(GUARDED) and not path.startswith(LINKS)
 
 
@@ -85,22 +93,20 @@ def _how_to_come_in(scope: Scope) -> str:
     return "an API key is required: send it as 'Authorization: Bearer KEY'"
 
 
-async def _refuse(
-    error: UnauthorizedError | KeyLimitError, scope: Scope, receive: Receive, send: Send
-) -> None:
+async def _refuse(error: StepserveError, scope: Scope, receive: Receive, send: Send) -> None:
     response = error_response(error, request_id_of(scope))
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
     await response(scope, receive, send)
 
 
-def _with_limits(send: Send, key: ApiKey, grant: Grant) -> Send:
-    if grant.remaining is None or grant.reset_s is None:
+def _with_limits(send: Send, rate: Rate | None) -> Send:
+    if rate is None:
         return send
     told = {
-        "x-ratelimit-limit-requests": f"{key.requests_per_minute:g}",
-        "x-ratelimit-remaining-requests": str(grant.remaining),
-        "x-ratelimit-reset-requests": f"{math.ceil(grant.reset_s)}s",
+        "x-ratelimit-limit-requests": str(rate.limit),
+        "x-ratelimit-remaining-requests": str(rate.remaining),
+        "x-ratelimit-reset-requests": f"{math.ceil(rate.reset_s)}s",
     }
 
     async def send_with_limits(message: Message) -> None:

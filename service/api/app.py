@@ -5,28 +5,44 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api.access import Access, AccessMiddleware
 from service.api.backend import Backend
+from service.api.errors import UnauthorizedError
 from service.api.handlers import add_error_handlers
 from service.api.middleware import (
     BodyLimitMiddleware,
     RequestIdMiddleware,
     UnexpectedErrorMiddleware,
 )
-from service.api.openapi import add_schemas
+from service.api.openapi import add_schemas, error_responses
 from service.api.results import ResultStore
 from service.api.routes import docs, health, images, models, playground, requests, results
 from service.api.schemas import PictureReference
 from service.api.settings import ApiSettings
 
-EXPOSED_HEADERS = ("X-Request-ID", "Server-Timing", "Retry-After")
+EXPOSED_HEADERS = (
+    "X-Request-ID",
+    "Server-Timing",
+    "Retry-After",
+    "X-RateLimit-Limit-Requests",
+    "X-RateLimit-Remaining-Requests",
+    "X-RateLimit-Reset-Requests",
+)
+
+KEY_SCHEME = HTTPBearer(
+    scheme_name="ApiKey",
+    description="An API key, as the operator of this server hands them out.",
+    auto_error=False,
+)
 
 DESCRIPTION = """\
 A diffusion-model server that batches requests at every denoising step.
@@ -60,7 +76,10 @@ def create_app(
     app.state.settings = settings
     app.state.store = store
     add_error_handlers(app)
-    for part in (images, requests, results, models, health, docs, playground):
+    keys = _told_of_keys() if access.keys.keys else {}
+    for part in (images, requests, models):
+        app.include_router(part.router, **keys)
+    for part in (results, health, docs, playground):
         app.include_router(part.router)
     app.mount(docs.ASSETS_URL, docs.ASSETS)
     app.mount(playground.ASSETS_URL, playground.ASSETS)
@@ -71,6 +90,14 @@ def create_app(
 def _operation_id(route: APIRoute) -> str:
     """What client generators call the function: `create_images`."""
     return route.name
+
+
+def _told_of_keys() -> dict[str, Any]:
+    """What the document says of keys. They are checked elsewhere, before any body is read."""
+    return {
+        "dependencies": [Security(KEY_SCHEME)],
+        "responses": error_responses(UnauthorizedError),
+    }
 
 
 @asynccontextmanager

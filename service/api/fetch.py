@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import ipaddress
 import re
 import socket
@@ -19,13 +20,17 @@ from urllib.parse import urljoin, urlsplit
 
 import httpcore
 
+from service import __version__
 from service.api.uploads import UploadLimits
 from service.domain.errors import InvalidRequestError
 from service.domain.limits import shown
 
 MAX_REDIRECTS = 3
+USER_AGENT = f"stepserve/{__version__}"
 REDIRECTS = (301, 302, 303, 307, 308)
 DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,", re.ASCII)
+
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -43,10 +48,17 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet."""
+    """Whether an IP address belongs to the public internet.
+
+    Of IPv6 that is global unicast alone: other ranges stand for IPv4 addresses or local ones.
+    """
     parsed: Address = ipaddress.ip_address(address)
-    mapped = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
-    return parsed.is_global and not parsed.is_multicast and (mapped is None or mapped.is_global)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        inner = parsed.ipv4_mapped or parsed.sixtofour
+        if inner is not None:
+            return is_public(str(inner))
+        return parsed.is_global and parsed in GLOBAL_UNICAST
+    return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):
@@ -65,11 +77,14 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to the first of the addresses of `host`, if all of them are allowed."""
+        """Connect to the first of the addresses of `host` that answers, if all are allowed."""
         addresses = await self._resolve(host, port)
         if not addresses or not all(map(self._allow, addresses)):
             raise AddressNotAllowedError(host)
-        return await self._network.connect_tcp(addresses[0], port, timeout, local_address)
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpcore.ConnectError):
+                return await self._network.connect_tcp(address, port, timeout, local_address)
+        return await self._network.connect_tcp(addresses[-1], port, timeout, local_address)
 
 
 async def fetch_picture(
@@ -118,7 +133,8 @@ async def _fetch(address: str, field: str, limits: UploadLimits, backend: Guarde
     async with httpcore.AsyncConnectionPool(network_backend=backend, max_connections=1) as pool:
         for _ in range(MAX_REDIRECTS + 1):
             _check_address(address, field)
-            async with pool.stream("GET", address, headers=[("Host", _host(address))]) as response:
+            headers = [("Host", _host(address)), ("User-Agent", USER_AGENT)]
+            async with pool.stream("GET", address, headers=headers) as response:
                 if response.status not in REDIRECTS:
                     return await _read(response, field, address, limits.max_bytes)
                 location = _header(response, b"location")
@@ -156,6 +172,11 @@ def _read_data_url(address: str, field: str) -> bytes:
 
 
 def _check_address(address: str, field: str) -> None:
+    if not address.isascii():
+        raise InvalidRequestError(
+            f"{field} must be at an address in ASCII, other signs as %XX, got {shown(address)}",
+            field,
+        )
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
         raise _not_allowed(field, address)

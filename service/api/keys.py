@@ -1,28 +1,42 @@
 """API keys: who may call, and how much.
 
 Keys are 256 random bits, so a plain SHA-256 keeps them as safe at rest as a slow hash would: there
-is nothing to guess. What is kept is the hash only.
+is nothing to guess. What is kept is the hash only. Keys that somebody thought up are refused where
+they are short, because those can be guessed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
+import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from service.domain.errors import InvalidRequestError, StepserveError
 from service.domain.requests import Priority
 
 PREFIX = "sk-stepserve-"
 KEY_BYTES = 32
+SHORTEST_KEY = 24
+"""Characters that a key must have at least, where an operator brings one along."""
+
 HASH_PREFIX = "sha256:"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -44,7 +58,7 @@ class ApiKey(BaseModel):
 
     name: Name
     sha256: Sha256
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    requests_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     priority: Literal["interactive", "normal", "batch"] = "interactive"
 
@@ -53,13 +67,17 @@ class ApiKey(BaseModel):
         """Whether its use must be counted."""
         return self.requests_per_minute is not None or self.max_concurrent is not None
 
+    def text(self) -> str:
+        """The key as an entry of a file of keys."""
+        return yaml.safe_dump([self.model_dump(exclude_defaults=True)], sort_keys=False)
+
 
 class KeysFile(BaseModel):
     """A file of keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    keys: tuple[ApiKey, ...] = ()
+    keys: Annotated[tuple[ApiKey, ...], BeforeValidator(lambda keys: keys or ())] = ()
 
 
 @dataclass(frozen=True)
@@ -93,18 +111,21 @@ class KeyRing:
     """All keys. Without any, everybody may call.
 
     Raises:
-        KeysUnreadableError: two keys have one name.
+        KeysUnreadableError: two keys have one name, or one key has two names.
     """
 
     def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
         self.keys = tuple(keys)
-        names = [key.name for key in self.keys]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise KeysUnreadableError(f"two API keys are named {min(twice)!r}")
+        names: dict[str, str] = {}
+        for key in self.keys:
+            if key.name in names.values():
+                raise KeysUnreadableError(f"two API keys are named {key.name!r}")
+            other = names.setdefault(key.sha256, key.name)
+            if other != key.name:
+                raise KeysUnreadableError(f"API keys {other!r} and {key.name!r} are the same")
 
     def find(self, token: str) -> ApiKey | None:
-        """The key that `token` is, or None. Takes equally long for any token."""
+        """The key that `token` is, or None. Takes as long whichever it is, or if it is none."""
         digest = hash_key(token)
         found = None
         for key in self.keys:
@@ -141,20 +162,52 @@ def read_keys(path: Path | None, listed: str | None) -> KeyRing:
 def add_key(path: Path, key: ApiKey) -> None:
     """Add a key to a file, which is made if there is none, readable by its owner alone.
 
+    Readers see the file as it was or as it is then, never a part of it.
+
     Raises:
-        KeysUnreadableError: the file cannot be read, or holds a key of that name.
+        KeysUnreadableError: the file cannot be read or written, or holds a key of that name.
     """
-    known = _read_file(path).keys if path.exists() else ()
-    ring = KeyRing([*known, key])
-    told = [_plain(each) for each in ring.keys]
+    try:
+        with _locked(path.parent):
+            known = _read_file(path).keys if path.exists() else ()
+            _replace(path, _with_key(path, KeyRing([*known, key])))
+    except OSError as error:
+        raise KeysUnreadableError(f"cannot write API keys to {path}: {error}") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two that add a key at once wait for each other, or one key would be lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _with_key(path: Path, ring: KeyRing) -> str:
+    """The text of the file with the last key of the ring added; comments are kept if possible."""
+    text = path.read_text(encoding="utf-8").rstrip() + "\n" if path.exists() else "keys:\n"
+    appended = text + ring.keys[-1].text()
+    try:
+        if KeysFile.model_validate(yaml.safe_load(appended)).keys == ring.keys:
+            return appended
+    except (yaml.YAMLError, ValidationError):
+        pass
+    return "keys:\n" + "".join(key.text() for key in ring.keys)
+
+
+def _replace(path: Path, text: str) -> None:
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    partial.touch(mode=0o600)
-    partial.write_text(yaml.safe_dump({"keys": told}, sort_keys=False), encoding="utf-8")
-    partial.replace(path)
-
-
-def _plain(key: ApiKey) -> dict[str, Any]:
-    return key.model_dump(exclude_defaults=True)
+    try:
+        partial.touch(mode=0o600)
+        partial.write_text(text, encoding="utf-8")
+        partial.chmod(mode)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_file(path: Path) -> KeysFile:
@@ -178,8 +231,18 @@ def _read_entry(index: int, entry: str) -> ApiKey:
     if parts is None:
         raise KeysUnreadableError(f"API key {index} of the list must be written as name=key")
     name, key = parts.groups()
-    digest = key.removeprefix(HASH_PREFIX) if key.startswith(HASH_PREFIX) else hash_key(key)
     try:
-        return ApiKey(name=name, sha256=digest)
+        return ApiKey(name=name, sha256=_digest_of(name, key))
     except ValidationError:
         raise KeysUnreadableError(f"API key {name!r} of the list has a wrong hash") from None
+
+
+def _digest_of(name: str, key: str) -> str:
+    if key.startswith(HASH_PREFIX):
+        return key.removeprefix(HASH_PREFIX)
+    if len(key) < SHORTEST_KEY:
+        raise KeysUnreadableError(
+            f"API key {name!r} of the list is {len(key)} characters long and could be guessed; the "
+            f"least is {SHORTEST_KEY} ('stepserve keys create' makes good ones)"
+        )
+    return hash_key(key)

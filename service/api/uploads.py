@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -77,30 +76,37 @@ def _decode(file: bytes, field: str, limits: UploadLimits) -> Image.Image:
             f"{field} is {len(file)} bytes long; the limit is {limits.max_bytes} bytes", field
         )
     try:
-        with warnings.catch_warnings():
-            # Its own limit is another; ours is checked here, before anything is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # The content decides what it is, not the name or the declared type.
-            image = Image.open(io.BytesIO(file), formats=FORMATS)
-            _check_pixels(image, field, limits)
-            return ImageOps.exif_transpose(image)
-    except InvalidRequestError:
-        raise
+        # Reads the header only. The content decides what it is, not the name or declared type.
+        image = Image.open(io.BytesIO(file), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(field, "far too many", limits) from error
+    except Exception as error:
+        raise _unreadable(field, file) from error
+    if image.width * image.height > limits.max_pixels:
+        raise _too_many_pixels(field, f"{image.width}x{image.height}", limits)
+    try:
+        return _in_8_bits(ImageOps.exif_transpose(image))
     except Exception as error:
         # Pillow raises whatever its decoders do.
-        known = ", ".join(FORMATS)
-        raise InvalidRequestError(
-            f"{field} of {len(file)} bytes cannot be read as a picture (known: {known})", field
-        ) from error
+        raise _unreadable(field, file) from error
 
 
-def _check_pixels(image: Image.Image, field: str, limits: UploadLimits) -> None:
-    if image.width * image.height > limits.max_pixels:
-        raise InvalidRequestError(
-            f"{field} is {image.width}x{image.height} pixels; the limit is "
-            f"{limits.max_pixels} pixels",
-            field,
-        )
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits would be cut off at 255 by Pillow's conversions, not scaled."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+
+
+def _too_many_pixels(field: str, size: str, limits: UploadLimits) -> InvalidRequestError:
+    message = f"{field} is {size} pixels; the limit is {limits.max_pixels} pixels"
+    return InvalidRequestError(message, field)
+
+
+def _unreadable(field: str, file: bytes) -> InvalidRequestError:
+    known = ", ".join(FORMATS)
+    message = f"{field} of {len(file)} bytes cannot be read as a picture (known: {known})"
+    return InvalidRequestError(message, field)
 
 
 def _as_upload(image: Image.Image) -> Upload:

@@ -1,12 +1,13 @@
 """How much each API key uses: so many requests a minute, so many at once.
 
-The count is kept in one place for all ingress replicas, so that limits are exact.
+The count is kept in one place for all ingress replicas, so that limits are exact. Whoever takes
+names the lease, so that it can be given back even if the answer never arrived.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,21 +15,32 @@ from service.api.keys import ApiKey
 
 MINUTE_S = 60.0
 BUSY_RETRY_S = 1.0
-# Who waits exactly as long as told must not be sent away again.
-ROUNDING = 1e-6
+LEASE_S = 30.0
+"""How long a lease lasts that nobody renews: its ingress is gone."""
+
+RENEW_S = 10.0
+
+WHOLE_TOKEN = 1 - 1e-9
+"""Sums of fractions miss a whole number by a little."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Where a key stands: of `limit` requests `remaining` may follow at once.
+
+    In `reset_s` seconds it may be as many as ever.
+    """
+
+    limit: int
+    remaining: int
+    reset_s: float
 
 
 @dataclass(frozen=True)
 class Grant:
-    """A request may go ahead. `lease` is to be given back when it has ended.
+    """A request may go ahead. `rate` is None where there is no limit on requests a minute."""
 
-    `remaining` requests may follow at once, and `reset_s` later as many as ever; both are None
-    where there is no limit on requests a minute.
-    """
-
-    lease: int
-    remaining: int | None = None
-    reset_s: float | None = None
+    rate: Rate | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Refusal:
 
     message: str
     retry_after_s: float
+    rate: Rate | None = None
 
 
 Answer = Grant | Refusal
@@ -48,7 +61,15 @@ class Account:
 
     tokens: float
     filled_s: float
-    leases: dict[int, float] = field(default_factory=dict)
+    leases: dict[str, float] = field(default_factory=dict)
+
+    def rate(self, key: ApiKey) -> Rate | None:
+        """What is told of the limit on requests a minute."""
+        if key.requests_per_minute is None:
+            return None
+        depth = depth_of(key)
+        missing_s = (depth - self.tokens) / key.requests_per_minute * MINUTE_S
+        return Rate(int(depth), int(self.tokens + 1 - WHOLE_TOKEN), missing_s)
 
 
 class UsageLedger:
@@ -59,39 +80,41 @@ class UsageLedger:
 
     Args:
         clock: seconds, monotonic.
-        lease_s: how long a request may take at most, in seconds.
+        lease_s: how long a lease lasts that is not renewed.
     """
 
-    def __init__(self, clock: Callable[[], float], lease_s: float) -> None:
+    def __init__(self, clock: Callable[[], float], lease_s: float = LEASE_S) -> None:
         self._clock = clock
         self._lease_s = lease_s
         self._accounts: dict[str, Account] = {}
-        self._granted = 0
 
-    def take(self, key: ApiKey) -> Answer:
-        """Ask whether a request may go ahead now."""
+    def take(self, key: ApiKey, lease: str) -> Answer:
+        """Ask whether a request may go ahead now. A refusal costs nothing."""
         now_s = self._clock()
         account = self._account(key, now_s)
         refusal = _check_concurrency(key, account) or _check_rate(key, account)
         if refusal is not None:
             return refusal
-        self._granted += 1
-        account.leases[self._granted] = now_s + self._lease_s
-        if key.requests_per_minute is None:
-            return Grant(self._granted)
-        account.tokens -= 1
-        missing = key.requests_per_minute - account.tokens
-        reset_s = missing / key.requests_per_minute * MINUTE_S
-        return Grant(self._granted, int(account.tokens), reset_s)
+        account.leases[lease] = now_s + self._lease_s
+        account.tokens -= 1 if key.requests_per_minute is not None else 0
+        return Grant(account.rate(key))
 
-    def give_back(self, name: str, lease: int) -> None:
-        """A request has ended, however it did."""
+    def renew(self, held: Mapping[str, Collection[str]]) -> None:
+        """Some requests are still at work: their leases, by the names of their keys."""
+        ends_s = self._clock() + self._lease_s
+        for name, leases in held.items():
+            account = self._accounts.get(name)
+            if account is not None:
+                account.leases.update(dict.fromkeys(leases, ends_s))
+
+    def give_back(self, name: str, lease: str) -> None:
+        """A request has ended, however it did, or was never let in."""
         account = self._accounts.get(name)
         if account is not None:
             account.leases.pop(lease, None)
 
     def _account(self, key: ApiKey, now_s: float) -> Account:
-        depth = max(key.requests_per_minute or 0.0, 1.0)
+        depth = depth_of(key)
         account = self._accounts.setdefault(key.name, Account(depth, now_s))
         gained = (now_s - account.filled_s) * (key.requests_per_minute or 0.0) / MINUTE_S
         account.tokens = min(account.tokens + gained, depth)
@@ -100,29 +123,38 @@ class UsageLedger:
         return account
 
 
+def depth_of(key: ApiKey) -> float:
+    """How many requests may come at once."""
+    return max(key.requests_per_minute or 0.0, 1.0)
+
+
 class Usage(Protocol):
     """Where use is counted: in this process, or in one that all ingress replicas ask."""
 
-    async def take(self, key: ApiKey) -> Answer:
-        """Ask whether a request may go ahead now."""
+    async def take(self, key: ApiKey, lease: str) -> Answer:
+        """Ask whether a request may go ahead now.
+
+        Raises:
+            NotReadyError: nobody answers.
+        """
         ...
 
-    async def give_back(self, name: str, lease: int) -> None:
-        """A request has ended."""
+    def give_back(self, name: str, lease: str) -> None:
+        """A request has ended. Never waits: it is called while a request is being cancelled."""
         ...
 
 
 class LocalUsage:
-    """Counts in this process, which must be the only one."""
+    """Counts in this process, which must be the only one. Its leases end with it."""
 
-    def __init__(self, ledger: UsageLedger) -> None:
-        self._ledger = ledger
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._ledger = UsageLedger(clock, math.inf)
 
-    async def take(self, key: ApiKey) -> Answer:
+    async def take(self, key: ApiKey, lease: str) -> Answer:
         """Ask whether a request may go ahead now."""
-        return self._ledger.take(key)
+        return self._ledger.take(key, lease)
 
-    async def give_back(self, name: str, lease: int) -> None:
+    def give_back(self, name: str, lease: str) -> None:
         """A request has ended."""
         self._ledger.give_back(name, lease)
 
@@ -134,14 +166,17 @@ def _check_concurrency(key: ApiKey, account: Account) -> Refusal | None:
     return Refusal(
         f"API key {key.name!r} has {len(account.leases)} requests at work; the limit is {limit}",
         BUSY_RETRY_S,
+        account.rate(key),
     )
 
 
 def _check_rate(key: ApiKey, account: Account) -> Refusal | None:
     limit = key.requests_per_minute
-    if limit is None or account.tokens >= 1 - ROUNDING:
+    if limit is None or account.tokens >= WHOLE_TOKEN:
         return None
     wait_s = math.ceil((1 - account.tokens) / limit * MINUTE_S)
     return Refusal(
-        f"API key {key.name!r} has sent its {limit:g} requests of a minute", float(wait_s)
+        f"API key {key.name!r} has sent its {limit:g} requests of a minute",
+        float(max(wait_s, 1)),
+        account.rate(key),
     )

@@ -7,9 +7,12 @@ from typing import Any
 
 from ray import serve
 
+from service.api.keys import KeyRing
 from service.config import ModelSettings, Settings
+from service.deployments.exposure import needs_counter, read_access_keys
 from service.deployments.ingress import Ingress
 from service.deployments.replica import ModelReplica, ReplicaSpec
+from service.deployments.shared_usage import UsageCounter
 from service.models.catalogue import model_folder
 
 APPLICATION = "stepserve"
@@ -27,7 +30,9 @@ def build_application(settings: Settings) -> Any:
 
     Raises:
         ModelNotFoundError: a configured model does not exist.
+        KeysUnreadableError: the API keys are not written as they should be.
     """
+    keys = read_access_keys(settings)
     handles = {
         model_id: _model_deployment(model_id, model).bind(
             ReplicaSpec(model_id, model_folder(model.path), model)
@@ -42,7 +47,20 @@ def build_application(settings: Settings) -> Any:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
     )
-    return ingress.bind(settings, handles)
+    return ingress.bind(settings, handles, keys, _counter(settings, keys))
+
+
+def _counter(settings: Settings, keys: KeyRing) -> Any:
+    if not needs_counter(settings, keys):
+        return None
+    return serve.deployment(
+        UsageCounter,
+        name="usage",
+        num_replicas=1,
+        max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        ray_actor_options={"num_cpus": 0},
+    ).bind()
 
 
 def deployment_name(model_id: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,49 +10,34 @@ from ray import serve
 
 from service.api.access import Access
 from service.api.app import create_app
-from service.api.keys import KeyRing, read_keys
+from service.api.keys import KeyRing
 from service.api.results import open_store
 from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
-from service.api.usage import LocalUsage, UsageLedger
+from service.api.usage import LocalUsage
 from service.config import Settings
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.shared_usage import SharedUsage
 
-LEASE_MARGIN_S = 60.0
-
-
-def build_access(settings: Settings) -> Access:
-    """The keys of the settings, and where their use is counted.
-
-    Raises:
-        KeysUnreadableError: the keys are not written as they should be.
-    """
-    keys = read_access_keys(settings)
-    lease_s = settings.http.request_timeout_s + LEASE_MARGIN_S
-    if settings.http.ingress_replicas > 1 and any(key.has_limits for key in keys.keys):
-        return Access(keys, SharedUsage(lease_s))
-    return Access(keys, LocalUsage(UsageLedger(time.monotonic, lease_s)))
-
-
-def read_access_keys(settings: Settings) -> KeyRing:
-    """The API keys that the settings name.
-
-    Raises:
-        KeysUnreadableError: they are not written as they should be.
-    """
-    path = settings.auth.keys_file
-    return read_keys(None if path is None else Path(path), settings.auth.keys)
-
 
 @serve.ingress()
 class Ingress:
-    """Built on its replica: neither the app nor its state is pickled."""
+    """Built on its replica: neither the app nor its state is pickled.
 
-    def __init__(self, settings: Settings, handles: dict[str, Any]) -> None:
+    Args:
+        settings: everything that an operator may set.
+        handles: Ray Serve handles of the models by id.
+        keys: who may call; read by whoever starts the service, as their file may be there only.
+        counter: handle of what counts the use of keys, where there are several ingress replicas.
+    """
+
+    def __init__(
+        self, settings: Settings, handles: dict[str, Any], keys: KeyRing, counter: Any = None
+    ) -> None:
         self.settings = settings
         self.backend = RemoteBackend(handles)
-        self.access = build_access(settings)
+        usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
+        self.access = Access(keys, usage)
         results = settings.results
         self.store = open_store(results.address, results.expires_s, results.secret)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from service.engine.engine import EngineOptions
     from service.pipelines.adapter_files import AdapterOptions
     from service.pipelines.runner import PipelineRunner
+    from service.pipelines.trust import Trust
 
 logger = logging.getLogger("ray.serve")
 
@@ -147,7 +148,14 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
 
     settings = spec.settings
     leave_cores_to_engine()
-    model = load_model(spec.model_id, spec.folder, settings.dtype, settings.device, speed=settings)
+    model = load_model(
+        spec.model_id,
+        spec.folder,
+        settings.dtype,
+        settings.device,
+        settings,
+        trust_of(settings),
+    )
     sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
     adapters = adapter_options(settings)
     runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing)
@@ -156,6 +164,13 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     logger.info("model %s is warm after %.1f s", spec.model_id, seconds)
     runner.start_compiling()
     return runner
+
+
+def trust_of(settings: ModelSettings) -> Trust:
+    """What an operator allows a model's folder."""
+    from service.pipelines.trust import Trust
+
+    return Trust(remote_code=settings.trust_remote_code, pickle=settings.allow_pickle)
 
 
 def adapter_options(settings: ModelSettings) -> AdapterOptions:

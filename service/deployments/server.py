@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import signal
@@ -27,7 +26,7 @@ from service.deployments.application import (
     deployment_name,
     needed_cpus,
 )
-from service.deployments.ingress import read_access_keys
+from service.deployments.exposure import check_exposure
 from service.domain.errors import StepserveError
 
 READY_TIMEOUT_S = 600.0
@@ -56,6 +55,8 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
 
     Raises:
         ModelNotFoundError: a configured model does not exist.
+        OpenToAllError: other machines could use it without an API key, and nobody said they may.
+        KeysUnreadableError: the API keys are not written as they should be.
         StartError: the address is taken, a model failed to load, or the service was not ready in
             time.
     """
@@ -72,32 +73,6 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
                 drain(settings)
         finally:
             stop_ray()
-
-
-def check_exposure(settings: Settings) -> None:
-    """Return if whoever can reach the service is meant to.
-
-    Raises:
-        StartError: other machines could use it without an API key, and nobody said they may.
-        KeysUnreadableError: the API keys are not written as they should be.
-    """
-    host = settings.http.host
-    if read_access_keys(settings).keys or settings.http.allow_anonymous or is_loopback(host):
-        return
-    raise StartError(
-        f"anybody who reaches {host} could use this service, as it has no API keys. Make one:\n"
-        "  stepserve keys create my-app --file keys.yaml\n"
-        "  STEPSERVE_AUTH__KEYS_FILE=keys.yaml stepserve serve ...\n"
-        "or serve without: --allow-anonymous (http.allow_anonymous: true)"
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_address(host: str, port: int) -> None:

@@ -1,53 +1,84 @@
-"""The use of API keys, counted in one Ray actor for all ingress replicas."""
+"""The use of API keys, counted in one place for all ingress replicas."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Collection, Mapping
+from contextvars import Context
 from typing import Any
 
-import ray
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from service.api.keys import ApiKey
-from service.api.usage import Answer, UsageLedger
+from service.api.usage import RENEW_S, Answer, UsageLedger
+from service.domain.errors import NotReadyError
 
-ACTOR = "stepserve-usage"
-NAMESPACE = "stepserve"
+RETRY_AFTER_S = 2.0
 
 
-class UsageActor:
-    """One ledger behind one queue of calls."""
+class UsageCounter:
+    """One ledger, as a Ray Serve deployment of one replica. Begins anew if that replica dies.
 
-    def __init__(self, lease_s: float) -> None:
-        self._ledger = UsageLedger(time.monotonic, lease_s)
+    Its methods are coroutines so that all of them run on one event loop, one after another.
+    """
 
-    def take(self, key: ApiKey) -> Answer:
+    def __init__(self) -> None:
+        self._ledger = UsageLedger(time.monotonic)
+
+    async def take(self, key: ApiKey, lease: str) -> Answer:
         """Ask whether a request may go ahead now."""
-        return self._ledger.take(key)
+        return self._ledger.take(key, lease)
 
-    def give_back(self, name: str, lease: int) -> None:
+    async def renew(self, held: Mapping[str, Collection[str]]) -> None:
+        """These leases are still needed."""
+        self._ledger.renew(held)
+
+    async def give_back(self, name: str, lease: str) -> None:
         """A request has ended."""
         self._ledger.give_back(name, lease)
 
 
 class SharedUsage:
-    """Asks the actor, which the first ingress replica makes and which outlives it."""
+    """Asks the counter, and renews the leases of this process for as long as it lives.
 
-    def __init__(self, lease_s: float) -> None:
-        make: Any = ray.remote(UsageActor)
-        self._actor = make.options(
-            name=ACTOR,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
-        ).remote(lease_s)
+    Args:
+        counter: Ray Serve handle of a `UsageCounter`.
+        renew_s: seconds between two renewals.
+    """
 
-    async def take(self, key: ApiKey) -> Answer:
-        """Ask whether a request may go ahead now."""
-        answer: Answer = await self._actor.take.remote(key)
+    def __init__(self, counter: Any, renew_s: float = RENEW_S) -> None:
+        self._counter = counter
+        self._renew_s = renew_s
+        self._held: dict[str, set[str]] = {}
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def take(self, key: ApiKey, lease: str) -> Answer:
+        """Ask whether a request may go ahead now.
+
+        Raises:
+            NotReadyError: the counter is starting anew.
+        """
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew_for_ever(), context=Context())
+        self._held.setdefault(key.name, set()).add(lease)
+        try:
+            answer: Answer = await self._counter.take.remote(key, lease)
+        except (RayError, RayServeException) as error:
+            message = "the use of API keys cannot be counted right now"
+            raise NotReadyError(message, RETRY_AFTER_S) from error
         return answer
 
-    async def give_back(self, name: str, lease: int) -> None:
-        """A request has ended. Nobody waits for that."""
-        self._actor.give_back.remote(name, lease)
+    def give_back(self, name: str, lease: str) -> None:
+        """A request has ended. If this gets lost, the lease runs out."""
+        self._held.get(name, set()).discard(lease)
+        # Ray Serve cancels the calls that a cancelled request has made; this one is to arrive.
+        Context().run(self._counter.give_back.remote, name, lease)
+
+    async def _renew_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._renew_s)
+            held = {name: tuple(leases) for name, leases in self._held.items() if leases}
+            if held:
+                self._counter.renew.remote(held)

@@ -10,6 +10,7 @@ import torch
 
 from service import __version__
 from service.domain.fingerprint import Fingerprint
+from service.pipelines.trust import pickle_files
 
 ANY_ROWS = "any rows"
 
@@ -32,13 +33,14 @@ def take_fingerprint(
 
 
 def hash_weights(folder: Path) -> str:
-    """SHA-256 over names and contents of all safetensors files, and of what configures them.
+    """SHA-256 over names and contents of all files with weights, and of what configures them.
 
     JSON files count in the folders of the pipeline's components only: those beside them say what
     Stepserve tells about the model.
     """
     total = hashlib.sha256()
-    for path in sorted({*folder.rglob("*.safetensors"), *folder.glob("*/*.json")}):
+    settings = {*folder.glob("*/*.json"), *folder.glob("*.py"), *folder.glob("*/*.py")}
+    for path in sorted({*folder.rglob("*.safetensors"), *pickle_files(folder), *settings}):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())

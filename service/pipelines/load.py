@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -32,6 +30,7 @@ from service.pipelines.prompts import PromptMeter, measure_prompts, tokenizers_o
 from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
 from service.pipelines.speed import check_speed, loading_arguments, settle
+from service.pipelines.trust import Trust, check_trust, find_pipeline_class
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -59,21 +58,26 @@ def load_model(
     dtype: str = "bfloat16",
     device: str = "auto",
     speed: SpeedSettings | None = None,
+    trust: Trust | None = None,
 ) -> LoadedModel:
     """Load a text-to-image pipeline from a local diffusers folder.
 
-    Weights are read from safetensors only, and no code that lies in the folder is run.
+    Without `trust`, weights are read from safetensors only, and no code that lies in the folder is
+    run.
 
     Raises:
-        ModelLoadError: the folder is missing or is no such pipeline, or a setting does not fit it.
+        ModelLoadError: the folder is missing or is no such pipeline, a setting does not fit it, or
+            it asks for more trust than it is given.
     """
     if not (folder / "model_index.json").exists():
         raise ModelLoadError(f"model {model_id}: {folder} is not a diffusers folder")
     if dtype not in DTYPES:
         raise ModelLoadError(f"model {model_id}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     _hush_libraries()
+    trust = trust or Trust()
     try:
-        return _load(model_id, folder, DTYPES[dtype], device, speed or SpeedSettings())
+        check_trust(folder, trust)
+        return _load(model_id, folder, DTYPES[dtype], device, speed or SpeedSettings(), trust)
     except ModelLoadError as error:
         raise ModelLoadError(f"model {model_id}: cannot be loaded: {error.message}") from error
     except Exception as error:
@@ -83,20 +87,26 @@ def load_model(
 
 
 def _load(
-    model_id: str, folder: Path, dtype: torch.dtype, device: str, speed: SpeedSettings
+    model_id: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    speed: SpeedSettings,
+    trust: Trust,
 ) -> LoadedModel:
     chosen = choose_device(device)
     check_speed(speed, chosen)
     manifest = read_manifest(folder)
-    pipeline_class = _pipeline_class(folder)
+    pipeline_class = find_pipeline_class(folder)
     signature = read_signature(pipeline_class)
     check_serves_prompts(pipeline_class, signature)
     pipeline = DiffusionPipeline.from_pretrained(
         folder,
         dtype=dtype,
-        use_safetensors=True,
+        # None: safetensors where there are any.
+        use_safetensors=None if trust.pickle else True,
         local_files_only=True,
-        trust_remote_code=False,
+        trust_remote_code=trust.remote_code,
         **loading_arguments(speed, folder),
     )
     settle(pipeline, chosen, speed)
@@ -129,16 +139,6 @@ def _denoiser(pipeline: Any) -> Any:
     if denoiser is None:
         raise ModelLoadError("compile needs a component `transformer` or `unet`")
     return denoiser
-
-
-def _pipeline_class(folder: Path) -> type:
-    """The class that the folder names, looked up before gigabytes are read."""
-    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    # A list names a file of Python code in the folder.
-    if not isinstance(name, str) or not hasattr(diffusers, name):
-        raise ModelLoadError(f"diffusers has no pipeline {name!r}, and no code of a folder is run")
-    pipeline_class: type = getattr(diffusers, name)
-    return pipeline_class
 
 
 def leave_cores_to_engine() -> None:

@@ -322,3 +322,55 @@ def test_wrong_knobs(file: Path, content: str, problem: str):
     file.write_text(f"models: {{a: {content}}}")
 
     assert problem in problems_of(file)
+
+
+KEY = "an-operators-own-key-of-some-length"
+
+
+def test_who_may_call(file: Path):
+    file.write_text(
+        "http: {allow_anonymous: true, ingress_replicas: 3, cors_origins: [https://a.example]}\n"
+        "auth: {keys_file: keys.yaml}\n"
+    )
+    settings = load_settings(file, {"STEPSERVE_AUTH__KEYS": f"app={KEY}"})
+
+    assert (settings.auth.keys_file, settings.auth.keys) == ("keys.yaml", f"app={KEY}")
+    assert (settings.http.allow_anonymous, settings.http.ingress_replicas) == (True, 3)
+    assert settings.http.cors_origins == ("https://a.example",)
+
+
+def test_nobody_from_elsewhere_is_let_in_by_default():
+    http, uploads = Settings().http, Settings().uploads
+
+    assert (http.host, http.allow_anonymous, http.cors_origins) == ("127.0.0.1", False, ())
+    assert (Settings().auth.keys_file, Settings().auth.keys) == (None, None)
+    assert uploads.urls is False
+    assert (ModelSettings().trust_remote_code, ModelSettings().allow_pickle) == (False, False)
+
+
+def test_secrets_are_in_no_message_and_in_no_description(file: Path):
+    settings = load_settings(None, {"STEPSERVE_AUTH__KEYS": KEY, "STEPSERVE_RESULTS__SECRET": KEY})
+    file.write_text(f"auth: {{keys: [{KEY}]}}\nresults: {{secret: {KEY[:3]}}}\n")
+    message = problems_of(file)
+
+    assert KEY not in settings.describe()
+    assert "auth.keys: Input should be a valid string" in message
+    assert "results.secret: String should have at least 16 characters" in message
+    assert KEY not in message
+    assert f"'{KEY[:3]}'" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("uploads: {max_pixels: 16777217}", "uploads.max_pixels: Input should be less than"),
+        ("uploads: {url: true}", "did you mean 'uploads.urls'?"),
+        ("http: {cors_origin: [x]}", "did you mean 'http.cors_origins'?"),
+        ("http: {ingress_replicas: 0}", "http.ingress_replicas: Input should be greater than"),
+        ("models: {a: {trust_remote_codes: true}}", "did you mean 'models.a.trust_remote_code'?"),
+    ],
+)
+def test_wrong_settings_of_who_may_do_what(file: Path, content: str, problem: str):
+    file.write_text(content)
+
+    assert problem in problems_of(file)

@@ -15,7 +15,7 @@ from service.api import ApiSettings, ModelStatus, create_app
 from service.api.access import Access
 from service.api.keys import ApiKey, KeyRing
 from service.api.results import ResultStore
-from service.api.usage import LocalUsage, UsageLedger
+from service.api.usage import LocalUsage
 from service.domain.batch import BatchView
 from service.domain.errors import CancelledError
 from service.domain.events import (
@@ -65,6 +65,16 @@ SETTINGS = ApiSettings(default_model="emoji", max_body_bytes=2000, request_timeo
 
 Generate = Callable[[GenerationRequest], Awaitable[Outcome]]
 Stream = Callable[[GenerationRequest], AsyncIterator[Event]]
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 class FakeBackend:
@@ -173,10 +183,13 @@ def make_store() -> ResultStore:
 
 
 def make_app(
-    backend: FakeBackend, settings: ApiSettings = SETTINGS, keys: Sequence[ApiKey] = ()
+    backend: FakeBackend,
+    settings: ApiSettings = SETTINGS,
+    keys: Sequence[ApiKey] = (),
+    clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    usage = LocalUsage(UsageLedger(time.monotonic, 600))
-    return create_app(backend, settings, make_store(), Access(KeyRing(keys), usage))
+    access = Access(KeyRing(keys), LocalUsage(clock))
+    return create_app(backend, settings, make_store(), access)
 
 
 def client_for(backend: FakeBackend, settings: ApiSettings = SETTINGS) -> httpx.AsyncClient:

@@ -1,248 +1,241 @@
-"""API keys: who is let in, what each may use, and what is kept of them."""
+"""API keys: made, kept as hashes, read from files and lists, and found again."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import stat
+import hashlib
+import multiprocessing
+import pickle
 from pathlib import Path
 
-import httpx
 import pytest
-from api_fakes import SETTINGS, Blocking, FakeBackend, make_app
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api import ApiSettings
-from service.api.keys import ApiKey, KeyRing, KeysUnreadableError, add_key, hash_key, read_keys
-from service.api.usage import Grant, Refusal, UsageLedger
+from service.api.keys import (
+    ANYBODY,
+    PREFIX,
+    ApiKey,
+    KeyRing,
+    KeysUnreadableError,
+    add_key,
+    caller_of_key,
+    hash_key,
+    new_key,
+    read_keys,
+)
+from service.domain.errors import InvalidRequestError
 from service.domain.requests import Priority
 
-URL = "/v1/images/generations"
-BODY = {"prompt": "cat"}
-WEB, BATCH, SMALL = "sk-web", "sk-batch", "sk-small"
-KEYS = (
-    ApiKey(name="web", sha256=hash_key(WEB)),
-    ApiKey(name="nightly", sha256=hash_key(BATCH), priority="batch"),
-    ApiKey(name="small", sha256=hash_key(SMALL), requests_per_minute=2, max_concurrent=1),
-)
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
+SHA = "0" * 64
+OWN_KEY = "an-operators-own-key-of-some-length"
 
 
 @pytest.fixture
-def client(backend: FakeBackend) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=make_app(backend, SETTINGS, KEYS))
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "keys.yaml"
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic sk-web", "sk-web", "é"])
-async def test_without_a_right_key_nobody_is_let_in(
-    client: httpx.AsyncClient, backend: FakeBackend, header: str | None
-):
-    headers = {} if header is None else {"Authorization": header.encode()}
-    answers = [
-        await client.post(URL, json=BODY, headers=headers),
-        await client.post("/v1/images/edits", content=b"x" * 9999, headers=headers),
-        await client.get("/v1/models", headers=headers),
-        await client.get("/v1/requests/x", headers=headers),
-    ]
+def test_a_new_key_is_256_random_bits_and_only_its_hash_is_kept():
+    keys = {new_key() for _ in range(100)}
 
-    assert [answer.status_code for answer in answers] == [401] * 4
-    assert answers[0].json()["error"]["code"] == "invalid_api_key"
-    assert answers[0].headers["www-authenticate"] == "Bearer"
-    assert answers[0].headers["x-request-id"]
-    assert backend.requests == []
+    assert len(keys) == 100
+    assert all(key.startswith(PREFIX) and len(key) == len(PREFIX) + 43 for key in keys)
+    key = keys.pop()
+    assert hash_key(key) == hashlib.sha256(key.encode()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "path", ["/healthz", "/readyz", "/openapi.json", "/v1/results/x?signature="]
-)
-async def test_some_doors_need_no_key(client: httpx.AsyncClient, path: str):
-    assert (await client.get(path)).status_code in (200, 403)
+def test_each_of_several_keys_is_found():
+    keys = [new_key() for _ in range(3)]
+    ring = KeyRing(ApiKey(name=f"k{i}", sha256=hash_key(key)) for i, key in enumerate(keys))
+
+    assert [found.name for key in keys if (found := ring.find(key))] == ["k0", "k1", "k2"]
 
 
-async def test_requests_belong_to_their_key(client: httpx.AsyncClient, backend: FakeBackend):
-    headers = bearer(WEB) | {"X-Request-ID": "webs"}
-    made = await client.post(URL, json=BODY, headers=headers)
-    own = await client.get("/v1/requests/webs", headers=bearer(WEB))
-    others = await client.get("/v1/requests/webs", headers=bearer(BATCH))
-    cancelled = await client.delete("/v1/requests/webs", headers=bearer(BATCH))
+@given(st.text())
+def test_no_other_text_is_a_key(token: str):
+    key = new_key()
+    ring = KeyRing([ApiKey(name="a", sha256=hash_key(key))])
 
-    assert made.status_code == 200
-    assert backend.requests[0].owner == "web"
-    assert (own.status_code, others.status_code, cancelled.status_code) == (200, 404, 404)
+    assert ring.find(token) is None
+    assert ring.find(hash_key(key)) is None
+    assert ring.find(key + "\ud800") is None
 
 
-async def test_a_key_has_a_most_urgent_priority(client: httpx.AsyncClient, backend: FakeBackend):
-    usual = await client.post(URL, json=BODY, headers=bearer(BATCH))
-    urgent = await client.post(URL, json=BODY | {"priority": "normal"}, headers=bearer(BATCH))
-    web = await client.post(URL, json=BODY | {"priority": "interactive"}, headers=bearer(WEB))
+def test_a_ring_crosses_processes():
+    ring = KeyRing([ApiKey(name="a", sha256=SHA, requests_per_minute=2)])
 
-    assert (usual.status_code, urgent.status_code, web.status_code) == (200, 400, 200)
-    assert urgent.json()["error"]["param"] == "priority"
-    assert [r.priority for r in backend.requests] == [Priority.BATCH, Priority.INTERACTIVE]
+    assert pickle.loads(pickle.dumps(ring)).keys == ring.keys
 
 
-async def test_a_key_sends_so_many_a_minute(client: httpx.AsyncClient):
-    answers = [await client.post(URL, json=BODY, headers=bearer(SMALL)) for _ in range(3)]
-    models = await client.get("/v1/models", headers=bearer(SMALL))
+def test_a_file_is_made_for_its_owner_alone_and_grows(file: Path):
+    first, second = new_key(), new_key()
+    add_key(file, ApiKey(name="app", sha256=hash_key(first), requests_per_minute=30))
+    add_key(file, ApiKey(name="jobs", sha256=hash_key(second), priority="batch", max_concurrent=2))
+    ring = read_keys(file, None)
 
-    assert [answer.status_code for answer in answers] == [200, 200, 429]
-    assert answers[0].headers["x-ratelimit-limit-requests"] == "2"
-    assert answers[0].headers["x-ratelimit-remaining-requests"] == "1"
-    assert answers[2].json()["error"]["code"] == "rate_limit_exceeded"
-    assert 1 <= int(answers[2].headers["retry-after"]) <= 30
-    assert models.status_code == 200
-
-
-async def test_a_key_has_so_many_at_once_however_they_end(
-    client: httpx.AsyncClient, backend: FakeBackend
-):
-    backend.generate_with = blocking = Blocking()
-    first = asyncio.create_task(client.post(URL, json=BODY, headers=bearer(SMALL)))
-    while not blocking.began.is_set():
-        await asyncio.sleep(0)
-    second = await client.post(URL, json=BODY, headers=bearer(SMALL))
-    first.cancel()
-    await asyncio.gather(first, return_exceptions=True)
-    wrong = await client.post(URL, json={}, headers=bearer(SMALL))
-
-    assert second.status_code == 429
-    assert "the limit is 1" in second.json()["error"]["message"]
-    assert wrong.status_code == 400
-
-
-async def test_cors_is_off_unless_wanted(backend: FakeBackend):
-    headers = {"Origin": "https://app.example"}
-    for origins, expected in (((), None), (("https://app.example",), "https://app.example")):
-        settings = ApiSettings("emoji", cors_origins=origins)
-        transport = httpx.ASGITransport(app=make_app(backend, settings, KEYS))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            answer = await client.get("/healthz", headers=headers)
-            asked = headers | {"Access-Control-Request-Method": "POST"}
-            preflight = await client.options(URL, headers=asked)
-        assert answer.headers.get("access-control-allow-origin") == expected
-        assert preflight.headers.get("access-control-allow-origin") == expected
-
-
-async def test_neither_prompts_nor_keys_reach_the_log(
-    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level(logging.DEBUG)
-
-    async def fail(request: object) -> object:
-        raise RuntimeError("boom")
-
-    for generate in (backend.generate_with, fail):
-        backend.generate_with = generate  # type: ignore[assignment]
-        await client.post(URL, json={"prompt": "sekrit plans"}, headers=bearer(WEB))
-        await client.post(URL, json={"prompt": "sekrit plans", "n": 99}, headers=bearer(WEB))
-
-    assert "boom" in caplog.text
-    assert "sekrit" not in caplog.text
-    assert WEB not in caplog.text
-
-
-def test_keys_are_written_and_read_back(tmp_path: Path):
-    path = tmp_path / "keys.yaml"
-    for key in KEYS:
-        add_key(path, key)
-
-    assert read_keys(path, None).keys == KEYS
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert WEB not in path.read_text()
-    with pytest.raises(KeysUnreadableError, match="'web'"):
-        add_key(path, KEYS[0])
-
-
-def test_keys_may_be_listed_plain_or_hashed():
-    ring = read_keys(None, f"a=sk-1, b=sha256:{hash_key('sk-2')}")
-
-    assert [ring.find(token) and ring.find(token).name for token in ("sk-1", "sk-2")] == ["a", "b"]  # type: ignore[union-attr]
-    assert ring.find(hash_key("sk-2")) is None
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [key.name for key in ring.keys] == ["app", "jobs"]
+    assert ring.find(first) == ring.keys[0]
+    assert (ring.keys[0].requests_per_minute, ring.keys[0].max_concurrent) == (30, None)
+    assert (ring.keys[1].max_concurrent, ring.keys[1].priority) == (2, "batch")
+    assert first not in file.read_text()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize(
-    "listed", ["sk-plain-secret", "a=sha256:sk-plain-secret", "é=sk-plain-secret"]
+    "text",
+    [
+        "",
+        "keys:\n",
+        "keys: []\n",
+        f"keys: [{{name: a, sha256: '{SHA}'}}]\n",
+        f"# ours\nkeys:\n- name: a\n  sha256: '{SHA}'",
+        f"keys:\n  - name: a\n    sha256: '{SHA}'\n",
+    ],
 )
-def test_wrong_lists_are_refused_without_being_shown(listed: str):
-    with pytest.raises(KeysUnreadableError) as caught:
+def test_a_key_is_added_to_a_file_however_that_is_written(file: Path, text: str):
+    file.write_text(text)
+    before = read_keys(file, None).keys
+    added = ApiKey(name="b", sha256="1" * 64)
+    add_key(file, added)
+
+    assert read_keys(file, None).keys == (*before, added)
+
+
+def test_comments_and_permissions_are_kept(file: Path):
+    file.write_text(f"# for the web shop\nkeys:\n- name: a\n  sha256: '{SHA}' # until May\n")
+    file.chmod(0o640)
+    add_key(file, ApiKey(name="b", sha256="1" * 64))
+
+    assert "# for the web shop" in file.read_text()
+    assert "# until May" in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def _add(job: tuple[Path, int]) -> None:
+    file, number = job
+    add_key(file, ApiKey(name=f"k{number}", sha256=f"{number:064x}"))
+
+
+def test_two_that_add_a_key_at_once_lose_none(file: Path):
+    with multiprocessing.get_context("forkserver").Pool(4) as pool:
+        pool.map(_add, [(file, number) for number in range(12)], chunksize=1)
+
+    assert {key.name for key in read_keys(file, None).keys} == {f"k{n}" for n in range(12)}
+
+
+def test_a_name_cannot_be_taken_twice(file: Path):
+    add_key(file, ApiKey(name="app", sha256=SHA))
+    before = file.read_text()
+    with pytest.raises(KeysUnreadableError, match="two API keys are named 'app'"):
+        add_key(file, ApiKey(name="app", sha256="1" * 64))
+
+    assert file.read_text() == before
+
+
+def test_one_key_cannot_have_two_names():
+    with pytest.raises(KeysUnreadableError, match="'a' and 'b' are the same"):
+        read_keys(None, f"a={OWN_KEY},b={OWN_KEY}")
+
+
+def test_where_no_file_can_be_written(tmp_path: Path):
+    with pytest.raises(KeysUnreadableError, match="cannot write API keys to"):
+        add_key(tmp_path / "missing/keys.yaml", ApiKey(name="a", sha256=SHA))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("keys: [{name: a}]", "keys.0.sha256: Field required"),
+        ("keys: [{name: a/b, sha256: x}]", "keys.0.name: String should match"),
+        (f"keys: [{{name: a, sha256: '{SHA}', limit: 2}}]", "keys.0.limit: Extra inputs"),
+        (f"keys: [{{name: a, sha256: '{SHA}', max_concurrent: 0}}]", "greater than or equal to 1"),
+        (f"keys: [{{name: a, sha256: '{SHA}', requests_per_minute: .inf}}]", "a finite number"),
+        (f"keys: [{{name: a, sha256: '{SHA}', priority: urgent}}]", "'interactive', 'normal' or"),
+        ("[", "cannot read API keys from"),
+        ("- a", "wrong API keys in"),
+    ],
+)
+def test_a_wrong_file_is_told(file: Path, content: str, problem: str):
+    file.write_text(content)
+    with pytest.raises(KeysUnreadableError) as wrong:
+        read_keys(file, None)
+
+    assert problem in wrong.value.message
+    assert str(file) in wrong.value.message
+
+
+def test_a_plain_key_in_place_of_its_hash_is_not_repeated(file: Path):
+    file.write_text(yaml.safe_dump({"keys": [{"name": "a", "sha256": OWN_KEY}]}))
+    with pytest.raises(KeysUnreadableError) as wrong:
+        read_keys(file, None)
+
+    assert OWN_KEY not in wrong.value.message
+
+
+def test_a_missing_file_is_no_open_door(tmp_path: Path):
+    with pytest.raises(KeysUnreadableError, match="cannot read API keys from"):
+        read_keys(tmp_path / "missing.yaml", None)
+
+
+def test_keys_listed_in_a_variable():
+    key = new_key()
+    ring = read_keys(None, f" app={OWN_KEY}, jobs=sha256:{hash_key(key)} ,")
+
+    assert (found := ring.find(OWN_KEY)) is not None
+    assert found.name == "app"
+    assert (found := ring.find(key)) is not None
+    assert found.name == "jobs"
+
+
+def test_a_file_and_a_list_together(file: Path):
+    add_key(file, ApiKey(name="a", sha256=SHA))
+
+    assert [key.name for key in read_keys(file, f"b={OWN_KEY}").keys] == ["a", "b"]
+    with pytest.raises(KeysUnreadableError, match="named 'a'"):
+        read_keys(file, f"a={OWN_KEY}")
+
+
+@pytest.mark.parametrize(
+    ("listed", "problem"),
+    [
+        (OWN_KEY, "key 0 of the list must be written as name=key"),
+        (f"a={OWN_KEY},=x", "key 1 of the list"),
+        ("a=sha256:abc", "'a' of the list has a wrong hash"),
+        ("a=letmein", "'a' of the list is 7 characters long and could be guessed"),
+    ],
+)
+def test_a_wrong_list_is_told_without_its_keys(listed: str, problem: str):
+    with pytest.raises(KeysUnreadableError) as wrong:
         read_keys(None, listed)
 
-    assert "secret" not in str(caught.value)
+    assert problem in wrong.value.message
+    assert OWN_KEY not in wrong.value.message
+    assert "letmein" not in wrong.value.message
 
 
 @pytest.mark.parametrize(
-    "text", ["keys: [{name: a, sha256: sk-plain-secret}]", "keys: 3", "[", "keys: [{nme: a}]"]
+    ("most", "wanted", "given"),
+    [
+        ("interactive", None, Priority.NORMAL),
+        ("interactive", "interactive", Priority.INTERACTIVE),
+        ("normal", None, Priority.NORMAL),
+        ("normal", "batch", Priority.BATCH),
+        ("batch", None, Priority.BATCH),
+    ],
 )
-def test_wrong_files_are_refused_without_being_shown(tmp_path: Path, text: str):
-    path = tmp_path / "keys.yaml"
-    path.write_text(text)
-    with pytest.raises(KeysUnreadableError, match=r"keys\.yaml") as caught:
-        read_keys(path, None)
+def test_priorities_that_a_key_may_take(most: str, wanted: str | None, given: Priority):
+    caller = caller_of_key(ApiKey.model_validate({"name": "a", "sha256": SHA, "priority": most}))
 
-    assert "secret" not in str(caught.value)
+    assert caller.priority(wanted) is given
 
 
-def test_every_key_is_compared():
-    ring = KeyRing(KEYS)
+def test_a_priority_above_the_keys_is_refused():
+    caller = caller_of_key(ApiKey(name="a", sha256=SHA, priority="normal"))
+    with pytest.raises(InvalidRequestError, match="'interactive' is not open") as refused:
+        caller.priority("interactive")
 
-    assert [ring.find(token) for token in (WEB, BATCH, SMALL, "")] == [*KEYS, None]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def test_leases_run_out_where_nobody_gives_them_back():
-    clock = Clock()
-    ledger = UsageLedger(clock, lease_s=60)
-    key = ApiKey(name="k", sha256="0" * 64, max_concurrent=1)
-    assert isinstance(ledger.take(key), Grant)
-    assert isinstance(ledger.take(key), Refusal)
-    clock.now_s = 61
-
-    assert isinstance(ledger.take(key), Grant)
-
-
-@given(st.lists(st.floats(0, 30), min_size=1, max_size=60), st.integers(1, 20))
-def test_no_minute_sees_more_than_twice_the_rate_and_waiting_as_told_helps(
-    pauses_s: list[float], rate: int
-):
-    clock = Clock()
-    ledger = UsageLedger(clock, lease_s=1)
-    key = ApiKey(name="k", sha256="0" * 64, requests_per_minute=rate)
-    granted_s: list[float] = []
-    for pause_s in pauses_s:
-        clock.now_s += pause_s
-        answer = ledger.take(key)
-        if isinstance(answer, Refusal):
-            clock.now_s += answer.retry_after_s
-            answer = ledger.take(key)
-        assert isinstance(answer, Grant)
-        granted_s.append(clock.now_s)
-
-    # The bucket is a minute deep and is filled once a minute.
-    for start_s in granted_s:
-        assert sum(start_s <= moment_s < start_s + 60 for moment_s in granted_s) <= 2 * rate
-
-
-@given(st.lists(st.booleans(), max_size=50), st.integers(1, 4))
-def test_never_more_at_once_than_allowed(takes: list[bool], limit: int):
-    ledger = UsageLedger(Clock(), lease_s=60)
-    key = ApiKey(name="k", sha256="0" * 64, max_concurrent=limit)
-    held: list[int] = []
-    for take in takes:
-        if take:
-            answer = ledger.take(key)
-            assert isinstance(answer, Grant) == (len(held) < limit)
-            held += [answer.lease] if isinstance(answer, Grant) else []
-        elif held:
-            ledger.give_back("k", held.pop())
+    assert refused.value.field == "priority"
+    assert "the most urgent is 'normal'" in refused.value.message
+    assert ANYBODY.priority("interactive") is Priority.INTERACTIVE

@@ -1,0 +1,394 @@
+"""Pictures by address, against real servers; the guard against names is tried with a fake resolver.
+
+The tests' own servers are on the loopback address, which nobody may be led to but here.
+"""
+
+from __future__ import annotations
+
+import base64
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpcore
+import pytest
+
+from service.api import fetch
+from service.api.fetch import GuardedBackend, fetch_picture, is_public, resolve
+from service.api.uploads import UploadLimits
+from service.domain.errors import InvalidRequestError
+
+LIMITS = UploadLimits(urls=True, max_bytes=1000, fetch_timeout_s=5)
+FILE = b"a picture"
+
+
+@dataclass
+class Site:
+    """What a server answers by path, and what it was asked."""
+
+    port: int = 0
+    redirects: dict[str, str] = field(default_factory=dict)
+    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    release: threading.Event = field(default_factory=threading.Event)
+
+    def url(self, path: str = "/picture", host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+
+def handler_of(site: Site) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            site.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
+            if self.path in site.redirects:
+                self.send_response(302)
+                self.send_header("Location", site.redirects[self.path])
+                self.end_headers()
+            elif self.path == "/endless":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"x" * 5000)
+            elif self.path == "/slow":
+                self.send_response(200)
+                self.send_header("Content-Length", "10")
+                self.end_headers()
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                site.release.wait(10)
+            else:
+                self.send_response(200 if self.path == "/picture" else 404)
+                self.send_header("Content-Length", str(len(FILE)))
+                self.end_headers()
+                self.wfile.write(FILE)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    return Handler
+
+
+def serving(site: Site) -> Iterator[Site]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler_of(site)) as server:
+        site.port = server.server_port
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield site
+        site.release.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    yield from serving(Site())
+
+
+@pytest.fixture
+def inner_site() -> Iterator[Site]:
+    """What only this machine is to reach."""
+    yield from serving(Site())
+
+
+def loopback_only(address: str) -> bool:
+    return address == "127.0.0.1"
+
+
+async def fetched(url: str, limits: UploadLimits = LIMITS) -> bytes:
+    return await fetch_picture(url, "image", limits, allow=loopback_only)
+
+
+async def refusal(url: str, limits: UploadLimits = LIMITS, **guards: Callable[..., object]) -> str:
+    with pytest.raises(InvalidRequestError) as refused:
+        await fetch_picture(url, "image", limits, **({"allow": loopback_only} | guards))  # type: ignore[arg-type]
+    assert refused.value.field == "image"
+    return refused.value.message
+
+
+async def test_a_picture_is_fetched(site: Site):
+    assert await fetched(site.url()) == FILE
+
+    [(path, headers)] = site.asked
+    assert path == "/picture"
+    assert headers["host"] == f"127.0.0.1:{site.port}"
+    assert headers["user-agent"].startswith("stepserve/")
+    assert not {"cookie", "authorization", "referer"} & set(headers)
+
+
+async def test_nothing_is_fetched_by_default(site: Site):
+    message = await refusal(site.url(), UploadLimits())
+
+    assert "this server fetches no addresses" in message
+    assert site.asked == []
+
+
+async def test_data_urls_need_no_permission():
+    url = f"data:image/webp;base64,{base64.b64encode(FILE).decode()}"
+
+    assert await fetch_picture(url, "image", UploadLimits(urls=False)) == FILE
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("data:text/html;base64,aaaa", "must begin with 'data:image/png;base64,'"),
+        ("data:image/png,aaaa", "must begin with"),
+        ("data:image/png;base64,a", "wrong base64"),
+        ("data:image/png;base64,aa aa", "wrong base64"),
+    ],
+)
+async def test_wrong_data_urls(url: str, problem: str):
+    assert problem in await refusal(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/picture",
+        "gopher://127.0.0.1/",
+        "//127.0.0.1/picture",
+        "/etc/passwd",
+        "http://",
+        "http:///picture",
+        "",
+    ],
+)
+async def test_only_http(url: str):
+    assert "must be at a public 'http:' or 'https:' address" in await refusal(url)
+
+
+@pytest.mark.parametrize("user", ["user:pass", "user", ":pass", ""])
+async def test_no_credentials(site: Site, user: str):
+    message = await refusal(site.url(host=f"{user}@127.0.0.1"))
+
+    assert "without credentials" in message
+    assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://127.0.0.1:99999/",
+        "http://127.0.0.1:port/",
+        "http://bücher.invalid/",
+        "http://127.0.0.1/\u2028",
+        "http://a b/",
+        "http://127.0.0.1:1/\r\nHost: x",
+    ],
+)
+async def test_addresses_that_are_none_are_told_as_wrong(url: str):
+    assert "image" in await refusal(url, resolver=resolve_to("127.0.0.1"))
+
+
+async def test_a_real_name_is_resolved():
+    assert set(await resolve("localhost", 80)) & {"127.0.0.1", "::1"}
+
+
+def resolve_to(*addresses: str) -> Callable[..., object]:
+    async def resolver(host: str, port: int) -> list[str]:
+        return list(addresses)
+
+    return resolver
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/picture",
+        "http://localhost:{port}/picture",
+        "http://127.1:{port}/picture",
+        "http://2130706433:{port}/picture",
+        "http://0x7f.0.0.1:{port}/picture",
+        "http://0.0.0.0:{port}/picture",
+        "http://[::ffff:127.0.0.1]:{port}/picture",
+    ],
+)
+async def test_this_machine_is_not_fetched_from_however_it_is_written(site: Site, url: str):
+    """The real guard and the real resolver."""
+    await refusal(url.format(port=site.port), allow=is_public, resolver=resolve)
+
+    assert site.asked == []
+
+
+async def test_one_forbidden_address_of_a_name_is_enough(site: Site):
+    resolver = resolve_to("127.0.0.1", "10.0.0.1")
+
+    assert "public" in await refusal(site.url(host="name.invalid"), resolver=resolver)
+    assert "public" in await refusal(site.url(host="name.invalid"), resolver=resolve_to())
+    assert site.asked == []
+
+
+async def test_a_name_that_means_something_else_a_moment_later_is_asked_once(site: Site):
+    """The address that was checked is the one that is connected to."""
+    answers = iter([["127.0.0.1"]])
+
+    async def rebinding(host: str, port: int) -> list[str]:
+        return next(answers)
+
+    url = site.url(host="name.invalid")
+    file = await fetch_picture(url, "image", LIMITS, resolver=rebinding, allow=loopback_only)
+
+    assert file == FILE
+    assert site.asked[0][1]["host"] == f"name.invalid:{site.port}"
+
+
+async def test_a_name_is_checked_anew_for_every_redirect(site: Site):
+    site.redirects["/picture"] = "/again"
+    site.redirects["/again"] = site.url("/inner", host="name.invalid")
+    answers = iter([["127.0.0.1"], ["127.0.0.1"], ["10.0.0.1"]])
+
+    async def rebinding(host: str, port: int) -> list[str]:
+        return next(answers)
+
+    message = await refusal(site.url(host="other.invalid"), resolver=rebinding)
+
+    assert "public" in message
+    assert [path for path, _ in site.asked] == ["/picture", "/again"]
+
+
+async def test_the_next_address_is_tried_where_one_does_not_answer(site: Site):
+    def allow(address: str) -> bool:
+        return address in ("127.0.0.1", "127.0.0.2")
+
+    backend = GuardedBackend(resolve_to("127.0.0.2", "127.0.0.1"), allow)  # type: ignore[arg-type]
+    stream = await backend.connect_tcp("name.invalid", site.port)
+    await stream.aclose()
+    with pytest.raises(httpcore.ConnectError):
+        await backend.connect_tcp("name.invalid", closed_port())
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as closing:
+        return int(closing.getsockname()[1])
+
+
+@pytest.mark.parametrize("hops", [1, fetch.MAX_REDIRECTS])
+async def test_redirects_are_followed(site: Site, hops: int):
+    site.redirects = {f"/{n}": f"/{n - 1}" for n in range(2, hops + 1)} | {"/1": "/picture"}
+
+    assert await fetched(site.url(f"/{hops}")) == FILE
+
+
+async def test_but_not_for_ever(site: Site):
+    site.redirects["/loop"] = "/loop"
+
+    assert await refusal(site.url("/loop")) == "image is redirected more than 3 times"
+    assert len(site.asked) == fetch.MAX_REDIRECTS + 1
+
+
+async def test_a_redirect_to_where_nobody_may_go(site: Site, inner_site: Site):
+    """The first address is allowed; what it leads to could be reached, and is not."""
+    verdicts = iter([True, False])
+    site.redirects["/picture"] = inner_site.url()
+    message = await refusal(site.url(), allow=lambda address: next(verdicts))
+
+    # Where it leads is not told: it may be a place that only this server knows.
+    assert f":{inner_site.port}" not in message
+    assert "public" in message
+    assert len(site.asked) == 1
+    assert inner_site.asked == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["file:///etc/passwd", "data:image/png;base64,aaaa", "http://user@127.0.0.1/", "ftp:x"],
+)
+async def test_a_redirect_to_something_else(site: Site, target: str):
+    site.redirects["/picture"] = target
+
+    assert "must be at a public" in await refusal(site.url())
+
+
+async def test_a_file_that_is_too_long(site: Site):
+    message = await refusal(site.url("/endless"))
+
+    assert "is longer than the limit of 1000 bytes" in message
+
+
+async def test_a_file_that_takes_too_long(site: Site):
+    limits = UploadLimits(urls=True, fetch_timeout_s=0.2)
+
+    assert await refusal(site.url("/slow"), limits) == "image did not arrive within 0.2 s"
+
+
+async def test_a_file_that_is_not_there(site: Site):
+    assert "status 404" in await refusal(site.url("/missing"))
+
+
+async def test_a_server_that_is_not_there():
+    assert "cannot be fetched from" in await refusal(f"http://127.0.0.1:{closed_port()}/")
+
+
+async def test_a_server_that_speaks_no_http():
+    def hang_up(listener: socket.socket) -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(1000)
+            connection.sendall(b"220 mail.example ESMTP\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=hang_up, args=(listener,))
+        thread.start()
+        message = await refusal(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        thread.join()
+
+    assert "cannot be fetched from" in message
+
+
+async def test_proxies_of_the_environment_are_not_used(site: Site, monkeypatch: pytest.MonkeyPatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
+
+    assert await fetched(site.url()) == FILE
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.255.255.254",
+        "0.0.0.0",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "192.0.0.1",
+        "192.0.2.1",
+        "198.18.0.1",
+        "224.0.0.1",
+        "239.1.1.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "::ffff:169.254.169.254",
+        "::10.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b:1::10.0.0.1",
+        "2002:0a00:0001::",
+        "2002:7f00:0001::1",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+        "2001:db8::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fec0::1",
+        "fc00::1",
+        "fd00:ec2::254",
+        "ff02::1",
+        "ff0e::1",
+        "4000::1",
+    ],
+)
+def test_addresses_that_are_not_public(address: str):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8"]
+)
+def test_addresses_that_are_public(address: str):
+    assert is_public(address)
