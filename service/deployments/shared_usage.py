@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from service.api.keys import ApiKey
-from service.api.usage import RENEW_S, Answer, UsageLedger
+from service.api.usage import LEASE_S, RENEW_S, Answer, Grant, UsageLedger
 from service.domain.errors import NotReadyError
 
 RETRY_AFTER_S = 2.0
@@ -24,8 +24,8 @@ class UsageCounter:
     Its methods are coroutines so that all of them run on one event loop, one after another.
     """
 
-    def __init__(self) -> None:
-        self._ledger = UsageLedger(time.monotonic)
+    def __init__(self, lease_s: float = LEASE_S) -> None:
+        self._ledger = UsageLedger(time.monotonic, lease_s)
 
     async def take(self, key: ApiKey, lease: str) -> Answer:
         """Ask whether a request may go ahead now."""
@@ -62,12 +62,13 @@ class SharedUsage:
         """
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_for_ever(), context=Context())
-        self._held.setdefault(key.name, set()).add(lease)
         try:
             answer: Answer = await self._counter.take.remote(key, lease)
         except (RayError, RayServeException) as error:
             message = "the use of API keys cannot be counted right now"
             raise NotReadyError(message, RETRY_AFTER_S) from error
+        if isinstance(answer, Grant):
+            self._held.setdefault(key.name, set()).add(lease)
         return answer
 
     def give_back(self, name: str, lease: str) -> None:

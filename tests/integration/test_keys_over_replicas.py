@@ -1,0 +1,93 @@
+"""API keys on a real service with two ingress replicas: their limits are exact all the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import Service
+
+from service.api.keys import ApiKey, add_key, hash_key, new_key
+
+GENERATIONS = "/v1/images/generations"
+QUICK = {"prompt": "pizza", "num_inference_steps": 2}
+LONG = QUICK | {"num_inference_steps": 1000, "n": 8, "stream": True, "previews": 50}
+LIMITS = {
+    "steady": {"requests_per_minute": 6},
+    "single": {"max_concurrent": 1},
+    "free": {},
+}
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, str]:
+    return {name: new_key() for name in LIMITS}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory, keys: dict[str, str]) -> Iterator[Service]:
+    folder: Path = tmp_path_factory.mktemp("guarded")
+    for name, key in keys.items():
+        entry = {"name": name, "sha256": hash_key(key), **LIMITS[name]}
+        add_key(folder / "keys.yaml", ApiKey.model_validate(entry))
+    running = Service(
+        folder,
+        variables={
+            "STEPSERVE_AUTH__KEYS_FILE": str(folder / "keys.yaml"),
+            "STEPSERVE_HTTP__INGRESS_REPLICAS": "2",
+        },
+    )
+    running.start()
+    yield running
+    running.kill()
+
+
+def draw(service: Service, key: str, body: dict[str, object] = QUICK) -> httpx.Response:
+    """On a connection of its own, so that any ingress replica may get it."""
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(timeout=60, trust_env=False, verify=False) as client:
+        return client.post(service.url + GENERATIONS, json=body, headers=headers)
+
+
+def test_the_first_picture_is_left_to_who_has_a_key(guarded: Service):
+    assert "first picture: left out" in guarded.log
+    assert 'Authorization: Bearer $KEY"' in guarded.log
+    assert draw(guarded, "wrong").status_code == 401
+
+
+def test_the_rate_is_exact_over_replicas(guarded: Service, keys: dict[str, str]):
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: draw(guarded, keys["steady"]), range(16)))
+    statuses = [answer.status_code for answer in answers]
+
+    assert (statuses.count(200), statuses.count(429)) == (6, 10)
+    left = [
+        int(answer.headers["x-ratelimit-remaining-requests"])
+        for answer in answers
+        if answer.status_code == 200
+    ]
+    assert sorted(left) == [0, 1, 2, 3, 4, 5]
+    assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 429)
+    assert draw(guarded, keys["free"]).status_code == 200
+
+
+def test_one_at_once_over_replicas_and_a_client_that_leaves(guarded: Service, keys: dict[str, str]):
+    headers = {"Authorization": f"Bearer {keys['single']}"}
+    with (
+        httpx.Client(timeout=60, trust_env=False) as client,
+        client.stream("POST", guarded.url + GENERATIONS, json=LONG, headers=headers) as answer,
+    ):
+        assert answer.status_code == 200
+        assert next(answer.iter_lines()).startswith("event: image_generation.partial_image")
+        with ThreadPoolExecutor(8) as pool:
+            others = list(pool.map(lambda _: draw(guarded, keys["single"]), range(8)))
+        assert {other.status_code for other in others} == {429}
+    left_s = time.monotonic()
+    while draw(guarded, keys["single"]).status_code == 429:
+        # Far less than a lease lasts: it was given back.
+        assert time.monotonic() < left_s + 10
+        time.sleep(0.05)
