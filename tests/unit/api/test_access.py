@@ -255,11 +255,20 @@ async def test_a_place_is_free_after_any_error(backend: FakeBackend, error: Exce
 
 
 async def test_a_stream_has_its_place_until_its_end(backend: FakeBackend):
+    backend.generate_with = blocking = Blocking()
     async with client_of(guarded(backend, entry(max_concurrent=1))) as client:
-        for _ in range(3):
+        streaming = asyncio.create_task(draw(client, stream=True))
+        await until(blocking.began.is_set)
+        meanwhile = await draw(client)
+        streaming.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await streaming
+        backend.generate_with = FakeBackend().generate_with
+        for _ in range(2):
             answer = await draw(client, stream=True, partial_images=1)
-            assert answer.status_code == 200
             assert "image_generation.completed" in answer.text
+
+    assert meanwhile.status_code == 429
 
 
 class Leaving:
