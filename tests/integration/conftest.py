@@ -6,67 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-
-READY_TIMEOUT_S = 240
-STOP_TIMEOUT_S = 60
-WAITING_LIMIT = 24
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@dataclass
-class Service:
-    """A running `stepserve serve` and what it printed."""
-
-    folder: Path
-    port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
-    variables: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "serve.log").read_text()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
-        command += ["--first-picture", str(self.folder / "out")]
-        limit = {"STEPSERVE_MODELS__EMOJI__ENGINE__MAX_WAITING_PICTURES": str(WAITING_LIMIT)}
-        with (self.folder / "serve.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | limit | self.variables,
-                # Like a shell does: Ctrl-C reaches the whole group, Ray's processes included.
-                start_new_session=True,
-            )
-        self._wait_until_greeted()
-
-    def interrupt(self) -> int:
-        """Ctrl-C, and the exit code."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGINT)
-        return self.process.wait(STOP_TIMEOUT_S)
-
-    def kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.interrupt()
-
-    def _wait_until_greeted(self) -> None:
-        assert self.process is not None
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while "Ctrl-C stops" not in self.log:
-            assert self.process.poll() is None, f"the service ended:\n{self.log}"
-            assert time.monotonic() < deadline_s, f"the service was not ready:\n{self.log}"
-            time.sleep(0.1)
+from running_service import Service
 
 
 @pytest.fixture(scope="session")

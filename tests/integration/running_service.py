@@ -29,6 +29,7 @@ class Service:
     folder: Path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -47,7 +48,7 @@ class Service:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | limit,
+                env=os.environ | limit | self.variables,
                 # Like a shell does: Ctrl-C reaches the whole group, Ray's processes included.
                 start_new_session=True,
             )

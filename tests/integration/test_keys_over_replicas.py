@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Service
+from running_service import Service
 
 from service.api.keys import ApiKey, add_key, hash_key, new_key
 
