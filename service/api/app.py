@@ -21,6 +21,7 @@ from service.api.handlers import add_error_handlers
 from service.api.middleware import (
     BodyLimitMiddleware,
     RequestIdMiddleware,
+    TimingMiddleware,
     UnexpectedErrorMiddleware,
 )
 from service.api.openapi import add_schemas, error_responses
@@ -120,6 +121,7 @@ def _middleware(settings: ApiSettings, access: Access) -> list[Middleware]:
     return [
         *([cors] if settings.cors_origins else []),
         Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
+        Middleware(TimingMiddleware),
         Middleware(UnexpectedErrorMiddleware),
         Middleware(AccessMiddleware, access=access),
         Middleware(

@@ -1,8 +1,9 @@
-"""ASGI middleware, outermost first: request id, answers to bugs, body limit."""
+"""ASGI middleware, outermost first: request id, timing, answers to bugs, body limit."""
 
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from service.api.errors import error_response
 from service.domain.errors import BodyTooLargeError
 
 REQUEST_ID_HEADER = "X-Request-ID"
+TIMING_HEADER = "Server-Timing"
 UPLOADS = ("/v1/images/edits", "/v1/images/variations")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -39,6 +41,27 @@ class RequestIdMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         tell = _with_header(send, REQUEST_ID_HEADER, request_id) if self._echo else send
         return await self._app(scope, receive, tell)
+
+
+class TimingMiddleware:
+    """Tells in `Server-Timing` how long an answer took, where a route tells nothing more exact."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection and time it up to the first byte of the answer."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started_s = time.perf_counter()
+
+        async def timed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                total_ms = (time.perf_counter() - started_s) * 1000
+                MutableHeaders(scope=message).setdefault(TIMING_HEADER, f"total;dur={total_ms:.1f}")
+            await send(message)
+
+        return await self._app(scope, receive, timed)
 
 
 class UnexpectedErrorMiddleware:

@@ -91,3 +91,29 @@ def test_one_at_once_over_replicas_and_a_client_that_leaves(guarded: Service, ke
         # Far less than a lease lasts: it was given back.
         assert time.monotonic() < left_s + 10
         time.sleep(0.05)
+
+
+def test_requests_are_found_whichever_ingress_is_asked(guarded: Service, keys: dict[str, str]):
+    headers = {"Authorization": f"Bearer {keys['free']}", "X-Request-ID": "sought"}
+    body = LONG | {"stream": False}
+    with ThreadPoolExecutor() as pool:
+        making = pool.submit(
+            httpx.post, f"{guarded.url}{GENERATIONS}", json=body, headers=headers, timeout=120
+        )
+        url = f"{guarded.url}/v1/requests/sought"
+        # Every call is a connection of its own, so that either ingress gets some.
+        while httpx.get(url, headers=headers).status_code == 404:
+            assert not making.done(), making.result().text
+        told = [httpx.get(url, headers=headers, timeout=30) for _ in range(12)]
+        with httpx.stream("GET", f"{url}/events", headers=headers, timeout=30) as events:
+            lines = [line for line, _ in zip(events.iter_lines(), range(12), strict=False)]
+        foreign = httpx.get(url, headers={"Authorization": f"Bearer {keys['steady']}"})
+        cancelled = httpx.delete(url, headers=headers)
+        ended = making.result()
+
+    assert [answer.status_code for answer in told] == [200] * 12
+    assert {answer.json()["state"] for answer in told} == {"running"}
+    assert "event: accepted" in lines
+    assert foreign.status_code == 404
+    assert cancelled.status_code == 200
+    assert ended.json()["error"]["code"] == "request_cancelled"
