@@ -20,6 +20,7 @@ from service.domain.events import Event, Failed, Finished, StepFinished
 from service.domain.timings import Timings
 from service.engine.engine import EngineOptions
 from service.pipelines import runner as runner_module
+from service.pipelines import warm_up as warm_up_module
 from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, RequestListener
@@ -307,3 +308,19 @@ def test_the_model_tells_what_a_usual_request_costs(runner: PipelineRunner) -> N
     assert isinstance(finished, Finished)
     assert expected_s is not None
     assert 0.2 < expected_s / finished.timings.total_s < 5
+
+
+def test_a_moment_of_other_load_does_not_decide_the_row_limit(
+    runner: PipelineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_s = {2: [0.02], 4: [0.30, 0.03], 8: [0.04], 16: [0.9, 0.9, 0.9]}
+
+    def measure(runner: PipelineRunner, request: Any) -> float:
+        return told_s[request.rows].pop(0)
+
+    monkeypatch.setattr(warm_up_module, "_measure", measure)
+    curve = measure_steps(runner)
+
+    assert curve.seconds == {2: 0.02, 4: 0.03, 8: 0.04, 16: 0.9}
+    assert curve.row_limit == 8
+    assert told_s[16] == []
