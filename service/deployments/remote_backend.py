@@ -38,11 +38,14 @@ class RemoteBackend:
         self._handles = dict(handles)
         self._statuses = {model_id: _unknown(model_id) for model_id in handles}
         self._probes: dict[str, asyncio.Task[None]] = {}
+        self._started: asyncio.Task[None] | None = None
 
     async def models(self) -> Sequence[ModelStatus]:
         """The latest status of every model; the first call waits briefly for a first answer."""
-        if not self._probes:
-            await self._start_probes()
+        if self._started is None:
+            self._started = asyncio.create_task(self._start_probes())
+        # Every one of the first calls waits. One that is cancelled stops no other.
+        await asyncio.shield(self._started)
         return list(self._statuses.values())
 
     async def generate(self, request: GenerationRequest) -> Outcome:
