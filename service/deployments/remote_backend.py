@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayError
@@ -43,7 +44,9 @@ class RemoteBackend:
     async def models(self) -> Sequence[ModelStatus]:
         """The latest status of every model; the first call waits briefly for a first answer."""
         if self._started is None:
-            self._started = asyncio.create_task(self._start_probes())
+            # In a context of its own: Ray Serve cancels the calls of a request whose client leaves,
+            # and these are nobody's.
+            self._started = asyncio.create_task(self._start_probes(), context=Context())
         # Every one of the first calls waits. One that is cancelled stops no other.
         await asyncio.shield(self._started)
         return list(self._statuses.values())
