@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayError
@@ -38,11 +39,16 @@ class RemoteBackend:
         self._handles = dict(handles)
         self._statuses = {model_id: _unknown(model_id) for model_id in handles}
         self._probes: dict[str, asyncio.Task[None]] = {}
+        self._started: asyncio.Task[None] | None = None
 
     async def models(self) -> Sequence[ModelStatus]:
         """The latest status of every model; the first call waits briefly for a first answer."""
-        if not self._probes:
-            await self._start_probes()
+        if self._started is None:
+            # In a context of its own: Ray Serve cancels the calls of a request whose client leaves,
+            # and these are nobody's.
+            self._started = asyncio.create_task(self._start_probes(), context=Context())
+        # Every one of the first calls waits. One that is cancelled stops no other.
+        await asyncio.shield(self._started)
         return list(self._statuses.values())
 
     async def generate(self, request: GenerationRequest) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import httpx
@@ -27,7 +27,8 @@ from service.api.access import Access
 from service.api.keys import ApiKey, KeyRing, hash_key, new_key
 from service.api.usage import Answer, LocalUsage
 from service.domain.errors import GenerationFailedError, NotReadyError
-from service.domain.requests import Priority
+from service.domain.events import Event
+from service.domain.requests import GenerationRequest, Priority
 
 GENERATIONS = "/v1/images/generations"
 KEY, OTHER_KEY = new_key(), new_key()
@@ -255,20 +256,26 @@ async def test_a_place_is_free_after_any_error(backend: FakeBackend, error: Exce
 
 
 async def test_a_stream_has_its_place_until_its_end(backend: FakeBackend):
-    backend.generate_with = blocking = Blocking()
+    begun, ending = asyncio.Event(), asyncio.Event()
+    usual = backend.stream_with
+
+    async def slow(request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        async for event in usual(request):
+            yield event
+            begun.set()
+            await ending.wait()
+
+    backend.stream_with = slow
     async with client_of(guarded(backend, entry(max_concurrent=1))) as client:
         streaming = asyncio.create_task(draw(client, stream=True))
-        await until(blocking.began.is_set)
+        await begun.wait()
         meanwhile = await draw(client)
-        streaming.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await streaming
-        backend.generate_with = FakeBackend().generate_with
-        for _ in range(2):
-            answer = await draw(client, stream=True, partial_images=1)
-            assert "image_generation.completed" in answer.text
+        ending.set()
+        answer = await streaming
+        afterwards = await draw(client)
 
-    assert meanwhile.status_code == 429
+    assert (meanwhile.status_code, afterwards.status_code) == (429, 200)
+    assert "image_generation.completed" in answer.text
 
 
 class Leaving:
