@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ import pytest
 from PIL import Image
 from stepping_site import SteppingBackend, picture, serve
 
+from service.api import ModelStatus
 from service.api.keys import ApiKey, hash_key
 from service.domain.errors import ServerFullError
 from service.domain.events import Failed
+from service.domain.models import SizeRange
 from service.domain.requests import Task
 
 WAIT_S = 20.0
@@ -38,9 +42,7 @@ def ready(page: Any) -> None:
 def finish(page: Any, cards: int = 1) -> None:
     until(
         page,
-        "n => document.querySelectorAll('.card .actions button').length"
-        " && [...document.querySelectorAll('.card')].filter("
-        "c => c.textContent.includes('Download')).length === n",
+        "n => document.querySelectorAll('.card [aria-label=Download]').length === n",
         arg=cards,
     )
 
@@ -63,17 +65,18 @@ def test_a_picture_appears_step_by_step(page: Any, site: Any):
     assert (request.prompt, request.seed, request.previews) == ("a cat", 7, 8)
     shown = page.get_attribute(".card .frames img", "src")
     assert base64.b64decode(shown.split(",")[1]) == picture(200)
-    assert "had 50 % of its forwards" in page.inner_text(".card .news")
+    assert "50 % of the batch" in page.inner_text(".card .news")
 
 
 def test_several_at_once_are_seen_in_the_batch(page: Any, site: Any):
     slow(site, 0.02)
     ready(page)
     page.click("#demo")
-    until(page, "document.getElementById('loom-facts').textContent.includes('in hand')")
-    finish(page, 5)
+    until(page, "document.querySelectorAll('.card.running').length >= 4")
+    until(page, "document.querySelector('.lane b')?.textContent.includes('/')")
+    finish(page, 6)
 
-    assert len({request.num_inference_steps for request in site.backend.requests}) == 5
+    assert len({request.num_inference_steps for request in site.backend.requests}) == 6
     drawn = page.evaluate(
         """() => { const c = document.getElementById('weave');
         const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
@@ -113,10 +116,30 @@ def test_what_the_service_says_is_shown(page: Any, site: Any, watched: Any):
     page.click("#run")
     page.wait_for_selector(".news.bad")
 
-    assert page.inner_text(".news.bad") == "the queue is full (try again in 7 s)"
+    assert page.inner_text(".news.bad") == "the queue is full"
+    assert page.locator(".card .actions button").first.is_disabled()
+    until(page, "/^Try again in [1-7] s$/.test(document.querySelector('.plain').textContent)")
     # The browser itself logs answers of that kind.
     assert [p for p in watched.problems if "429" not in p] == []
     watched.problems.clear()
+
+
+def test_a_full_service_is_asked_again(page: Any, site: Any, watched: Any):
+    usual = site.backend.stream_with
+
+    async def refuse_once(request: Any):
+        site.backend.stream_with = usual
+        yield Failed(request.id, ServerFullError("the queue is full", 1))
+
+    site.backend.stream_with = refuse_once
+    ready(page)
+    page.fill("#prompt", "patience")
+    page.click("#run")
+    page.get_by_role("button", name="Try again", exact=True).click()
+    finish(page)
+
+    assert [request.prompt for request in site.backend.requests] == ["patience"] * 2
+    watched.problems[:] = [p for p in watched.problems if "429" not in p]
 
 
 def test_a_prompt_is_needed(page: Any, site: Any):
@@ -157,6 +180,91 @@ def test_a_mask_is_painted_white_where_the_brush_was(page: Any, site: Any):
     assert [mask.getpixel(place) for place in ((10, 32), (60, 32), (10, 5))] == [255, 0, 0]
 
 
+def stroke(page: Any) -> None:
+    """Drag from left to right over the middle of the picture."""
+    page.locator("#mask").scroll_into_view_if_needed()
+    box = page.locator("#mask").bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 1, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 1, middle, steps=8)
+    page.mouse.up()
+
+
+@pytest.mark.parametrize("how", ["erased", "cleared"])
+def test_a_mask_that_is_gone_again_is_no_mask(page: Any, site: Any, how: str):
+    ready(page)
+    upload(page)
+    stroke(page)
+    assert page.inner_text("#mask-hint") == "Only what is painted changes."
+    if how == "erased":
+        page.click("#erase")
+        page.evaluate(
+            "() => { const b = document.getElementById('brush'); b.value = 60;"
+            " b.dispatchEvent(new Event('input', {bubbles: true})); }"
+        )
+        stroke(page)
+    else:
+        page.click("#unmask")
+    assert "Nothing is painted" in page.inner_text("#mask-hint")
+    page.click("#run")
+    finish(page)
+
+    assert site.backend.requests[0].task is Task.IMAGE_TO_IMAGE
+
+
+def transfer(page: Any, name: str, kind: str) -> Any:
+    """A dragged or copied file, as the browser hands it over."""
+    return page.evaluate_handle(
+        """async ([name, kind]) => {
+        const canvas = new OffscreenCanvas(64, 64);
+        canvas.getContext('2d').fillRect(0, 0, 64, 64);
+        const blob = kind === 'image/png' ? await canvas.convertToBlob() : new Blob(['no picture']);
+        const held = new DataTransfer();
+        held.items.add(new File([blob], name, {type: kind}));
+        return held; }""",
+        [name, kind],
+    )
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_a_picture_can_be_dropped_and_pasted(page: Any, site: Any, how: str):
+    ready(page)
+    held = transfer(page, "a.png", "image/png")
+    if how == "drop":
+        page.dispatch_event("#drop", "drop", {"dataTransfer": held})
+    else:
+        page.evaluate(
+            "held => window.dispatchEvent(new ClipboardEvent('paste', {clipboardData: held}))",
+            held,
+        )
+    page.wait_for_selector("#editor:not([hidden])")
+    page.click("#run")
+    finish(page)
+
+    assert site.backend.requests[0].task is Task.IMAGE_TO_IMAGE
+
+
+def test_what_is_no_picture_is_refused(page: Any):
+    ready(page)
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer(page, "a.txt", "text/plain")})
+    page.wait_for_selector("#problem:not([hidden])")
+
+    assert page.inner_text("#problem") == "That file cannot be read as a picture."
+
+
+def test_a_picture_is_started_from_again(page: Any, site: Any):
+    ready(page)
+    page.click("#run")
+    finish(page)
+    page.get_by_role("button", name="Start from it").click()
+    page.wait_for_selector("#editor:not([hidden])")
+    page.click("#run")
+    finish(page, 2)
+
+    assert site.backend.requests[1].task is Task.IMAGE_TO_IMAGE
+
+
 def test_without_a_mask_the_whole_picture_is_changed(page: Any, site: Any):
     ready(page)
     upload(page)
@@ -174,31 +282,76 @@ def test_the_gallery_survives_a_reload(page: Any, site: Any):
     finish(page)
     page.reload()
     finish(page)
-    page.get_by_role("button", name="Again").click()
+    page.get_by_role("button", name="Again", exact=True).click()
     finish(page, 2)
 
     assert page.locator(".card .caption").all_inner_texts() == ["to be kept"] * 2
     assert site.backend.requests[0].seed == site.backend.requests[1].seed
 
 
-def test_copies_run_as_they_are(page: Any, site: Any, tmp_path: Path):
+def copied(page: Any, name: str) -> str:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name=f"Copy as {name}").click()
+    until(page, "document.querySelector('.actions').textContent.includes('copied')")
+    text = page.evaluate("navigator.clipboard.readText()")
+    until(page, "!document.querySelector('.actions').textContent.includes('copied')")
+    return text
+
+
+def run_copies(page: Any, folder: Path, **environment: str) -> None:
+    """Run what the card copies, as a shell and Python do: they must succeed and write files."""
+    env = os.environ | environment
+    curl = ["bash", "-ec", copied(page, "curl")]
+    subprocess.run(curl, cwd=folder, env=env, check=True, timeout=60)
+    assert json.loads((folder / "answer.json").read_text())["data"]
+    python = [sys.executable, "-c", copied(page, "Python")]
+    subprocess.run(python, cwd=folder, env=env, check=True, timeout=60)
+    assert (folder / "picture-0.png").read_bytes()
+
+
+def shaping(request: Any) -> tuple[object, ...]:
+    """What of a request shapes its pictures."""
+    names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler", "width")
+    return (*(getattr(request, name) for name in names), request.adapters, request.strength)
+
+
+def test_copies_run_as_they_are(page: Any, site: Any, tmp_path: Path):
+    slow(site, 0.001)
     ready(page)
-    page.fill("#prompt", 'it\'s a "cat"')
+    page.fill("#prompt", 'it\'s a "$cat" `ü`')
+    page.select_option("#adapter", "pixels")
     page.click("#run")
     finish(page)
-    copied = {}
-    for name in ("curl", "Python"):
-        page.get_by_role("button", name=name).click()
-        until(page, "document.querySelector('.actions').textContent.includes('Copied')")
-        copied[name] = page.evaluate("navigator.clipboard.readText()")
-        until(page, "!document.querySelector('.actions').textContent.includes('Copied')")
-    subprocess.run(["bash", "-ec", copied["curl"]], cwd=tmp_path, check=True)
-    compile(copied["Python"], "copied", "exec")
+    run_copies(page, tmp_path)
 
-    assert json.loads((tmp_path / "answer.json").read_text())["data"]
-    assert site.backend.requests[1].prompt == 'it\'s a "cat"'
-    assert "openai.OpenAI" in copied["Python"]
+    first, by_curl, by_python = site.backend.requests
+    assert shaping(by_curl) == shaping(first)
+    assert shaping(by_python) == shaping(first)
+
+
+def test_copies_of_edits_have_picture_and_mask(page: Any, site: Any, tmp_path: Path):
+    slow(site, 0.001)
+    ready(page)
+    page.fill("#prompt", "@home")  # curl's -F would read a file of that name
+    page.select_option("#adapter", "ink")
+    upload(page)
+    stroke(page)
+    page.click("#run")
+    finish(page)
+    downloads: list[Any] = []
+    page.on("download", lambda download: downloads.append(download))
+    page.get_by_role("button", name="Download").click()
+    while len(downloads) < 3:
+        page.wait_for_timeout(40)
+    for each in downloads:
+        each.save_as(tmp_path / each.suggested_filename)
+    run_copies(page, tmp_path)
+
+    first, by_curl, by_python = site.backend.requests
+    assert (first.prompt, first.task) == ("@home", Task.INPAINTING)
+    for copy in (by_curl, by_python):
+        assert shaping(copy) == shaping(first)
+        assert copy.mask_image == first.mask_image
 
 
 def test_light_and_dark(page: Any):
@@ -224,6 +377,14 @@ def test_a_phone_needs_no_scrolling_sideways(page: Any):
     finish(page)
 
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    page.click("#settings summary")
+    upload(page)
+    page.click(".card .frames button")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert page.evaluate(
+        "e => { const v = document.getElementById('viewer'); "
+        "return v.scrollWidth <= v.clientWidth; }"
+    )
 
 
 def test_the_keyboard_is_enough(page: Any, site: Any):
@@ -231,7 +392,14 @@ def test_the_keyboard_is_enough(page: Any, site: Any):
     page.focus("#prompt")
     page.keyboard.press("Control+A")
     page.keyboard.type("typed")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("in lines")
+    page.keyboard.press("Enter")
+    finish(page)
+    page.keyboard.press("Tab")
     page.keyboard.press("Control+Enter")
+    finish(page, 2)
+    page.get_by_role("button", name="Remove").last.press("Enter")
     finish(page)
     page.focus(".card .frames button")
     page.keyboard.press("Enter")
@@ -239,7 +407,7 @@ def test_the_keyboard_is_enough(page: Any, site: Any):
     page.keyboard.press("Escape")
     assert not page.locator("#viewer").is_visible()
 
-    assert site.backend.requests[0].prompt == "typed"
+    assert [r.prompt for r in site.backend.requests] == ["typed\nin lines"] * 2
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('input, select, textarea')]
         .filter(e => !e.labels.length && !e.getAttribute('aria-label')).map(e => e.id)"""
@@ -260,6 +428,116 @@ def test_a_key_is_asked_for_where_one_is_needed(browser: Any):
         finish(page)
         page.close()
         assert site.backend.requests[0].owner == "me"
+
+
+def test_a_key_is_never_copied(browser: Any, tmp_path: Path):
+    keys = (ApiKey(name="me", sha256=hash_key("sk-mine")),)
+    for site in serve(SteppingBackend(), keys):
+        page = browser.new_context().new_page()
+        page.goto(site.url)
+        page.wait_for_selector("#key-field:not([hidden])")
+        page.fill("#key", "sk-mine")
+        page.press("#key", "Tab")
+        ready(page)
+        page.click("#run")
+        finish(page)
+        assert all("sk-mine" not in copied(page, name) for name in ("curl", "Python"))
+        run_copies(page, tmp_path, STEPSERVE_API_KEY="sk-mine")
+        page.context.close()
+        assert [request.owner for request in site.backend.requests] == ["me"] * 3
+
+
+def test_a_model_that_loads_is_shown_and_waited_for(page: Any, site: Any):
+    ready(page)
+    [status] = site.backend.statuses
+    site.backend.statuses = [ModelStatus(status.capabilities, ready=False, detail="warming up")]
+    page.reload()
+    until(page, "document.getElementById('status').textContent.includes('warming up')")
+    page.click("#run")
+    assert page.inner_text("#problem") == "The model is not ready yet."
+    page.select_option("#scheduler", "ddim")
+    site.backend.statuses = [status]
+    ready(page)
+
+    # What was chosen meanwhile stays.
+    assert page.input_value("#scheduler") == "ddim"
+
+
+def test_sizes_are_few_and_any_other_can_be_typed(page: Any, site: Any):
+    [status] = site.backend.statuses
+    sizes = SizeRange(minimum=64, maximum=4096, step=8, native=1024)
+    told = status.capabilities.__class__(**(vars(status.capabilities) | {"sizes": sizes}))
+    site.backend.statuses = [ModelStatus(told, ready=True)]
+    page.reload()
+    ready(page)
+    assert page.locator("#size option").count() < 20
+    page.select_option("#size", "custom")
+    page.fill("#width", "1160")
+    page.fill("#height", "888")
+    page.click("#run")
+    finish(page)
+
+    [request] = site.backend.requests
+    assert (request.width, request.height) == (1160, 888)
+
+
+def test_the_page_works_where_nothing_can_be_kept(browser: Any, site: Any):
+    page = browser.new_context().new_page()
+    page.add_init_script(
+        """for (const name of ['localStorage', 'sessionStorage', 'indexedDB'])
+        Object.defineProperty(window, name, {get() { throw new DOMException('no'); }});"""
+    )
+    page.goto(site.url)
+    ready(page)
+    page.click("#theme")
+    page.click("#run")
+    finish(page)
+    page.context.close()
+
+    assert len(site.backend.requests) == 1
+
+
+def test_an_idle_page_in_the_background_asks_nothing(page: Any, site: Any):
+    ready(page)
+    page.click("#loom summary")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(1500)
+    assert [url for url in asked if url.endswith("/batch")] == []
+    page.click("#loom summary")
+    page.wait_for_timeout(1500)
+
+    assert any(url.endswith("/batch") for url in asked)
+
+
+def test_every_size_of_text_has_contrast(page: Any):
+    """WCAG AA: 4.5 to 1, in both themes."""
+    ready(page)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for pair in (
+            ("--ink", "--paper"),
+            ("--soft", "--paper"),
+            ("--soft", "--sheet"),
+            ("--bad", "--paper"),
+            ("--bad", "--sheet"),
+            ("--panel-soft", "--panel"),
+        ):
+            assert page.evaluate(CONTRAST, list(pair)) >= 4.5, (scheme, pair)
+
+
+CONTRAST = """names => {
+  const context = new OffscreenCanvas(1, 1).getContext('2d');
+  const light = (name) => {
+    context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name);
+    context.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map((v) => v / 255)
+      .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const [a, b] = names.map(light).sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05);
+}"""
 
 
 def test_the_docs_page_works_offline(browser: Any, site: Any):

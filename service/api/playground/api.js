@@ -1,5 +1,7 @@
 // Talking to the service: JSON, streams of events, and errors in its own words.
 
+import { recall, remember } from "./page.js";
+
 const KEY = "stepserve-key";
 
 export class ServiceError extends Error {
@@ -11,9 +13,14 @@ export class ServiceError extends Error {
   }
 }
 
+let keyOfThisPage = "";
+
 export const apiKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (key) => sessionStorage.setItem(KEY, key),
+  get: () => recall("sessionStorage", KEY) ?? keyOfThisPage,
+  set: (key) => {
+    keyOfThisPage = key;
+    remember("sessionStorage", KEY, key);
+  },
 };
 
 function headers(more = {}) {
@@ -35,7 +42,7 @@ export async function getJson(path) {
 }
 
 export async function cancel(id) {
-  await checked(await fetch(`/v1/requests/${id}`, { method: "DELETE", headers: headers() }));
+  await checked(await fetch(`/v1/requests/${encodeURIComponent(id)}`, { method: "DELETE", headers: headers() }));
 }
 
 /** The request for a body and the pictures it begins with, as `fetch` takes it. */

@@ -1,16 +1,17 @@
 // The picture to start from, and the mask painted over it: white is to be repainted.
 
-const $ = (id) => document.getElementById(id);
-const PAINT = "#ff7a59";
+import { $ } from "./page.js";
 
-let file = null, isErasing = false, isPainted = false, last = null;
+const PAINT = "#ff5fa2", READ_OFTEN = { willReadFrequently: true };
+
+let file = null, isErasing = false, last = null;
 
 export function hasPicture() { return file !== null; }
 
 /** The picture and, if something is painted, the mask: as files. */
 export async function files() {
   if (!file) return {};
-  return { image: file, mask: isPainted ? await maskFile() : null };
+  return { image: file, mask: isPainted() ? await maskFile() : null };
 }
 
 export function remove() {
@@ -24,7 +25,11 @@ export async function put(blob) {
   const url = URL.createObjectURL(blob);
   const image = $("input");
   image.src = url;
-  await image.decode();
+  try {
+    await image.decode();
+  } finally {
+    URL.revokeObjectURL(url);
+  }
   file = blob;
   const canvas = $("mask");
   canvas.width = image.naturalWidth;
@@ -36,14 +41,28 @@ export async function put(blob) {
 
 function clear() {
   const canvas = $("mask");
-  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
-  isPainted = false;
+  canvas.getContext("2d", READ_OFTEN).clearRect(0, 0, canvas.width, canvas.height);
+  explain();
+}
+
+/** Looked up, not kept: what was painted may have been erased again. */
+function isPainted() {
+  const canvas = $("mask");
+  const { data } = canvas.getContext("2d", READ_OFTEN).getImageData(0, 0, canvas.width, canvas.height);
+  for (let i = 3; i < data.length; i += 4) if (data[i] > 127) return true;
+  return false;
+}
+
+function explain() {
+  $("mask-hint").textContent = isPainted()
+    ? "Only what is painted changes."
+    : "Nothing is painted: the whole picture changes. Paint to change only a part.";
 }
 
 function maskFile() {
   const painted = $("mask");
   const canvas = new OffscreenCanvas(painted.width, painted.height);
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", READ_OFTEN);
   context.drawImage(painted, 0, 0);
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
   for (let i = 0; i < pixels.data.length; i += 4) {
@@ -62,7 +81,7 @@ function place(event) {
 
 function dab(event) {
   const [x, y, scale] = place(event);
-  const context = $("mask").getContext("2d");
+  const context = $("mask").getContext("2d", READ_OFTEN);
   context.globalCompositeOperation = isErasing ? "destination-out" : "source-over";
   context.strokeStyle = PAINT;
   context.lineCap = "round";
@@ -72,7 +91,6 @@ function dab(event) {
   context.lineTo(x, y);
   context.stroke();
   last = [x, y];
-  isPainted = true;
 }
 
 function choose(erasing) {
@@ -84,15 +102,20 @@ function choose(erasing) {
 /** `say` tells the person what is wrong with a file. */
 export function setUp(say) {
   const take = (files) => {
-    const picture = [...(files ?? [])].find((each) => each.type.startsWith("image/"));
-    if (picture) put(picture).catch(() => say("That file cannot be read as a picture."));
+    if ($("start-from").hidden || !files?.length) return;
+    const picture = [...files].find((each) => each.type.startsWith("image/"));
+    const taken = picture ? put(picture) : Promise.reject(new Error("no picture"));
+    taken.then(() => say(""), () => {
+      remove();
+      say("That file cannot be read as a picture.");
+    });
   };
-  const drop = $("drop"), canvas = $("mask");
+  const drop = $("start-from"), canvas = $("mask");
   $("file").addEventListener("change", (event) => take(event.target.files));
   for (const name of ["dragover", "dragleave", "drop"]) {
     drop.addEventListener(name, (event) => {
       event.preventDefault();
-      drop.classList.toggle("over", name === "dragover");
+      $("drop").classList.toggle("over", name === "dragover");
       if (name === "drop") take(event.dataTransfer.files);
     });
   }
@@ -102,6 +125,7 @@ export function setUp(say) {
     last = null;
     dab(event);
   });
+  for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, explain);
   canvas.addEventListener("pointermove", (event) => { if (event.buttons) dab(event); });
   $("paint").addEventListener("click", () => choose(false));
   $("erase").addEventListener("click", () => choose(true));

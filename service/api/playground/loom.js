@@ -1,85 +1,146 @@
 // The running batch, drawn: a column for each forward of the denoiser, a cell for each of its rows.
 
 import { getJson } from "./api.js";
+import { $ } from "./page.js";
 
-const POLL_MS = 250, COLUMN = 11, GAP = 2, MOST_COLUMNS = 400;
+const BUSY_MS = 250, IDLE_MS = 1000, COLUMN = 10, GAP = 2, MOST_COLUMNS = 400, KEPT_BY_SERVICE = 64, CELL_PX = 14;
+const NOT_THE_DENOISER = /^(text_encoder|image_encoder|vae)/;
 
-const columns = [];        // {key, requests: [{id, rows}], padded}
-const seen = new Map();    // replica -> latest forward number
-let hues = new Map(), timer = null, limit = 32;
+const columns = [];        // {requests: [{id, rows}], padded}
+const seen = new Map();    // model and replica -> number of the latest forward
+const own = new Map();     // id -> {hue, prompt}
+let timer = null, isLooking = false, pointedAt = null;
+let page = { model: () => null, isBusy: () => false, progress: () => {}, lost: () => {} };
 
-/** Which hue an own request has. */
-export function colour(id, hue) { hues.set(id, hue); }
+/** Own requests have a colour and a name; those of others are grey. */
+export function colour(id, hue, prompt) { own.set(id, { hue, prompt }); }
 
-function take(batch, onProgress) {
-  let rows = 0, requests = 0, share = 0;
+const tint = (id) => (own.has(id) ? `oklch(0.76 0.15 ${own.get(id).hue})` : "#6b7582");
+
+function take(batch) {
+  const news = { requests: [], limit: 0, last: null };
   batch.replicas.forEach((replica, index) => {
-    limit = Math.max(replica.row_limit, 1);
-    const before = seen.get(index) ?? -1;
-    for (const forward of replica.forwards) {
-      // A replica that started anew counts from 1 again.
-      if (forward.number <= before && forward.number + 64 > before) continue;
-      seen.set(index, forward.number);
-      if (!/^(unet|transformer)\./.test(forward.module)) continue;
+    const key = `${batch.model} ${index}`;
+    const fresh = replica.forwards.filter(({ number }) => isNew(key, number));
+    if (replica.forwards.length) seen.set(key, replica.forwards.at(-1).number);
+    for (const forward of fresh.filter(({ module }) => !NOT_THE_DENOISER.test(module))) {
       columns.push({ requests: forward.requests, padded: forward.padded_rows });
-      rows = forward.rows;
-      share = forward.requests.length;
+      news.last = forward;
     }
-    requests += replica.requests.length;
-    for (const request of replica.requests) if (request.id) onProgress(request);
+    news.requests.push(...replica.requests);
+    news.limit = Math.max(news.limit, replica.row_limit);
   });
   columns.splice(0, Math.max(0, columns.length - MOST_COLUMNS));
-  return { rows, requests, share };
+  return news;
 }
 
-function draw() {
-  const canvas = document.getElementById("weave");
-  const scale = devicePixelRatio || 1, box = canvas.getBoundingClientRect();
-  canvas.width = Math.round(box.width * scale);
-  canvas.height = Math.round(box.height * scale);
+/** A replica that started anew counts from 1 again. */
+function isNew(key, number) {
+  const before = seen.get(key) ?? 0;
+  return number > before || number + KEPT_BY_SERVICE <= before;
+}
+
+function prepare(canvas) {
+  const scale = devicePixelRatio || 1, { width, height } = canvas.getBoundingClientRect();
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
   const context = canvas.getContext("2d");
   context.scale(scale, scale);
-  const fit = Math.floor(box.width / (COLUMN + GAP));
-  const shown = columns.slice(-fit);
-  const tallest = Math.max(8, ...shown.map((c) => c.requests.reduce((n, r) => n + r.rows, c.padded)));
-  const cell = Math.min(14, (box.height - 8) / tallest);
-  const other = getComputedStyle(canvas).getPropertyValue("--soft");
+  return [context, width, height];
+}
+
+function drawAll() {
+  const [context, width, height] = prepare($("weave"));
+  const shown = columns.slice(-Math.floor(width / (COLUMN + GAP)));
+  const rows = shown.map((column) => column.requests.reduce((sum, request) => sum + request.rows, column.padded));
+  const cell = Math.min(CELL_PX, height / Math.max(8, ...rows));
+  drawRuling(context, width, height, cell);
   shown.forEach((column, index) => {
-    const x = box.width - (shown.length - index) * (COLUMN + GAP);
-    let y = box.height - 4;
-    for (const { id, rows } of column.requests) {
-      context.fillStyle = hues.has(id) ? `hsl(${hues.get(id)} 82% 56%)` : other;
-      for (let row = 0; row < rows; row++) {
-        y -= cell;
-        context.fillRect(x, y + 1, COLUMN, Math.max(cell - 1, 1));
-      }
-    }
-    context.fillStyle = other;
-    context.globalAlpha = 0.25;
-    for (let row = 0; row < column.padded; row++) context.fillRect(x, (y -= cell) + 1, COLUMN, cell - 1);
-    context.globalAlpha = 1;
+    drawColumn(context, column, width - (shown.length - index) * (COLUMN + GAP), height, cell);
   });
 }
 
-function tell({ rows, requests, share }) {
-  const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
-  const facts = document.getElementById("loom-facts");
-  facts.textContent = requests === 0 ? "nothing is running"
-    : `${many(requests, "request")} in hand` + (rows ? ` · last step: ${many(rows, "row")} of ${many(share, "request")} in one forward (room for ${limit})` : "");
+/** An empty grid, so that it is seen where rows would be. */
+function drawRuling(context, width, height, cell) {
+  context.fillStyle = "rgb(255 255 255 / .045)";
+  const inner = Math.max(cell - 2, 1);
+  for (let x = width - COLUMN - GAP; x > -COLUMN; x -= COLUMN + GAP) {
+    for (let y = height - cell; y > -1; y -= cell) context.fillRect(x, y, COLUMN, inner);
+  }
 }
 
-/** Looks at the batch while `isBusy()`; `onProgress` hears of own requests. */
-export function watch(modelOf, isBusy, onProgress) {
-  const look = async () => {
-    timer = null;
-    try {
-      const news = take(await getJson(`/v1/models/${modelOf()}/batch`), onProgress);
-      tell(news);
-      draw();
-    } catch { /* the next look may succeed; errors are told where requests are made */ }
-    if (isBusy() && !document.hidden) timer = setTimeout(look, POLL_MS);
-  };
-  addEventListener("resize", draw);
-  document.addEventListener("visibilitychange", () => { if (!document.hidden && isBusy() && !timer) look(); });
-  return () => { if (!timer) timer = setTimeout(look, 0); };
+function drawColumn(context, { requests, padded }, x, height, cell) {
+  const inner = Math.max(cell - 2, 1);
+  let y = height;
+  for (const { id, rows } of requests) {
+    context.globalAlpha = pointedAt && pointedAt !== id ? 0.22 : 1;
+    context.fillStyle = tint(id);
+    for (let row = 0; row < rows; row++) context.fillRect(x, (y -= cell), COLUMN, inner);
+  }
+  context.globalAlpha = 1;
+  context.strokeStyle = "#6b7582";
+  for (let row = 0; row < padded; row++) context.strokeRect(x + 0.5, (y -= cell) + 0.5, COLUMN - 1, inner - 1);
+}
+
+function lane({ id, state, step, steps, rows }) {
+  const item = Object.assign(document.createElement("li"), { className: "lane" });
+  const name = document.createElement("span"), told = document.createElement("b");
+  name.textContent = own.get(id)?.prompt ?? "somebody else's";
+  told.textContent = state === "running" ? `${step}/${steps} ×${rows}` : state;
+  told.title = `step ${step} of ${steps}, ${rows} rows of a forward`;
+  item.append(name, told, document.createElement("i"));
+  item.style.setProperty("--tint", tint(id));
+  item.style.setProperty("--done", `${(100 * step) / Math.max(steps, 1)}%`);
+  return item;
+}
+
+function tell({ requests, last, limit }) {
+  $("lanes").replaceChildren(...requests.map(lane));
+  if (!requests.length) return void ($("loom-facts").textContent = "nothing is running");
+  if (!last) return;
+  const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+  $("loom-facts").textContent = `${many(last.requests.length, "request")} · ${last.rows} of ${limit} rows · ${(last.seconds * 1000).toFixed(0)} ms a forward`;
+}
+
+const mayLook = () => !document.hidden && page.model()?.ready && (page.isBusy() || $("loom").open);
+
+/** Looks now, and goes on while there is something to see. */
+export async function look() {
+  clearTimeout(timer);
+  timer = null;
+  if (isLooking || !mayLook()) return;
+  isLooking = true;
+  let isActive = false;
+  try {
+    const news = take(await getJson(`/v1/models/${encodeURIComponent(page.model().id)}/batch`));
+    for (const request of news.requests) if (request.id) page.progress(request);
+    isActive = news.requests.length > 0;
+    tell(news);
+    drawAll();
+  } catch {
+    page.lost();  // errors of requests are told where they are made
+  } finally {
+    isLooking = false;
+    timer = setTimeout(look, isActive || page.isBusy() ? BUSY_MS : IDLE_MS);
+  }
+}
+
+/** Looks soon, unless that is going to happen anyway. */
+export function wake() { if (!timer) look(); }
+
+/** Points one request out, or none. */
+export function point(id) {
+  const shown = columns.some(({ requests }) => requests.some((request) => request.id === id)) ? id : null;
+  if (pointedAt === shown) return;
+  pointedAt = shown;
+  drawAll();
+}
+
+/** `parts`: the model looked at, whether own requests run, who hears of progress and of failure. */
+export function setUp(parts) {
+  page = parts;
+  addEventListener("resize", drawAll);
+  document.addEventListener("visibilitychange", look);
+  $("loom").addEventListener("toggle", () => { drawAll(); look(); });
+  drawAll();
 }

@@ -1,32 +1,67 @@
-// A request as a command line, and as Python: both run as they are copied.
+// A request as a command line, and as Python: both run as they are copied. A request that began
+// with a picture reads it from input.png (and mask.png), which its card downloads.
+
+const KEY = "STEPSERVE_API_KEY";  // the key itself is never copied
+const OWN = ["negative_prompt", "num_inference_steps", "guidance_scale", "scheduler", "seed", "adapters", "strength"];
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
-const OWN = ["negative_prompt", "num_inference_steps", "guidance_scale", "scheduler", "seed", "adapters"];
+const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 
-export function asCurl(body, isEdit) {
-  const { stream, previews, ...told } = body;
-  if (isEdit) {
-    const fields = Object.entries(told).map(([name, value]) =>
-      `  -F ${quoted(`${name}=${typeof value === "string" ? value : JSON.stringify(value)}`)} \\\n`);
-    return `curl -s ${location.origin}/v1/images/edits \\\n  -F image=@input.png \\\n${fields.join("")}  -o answer.json`;
-  }
-  return `curl -s ${location.origin}/v1/images/generations \\\n  -H 'Content-Type: application/json' \\\n  -d ${quoted(JSON.stringify(told))} \\\n  -o answer.json`;
+function told(body) {
+  const { stream, previews, ...rest } = body;
+  return rest;
+}
+
+export function asCurl(body, files, hasKey) {
+  const path = files.image ? "edits" : "generations";
+  return [
+    `curl -s ${location.origin}/v1/images/${path}`,
+    ...(hasKey ? [`-H "Authorization: Bearer $${KEY}"`] : []),
+    ...(files.image ? formOf(body, files) : [`-H 'Content-Type: application/json'`, `-d ${quoted(JSON.stringify(told(body)))}`]),
+    "-o answer.json",
+  ].join(" \\\n  ");
+}
+
+/** `--form-string`, as `-F` would take a prompt that begins with @ or < for a file. */
+function formOf(body, files) {
+  return [
+    "-F image=@input.png",
+    ...(files.mask ? ["-F mask=@mask.png"] : []),
+    ...Object.entries(told(body)).map(([name, value]) => `--form-string ${quoted(`${name}=${asText(value)}`)}`),
+  ];
 }
 
 function python(value) {
+  if (value === null) return "None";
+  if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
-  if (value && typeof value === "object") {
-    return `{${Object.entries(value).map(([k, v]) => `${JSON.stringify(k)}: ${python(v)}`).join(", ")}}`;
+  if (typeof value === "object") {
+    return `{${Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each)}`).join(", ")}}`;
   }
   return JSON.stringify(value);
 }
 
-export function asPython(body, isEdit) {
-  const { stream, previews, strength, ...told } = body;
-  const usual = Object.entries(told).filter(([name]) => !OWN.includes(name));
-  const own = Object.fromEntries(Object.entries({ ...told, ...(isEdit ? { strength } : {}) })
-    .filter(([name]) => OWN.includes(name) || name === "strength"));
-  const lines = usual.map(([name, value]) => `    ${name}=${python(value)},\n`);
-  if (isEdit) lines.unshift('    image=open("input.png", "rb"),\n');
-  return `import base64\nimport openai\n\nclient = openai.OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_key="unused")\nanswer = client.images.${isEdit ? "edit" : "generate"}(\n${lines.join("")}    extra_body=${python(own)},\n)\nfor i, image in enumerate(answer.data):\n    open(f"picture-{i}.png", "wb").write(base64.b64decode(image.b64_json))\n`;
+export function asPython(body, files, hasKey) {
+  const fields = Object.entries(told(body));
+  const usual = fields.filter(([name]) => !OWN.includes(name)).map(([name, value]) => `${name}=${python(value)}`);
+  // A form has no lists: its nested values are JSON.
+  const own = fields.filter(([name]) => OWN.includes(name))
+    .map(([name, value]) => [name, files.image && typeof value === "object" ? JSON.stringify(value) : value]);
+  const given = [
+    ...(files.image ? ['image=open("input.png", "rb")'] : []),
+    ...(files.mask ? ['mask=open("mask.png", "rb")'] : []),
+    ...usual,
+    `extra_body=${python(Object.fromEntries(own))}`,
+  ];
+  const key = hasKey ? `os.environ["${KEY}"]` : '"unused"';
+  return `import base64
+${hasKey ? "import os\n" : ""}
+import openai
+
+client = openai.OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_key=${key})
+answer = client.images.${files.image ? "edit" : "generate"}(
+${given.map((line) => `    ${line},\n`).join("")})
+for i, image in enumerate(answer.data):
+    open(f"picture-{i}.png", "wb").write(base64.b64decode(image.b64_json))
+`;
 }

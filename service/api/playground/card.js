@@ -1,0 +1,140 @@
+// One request on the page: its pictures as they appear, where it stands, and what can be done with it.
+
+import { apiKey } from "./api.js";
+import { $, announce, button, copy, download } from "./page.js";
+import { asCurl, asPython } from "./snippets.js";
+import { view } from "./viewer.js";
+
+const COPIED_MS = 1500;
+
+/** What a request asks for, in a few words. */
+function facts(b) {
+  return [`${b.num_inference_steps} steps`, b.guidance_scale > 1 ? `guidance ${b.guidance_scale}` : "no guidance",
+    b.scheduler.replace(/(?<=.)Scheduler$/, "")].join(" · ");
+}
+
+export class Card {
+  /** `does` has what leads beyond the card: run, startFrom, remove, stop. */
+  constructor(entry, does) {
+    this.entry = entry;
+    this.does = does;
+    this.node = $("card-template").content.firstElementChild.cloneNode(true);
+    this.node.style.setProperty("--hue", entry.hue);
+    this.node.dataset.id = entry.id;
+    this.part(".caption").textContent = entry.body.prompt;
+    this.part(".caption").title = entry.body.prompt;
+    this.part(".facts").textContent = facts(entry.body);
+  }
+
+  part(selector) { return this.node.querySelector(selector); }
+
+  begin() {
+    this.wait("waiting for its turn");
+    this.node.classList.add("running");
+    this.actions([button("Cancel", () => this.does.stop(this))]);
+  }
+
+  wait(text) {
+    const waiting = Object.assign(document.createElement("p"), { className: "waiting", textContent: text });
+    this.part(".frames").replaceChildren(waiting);
+  }
+
+  step(step, steps) {
+    if (!this.node.classList.contains("running")) return;
+    const bar = this.part(".bar");
+    bar.setAttribute("aria-valuemax", steps);
+    bar.setAttribute("aria-valuenow", step);
+    bar.firstChild.style.width = `${(100 * step) / Math.max(steps, 1)}%`;
+    this.tell(step ? `step ${step} of ${steps}` : "accepted");
+  }
+
+  picture(index, source) {
+    const frames = this.part(".frames");
+    if (frames.querySelector(".waiting")) frames.replaceChildren();
+    while (frames.children.length <= index) frames.append(this.frame(frames.children.length));
+    const image = frames.children[index].firstChild;
+    image.src = source;
+    image.alt = `${this.entry.body.prompt}, picture ${index + 1}`;
+  }
+
+  frame(index) {
+    const frame = Object.assign(document.createElement("button"), { type: "button", title: "Enlarge" });
+    frame.append(new Image());
+    frame.addEventListener("click", () => view(this, index, frame.firstChild.src));
+    return frame;
+  }
+
+  tell(text, isBad = false) {
+    const news = this.part(".news");
+    news.textContent = text;
+    news.classList.toggle("bad", isBad);
+  }
+
+  actions(buttons) { this.part(".actions").replaceChildren(...buttons); }
+
+  end() {
+    const { entry } = this;
+    this.node.classList.remove("running");
+    entry.pictures.forEach((source, index) => this.picture(index, source));
+    this.part(".bar i").style.width = entry.pictures.length ? "100%" : "0";
+    if (entry.news) this.tell(entry.news);
+    this.actions([...this.reruns(), ...this.uses(), button("Remove", () => this.does.remove(this), { icon: "remove" })]);
+  }
+
+  reruns() {
+    return [
+      button("Again", () => this.does.run(this.entry), { icon: "again" }),
+      button("New seed", () => this.does.run(this.entry, true), { icon: "dice" }),
+    ];
+  }
+
+  /** What can be done with picture `index`. */
+  uses(index = 0) {
+    const { body, files, pictures } = this.entry;
+    if (!pictures.length) return [];
+    return [
+      button("Start from it", () => this.does.startFrom(pictures[index]), { icon: "input" }),
+      button("Download", () => this.download(), { icon: "download" }),
+      button("Copy as curl", (b) => this.copy(b, asCurl(body, files, Boolean(apiKey.get()))), { word: "curl" }),
+      button("Copy as Python", (b) => this.copy(b, asPython(body, files, Boolean(apiKey.get()))), { word: "py" }),
+    ];
+  }
+
+  async copy(copier, text) {
+    const before = copier.textContent;
+    try {
+      await copy(text);
+      copier.textContent = "copied";
+    } catch {
+      copier.textContent = "cannot copy";
+    }
+    announce(copier.textContent);
+    setTimeout(() => { copier.textContent = before; }, COPIED_MS);
+  }
+
+  /** The pictures, and what they began with under the names that copied commands read. */
+  download() {
+    const { body, files, pictures } = this.entry;
+    const name = body.prompt.replace(/\W+/g, "-").slice(0, 60);
+    pictures.forEach((source, index) => download(source, `${name}-${body.seed + index}.png`));
+    for (const kind of ["image", "mask"]) {
+      if (!files[kind]) continue;
+      const url = URL.createObjectURL(files[kind]);
+      download(url, kind === "image" ? "input.png" : "mask.png");
+      setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    }
+  }
+
+  /** Offers to try again, once the service wants to be asked again. */
+  offerRetry(waitS) {
+    const retry = button("Try again", () => this.does.run(this.entry));
+    this.actions([retry, button("Remove", () => this.does.remove(this), { icon: "remove" })]);
+    this.countDown(retry, waitS);
+  }
+
+  countDown(retry, leftS) {
+    retry.disabled = leftS > 0;
+    retry.textContent = leftS > 0 ? `Try again in ${leftS} s` : "Try again";
+    if (leftS > 0) setTimeout(() => this.countDown(retry, leftS - 1), 1000);
+  }
+}
