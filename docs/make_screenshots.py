@@ -21,8 +21,7 @@ VIEWS = {
     "playground-dark": (1360, 860, "dark"),
     "playground-phone": (390, 844, "light"),
 }
-COLOURS = 256
-# One request has left by then, so that both joining and leaving are in the picture.
+# Some requests have left by then, so that both joining and leaving are in the picture.
 DONE = "document.querySelectorAll('.card [aria-label=Download]').length"
 
 
@@ -44,10 +43,10 @@ def main(url: str) -> None:
 
 
 def keep(page: Any, name: str, top: str) -> None:
-    """Write what the page shows from an element on, in few enough colours to be a small file."""
+    """Write what the page shows from an element on, without loss."""
     page.evaluate("e => document.querySelector(e).scrollIntoView({behavior: 'instant'})", top)
     shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    shot.quantize(COLOURS).save(FOLDER / f"{name}.png", optimize=True)
+    shot.save(FOLDER / f"{name}.png", optimize=True)
 
 
 def until(page: Any, expression: str) -> None:

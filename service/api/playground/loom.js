@@ -4,6 +4,8 @@ import { getJson } from "./api.js";
 import { $ } from "./page.js";
 
 const BUSY_MS = 250, IDLE_MS = 1000, COLUMN = 10, GAP = 2, MOST_COLUMNS = 400, KEPT_BY_SERVICE = 64, CELL_PX = 14;
+/** What a replica tries before it serves is nobody's request. */
+const WARM_UP = /^warm-up-/;
 const NOT_THE_DENOISER = /^(text_encoder|image_encoder|vae)/;
 
 const columns = [];        // {requests: [{id, rows}], padded}
@@ -23,7 +25,7 @@ function take(batch) {
     const key = `${batch.model} ${index}`;
     const fresh = replica.forwards.filter(({ number }) => isNew(key, number));
     if (replica.forwards.length) seen.set(key, replica.forwards.at(-1).number);
-    for (const forward of fresh.filter(({ module }) => !NOT_THE_DENOISER.test(module))) {
+    for (const forward of fresh.filter(isOfRequests)) {
       columns.push({ requests: forward.requests, padded: forward.padded_rows });
       news.last = forward;
     }
@@ -33,6 +35,9 @@ function take(batch) {
   columns.splice(0, Math.max(0, columns.length - MOST_COLUMNS));
   return news;
 }
+
+const isOfRequests = ({ module, requests }) =>
+  !NOT_THE_DENOISER.test(module) && !requests.every(({ id }) => WARM_UP.test(id ?? ""));
 
 /** A replica that started anew counts from 1 again. */
 function isNew(key, number) {
@@ -99,7 +104,7 @@ function tell({ requests, last, limit }) {
   if (!requests.length) return void ($("loom-facts").textContent = "nothing is running");
   if (!last) return;
   const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
-  $("loom-facts").textContent = `${many(last.requests.length, "request")} · ${last.rows} of ${limit} rows · ${(last.seconds * 1000).toFixed(0)} ms a forward`;
+  $("loom-facts").textContent = `${many(last.requests.length, "request")} · ${last.rows} of ${limit} rows · ${(last.seconds * 1000).toFixed(0)} ms`;
 }
 
 const mayLook = () => !document.hidden && page.model()?.ready && (page.isBusy() || $("loom").open);
