@@ -61,6 +61,9 @@ RESULTS_FOLDER = str(Path(tempfile.gettempdir()) / f"stepserve-results-{os.getui
 
 HIDDEN = "(hidden; not shown)"
 
+LOCAL = re.compile(r"(?![\w.+-]+:)|(file|local):")
+"""How addresses of local folders begin: without a scheme, or with these."""
+
 SECRETS = (("results", "secret"), ("auth", "keys"))
 """Settings that are not told in messages."""
 
@@ -151,8 +154,18 @@ class ResultSettings(_Section):
     expires_s: PositiveSeconds = 3600.0
     secret: Annotated[str, Field(min_length=16)] | None = None
     """What links are signed with; None: made once and kept in the local folder."""
+    secret_file: Annotated[str, Field(min_length=1)] | None = None
+    """A file that holds the secret, such as a mounted one; read when the service starts."""
     public_url: str = ""
     """What links begin with, where it is not how clients address the server."""
+
+    @model_validator(mode="after")
+    def _one_secret_for_all_replicas(self) -> ResultSettings:
+        if self.secret and self.secret_file:
+            raise ValueError("secret and secret_file are both set; give one")
+        if not LOCAL.match(self.address) and not self.secret and not self.secret_file:
+            raise ValueError("address is no local folder, so secret or secret_file must be set")
+        return self
 
 
 class EngineSettings(_Section):
@@ -379,8 +392,14 @@ def _explain(item: Any, origins: Mapping[KeyPath, str]) -> str:
     name = origins.get(path) or ".".join(path)
     if item["type"] == "extra_forbidden":
         return f"{name}: unknown key{_did_you_mean(path[-1], _siblings(path), path[:-1])}"
-    given = HIDDEN if path[:2] in SECRETS else repr(item["input"])
+    given = HIDDEN if _holds_secret(path) else repr(item["input"])
     return f"{name}: {item['msg'].removeprefix('Value error, ')}, got {given}"
+
+
+def _holds_secret(path: KeyPath) -> bool:
+    """Whether what is there is a secret, or a section that holds one."""
+    section = path[:2]
+    return any(secret[: len(section)] == section for secret in SECRETS)
 
 
 def _siblings(path: KeyPath) -> set[str]:

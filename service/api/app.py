@@ -53,6 +53,15 @@ has the body `{"error": {"message", "type", "param", "code"}}`, and every answer
 `X-Request-ID`.
 """
 
+TAGS = [
+    {"name": "images", "description": "Make, change and vary pictures, as OpenAI's Images API."},
+    {"name": "requests", "description": "Watch and end requests by their `X-Request-ID`."},
+    {"name": "models", "description": "What is served, what it can do, and what it is doing."},
+    {"name": "results", "description": "Pictures that were answered as links."},
+    {"name": "health", "description": "For load balancers and supervisors."},
+]
+SERVERS = [{"url": "/", "description": "Where this document comes from."}]
+
 
 def create_app(
     backend: Backend, settings: ApiSettings, store: ResultStore, access: Access
@@ -67,6 +76,8 @@ def create_app(
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
+        openapi_tags=TAGS,
+        servers=SERVERS,
         generate_unique_id_function=_operation_id,
         # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
         redirect_slashes=False,

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from urllib.parse import urlencode
 import fsspec
 
 from service.domain.errors import InvalidRequestError, StepserveError
+
+logger = logging.getLogger(__name__)
 
 ROUTE = "/v1/results"
 ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
@@ -67,7 +70,7 @@ class ResultStore:
         secret: bytes,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._files, self._root = fsspec.url_to_fs(address)
+        self._files, self._root = _open(address)
         self._is_local = "file" in _protocols(self._files)
         self._expires_s = expires_s
         self._secret = secret
@@ -110,9 +113,15 @@ class ResultStore:
         return await asyncio.to_thread(self._sweep)
 
     async def sweep_for_ever(self) -> None:
-        """Remove what expires, once a minute. Several replicas may do so at once."""
+        """Remove what expires, once a minute. Several replicas may do so at once.
+
+        A store that cannot be reached for a while is swept again when it can.
+        """
         while True:
-            await self.sweep()
+            try:
+                await self.sweep()
+            except Exception as error:
+                logger.warning("expired results could not be removed: %s", error)
             await asyncio.sleep(SWEEP_S)
 
     def _write(self, name: str, data: bytes) -> None:
@@ -158,24 +167,33 @@ def open_store(address: str, expires_s: float, secret: str | None = None) -> Res
     replicas that see the folder.
 
     Raises:
-        StoreUnusableError: there is no secret and no local folder to keep one in, or the address is
-            of a kind that is not known.
+        StoreUnusableError: there is no secret and no local folder to keep one in, the folder or the
+            secret in it belongs to another user, or the address is of a kind that is not known.
     """
     try:
-        files, root = fsspec.url_to_fs(address)
+        files, root = _open(address)
     except (ImportError, ValueError) as error:
         raise StoreUnusableError(f"results cannot be kept at {address!r}: {error}") from error
     if secret:
         return ResultStore(address, expires_s, secret.encode())
     if "file" not in _protocols(files):
         raise StoreUnusableError(
-            f"results at {address!r} need results.secret: all replicas must sign alike"
+            f"results at {address!r} need results.secret or results.secret_file: all replicas must "
+            "sign alike"
         )
     return ResultStore(address, expires_s, _shared_secret(Path(root)))
 
 
+def _open(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    # A remembered listing would hide from the sweep what other replicas have written since.
+    files, root = fsspec.url_to_fs(address, use_listings_cache=False)
+    return files, root
+
+
 def _shared_secret(folder: Path) -> bytes:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _require_ours(folder)
     path = folder / SECRET_FILE
     partial = folder / f"{SECRET_FILE}.{secrets.token_hex(8)}"
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -185,7 +203,19 @@ def _shared_secret(folder: Path) -> bytes:
     with contextlib.suppress(FileExistsError):
         os.link(partial, path)
     partial.unlink()
+    _require_ours(path)
     return path.read_bytes()
+
+
+def _require_ours(path: Path) -> None:
+    """Whoever knows the secret forges links, and temporary folders are open to all users."""
+    owner = path.lstat().st_uid
+    # Mounted volumes often belong to root.
+    if owner not in (os.getuid(), 0):
+        raise StoreUnusableError(
+            f"{path} belongs to another user (uid {owner}): set results.address to a folder of "
+            "your own, or set results.secret"
+        )
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

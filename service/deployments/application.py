@@ -12,6 +12,7 @@ from service.config import ModelSettings, Settings
 from service.deployments.exposure import needs_counter, read_access_keys
 from service.deployments.ingress import Ingress
 from service.deployments.replica import ModelReplica, ReplicaSpec
+from service.deployments.result_store import check_results, with_secret
 from service.deployments.shared_usage import UsageCounter
 from service.models.catalogue import model_folder
 
@@ -31,8 +32,11 @@ def build_application(settings: Settings) -> Any:
     Raises:
         ModelNotFoundError: a configured model does not exist.
         KeysUnreadableError: the API keys are not written as they should be.
+        StoreUnusableError: results cannot be kept where the settings say.
     """
     keys = read_access_keys(settings)
+    settings = settings.model_copy(update={"results": with_secret(settings.results)})
+    check_results(settings.results)
     handles = {
         model_id: _model_deployment(model_id, model).bind(
             ReplicaSpec(model_id, model_folder(model.path), model)

@@ -57,6 +57,7 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
         ModelNotFoundError: a configured model does not exist.
         OpenToAllError: other machines could use it without an API key, and nobody said they may.
         KeysUnreadableError: the API keys are not written as they should be.
+        StoreUnusableError: results cannot be kept where the settings say.
         StartError: the address is taken, a model failed to load, or the service was not ready in
             time.
     """

@@ -32,8 +32,8 @@ def watched() -> Watched:
 
 
 @pytest.fixture
-def page(browser, site: Site, watched: Watched):
-    """The playground, in a browser of its own; it must log no error and ask no other host."""
+def blank_page(browser, site: Site, watched: Watched):
+    """In a browser of its own; whatever is opened must log no error and ask no other host."""
     context = browser.new_context()
     opened = context.new_page()
     opened.set_default_timeout(15_000)
@@ -47,7 +47,13 @@ def page(browser, site: Site, watched: Watched):
             else watched.problems.append(r.url)
         ),
     )
-    opened.goto(site.url)
     yield opened
     context.close()
     assert watched.problems == []
+
+
+@pytest.fixture
+def page(blank_page, site: Site):
+    """The playground."""
+    blank_page.goto(site.url)
+    return blank_page

@@ -11,6 +11,7 @@ from service.config import (
     EngineSettings,
     HttpSettings,
     ModelSettings,
+    ResultSettings,
     Settings,
     load_settings,
 )
@@ -374,3 +375,33 @@ def test_wrong_settings_of_who_may_do_what(file: Path, content: str, problem: st
     file.write_text(content)
 
     assert problem in problems_of(file)
+
+
+@pytest.mark.parametrize(
+    ("results", "problem"),
+    [
+        ("{address: s3://bucket/x}", "so secret or secret_file must be set"),
+        ("{address: memory://x}", "so secret or secret_file must be set"),
+        (f"{{secret: {KEY}, secret_file: x}}", "secret and secret_file are both set"),
+    ],
+)
+def test_all_replicas_must_sign_links_alike(file: Path, results: str, problem: str):
+    file.write_text(f"results: {results}\n")
+    message = problems_of(file)
+
+    assert problem in message
+    assert KEY not in message
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"address": "/var/results"},
+        {"address": "results"},
+        {"address": "file:///var/results"},
+        {"address": "s3://bucket", "secret_file": "secret.txt"},
+        {"address": "s3://bucket", "secret": "a secret of sixteen"},
+    ],
+)
+def test_addresses_of_results(results: dict[str, str]):
+    assert ResultSettings(**results).address == results["address"]

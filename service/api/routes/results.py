@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from service.api.dependencies import StoreDep
 from service.api.openapi import error_responses
@@ -15,6 +15,8 @@ router = APIRouter(tags=["results"])
 _PICTURE = {"schema": {"type": "string", "format": "binary"}}
 
 
+# Clients and proxies ask with HEAD for size and type; the document tells of GET alone.
+@router.head("/v1/results/{name}", include_in_schema=False)
 @router.get(
     "/v1/results/{name}",
     summary="Fetch a picture by its link",
@@ -29,14 +31,17 @@ _PICTURE = {"schema": {"type": "string", "format": "binary"}}
 )
 async def fetch_result(
     name: str,
+    request: Request,
     store: StoreDep,
     signature: Annotated[str, Query(description="As the link has it.")] = "",
 ) -> Response:
     """The links of answers with `response_format: url` lead here, and need no API key."""
     data, media_type, left_s = await store.get(name, signature)
     headers = {
+        "Content-Length": str(len(data)),
         "Cache-Control": f"private, max-age={left_s}, immutable",
         "Content-Disposition": f'inline; filename="{name}"',
         "X-Content-Type-Options": "nosniff",
     }
-    return Response(data, media_type=media_type, headers=headers)
+    body = b"" if request.method == "HEAD" else data
+    return Response(body, media_type=media_type, headers=headers)

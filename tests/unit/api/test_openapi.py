@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import re
+from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +135,44 @@ def test_the_document_is_valid_and_names_its_operations(document: dict[str, Any]
 
     names = {operation["operationId"] for operation in operations(document)}
     assert {"create_images", "edit_image", "vary_image", "show_request", "list_models"} <= names
+
+
+def test_tags_and_server_are_described(document: dict[str, Any]):
+    described = {tag["name"]: tag["description"] for tag in document["tags"]}
+    used = {tag for operation in operations(document) for tag in operation["tags"]}
+
+    assert used == set(described)
+    assert all(described.values())
+    assert [server["url"] for server in document["servers"]] == ["/"]
+
+
+def test_operation_ids_are_those_that_generated_clients_were_made_of(document: dict[str, Any]):
+    assert {operation["operationId"] for operation in operations(document)} == {
+        "create_images",
+        "edit_image",
+        "vary_image",
+        "show_request",
+        "cancel_request",
+        "follow_request",
+        "fetch_result",
+        "list_models",
+        "show_model",
+        "show_batch",
+        "healthz",
+        "readyz",
+    }
+
+
+async def test_the_docs_page_allows_no_script_but_its_own(client: httpx.AsyncClient):
+    page = await client.get("/docs")
+    policy = page.headers["content-security-policy"]
+    [inline] = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)
+    digest = b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+    assert f"script-src 'self' 'sha256-{digest}';" in policy
+    assert "default-src 'self';" in policy
+    assert "unsafe-eval" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
 
 
 async def test_the_docs_page_needs_no_other_host(client: httpx.AsyncClient):

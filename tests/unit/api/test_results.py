@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -10,6 +13,7 @@ import httpx
 import pytest
 from api_fakes import FakeBackend
 
+from service.api import results
 from service.api.results import (
     LinkExpiredError,
     ResultStore,
@@ -137,3 +141,73 @@ async def test_streams_hold_links_too(client: httpx.AsyncClient):
 
     assert '"url":"http://test/v1/results/' in answer.text
     assert "b64_json" not in answer.text
+
+
+async def test_head_tells_size_and_type(client: httpx.AsyncClient):
+    body = {"prompt": "cat", "seed": 3, "response_format": "url"}
+    answer = await client.post(URL, json=body)
+    link = answer.json()["data"][0]["url"]
+    head, whole = await client.head(link), await client.get(link)
+    wrong = await client.head(link[:-1])
+
+    assert (head.status_code, head.content, wrong.status_code) == (200, b"", 403)
+    for name in ("content-type", "content-length", "content-disposition", "cache-control"):
+        assert head.headers[name] == whole.headers[name]
+    assert head.headers["content-length"] == str(len(whole.content))
+
+
+async def test_several_replicas_sweep_at_once(address: str):
+    clock = Clock()
+    replicas = [ResultStore(address, 60, b"s", clock) for _ in range(4)]
+    for _ in range(20):
+        await replicas[0].put(b"old", "image/png")
+    clock.now += 61
+    young = parts_of(await replicas[1].put(b"young", "image/png"))
+    await asyncio.gather(*(store.sweep() for store in replicas))
+
+    assert await replicas[0].sweep() == 0
+    assert (await replicas[2].get(*young))[0] == b"young"
+
+
+async def test_sweeping_goes_on_when_the_store_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(results, "SWEEP_S", 0)
+    in_the_way = tmp_path / "mount"
+    in_the_way.touch()
+    sweeping = asyncio.create_task(ResultStore(str(in_the_way / "r"), 60, b"s").sweep_for_ever())
+    await until(lambda: "could not be removed" in caplog.text)
+    in_the_way.unlink()
+    old = in_the_way / "r" / f"1000000000-{'a' * 32}.png"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    await until(lambda: not old.exists())
+
+    assert not sweeping.done()
+    sweeping.cancel()
+
+
+@pytest.mark.parametrize("planted", [".", "secret"])
+def test_a_secret_that_another_user_could_know_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+):
+    (tmp_path / "secret").write_bytes(b"known to somebody else")
+    disown(tmp_path / planted, monkeypatch)
+
+    with pytest.raises(StoreUnusableError, match="belongs to another user"):
+        open_store(str(tmp_path), 60)
+    assert open_store(str(tmp_path), 60, "a secret of sixteen").sign("x")
+
+
+def disown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only root can give a file away; for others, we are another user than we were."""
+    if os.getuid() == 0:
+        os.chown(path, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
