@@ -34,6 +34,9 @@ PREFIX = "STEPSERVE_"
 CONFIG_VARIABLE = "STEPSERVE_CONFIG"
 """The variable that names the YAML file where no path is given."""
 
+CLIENT_VARIABLES = ("STEPSERVE_API_KEY",)
+"""What clients keep in the same shell: no settings."""
+
 ATTENTION_BACKENDS = (
     "native",
     "flex",
@@ -331,7 +334,7 @@ def _with_environment(
 
 def _own_variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name, value in sorted(environ.items()):
-        is_ours = name.startswith(PREFIX) and name != CONFIG_VARIABLE
+        is_ours = name.startswith(PREFIX) and name not in (CONFIG_VARIABLE, *CLIENT_VARIABLES)
         # An empty variable is how compose files and shells say "not set".
         if is_ours and value and not _SERVICE_LINK.fullmatch(f"{name}={value}"):
             yield name, value

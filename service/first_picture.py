@@ -22,7 +22,7 @@ def greet(url: str, folder: Path | None, needs_key: bool = False) -> None:
         typer.echo("first picture: left out, as it takes an API key")
     elif folder is not None:
         typer.echo(f"first picture: {make_first_picture(url, folder)}")
-    key = ' -H "Authorization: Bearer $KEY"' if needs_key else ""
+    key = ' -H "Authorization: Bearer $STEPSERVE_API_KEY"' if needs_key else ""
     typer.echo(
         f"try:\n  curl -s {url}/v1/images/generations -H 'Content-Type: application/json'{key} \\\n"
         """    -d '{"prompt": "red heart"}' | """

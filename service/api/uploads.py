@@ -62,12 +62,22 @@ def prepare_mask(file: bytes, field: str, limits: UploadLimits) -> Upload:
     Raises:
         InvalidRequestError: names `field`, what is wrong with the file, and the limit.
     """
-    upright = _decode(file, field, limits)
-    if upright.has_transparency_data:
-        alpha = upright.convert("RGBA").getchannel("A")
+    mask = _mask_of(_decode(file, field, limits))
+    if mask.getextrema() == (0, 0):
+        raise InvalidRequestError(
+            f"{field} marks nothing to repaint: make that part transparent, or white in a picture "
+            "without transparency",
+            field,
+        )
+    return _as_upload(mask)
+
+
+def _mask_of(picture: Image.Image) -> Image.Image:
+    if picture.has_transparency_data:
+        alpha = picture.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (OPAQUE, OPAQUE):
-            return _as_upload(ImageOps.invert(alpha))
-    return _as_upload(upright.convert("L"))
+            return ImageOps.invert(alpha)
+    return picture.convert("L")
 
 
 def _decode(file: bytes, field: str, limits: UploadLimits) -> Image.Image:

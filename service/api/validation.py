@@ -47,6 +47,8 @@ def _explain(problem: dict[str, Any], fields: list[str]) -> str:
             return f"{field} is required"
         case "extra_forbidden":
             return f"unknown field {shown(field)}{did_you_mean(field, fields)}"
+        case "model_type":
+            return f"{field} must be an object, got {brief_json(problem['input'])}"
         case "value_error":
             return str(problem["ctx"]["error"])
     reason = problem["msg"].replace("Input should", f"{field} must", 1)

@@ -67,6 +67,8 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
     with _stop_signals() as stopped:
         start_ray(settings)
         try:
+            # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
+            _listen(stopped)
             deploy(application)
             if wait_until_ready(settings, stopped):
                 when_ready(base_url(settings))
@@ -171,13 +173,18 @@ def _raise_if_failed() -> None:
 def _stop_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set, in place of ending the process."""
     stopped = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.set()
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = _listen(stopped)
     try:
         yield stopped
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _listen(stopped: threading.Event) -> dict[signal.Signals, Any]:
+    """Let signals set `stopped`; returns what they did before."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

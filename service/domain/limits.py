@@ -210,8 +210,8 @@ def _check_scheduler(name: str, known: tuple[str, ...]) -> None:
 
 def _check_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> None:
     if len(adapters) > model.max_adapters:
-        limit = f"at most {model.max_adapters}" if model.max_adapters else "empty"
-        message = f"adapters must be {limit} for model {model.id}, got {len(adapters)}"
+        most = f"takes at most {model.max_adapters}" if model.max_adapters else "has none"
+        message = f"adapters: model {model.id} {most}, got {len(adapters)}"
         raise InvalidRequestError(message, "adapters")
     names = [use.name for use in adapters]
     for use in adapters:

@@ -60,6 +60,12 @@ class Service:
         os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(STOP_TIMEOUT_S)
 
+    def terminate(self) -> int:
+        """SIGTERM to the service alone, as container runtimes send it, and the exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(STOP_TIMEOUT_S)
+
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.interrupt()

@@ -55,7 +55,7 @@ def draw(service: Service, key: str, body: dict[str, object] = QUICK) -> httpx.R
 
 def test_the_first_picture_is_left_to_who_has_a_key(guarded: Service):
     assert "first picture: left out" in guarded.log
-    assert 'Authorization: Bearer $KEY"' in guarded.log
+    assert 'Authorization: Bearer $STEPSERVE_API_KEY"' in guarded.log
     assert draw(guarded, "wrong").status_code == 401
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: accepted work is finished, then the service ends with exit code 0."""
+"""Ctrl-C and SIGTERM: accepted work is finished, then the service ends with exit code 0."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-
-# No import by name: each conftest is its own module.
+import pytest
 from running_service import Service
 
 
-def test_ctrl_c_finishes_accepted_work_and_exits_with_0(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [Service.interrupt, Service.terminate])
+def test_accepted_work_is_finished_and_the_exit_code_is_0(
+    tmp_path: Path, stop: Callable[[Service], int]
+) -> None:
     service = Service(tmp_path)
     service.start()
     body = {"prompt": "house", "num_inference_steps": 250}
@@ -31,7 +34,7 @@ def test_ctrl_c_finishes_accepted_work_and_exits_with_0(tmp_path: Path) -> None:
         assert not answer.done()
         started_s = time.monotonic()
         ready = pool.submit(readiness_until, service, 503)
-        assert service.interrupt() == 0, service.log
+        assert stop(service) == 0, service.log
         assert "draining" in ready.result()
         assert answer.result().status_code == 200, answer.result().text
     assert time.monotonic() - started_s < 30

@@ -50,6 +50,12 @@ function demo() {
 
 function onKey(event) {
   if (event.isComposing) return;
+  if (event.key === "Enter" && event.target === $("key")) {
+    // Tries the key, instead of making a picture without one.
+    event.preventDefault();
+    event.target.blur();
+    return;
+  }
   const isPlainEnter = event.target === $("prompt") && !event.shiftKey;
   if (event.key === "Enter" && !viewer.isOpen() && (event.ctrlKey || event.metaKey || isPlainEnter)) {
     event.preventDefault();

@@ -230,3 +230,14 @@ def test_the_nearest_size_is_one_that_the_model_has(width: int, height: int):
     if sizes.accepts(width) and sizes.accepts(height):
         assert found == (width, height)
     assert (found[0] >= found[1]) == (width >= height) or found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "mask", [picture(mode="RGBA", color=(0, 0, 0, 255)), picture(color=(0, 0, 0))]
+)
+async def test_a_mask_that_marks_nothing_is_a_mistake(client: httpx.AsyncClient, mask: bytes):
+    files = {"image": picture(), "mask": mask}
+    answer = await client.post(EDITS, data={"prompt": "blue"}, files=files)
+
+    assert answer.status_code == 400
+    assert "marks nothing to repaint" in answer.json()["error"]["message"]
