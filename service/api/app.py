@@ -114,6 +114,7 @@ def _told_of_keys() -> dict[str, Any]:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    await app.state.backend.start()
     sweeping = asyncio.create_task(app.state.store.sweep_for_ever())
     try:
         yield

@@ -31,8 +31,16 @@ class ModelStatus:
 class Backend(Protocol):
     """Makes pictures. Implemented over Ray Serve handles, or in one process."""
 
+    async def start(self) -> None:
+        """Begin to serve; called once, on the event loop of all other calls."""
+        ...
+
     async def models(self) -> Sequence[ModelStatus]:
         """Return every served model, also those that are still loading."""
+        ...
+
+    async def model(self, model_id: str) -> ModelStatus | None:
+        """Return one served model, also if it is still loading, or None if there is no such."""
         ...
 
     async def generate(self, request: GenerationRequest) -> Outcome:

@@ -112,14 +112,15 @@ async def find_model(backend: Backend, model_id: str) -> ModelStatus:
     Raises:
         UnknownModelError: no such model; the message lists those there are.
     """
-    statuses = {status.capabilities.id: status for status in await backend.models()}
-    if model_id not in statuses:
+    status = await backend.model(model_id)
+    if status is None:
+        served = [status.capabilities.id for status in await backend.models()]
         raise UnknownModelError(
-            f"no model {shown(model_id)}{did_you_mean(model_id, statuses)} "
-            f"(served: {', '.join(statuses) or 'none'})",
+            f"no model {shown(model_id)}{did_you_mean(model_id, served)} "
+            f"(served: {', '.join(served) or 'none'})",
             "model",
         )
-    return statuses[model_id]
+    return status
 
 
 def require_ready(statuses: list[ModelStatus]) -> None:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from service.api.backend import ModelStatus
+from service.deployments.model_watch import ModelWatch
 from service.domain.batch import BatchView
 from service.domain.errors import NotReadyError, ServerFullError
 from service.domain.events import Event, Outcome
-from service.domain.models import ModelCapabilities, SizeRange
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
 
-PROBE_INTERVAL_S = 1.0
-PROBE_TIMEOUT_S = 10.0
-FIRST_PROBE_TIMEOUT_S = 1.0
 RETRY_AFTER_S = 3.0
 # Answered from memory between two awaits; a replica that takes longer is as good as gone.
 ASK_TIMEOUT_S = 5.0
@@ -37,19 +33,19 @@ class RemoteBackend:
 
     def __init__(self, handles: Mapping[str, Any]) -> None:
         self._handles = dict(handles)
-        self._statuses = {model_id: _unknown(model_id) for model_id in handles}
-        self._probes: dict[str, asyncio.Task[None]] = {}
-        self._started: asyncio.Task[None] | None = None
+        self._watch = ModelWatch({m: handle.capabilities.remote for m, handle in handles.items()})
+
+    async def start(self) -> None:
+        """Begin to watch the models."""
+        await self._watch.start()
 
     async def models(self) -> Sequence[ModelStatus]:
-        """The latest status of every model; the first call waits briefly for a first answer."""
-        if self._started is None:
-            # In a context of its own: Ray Serve cancels the calls of a request whose client leaves,
-            # and these are nobody's.
-            self._started = asyncio.create_task(self._start_probes(), context=Context())
-        # Every one of the first calls waits. One that is cancelled stops no other.
-        await asyncio.shield(self._started)
-        return list(self._statuses.values())
+        """The latest status of every model."""
+        return self._watch.statuses()
+
+    async def model(self, model_id: str) -> ModelStatus | None:
+        """The latest status of one model, or None if there is no such model."""
+        return await self._watch.status(model_id)
 
     async def generate(self, request: GenerationRequest) -> Outcome:
         """Serve a request on some replica of its model; cancelling this call cancels it there.
@@ -119,35 +115,6 @@ class RemoteBackend:
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
-    async def _start_probes(self) -> None:
-        for model_id in self._handles:
-            self._probes[model_id] = asyncio.create_task(self._probe_for_ever(model_id))
-        first = [asyncio.create_task(self._probe(m, FIRST_PROBE_TIMEOUT_S)) for m in self._handles]
-        await asyncio.gather(*first)
-
-    async def _probe_for_ever(self, model_id: str) -> None:
-        while True:
-            await asyncio.sleep(PROBE_INTERVAL_S)
-            await self._probe(model_id, PROBE_TIMEOUT_S)
-
-    async def _probe(self, model_id: str, timeout_s: float) -> None:
-        try:
-            answer = self._handles[model_id].capabilities.remote()
-            capabilities = await asyncio.wait_for(answer, timeout_s)
-        except TimeoutError:
-            self._mark_not_ready(model_id, "loading")
-        except NotReadyError:
-            # Ray raises what the replica raised as an error that is of both kinds.
-            self._mark_not_ready(model_id, "draining")
-        except (RayError, RayServeException) as error:
-            self._mark_not_ready(model_id, f"unavailable: {type(error).__name__}")
-        else:
-            self._statuses[model_id] = ModelStatus(capabilities, ready=True)
-
-    def _mark_not_ready(self, model_id: str, detail: str) -> None:
-        known = self._statuses[model_id].capabilities
-        self._statuses[model_id] = ModelStatus(known, ready=False, detail=detail)
-
 
 @contextmanager
 def _told_as_ours(model_id: str) -> Iterator[None]:
@@ -164,15 +131,3 @@ def _first_at_work(answers: Sequence[Progress | None]) -> Progress | None:
     """An id may have been used before, on another replica: who is at work goes before the ended."""
     known = [answer for answer in answers if answer is not None]
     return min(known, key=lambda progress: (progress.ended, -progress.created), default=None)
-
-
-def _unknown(model_id: str) -> ModelStatus:
-    """A model that has not answered yet: its limits are not known before it is loaded."""
-    capabilities = ModelCapabilities(
-        id=model_id,
-        description="loading",
-        sizes=SizeRange(0, 0, 1, 0),
-        schedulers=(),
-        default_scheduler="",
-    )
-    return ModelStatus(capabilities, ready=False, detail="loading")

@@ -88,8 +88,15 @@ class FakeBackend:
         self.log = RequestLog(time.monotonic, time.time)
         self.batches: list[BatchView] = []
 
+    async def start(self) -> None:
+        pass
+
     async def models(self) -> Sequence[ModelStatus]:
         return self.statuses
+
+    async def model(self, model_id: str) -> ModelStatus | None:
+        by_id = {status.capabilities.id: status for status in self.statuses}
+        return by_id.get(model_id)
 
     async def generate(self, request: GenerationRequest) -> Outcome:
         self.requests.append(request)

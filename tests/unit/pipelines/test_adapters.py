@@ -39,8 +39,8 @@ from service.pipelines.adapters import AdapterShelf
 from service.pipelines.load import LoadedModel, ModelLoadError
 from service.pipelines.runner import PipelineRunner
 
-# Seen: 4e-6; different adapters differ by more than 0.1.
-FLOAT32_BOUND = 1e-4
+# Seen: 4e-6 on Intel, on AMD 1.1e-4 at single pixels (median 3e-6). Adapters differ by over 0.1.
+FLOAT32_BOUND = 2e-4
 VISIBLE = 1e-2
 PATIENCE_S = 60
 KINDS: dict[str, dict[str, Any]] = {
