@@ -169,7 +169,7 @@ def _outline(value: Any, parts: list[Hashable]) -> bool:
     if isinstance(value, torch.Tensor):
         parts += (value.dtype, value.shape, value.device)
         return True
-    kind: Hashable = type(value)
+    kind: Any = type(value)
     if kind in SIMPLE:
         parts += (kind, value)
         return True
