@@ -22,6 +22,7 @@ from service.engine.leaves import (
     classify,
     describe,
     leading_size,
+    outline,
     walk,
 )
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Leaf = tuple[Path, LeafKind, Hashable]
 NO_RULES = ArgumentRules()
+MOST_KNOWN_KEYS = 256
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class ParkableMethod:
 
     @cached_property
     def _orders(self) -> dict[tuple[str, ...], list[str]]:
+        return {}
+
+    @cached_property
+    def known_keys(self) -> dict[Hashable, tuple[CallKey, int]]:
+        """Keys and row counts by the outlines of arguments that were read before."""
         return {}
 
     def padded_rows(self, rows: int) -> int:
@@ -139,12 +146,7 @@ def make_call(
     module_variant: Hashable = None,
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
-    arguments = list(_arguments(method, args, kwargs))
-    rows = _count_rows(method, arguments)
-    leaves: list[Leaf] = [((), LeafKind.CONTAINER, len(args))]
-    for path, name, value in arguments:
-        leaves += _read(value, path, rows, method.rules.kind_of(name))
-    key = CallKey(method.name, tuple(leaves), variant)
+    key, rows = _find_key(method, args, kwargs, variant)
     return Call(method, args, kwargs, key, rows, sequence, module_variant)
 
 
@@ -152,6 +154,36 @@ def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Leading size of the first tensor with dimensions; 1 where there is none or it is empty."""
     method = ParkableMethod("", "", lambda: None)
     return _count_rows(method, list(_arguments(method, args, kwargs)))
+
+
+def _find_key(
+    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any], variant: Hashable
+) -> tuple[CallKey, int]:
+    """Key and row count of a call; steps of one size are read once, as they look the same."""
+    outlined = outline((args, kwargs))
+    if outlined is None:
+        return _read_key(method, args, kwargs, variant)
+    known = method.known_keys
+    found = known.get((outlined, variant))
+    if found is None:
+        found = _read_key(method, args, kwargs, variant)
+        # What is SHARED is told by its content, which is in no outline.
+        if not any(kind is LeafKind.SHARED for _, kind, _ in found[0].leaves):
+            if len(known) >= MOST_KNOWN_KEYS:
+                known.clear()
+            known[outlined, variant] = found
+    return found
+
+
+def _read_key(
+    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any], variant: Hashable
+) -> tuple[CallKey, int]:
+    arguments = list(_arguments(method, args, kwargs))
+    rows = _count_rows(method, arguments)
+    leaves: list[Leaf] = [((), LeafKind.CONTAINER, len(args))]
+    for path, name, value in arguments:
+        leaves += _read(value, path, rows, method.rules.kind_of(name))
+    return CallKey(method.name, tuple(leaves), variant), rows
 
 
 def _arguments(

@@ -18,6 +18,8 @@ PROMOTABLE = frozenset(
     {torch.int16, torch.int32, torch.int64, torch.uint8, torch.float32, torch.float64}
 )
 
+SIMPLE = frozenset({type(None), bool, int, float, str})
+
 
 class LeafKind(Enum):
     """How one part of the arguments behaves when calls are stacked.
@@ -150,6 +152,35 @@ def _describe_entry(entry: Any) -> Hashable:
         )
         for path, value in walk(entry)
     )
+
+
+def outline(value: Any) -> Hashable | None:
+    """All that can be told of arguments without looking into tensors; None if they hold objects.
+
+    Where no tensor is SHARED, arguments of equal outlines are described equally.
+    """
+    parts: list[Hashable] = []
+    return tuple(parts) if _outline(value, parts) else None
+
+
+def _outline(value: Any, parts: list[Hashable]) -> bool:
+    # Taken for every call of every step. Each part says its type first and containers their size,
+    # so that no two values read the same.
+    if isinstance(value, torch.Tensor):
+        parts += (value.dtype, value.shape, value.device)
+        return True
+    kind: Any = type(value)
+    if kind in SIMPLE:
+        parts += (kind, value)
+        return True
+    if not isinstance(value, dict | tuple | list):
+        # Comparing it might mean anything, and keeping it in an outline would keep it alive.
+        return False
+    parts += (kind, len(value))
+    if isinstance(value, dict):
+        parts += value
+        value = value.values()
+    return all(_outline(item, parts) for item in value)
 
 
 def leading_size(value: Any) -> int | None:

@@ -49,6 +49,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import MappingProxyType
 
 from service.domain.requests import Priority
@@ -57,7 +58,11 @@ from service.engine.call import Call, CallKey
 CostOf = Callable[[CallKey, int], float]
 LimitOf = Callable[[Call], int]
 
-PATIENCE = {Priority.INTERACTIVE: 0.125, Priority.NORMAL: 1.0, Priority.BATCH: 8.0}
+PATIENCE: dict[int, float] = {
+    Priority.INTERACTIVE: 0.125,
+    Priority.NORMAL: 1.0,
+    Priority.BATCH: 8.0,
+}
 DENOISE = "denoise"
 
 
@@ -110,7 +115,7 @@ def due_s(since_s: float, seconds: float, priority: int, latest_start_s: float =
 
 def patience(priority: int) -> float:
     """How many times its expected seconds something waits before it goes ahead of newcomers."""
-    return PATIENCE[Priority(min(max(priority, Priority.INTERACTIVE), Priority.BATCH))]
+    return PATIENCE[min(max(priority, Priority.INTERACTIVE), Priority.BATCH)]
 
 
 def pick(
@@ -120,16 +125,22 @@ def pick(
     groups: dict[CallKey, list[Parked]] = {}
     for item in sorted(parked, key=_sequence):
         groups.setdefault(item.call.key, []).append(item)
-    # `min` keeps the first of equals, which is the group with the oldest call.
-    due = [(group_due_s(g, cost_of, limit_of(g[0].call)), g) for g in groups.values()]
-    _, group = min(due, key=lambda pair: pair[0], default=(0.0, []))
-    return fit_rows(_by_urgency(group, cost_of, limit_of), limit_of(group[0].call)) if group else []
+    # A group is due with its most urgent call. `min` keeps the first of equals, which is the group
+    # with the oldest call.
+    lines = [by_urgency(g, cost_of, limit_of(g[0].call)) for g in groups.values()]
+    _, line = min(lines, key=itemgetter(0), default=(0.0, []))
+    return fit_rows(line, limit_of(line[0].call)) if line else []
 
 
-def group_due_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
-    """When calls with equal keys are due: with the most urgent of them."""
+def by_urgency(group: Sequence[Parked], cost_of: CostOf, limit: int) -> tuple[float, list[Parked]]:
+    """When calls with equal keys are due, and they themselves, the most urgent first.
+
+    Args:
+        group: oldest first, which is kept among those that are equally urgent.
+    """
     seconds = _forward_s(group, cost_of, limit)
-    return min(_call_due_s(item, seconds) for item in group)
+    line = sorted(((_call_due_s(p, seconds), p) for p in group), key=itemgetter(0))
+    return line[0][0], [item for _, item in line]
 
 
 def fit_rows(group: Sequence[Parked], limit: int) -> list[Parked]:
@@ -210,11 +221,6 @@ class Policy:
 DUE_TIME = Policy(pick, request_due_s, room_beside_urgent)
 STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, room_beside_all)
 POLICIES = MappingProxyType({"due-time": DUE_TIME, "strict-fifo": STRICT_FIFO})
-
-
-def _by_urgency(group: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf) -> list[Parked]:
-    seconds = _forward_s(group, cost_of, limit_of(group[0].call))
-    return sorted(group, key=lambda item: (_call_due_s(item, seconds), item.call.sequence))
 
 
 def _forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:

@@ -200,7 +200,7 @@ class Track:
         try:
             return self._greenlet.parent.switch()
         finally:
-            torch.set_grad_enabled(gradients)
+            _restore_gradients(gradients)
 
     def _run(self, switch: Callable[[], Any]) -> None:
         self.call = None
@@ -213,7 +213,7 @@ class Track:
         else:
             self._settle(result)
         finally:
-            torch.set_grad_enabled(gradients)
+            _restore_gradients(gradients)
 
     def _settle(self, result: Any) -> None:
         """After a switch that raised nothing: parked, ended, or made to end."""
@@ -246,6 +246,12 @@ class Track:
         self.call = None
         # Greenlet and track hold each other.
         self._greenlet = None
+
+
+def _restore_gradients(enabled: bool) -> None:
+    # Setting takes longer than asking, and it is rarely needed.
+    if torch.is_grad_enabled() != enabled:
+        torch.set_grad_enabled(enabled)
 
 
 def forget_frames(error: BaseException | None) -> None:

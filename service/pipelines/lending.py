@@ -17,11 +17,14 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from service.domain.requests import Task
 from service.pipelines.blending import denoiser_for_inpainting
+from service.pipelines.remembering import remembering_class
 from service.pipelines.schedulers import build_scheduler
 from service.pipelines.signature import CallSignature, read_signature
+from service.pipelines.tokenizing import remembering_tokenizer
 
 OTHER_TASKS = {
     Task.IMAGE_TO_IMAGE: AutoPipelineForImage2Image,
@@ -46,6 +49,11 @@ class PipelineLender:
         self._prototypes: dict[str, Any] = {}
         pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
         self._lenders = {task: (p, _lent_class(p)) for task, p in pipelines.items()}
+        self._tokenizers = {
+            name: remembering_tokenizer(value)
+            for name, value in vars(pipeline).items()
+            if isinstance(value, PreTrainedTokenizerBase)
+        }
         self._signatures = {task: read_signature(type(p)) for task, p in pipelines.items()}
 
     @property
@@ -69,13 +77,16 @@ class PipelineLender:
         instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
         lent = borrow(pipeline, instead)
         lent.__class__ = lent_class
+        vars(lent).update(self._tokenizers)
         return lent
 
     def new_scheduler(self, name: str) -> Any:
         """A scheduler that no other request uses."""
         if name not in self._prototypes:
             config = self._pipeline.scheduler.config
-            self._prototypes[name] = build_scheduler(self._schedulers[name], config)
+            prototype = build_scheduler(self._schedulers[name], config)
+            prototype.__class__ = remembering_class(prototype)
+            self._prototypes[name] = prototype
         return copy_scheduler(self._prototypes[name])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_fakes import tensor_call
 
-from service.engine.call import ParkableMethod, count_rows
+from service.engine.call import MOST_KNOWN_KEYS, ParkableMethod, count_rows
 from service.engine.leaves import ArgumentRules, LeafKind, classify
 
 SAMPLE = torch.zeros(2, 3)
@@ -226,3 +226,46 @@ def test_cost_shape_forgets_what_does_not_cost() -> None:
     assert one != other
     assert one.shape == other.shape
     assert one.shape != key(torch.zeros(2, 5), torch.tensor(1)).shape
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"a": 1}, {"a": True}),
+        ({"a": 1}, {"a": 1.0}),
+        ({"a": [1, 2]}, {"a": (1, 2)}),
+        ({"a": [[1], 2]}, {"a": [[1, 2]]}),
+        ({"a": {"b": 1}}, {"a": {"c": 1}}),
+        ({"a": torch.zeros(2, 7)}, {"a": torch.zeros(2, 8)}),
+        ({"a": torch.zeros(3)}, {"a": torch.ones(3)}),
+        ({"a": object()}, {"a": object()}),
+        ({"a": None}, {"b": None}),
+    ],
+)
+def test_known_keys_are_those_that_reading_anew_gives(first: Any, second: Any) -> None:
+    method = ParkableMethod("m", "forward", lambda: None)
+    for _ in range(2):
+        for arguments in (first, second):
+            found = tensor_call(SAMPLE, rule=method, **arguments).key
+            fresh = ParkableMethod("m", "forward", lambda: None)
+            assert found == tensor_call(SAMPLE, rule=fresh, **arguments).key
+    assert (
+        tensor_call(SAMPLE, rule=method, **first).key
+        != tensor_call(SAMPLE, rule=method, **second).key
+    )
+
+
+def test_steps_of_one_size_share_a_key_and_objects_are_not_kept() -> None:
+    method = ParkableMethod("m", "forward", lambda: None)
+    keys = [tensor_call(torch.rand(2, 3), torch.tensor(t), rule=method).key for t in range(3)]
+    assert keys[0] is keys[1] is keys[2]
+    tensor_call(SAMPLE, generator=torch.Generator(), rule=method)
+    tensor_call(SAMPLE, table=torch.zeros(5, 3), rule=method)
+    assert len(method.known_keys) == 1
+
+
+def test_known_keys_are_limited() -> None:
+    method = ParkableMethod("m", "forward", lambda: None)
+    for index in range(2 * MOST_KNOWN_KEYS + 1):
+        tensor_call(SAMPLE, number=index, rule=method)
+    assert len(method.known_keys) <= MOST_KNOWN_KEYS

@@ -19,8 +19,8 @@ from service.engine.policy import (
     Parked,
     Queued,
     Running,
+    by_urgency,
     due_s,
-    group_due_s,
     next_to_start,
     patience,
     pick,
@@ -95,7 +95,7 @@ def test_nobody_else_is_due_sooner(items: list[Parked]) -> None:
     for key in {item.call.key for item in items}:
         others = [item for item in items if item.call.key == key]
         limit = others[0].call.method.max_rows
-        assert group_due_s(group, price, limit) <= group_due_s(others, price, limit)
+        assert by_urgency(group, price, limit)[0] <= by_urgency(others, price, limit)[0]
 
 
 def test_a_newcomers_encoder_goes_before_the_step_that_all_wait_for() -> None:
