@@ -184,6 +184,8 @@ class EngineSettings(_Section):
     niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10
     gradients: bool = False
     """Whether pipelines may compute gradients, as some guidance does; costs a few percent."""
+    stuck_after_s: PositiveSeconds = 120.0
+    """Longer than any forward takes: a replica whose engine is silent for so long is replaced."""
     drain_s: Amount = 20.0
     """Seconds that accepted requests get to finish when the server stops."""
 

@@ -13,6 +13,7 @@ from service.deployments.exposure import needs_counter, read_access_keys
 from service.deployments.ingress import Ingress
 from service.deployments.replica import ModelReplica, ReplicaSpec
 from service.deployments.result_store import check_results, with_secret
+from service.deployments.router import router_config
 from service.deployments.shared_usage import UsageCounter
 from service.models.catalogue import model_folder
 
@@ -86,6 +87,7 @@ def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.engine.drain_s,
+        request_router_config=router_config(),
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,

@@ -8,16 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from service.config import EngineSettings, ModelSettings
+from service.deployments.callers import Callers
 from service.deployments.request_desk import RequestDesk
 from service.domain.batch import BatchView
-from service.domain.errors import NotReadyError, RequestIdInUseError, UnknownModelError
+from service.domain.errors import (
+    NotReadyError,
+    RequestIdInUseError,
+    StoppedError,
+    UnknownModelError,
+)
 from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.models import ModelCapabilities
 from service.domain.progress import Progress
@@ -32,13 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-# A forward never takes this long on any machine worth serving from; a hung one does.
-STUCK_AFTER_S = 300.0
 DRAIN_RETRY_S = 5.0
-
-
-class ReplicaStuckError(RuntimeError):
-    """The engine shows no sign of life: Ray Serve should replace this replica."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class ModelReplica:
         self.spec = spec
         self.runner = _load_runner(spec)
         self.desk = RequestDesk(self.runner)
+        self.callers = Callers(time.monotonic)
         self._draining = False
+        self._orphaned: set[str] = set()
 
     async def capabilities(self) -> ModelCapabilities:
         """What the model can do. Answered only once the replica is warm.
@@ -69,20 +72,23 @@ class ModelReplica:
             raise NotReadyError("draining", DRAIN_RETRY_S)
         return self.runner.capabilities()
 
-    async def generate(self, request: GenerationRequest) -> Outcome:
+    async def generate(self, request: GenerationRequest, caller: str = "") -> Outcome:
         """Serve a request to its end. Errors are returned, not raised: they cross processes."""
         outcome: Outcome | None = None
-        async with aclosing(self.stream(request)) as events:
+        async with aclosing(self.stream(request, caller)) as events:
             async for event in events:
                 if isinstance(event, Finished | Failed):
                     outcome = event
         assert outcome is not None
         return outcome
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: GenerationRequest, caller: str = ""
+    ) -> AsyncGenerator[Event, None]:
         """Serve a request, and tell what happens to it, up to its end.
 
-        Closing the stream, or cancelling whoever reads it, cancels the request.
+        Closing the stream, or cancelling whoever reads it, cancels the request; so does a `caller`
+        of that id that is not heard from any more.
         """
         if request.model != self.spec.model_id:
             error = UnknownModelError(f"this replica serves {self.spec.model_id}", "model")
@@ -93,14 +99,23 @@ class ModelReplica:
         except RequestIdInUseError as error:
             yield Failed(request.id, error)
             return
+        self.callers.begin(request.id, caller)
         try:
             while True:
                 event = await events.get()
+                if isinstance(event, Failed) and request.id in self._orphaned:
+                    event = Failed(request.id, StoppedError("its ingress was not heard from"))
                 yield event
                 if isinstance(event, Finished | Failed):
                     return
         finally:
+            self.callers.end(request.id)
+            self._orphaned.discard(request.id)
             self.desk.give_up(request.id)
+
+    async def hear_from(self, caller: str) -> None:
+        """An ingress is there, and waits for what it asked for."""
+        self.callers.hear(caller)
 
     async def progress(self, request_id: str) -> Progress | None:
         """Where a request stands, or None if this replica does not know it."""
@@ -130,15 +145,29 @@ class ModelReplica:
         drain_s = self.spec.settings.engine.drain_s
         await asyncio.get_running_loop().run_in_executor(None, self.runner.stop, drain_s)
 
-    async def check_health(self) -> None:
-        """Called by Ray Serve.
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Ray Serve, which tells the routers."""
+        return self.desk.report().to_dict()
 
-        Raises:
-            ReplicaStuckError: the engine died, or a forward hangs.
-        """
+    async def check_health(self) -> None:
+        """Called by Ray Serve every now and then."""
+        for request_id in self.callers.orphans():
+            logger.warning("request %s is given up: its ingress is gone", request_id)
+            self.callers.end(request_id)
+            self._orphaned.add(request_id)
+            self.desk.give_up(request_id)
         silent_s = self.runner.engine.silent_s()
-        if silent_s > STUCK_AFTER_S:
-            raise ReplicaStuckError(f"the engine has been silent for {silent_s:.0f} s")
+        if silent_s > self.spec.settings.engine.stuck_after_s:
+            self._end_process(silent_s)
+
+    def _end_process(self, silent_s: float) -> None:
+        """No forward of a stuck engine ends, and nothing can be taken from it.
+
+        Ended at once, as Ray Serve would first wait for what is in hand; that is served elsewhere.
+        """
+        logger.error("the engine has been silent for %.0f s: this replica ends", silent_s)
+        logging.shutdown()
+        os._exit(1)
 
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
