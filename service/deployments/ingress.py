@@ -26,16 +26,13 @@ class Ingress:
 
     Args:
         settings: everything that an operator may set.
-        handles: Ray Serve handles of the models by id.
         keys: who may call; read by whoever starts the service, as their file may be there only.
         counter: handle of what counts the use of keys, where there are several ingress replicas.
     """
 
-    def __init__(
-        self, settings: Settings, handles: dict[str, Any], keys: KeyRing, counter: Any = None
-    ) -> None:
+    def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
         self.settings = settings
-        self.backend = RemoteBackend(handles)
+        self.backend = RemoteBackend()
         usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
         self.access = Access(keys, usage)
         results = settings.results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from service.api.backend import ModelStatus
+from service.deployments.applications import list_models, model_handle
 from service.deployments.model_watch import ModelWatch
 from service.deployments.retries import with_retries
 from service.domain.batch import BatchView
@@ -26,16 +27,12 @@ ASK_TIMEOUT_S = 5.0
 
 
 class RemoteBackend:
-    """Sends requests to model replicas, and keeps an eye on whether they answer.
+    """Sends requests to model replicas, and keeps an eye on whether they answer."""
 
-    Args:
-        handles: Ray Serve deployment handles by model id.
-    """
-
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        self._handles = dict(handles)
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
-        self._watch = ModelWatch({m: handle.capabilities.remote for m, handle in handles.items()})
+        self._watch = ModelWatch(list_models, self._status)
 
     async def start(self) -> None:
         """Begin to watch the models."""
@@ -76,10 +73,10 @@ class RemoteBackend:
 
     async def _generate_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         # One message for the outcome, where nobody asks for the events before.
-        yield await self._handles[request.model].generate.remote(request, self._id)
+        yield await self._handle(request.model).generate.remote(request, self._id)
 
     async def _stream_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        handle = self._handles[request.model].options(stream=True)
+        handle = self._handle(request.model).options(stream=True)
         events = handle.stream.remote(request, self._id)
         try:
             async for event in events:
@@ -105,29 +102,44 @@ class RemoteBackend:
 
     async def batch(self, model_id: str) -> Sequence[BatchView]:
         """What each replica of a model has in hand."""
-        views: list[BatchView] = await self._ask_replicas(model_id, "batch")
-        return views
+        views: list[BatchView | None] = await self._ask_replicas(model_id, "batch")
+        return [view for view in views if view is not None]
+
+    def _model_ids(self) -> list[str]:
+        return [status.capabilities.id for status in self._watch.statuses()]
+
+    def _handle(self, model_id: str) -> Any:
+        if model_id not in self._handles:
+            self._handles[model_id] = model_handle(model_id)
+        return self._handles[model_id]
+
+    async def _status(self, model_id: str) -> ModelStatus:
+        status: ModelStatus = await self._handle(model_id).status.remote()
+        return status
 
     async def _show_signs_of_life(self) -> None:
         """Replicas give up what an ingress asked for that is not heard from."""
         while True:
             await asyncio.gather(
-                *(self._ask_replicas(model_id, "hear_from", self._id) for model_id in self._handles)
+                *(
+                    self._ask_replicas(model_id, "hear_from", self._id)
+                    for model_id in self._model_ids()
+                )
             )
             await asyncio.sleep(SIGN_OF_LIFE_PERIOD_S)
 
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
         """The answers of all replicas of all models: only they know which requests they have."""
         answers = await asyncio.gather(
-            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._handles)
+            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
         )
         return [answer for of_model in answers for answer in of_model]
 
     async def _ask_replicas(
         self, model_id: str, method: str, *arguments: Any, slack_s: float = 0.0
     ) -> list[Any]:
-        reply = self._handles[model_id].broadcast(method, *arguments)
         try:
+            reply = self._handle(model_id).broadcast(method, *arguments)
             answers = await reply.results_async(
                 timeout_s=ASK_TIMEOUT_S + slack_s, return_exceptions=True
             )

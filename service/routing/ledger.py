@@ -35,7 +35,10 @@ UNKNOWN_COST = StepCost(0.02, 0.005)
 MOST_COLUMNS = 64
 # Later than anything: where all are full, the soonest of them says when there is room again.
 FULL_S = 1e9
-JITTER = 0.3
+# How far scores are blurred where all of the work is other routers'.
+JITTER = 0.6
+# What a second of all others together counts beside a second of the request itself.
+CONCERN = 0.6
 
 Floats = NDArray[np.float64]
 ReplicaKey = Hashable
@@ -49,12 +52,14 @@ class Account:
         jobs: what it has in hand, by request id.
         since: when this router sent what the latest report may not list yet.
         ended: when this router saw end what the latest report may still list.
+        own: requests that this router sent.
     """
 
     report: Report = field(default_factory=Report)
     jobs: dict[str, Job] = field(default_factory=dict)
     since: dict[str, float] = field(default_factory=dict)
     ended: dict[str, float] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)
 
     def hear(self, report: Report, late_s: float) -> None:
         """Believe a report, but for what was sent or ended after `late_s`."""
@@ -65,6 +70,7 @@ class Account:
         }
         sent = {name: self.jobs[name] for name in self.since}
         self.jobs = {name: job for name, job in told.items() if name not in self.ended} | sent
+        self.own &= self.jobs.keys()
         self.report = report
 
 
@@ -103,7 +109,10 @@ class Ledger:
         """A replica told what it has in hand."""
         account = self._accounts.get(key)
         if account is not None:
+            before = len(account.jobs), len(account.own)
             account.hear(report, self._clock() - self._report_delay_s)
+            self._jobs += len(account.jobs) - before[0]
+            self._own_jobs += len(account.own) - before[1]
             self._write(key)
 
     def note_sent(self, key: ReplicaKey, job: Job) -> None:
@@ -115,6 +124,9 @@ class Ledger:
         self._add(self._places[key], job)
         account.since[job.id] = self._clock()
         account.jobs[job.id] = job
+        account.own.add(job.id)
+        self._jobs += 1
+        self._own_jobs += 1
 
     def note_ended(self, key: ReplicaKey, job_id: str) -> None:
         """A request that this router sent has ended."""
@@ -123,6 +135,9 @@ class Ledger:
         if account is not None and ended is not None:
             account.since.pop(job_id, None)
             account.ended[job_id] = self._clock()
+            self._jobs -= 1
+            self._own_jobs -= job_id in account.own
+            account.own.discard(job_id)
             # Its seconds have melted by now, more or less; the next report says it exactly.
             self._pictures[self._places[key]] -= ended.pictures
             if not account.jobs:
@@ -130,18 +145,20 @@ class Ledger:
 
     def finish_s(self, job: Job) -> Floats:
         """Seconds until each replica, in the order of `set_replicas`, would finish `job`."""
-        upper = int(np.searchsorted(STEPS_AT, min(job.steps, STEPS_AT[-1])))
-        lower = max(upper - 1, 0)
-        width = STEPS_AT[upper] - STEPS_AT[lower]
-        share = (min(job.steps, STEPS_AT[-1]) - STEPS_AT[lower]) / width if width else 0.0
-        ahead_s = (1 - share) * self._ahead_s[:, lower] + share * self._ahead_s[:, upper]
-        cost = self._costs(job.size)
-        alone_steps = np.maximum(job.steps - self._longest(job.group), 0)
-        own_s = cost[1] * (job.rows * job.steps) + cost[0] * alone_steps
-        # What is in hand melts by a second a second, the longest-lived part of it last.
+        return self._finish_and_harm_s(job)[0]
+
+    def _finish_and_harm_s(self, job: Job) -> tuple[Floats, Floats]:
+        """Seconds until `job` would be finished, and by which all others together get later."""
+        lower, upper, share = _between(job.steps)
+        # What is in hand melts by a second a second.
         done_s = self._clock() - self._written_s
         left = np.clip(1 - done_s / np.maximum(self._ahead_s[:, -1], 1e-9), 0, 1)
-        return np.asarray(ahead_s * left + own_s)
+        ahead_s = (1 - share) * self._ahead_s[:, lower] + share * self._ahead_s[:, upper]
+        beside = (1 - share) * self._steps_beside[:, lower] + share * self._steps_beside[:, upper]
+        fixed_s, row_s = self._costs(job.size)
+        alone = np.maximum(1 - self._longest(job.group) / job.steps, 0)
+        step_s = row_s * job.rows + fixed_s * alone
+        return ahead_s * left + step_s * job.steps, step_s * beside * left
 
     def has_room(self, job: Job) -> NDArray[np.bool_]:
         """Which replicas would let `job` in; an empty one takes anything."""
@@ -153,9 +170,10 @@ class Ledger:
 
         The best are worth knowing beside the best one: it may be gone by now.
         """
-        finish_s = self.finish_s(job)
+        finish_s, harm_s = self._finish_and_harm_s(job)
         # Routers that know the same must not all find the same replica best.
-        score = finish_s * (1 + JITTER * self._chance.random(len(finish_s)))
+        jitter = JITTER * (1 - self._own_jobs / max(self._jobs, 1))
+        score = (finish_s + CONCERN * harm_s) * (1 + jitter * self._chance.random(len(finish_s)))
         score[~self.has_room(job)] += FULL_S
         best = (
             np.argpartition(score, count)[:count] if count < len(score) else np.arange(len(score))
@@ -163,7 +181,10 @@ class Ledger:
         return [self._keys[place] for place in best[np.argsort(score[best])]]
 
     def _resize(self, count: int) -> None:
+        self._jobs = sum(len(account.jobs) for account in self._accounts.values())
+        self._own_jobs = sum(len(account.own) for account in self._accounts.values())
         self._ahead_s = np.zeros((count, len(STEPS_AT)))
+        self._steps_beside = np.zeros((count, len(STEPS_AT)))
         self._written_s = np.zeros(count)
         self._pictures = np.zeros(count)
         self._limits = np.full(count, np.inf)
@@ -195,13 +216,16 @@ class Ledger:
         place, now_s = self._places[key], self._clock()
         total_s = self._ahead_s[place, -1]
         if total_s > 0:
-            self._ahead_s[place] *= max(1 - (now_s - self._written_s[place]) / total_s, 0.0)
+            left = max(1 - (now_s - self._written_s[place]) / total_s, 0.0)
+            self._ahead_s[place] *= left
+            self._steps_beside[place] *= left
         self._written_s[place] = now_s
 
     def _write(self, key: ReplicaKey) -> None:
         """Work the row of a replica out anew from all that is known of it."""
         place, account = self._places[key], self._accounts[key]
         self._ahead_s[place] = 0.0
+        self._steps_beside[place] = 0.0
         self._written_s[place] = self._clock()
         self._pictures[place] = 0
         self._limits[place] = account.report.picture_limit
@@ -221,8 +245,18 @@ class Ledger:
             self._ahead_s[place] += fixed_s * beyond
             if job.group != ALONE:
                 longest[place] = job.steps
-        self._ahead_s[place] += row_s * job.rows * np.minimum(STEPS_AT, job.steps)
+        steps = np.minimum(STEPS_AT, job.steps)
+        self._ahead_s[place] += row_s * job.rows * steps
+        self._steps_beside[place] += steps
         self._pictures[place] += job.pictures
+
+
+def _between(steps: int) -> tuple[int, int, float]:
+    """The places in `STEPS_AT` on both sides of a number of steps, and how far it is between."""
+    steps = min(steps, int(STEPS_AT[-1]))
+    upper = int(np.searchsorted(STEPS_AT, steps))
+    lower = max(upper - 1, 0)
+    return lower, upper, float((steps - STEPS_AT[lower]) / (STEPS_AT[upper] - STEPS_AT[lower]))
 
 
 def _cost(report: Report, size: str) -> StepCost:
