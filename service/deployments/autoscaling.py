@@ -47,13 +47,17 @@ class BacklogPolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Called by Ray Serve at every turn of its control loop."""
         backlogs_s = (context.aggregated_metrics or {}).get(BACKLOG, {})
+        told = [float(backlogs_s[key]) for key in context.running_replicas if key in backlogs_s]
         wanted = wanted_replicas(
-            total_backlog_s=sum(map(float, backlogs_s.values())),
+            total_backlog_s=sum(told),
             target_backlog_s=self.target_backlog_s,
             current=context.target_num_replicas,
             waiting_for_a_replica=context.current_num_replicas == 0
             and context.total_queued_requests > 0,
         )
+        if len(told) < context.target_num_replicas:
+            # Some still load, or have told nothing yet: whether they are wanted will show.
+            wanted = max(wanted, context.target_num_replicas)
         return wanted, {}
 
 

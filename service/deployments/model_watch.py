@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,8 +19,11 @@ from service.api.backend import ModelStatus
 from service.domain.models import ModelCapabilities, SizeRange
 
 PROBE_INTERVAL_S = 1.0
+LOADING_INTERVAL_S = 0.2
 PROBE_TIMEOUT_S = 10.0
 FIRST_LOOK_TIMEOUT_S = 1.0
+# A busy machine may be slow to answer, and a lost replica takes some seconds to replace.
+SILENCE_S = 15.0
 LOADING = "loading"
 
 
@@ -37,7 +41,7 @@ class Listed:
 
 
 List = Callable[[], Awaitable[Mapping[str, Listed]]]
-Ask = Callable[[str], Awaitable[ModelStatus]]
+Ask = Callable[[str], Awaitable[ModelStatus | None]]
 
 
 class ModelWatch:
@@ -45,8 +49,8 @@ class ModelWatch:
 
     Args:
         list_models: which models there are.
-        ask: asks a model, by its id, how it is. One that still loads does not answer before it is
-            through.
+        ask: asks a model, by its id, how it is; None while no replica of it is there to answer. It
+            must not wait for one: that would wake a model that sleeps.
     """
 
     def __init__(self, list_models: List, ask: Ask) -> None:
@@ -55,6 +59,7 @@ class ModelWatch:
         self._listed: dict[str, Listed] = {}
         self._statuses: dict[str, ModelStatus] = {}
         self._answered: dict[str, asyncio.Event] = {}
+        self._heard_s: dict[str, float] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._listing: asyncio.Task[None] | None = None
 
@@ -107,26 +112,31 @@ class ModelWatch:
                 known = self._statuses[model_id]
                 self._note(model_id, ready=known.is_known, detail=_asleep(known))
             elif not await self._answers(model_id):
-                # It took its time: while it loads no moment goes by unasked.
+                await asyncio.sleep(LOADING_INTERVAL_S)
                 continue
             await asyncio.sleep(PROBE_INTERVAL_S)
 
     async def _answers(self, model_id: str) -> bool:
-        """Whether the model said anything in time."""
+        """Whether there is anybody who answers."""
         try:
             status = await asyncio.wait_for(self._ask(model_id), PROBE_TIMEOUT_S)
-        except TimeoutError:
-            known = self._statuses[model_id]
-            # Requests wait for one that wakes up.
-            waking = known.ready and known.detail != ""
-            self._note(model_id, ready=waking, detail="waking up" if waking else LOADING)
+        except (TimeoutError, RayError, RayServeException):
+            status = None
+        if status is None:
+            self._note_silence(model_id)
             return False
-        except (RayError, RayServeException) as error:
-            self._note(model_id, ready=False, detail=f"unavailable: {type(error).__name__}")
-        else:
-            self._statuses[model_id] = status
-            self._answered[model_id].set()
+        self._statuses[model_id] = status
+        self._heard_s[model_id] = time.monotonic()
+        self._answered[model_id].set()
         return True
+
+    def _note_silence(self, model_id: str) -> None:
+        """Requests wait for one that wakes up, and for a replica that takes a lost one's place."""
+        known = self._statuses[model_id]
+        if known.ready and known.detail:
+            self._note(model_id, ready=True, detail="waking up")
+        elif not known.ready or time.monotonic() - self._heard_s[model_id] > SILENCE_S:
+            self._note(model_id, ready=False, detail=LOADING)
 
     def _note(self, model_id: str, ready: bool, detail: str) -> None:
         known = self._statuses[model_id].capabilities

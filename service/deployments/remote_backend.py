@@ -113,9 +113,10 @@ class RemoteBackend:
             self._handles[model_id] = model_handle(model_id)
         return self._handles[model_id]
 
-    async def _status(self, model_id: str) -> ModelStatus:
-        status: ModelStatus = await self._handle(model_id).status.remote()
-        return status
+    async def _status(self, model_id: str) -> ModelStatus | None:
+        """How a model is: if any of its replicas takes requests, it does."""
+        told: list[ModelStatus] = await self._ask_replicas(model_id, "status")
+        return max(told, key=lambda status: status.ready, default=None)
 
     async def _show_signs_of_life(self) -> None:
         """Replicas give up what an ingress asked for that is not heard from."""

@@ -52,6 +52,7 @@ def context(backlogs_s: dict[str, float], replicas: int, queued: int = 0) -> Any
         target_num_replicas=replicas,
         current_num_replicas=replicas,
         total_queued_requests=queued,
+        running_replicas=list(backlogs_s),
     )
 
 
@@ -60,6 +61,20 @@ def test_the_policy_reads_what_replicas_record() -> None:
     assert policy(context({"a": 12.0, "b": 9.0}, 2)) == (5, {})
     assert policy(context({}, 0, queued=1)) == (1, {})
     assert policy(context({}, 0)) == (0, {})
+    assert policy(context({"a": 0.0}, 1)) == (0, {})
+
+
+def test_a_model_is_loaded_before_it_may_sleep() -> None:
+    policy = BacklogPolicy(target_backlog_s=5.0)
+    assert policy(context({}, 1)) == (1, {})
+    assert policy(context({"a": 0.0}, 2)) == (2, {})
+    assert policy(context({"a": 90.0}, 2)) == (18, {})
+
+
+def test_a_replica_that_is_gone_counts_no_more() -> None:
+    told = context({"a": 1.0, "gone": 90.0}, 1)
+    told.running_replicas = ["a"]
+    assert BacklogPolicy(target_backlog_s=5.0)(told) == (1, {})
 
 
 def test_ray_serve_takes_the_settings() -> None:

@@ -33,9 +33,10 @@ class Models:
     async def list_models(self) -> dict[str, Listed]:
         return dict(self.listed)
 
-    async def ask(self, model_id: str) -> ModelStatus:
+    async def ask(self, model_id: str) -> ModelStatus | None:
         self.asked += 1
-        await self.loaded.wait()
+        if not self.loaded.is_set():
+            return None
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -45,6 +46,7 @@ class Models:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_watch, "FIRST_LOOK_TIMEOUT_S", 0.2)
     monkeypatch.setattr(model_watch, "PROBE_INTERVAL_S", 0.01)
+    monkeypatch.setattr(model_watch, "LOADING_INTERVAL_S", 0.01)
 
 
 async def until(watch: ModelWatch, **wanted: object) -> ModelStatus:
@@ -101,9 +103,8 @@ async def test_one_that_never_answers_is_loading_and_named_after_a_brief_wait() 
     assert (status.ready, status.is_known) == (False, False)
 
 
-async def test_a_model_that_loads_is_asked_without_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two questions nobody would hear that it became ready."""
-    monkeypatch.setattr(model_watch, "PROBE_TIMEOUT_S", 0.02)
+async def test_a_model_that_loads_is_asked_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for it should hear at once that it is there."""
     monkeypatch.setattr(model_watch, "PROBE_INTERVAL_S", 60.0)
     model = Models()
     watch = await started(model)
@@ -118,11 +119,22 @@ async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known()
     watch = await started(model)
     model.answer = ModelStatus(EMOJI, ready=False, detail="draining")
     await until(watch, ready=False, detail="draining")
+    model.answer = READY
+    await until(watch, ready=True, detail="")
+
+
+async def test_a_short_silence_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_watch, "SILENCE_S", 0.2)
+    model = Models()
+    model.loaded.set()
+    watch = await started(model)
     model.answer = RayActorError()
-    status = await until(watch, ready=False, detail="unavailable: RayActorError")
+    await asyncio.sleep(0.05)
+    assert watch.statuses() == [READY]
+    status = await until(watch, ready=False, detail="loading")
     assert status.is_known
     model.answer = READY
-    await until(watch, ready=True)
+    await until(watch, ready=True, detail="")
 
 
 async def test_models_come_and_go() -> None:
@@ -148,10 +160,7 @@ async def test_a_model_that_was_given_up_says_why_and_is_not_asked() -> None:
     assert models.asked == 0
 
 
-async def test_a_sleeping_model_takes_requests_and_is_not_woken_by_questions(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(model_watch, "PROBE_TIMEOUT_S", 0.02)
+async def test_a_sleeping_model_takes_requests_and_is_not_woken_by_questions() -> None:
     models = Models()
     models.loaded.set()
     models.answer = replace(READY, capabilities=replace(EMOJI, load_s=12.3))
