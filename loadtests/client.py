@@ -11,7 +11,6 @@ import asyncio
 import base64
 import io
 import json
-import re
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,18 +23,13 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
+from loadtests.http_shape import EDITS, EXPIRED, GENERATIONS, REFUSED, read_server_timing
 from loadtests.trace import TraceRequest
 
-GENERATIONS = "/v1/images/generations"
-EDITS = "/v1/images/edits"
-REFUSED = (429, 503)
-EXPIRED = 504
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER_CHARACTERS = 32
 DEFAULT_GIVE_UP_S = 120.0
 LOOK_EVERY_S = 0.25
-
-_TIMING = re.compile(r'([\w-]+);(?:dur=([\d.]+)|desc="share ([\d.]+)")')
 
 
 class Status(StrEnum):
@@ -258,15 +252,6 @@ class _Told:
     http_status: int = 0
     detail: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
-
-
-def read_server_timing(header: str) -> dict[str, float]:
-    """Seconds by stage, and under `batch` the share of its forwards that a request had."""
-    found = _TIMING.findall(header)
-    return {
-        name: float(milliseconds) / 1000 if milliseconds else float(share)
-        for name, milliseconds, share in found
-    }
 
 
 def complaint_about(data: bytes, request: TraceRequest) -> str:

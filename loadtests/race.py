@@ -129,17 +129,17 @@ async def _measure(
         if is_first:
             own = await scenarios.calibrate(session, trace, options.calibration_repeats)
             turn["unloaded"] = write_unloaded(own)
-        # What the reference took, which has the first turn of all.
-        common = read_unloaded(report.setdefault("unloaded", turn.get("unloaded")))
+            # The reference has the first turn of all: its times are everybody's.
+            report.setdefault("unloaded", turn["unloaded"])
+        common = read_unloaded(report["unloaded"])
         targets = make_targets(options.limit_s)
         model = await served_model(session)
         bench = Bench(session, trace, gaps, common, targets, model).first(options.requests)
         await _warm_up(bench, options.in_flight)
         mixed = await scenarios.offline(bench, options.in_flight)
         alike = await scenarios.offline(replace(bench, trace=homogeneous), options.in_flight)
-        print(
-            f"{mixed['throughput_per_s']:.2f}/s mixed, {alike['throughput_per_s']:.2f}/s homogeneous"
-        )
+        rates = [f"{told['throughput_per_s']:.2f}/s" for told in (mixed, alike)]
+        print(f"{rates[0]} mixed, {rates[1]} homogeneous", flush=True)
         capacity_per_s = report.setdefault("reference_capacity_per_s", mixed["throughput_per_s"])
         short_jobs = await scenarios.server(bench, SHORT_JOBS_LOAD * capacity_per_s)
         scenarios.print_progress("at 0.8", short_jobs)
