@@ -45,15 +45,18 @@ TOLD_APART = (METRIC, REFUSAL, LEFT)
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser) -> None:
     """What there is beside locust's own options."""
-    group = parser.add_argument_group("Stepserve")
-    group.add_argument("--load-shape", choices=sorted(SHAPES), default="steady")
-    group.add_argument("--user-rate", type=float, default=0.5, help="tasks a second of one user")
-    group.add_argument("--sizes", default="64x64,48x48,96x96", help="sizes that the model can do")
-    group.add_argument("--most-steps", type=int, default=100, help="longer requests are cut")
-    group.add_argument("--api-key", default="", is_secret=True)
-    group.add_argument("--max-failures", type=float, default=0.0, help="share that passes the test")
-    group.add_argument("--max-refusals", type=float, default=1.0, help="share that passes the test")
-    group.add_argument("--max-p95-s", type=float, default=0.0, help="of answers; 0: no limit")
+    parser.add_argument("--load-shape", choices=sorted(SHAPES), default="steady")
+    parser.add_argument("--user-rate", type=float, default=0.5, help="tasks a second of one user")
+    parser.add_argument("--sizes", default="64x64,48x48,96x96", help="sizes that the model can do")
+    parser.add_argument("--most-steps", type=int, default=100, help="longer requests are cut")
+    parser.add_argument("--api-key", default="", is_secret=True)
+    parser.add_argument(
+        "--max-failures", type=float, default=0.0, help="share that passes the test"
+    )
+    parser.add_argument(
+        "--max-refusals", type=float, default=1.0, help="share that passes the test"
+    )
+    parser.add_argument("--max-p95-s", type=float, default=0.0, help="of answers; 0: no limit")
 
 
 class ChosenShape(LoadTestShape):
@@ -65,7 +68,7 @@ class ChosenShape(LoadTestShape):
         """Users now, and how many are started a second."""
         options = self.runner.environment.parsed_options
         run_time_s = float(options.run_time or 60)
-        users = users_at(options.load_shape, self.get_run_time(), run_time_s, options.users or 1)
+        users = users_at(options.load_shape, self.get_run_time(), run_time_s, options.num_users or 1)
         return None if users is None else (users, float(max(users, options.spawn_rate or 1)))
 
 
