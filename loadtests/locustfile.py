@@ -68,7 +68,9 @@ class ChosenShape(LoadTestShape):
         """Users now, and how many are started a second."""
         options = self.runner.environment.parsed_options
         run_time_s = float(options.run_time or 60)
-        users = users_at(options.load_shape, self.get_run_time(), run_time_s, options.num_users or 1)
+        users = users_at(
+            options.load_shape, self.get_run_time(), run_time_s, options.num_users or 1
+        )
         return None if users is None else (users, float(max(users, options.spawn_rate or 1)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def plot_bars(values: Sequence[tuple[str, float]], axis: str, file: Path) -> Pat
 
 
 def plot_lines(
-    lines: dict[str, Sequence[tuple[float, float]]], axes_names: tuple[str, str], file: Path
+    lines: Mapping[str, Sequence[tuple[float, float]]], axes_names: tuple[str, str], file: Path
 ) -> Path:
     """One line for each server over the offered rate; ours is the thick one."""
 

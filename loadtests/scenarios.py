@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import aiohttp
@@ -88,15 +89,15 @@ async def calibrate(
     session: aiohttp.ClientSession, trace: Sequence[TraceRequest], repeats: int = 3
 ) -> Unloaded:
     """Send requests of each kind one at a time; kinds take turns."""
-    examples = {kind_of(request): request for request in trace}
+    examples = {kind_of(request): replace(request, cancel_after=None) for request in trace}
+    few, many = CALIBRATION_STEPS
     seconds: dict[str, dict[int, list[float]]] = {kind: {} for kind in examples}
-    for turn in range(-1, repeats):
-        for kind, example in examples.items():
-            for steps in CALIBRATION_STEPS:
-                request = replace(example, num_inference_steps=steps, cancel_after=None)
-                taken_s = await alone_s(session, request)
-                if turn >= 0:  # the first turn warms up
-                    seconds[kind].setdefault(request.denoiser_calls, []).append(taken_s)
+    for example in examples.values():  # warms up
+        await alone_s(session, replace(example, num_inference_steps=few))
+    for _, (kind, example), steps in product(range(repeats), examples.items(), (few, many)):
+        request = replace(example, num_inference_steps=steps)
+        taken_s = await alone_s(session, request)
+        seconds[kind].setdefault(request.denoiser_calls, []).append(taken_s)
     return Unloaded({kind: fit_line(found) for kind, found in seconds.items()})
 
 
