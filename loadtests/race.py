@@ -37,6 +37,9 @@ REFERENCE = "fastapi-lock"
 
 SHORT_JOBS_LOAD = 0.8
 WARM_UP_REQUESTS = 16
+OUR_FIRST_RATE, THEIR_FIRST_RATE = 0, -18
+"""Where on the grid a search begins: at the capacity of the reference, and at a third of it."""
+
 TRACE_REQUESTS = 20_000
 
 
@@ -55,6 +58,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration-repeats", type=int, default=3)
     parser.add_argument("--openmp", choices=sorted(OPENMP), default="short-spin")
     parser.add_argument("--no-knees", action="store_true", help="throughput and latencies only")
+    parser.add_argument("--knee-requests", type=int, default=120, help="of each run of a search")
     parser.add_argument("--no-overload", action="store_true")
     parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON)
     parser.add_argument("--out", type=Path, default=Path("out/race.json"))
@@ -109,7 +113,7 @@ def _turn(
     try:
         # A throughput is measured with nothing refused, so ours gets a queue without an end.
         with running(contender, log, options.openmp, FULL_QUEUE) as url:
-            turn = asyncio.run(_measure(url, report, options, is_first=round_number == 0))
+            turn = asyncio.run(_measure(url, contender, report, options, round_number == 0))
     except (OSError, RuntimeError) as error:
         print(f"{contender.name} could not be measured: {error}")
         told["trouble"] = f"{type(error).__name__}: {error}"
@@ -120,7 +124,11 @@ def _turn(
 
 
 async def _measure(
-    url: str, report: dict[str, Any], options: argparse.Namespace, is_first: bool
+    url: str,
+    contender: Contender,
+    report: dict[str, Any],
+    options: argparse.Namespace,
+    is_first: bool,
 ) -> dict[str, Any]:
     """One turn of one server."""
     trace = draw_trace(MIXED, TRACE_REQUESTS, options.seed)
@@ -137,7 +145,8 @@ async def _measure(
         common = read_unloaded(report["unloaded"])
         targets = make_targets(options.limit_s)
         model = await served_model(session)
-        bench = Bench(session, trace, gaps, common, targets, model).first(options.requests)
+        whole = Bench(session, trace, gaps, common, targets, model)
+        bench = whole.first(options.requests)
         await _warm_up(bench, options.in_flight)
         mixed = await scenarios.offline(bench, options.in_flight)
         alike = await scenarios.offline(replace(bench, trace=homogeneous), options.in_flight)
@@ -148,7 +157,9 @@ async def _measure(
         scenarios.print_progress("at 0.8", short_jobs)
         turn |= {"offline": mixed, "homogeneous": alike, "short_jobs": short_jobs}
         if is_first and not options.no_knees:
-            turn["knee"] = await scenarios.knees(bench, capacity_per_s)
+            start = OUR_FIRST_RATE if contender.role == "ours" else THEIR_FIRST_RATE
+            short = whole.first(options.knee_requests)
+            turn["knee"] = await scenarios.knees(short, capacity_per_s, start)
     return turn
 
 

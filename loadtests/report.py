@@ -114,6 +114,7 @@ def race_part(report: dict[str, Any], stem: Path, folder: Path) -> str:
         ),
         "",
         *_troubles(report),
+        *_void_runs(servers),
     ]
     return "\n".join(lines)
 
@@ -287,6 +288,17 @@ def _troubles(report: dict[str, Any]) -> list[str]:
         if "trouble" in told
     ]
     return [*troubles, ""] if troubles else []
+
+
+def _void_runs(servers: dict[str, Any]) -> list[str]:
+    """Runs in which the client fell behind say nothing, and must not be passed over."""
+    turns = [turn for told in servers.values() for turn in told["turns"]]
+    runs = [turn["short_jobs"] for turn in turns]
+    runs += [run for turn in turns for run in turn.get("knee", {}).get("runs", [])]
+    void = sum(run["void"] for run in runs)
+    return (
+        [f"**{void} of {len(runs)} runs were void: the client fell behind.**", ""] if void else []
+    )
 
 
 def bench_part(report: dict[str, Any], stem: Path, folder: Path) -> str:

@@ -21,9 +21,11 @@ from loadtests.client import (
     send_windowed,
 )
 from loadtests.measures import (
+    LEAST_ACHIEVED,
     LatencyTarget,
     Run,
     Unloaded,
+    achieved_share,
     find_knee,
     fit_line,
     kind_of,
@@ -44,7 +46,8 @@ SWEEP_FACTORS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5, 2.0)
 GRID_RATIO = 1.06
 """Rates of a knee search are powers of this times the capacity: so exact is the knee."""
 
-GRID_LOWEST, GRID_HIGHEST = -40, 12
+GRID_LOWEST, GRID_HIGHEST = -40, 32
+GRID_START = -6
 CALM_BEFORE_S, OVERLOAD_S, CALM_AFTER_S = 20.0, 60.0, 60.0
 CALM_SHARE, OVERLOAD_FACTOR = 0.7, 2.0
 SETTLE_TIMEOUT_S = 300.0
@@ -77,8 +80,10 @@ class Bench:
     knee_runs: dict[int, Run] = field(default_factory=dict)
 
     def first(self, count: int) -> Bench:
-        """The same with a shorter trace."""
-        return replace(self, trace=self.trace[:count], gaps=self.gaps[:count])
+        """The same with a shorter trace. Its gaps have a mean of exactly 1 again."""
+        gaps = self.gaps[:count]
+        mean = sum(gaps) / len(gaps) if gaps else 1.0
+        return replace(self, trace=self.trace[:count], gaps=[gap / mean for gap in gaps])
 
     def unloaded_s(self) -> list[float]:
         """Of each request of the trace."""
@@ -240,13 +245,16 @@ async def sweep(
     return told
 
 
-async def knees(bench: Bench, capacity_per_s: float) -> dict[str, Any]:
+async def knees(bench: Bench, capacity_per_s: float, start: int = GRID_START) -> dict[str, Any]:
     """For each target, the highest Poisson rate at which enough requests are in time.
 
     Rates lie on a grid, and what was sent at one rate is judged by every target.
+
+    Args:
+        capacity_per_s: the rate of index 0.
+        start: the index that is tried first.
     """
     found: dict[str, Any] = {}
-    start = -4
     for target in bench.targets:
 
         async def is_good(index: int, target: LatencyTarget = target) -> bool:
@@ -274,7 +282,10 @@ async def _run_on_grid(bench: Bench, capacity_per_s: float, index: int) -> Run:
     if index not in bench.knee_runs:
         await settle(bench)
         arrivals = arrivals_at(rate_at(capacity_per_s, index), bench.gaps)
-        bench.knee_runs[index] = await run_arrivals(bench, arrivals, stop_early=True)
+        run = await run_arrivals(bench, arrivals, stop_early=True)
+        if achieved_share(run.outcomes) < LEAST_ACHIEVED:
+            print("  VOID: the client fell behind")
+        bench.knee_runs[index] = run
     return bench.knee_runs[index]
 
 

@@ -102,6 +102,14 @@ def test_a_page_is_written_with_its_plots(tmp_path: Path) -> None:
         assert "<svg" in (tmp_path / "images" / f"race-{name}.svg").read_text()
 
 
+def test_void_runs_are_not_passed_over(tmp_path: Path) -> None:
+    report = race()
+    report["servers"]["stepserve"]["turns"][0]["short_jobs"]["void"] = True
+    (tmp_path / "race.json").write_text(json.dumps(report))
+    main([str(tmp_path / "race.json"), "--out", str(tmp_path / "benchmarks.md")])
+    assert "1 of 10 runs were void" in (tmp_path / "benchmarks.md").read_text()
+
+
 def test_a_bench_is_written_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = summarize(run_of(1.0), TARGETS)
     report = {
