@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -62,3 +63,18 @@ def test_nothing_is_left_at_work_after_clients_have_left(
     assert "LEFT     impatient" in done.stdout, done.stdout
     (replica,) = client.get("/v1/models/emoji/batch").json()["replicas"]
     assert len(replica["requests"]) <= 1
+
+
+def test_the_benchmark_measures_a_rate(service: Service, tmp_path: Path) -> None:
+    report = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "loadtests.bench", "server", "--rate", "4"]
+    command += ["--host", service.url, "--mix", "homogeneous", "--requests", "8"]
+    command += ["--calibration-repeats", "1", "--out", str(report)]
+    folder = Path(__file__).parents[2]
+    subprocess.run(command, cwd=folder, check=True, timeout=TIMEOUT_S)
+    told = json.loads(report.read_text())["server"]
+    assert told["counts"] == {"ok": 8}
+    assert not told["void"]
+    assert told["occupancy"]["rows_per_forward"] >= 2
+    assert 0 < told["batch_share"] <= 1
+    assert told["first_step_s"]["p50"] < told["latency_s"]["p50"]
