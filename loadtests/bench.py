@@ -125,7 +125,9 @@ async def run_scenarios(bench: Bench, options: argparse.Namespace) -> dict[str, 
     """Those that were asked for. Each may need what an earlier one found out."""
     told: dict[str, Any] = {}
     short = bench.first(options.requests)
-    needs_capacity = {"sweep", "knee", "overload"} & set(options.scenarios)
+    wants_knee = "knee" in options.scenarios
+    wants_knee |= "overload" in options.scenarios and not options.knee
+    needs_capacity = wants_knee or "sweep" in options.scenarios
     if "offline" in options.scenarios or (needs_capacity and not options.capacity):
         told["offline"] = await scenarios.offline(short, options.in_flight)
         print(f"capacity: {told['offline']['throughput_per_s']:.2f} requests/s", flush=True)
@@ -137,7 +139,7 @@ async def run_scenarios(bench: Bench, options: argparse.Namespace) -> dict[str, 
         told["recorded"] = await _recorded(bench, options)
     if "sweep" in options.scenarios:
         told["sweep"] = await scenarios.sweep(short, capacity_per_s)
-    if "knee" in options.scenarios or ("overload" in options.scenarios and not options.knee):
+    if wants_knee:
         told["knee"] = await scenarios.knees(short, capacity_per_s)
     if "overload" in options.scenarios:
         told["overload"] = await _overload(bench, told, options)
