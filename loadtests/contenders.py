@@ -61,14 +61,14 @@ def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Conte
         Contender(
             "fastapi-threads",
             ("-m", "loadtests.peers.fastapi_server"),
-            f"{cores} requests at a time, each on one core: more threads for each was slower",
+            f"{cores} requests at a time, each with one torch thread",
             "concurrent",
             {"PEER_WORKERS": str(cores), "PEER_THREADS": "1", "OMP_NUM_THREADS": "1"},
         ),
         Contender(
             "ray-replica",
             ("-m", "loadtests.peers.ray_replica"),
-            "Ray Serve's documented application: ingress and one replica; no limit in the ingress",
+            "Ray Serve's documented application, ingress and one replica; requests wait in it",
             "one-at-a-time",
         ),
         Contender(

@@ -141,7 +141,7 @@ async def settle(bench: Bench) -> None:
         SettleError: it never did.
     """
     probe = replace(bench.trace[0], num_inference_steps=4, cancel_after=None)
-    limit_s = 2 * bench.unloaded.seconds(probe) + 0.1
+    limit_s = 3 * bench.unloaded.seconds(probe) + 0.1
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
     while time.monotonic() < deadline_s:
         (outcome,) = await send_open_loop(bench.session, [probe], [0.0], endless_patience(1))

@@ -17,12 +17,12 @@ from fastapi import FastAPI
 from ray import serve
 
 from loadtests.peers.common import PATH, ImageRequest, PeerSettings, load_pipeline, make_batch
-from loadtests.peers.ray_start import INGRESS_OPTIONS, model_options, run_until_stopped
+from loadtests.peers.ray_start import NO_LIMIT, model_options, run_until_stopped
 
 app = FastAPI()
 
 
-@serve.deployment(**INGRESS_OPTIONS)
+@serve.deployment(**NO_LIMIT)
 @serve.ingress(app)
 class BatchingModel:
     """The pipeline, and batches of requests for it."""

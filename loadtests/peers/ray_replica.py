@@ -2,23 +2,27 @@
 
     PEER_PORT=8100 python -m loadtests.peers.ray_replica
 
-The replica makes one request at a time (`max_ongoing_requests=1`): diffusers' pipelines are not
-made to be called by several at once. Pictures are encoded there, so that no raw pixels travel.
+The replica makes one request at a time, as a pipeline is not made to be called by several at once;
+the others wait in it and not in the router, which asks a full replica again only after 25 to 500 ms.
+Pictures are encoded in the replica, so that no raw pixels travel.
 """
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from loadtests.peers.common import PATH, ImageRequest, PeerSettings, load_pipeline, make_answers
-from loadtests.peers.ray_start import INGRESS_OPTIONS, model_options, run_until_stopped
+from loadtests.peers.ray_start import NO_LIMIT, model_options, run_until_stopped
 
 app = FastAPI()
 
 
-@serve.deployment(**INGRESS_OPTIONS)
+@serve.deployment(**NO_LIMIT)
 @serve.ingress(app)
 class Ingress:
     """Takes HTTP and hands it on."""
@@ -33,16 +37,21 @@ class Ingress:
         return answer
 
 
-@serve.deployment(max_ongoing_requests=1)
+@serve.deployment(**NO_LIMIT)
 class Model:
     """The pipeline."""
 
     def __init__(self, settings: PeerSettings) -> None:
+        self.pool = ThreadPoolExecutor(
+            1, initializer=torch.set_num_threads, initargs=(settings.threads,)
+        )
         self.pipeline = load_pipeline(settings)
 
-    def generate(self, request: ImageRequest) -> dict[str, Any]:
-        """Make the pictures of one request."""
-        return make_answers(self.pipeline, [request])[0]
+    async def generate(self, request: ImageRequest) -> dict[str, Any]:
+        """Make the pictures of one request, when it is its turn."""
+        loop = asyncio.get_running_loop()
+        (answer,) = await loop.run_in_executor(self.pool, make_answers, self.pipeline, [request])
+        return answer
 
 
 if __name__ == "__main__":

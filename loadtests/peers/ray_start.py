@@ -15,7 +15,7 @@ from ray.serve.schema import LoggingConfig
 from loadtests.peers.common import PeerSettings
 
 # Its default of 5 would have requests wait in the proxy, which asks again after 25 to 500 ms.
-INGRESS_OPTIONS = {"max_ongoing_requests": 10_000}
+NO_LIMIT = {"max_ongoing_requests": 10_000}
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
 
