@@ -3,7 +3,7 @@
     PEER_PORT=8100 python -m loadtests.peers.ray_replica
 
 The replica makes one request at a time, as a pipeline is not made to be called by several at once;
-the others wait in it and not in the router, which asks a full replica again only after 25 to 500 ms.
+the others wait in it, and not in the router, which asks a full replica again after 25 to 500 ms.
 Pictures are encoded in the replica, so that no raw pixels travel.
 """
 
