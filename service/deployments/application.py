@@ -39,7 +39,7 @@ def build_application(settings: Settings) -> Any:
     check_results(settings.results)
     handles = {
         model_id: _model_deployment(model_id, model).bind(
-            ReplicaSpec(model_id, model_folder(model.path), model)
+            ReplicaSpec(model_id, model_folder(model.path), model, settings.telemetry)
         )
         for model_id, model in settings.models.items()
     }

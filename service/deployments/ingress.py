@@ -16,6 +16,7 @@ from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
 from service.api.usage import LocalUsage
 from service.config import Settings
+from service.deployments.observing import observe
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.shared_usage import SharedUsage
 
@@ -35,6 +36,7 @@ class Ingress:
         self, settings: Settings, handles: dict[str, Any], keys: KeyRing, counter: Any = None
     ) -> None:
         self.settings = settings
+        self.observation = observe(settings.telemetry)
         self.backend = RemoteBackend(handles)
         usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
         self.access = Access(keys, usage)
@@ -54,4 +56,4 @@ class Ingress:
             public_url=self.settings.results.public_url,
             uploads=UploadLimits(**self.settings.uploads.model_dump()),
         )
-        return create_app(self.backend, api_settings, self.store, self.access)
+        return create_app(self.backend, api_settings, self.store, self.access, self.observation)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.config import EngineSettings, ModelSettings
+from service.config import EngineSettings, ModelSettings, TelemetrySettings
+from service.deployments.observing import start_logging
+from service.deployments.replica_metrics import ReplicaMetrics
 from service.deployments.request_desk import RequestDesk
 from service.domain.batch import BatchView
 from service.domain.errors import NotReadyError, RequestIdInUseError, UnknownModelError
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from service.pipelines.runner import PipelineRunner
     from service.pipelines.trust import Trust
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 # A forward never takes this long on any machine worth serving from; a hung one does.
 STUCK_AFTER_S = 300.0
@@ -48,6 +51,7 @@ class ReplicaSpec:
     model_id: str
     folder: Path
     settings: ModelSettings
+    telemetry: TelemetrySettings
 
 
 class ModelReplica:
@@ -55,7 +59,11 @@ class ModelReplica:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
+        start_logging(spec.telemetry)
+        started_s = time.monotonic()
         self.runner = _load_runner(spec)
+        self.metrics = ReplicaMetrics(self.runner, spec.model_id, time.monotonic() - started_s)
+        self.metrics.start()
         self.desk = RequestDesk(self.runner)
         self._draining = False
 
@@ -129,6 +137,7 @@ class ModelReplica:
         self._draining = True
         drain_s = self.spec.settings.engine.drain_s
         await asyncio.get_running_loop().run_in_executor(None, self.runner.stop, drain_s)
+        self.metrics.stop()
 
     async def check_health(self) -> None:
         """Called by Ray Serve.

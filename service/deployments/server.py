@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +29,13 @@ from service.deployments.application import (
 )
 from service.deployments.exposure import check_exposure
 from service.domain.errors import StepserveError
+from service.telemetry.log_sink import log_sink
+from service.telemetry.logs import FORMAT_VARIABLE, SINK_VARIABLE, resolved_format
 
 READY_TIMEOUT_S = 600.0
 READY_POLL_S = 0.1
 FLUSH_S = 0.3
+METRICS_INTERVAL_MS = 2000
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - to be replaced, not bound
 
@@ -64,7 +68,7 @@ def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -
     check_exposure(settings)
     application = build_application(settings)
     check_address(settings.http.host, settings.http.port)
-    with _stop_signals() as stopped:
+    with _stop_signals() as stopped, _logs_come_here(settings):
         start_ray(settings)
         try:
             # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
@@ -103,6 +107,7 @@ def start_ray(settings: Settings) -> None:
     else:
         # A cluster of this machine alone: its control ports listen for local processes.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_metrics_report_interval_ms", str(METRICS_INTERVAL_MS))
         ray.init(
             num_cpus=max(os.cpu_count() or 1, round(needed_cpus(settings) + 0.5)),
             include_dashboard=False,
@@ -167,6 +172,18 @@ def _raise_if_failed() -> None:
         return
     reasons = [d.message for d in application.deployments.values() if d.message]
     raise StartError("\n".join([f"deployment failed: {application.message}", *reasons]))
+
+
+@contextmanager
+def _logs_come_here(settings: Settings) -> Iterator[None]:
+    """Let the processes of a local service log to this one's stderr."""
+    if "RAY_ADDRESS" in os.environ:
+        yield
+        return
+    with log_sink(sys.stderr) as path:
+        wanted = resolved_format(settings.telemetry.log_format, sys.stderr)
+        os.environ |= {SINK_VARIABLE: path, FORMAT_VARIABLE: wanted}
+        yield
 
 
 @contextmanager
