@@ -129,6 +129,19 @@ class HttpSettings(_Section):
     """Pages from elsewhere that may call from a browser, such as `https://example.com`."""
 
 
+class TelemetrySettings(_Section):
+    """What operators see."""
+
+    metrics: bool = True
+    """Whether `GET /metrics` shows metrics; they are recorded in any case."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """JSON objects or readable lines; auto: readable lines on a terminal."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """From which level on; `debug` tells of probes and of pages that keep asking as well."""
+    log_prompts: bool = False
+    """Whether access lines tell prompts."""
+
+
 class AuthSettings(_Section):
     """Who may call. Without keys everybody may, and only this machine is listened to."""
 
@@ -273,6 +286,7 @@ class Settings(_Section):
     """Everything an operator may set. `Settings()` holds the defaults and reads nothing."""
 
     http: HttpSettings = HttpSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     auth: AuthSettings = AuthSettings()
     uploads: UploadSettings = UploadSettings()
     results: ResultSettings = ResultSettings()

@@ -24,11 +24,21 @@ from service.api.middleware import (
     TimingMiddleware,
     UnexpectedErrorMiddleware,
 )
+from service.api.observation import ObservationMiddleware
 from service.api.openapi import add_schemas, error_responses
 from service.api.results import ResultStore
-from service.api.routes import docs, health, images, models, playground, requests, results
+from service.api.routes import (
+    docs,
+    health,
+    images,
+    metrics,
+    models,
+    playground,
+    requests,
+    results,
+)
 from service.api.schemas import PictureReference
-from service.api.settings import ApiSettings
+from service.api.settings import ApiSettings, Observation
 
 EXPOSED_HEADERS = (
     "X-Request-ID",
@@ -60,11 +70,16 @@ TAGS = [
     {"name": "results", "description": "Pictures that were answered as links."},
     {"name": "health", "description": "For load balancers and supervisors."},
 ]
+NOT_OBSERVED = Observation()
 SERVERS = [{"url": "/", "description": "Where this document comes from."}]
 
 
 def create_app(
-    backend: Backend, settings: ApiSettings, store: ResultStore, access: Access
+    backend: Backend,
+    settings: ApiSettings,
+    store: ResultStore,
+    access: Access,
+    observation: Observation = NOT_OBSERVED,
 ) -> FastAPI:
     """Return the app that serves `backend` over HTTP to those who have `access`.
 
@@ -81,17 +96,18 @@ def create_app(
         generate_unique_id_function=_operation_id,
         # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
         redirect_slashes=False,
-        middleware=_middleware(settings, access),
+        middleware=_middleware(settings, access, observation),
         lifespan=_lifespan,
     )
     app.state.backend = backend
     app.state.settings = settings
     app.state.store = store
+    app.state.observation = observation
     add_error_handlers(app)
     keys = _told_of_keys() if access.keys.keys else {}
     for part in (images, requests, models):
         app.include_router(part.router, **keys)
-    for part in (results, health, docs, playground):
+    for part in (results, health, metrics, docs, playground):
         app.include_router(part.router)
     app.mount(docs.ASSETS_URL, docs.ASSETS)
     app.mount(playground.ASSETS_URL, playground.ASSETS)
@@ -122,7 +138,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         sweeping.cancel()
 
 
-def _middleware(settings: ApiSettings, access: Access) -> list[Middleware]:
+def _middleware(
+    settings: ApiSettings, access: Access, observation: Observation
+) -> list[Middleware]:
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
@@ -133,6 +151,7 @@ def _middleware(settings: ApiSettings, access: Access) -> list[Middleware]:
     return [
         *([cors] if settings.cors_origins else []),
         Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
+        Middleware(ObservationMiddleware, listeners=observation.listeners),
         Middleware(TimingMiddleware),
         Middleware(UnexpectedErrorMiddleware),
         Middleware(AccessMiddleware, access=access),

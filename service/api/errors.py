@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
+from service.api.notes import notes_of
 from service.api.results import LinkExpiredError, ResultNotFoundError, WrongSignatureError
 from service.domain.errors import (
     BodyTooLargeError,
@@ -121,10 +123,30 @@ def kind_of(error: Exception) -> ErrorKind:
     return next(rows, TABLE[StepserveError])
 
 
+class ErrorResponse(JSONResponse):
+    """Tells an error, and notes it."""
+
+    def __init__(self, error: Exception, request_id: str) -> None:
+        body = {"error": error_detail(error, request_id).model_dump()}
+        super().__init__(body, status_code=kind_of(error).status, headers=_headers(error))
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        note_error(scope, self._error)
+        await super().__call__(scope, receive, send)
+
+
+def note_error(scope: Scope, error: Exception) -> None:
+    """Let metrics and logs know how an exchange ended."""
+    notes = notes_of(scope)
+    notes.error_code = kind_of(error).code
+    notes.is_refusal = isinstance(error, RefusedError)
+
+
 def error_response(error: Exception, request_id: str) -> JSONResponse:
     """Return the HTTP answer for `error`; a status of 500 is logged with its cause."""
-    body = {"error": error_detail(error, request_id).model_dump()}
-    return JSONResponse(body, status_code=kind_of(error).status, headers=_headers(error))
+    return ErrorResponse(error, request_id)
 
 
 def error_detail(error: Exception, request_id: str) -> ErrorDetail:

@@ -20,8 +20,9 @@ from service.api.answers import (
 )
 from service.api.connection import stream_while_connected, while_connected
 from service.api.dependencies import Incoming
-from service.api.errors import error_detail
+from service.api.errors import error_detail, note_error
 from service.api.events import KEEP_ALIVE, KEEP_ALIVE_S, EventStreamResponse, sse
+from service.api.notes import notes_of
 from service.api.schemas import PictureRequest
 from service.domain.errors import CancelledError
 from service.domain.events import EncodedImage, Event, Failed, Finished, Preview
@@ -55,6 +56,7 @@ async def answer_pictures(call: PictureCall, response: Response) -> ImagesAnswer
     Raises:
         StepserveError: there are no pictures.
     """
+    notes_of(call.incoming.http.scope).generation = call.generation
     if call.body.stream:
         return await _begin_stream(call)
     outcome = await while_connected(
@@ -64,6 +66,7 @@ async def answer_pictures(call: PictureCall, response: Response) -> ImagesAnswer
     )
     if isinstance(outcome, Failed):
         raise outcome.error
+    notes_of(call.incoming.http.scope).timings = outcome.timings
     response.headers["Server-Timing"] = outcome.timings.server_timing()
     data = [await _image_data(call, image) for image in outcome.images]
     return images_answer(call.generation, outcome, data)
@@ -103,9 +106,9 @@ async def _stream(
             async for event in events:
                 async for chunk in _chunks(call, event):
                     yield chunk
-    except CancelledError:
+    except CancelledError as error:
         # The client left: there is nobody to tell.
-        return
+        note_error(call.incoming.http.scope, error)
     except Exception as error:
         # The answer has begun, so that its status cannot tell any more.
         yield _error_event(call, error)
@@ -118,7 +121,8 @@ async def _chunks(call: PictureCall, event: Event | None) -> AsyncIterator[bytes
         case Preview(images=images):
             for index, image in enumerate(images):
                 yield _partial_event(call, event, index, image)
-        case Finished(images=images):
+        case Finished(images=images, timings=timings):
+            notes_of(call.incoming.http.scope).timings = timings
             for index, image in enumerate(images):
                 yield await _completed_event(call, event, index, image)
         case Failed(error=error):
@@ -166,5 +170,6 @@ def _described(call: PictureCall, index: int, image: EncodedImage) -> dict[str, 
 
 
 def _error_event(call: PictureCall, error: Exception) -> bytes:
+    note_error(call.incoming.http.scope, error)
     detail = error_detail(error, call.generation.id).model_dump()
     return sse("error", {"type": "error", "error": detail})

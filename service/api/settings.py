@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from service.api.notes import ExchangeListener
 from service.api.uploads import UploadLimits
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Who hears of HTTP exchanges, and where `/metrics` comes from; None shows none."""
+
+    listeners: tuple[ExchangeListener, ...] = ()
+    read_metrics: Callable[[], Awaitable[str]] | None = None
 
 
 @dataclass(frozen=True)

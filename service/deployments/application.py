@@ -59,9 +59,11 @@ def ingress_target(settings: Settings) -> serve.RunTarget:
     return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix="/")
 
 
-def model_target(model_id: str, settings: ModelSettings) -> serve.RunTarget:
+def model_target(model_id: str, settings: Settings) -> serve.RunTarget:
     """The application that serves one model, which the ingress alone reaches."""
-    target = _model_deployment(model_id, settings).bind(ReplicaSpec(model_id, settings))
+    model = settings.models[model_id]
+    spec = ReplicaSpec(model_id, model, settings.telemetry)
+    target = _model_deployment(model_id, model).bind(spec)
     return serve.RunTarget(target, name=model_application(model_id), route_prefix=None)
 
 

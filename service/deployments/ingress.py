@@ -16,6 +16,7 @@ from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
 from service.api.usage import LocalUsage
 from service.config import Settings
+from service.deployments.observing import observe
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.shared_usage import SharedUsage
 
@@ -32,6 +33,7 @@ class Ingress:
 
     def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
         self.settings = settings
+        self.observation = observe(settings.telemetry)
         self.backend = RemoteBackend()
         usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
         self.access = Access(keys, usage)
@@ -51,4 +53,4 @@ class Ingress:
             public_url=self.settings.results.public_url,
             uploads=UploadLimits(**self.settings.uploads.model_dump()),
         )
-        return create_app(self.backend, api_settings, self.store, self.access)
+        return create_app(self.backend, api_settings, self.store, self.access, self.observation)

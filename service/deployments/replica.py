@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.api.backend import ModelStatus
-from service.config import EngineSettings, ModelSettings
+from service.config import EngineSettings, ModelSettings, TelemetrySettings
 from service.deployments.autoscaling import BACKLOG
 from service.deployments.callers import Callers
 from service.deployments.model_watch import unknown_status
+from service.deployments.observing import start_logging
+from service.deployments.replica_metrics import ReplicaMetrics
 from service.deployments.request_desk import RequestDesk
 from service.domain.batch import BatchView
 from service.domain.errors import (
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from service.pipelines.runner import PipelineRunner
     from service.pipelines.trust import Trust
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 FAILED_RETRY_S = 60.0
 
@@ -50,6 +52,7 @@ class ReplicaSpec:
 
     model_id: str
     settings: ModelSettings
+    telemetry: TelemetrySettings
 
 
 class ModelReplica:
@@ -64,6 +67,7 @@ class ModelReplica:
         self._draining = False
         self._orphaned: set[str] = set()
         self._failure = ""
+        start_logging(spec.telemetry)
         began_s = time.monotonic()
         try:
             self.runner = _load_runner(spec)
@@ -72,6 +76,8 @@ class ModelReplica:
             self._failure = f"cannot be loaded: {error}"
             return
         self.load_s = time.monotonic() - began_s
+        self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s)
+        self.metrics.start()
         self.desk = RequestDesk(self.runner)
 
     async def status(self) -> ModelStatus:
@@ -159,6 +165,7 @@ class ModelReplica:
             return
         drain_s = self.spec.settings.engine.drain_s
         await asyncio.get_running_loop().run_in_executor(None, self.runner.stop, drain_s)
+        self.metrics.stop()
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Ray Serve, which tells the routers."""

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,12 +36,15 @@ from service.deployments.applications import (
 from service.deployments.exposure import check_exposure
 from service.domain.errors import StepserveError
 from service.models.catalogue import ModelNotFoundError, model_folder
+from service.telemetry.log_sink import log_sink
+from service.telemetry.logs import FORMAT_VARIABLE, SINK_VARIABLE, resolved_format
 
 READY_TIMEOUT_S = 600.0
 READY_POLL_S = 0.1
 FLUSH_S = 0.3
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4
+METRICS_INTERVAL_MS = 2000
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - to be replaced, not bound
 
@@ -82,12 +86,12 @@ def serve_until_stopped(
     check_folders(settings)
     ingress = ingress_target(settings)
     check_address(settings.http.host, settings.http.port)
-    with _signals() as signals:
+    with _signals() as signals, _logs_come_here(settings):
         start_ray(settings)
         try:
             # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
             _listen(signals)
-            deploy([ingress, *(model_target(*item) for item in settings.models.items())])
+            deploy([ingress, *(model_target(model_id, settings) for model_id in settings.models)])
             if wait_until_ready(settings, signals.stopped, tell):
                 when_ready(base_url(settings))
                 for _ in signals.reloads():
@@ -138,6 +142,7 @@ def start_ray(settings: Settings) -> None:
     else:
         # A cluster of this machine alone: its control ports listen for local processes.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_metrics_report_interval_ms", str(METRICS_INTERVAL_MS))
         ray.init(
             num_cpus=math.ceil(2 * needed_cpus(settings) + ROOM_FOR_MODELS),
             include_dashboard=False,
@@ -160,9 +165,10 @@ def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
     Running requests of a model that is updated or removed get its `drain_s` to finish. Returns what
     is in effect: everything but the models stays as it was.
     """
-    changed = {m: s for m, s in new.models.items() if old.models.get(m) != s}
+    in_effect = old.model_copy(update={"models": new.models})
+    changed = [m for m, settings in new.models.items() if old.models.get(m) != settings]
     if changed:
-        deploy([model_target(*item) for item in changed.items()])
+        deploy([model_target(model_id, in_effect) for model_id in changed])
     removed = [model_id for model_id in old.models if model_id not in new.models]
     for model_id in removed:
         serve.delete(model_application(model_id), _blocking=False)
@@ -175,7 +181,7 @@ def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
     kept = [name for name in others if getattr(old, name) != getattr(new, name)]
     if kept:
         tell(f"not applied before a restart: {', '.join(kept)}")
-    return old.model_copy(update={"models": new.models})
+    return in_effect
 
 
 def wait_until_ready(settings: Settings, stopped: threading.Event, tell: Tell) -> bool:
@@ -298,6 +304,18 @@ def _reload(settings: Settings, read_settings: Callable[[], Settings], tell: Tel
     except (ConfigError, RayError, RayServeException) as error:
         tell(f"nothing is changed: {error}")
         return settings
+
+
+@contextmanager
+def _logs_come_here(settings: Settings) -> Iterator[None]:
+    """Let the processes of a local service log to this one's stderr."""
+    if "RAY_ADDRESS" in os.environ:
+        yield
+        return
+    with log_sink(sys.stderr) as path:
+        wanted = resolved_format(settings.telemetry.log_format, sys.stderr)
+        os.environ |= {SINK_VARIABLE: path, FORMAT_VARIABLE: wanted}
+        yield
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from service.domain.errors import ExpiredError
 from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
 from service.engine.cost import CostModel
+from service.engine.observer import NOBODY, ForwardReport, Observer, WorkReport
 from service.engine.outlook import Outlook
 from service.engine.policy import DUE_TIME, Parked, Policy, Running, next_to_start
 from service.engine.row_limits import RowLimits, is_out_of_memory
@@ -88,6 +89,7 @@ class Batcher:
         self.one_at_a_time = False
         self.outlook = Outlook(self.cost)
         self.latest_forwards: deque[SharedForward] = deque(maxlen=SHOWN_FORWARDS)
+        self.observer: Observer = NOBODY
         self._on_ended = on_ended
         self._policy = policy
 
@@ -211,9 +213,23 @@ class Batcher:
         padding = padded_rows - sum(rows)
         outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
         self.counters.padded_rows += padding
+        self._report_forward(group, sum(rows), padding, seconds)
         self._account(group, sum(rows), seconds)
         self._remember(group, method.name, padding, seconds)
         return outputs
+
+    def _report_forward(
+        self, group: Sequence[Track], rows: int, padded_rows: int, seconds: float
+    ) -> None:
+        """Before anything is learned from it: what was foretold is told as well."""
+        call = _calls(group)[0]
+        shape, stage = call.key.shape, call.method.stage
+        expected_s = self.cost.predict(shape, rows) if self.cost.knows(shape) else None
+        self.observer.forward_ended(
+            ForwardReport(
+                stage, len(group), rows, padded_rows, self.max_active_rows, seconds, expected_s
+            )
+        )
 
     def _remember(
         self, group: Sequence[Track], module: str, padded_rows: int, seconds: float
@@ -284,13 +300,22 @@ class Batcher:
             self.active = [track for track in self.active if not track.ended]
             self.queued = [track for track in self.queued if not track.ended]
         for track in ended:
-            self.outlook.track_ended(track, self.clock())
+            now_s = self.clock()
+            self.outlook.track_ended(track, now_s)
             self._on_ended(track)
+            self.observer.work_ended(_report(track, now_s))
 
 
 def _in_batch(track: Track) -> RequestInBatch:
     work = track.work
     return RequestInBatch(work.id, work.owner, track.state, track.steps_done, work.steps, work.rows)
+
+
+def _report(track: Track, now_s: float) -> WorkReport:
+    work = track.work
+    timings = track.clockwork.timings(now_s)
+    has_deadline = work.deadline_s is not None
+    return WorkReport(track.state, timings, work.pictures, track.steps_left, has_deadline)
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:

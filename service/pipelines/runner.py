@@ -32,6 +32,7 @@ from service.pipelines.guidance import narrow_to_interval
 from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
+from service.pipelines.memory import memory_bytes
 from service.pipelines.sharing import SharingPlan, plan_sharing
 from service.pipelines.tasks import denoiser_calls, make_pictures
 from service.pipelines.trials import make_trials
@@ -202,6 +203,10 @@ class PipelineRunner:
     def view(self) -> BatchView:
         """What is in hand, and the latest forwards."""
         return self.engine.batcher.view()
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Memory that the model's device holds, by kind."""
+        return memory_bytes(self.model.pipeline.device)
 
     def cancel(self, request_id: str) -> None:
         """End a request at its next park."""

@@ -50,6 +50,7 @@ ONLY_IN = {
     "starlette": {"api"},
     "greenlet": {"engine"},
     "torch": {"engine", "pipelines", "training"},
+    "prometheus_client": {"telemetry"},
 }
 FASTAPI_IN_DEPLOYMENTS = {"deployments.ingress"}
 
@@ -168,6 +169,9 @@ def test_rooms_form_no_cycle() -> None:
         ("cli", "import diffusers"),
         ("models.catalogue", "from service.engine.engine import Engine"),
         ("config", "import torch"),
+        ("telemetry.catalogue", "import ray.util.metrics"),
+        ("telemetry.catalogue", "from service.engine.observer import ForwardReport"),
+        ("deployments.node_metrics", "import prometheus_client"),
         ("config", "from service.engine.engine import EngineOptions"),
     ],
 )

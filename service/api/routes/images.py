@@ -20,6 +20,7 @@ from service.api.errors import (
     UnsupportedMediaTypeError,
 )
 from service.api.inputs import Inputs, read_inputs
+from service.api.notes import notes_of
 from service.api.openapi import (
     REQUEST_ID,
     REQUEST_ID_PARAMETER,
@@ -138,7 +139,10 @@ async def _from_picture(
 
 async def _chosen_model(incoming: Incoming, body: PictureRequest) -> ModelStatus:
     default = incoming.settings.default_model
-    return await find_model(incoming.backend, default if body.model is None else body.model)
+    model_id = default if body.model is None else body.model
+    model = await find_model(incoming.backend, model_id)
+    notes_of(incoming.http.scope).model = model_id
+    return model
 
 
 async def _answer(

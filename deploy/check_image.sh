@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Builds the image and runs it as it is meant to run: read-only, without capabilities, as nobody in
+# particular. Needs root, and no registry: the base image is made from Debian's own packages under
+# the name of the real one.
+#
+#   apt-get install -y buildah podman conmon runc debootstrap
+#   deploy/check_image.sh [ROOTFS]     a folder to keep (or take) the Debian base
+#
+# KEEP_IMAGE=1 takes the image of the last time, and BUILD_OPTIONS adds to `buildah build`, such
+# as `-v /etc/pip.conf:/etc/pip.conf:ro`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+rootfs=${1:-$(mktemp -d)/rootfs}
+base=docker.io/library/python:3.11-slim-bookworm
+image=localhost/stepserve:check
+port=${PORT:-18000}
+# shellcheck disable=SC2206 # several options
+options=(${BUILD_OPTIONS:-})
+run=(podman --runtime "$(command -v runc)")
+container=
+
+say() { printf '%s\n' "== $*"; }
+
+end() {
+    if [ -n "$container" ]; then
+        "${run[@]}" rm -f -t 5 "$container" >/dev/null
+    fi
+}
+trap end EXIT
+
+make_base() {
+    if buildah inspect "$base" >/dev/null 2>&1; then return; fi
+    say "making the base image"
+    if [ ! -d "$rootfs/usr" ]; then
+        debootstrap --variant=minbase \
+            --include=ca-certificates,python3,python3-venv,python3-pip,netbase,tzdata \
+            bookworm "$rootfs" >/dev/null
+    fi
+    local from mounted
+    from=$(buildah from scratch)
+    buildah add -q "$from" "$rootfs" / >/dev/null
+    mounted=$(buildah mount "$from")
+    ln -sf /usr/bin/python3 "$mounted/usr/local/bin/python"
+    buildah umount "$from" >/dev/null
+    buildah config --env PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin "$from"
+    buildah commit -q "$from" "$base" >/dev/null
+    buildah rm "$from" >/dev/null
+}
+
+build() {
+    if [ -n "${KEEP_IMAGE:-}" ] && buildah inspect "$image" >/dev/null 2>&1; then return; fi
+    say "building"
+    buildah build --layers --isolation chroot --pull-never --format docker --quiet \
+        "${options[@]}" --target service -t "$image" .
+}
+
+check_contents() {
+    say "looking at what is in it"
+    local from mounted found
+    from=$(buildah from --pull-never "$image")
+    mounted=$(buildah mount "$from")
+    found=$(find "$mounted/opt/stepserve" -name 'libcud*.so*' -o -name 'libcublas*.so*' \
+        -o -name 'libnvrtc*.so*' -o -path '*/site-packages/nvidia')
+    du -sm "$mounted" | awk '{print "size of the root filesystem: " $1 " MB"}'
+    du -sm "$rootfs" 2>/dev/null | awk '{print "of that the Debian base: " $1 " MB"}'
+    buildah umount "$from" >/dev/null
+    buildah rm "$from" >/dev/null
+    if [ -n "$found" ]; then
+        echo "CUDA libraries in the CPU image: $found" >&2
+        return 1
+    fi
+}
+
+start() {
+    say "starting, read-only and without capabilities"
+    container=$("${run[@]}" run -d --read-only --tmpfs /tmp:rw,mode=1777 --shm-size 512m \
+        --cap-drop ALL --security-opt no-new-privileges --network host \
+        --ulimit nofile=16384:16384 --ulimit nproc=8192:8192 \
+        -e STEPSERVE_HTTP__ALLOW_ANONYMOUS=true -e "STEPSERVE_HTTP__PORT=$port" "$image")
+    for _ in $(seq "${START_TIMEOUT_S:-400}"); do
+        if curl -sf "http://127.0.0.1:$port/readyz" >/dev/null; then return; fi
+        if [ "$("${run[@]}" inspect -f '{{.State.Running}}' "$container")" != true ]; then break; fi
+        sleep 1
+    done
+    curl -s "http://127.0.0.1:$port/readyz" && return
+    "${run[@]}" logs "$container" >&2
+    return 1
+}
+
+check_running() {
+    say "who it runs as, and what it can write"
+    # shellcheck disable=SC2016 # expanded inside
+    "${run[@]}" exec "$container" sh -c 'test "$(id -u)" = 10001 && ! touch /opt/x 2>/dev/null'
+    say "a picture"
+    curl -sf "http://127.0.0.1:$port/v1/images/generations" -H 'Content-Type: application/json' \
+        -d '{"prompt": "red heart", "seed": 3}' | grep -o '"b64_json": *"iVBOR' | head -1
+    say "metrics"
+    sleep 5
+    curl -sf "http://127.0.0.1:$port/metrics" | grep '^stepserve_pictures_total'
+}
+
+check_stop() {
+    say "SIGTERM while a picture is being made"
+    local answer
+    answer=$(mktemp)
+    curl -s -o "$answer" -w '%{http_code}' "http://127.0.0.1:$port/v1/images/generations" \
+        -H 'Content-Type: application/json' \
+        -d '{"prompt": "house", "num_inference_steps": 60}' >"$answer.status" &
+    local client=$!
+    sleep 1
+    "${run[@]}" stop -t 60 "$container" >/dev/null
+    wait "$client"
+    test "$(cat "$answer.status")" = 200
+    test "$("${run[@]}" inspect -f '{{.State.ExitCode}}' "$container")" = 0
+    "${run[@]}" logs "$container" 2>/dev/null | tail -1 | grep stopped
+}
+
+make_base
+build
+check_contents
+start
+check_running
+check_stop
+say "all is well"

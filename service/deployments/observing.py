@@ -1,0 +1,54 @@
+"""What the ingress tells of the exchanges it serves: metrics, and one log line each."""
+
+from __future__ import annotations
+
+from service import __version__
+from service.api.access_log import AccessLog
+from service.api.notes import Exchange
+from service.api.settings import Observation
+from service.config import TelemetrySettings
+from service.deployments.node_metrics import read_metrics
+from service.deployments.ray_instruments import RayInstruments
+from service.telemetry import catalogue
+from service.telemetry.flusher import Flusher
+from service.telemetry.http_metrics import HttpAnswer, record_answer
+from service.telemetry.instruments import Instruments
+from service.telemetry.logs import LogOptions, set_up_logging
+
+
+def observe(settings: TelemetrySettings) -> Observation:
+    """Begin to observe, in an ingress replica."""
+    start_logging(settings)
+    instruments = RayInstruments()
+    Flusher(lambda: _tell_version(instruments)).start()
+    listeners = (_Recorder(instruments), AccessLog(settings.log_prompts))
+    return Observation(listeners, read_metrics if settings.metrics else None)
+
+
+def start_logging(settings: TelemetrySettings) -> None:
+    """Let this process log as the operator wants."""
+    set_up_logging(LogOptions(settings.log_format, settings.log_level))
+
+
+class _Recorder:
+    """Records each exchange: a few microseconds, so it needs no thread of its own."""
+
+    def __init__(self, instruments: Instruments) -> None:
+        self._instruments = instruments
+
+    def __call__(self, exchange: Exchange) -> None:
+        notes = exchange.notes
+        answer = HttpAnswer(
+            route=exchange.route,
+            model=notes.model,
+            status=exchange.status,
+            outcome=exchange.outcome,
+            duration_s=exchange.duration_s,
+            # Probes of a model that loads are refused nothing.
+            refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
+        )
+        record_answer(self._instruments, answer)
+
+
+def _tell_version(instruments: Instruments) -> None:
+    instruments.set(catalogue.BUILD, 1, {"version": __version__, "process": "ingress"})

@@ -1,0 +1,80 @@
+"""A replica's metrics: what its engine reports, and how it stands, once a second."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from service import __version__
+from service.deployments.ray_instruments import RayInstruments
+from service.telemetry import catalogue
+from service.telemetry.engine_metrics import EngineMetrics, Standing, Totals
+from service.telemetry.flusher import Flusher
+
+if TYPE_CHECKING:
+    from service.pipelines.runner import PipelineRunner
+
+
+class ReplicaMetrics:
+    """Watches a warm runner from now on.
+
+    Args:
+        load_s: seconds that it took to become warm.
+    """
+
+    def __init__(self, runner: PipelineRunner, model_id: str, load_s: float) -> None:
+        self._runner = runner
+        self._load_s = load_s
+        self._instruments = RayInstruments()
+        self._metrics = EngineMetrics(self._instruments, model_id, replica_name())
+        self._before = self._totals()
+        self._flusher = Flusher(self._flush)
+
+    def start(self) -> None:
+        """Begin. What warmed the replica up is not counted."""
+        self._runner.engine.batcher.observer = self._metrics
+        self._metrics.started()
+        self._flusher.start()
+
+    def stop(self) -> None:
+        """Record what is left, and end."""
+        self._flusher.stop()
+
+    def _flush(self) -> None:
+        before, now = self._before, self._totals()
+        totals = Totals(
+            now.retries - before.retries,
+            now.out_of_memory - before.out_of_memory,
+            now.busy_s - before.busy_s,
+        )
+        self._metrics.flush(totals, self._standing())
+        labels = {"version": __version__, "process": "replica"}
+        self._instruments.set(catalogue.BUILD, 1, labels)
+
+    def _totals(self) -> Totals:
+        counters = self._runner.engine.counters
+        return Totals(counters.retries, counters.out_of_memory, counters.busy_s)
+
+    def _standing(self) -> Standing:
+        engine = self._runner.engine
+        load = engine.load()
+        return Standing(
+            backlog_s=load.backlog_s,
+            requests=load.requests,
+            pictures=load.pictures,
+            picture_limit=engine.options.max_waiting_pictures,
+            row_limit=engine.batcher.max_active_rows,
+            load_s=self._load_s,
+            memory_bytes=self._runner.memory_bytes(),
+        )
+
+
+def replica_name() -> str:
+    """What tells this replica apart from others of its deployment."""
+    try:
+        name: str = serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return "local"
+    return name

@@ -1,0 +1,111 @@
+"""What the metrics agents of all nodes tell, as one page of the whole application.
+
+Each process of a node has series of its own there. Here they are added up, so that a page does not
+grow with every restart. Nodes stay apart by a label: when one leaves, its series end, rather than
+that a sum falls, which Prometheus would take for a restart from 0.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from prometheus_client.core import Metric as Family
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+AGENT_PREFIX = "ray_"
+OURS = "ray_stepserve_"
+SERVES = "ray_serve_"
+# Ray's agent makes up the sums of histograms from the middles of buckets, so ours are counted too.
+EXACT_SUM = "_exact_sum"
+NODE_LABEL = "node"
+PROCESS_LABELS = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
+
+Key = tuple[str, tuple[tuple[str, str], ...]]
+
+
+def merge(pages: Mapping[str, str | None]) -> str:
+    """One page from the pages of nodes by address; None is a node that did not answer."""
+    families: dict[str, Family] = {}
+    values: dict[str, dict[Key, float]] = defaultdict(dict)
+    sums: dict[Key, float] = defaultdict(float)
+    for node, page in pages.items():
+        for family in text_string_to_metric_families(_relevant(page or "")):
+            name = _public(family.name)
+            if name.endswith(EXACT_SUM):
+                _add_exact_sums(family, node, sums)
+                continue
+            families.setdefault(name, Family(name, family.documentation, family.type))
+            _add(family, node, values[name])
+    _correct(values, sums)
+    return "".join([*_text(families, values), _unreachable(pages)])
+
+
+def _relevant(page: str) -> str:
+    """The lines that are ours or Ray Serve's: parsing all of them would take ten times as long."""
+    kept = (line for line in page.splitlines() if _family_of(line).startswith((OURS, SERVES)))
+    return "\n".join([*kept, ""])
+
+
+def _family_of(line: str) -> str:
+    return line.split(" ", 3)[2] if line.startswith(("# HELP ", "# TYPE ")) else line
+
+
+def _public(name: str) -> str:
+    """Ours without the agent's prefix; Ray Serve's are known with it."""
+    return name.removeprefix(AGENT_PREFIX) if name.startswith(OURS) else name
+
+
+def _add(family: Family, node: str, values: dict[Key, float]) -> None:
+    for sample in family.samples:
+        key = _key(sample, node)
+        is_gauge = family.type == "gauge"
+        values[key] = sample.value if is_gauge else values.get(key, 0.0) + sample.value
+
+
+def _add_exact_sums(family: Family, node: str, sums: dict[Key, float]) -> None:
+    for sample in family.samples:
+        name, labels = _key(sample, node)
+        sums[name.replace(f"{EXACT_SUM}_total", "_sum"), labels] += sample.value
+
+
+def _key(sample: Sample, node: str) -> Key:
+    labels = {k: v for k, v in sample.labels.items() if _is_kept(k)} | {NODE_LABEL: node}
+    return _public(sample.name), tuple(sorted(labels.items()))
+
+
+def _is_kept(label: str) -> bool:
+    return label not in PROCESS_LABELS and not label.startswith("otel_scope_")
+
+
+def _correct(values: dict[str, dict[Key, float]], sums: Mapping[Key, float]) -> None:
+    for (name, labels), value in sums.items():
+        series = values.get(name.removesuffix("_sum"), {})
+        if (name, labels) in series:
+            series[name, labels] = value
+
+
+def _text(
+    families: Mapping[str, Family], values: Mapping[str, Mapping[Key, float]]
+) -> Iterator[str]:
+    for name, family in sorted(families.items()):
+        told = f"{name}_total" if family.type == "counter" else name
+        yield f"# HELP {told} {_escaped(family.documentation)}\n"
+        yield f"# TYPE {told} {family.type}\n"
+        for (sample, labels), value in values[name].items():
+            inner = ",".join(f'{key}="{_escaped(text, quotes=True)}"' for key, text in labels)
+            yield f"{sample}{{{inner}}} {value!r}\n"
+
+
+def _escaped(text: str, quotes: bool = False) -> str:
+    text = text.replace("\\", r"\\").replace("\n", r"\n")
+    return text.replace('"', r"\"") if quotes else text
+
+
+def _unreachable(pages: Mapping[str, str | None]) -> str:
+    name = "stepserve_metrics_unreachable_nodes"
+    number = sum(page is None for page in pages.values())
+    told = f"# HELP {name} Nodes whose metrics are missing here.\n# TYPE {name} gauge\n"
+    return f"{told}{name} {number}\n"
