@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from service.config import AutoscalingSettings
@@ -21,14 +21,12 @@ BACKLOGS = st.floats(0, 1000)
 REPLICAS = st.integers(0, 50)
 
 
-@settings(deadline=None)
 @given(BACKLOGS, REPLICAS)
 def test_what_is_wanted_gets_everything_done_in_time(backlog_s: float, current: int) -> None:
     wanted = wanted_replicas(backlog_s, 5.0, current, waiting_for_a_replica=False)
     assert wanted * 5.0 >= backlog_s - 1e-9
 
 
-@settings(deadline=None)
 @given(BACKLOGS, REPLICAS)
 def test_it_settles(backlog_s: float, current: int) -> None:
     """Else replicas would come and go under a steady load."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.requests import AdapterUse, GenerationRequest
@@ -59,7 +59,6 @@ JOBS = st.lists(
 ).map(tuple)
 
 
-@settings(deadline=None)
 @given(JOBS, st.sampled_from(EXACT_STEPS), st.sampled_from(sorted(COSTS)), st.booleans())
 def test_the_closed_form_is_what_happens_cycle_by_cycle(
     in_hand: tuple[Job, ...], steps: int, size: str, sent: bool
@@ -71,7 +70,6 @@ def test_the_closed_form_is_what_happens_cycle_by_cycle(
     assert ledger.finish_s(job)[0] == pytest.approx(stepwise_finish_s(job, in_hand))
 
 
-@settings(deadline=None)
 @given(JOBS, JOBS, st.integers(1, 1000))
 def test_more_in_hand_and_more_steps_never_finish_sooner(
     few: tuple[Job, ...], more: tuple[Job, ...], steps: int
