@@ -16,7 +16,7 @@ from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
 from service.api.usage import LocalUsage
 from service.config import Settings
-from service.deployments.observing import observe
+from service.deployments.observing import count_retries, observe
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.shared_usage import SharedUsage
 
@@ -34,7 +34,7 @@ class Ingress:
     def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
         self.settings = settings
         self.observation = observe(settings.telemetry)
-        self.backend = RemoteBackend()
+        self.backend = RemoteBackend(count_retries())
         usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
         self.access = Access(keys, usage)
         results = settings.results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
@@ -27,9 +27,14 @@ ASK_TIMEOUT_S = 5.0
 
 
 class RemoteBackend:
-    """Sends requests to model replicas, and keeps an eye on whether they answer."""
+    """Sends requests to model replicas, and keeps an eye on whether they answer.
 
-    def __init__(self) -> None:
+    Args:
+        retried: called with a model's id whenever a request of it goes to another replica.
+    """
+
+    def __init__(self, retried: Callable[[str], None]) -> None:
+        self._retried = retried
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
         self._watch = ModelWatch(list_models, self._status)
@@ -54,7 +59,7 @@ class RemoteBackend:
             NotReadyError: no replica could take it, or each that worked on it was lost.
             ServerFullError: Ray Serve's own queue in front of the replicas is full.
         """
-        async with aclosing(with_retries(request, self._generate_once)) as events:
+        async with aclosing(with_retries(request, self._generate_once, self._retried)) as events:
             async for event in events:
                 if isinstance(event, Finished | Failed):
                     return event
@@ -67,7 +72,7 @@ class RemoteBackend:
             NotReadyError: no replica could take it, or each that worked on it was lost.
             ServerFullError: Ray Serve's own queue in front of the replicas is full.
         """
-        async with aclosing(with_retries(request, self._stream_once)) as events:
+        async with aclosing(with_retries(request, self._stream_once, self._retried)) as events:
             async for event in events:
                 yield event
 

@@ -91,9 +91,14 @@ class Told:
 
 
 async def with_retries(
-    request: GenerationRequest, attempt: Try, clock: Callable[[], float] = time.monotonic
+    request: GenerationRequest,
+    attempt: Try,
+    retried: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[Event, None]:
     """The events of a request up to its end, over as many replicas as it takes, up to a limit.
+
+    `retried` is called with the model's id whenever another replica is tried.
 
     Raises:
         NotReadyError: every replica that tried it was lost.
@@ -110,6 +115,7 @@ async def with_retries(
             if number == MOST_TRIES:
                 raise lost.error from lost
             logger.warning("request %s is tried again: %s", request.id, lost)
+            retried(request.model)
         await asyncio.sleep(PAUSE_S * number)
         request = _with_time_left(request, began_s, clock())
         began_s = clock()

@@ -44,6 +44,7 @@ class Replicas:
         self.scripts = list(scripts)
         self.requests: list[GenerationRequest] = []
         self.closed = 0
+        self.retried: list[str] = []
 
     async def __call__(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         events, error = self.scripts[len(self.requests)]
@@ -67,7 +68,8 @@ async def told(
     request: GenerationRequest = REQUEST,
     clock: Callable[[], float] = lambda: 0.0,
 ) -> list[Event]:
-    return [event async for event in with_retries(request, replicas, clock)]
+    events = with_retries(request, replicas, replicas.retried.append, clock)
+    return [event async for event in events]
 
 
 async def test_another_replica_serves_and_nothing_is_told_twice() -> None:
@@ -80,6 +82,7 @@ async def test_another_replica_serves_and_nothing_is_told_twice() -> None:
     wanted += [StepFinished("r", 4, 4), Preview("r", 1, 2, 4, ()), FINISHED]
     assert heard == wanted
     assert replicas.requests == [REQUEST, REQUEST]
+    assert replicas.retried == ["emoji"]
 
 
 @pytest.mark.parametrize("error", [StoppedError("stops"), NotReadyError("draining", 1.0)])
@@ -109,6 +112,7 @@ async def test_what_another_replica_would_not_mend_is_the_answer(
 ) -> None:
     replicas = Replicas(([Failed("r", error)], None))
     assert await told(replicas) == [Failed("r", error)]
+    assert replicas.retried == []
 
 
 async def test_an_error_in_our_own_code_is_not_tried_again() -> None:
@@ -134,7 +138,7 @@ async def test_a_deadline_counts_from_the_first_try() -> None:
 
 async def test_closing_ends_the_try() -> None:
     replicas = Replicas((events_up_to(4), None))
-    events = with_retries(REQUEST, replicas)
+    events = with_retries(REQUEST, replicas, replicas.retried.append)
     await anext(events)
     await events.aclose()
     assert replicas.closed == 1
