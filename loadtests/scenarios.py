@@ -51,6 +51,7 @@ GRID_START = -6
 CALM_BEFORE_S, OVERLOAD_S, CALM_AFTER_S = 20.0, 60.0, 60.0
 CALM_SHARE, OVERLOAD_FACTOR = 0.7, 2.0
 SETTLE_TIMEOUT_S = 300.0
+MOST_PROBES, PROBE_PAUSE_S = 8, 0.5
 START_TIMEOUT_S = 180.0
 PLOT_WINDOW_S = 1.0
 
@@ -137,18 +138,23 @@ async def alone_s(session: aiohttp.ClientSession, request: TraceRequest) -> floa
 async def settle(bench: Bench) -> None:
     """Wait until a short request takes about as long as it should on an idle server.
 
+    Where other programs share the machine it may never do so: after some answers in a row, what was
+    at work before them has long been done.
+
     Raises:
-        SettleError: it never did.
+        SettleError: it was not answered at all.
     """
     probe = replace(bench.trace[0], num_inference_steps=4, cancel_after=None)
-    limit_s = 3 * bench.unloaded.seconds(probe) + 0.1
-    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    limit_s = 2 * bench.unloaded.seconds(probe) + 0.1
+    deadline_s, answers = time.monotonic() + SETTLE_TIMEOUT_S, 0
     while time.monotonic() < deadline_s:
         (outcome,) = await send_open_loop(bench.session, [probe], [0.0], endless_patience(1))
-        if outcome.status is Status.OK and outcome.latency_s <= limit_s:
+        is_answered = outcome.status is Status.OK
+        answers += is_answered
+        if answers == MOST_PROBES or (is_answered and outcome.latency_s <= limit_s):
             return
-        await asyncio.sleep(0.5)
-    raise SettleError(f"a short request still takes over {limit_s:.2f} s")
+        await asyncio.sleep(PROBE_PAUSE_S)
+    raise SettleError("a short request is not answered any more")
 
 
 async def offline(bench: Bench, in_flight: int) -> dict[str, Any]:

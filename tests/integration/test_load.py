@@ -73,7 +73,7 @@ def test_the_benchmark_measures_a_rate(service: Service, tmp_path: Path) -> None
     folder = Path(__file__).parents[2]
     subprocess.run(command, cwd=folder, check=True, timeout=TIMEOUT_S)
     told = json.loads(report.read_text())["server"]
-    assert told["counts"] == {"ok": 8}
+    assert told["counts"] == {"ok": 8}, told
     assert not told["void"]
     assert told["occupancy"]["rows_per_forward"] >= 2
     assert 0 < told["batch_share"] <= 1
