@@ -16,7 +16,6 @@ from service.deployments.model_watch import Listed
 
 INGRESS_APPLICATION = "stepserve"
 MODEL_PREFIX = "stepserve-model-"
-GIVEN_UP = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
 def model_application(model_id: str) -> str:
@@ -52,7 +51,8 @@ async def list_models() -> Mapping[str, Listed]:
 def listed(application: ApplicationStatusOverview) -> Listed:
     """What its status says of a model."""
     deployments = list(application.deployments.values())
-    if application.status in GIVEN_UP:
+    # One that is unhealthy has lost a replica, and may have others.
+    if application.status == "DEPLOY_FAILED":
         told = [d.message for d in deployments if d.message] or [application.message]
         return Listed(failure=f"failed: {_last_line(told[0])}")
     asleep = application.status == "RUNNING" and all(
