@@ -27,8 +27,12 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first picture into out/.
 	@if [ -t 0 ]; then set -m; fi; \
 	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-picture out $(OPTIONS); exit $$?
 
+# Services and browsers have the machine to themselves; the others compute on one thread each.
 test: $(INSTALLED)  ## Run every test.
-	$(BIN)/python -m pytest
+	@status=0; \
+	$(BIN)/python -m pytest tests/integration tests/browser || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/parity tests/unit || status=1; \
+	exit $$status
 
 check: $(INSTALLED)  ## What CI runs first: format, lint, types, import direction.
 	$(BIN)/ruff format --check .

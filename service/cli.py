@@ -91,14 +91,23 @@ def serve(
     from service.deployments.server import serve_until_stopped
     from service.first_picture import greet
 
-    settings = _settings(config)
     wanted = {"host": host, "port": port, "allow_anonymous": allow_anonymous or None}
     given = {key: value for key, value in wanted.items() if value is not None}
-    http = settings.http.model_copy(update=given)
-    settings = settings.model_copy(update={"http": http})
+
+    def read_settings() -> Settings:
+        settings = load_settings(config)
+        http = settings.http.model_copy(update=given)
+        return settings.model_copy(update={"http": http})
+
+    settings = read_settings()
     typer.echo(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
     needs_key = bool(read_access_keys(settings).keys)
-    serve_until_stopped(settings, lambda url: greet(url, first_picture, needs_key))
+    serve_until_stopped(
+        settings,
+        lambda url: greet(url, first_picture, needs_key),
+        typer.echo,
+        read_settings,
+    )
     typer.echo("stopped")
 
 

@@ -14,7 +14,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -197,6 +198,8 @@ class EngineSettings(_Section):
     niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10
     gradients: bool = False
     """Whether pipelines may compute gradients, as some guidance does; costs a few percent."""
+    stuck_after_s: PositiveSeconds = 120.0
+    """Longer than any forward takes: a replica whose engine is silent for so long is replaced."""
     drain_s: Amount = 20.0
     """Seconds that accepted requests get to finish when the server stops."""
 
@@ -232,12 +235,36 @@ class SpeedSettings(_Section):
     """How much is kept of the outputs of each text encoder; 0 keeps none."""
 
 
+class AutoscalingSettings(_Section):
+    """How many replicas a model has, by the work in hand."""
+
+    min_replicas: Annotated[int, _Number, Field(ge=0)] = 1
+    """With 0 a model that nobody wants gives its device up, and the next request waits for it."""
+    max_replicas: PositiveInt = 2
+    target_backlog_s: PositiveSeconds = 5.0
+    """Seconds within which everything in hand should be finished."""
+    upscale_delay_s: Amount = 2.0
+    """Seconds for which more replicas must be wanted before there are."""
+    downscale_delay_s: Amount = 60.0
+    """Seconds for which fewer replicas must be wanted before there are."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AutoscalingSettings:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, below min_replicas ({self.min_replicas})"
+            )
+        return self
+
+
 class ModelSettings(SpeedSettings):
     """One served model."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
     """Local folder or Hugging Face hub id; None means the embedded model."""
     replicas: PositiveInt = 1
+    autoscaling: AutoscalingSettings | None = None
+    """Where it is set, `replicas` is not asked."""
     num_cpus: Amount = 1.0
     num_gpus: Amount = 0.0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -385,8 +412,10 @@ def _leaves(section: type[BaseModel]) -> Iterator[KeyPath]:
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return annotation if is_section else None
+    # A section that may be left out is one, too.
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType] or [annotation]
+    is_section = isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel)
+    return kinds[0] if is_section and len(kinds) == 1 else None
 
 
 def _as_variable(key: str) -> str:

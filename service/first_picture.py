@@ -21,7 +21,7 @@ def greet(url: str, folder: Path | None, needs_key: bool = False) -> None:
     if folder is not None and needs_key:
         typer.echo("first picture: left out, as it takes an API key")
     elif folder is not None:
-        typer.echo(f"first picture: {make_first_picture(url, folder)}")
+        typer.echo(f"first picture: {_try_to_make_one(url, folder)}")
     key = ' -H "Authorization: Bearer $STEPSERVE_API_KEY"' if needs_key else ""
     typer.echo(
         f"try:\n  curl -s {url}/v1/images/generations -H 'Content-Type: application/json'{key} \\\n"
@@ -31,6 +31,16 @@ def greet(url: str, folder: Path | None, needs_key: bool = False) -> None:
         """json.load(sys.stdin)["data"][0]["b64_json"]))'\n"""
         "Ctrl-C stops the service."
     )
+
+
+def _try_to_make_one(url: str, folder: Path) -> str:
+    """Where it is, or why there is none: a service that cannot make this one may make others."""
+    try:
+        return str(make_first_picture(url, folder))
+    except httpx.HTTPStatusError as error:
+        return f"not made: {error.response.text}"
+    except httpx.HTTPError as error:
+        return f"not made: {error!r}"
 
 
 def make_first_picture(url: str, folder: Path) -> Path:

@@ -134,8 +134,13 @@ BATCHES = (
     ),
     Panel(
         "Repeated forwards",
-        "Shared forwards that raised, and those for which memory ran out.",
-        {"{{model}} repeated": rate("forward_retries"), "{{model}} memory": rate("out_of_memory")},
+        "Shared forwards that raised, those without enough memory, and requests whose replica was "
+        "lost.",
+        {
+            "{{model}} repeated": rate("forward_retries"),
+            "{{model}} memory": rate("out_of_memory"),
+            "{{model}} replica lost": rate("request_retries"),
+        },
         "ops",
     ),
     Panel(

@@ -195,6 +195,9 @@ class ModelAnswer(BaseModel):
         description="Seconds that a request with the defaults should take on an idle replica; null "
         "while that is not known."
     )
+    load_s: float | None = Field(
+        description="Seconds that loading it took; null while that is not known."
+    )
     fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
 
 
@@ -274,10 +277,11 @@ class HealthAnswer(BaseModel):
 
 
 class ReadyAnswer(BaseModel):
-    """Every model takes requests."""
+    """Requests are taken, if not for every model."""
 
     status: Literal["ready"] = "ready"
-    models: list[str]
+    models: list[str] = Field(description="Those that take requests.")
+    not_ready: dict[str, str] = Field(description="The others, and why they do not.")
 
 
 class ErrorAnswer(BaseModel):

@@ -22,6 +22,7 @@ from service.domain.limits import did_you_mean, shown
 JSON = "application/json"
 FORM = "multipart/form-data"
 
+NO_REASON = "no reason given"
 READY_RETRY_S = 5.0
 """When to ask a loading model again: loading takes seconds to minutes."""
 
@@ -131,7 +132,5 @@ def require_ready(statuses: list[ModelStatus]) -> None:
     """
     waiting = [status for status in statuses if not status.ready]
     if waiting or not statuses:
-        parts = [
-            f"{status.capabilities.id} ({status.detail or 'no reason given'})" for status in waiting
-        ]
+        parts = [f"{status.capabilities.id} ({status.detail or NO_REASON})" for status in waiting]
         raise NotReadyError(f"not ready: {', '.join(parts) or 'no model is served'}", READY_RETRY_S)

@@ -1,4 +1,4 @@
-"""The Ray Serve application: one ingress, and one deployment for each model."""
+"""How the ingress and each model are deployed on Ray Serve."""
 
 from __future__ import annotations
 
@@ -9,49 +9,62 @@ from ray import serve
 
 from service.api.keys import KeyRing
 from service.config import ModelSettings, Settings
+from service.deployments import METRIC_VARIABLES
+from service.deployments.applications import (
+    INGRESS_APPLICATION,
+    deployment_name,
+    model_application,
+)
+from service.deployments.autoscaling import autoscaling_config
 from service.deployments.exposure import needs_counter, read_access_keys
 from service.deployments.ingress import Ingress
 from service.deployments.replica import ModelReplica, ReplicaSpec
 from service.deployments.result_store import check_results, with_secret
+from service.deployments.router import router_config
 from service.deployments.shared_usage import UsageCounter
-from service.models.catalogue import model_folder
 
-APPLICATION = "stepserve"
 HEALTH_CHECK_PERIOD_S = 2.0
 # Admission decides inside the replica, where the backlog is known. Ray Serve's own limit only has
 # to be out of the way: a router that finds replicas full retries with 25 to 500 ms of jitter.
 NO_LIMIT_OF_ITS_OWN = 10_000
 INGRESS_CPUS = 0.1
+# A crash may be an accident, a model that cannot be loaded is none.
+MOST_STARTS = 3
 # About a millisecond or two: longer than the Python between two operations.
 OPENMP_SPINS = "100000"
 
 
-def build_application(settings: Settings) -> Any:
-    """Bind the ingress and all models of `settings` into one application.
+def ingress_target(settings: Settings) -> serve.RunTarget:
+    """The application that answers HTTP.
 
     Raises:
-        ModelNotFoundError: a configured model does not exist.
         KeysUnreadableError: the API keys are not written as they should be.
         StoreUnusableError: results cannot be kept where the settings say.
     """
     keys = read_access_keys(settings)
     settings = settings.model_copy(update={"results": with_secret(settings.results)})
     check_results(settings.results)
-    handles = {
-        model_id: _model_deployment(model_id, model).bind(
-            ReplicaSpec(model_id, model_folder(model.path), model, settings.telemetry)
-        )
-        for model_id, model in settings.models.items()
-    }
     ingress = serve.deployment(
         Ingress,
         name="ingress",
         num_replicas=settings.http.ingress_replicas,
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        ray_actor_options={
+            "num_cpus": INGRESS_CPUS,
+            "runtime_env": {"env_vars": dict(METRIC_VARIABLES)},
+        },
     )
-    return ingress.bind(settings, handles, keys, _counter(settings, keys))
+    target = ingress.bind(settings, keys, _counter(settings, keys))
+    return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix="/")
+
+
+def model_target(model_id: str, settings: Settings) -> serve.RunTarget:
+    """The application that serves one model, which the ingress alone reaches."""
+    model = settings.models[model_id]
+    spec = ReplicaSpec(model_id, model, settings.telemetry)
+    target = _model_deployment(model_id, model).bind(spec)
+    return serve.RunTarget(target, name=model_application(model_id), route_prefix=None)
 
 
 def _counter(settings: Settings, keys: KeyRing) -> Any:
@@ -67,30 +80,39 @@ def _counter(settings: Settings, keys: KeyRing) -> Any:
     ).bind()
 
 
-def deployment_name(model_id: str) -> str:
-    """The Ray Serve deployment that serves a model."""
-    return f"model-{model_id}"
-
-
 def needed_cpus(settings: Settings) -> float:
     """Logical CPUs that all replicas together ask Ray for."""
-    models = sum(model.replicas * model.num_cpus for model in settings.models.values())
+    models = sum(most_replicas(model) * model.num_cpus for model in settings.models.values())
     return models + settings.http.ingress_replicas * INGRESS_CPUS
 
 
+def most_replicas(settings: ModelSettings) -> int:
+    """Replicas that a model may have."""
+    scaling = settings.autoscaling
+    return settings.replicas if scaling is None else scaling.max_replicas
+
+
 def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
+    scaling = settings.autoscaling
+    size: dict[str, Any] = {"num_replicas": settings.replicas}
+    if scaling is not None:
+        size = {"autoscaling_config": autoscaling_config(scaling)}
     return serve.deployment(
         ModelReplica,
         name=deployment_name(model_id),
-        num_replicas=settings.replicas,
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.engine.drain_s,
+        max_constructor_retry_count=MOST_STARTS,
+        # New replicas before the old ones go, where that takes no second device.
+        max_surge_percent=0 if settings.num_gpus else 100,
+        request_router_config=router_config(),
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
-            "runtime_env": {"env_vars": _thread_variables(settings)},
+            "runtime_env": {"env_vars": _thread_variables(settings) | METRIC_VARIABLES},
         },
+        **size,
     )
 
 

@@ -16,7 +16,7 @@ from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
 from service.api.usage import LocalUsage
 from service.config import Settings
-from service.deployments.observing import observe
+from service.deployments.observing import count_retries, observe
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.shared_usage import SharedUsage
 
@@ -27,17 +27,14 @@ class Ingress:
 
     Args:
         settings: everything that an operator may set.
-        handles: Ray Serve handles of the models by id.
         keys: who may call; read by whoever starts the service, as their file may be there only.
         counter: handle of what counts the use of keys, where there are several ingress replicas.
     """
 
-    def __init__(
-        self, settings: Settings, handles: dict[str, Any], keys: KeyRing, counter: Any = None
-    ) -> None:
+    def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
         self.settings = settings
         self.observation = observe(settings.telemetry)
-        self.backend = RemoteBackend(handles)
+        self.backend = RemoteBackend(count_retries())
         usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
         self.access = Access(keys, usage)
         results = settings.results

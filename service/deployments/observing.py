@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from service import __version__
 from service.api.access_log import AccessLog
 from service.api.notes import Exchange
@@ -23,6 +25,12 @@ def observe(settings: TelemetrySettings) -> Observation:
     Flusher(lambda: _tell_version(instruments)).start()
     listeners = (_Recorder(instruments), AccessLog(settings.log_prompts))
     return Observation(listeners, read_metrics if settings.metrics else None)
+
+
+def count_retries() -> Callable[[str], None]:
+    """What to call with a model's id when a request of it goes to another replica."""
+    instruments = RayInstruments()
+    return lambda model: instruments.count(catalogue.REQUEST_RETRIES, 1, {"model": model})
 
 
 def start_logging(settings: TelemetrySettings) -> None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
+from uuid import uuid4
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 
 from service.api.backend import ModelStatus
+from service.deployments.applications import list_models, model_handle
 from service.deployments.model_watch import ModelWatch
+from service.deployments.retries import with_retries
 from service.domain.batch import BatchView
-from service.domain.errors import NotReadyError, ServerFullError
-from service.domain.events import Event, Outcome
+from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
 
-RETRY_AFTER_S = 3.0
+SIGN_OF_LIFE_PERIOD_S = 1.0
 # Answered from memory between two awaits; a replica that takes longer is as good as gone.
 ASK_TIMEOUT_S = 5.0
 
@@ -28,16 +30,19 @@ class RemoteBackend:
     """Sends requests to model replicas, and keeps an eye on whether they answer.
 
     Args:
-        handles: Ray Serve deployment handles by model id.
+        retried: called with a model's id whenever a request of it goes to another replica.
     """
 
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        self._handles = dict(handles)
-        self._watch = ModelWatch({m: handle.capabilities.remote for m, handle in handles.items()})
+    def __init__(self, retried: Callable[[str], None]) -> None:
+        self._retried = retried
+        self._handles: dict[str, Any] = {}
+        self._id = uuid4().hex
+        self._watch = ModelWatch(list_models, self._status)
 
     async def start(self) -> None:
         """Begin to watch the models."""
         await self._watch.start()
+        self._signs_of_life = asyncio.create_task(self._show_signs_of_life())
 
     async def models(self) -> Sequence[ModelStatus]:
         """The latest status of every model."""
@@ -51,28 +56,38 @@ class RemoteBackend:
         """Serve a request on some replica of its model; cancelling this call cancels it there.
 
         Raises:
-            NotReadyError: no replica could take it, or the replica died while working on it.
+            NotReadyError: no replica could take it, or each that worked on it was lost.
             ServerFullError: Ray Serve's own queue in front of the replicas is full.
         """
-        with _told_as_ours(request.model):
-            outcome: Outcome = await self._handles[request.model].generate.remote(request)
-            return outcome
+        async with aclosing(with_retries(request, self._generate_once, self._retried)) as events:
+            async for event in events:
+                if isinstance(event, Finished | Failed):
+                    return event
+        raise AssertionError("a request ends with Finished or Failed")
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Serve a request as `generate` does, and tell what happens to it up to its end.
 
         Raises:
-            NotReadyError: no replica could take it, or the replica died while working on it.
+            NotReadyError: no replica could take it, or each that worked on it was lost.
             ServerFullError: Ray Serve's own queue in front of the replicas is full.
         """
-        with _told_as_ours(request.model):
-            handle = self._handles[request.model].options(stream=True)
-            events = handle.stream.remote(request)
-            try:
-                async for event in events:
-                    yield event
-            finally:
-                events.cancel()
+        async with aclosing(with_retries(request, self._stream_once, self._retried)) as events:
+            async for event in events:
+                yield event
+
+    async def _generate_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        # One message for the outcome, where nobody asks for the events before.
+        yield await self._handle(request.model).generate.remote(request, self._id)
+
+    async def _stream_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        handle = self._handle(request.model).options(stream=True)
+        events = handle.stream.remote(request, self._id)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            events.cancel()
 
     async def progress(self, request_id: str) -> Progress | None:
         """Where a request stands, whichever replica has it; None if none does."""
@@ -92,21 +107,45 @@ class RemoteBackend:
 
     async def batch(self, model_id: str) -> Sequence[BatchView]:
         """What each replica of a model has in hand."""
-        views: list[BatchView] = await self._ask_replicas(model_id, "batch")
-        return views
+        views: list[BatchView | None] = await self._ask_replicas(model_id, "batch")
+        return [view for view in views if view is not None]
+
+    def _model_ids(self) -> list[str]:
+        return [status.capabilities.id for status in self._watch.statuses()]
+
+    def _handle(self, model_id: str) -> Any:
+        if model_id not in self._handles:
+            self._handles[model_id] = model_handle(model_id)
+        return self._handles[model_id]
+
+    async def _status(self, model_id: str) -> ModelStatus | None:
+        """How a model is: if any of its replicas takes requests, it does."""
+        told: list[ModelStatus] = await self._ask_replicas(model_id, "status")
+        return max(told, key=lambda status: status.ready, default=None)
+
+    async def _show_signs_of_life(self) -> None:
+        """Replicas give up what an ingress asked for that is not heard from."""
+        while True:
+            await asyncio.gather(
+                *(
+                    self._ask_replicas(model_id, "hear_from", self._id)
+                    for model_id in self._model_ids()
+                )
+            )
+            await asyncio.sleep(SIGN_OF_LIFE_PERIOD_S)
 
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
         """The answers of all replicas of all models: only they know which requests they have."""
         answers = await asyncio.gather(
-            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._handles)
+            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
         )
         return [answer for of_model in answers for answer in of_model]
 
     async def _ask_replicas(
         self, model_id: str, method: str, *arguments: Any, slack_s: float = 0.0
     ) -> list[Any]:
-        reply = self._handles[model_id].broadcast(method, *arguments)
         try:
+            reply = self._handle(model_id).broadcast(method, *arguments)
             answers = await reply.results_async(
                 timeout_s=ASK_TIMEOUT_S + slack_s, return_exceptions=True
             )
@@ -114,17 +153,6 @@ class RemoteBackend:
             # Loading, or gone: it has nothing to tell.
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-
-@contextmanager
-def _told_as_ours(model_id: str) -> Iterator[None]:
-    try:
-        yield
-    except BackPressureError as error:
-        raise ServerFullError("the queue in front of the model is full", RETRY_AFTER_S) from error
-    except (RayError, RayServeException) as error:
-        message = f"model {model_id} lost the replica that worked on this request"
-        raise NotReadyError(message, RETRY_AFTER_S) from error
 
 
 def _first_at_work(answers: Sequence[Progress | None]) -> Progress | None:

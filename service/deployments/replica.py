@@ -11,18 +11,26 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from service.api.backend import ModelStatus
 from service.config import EngineSettings, ModelSettings, TelemetrySettings
+from service.deployments.autoscaling import BACKLOG
+from service.deployments.callers import Callers
+from service.deployments.model_watch import unknown_status
 from service.deployments.observing import start_logging
 from service.deployments.replica_metrics import ReplicaMetrics
 from service.deployments.request_desk import RequestDesk
 from service.domain.batch import BatchView
-from service.domain.errors import NotReadyError, RequestIdInUseError, UnknownModelError
+from service.domain.errors import (
+    NotReadyError,
+    RequestIdInUseError,
+    StepserveError,
+    StoppedError,
+)
 from service.domain.events import Event, Failed, Finished, Outcome
-from service.domain.models import ModelCapabilities
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
@@ -35,13 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A forward never takes this long on any machine worth serving from; a hung one does.
-STUCK_AFTER_S = 300.0
-DRAIN_RETRY_S = 5.0
-
-
-class ReplicaStuckError(RuntimeError):
-    """The engine shows no sign of life: Ray Serve should replace this replica."""
+FAILED_RETRY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -49,73 +51,97 @@ class ReplicaSpec:
     """What a replica is to load, and how."""
 
     model_id: str
-    folder: Path
     settings: ModelSettings
     telemetry: TelemetrySettings
 
 
 class ModelReplica:
-    """Answers each request with its outcome; cancelling the call cancels the request."""
+    """Answers each request with its outcome; cancelling the call cancels the request.
+
+    One whose model cannot be loaded stays, and tells why: trying again would change nothing.
+    """
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
+        self.callers = Callers(time.monotonic)
+        self._draining = False
+        self._orphaned: set[str] = set()
+        self._failure = ""
         start_logging(spec.telemetry)
-        started_s = time.monotonic()
-        self.runner = _load_runner(spec)
-        self.metrics = ReplicaMetrics(self.runner, spec.model_id, time.monotonic() - started_s)
+        began_s = time.monotonic()
+        try:
+            self.runner = _load_runner(spec)
+        except StepserveError as error:
+            logger.error("model %s cannot be loaded: %s", spec.model_id, error)
+            self._failure = f"cannot be loaded: {error}"
+            return
+        self.load_s = time.monotonic() - began_s
+        self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s)
         self.metrics.start()
         self.desk = RequestDesk(self.runner)
-        self._draining = False
 
-    async def capabilities(self) -> ModelCapabilities:
-        """What the model can do. Answered only once the replica is warm.
-
-        Raises:
-            NotReadyError: it takes no new work any more.
-        """
+    async def status(self) -> ModelStatus:
+        """What the model can do, and whether it takes requests. Answered once it is warm."""
+        if self._failure:
+            return unknown_status(self.spec.model_id, self._failure)
+        capabilities = replace(self.runner.capabilities(), load_s=round(self.load_s, 1))
         if self._draining:
-            raise NotReadyError("draining", DRAIN_RETRY_S)
-        return self.runner.capabilities()
+            return ModelStatus(capabilities, ready=False, detail="draining")
+        return ModelStatus(capabilities, ready=True)
 
-    async def generate(self, request: GenerationRequest) -> Outcome:
+    async def generate(self, request: GenerationRequest, caller: str = "") -> Outcome:
         """Serve a request to its end. Errors are returned, not raised: they cross processes."""
         outcome: Outcome | None = None
-        async with aclosing(self.stream(request)) as events:
+        async with aclosing(self.stream(request, caller)) as events:
             async for event in events:
                 if isinstance(event, Finished | Failed):
                     outcome = event
         assert outcome is not None
         return outcome
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: GenerationRequest, caller: str = ""
+    ) -> AsyncGenerator[Event, None]:
         """Serve a request, and tell what happens to it, up to its end.
 
-        Closing the stream, or cancelling whoever reads it, cancels the request.
+        Closing the stream, or cancelling whoever reads it, cancels the request; so does a `caller`
+        of that id that is not heard from any more.
         """
-        if request.model != self.spec.model_id:
-            error = UnknownModelError(f"this replica serves {self.spec.model_id}", "model")
-            yield Failed(request.id, error)
+        if self._failure:
+            message = f"model {self.spec.model_id} {self._failure}"
+            yield Failed(request.id, NotReadyError(message, FAILED_RETRY_S))
             return
         try:
             events = await self.desk.submit(request)
         except RequestIdInUseError as error:
             yield Failed(request.id, error)
             return
+        self.callers.begin(request.id, caller)
         try:
             while True:
                 event = await events.get()
+                if isinstance(event, Failed) and request.id in self._orphaned:
+                    event = Failed(request.id, StoppedError("its ingress was not heard from"))
                 yield event
                 if isinstance(event, Finished | Failed):
                     return
         finally:
+            self.callers.end(request.id)
+            self._orphaned.discard(request.id)
             self.desk.give_up(request.id)
+
+    async def hear_from(self, caller: str) -> None:
+        """An ingress is there, and waits for what it asked for."""
+        self.callers.hear(caller)
 
     async def progress(self, request_id: str) -> Progress | None:
         """Where a request stands, or None if this replica does not know it."""
-        return self.desk.progress(request_id)
+        return None if self._failure else self.desk.progress(request_id)
 
     async def cancel(self, request_id: str) -> Progress | None:
         """End a request at its next step; None if this replica does not know it."""
+        if self._failure:
+            return None
         self.desk.give_up(request_id)
         return self.desk.progress(request_id)
 
@@ -126,31 +152,54 @@ class ModelReplica:
 
         None if this replica does not know it.
         """
-        return await self.desk.events(request_id, number, wait_s)
+        return None if self._failure else await self.desk.events(request_id, number, wait_s)
 
-    async def batch(self) -> BatchView:
-        """What the engine has in hand, and its latest forwards."""
-        return self.runner.view()
+    async def batch(self) -> BatchView | None:
+        """What the engine has in hand, and its latest forwards; None where there is no engine."""
+        return None if self._failure else self.runner.view()
 
     async def drain(self) -> None:
         """Refuse new work and return when what is in hand has ended."""
         self._draining = True
+        if self._failure:
+            return
         drain_s = self.spec.settings.engine.drain_s
         await asyncio.get_running_loop().run_in_executor(None, self.runner.stop, drain_s)
         self.metrics.stop()
 
-    async def check_health(self) -> None:
-        """Called by Ray Serve.
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Ray Serve, which tells the routers."""
+        return {} if self._failure else self.desk.report().to_dict()
 
-        Raises:
-            ReplicaStuckError: the engine died, or a forward hangs.
-        """
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve, which hands it to the policy."""
+        return {BACKLOG: 0.0 if self._failure else self.runner.engine.load().backlog_s}
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve every now and then."""
+        if self._failure:
+            return
+        for request_id in self.callers.orphans():
+            logger.warning("request %s is given up: its ingress is gone", request_id)
+            self.callers.end(request_id)
+            self._orphaned.add(request_id)
+            self.desk.give_up(request_id)
         silent_s = self.runner.engine.silent_s()
-        if silent_s > STUCK_AFTER_S:
-            raise ReplicaStuckError(f"the engine has been silent for {silent_s:.0f} s")
+        if silent_s > self.spec.settings.engine.stuck_after_s:
+            self._end_process(silent_s)
+
+    def _end_process(self, silent_s: float) -> None:
+        """No forward of a stuck engine ends, and nothing can be taken from it.
+
+        Ended at once, as Ray Serve would first wait for what is in hand; that is served elsewhere.
+        """
+        logger.error("the engine has been silent for %.0f s: this replica ends", silent_s)
+        logging.shutdown()
+        os._exit(1)
 
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
+    from service.models.catalogue import model_folder
     from service.pipelines.load import leave_cores_to_engine, load_model
     from service.pipelines.runner import PipelineRunner, SharingOptions
     from service.pipelines.warm_up import warm_up
@@ -159,7 +208,7 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     leave_cores_to_engine()
     model = load_model(
         spec.model_id,
-        spec.folder,
+        model_folder(settings.path),
         settings.dtype,
         settings.device,
         settings,

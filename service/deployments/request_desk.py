@@ -13,6 +13,7 @@ from service.domain.events import Event
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent, RequestLog
 from service.domain.requests import GenerationRequest
+from service.routing.reports import Job, Report, StepCost, job_of, size_of
 
 if TYPE_CHECKING:
     from service.pipelines.runner import PipelineRunner
@@ -31,6 +32,7 @@ class RequestDesk:
         self._log = RequestLog(time.monotonic, time.time)
         self._queues: dict[str, EventQueue] = {}
         self._given_up: set[str] = set()
+        self._jobs: dict[str, Job] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._posted: deque[Event] = deque()
         self._collecting = False
@@ -46,6 +48,7 @@ class RequestDesk:
         await self._let_step_back(request.id)
         self._log.open(request)
         queue = self._queues[request.id] = EventQueue()
+        self._jobs[request.id] = job_of(request)
         self._loop = asyncio.get_running_loop()
         self._runner.submit(request, self._post)
         return queue
@@ -66,6 +69,18 @@ class RequestDesk:
             return progress
         position, expected_s = outlook
         return replace(progress, position=position, expected_s=expected_s)
+
+    def report(self) -> Report:
+        """What routers should know of what is in hand, and of what steps cost here."""
+        engine = self._runner.engine
+        steps = engine.steps_left()
+        return Report(
+            jobs=tuple(
+                replace(job, steps=steps[name]) for name, job in self._jobs.items() if name in steps
+            ),
+            costs={_size(size): StepCost(*cost) for size, cost in engine.step_costs().items()},
+            picture_limit=engine.options.max_waiting_pictures,
+        )
 
     async def events(
         self, request_id: str, number: int, wait_s: float
@@ -102,6 +117,7 @@ class RequestDesk:
             queue.put_nowait(event)
         if not self._log.is_running(request_id):
             self._queues.pop(request_id, None)
+            self._jobs.pop(request_id, None)
             self._given_up.discard(request_id)
         news = self._news.pop(request_id, None)
         if news is not None:
@@ -119,3 +135,7 @@ class RequestDesk:
             await asyncio.wait_for(news.wait(), wait_s)
         except TimeoutError:
             return
+
+
+def _size(size: object) -> str:
+    return size_of(*size) if isinstance(size, tuple) else str(size)

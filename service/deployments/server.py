@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,27 +18,37 @@ from typing import Any
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
-from service.config import Settings
-from service.deployments.application import (
-    APPLICATION,
-    build_application,
-    deployment_name,
-    needed_cpus,
+from service.config import ConfigError, Settings
+from service.deployments.application import ingress_target, model_target, needed_cpus
+from service.deployments.applications import (
+    INGRESS_APPLICATION,
+    MODEL_PREFIX,
+    applications,
+    listed,
+    model_application,
+    model_handle,
 )
 from service.deployments.exposure import check_exposure
 from service.domain.errors import StepserveError
+from service.models.catalogue import ModelNotFoundError, model_folder
 from service.telemetry.log_sink import log_sink
 from service.telemetry.logs import FORMAT_VARIABLE, SINK_VARIABLE, resolved_format
 
 READY_TIMEOUT_S = 600.0
 READY_POLL_S = 0.1
 FLUSH_S = 0.3
+# Logical ones: updates start new replicas before the old ones end, and models are added.
+ROOM_FOR_MODELS = 4
 METRICS_INTERVAL_MS = 2000
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - to be replaced, not bound
+
+Tell = Callable[[str], None]
 
 
 class StartError(StepserveError):
@@ -50,36 +61,60 @@ def base_url(settings: Settings) -> str:
     return f"http://{host}:{settings.http.port}"
 
 
-def serve_until_stopped(settings: Settings, when_ready: Callable[[str], None]) -> None:
+def serve_until_stopped(
+    settings: Settings,
+    when_ready: Callable[[str], None],
+    tell: Tell,
+    read_settings: Callable[[], Settings],
+) -> None:
     """Serve until SIGINT or SIGTERM, then drain and return.
 
     Args:
         settings: what to serve, and where.
         when_ready: called once with the base URL; the service keeps serving meanwhile.
+        tell: called with each line that the operator should read.
+        read_settings: called at SIGHUP for the models to serve from then on.
 
     Raises:
-        ModelNotFoundError: a configured model does not exist.
+        ModelNotFoundError: no configured model exists.
         OpenToAllError: other machines could use it without an API key, and nobody said they may.
         KeysUnreadableError: the API keys are not written as they should be.
         StoreUnusableError: results cannot be kept where the settings say.
-        StartError: the address is taken, a model failed to load, or the service was not ready in
-            time.
+        StartError: the address is taken, no model could be loaded, or none was ready in time.
     """
     check_exposure(settings)
-    application = build_application(settings)
+    check_folders(settings)
+    ingress = ingress_target(settings)
     check_address(settings.http.host, settings.http.port)
-    with _stop_signals() as stopped, _logs_come_here(settings):
+    with _signals() as signals, _logs_come_here(settings):
         start_ray(settings)
         try:
             # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
-            _listen(stopped)
-            deploy(application)
-            if wait_until_ready(settings, stopped):
+            _listen(signals)
+            deploy([ingress, *(model_target(model_id, settings) for model_id in settings.models)])
+            if wait_until_ready(settings, signals.stopped, tell):
                 when_ready(base_url(settings))
-                stopped.wait()
+                for _ in signals.reloads():
+                    settings = _reload(settings, read_settings, tell)
                 drain(settings)
         finally:
             stop_ray()
+
+
+def check_folders(settings: Settings) -> None:
+    """Return if any model is where the settings say, on this machine.
+
+    Raises:
+        ModelNotFoundError: none is.
+    """
+    errors = []
+    for model in settings.models.values():
+        try:
+            model_folder(model.path)
+        except ModelNotFoundError as error:
+            errors.append(error)
+    if len(errors) == len(settings.models):
+        raise errors[0]
 
 
 def check_address(host: str, port: int) -> None:
@@ -109,7 +144,7 @@ def start_ray(settings: Settings) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_metrics_report_interval_ms", str(METRICS_INTERVAL_MS))
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, round(needed_cpus(settings) + 0.5)),
+            num_cpus=math.ceil(2 * needed_cpus(settings) + ROOM_FOR_MODELS),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
@@ -119,35 +154,105 @@ def start_ray(settings: Settings) -> None:
     serve.start(http_options=http, logging_config=LoggingConfig(enable_access_log=False))
 
 
-def deploy(application: Any) -> None:
-    """Hand the application to Ray Serve without waiting for its models."""
-    target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
+def deploy(targets: Sequence[serve.RunTarget]) -> None:
+    """Hand applications to Ray Serve without waiting for their models."""
+    serve.run_many(targets, wait_for_applications_running=False)
 
 
-def wait_until_ready(settings: Settings, stopped: threading.Event) -> bool:
-    """Poll readiness through HTTP; False if `stopped` was set meanwhile.
+def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
+    """Add, update and remove models; those that stay as they are notice nothing.
+
+    Running requests of a model that is updated or removed get its `drain_s` to finish. Returns what
+    is in effect: everything but the models stays as it was.
+    """
+    in_effect = old.model_copy(update={"models": new.models})
+    changed = [m for m, settings in new.models.items() if old.models.get(m) != settings]
+    if changed:
+        deploy([model_target(model_id, in_effect) for model_id in changed])
+    removed = [model_id for model_id in old.models if model_id not in new.models]
+    for model_id in removed:
+        serve.delete(model_application(model_id), _blocking=False)
+    added = [model_id for model_id in changed if model_id not in old.models]
+    updated = [model_id for model_id in changed if model_id in old.models]
+    for what, models in (("added", added), ("updated", updated), ("removed", removed)):
+        if models:
+            tell(f"{what}: {', '.join(models)}")
+    others = [name for name in type(old).model_fields if name not in ("models", "default_model")]
+    kept = [name for name in others if getattr(old, name) != getattr(new, name)]
+    if kept:
+        tell(f"not applied before a restart: {', '.join(kept)}")
+    return in_effect
+
+
+def wait_until_ready(settings: Settings, stopped: threading.Event, tell: Tell) -> bool:
+    """Wait until every model is loaded or has failed, and HTTP tells so; False if `stopped` is set.
+
+    Tells which models failed, and why.
 
     Raises:
-        StartError: a deployment failed, or readiness took too long.
+        StartError: all of them failed, or it took too long.
     """
     deadline_s = time.monotonic() + READY_TIMEOUT_S
+    starting = Starting(settings.models)
     with httpx.Client(base_url=base_url(settings), timeout=5, trust_env=False) as client:
         while not stopped.wait(READY_POLL_S):
-            if _is_ready(client):
-                return True
-            _raise_if_failed()
+            failures = starting.failures()
+            if len(failures) == len(settings.models):
+                raise StartError("\n".join(failures.values()))
+            if _ready_models(client) | failures.keys() >= settings.models.keys():
+                break
             if time.monotonic() > deadline_s:
                 raise StartError(f"the service was not ready within {READY_TIMEOUT_S:.0f} s")
-    return False
+    for line in starting.failures().values():
+        tell(line)
+    return not stopped.is_set()
+
+
+class Starting:
+    """Which of the models that were just deployed cannot be loaded, or the ingress started."""
+
+    def __init__(self, model_ids: Iterable[str]) -> None:
+        self._replies = {model_id: model_handle(model_id).status.remote() for model_id in model_ids}
+        self._failures: dict[str, str] = {}
+
+    def failures(self) -> dict[str, str]:
+        """Those known by now: what to say of each model.
+
+        Raises:
+            StartError: there is no ingress.
+        """
+        found = applications()
+        ingress = found.get(INGRESS_APPLICATION)
+        if ingress is not None and (failure := listed(ingress).failure):
+            raise StartError(f"the ingress {failure}")
+        for model_id in list(self._replies):
+            application = found.get(model_application(model_id))
+            failure = "" if application is None else listed(application).failure
+            failure = failure or self._told(model_id)
+            if failure:
+                self._failures[model_id] = f"model {model_id} {failure}"
+        return self._failures
+
+    def _told(self, model_id: str) -> str:
+        """Why it cannot be loaded, if a replica says so; it is not asked again."""
+        try:
+            status = self._replies[model_id].result(timeout_s=0.001)
+        except TimeoutError:
+            return ""
+        except (RayError, RayServeException):
+            self._replies[model_id] = model_handle(model_id).status.remote()
+            return ""
+        del self._replies[model_id]
+        return "" if status.ready else status.detail
 
 
 def drain(settings: Settings) -> None:
     """Let every replica finish what it accepted, refusing new work meanwhile."""
+    replies = {model_id: model_handle(model_id).broadcast("drain") for model_id in settings.models}
+    deadline_s = time.monotonic()
     for model_id, model in settings.models.items():
-        handle = serve.get_deployment_handle(deployment_name(model_id), APPLICATION)
-        replies = handle.broadcast("drain")
-        replies.results(timeout_s=model.engine.drain_s + FLUSH_S)
+        left_s = max(deadline_s + model.engine.drain_s + FLUSH_S - time.monotonic(), FLUSH_S)
+        replies[model_id].results(timeout_s=left_s, return_exceptions=True)
     # The last answers are on their way through ingress and proxy.
     time.sleep(FLUSH_S)
 
@@ -155,23 +260,50 @@ def drain(settings: Settings) -> None:
 def stop_ray() -> None:
     """Take the application off a cluster that was joined, and leave Ray or end the local one."""
     if "RAY_ADDRESS" in os.environ:
-        serve.delete(APPLICATION)
+        for name in applications():
+            if name == INGRESS_APPLICATION or name.startswith(MODEL_PREFIX):
+                serve.delete(name)
     ray.shutdown()
 
 
-def _is_ready(client: httpx.Client) -> bool:
+def _ready_models(client: httpx.Client) -> set[str]:
+    """The models that are ready as far as HTTP tells by now."""
     try:
-        return client.get("/readyz").status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
+        return set(client.get("/readyz").json().get("models", ()))
+    except (httpx.TransportError, ValueError):
+        return set()
 
 
-def _raise_if_failed() -> None:
-    application = serve.status().applications.get(APPLICATION)
-    if application is None or application.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
-        return
-    reasons = [d.message for d in application.deployments.values() if d.message]
-    raise StartError("\n".join([f"deployment failed: {application.message}", *reasons]))
+class _Signals:
+    """What the operator wants."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._reload = threading.Event()
+        self._any = threading.Event()
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """In place of what signals usually do."""
+        wanted = self._reload if number == signal.SIGHUP else self.stopped
+        wanted.set()
+        self._any.set()
+
+    def reloads(self) -> Iterator[None]:
+        """Yields whenever the settings are to be read again, and ends when it is time to stop."""
+        while not self.stopped.is_set():
+            self._any.wait()
+            self._any.clear()
+            if self._reload.is_set() and not self.stopped.is_set():
+                self._reload.clear()
+                yield
+
+
+def _reload(settings: Settings, read_settings: Callable[[], Settings], tell: Tell) -> Settings:
+    try:
+        return apply_models(settings, read_settings(), tell)
+    except (ConfigError, RayError, RayServeException) as error:
+        tell(f"nothing is changed: {error}")
+        return settings
 
 
 @contextmanager
@@ -187,21 +319,18 @@ def _logs_come_here(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, in place of ending the process."""
-    stopped = threading.Event()
-    previous = _listen(stopped)
+def _signals() -> Iterator[_Signals]:
+    """Signals as events, in place of ending the process."""
+    signals = _Signals()
+    previous = _listen(signals)
     try:
-        yield stopped
+        yield signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _listen(stopped: threading.Event) -> dict[signal.Signals, Any]:
-    """Let signals set `stopped`; returns what they did before."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.set()
-
-    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+def _listen(signals: _Signals) -> dict[signal.Signals, Any]:
+    """Let signals be heard; returns what they did before."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return {number: signal.signal(number, signals.hear) for number in numbers}

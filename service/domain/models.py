@@ -52,6 +52,7 @@ class ModelCapabilities:
         compilation: whether new requests are served by compiled code.
         expected_s: how long a request with the defaults should take on an idle replica, in seconds,
             or None while nothing is learned.
+        load_s: how long loading and warming took, in seconds, or None where it was not measured.
         compilation_remark: how far it is, or why it is not; empty: nothing to say.
     """
 
@@ -78,4 +79,5 @@ class ModelCapabilities:
     compilation: Compilation = Compilation.OFF
     compilation_remark: str = ""
     expected_s: float | None = None
+    load_s: float | None = None
     fingerprint: Fingerprint | None = None

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +150,15 @@ class Engine:
             if track.work.id == request_id:
                 return position, expected_s
         return None
+
+    def steps_left(self) -> dict[str, int]:
+        """Denoising steps left to everything in hand, by request id."""
+        with self._lock:
+            return {track.work.id: track.steps_left for track in self._in_hand}
+
+    def step_costs(self) -> dict[Hashable, tuple[float, float]]:
+        """What was learned of steps; see `Outlook.step_costs`."""
+        return self.batcher.outlook.step_costs()
 
     def alone_s(self, work: Work) -> float:
         """Seconds that `work` should take if there were no other; 0 while nothing is learned."""

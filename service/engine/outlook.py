@@ -72,6 +72,10 @@ class Outlook:
             self._other_row_s.observe(other_s / track.work.rows)
             self._learn_stretch(track, now_s - track.clockwork.submitted_s)
 
+    def step_costs(self) -> dict[Hashable, tuple[float, float]]:
+        """Seconds of a step by size: those of any forward, and those of each row in it."""
+        return {size: self._line(step) for size, step in list(self._shapes.items())}
+
     def run_s(self, track: Track) -> float:
         """Seconds that the steps left to a track would take, were it alone."""
         return track.steps_left * self._forward_s(self._step_shape(track).shape, track.work.rows)
@@ -136,6 +140,11 @@ class Outlook:
 
     def _step_shape(self, track: Track) -> StepShape:
         return self._shapes.get(track.work.size, self._latest)
+
+    def _line(self, step: StepShape) -> tuple[float, float]:
+        one_s, all_s = (self._forward_s(step.shape, rows) for rows in (1, step.max_rows))
+        row_s = (all_s - one_s) / max(step.max_rows - 1, 1)
+        return max(one_s - row_s, 0.0), row_s
 
     def _forward_s(self, shape: Hashable, rows: int) -> float:
         return self.cost.predict(shape, rows) + float(self._tick_overhead_s)

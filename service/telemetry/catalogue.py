@@ -144,6 +144,9 @@ COST_ERROR = _histogram(
     "How far the cost model was off a forward's real seconds, as a share of them.",
     *("model", "stage"),
 )
+REQUEST_RETRIES = _counter(
+    "request_retries", "Requests that another replica took on, as theirs was lost.", "model"
+)
 
 # How things stand. A replica's values vanish some seconds after the replica.
 BACKLOG_SECONDS = _gauge(

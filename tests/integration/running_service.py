@@ -30,6 +30,7 @@ class Service:
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     variables: dict[str, str] = field(default_factory=dict)
+    limit_waiting: bool = True
 
     @property
     def url(self) -> str:
@@ -42,7 +43,8 @@ class Service:
     def start(self) -> None:
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
         command += ["--first-picture", str(self.folder / "out")]
-        limit = {"STEPSERVE_MODELS__EMOJI__ENGINE__MAX_WAITING_PICTURES": str(WAITING_LIMIT)}
+        variable = "STEPSERVE_MODELS__EMOJI__ENGINE__MAX_WAITING_PICTURES"
+        limit = {variable: str(WAITING_LIMIT)} if self.limit_waiting else {}
         with (self.folder / "serve.log").open("wb") as log:
             self.process = subprocess.Popen(
                 command,

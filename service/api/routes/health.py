@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from service import __version__
 from service.api.answers import HealthAnswer, ReadyAnswer
-from service.api.dependencies import BackendDep, require_ready
+from service.api.dependencies import NO_REASON, BackendDep, require_ready
 from service.api.openapi import error_responses
 from service.domain.errors import NotReadyError
 
@@ -20,10 +20,16 @@ async def healthz() -> HealthAnswer:
 
 
 @router.get(
-    "/readyz", summary="Do all models take requests?", responses=error_responses(NotReadyError)
+    "/readyz", summary="Does any model take requests?", responses=error_responses(NotReadyError)
 )
 async def readyz(backend: BackendDep) -> ReadyAnswer:
-    """Answers 503 until every model is ready; the message tells which are not, and why."""
+    """Answers 503 while no model is ready; the message tells why.
+
+    A model that is added, or cannot be loaded, keeps nobody from the others.
+    """
     statuses = list(await backend.models())
-    require_ready(statuses)
-    return ReadyAnswer(models=[status.capabilities.id for status in statuses])
+    ready = [status.capabilities.id for status in statuses if status.ready]
+    if not ready:
+        require_ready(statuses)
+    details = {s.capabilities.id: s.detail or NO_REASON for s in statuses if not s.ready}
+    return ReadyAnswer(models=ready, not_ready=details)

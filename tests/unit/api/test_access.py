@@ -81,6 +81,8 @@ async def test_openais_client_sends_keys_as_we_want_them(backend: FakeBackend):
         ("Bearer", "the API key is wrong"),
         (f"Bearer {hash_key(KEY)}", "the API key is wrong"),
     ],
+    # Keys differ in each process that tests.
+    ids=["none", "wrong", "basic", "bare", "empty", "hash"],
 )
 @pytest.mark.parametrize(
     ("method", "path"),

@@ -61,15 +61,19 @@ async def test_healthz_asks_no_model(client: httpx.AsyncClient, backend: FakeBac
     assert response.json() == {"status": "ok", "version": __version__}
 
 
-async def test_readyz_when_all_are_ready(client: httpx.AsyncClient):
+async def test_readyz_tells_of_each_model(client: httpx.AsyncClient, backend: FakeBackend):
+    everything = {"status": "ready", "models": ["emoji"], "not_ready": {}}
+    assert (await client.get("/readyz")).json() == everything
+
+    backend.statuses.append(LOADING)
     response = await client.get("/readyz")
 
     assert response.status_code == 200
-    assert response.json() == {"status": "ready", "models": ["emoji"]}
+    assert response.json() == everything | {"not_ready": {"sd": "loading weights"}}
 
 
-async def test_readyz_until_every_model_is_ready(client: httpx.AsyncClient, backend: FakeBackend):
-    backend.statuses.append(LOADING)
+async def test_readyz_until_a_model_is_ready(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses = [LOADING]
     response = await client.get("/readyz")
 
     assert response.status_code == 503

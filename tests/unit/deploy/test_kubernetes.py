@@ -15,8 +15,10 @@ from monitoring_files import ROOT
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from service.config import Settings
+from service.deployments.applications import INGRESS_APPLICATION, model_application
 from service.deployments.cluster_app import settings_from
 
+APP = "service.deployments.cluster_app"
 FOLDER = ROOT / "deploy" / "kubernetes"
 OVERLAYS = ("cpu-dev", "gpu", "high-availability", "incremental-upgrade", "queueing")
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
@@ -61,11 +63,15 @@ def pods(overlay: str) -> Iterator[dict[str, Any]]:
 
 
 def settings_of(overlay: str) -> Settings:
-    (application,) = serve_config(overlay)["applications"]
+    """Those of the ingress, with the models of the other applications."""
     head = groups(overlay)[0]["template"]["spec"]["containers"][0]
     # What comes from secrets is made up.
     variables = {v["name"]: v.get("value", "x" * 32) for v in head["env"]}
-    return settings_from(application["args"], variables)
+    ingress, *others = (
+        settings_from(a["args"], variables) for a in serve_config(overlay)["applications"]
+    )
+    models = {model_id: s for other in others for model_id, s in other.models.items()}
+    return ingress.model_copy(update={"models": models})
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -78,8 +84,13 @@ def test_serve_understands_its_configuration(overlay: str):
     assert set(config["logging_config"]) <= set(LoggingConfig.model_fields)
     for application in config["applications"]:
         assert set(application) <= set(ServeApplicationSchema.model_fields)
-        assert application["import_path"] == "service.deployments.cluster_app:build"
-    assert settings_of(overlay).models
+    ingress, *models = config["applications"]
+    assert (ingress["name"], ingress["import_path"]) == (INGRESS_APPLICATION, f"{APP}:ingress")
+    assert {model["import_path"] for model in models} == {f"{APP}:model"}
+    # By their names the ingress finds them.
+    served = settings_of(overlay)
+    assert {m["name"] for m in models} == {model_application(name) for name in served.models}
+    assert served.default_model in served.models
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

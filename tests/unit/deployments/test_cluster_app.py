@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from service.config import ConfigError
-from service.deployments.cluster_app import build, settings_from
+from service.deployments.cluster_app import ingress, model, settings_from
 from service.deployments.exposure import OpenToAllError
 
 
@@ -16,11 +16,20 @@ def test_arguments_are_settings(monkeypatch: pytest.MonkeyPatch):
     assert settings.http.allow_anonymous
 
 
+def test_the_ingress_need_not_know_the_models():
+    assert settings_from({"default_model": "sdxl"}).default_model == "sdxl"
+
+
 def test_wrong_ones_are_told():
     with pytest.raises(ConfigError, match="models\\.emoji\\.replicas"):
         settings_from({"models": {"emoji": {"replica": 2}}})
 
 
+def test_an_application_serves_one_model():
+    with pytest.raises(ConfigError, match="2 in one application"):
+        model({"models": {"one": {}, "two": {}}})
+
+
 def test_a_cluster_is_not_open_by_oversight():
     with pytest.raises(OpenToAllError):
-        build({})
+        ingress({})

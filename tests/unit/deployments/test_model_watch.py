@@ -5,39 +5,48 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from ray.exceptions import RayActorError
 
 from service.api.backend import ModelStatus
 from service.deployments import model_watch
-from service.deployments.model_watch import ModelWatch
-from service.domain.errors import NotReadyError
+from service.deployments.model_watch import Listed, ModelWatch
 from service.domain.models import ModelCapabilities, SizeRange
 
 EMOJI = ModelCapabilities("emoji", "small", SizeRange(8, 64, 8, 64), ("DDIM",), "DDIM")
 
 
-class Model:
-    """Answers when it is told to; until then it loads."""
+READY = ModelStatus(EMOJI, ready=True)
+
+
+class Models:
+    """Those that Ray Serve lists; each answers when it is told to, and loads until then."""
 
     def __init__(self) -> None:
+        self.listed = {"emoji": Listed()}
         self.loaded = asyncio.Event()
-        self.error: Exception | None = None
+        self.answer: ModelStatus | Exception = READY
         self.asked = 0
 
-    async def __call__(self) -> ModelCapabilities:
+    async def list_models(self) -> dict[str, Listed]:
+        return dict(self.listed)
+
+    async def ask(self, model_id: str) -> ModelStatus | None:
         self.asked += 1
-        await self.loaded.wait()
-        if self.error is not None:
-            raise self.error
-        return EMOJI
+        if not self.loaded.is_set():
+            return None
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_watch, "FIRST_LOOK_TIMEOUT_S", 0.2)
     monkeypatch.setattr(model_watch, "PROBE_INTERVAL_S", 0.01)
+    monkeypatch.setattr(model_watch, "LOADING_INTERVAL_S", 0.01)
 
 
 async def until(watch: ModelWatch, **wanted: object) -> ModelStatus:
@@ -49,23 +58,23 @@ async def until(watch: ModelWatch, **wanted: object) -> ModelStatus:
             await asyncio.sleep(0.005)
 
 
-async def started(model: Model) -> ModelWatch:
-    watch = ModelWatch({"emoji": model})
+async def started(models: Models) -> ModelWatch:
+    watch = ModelWatch(models.list_models, models.ask)
     await watch.start()
     return watch
 
 
 async def test_who_is_there_is_known_once_it_started() -> None:
-    model = Model()
+    model = Models()
     model.loaded.set()
     watch = await started(model)
-    assert watch.statuses() == [ModelStatus(EMOJI, ready=True)]
-    assert await watch.status("emoji") == ModelStatus(EMOJI, ready=True)
+    assert watch.statuses() == [READY]
+    assert await watch.status("emoji") == READY
     assert await watch.status("pizza") is None
 
 
 async def test_who_loads_is_told_at_once_among_all_and_waited_for_when_named() -> None:
-    model = Model()
+    model = Models()
     watch = await started(model)
     assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "loading")]
 
@@ -76,7 +85,7 @@ async def test_who_loads_is_told_at_once_among_all_and_waited_for_when_named() -
 
 
 async def test_who_is_cancelled_while_it_waits_stops_no_other() -> None:
-    model = Model()
+    model = Models()
     watch = await started(model)
     leaving, staying = (asyncio.create_task(watch.status("emoji")) for _ in range(2))
     await asyncio.sleep(0.01)
@@ -88,17 +97,16 @@ async def test_who_is_cancelled_while_it_waits_stops_no_other() -> None:
 
 
 async def test_one_that_never_answers_is_loading_and_named_after_a_brief_wait() -> None:
-    watch = await started(Model())
+    watch = await started(Models())
     status = await watch.status("emoji")
     assert status is not None
     assert (status.ready, status.is_known) == (False, False)
 
 
-async def test_a_model_that_loads_is_asked_without_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two questions nobody would hear that it became ready."""
-    monkeypatch.setattr(model_watch, "PROBE_TIMEOUT_S", 0.02)
+async def test_a_model_that_loads_is_asked_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for it should hear at once that it is there."""
     monkeypatch.setattr(model_watch, "PROBE_INTERVAL_S", 60.0)
-    model = Model()
+    model = Models()
     watch = await started(model)
     model.loaded.set()
     await until(watch, ready=True)
@@ -106,16 +114,76 @@ async def test_a_model_that_loads_is_asked_without_a_gap(monkeypatch: pytest.Mon
 
 
 async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known() -> None:
-    model = Model()
+    model = Models()
     model.loaded.set()
     watch = await started(model)
-    model.error = NotReadyError("draining", 1.0)
-    status = await until(watch, ready=False)
-    assert (status.detail, status.is_known) == ("draining", True)
-    model.error = RayActorError()
-    await until(watch, ready=False, detail="unavailable: RayActorError")
-    model.error = None
-    await until(watch, ready=True)
+    model.answer = ModelStatus(EMOJI, ready=False, detail="draining")
+    await until(watch, ready=False, detail="draining")
+    model.answer = READY
+    await until(watch, ready=True, detail="")
+
+
+async def test_a_short_silence_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_watch, "SILENCE_S", 0.2)
+    model = Models()
+    model.loaded.set()
+    watch = await started(model)
+    model.answer = RayActorError()
+    await asyncio.sleep(0.05)
+    assert watch.statuses() == [READY]
+    status = await until(watch, ready=False, detail="loading")
+    assert status.is_known
+    model.answer = READY
+    await until(watch, ready=True, detail="")
+
+
+async def test_models_come_and_go() -> None:
+    models = Models()
+    models.loaded.set()
+    watch = await started(models)
+    models.listed["sd"] = Listed()
+    async with asyncio.timeout(5):
+        while len(watch.statuses()) < 2:
+            await asyncio.sleep(0.005)
+    del models.listed["emoji"]
+    async with asyncio.timeout(5):
+        while await watch.status("emoji") is not None:
+            await asyncio.sleep(0.005)
+    assert await watch.status("sd") == READY
+
+
+async def test_a_model_that_was_given_up_says_why_and_is_not_asked() -> None:
+    models = Models()
+    models.listed["emoji"] = Listed(failure="failed: out of memory")
+    watch = await started(models)
+    assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "failed: out of memory")]
+    assert models.asked == 0
+
+
+async def test_a_sleeping_model_takes_requests_and_is_not_woken_by_questions() -> None:
+    models = Models()
+    models.loaded.set()
+    models.answer = replace(READY, capabilities=replace(EMOJI, load_s=12.3))
+    watch = await started(models)
+    models.listed["emoji"] = Listed(asleep=True)
+    detail = "asleep: the next request waits 12 s for it"
+    await until(watch, ready=True, detail=detail)
+    asked = models.asked
+    await asyncio.sleep(0.1)
+    assert models.asked == asked
+
+    models.loaded.clear()
+    models.listed["emoji"] = Listed()
+    await until(watch, ready=True, detail="waking up")
+    models.loaded.set()
+    await until(watch, ready=True, detail="")
+
+
+async def test_a_sleeping_model_that_was_never_seen_takes_none() -> None:
+    models = Models()
+    models.listed["emoji"] = Listed(asleep=True)
+    watch = await started(models)
+    assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "asleep")]
 
 
 @pytest.fixture(autouse=True)

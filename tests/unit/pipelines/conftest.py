@@ -5,17 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from tiny_model import UNTRIED, save_tiny_model
 
 from service.engine.engine import EngineOptions
 from service.pipelines.load import LoadedModel, load_model
 from service.pipelines.runner import PipelineRunner
-
-settings.register_profile(
-    "pipelines", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("pipelines")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,149 @@
+"""The servers of a race: how each is started, and what was tuned for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STOP_TIMEOUT_S = 60.0
+PEERS_PYTHON = Path("out/peers/bin/python")
+SHORT_SPIN = {"GOMP_SPINCOUNT": "100000"}
+"""What Stepserve sets for itself: threads that wait spin for a millisecond and no more."""
+
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+OPENMP = {"short-spin": SHORT_SPIN, "passive": PASSIVE}
+FULL_QUEUE = {"STEPSERVE_MODELS__EMOJI__ENGINE__MAX_WAITING_PICTURES": "100000"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One server.
+
+    Args:
+        command: the arguments after the interpreter; `{port}` is filled in.
+        python: None: the interpreter that runs the race.
+        tuned: how it was set up, for the report.
+        role: `ours`, `one-at-a-time`, or `batching`.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    tuned: str
+    role: str
+    environment: dict[str, str] = field(default_factory=dict)
+    python: Path | None = None
+
+
+def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Contender]:
+    """All of them by name; ours first."""
+    batching = "up to 8 requests a batch, a wait of 20 ms; pipeline calls on a thread of their own"
+    listed = (
+        Contender(
+            "stepserve",
+            ("-m", "service.cli", "serve", "--port", "{port}"),
+            "as `make run` starts it, with a queue so long that nothing is refused",
+            "ours",
+        ),
+        Contender(
+            "fastapi-lock",
+            ("-m", "loadtests.peers.fastapi_server"),
+            "one request at a time on all cores",
+            "one-at-a-time",
+            {"PEER_WORKERS": "1"},
+        ),
+        Contender(
+            "fastapi-threads",
+            ("-m", "loadtests.peers.fastapi_server"),
+            f"{cores} requests at a time, each with one torch thread",
+            "concurrent",
+            {"PEER_WORKERS": str(cores), "PEER_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        ),
+        Contender(
+            "ray-replica",
+            ("-m", "loadtests.peers.ray_replica"),
+            "Ray Serve's documented application, ingress and one replica; requests wait in it",
+            "one-at-a-time",
+        ),
+        Contender(
+            "ray-batch-keyed",
+            ("-m", "loadtests.peers.ray_batch"),
+            f"`@serve.batch`, {batching}; groups of equal parameters",
+            "batching",
+        ),
+        Contender(
+            "ray-batch-padded",
+            ("-m", "loadtests.peers.ray_batch"),
+            f"`@serve.batch`, {batching}; the longest request decides the steps of all",
+            "batching",
+            {"PEER_PAD_STEPS": "1"},
+        ),
+        Contender(
+            "litserve",
+            ("-m", "loadtests.peers.litserve_server"),
+            "dynamic batching, up to 8 requests, a wait of 20 ms; groups of equal parameters",
+            "batching",
+            python=peers_python,
+        ),
+        Contender(
+            "bentoml",
+            ("-m", "bentoml", "serve", "loadtests.peers.bentoml_server:Emoji", "--port", "{port}"),
+            "adaptive batching, up to 8 requests; groups of equal parameters; nothing is refused",
+            "batching",
+            {"BENTOML_DO_NOT_TRACK": "1"},
+            python=peers_python,
+        ),
+    )
+    return {contender.name: contender for contender in listed}
+
+
+@contextmanager
+def running(
+    contender: Contender, log: Path, openmp: str = "short-spin", more: dict[str, str] | None = None
+) -> Iterator[str]:
+    """Start a server on a free port, and stop it and all its processes at the end.
+
+    The caller waits until it answers.
+    """
+    port = free_port()
+    cores = len(os.sched_getaffinity(0))
+    variables = {"PEER_PORT": str(port), "OMP_NUM_THREADS": str(cores), **OPENMP[openmp]}
+    variables |= contender.environment | (more or {})
+    arguments = [part.replace("{port}", str(port)) for part in contender.command]
+    interpreter = str(contender.python or sys.executable)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [interpreter, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | variables,
+            start_new_session=True,
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _stop(process)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask nicely, then end what is left of its process group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_TIMEOUT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

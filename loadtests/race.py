@@ -1,0 +1,202 @@
+"""Stepserve and its peers: the same weights, the same trace, the same rates, in turns.
+
+    python3.11 -m venv out/peers && out/peers/bin/pip install -r loadtests/peers/requirements.txt
+    python -m loadtests.race [--servers stepserve fastapi-lock ...] [--rounds 3]
+
+One server at a time is started, warmed up and measured; in each round all have a turn. Latency
+targets are multiples of what a request takes on the idle one-at-a-time server, for all alike. Each
+turn measures the saturated throughput (mixed and homogeneous), latencies at 0.8 of the capacity of
+the one-at-a-time server, and in the first round the knees. Medians over rounds are reported by
+`python -m loadtests.report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from loadtests import scenarios
+from loadtests.bench import read_unloaded, write_unloaded
+from loadtests.client import Target, open_session
+from loadtests.contenders import FULL_QUEUE, OPENMP, PEERS_PYTHON, Contender, contenders, running
+from loadtests.facts import take_facts
+from loadtests.measures import make_targets
+from loadtests.scenarios import Bench
+from loadtests.trace import HOMOGENEOUS, MIXED, draw_gaps, draw_trace
+from loadtests.watch import served_model
+
+REFERENCE = "fastapi-lock"
+"""One at a time, with nothing but diffusers and an HTTP server: others are compared with it."""
+
+SHORT_JOBS_LOAD = 0.8
+WARM_UP_REQUESTS = 16
+OUR_FIRST_RATE, THEIR_FIRST_RATE = 0, -18
+"""Where on the grid a search begins: at the capacity of the reference, and at a third of it."""
+
+TRACE_REQUESTS = 20_000
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = list(contenders(1))
+    parser.add_argument("--servers", nargs="+", choices=known, default=known)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=200, help="of each run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit-s", type=float, default=2.0)
+    parser.add_argument("--in-flight", type=int, default=24)
+    parser.add_argument("--calibration-repeats", type=int, default=3)
+    parser.add_argument("--openmp", choices=sorted(OPENMP), default="short-spin")
+    parser.add_argument("--no-knees", action="store_true", help="throughput and latencies only")
+    parser.add_argument("--knee-requests", type=int, default=120, help="of each run of a search")
+    parser.add_argument("--no-overload", action="store_true")
+    parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON)
+    parser.add_argument("--out", type=Path, default=Path("out/race.json"))
+    options = parser.parse_args(arguments)
+    if REFERENCE not in options.servers:
+        parser.error(f"{REFERENCE} must take part: the others are compared with it")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Race, and write JSON after every turn, so that a race that is stopped is not lost."""
+    options = parse_options(arguments)
+    # Else servers would outlive a race that is ended from outside.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    report: dict[str, Any] = {
+        "kind": "race",
+        "facts": take_facts(),
+        "command": " ".join(["python -m loadtests.race", *sys.argv[1:]]),
+        "openmp": options.openmp,
+        "reference": REFERENCE,
+        "targets": [asdict(target) for target in make_targets(options.limit_s)],
+        "mixes": {"mixed": asdict(MIXED), "homogeneous": asdict(HOMOGENEOUS)},
+        "requests": options.requests,
+        "short_jobs_load": SHORT_JOBS_LOAD,
+        "servers": {},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for round_number in range(options.rounds):
+        for contender in in_order(options, round_number):
+            _turn(contender, round_number, report, options)
+            options.out.write_text(json.dumps(report, indent=2))
+    print(f"report: {options.out}")
+    return 0
+
+
+def in_order(options: argparse.Namespace, round_number: int) -> list[Contender]:
+    """Who has a turn when. The first round begins with the reference; every other is reversed."""
+    known = contenders(os.cpu_count() or 1, options.peers_python)
+    names = sorted(options.servers, key=lambda name: name != REFERENCE)
+    return [known[name] for name in (names if round_number % 2 == 0 else reversed(names))]
+
+
+def _turn(
+    contender: Contender, round_number: int, report: dict[str, Any], options: argparse.Namespace
+) -> None:
+    """Start a server and measure it once. What cannot be started is told in the report."""
+    told = report["servers"].setdefault(
+        contender.name, {"tuned": contender.tuned, "role": contender.role, "turns": []}
+    )
+    print(f"== {contender.name}, round {round_number + 1}", flush=True)
+    log = options.out.with_name(f"race-{contender.name}.log")
+    try:
+        # A throughput is measured with nothing refused, so ours gets a queue without an end.
+        with running(contender, log, options.openmp, FULL_QUEUE) as url:
+            turn = asyncio.run(_measure(url, contender, report, options, round_number == 0))
+    except (OSError, RuntimeError) as error:
+        print(f"{contender.name} could not be measured: {error}")
+        told["trouble"] = f"{type(error).__name__}: {error}"
+        return
+    told["turns"].append(turn)
+    if contender.role == "ours" and round_number == 0 and not options.no_overload:
+        told["overload"] = _overload(contender, log, turn, report, options)
+
+
+async def _measure(
+    url: str,
+    contender: Contender,
+    report: dict[str, Any],
+    options: argparse.Namespace,
+    is_first: bool,
+) -> dict[str, Any]:
+    """One turn of one server."""
+    trace = draw_trace(MIXED, TRACE_REQUESTS, options.seed)
+    homogeneous = draw_trace(HOMOGENEOUS, options.requests, options.seed)
+    gaps = draw_gaps(TRACE_REQUESTS, options.seed)
+    async with open_session(Target(url)) as session:
+        await scenarios.wait_until_serving(session, trace[0])
+        turn: dict[str, Any] = {}
+        if is_first:
+            own = await scenarios.calibrate(session, trace, options.calibration_repeats)
+            turn["unloaded"] = write_unloaded(own)
+            # The reference has the first turn of all: its times are everybody's.
+            report.setdefault("unloaded", turn["unloaded"])
+        common = read_unloaded(report["unloaded"])
+        targets = make_targets(options.limit_s)
+        model = await served_model(session)
+        whole = Bench(session, trace, gaps, common, targets, model)
+        bench = whole.first(options.requests)
+        await _warm_up(bench, options.in_flight)
+        mixed = await scenarios.offline(bench, options.in_flight)
+        alike = await scenarios.offline(replace(bench, trace=homogeneous), options.in_flight)
+        rates = [f"{told['throughput_per_s']:.2f}/s" for told in (mixed, alike)]
+        print(f"{rates[0]} mixed, {rates[1]} homogeneous", flush=True)
+        capacity_per_s = report.setdefault("reference_capacity_per_s", mixed["throughput_per_s"])
+        short_jobs = await scenarios.server(bench, SHORT_JOBS_LOAD * capacity_per_s)
+        scenarios.print_progress("at 0.8", short_jobs)
+        turn |= {"offline": mixed, "homogeneous": alike, "short_jobs": short_jobs}
+        if is_first and not options.no_knees:
+            start = OUR_FIRST_RATE if contender.role == "ours" else THEIR_FIRST_RATE
+            short = whole.first(options.knee_requests)
+            turn["knee"] = await scenarios.knees(short, capacity_per_s, start)
+    return turn
+
+
+async def _warm_up(bench: Bench, in_flight: int) -> None:
+    await scenarios.offline(bench.first(WARM_UP_REQUESTS), in_flight)
+
+
+def _overload(
+    contender: Contender,
+    log: Path,
+    turn: dict[str, Any],
+    report: dict[str, Any],
+    options: argparse.Namespace,
+) -> dict[str, Any] | None:
+    """Ours at twice its knee, with the queue that it has by default."""
+    targets = make_targets(options.limit_s)
+    knee_per_s = turn.get("knee", {}).get("knees_per_s", {}).get(targets[0].name)
+    if knee_per_s is None:
+        return None
+    with running(contender, log, options.openmp) as url:
+        return asyncio.run(_overloaded(url, knee_per_s, report, options))
+
+
+async def _overloaded(
+    url: str, knee_per_s: float, report: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    trace = draw_trace(MIXED, TRACE_REQUESTS, options.seed)
+    gaps = draw_gaps(TRACE_REQUESTS, options.seed)
+    unloaded = read_unloaded(report["unloaded"])
+    async with open_session(Target(url)) as session:
+        await scenarios.wait_until_serving(session, trace[0])
+        model = await served_model(session)
+        targets = make_targets(options.limit_s)
+        bench = Bench(session, trace, gaps, unloaded, targets, model, send_deadlines=True)
+        await _warm_up(bench, options.in_flight)
+        return await scenarios.overload(bench, knee_per_s, options.seed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

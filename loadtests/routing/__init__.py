@@ -1,0 +1,1 @@
+"""Routing policies against each other, in a simulation."""

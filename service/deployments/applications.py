@@ -1,0 +1,67 @@
+"""The applications of a service on Ray Serve: one for the ingress, and one for each model.
+
+Applications are deployed one by one, so that changing one model touches no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve.schema import ApplicationStatusOverview
+
+from service.deployments.model_watch import Listed
+
+INGRESS_APPLICATION = "stepserve"
+MODEL_PREFIX = "stepserve-model-"
+GIVEN_UP = ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+def model_application(model_id: str) -> str:
+    """The Ray Serve application that serves a model."""
+    return MODEL_PREFIX + model_id
+
+
+def deployment_name(model_id: str) -> str:
+    """The Ray Serve deployment of a model's replicas."""
+    return f"model-{model_id}"
+
+
+def model_handle(model_id: str) -> Any:
+    """A handle of a model's replicas."""
+    return serve.get_deployment_handle(deployment_name(model_id), model_application(model_id))
+
+
+def applications() -> dict[str, ApplicationStatusOverview]:
+    """Those that are there now, by name."""
+    return dict(serve.status().applications)
+
+
+async def list_models() -> Mapping[str, Listed]:
+    """The models that are there now, by id."""
+    found = await asyncio.to_thread(applications)
+    return {
+        name.removeprefix(MODEL_PREFIX): listed(application)
+        for name, application in found.items()
+        if name.startswith(MODEL_PREFIX) and application.status != "DELETING"
+    }
+
+
+def listed(application: ApplicationStatusOverview) -> Listed:
+    """What its status says of a model."""
+    deployments = list(application.deployments.values())
+    if application.status in GIVEN_UP:
+        told = [d.message for d in deployments if d.message] or [application.message]
+        return Listed(failure=f"failed: {_last_line(told[0])}")
+    asleep = application.status == "RUNNING" and all(
+        d.status == "HEALTHY" and not sum(d.replica_states.values()) for d in deployments
+    )
+    return Listed(asleep=asleep and bool(deployments))
+
+
+def _last_line(text: str) -> str:
+    """Of a message with a traceback, which ends with the error."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

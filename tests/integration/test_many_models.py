@@ -1,0 +1,189 @@
+"""Several models in one service: added, updated and removed while it runs; asleep and awake."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from running_service import Service
+
+from service.models.catalogue import EMBEDDED
+
+GENERATIONS = "/v1/images/generations"
+PATIENCE_S = 180.0
+# One core each: several models at once with a team of threads each would wait for one another.
+LIGHT = {"num_cpus": 0.1, "engine": {"threads": 1}}
+SLEEPY = {
+    "autoscaling": {
+        "min_replicas": 0,
+        "max_replicas": 2,
+        "target_backlog_s": 2.0,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2.0,
+    }
+}
+
+
+class Many:
+    """A service whose models are in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "stepserve.yaml"
+        self.models: dict[str, Any] = {
+            "steady": deepcopy(LIGHT),
+            "broken": deepcopy(LIGHT) | {"path": str(folder / "nowhere")},
+        }
+        self.write()
+        variables = {"STEPSERVE_CONFIG": str(self.config)}
+        self.service = Service(folder, variables=variables, limit_waiting=False)
+
+    def write(self) -> None:
+        self.config.write_text(yaml.safe_dump({"models": self.models}))
+
+    def apply(self) -> None:
+        """Write what is wanted now, and tell the service."""
+        self.write()
+        assert self.service.process is not None
+        os.kill(self.service.process.pid, signal.SIGHUP)
+
+    def told(self) -> dict[str, dict[str, Any]]:
+        answer = httpx.get(f"{self.service.url}/v1/models", timeout=30)
+        return {model["id"]: model for model in answer.json()["data"]}
+
+    def wait(self, until: Callable[[dict[str, dict[str, Any]]], bool]) -> dict[str, dict[str, Any]]:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not until(told := self.told()):
+            details = {name: (model["ready"], model["detail"]) for name, model in told.items()}
+            assert time.monotonic() < deadline_s, details
+            time.sleep(0.2)
+        return told
+
+    def draw(self, model: str, **changes: Any) -> httpx.Response:
+        body = {"prompt": "pizza", "model": model, "num_inference_steps": 4} | changes
+        return httpx.post(self.service.url + GENERATIONS, json=body, timeout=PATIENCE_S)
+
+    def replicas(self, model: str) -> int:
+        answer = httpx.get(f"{self.service.url}/v1/models/{model}/batch", timeout=30)
+        return len(answer.json()["replicas"])
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
+    running = Many(tmp_path_factory.mktemp("many"))
+    running.service.start()
+    yield running
+    running.service.kill()
+
+
+class Traffic:
+    """Requests to one model, one after another, for as long as a block runs."""
+
+    def __init__(self, many: Many, model: str) -> None:
+        self.many, self.model = many, model
+        self.statuses: list[int] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Traffic:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.statuses.append(self.many.draw(self.model).status_code)
+
+
+def test_one_that_cannot_be_loaded_says_why_and_the_rest_serve(many: Many) -> None:
+    told = many.told()
+    assert told["steady"]["ready"]
+    assert not told["broken"]["ready"]
+    assert "no diffusers pipeline in" in told["broken"]["detail"]
+    assert "model broken cannot be loaded: no diffusers pipeline in" in many.service.log
+
+    ready = httpx.get(f"{many.service.url}/readyz").json()
+    assert (ready["models"], list(ready["not_ready"])) == (["steady"], ["broken"])
+    assert many.draw("steady").status_code == 200
+    refused = many.draw("broken")
+    assert refused.status_code == 503
+    assert "no diffusers pipeline in" in refused.json()["error"]["message"]
+
+
+def test_models_are_mended_added_and_removed_beside_the_traffic_of_others(many: Many) -> None:
+    shutil.copytree(EMBEDDED, many.folder / "nowhere")
+    with Traffic(many, "steady") as traffic:
+        many.models["broken"]["engine"]["max_waiting_pictures"] = 8
+        many.models["sleepy"] = SLEEPY | deepcopy(LIGHT)
+        many.apply()
+        many.wait(lambda told: told["broken"]["ready"] and "sleepy" in told)
+        assert many.draw("broken").status_code == 200
+
+        del many.models["broken"]
+        many.apply()
+        many.wait(lambda told: "broken" not in told)
+        assert many.draw("broken").status_code == 404
+    assert set(traffic.statuses) == {200}
+    assert len(traffic.statuses) > 10
+    assert "added: sleepy\nupdated: broken\n" in many.service.log
+    assert "removed: broken" in many.service.log
+
+
+def test_a_file_that_is_wrong_changes_nothing(many: Many) -> None:
+    many.models["steady"]["replicas"] = -1
+    many.apply()
+    deadline_s = time.monotonic() + PATIENCE_S
+    while "nothing is changed" not in many.service.log:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    many.models["steady"]["replicas"] = 1
+    many.write()
+    assert many.draw("steady").status_code == 200
+
+
+def test_an_updated_model_serves_all_the_while(many: Many) -> None:
+    with Traffic(many, "steady") as traffic:
+        many.models["steady"]["engine"]["max_waiting_pictures"] = 5
+        many.apply()
+        full = {"n": 6, "num_inference_steps": 1}
+        deadline_s = time.monotonic() + PATIENCE_S
+        # The new limit: beside the traffic's own picture six more are too many.
+        while many.draw("steady", **full).status_code != 429:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.5)
+    assert set(traffic.statuses) <= {200, 429}
+    assert 200 in traffic.statuses
+
+
+def test_a_model_sleeps_wakes_and_grows(many: Many) -> None:
+    told = many.wait(lambda told: "asleep" in told["sleepy"]["detail"])
+    assert told["sleepy"]["ready"]
+    assert told["sleepy"]["detail"].startswith("asleep: the next request waits ")
+    assert many.replicas("sleepy") == 0
+
+    assert many.draw("sleepy").status_code == 200
+    with ThreadPoolExecutor(12) as pool:
+        drawing = [
+            pool.submit(many.draw, "sleepy", num_inference_steps=200, seed=seed)
+            for seed in range(12)
+        ]
+        deadline_s = time.monotonic() + PATIENCE_S
+        while many.replicas("sleepy") < 2:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+        assert {one.result().status_code for one in drawing} == {200}
+    many.wait(lambda told: "asleep" in told["sleepy"]["detail"])

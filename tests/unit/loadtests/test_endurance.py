@@ -1,0 +1,59 @@
+"""What a long run must not leave behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loadtests.client import Outcome, Status
+from loadtests.endurance import faults_of, growth_of, parse_options, slowdown_of
+from loadtests.measures import Run
+from loadtests.trace import HOMOGENEOUS, draw_trace
+
+OPTIONS = parse_options([])
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    run = {"counts": {"ok": 9, "cancelled": 1, "refused": 1}, "void": False, "complaints": []}
+    flat = {"process": "replica 1", "mib_per_hour": 2.0}
+    return {"run": run, "growth": [flat], "left_at_work": 0, "slowdown": 1.01} | changes
+
+
+def run_with(latencies_s: list[float]) -> Run:
+    outcomes = [Outcome(i, Status.OK, float(i), float(i), i + s) for i, s in enumerate(latencies_s)]
+    count = len(latencies_s)
+    return Run(draw_trace(HOMOGENEOUS, count, 0), list(range(count)), outcomes, [2.0] * count)
+
+
+def test_memory_that_grows_after_the_warm_up_is_told_in_mib_an_hour() -> None:
+    warming = [(float(second), 100.0 + 10 * second) for second in range(20)]
+    flat = [(float(second), 300.0) for second in range(20, 100)]
+    assert growth_of("p", warming + flat).mib_per_hour == pytest.approx(0)
+    growing = [(float(second), 300 + 0.1 * second) for second in range(100)]
+    assert growth_of("p", growing).mib_per_hour == pytest.approx(360)
+
+
+def test_latency_that_grows_is_told_as_a_ratio() -> None:
+    assert slowdown_of(run_with([1.0] * 50)) == pytest.approx(1)
+    assert slowdown_of(run_with([1 + 0.02 * i for i in range(51)])) == pytest.approx(2)
+    assert slowdown_of(run_with([1.0] * 25 + [5.0] + [1.0] * 25)) == pytest.approx(1, abs=0.01)
+
+
+def test_a_run_that_left_nothing_behind_has_no_faults() -> None:
+    assert faults_of(report(), OPTIONS) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"growth": [{"process": "replica 1", "mib_per_hour": 90.0}]}, "90 MiB an hour"),
+        ({"left_at_work": 2}, "2 requests are still at work"),
+        ({"slowdown": 1.5}, "1.50"),
+        ({"run": report()["run"] | {"counts": {"failed": 1}}}, "not all were answered"),
+        ({"run": report()["run"] | {"void": True}}, "void"),
+    ],
+)
+def test_each_fault_is_told(changes: dict[str, Any], fault: str) -> None:
+    (told,) = faults_of(report(**changes), OPTIONS)
+    assert fault in told
