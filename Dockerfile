@@ -22,10 +22,10 @@ RUN if [ "$DEVICE" = cpu ] && [ -n "$CPU_TORCH_INDEX" ]; then \
     fi
 COPY pyproject.toml README.md LICENSE ./
 COPY service ./service
-# Of no use while serving: tests, the parts that build C++ extensions, Java, pip itself.
+# Of no use while serving: tests, Java, C++ and what else Ray brings along.
 RUN pip install --quiet -c constraints.txt '.[s3]' \
     && site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-    && rm -rf "$site/torch/test" "$site/torch/bin" "$site/ray/jars" "$site/ray/cpp" \
+    && rm -rf "$site/torch/test" "$site/ray/jars" "$site/ray/cpp" \
         "$site/ray/rllib" "$site/ray/tune" \
     && find "$site" -name tests -type d -path '*/scipy/*' -prune -exec rm -rf {} + \
     && find "$site" -name tests -type d -path '*/numpy/*' -prune -exec rm -rf {} + \

@@ -1,4 +1,4 @@
-"""The command line: serve, generate, models, train, explain, config."""
+"""The command line: serve, generate, models, doctor, train, explain, config."""
 
 from __future__ import annotations
 
@@ -175,6 +175,28 @@ def models(config: ConfigOption = None) -> None:
         mark = "*" if model_id == settings.default_model else " "
         source = "embedded" if model.path is None else str(model_folder(model.path))
         typer.echo(f"{mark} {model_id:20} {model.dtype:10} {source}")
+
+
+@app.command()
+def doctor(
+    url: Annotated[str, typer.Argument(help="Where the service is.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="STEPSERVE_API_KEY", help="If the service wants one.")
+    ] = None,
+) -> None:
+    """Check a running service: does it answer, is it ready, what is wrong, and what to do.
+
+    Makes one small picture. Exit code 1 if anything is not well.
+    """
+    from service.doctor import examine
+
+    all_well = True
+    for finding in examine(url, api_key):
+        all_well &= finding.well
+        typer.echo(f"{'ok  ' if finding.well else 'FAIL'} {finding.name:13} {finding.told}")
+        if not finding.well:
+            typer.echo(f"     {'':13} {finding.advice}")
+    raise typer.Exit(0 if all_well else 1)
 
 
 @app.command()

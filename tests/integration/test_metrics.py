@@ -18,6 +18,8 @@ sys.path.append(str(Path(__file__).parents[1] / "unit" / "deploy"))
 
 from monitoring_files import dashboard_queries
 
+from service.doctor import examine
+
 GENERATIONS = "/v1/images/generations"
 STEPS = 7
 PATIENCE_S = 20.0
@@ -180,3 +182,12 @@ def test_each_request_has_one_line_without_its_prompt(loaded: dict[str, float], 
     assert line["total_s"] >= line["denoise_s"] > 0
     assert line["duration_s"] >= line["total_s"]
     assert not [line for line in lines if line.get("route") in ("/healthz", "/readyz", "/metrics")]
+
+
+def test_the_doctor_finds_a_service_that_is_well(service: Service):
+    findings = {finding.name: finding for finding in examine(service.url)}
+
+    assert [finding for finding in findings.values() if not finding.well] == []
+    names = ["reachability", "version", "clock", "readiness", "metrics", "memory", "picture"]
+    assert list(findings) == names
+    assert "emoji on" in findings["readiness"].told

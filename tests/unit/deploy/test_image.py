@@ -1,0 +1,52 @@
+"""The image and the compose stack refer to what exists."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from monitoring_files import ROOT
+
+from service.config import load_settings
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+def test_what_is_copied_exists_and_is_not_ignored():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE):
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists()
+            assert f"!{source.removeprefix('./')}" in ignored
+
+
+def test_it_runs_as_a_number():
+    """Kubernetes cannot tell that a name is not root's."""
+    assert re.search(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)[1] == "10001"
+    assert "HEALTHCHECK" in DOCKERFILE
+
+
+def test_settings_of_the_stack_are_understood():
+    for service in ("stepserve", "stepserve-gpu"):
+        variables = COMPOSE["services"][service]["environment"]
+        assert load_settings(None, variables).http.allow_anonymous
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_services_are_contained_and_their_files_exist(name: str):
+    service = COMPOSE["services"][name]
+    assert service["cap_drop"] == ["ALL"]
+    for port in service["ports"]:
+        assert port.startswith("127.0.0.1:")
+    for volume in service.get("volumes", ()):
+        source = volume.split(":")[0]
+        assert (ROOT / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
+
+
+def test_a_drain_has_the_time_it_takes():
+    settings = load_settings(None, {})
+    grace_s = int(COMPOSE["services"]["stepserve"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s > max(model.engine.drain_s for model in settings.models.values())
