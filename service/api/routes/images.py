@@ -40,6 +40,7 @@ from service.domain.errors import (
     RequestIdInUseError,
     ServerFullError,
     UnknownModelError,
+    UnmeetableDeadlineError,
 )
 from service.domain.limits import check_request
 
@@ -53,6 +54,7 @@ _ERRORS = error_responses(
     BodyTooLargeError,
     UnsupportedMediaTypeError,
     ServerFullError,
+    UnmeetableDeadlineError,
     GenerationFailedError,
     NotReadyError,
     ExpiredError,
