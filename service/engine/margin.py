@@ -7,11 +7,16 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
-PROMISED_SHARE = 0.985
+PROMISED_SHARE = 0.98
 REMEMBERED = 256
 # Before enough was seen to know better, and at the most: a while of mishaps may not shut the door.
-FIRST_SHARE = 0.2
+FIRST_SHARE = 0.15
 MOST_SHARE = 0.6
+
+
+# Even what is as good as done can be late by the forward that runs at the moment, of which no
+# forecast knows how far it is, and by one that goes ahead of its own.
+FORWARDS_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -21,18 +26,12 @@ class Foretold:
     Args:
         at_s: on the engine's clock.
         seconds: from then until its end.
-        forward_s: one forward of what was in hand. Even what is as good as done can be late by
-            that, as a forward may run at the moment of which no forecast knows how far it is.
+        forward_s: one forward of what was in hand.
     """
 
     at_s: float
     seconds: float
     forward_s: float
-
-    @property
-    def scale_s(self) -> float:
-        """What lateness is measured by: forecasts of the far future err by more seconds."""
-        return self.seconds + self.forward_s
 
 
 class Margin:
@@ -53,19 +52,25 @@ class Margin:
     def observe(self, foretold: Foretold, ended_s: float) -> None:
         """Learn from a request that ended, or expired, at `ended_s` on the engine's clock."""
         late_s = ended_s - foretold.at_s - foretold.seconds
+        scale_s = _scale_s(foretold.seconds, foretold.forward_s)
         if len(self._latest) == REMEMBERED:
             self._sorted.remove(self._latest.popleft())
-        late = late_s / foretold.scale_s if foretold.scale_s > 0 else 0.0
+        late = late_s / scale_s if scale_s > 0 else 0.0
         self._latest.append(late)
         insort(self._sorted, late)
         self.share = self._quantile()
 
     def safe_s(self, seconds: float, forward_s: float) -> float:
         """Within how many seconds that can be promised which should take `seconds`."""
-        return seconds + self.share * (seconds + forward_s)
+        return seconds + self.share * _scale_s(seconds, forward_s)
 
     def _quantile(self) -> float:
         rank = math.ceil(PROMISED_SHARE * (len(self._sorted) + 1))
         if rank > len(self._sorted):
             return min(max(FIRST_SHARE, self._sorted[-1]), MOST_SHARE)
         return min(max(self._sorted[rank - 1], 0.0), MOST_SHARE)
+
+
+def _scale_s(seconds: float, forward_s: float) -> float:
+    """What lateness is measured by: forecasts of the far future err by more seconds."""
+    return seconds + FORWARDS_AHEAD * forward_s
