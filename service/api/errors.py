@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
 from service.api.notes import notes_of
@@ -31,6 +31,7 @@ from service.domain.errors import (
     StoppedError,
     UnknownModelError,
     UnknownRequestError,
+    UnmeetableDeadlineError,
 )
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,12 @@ class ErrorDetail(BaseModel):
     type: str
     param: str | None = None
     code: str
+    expected_s: float | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Where a deadline was refused: the least that could be promised now, in "
+        "seconds.",
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     UnsupportedMediaTypeError: ErrorKind(415, "invalid_request_error", "unsupported_media_type"),
     KeyLimitError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
     ServerFullError: ErrorKind(429, "rate_limit_error", "server_full"),
+    UnmeetableDeadlineError: ErrorKind(429, "rate_limit_error", "deadline_unmeetable"),
     # The client has left, so nobody reads it; the status is for logs (nginx's "client closed").
     CancelledError: ErrorKind(499, "cancelled", "request_cancelled"),
     StepserveError: ErrorKind(500, "server_error", "internal_error"),
@@ -155,9 +163,16 @@ def error_detail(error: Exception, request_id: str) -> ErrorDetail:
     return ErrorDetail(
         message=_public_message(error, kind, request_id),
         type=kind.type,
-        param=error.field if isinstance(error, InvalidRequestError) else None,
+        param=_field_of(error),
         code=kind.code,
+        expected_s=error.expected_s if isinstance(error, UnmeetableDeadlineError) else None,
     )
+
+
+def _field_of(error: Exception) -> str | None:
+    if isinstance(error, InvalidRequestError | UnmeetableDeadlineError):
+        return error.field
+    return None
 
 
 def _public_message(error: Exception, kind: ErrorKind, request_id: str) -> str:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from service.api.answers import ErrorAnswer
 from service.api.errors import TABLE
-from service.domain.errors import RefusedError, StepserveError
+from service.domain.errors import RefusedError, StepserveError, UnmeetableDeadlineError
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -64,7 +64,14 @@ def _add(responses: Responses, error_class: type[StepserveError]) -> None:
             "content": {"application/json": {"examples": {}}},
         },
     )
-    example = {"message": text, "type": kind.type, "param": None, "code": kind.code}
+    example: dict[str, Any] = {
+        "message": text,
+        "type": kind.type,
+        "param": None,
+        "code": kind.code,
+    }
+    if issubclass(error_class, UnmeetableDeadlineError):
+        example |= {"param": error_class.field, "expected_s": 3.4}
     response["content"]["application/json"]["examples"][kind.code] = {"value": {"error": example}}
 
 

@@ -8,6 +8,7 @@ StepserveError
 │   └── BodyTooLargeError
 ├── RefusedError                 refused at the door; says when to try again
 │   ├── ServerFullError
+│   ├── UnmeetableDeadlineError  its deadline would pass before the request could be finished
 │   └── NotReadyError            loading or draining
 └── EndedError                   accepted, then ended without a picture
     ├── GenerationFailedError
@@ -78,6 +79,25 @@ class RefusedError(StepserveError):
 
 class ServerFullError(RefusedError):
     """As much work as the server takes on is already waiting."""
+
+
+class UnmeetableDeadlineError(RefusedError):
+    """The request could not be finished within the deadline that it states.
+
+    Args:
+        retry_after_s: seconds until it should be let in with that deadline; infinite if it takes
+            longer even alone.
+        expected_s: the least deadline that could be promised now.
+    """
+
+    field = "deadline_s"
+
+    def __init__(self, message: str, retry_after_s: float, expected_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.expected_s = expected_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.retry_after_s, self.expected_s)
 
 
 class NotReadyError(RefusedError):

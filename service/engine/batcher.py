@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from service.domain.errors import ExpiredError
 from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
 from service.engine.cost import CostModel
+from service.engine.forecast import Prospect
 from service.engine.observer import NOBODY, ForwardReport, Observer, WorkReport
-from service.engine.outlook import Outlook
+from service.engine.outlook import Outlook, Room
 from service.engine.policy import DUE_TIME, Parked, Policy, Running, next_to_start
 from service.engine.row_limits import RowLimits, is_out_of_memory
 from service.engine.track import Clock, Stage, Track, forget_frames
@@ -131,20 +132,22 @@ class Batcher:
             self.outlook.tick_ended(busy_s, self.counters.forward_s - forward_s)
         return started_any or bool(group)
 
-    def expected_finish_s(self, track: Track, in_hand: Iterable[Track] | None = None) -> float:
-        """Seconds from now until `track` should be finished, given what else is in hand.
+    def expected_finish_s(self, track: Track) -> float:
+        """Seconds from now until a new track should be finished, given what is in hand."""
+        seconds = self.prospect([*self.active, *self.queued, track]).finish_s[-1]
+        return self.outlook.stretched_s(track, seconds)
 
-        Args:
-            in_hand: everything else that was accepted, where the caller knows better: another
-                thread may not look at the queue.
-        """
-        others = [*self.active, *self.queued] if in_hand is None else in_hand
-        tracks = [*(other for other in others if other is not track), track]
-        return self.outlook.stretched_s(track, self.finish_times_s(tracks)[-1])
+    def prospect(self, tracks: Sequence[Track]) -> Prospect:
+        """What becomes of these tracks if there are no others; the last one is the newcomer."""
+        return self.outlook.prospect(tracks, self._room, self._policy)
 
-    def finish_times_s(self, tracks: Sequence[Track]) -> list[float]:
+    def finish_times_s(self, tracks: Sequence[Track]) -> Sequence[float]:
         """Seconds from now until each should be finished, if there were no others."""
-        return self.outlook.finish_times_s(tracks, self.max_active_rows, self._policy)
+        return self.outlook.finish_times_s(tracks, self._room, self._policy)
+
+    @property
+    def _room(self) -> Room:
+        return Room(self.max_active_rows, self.one_at_a_time)
 
     def view(self) -> BatchView:
         """What is in hand, and the latest forwards. May be called from any thread."""

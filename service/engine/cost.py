@@ -20,15 +20,33 @@ SMALLEST_SHARE = 0.05
 SMALLEST_S = 1e-6
 
 
+@dataclass(frozen=True)
+class Line:
+    """Seconds by rows, and never less than `least_s`."""
+
+    fixed_s: float
+    per_row_s: float
+    least_s: float
+
+    def at(self, rows: float) -> float:
+        """Seconds for that many rows."""
+        seconds = self.fixed_s + self.per_row_s * rows
+        return seconds if seconds > self.least_s else self.least_s
+
+
 @dataclass
 class LineFit:
-    """Weighted sums for a least-squares line through (rows, seconds)."""
+    """Weighted sums for a least-squares line through (rows, seconds).
+
+    `line` is kept until the next measurement: it is asked for hundreds of times at each submission.
+    """
 
     weight: float = 0.0
     rows: float = 0.0
     rows_squared: float = 0.0
     seconds: float = 0.0
     product: float = 0.0
+    _line: Line | None = None
 
     def observe(self, rows: int, seconds: float) -> None:
         """Forget a little of the past, then add one measurement."""
@@ -37,17 +55,27 @@ class LineFit:
         self.rows_squared = self.rows_squared * FORGETTING + rows * rows
         self.seconds = self.seconds * FORGETTING + seconds
         self.product = self.product * FORGETTING + rows * seconds
+        self._line = None
 
-    def predict(self, rows: int) -> float:
-        """Seconds for that many rows. Where one row count was seen: in proportion beyond it."""
+    @property
+    def line(self) -> Line:
+        """Where one row count was seen: in proportion beyond it."""
+        # In a local: another thread may be learning at this moment.
+        line = self._line
+        if line is None:
+            line = self._line = self._fit()
+        return line
+
+    def _fit(self) -> Line:
         mean_rows = self.rows / self.weight
-        mean_seconds = self.seconds / self.weight
+        mean_s = self.seconds / self.weight
         spread = self.rows_squared / self.weight - mean_rows**2
         if spread < SMALLEST_SPREAD:
-            return mean_seconds * max(rows / mean_rows, 1.0)
-        covariance = self.product / self.weight - mean_rows * mean_seconds
+            return Line(0.0, mean_s / mean_rows, max(mean_s, SMALLEST_S))
+        covariance = self.product / self.weight - mean_rows * mean_s
         slope = max(covariance / spread, 0.0)
-        return max(mean_seconds + slope * (rows - mean_rows), mean_seconds * SMALLEST_SHARE)
+        least_s = max(mean_s * SMALLEST_SHARE, SMALLEST_S)
+        return Line(mean_s - slope * mean_rows, slope, least_s)
 
 
 class CostModel:
@@ -63,7 +91,10 @@ class CostModel:
     def observe(self, shape: Hashable, rows: int, seconds: float) -> None:
         """Learn from one measured forward; what cannot be a measurement is left out."""
         if rows > 0 and math.isfinite(seconds) and seconds >= 0:
-            self._fits.setdefault(shape, LineFit()).observe(rows, seconds)
+            fit = self._fits.get(shape) or LineFit()
+            fit.observe(rows, seconds)
+            # Only now, as other threads may look at this moment.
+            self._fits[shape] = fit
 
     def knows(self, shape: Hashable) -> bool:
         """Whether this shape was ever measured."""
@@ -71,5 +102,9 @@ class CostModel:
 
     def predict(self, shape: Hashable, rows: int) -> float:
         """Expected seconds of one forward; a guess for a shape never seen."""
+        return self.line(shape).at(rows)
+
+    def line(self, shape: Hashable) -> Line:
+        """Expected seconds of forwards by rows; a guess for a shape never seen."""
         fit = self._fits.get(shape)
-        return self.unknown_s if fit is None else max(fit.predict(rows), SMALLEST_S)
+        return Line(self.unknown_s, 0.0, 0.0) if fit is None else fit.line

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +23,21 @@ from service.domain.errors import (
     NotReadyError,
     StoppedError,
 )
-from service.engine.admission import Ending, Load, check_room, load_of
+from service.engine.admission import (
+    Ending,
+    Load,
+    check_deadline,
+    check_promises,
+    check_room,
+    load_of,
+)
 from service.engine.batcher import Batcher, Counters
 from service.engine.cost import CostModel
+from service.engine.forecast import Prospect
 from service.engine.listener import tell
+from service.engine.margin import Foretold
 from service.engine.policy import POLICIES
-from service.engine.track import Track, Work
+from service.engine.track import Clock, Track, Work
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +45,7 @@ T = TypeVar("T")
 
 IDLE_WAIT_S = 0.5
 DRAIN_RETRY_S = 5.0
+STALE_S = 30.0
 LOWEST_PRIORITY = 19
 MOST_MEASURED_ROWS = 64
 
@@ -75,12 +86,18 @@ class Engine:
     shared denoiser forward, as configured or measured, and `row_ceiling` the most it may become.
     """
 
-    def __init__(self, options: EngineOptions | None = None, cost: CostModel | None = None) -> None:
+    def __init__(
+        self,
+        options: EngineOptions | None = None,
+        cost: CostModel | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         self.options = options or EngineOptions()
         self.row_limit = self.row_ceiling = self.options.row_ceiling
         self.batcher = Batcher(
             self.options.row_ceiling,
             cost,
+            clock,
             on_ended=self._forget,
             policy=POLICIES[self.options.policy],
         )
@@ -92,6 +109,7 @@ class Engine:
         self._nothing_in_hand = threading.Condition(self._lock)
         self._in_hand: set[Track] = set()
         self._open = True
+        self._last_let_in_s = -math.inf
         self._prepare: Callable[[], None] = lambda: None
         # Written by the engine thread only.
         self._running = True
@@ -111,7 +129,9 @@ class Engine:
         """Accept work and return how many requests are ahead of it.
 
         Raises:
-            ServerFullError: too many pictures are in hand already.
+            ServerFullError: too many pictures are in hand already, or with this work too some in
+                hand would miss their deadlines.
+            UnmeetableDeadlineError: it would not be finished within its own deadline.
             NotReadyError: the engine is draining or has stopped.
         """
         # All under the lock: `accepted` comes before `started`, and what is accepted is among the
@@ -119,14 +139,14 @@ class Engine:
         with self._lock:
             if not self._open:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
-            position = len(self._in_hand)
-            check_room(self._endings(), work.pictures, self.options.max_waiting_pictures)
+            # In order, so that equal histories have equal forecasts.
+            in_hand = sorted(self._in_hand, key=lambda track: track.arrival)
+            self._check_room(in_hand, work.pictures)
             track = Track(work, self.batcher.clock)
-            expected_s = self.batcher.expected_finish_s(track, self._in_hand)
-            self._in_hand.add(track)
-            tell(work.id, work.listener.accepted, position, expected_s)
-            self._commands.put(partial(self.batcher.add, track))
-        return position
+            prospect = self.batcher.prospect([*in_hand, track])
+            self._check_deadlines(in_hand, track, prospect)
+            self._let_in(in_hand, track, prospect)
+        return len(in_hand)
 
     def cancel(self, request_id: str) -> None:
         """End a request at its next park; does nothing if it is unknown or ended already."""
@@ -136,7 +156,7 @@ class Engine:
     def load(self) -> Load:
         """Work in hand: everything accepted and not yet ended."""
         with self._lock:
-            return load_of(self._endings())
+            return load_of(self._endings(list(self._in_hand)))
 
     def outlook_of(self, request_id: str) -> tuple[int, float] | None:
         """How many requests in hand came before this one, and when it should end, in seconds.
@@ -286,8 +306,36 @@ class Engine:
             if not self._in_hand:
                 self._nothing_in_hand.notify_all()
 
-    def _endings(self) -> list[Ending]:
-        tracks = list(self._in_hand)
+    def _check_room(self, in_hand: Sequence[Track], pictures: int) -> None:
+        limit = self.options.max_waiting_pictures
+        if sum(track.work.pictures for track in in_hand) + pictures > limit:
+            check_room(self._endings(in_hand), pictures, limit)
+
+    def _check_deadlines(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
+        now_s, outlook = track.clockwork.submitted_s, self.batcher.outlook
+        check_promises(prospect, outlook.margin, [other.expires_s - now_s for other in in_hand])
+        if track.work.deadline_s is not None and self._can_judge(track):
+            check_deadline(prospect, outlook.margin, track.work.deadline_s)
+
+    def _can_judge(self, track: Track) -> bool:
+        """Whether enough is known to refuse a request for its own deadline.
+
+        What an idle engine learned long ago may be true no more, and it learns from nobody else.
+        """
+        idle_s = track.clockwork.submitted_s - self._last_let_in_s
+        return self.batcher.outlook.knows(track) and (bool(self._in_hand) or idle_s < STALE_S)
+
+    def _let_in(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
+        now_s, forward_s = track.clockwork.submitted_s, prospect.forward_s
+        for other, seconds in zip([*in_hand, track], prospect.finish_s, strict=True):
+            other.foretold = Foretold(now_s, seconds, forward_s)
+        expected_s = self.batcher.outlook.stretched_s(track, prospect.finish_s[-1])
+        self._last_let_in_s = now_s
+        self._in_hand.add(track)
+        tell(track.work.id, track.work.listener.accepted, len(in_hand), expected_s)
+        self._commands.put(partial(self.batcher.add, track))
+
+    def _endings(self, tracks: Sequence[Track]) -> list[Ending]:
         seconds = self.batcher.finish_times_s(tracks)
         return [Ending(s, t.work.pictures) for s, t in zip(seconds, tracks, strict=True)]
 

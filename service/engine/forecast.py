@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from service.engine.policy import patience
 
@@ -19,9 +20,8 @@ ForwardCost = Callable[[Hashable, int], float]
 RowLimit = Callable[[Hashable], int]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is left to do for one request.
+class Job(NamedTuple):
+    """What is left to do for one request. A tuple, as hundreds are made at each submission.
 
     Args:
         group: requests of equal group share forwards.
@@ -29,6 +29,7 @@ class Job:
         steps: denoiser calls left.
         other_s: seconds it takes apart from them.
         rank: orders those that were not started.
+        arrives_s: seconds from now at which it is submitted; only of one that was not started.
     """
 
     group: Hashable
@@ -39,6 +40,7 @@ class Job:
     other_s: float
     rank: float
     started: bool
+    arrives_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,28 @@ class Device:
 
 @dataclass
 class Group:
-    """Jobs that step together. `progress` counts its steps; each job ends at one of them."""
+    """Jobs that step together. `progress` counts its steps; each job ends at one of them.
+
+    Its claim to the device's time is that of its most urgent member: `weight`. `pace_s` is what
+    one step takes, by that claim. Both are kept while the same jobs are in it; see `settle`.
+    """
 
     shape: Hashable
+    device: Device
     progress: float = 0.0
     rows: int = 0
     priorities: dict[int, int] = field(default_factory=dict)
     ends: list[tuple[float, int]] = field(default_factory=list)
+    weight: float = 0.0
+    pace_s: float = 0.0
+    changed: bool = True
 
     def add(self, number: int, job: Job) -> None:
         """One more takes part from here on."""
         heapq.heappush(self.ends, (self.progress + job.steps, number))
         self.rows += job.rows
         self.priorities[job.priority] = self.priorities.get(job.priority, 0) + 1
+        self.changed = True
 
     def remove_first(self, jobs: Sequence[Job]) -> int:
         """The number of the job that ends first, which is then gone."""
@@ -72,28 +83,72 @@ class Group:
         job = jobs[number]
         self.rows -= job.rows
         self.priorities[job.priority] -= 1
+        self.changed = True
         return number
 
-    @property
-    def weight(self) -> float:
-        """Its claim to the device's time: that of its most urgent member."""
-        return 1 / patience(min(p for p, count in self.priorities.items() if count))
+    def settle(self) -> None:
+        """Work out what a step takes, if other jobs are in it than before."""
+        if self.changed:
+            self.weight = 1 / patience(min(p for p, count in self.priorities.items() if count))
+            self.pace_s = self._step_s() / self.weight
+            self.changed = False
 
-    def step_s(self, device: Device) -> float:
+    @property
+    def claim_to_next_end_s(self) -> float:
+        """Seconds until the first of its jobs ends, by its claim."""
+        return max(self.ends[0][0] - self.progress, 0.0) * self.pace_s
+
+    def go_on(self, claim_s: float) -> None:
+        """Take the steps that its claim allows."""
+        self.progress += claim_s / self.pace_s
+
+    def _step_s(self) -> float:
         """Device seconds for one step of everyone in it, in several forwards if need be."""
-        limit = max(device.limit_of(self.shape), 1)
+        limit = max(self.device.limit_of(self.shape), 1)
         forwards = max(self.rows / limit, 1.0)
-        return device.cost_of(self.shape, min(self.rows, limit)) * forwards
-
-    @property
-    def steps_to_next_end(self) -> float:
-        """Steps until the first of its jobs ends."""
-        return max(self.ends[0][0] - self.progress, 0.0)
+        return self.device.cost_of(self.shape, min(self.rows, limit)) * forwards
 
 
 def finish_times_s(jobs: Sequence[Job], device: Device) -> list[float]:
     """Seconds from now at which each job is done, in the order given."""
     return _Forecast(jobs, device).run()
+
+
+class Prospect:
+    """What becomes of the jobs in hand and of a newcomer, which is the last of `jobs`.
+
+    Args:
+        finish_s: when each is done, in seconds from now, if the newcomer is let in.
+    """
+
+    def __init__(self, jobs: Sequence[Job], device: Device) -> None:
+        self._jobs, self._device = jobs, device
+        self.finish_s = tuple(finish_times_s(jobs, device))
+
+    @property
+    def forward_s(self) -> float:
+        """The longest forward that those in hand and the newcomer may have."""
+        rows: dict[Hashable, int] = {}
+        for job in self._jobs:
+            rows[job.shape] = rows.get(job.shape, 0) + job.rows
+        return max(self._forward_s(shape, wanted) for shape, wanted in rows.items())
+
+    def without_s(self) -> list[float]:
+        """When each in hand is done if the newcomer is not let in."""
+        return finish_times_s(self._jobs[:-1], self._device)
+
+    def alone(self) -> Prospect:
+        """What becomes of the newcomer if nothing is in hand."""
+        return Prospect(self._jobs[-1:], self._device)
+
+    def later_s(self, wait_s: float) -> float:
+        """How long the newcomer takes if it comes in `wait_s` seconds, and nobody before it."""
+        newcomer = self._jobs[-1]
+        later = newcomer._replace(rank=newcomer.rank + wait_s, arrives_s=wait_s)
+        return finish_times_s([*self._jobs[:-1], later], self._device)[-1] - wait_s
+
+    def _forward_s(self, shape: Hashable, rows: int) -> float:
+        return self._device.cost_of(shape, min(rows, self._device.limit_of(shape)))
 
 
 class _Forecast:
@@ -103,23 +158,30 @@ class _Forecast:
         self.active_rows = 0
         self.groups: dict[Hashable, Group] = {}
         self.finished_s = [math.nan] * len(jobs)
-        waiting = [number for number, job in enumerate(jobs) if not job.started]
-        self.waiting = sorted(waiting, key=lambda number: jobs[number].rank, reverse=True)
+        queued = [number for number, job in enumerate(jobs) if not job.started]
+        self.waiting = sorted(queued, key=lambda number: jobs[number].rank, reverse=True)
+        coming = [number for number in queued if jobs[number].arrives_s > 0]
+        self.coming = sorted(coming, key=lambda number: jobs[number].arrives_s, reverse=True)
+        if coming:
+            self.waiting = [number for number in self.waiting if jobs[number].arrives_s <= 0]
 
     def run(self) -> list[float]:
         for number, job in enumerate(self.jobs):
             if job.started:
                 self._start(number)
         self._start_waiting()
-        while self.groups:
-            self._end_next()
+        while self.groups or self.coming:
+            self._go_on()
             self._start_waiting()
         return self.finished_s
 
     def _start(self, number: int) -> None:
         job = self.jobs[number]
         self.active_rows += job.rows
-        self.groups.setdefault(job.group, Group(job.shape)).add(number, job)
+        group = self.groups.get(job.group)
+        if group is None:
+            group = self.groups[job.group] = Group(job.shape, self.device)
+        group.add(number, job)
 
     def _start_waiting(self) -> None:
         limit = self.device.max_active_rows
@@ -129,21 +191,48 @@ class _Forecast:
                 return
             self._start(self.waiting.pop())
 
-    def _end_next(self) -> None:
-        """Go on to the moment when the next job ends."""
-        weights = sum(group.weight for group in self.groups.values())
-        step_s = {
-            key: group.step_s(self.device) * weights / group.weight
-            for key, group in self.groups.items()
-        }
-        first = min(self.groups, key=lambda key: self.groups[key].steps_to_next_end * step_s[key])
-        passed_s = self.groups[first].steps_to_next_end * step_s[first]
+    def _go_on(self) -> None:
+        """Go on to the moment when the next job ends, or the next one comes."""
+        weights = 0.0
+        for group in self.groups.values():
+            group.settle()
+            weights += group.weight
+        key, claim_s = self._next_end()
+        comes_s = self.jobs[self.coming[-1]].arrives_s if self.coming else math.inf
+        if self.now_s + claim_s * weights < comes_s or not self.coming:
+            self._pass(claim_s, weights)
+            self._end_first(key)
+            return
+        if weights:
+            self._pass(max(comes_s - self.now_s, 0.0) / weights, weights)
+        self.now_s = max(self.now_s, comes_s)
+        self._let_in(self.coming.pop())
+
+    def _next_end(self) -> tuple[Hashable, float]:
+        """The group whose job ends first, and when by its claim."""
+        first, first_s = None, math.inf
         for key, group in self.groups.items():
-            group.progress += passed_s / step_s[key]
-        number = self.groups[first].remove_first(self.jobs)
-        if not self.groups[first].ends:
-            del self.groups[first]
+            claim_s = group.claim_to_next_end_s
+            if claim_s < first_s:
+                first, first_s = key, claim_s
+        return first, first_s
+
+    def _pass(self, claim_s: float, weights: float) -> None:
+        self.now_s += claim_s * weights
+        for group in self.groups.values():
+            group.go_on(claim_s)
+
+    def _end_first(self, key: Hashable) -> None:
+        group = self.groups[key]
+        number = group.remove_first(self.jobs)
+        if not group.ends:
+            del self.groups[key]
         job = self.jobs[number]
         self.active_rows -= job.rows
-        self.now_s += passed_s + job.other_s
+        self.now_s += job.other_s
         self.finished_s[number] = self.now_s
+
+    def _let_in(self, number: int) -> None:
+        rank = self.jobs[number].rank
+        place = sum(self.jobs[other].rank > rank for other in self.waiting)
+        self.waiting.insert(place, number)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from service.domain.states import RequestState
 from service.engine.call import Call
 from service.engine.cost import CostModel
-from service.engine.forecast import Device, Job, finish_times_s
+from service.engine.forecast import Device, Job, Prospect
+from service.engine.margin import Margin
 from service.engine.policy import Policy, Queued
 from service.engine.track import Stage, Track
 
@@ -41,6 +42,14 @@ class StepShape:
     max_rows: int
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many rows may be at work: those of one request only, where requests cannot share."""
+
+    max_active_rows: int
+    one_at_a_time: bool = False
+
+
 class Outlook:
     """Learns what requests of each size take, and foretells when those in hand will end.
 
@@ -49,6 +58,7 @@ class Outlook:
 
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
+        self.margin = Margin()
         self._shapes: dict[Hashable, StepShape] = {}
         self._latest = StepShape(None, 1)
         self._tick_overhead_s = Average()
@@ -71,6 +81,9 @@ class Outlook:
             other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
             self._other_row_s.observe(other_s / track.work.rows)
             self._learn_stretch(track, now_s - track.clockwork.submitted_s)
+        # What expired would have ended even later. Without it only those on time would be heeded.
+        if track.foretold and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
+            self.margin.observe(track.foretold, now_s)
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
         """Seconds of a step by size: those of any forward, and those of each row in it."""
@@ -82,51 +95,64 @@ class Outlook:
 
     def latest_start_s(self, track: Track) -> float:
         """When it must go on for its deadline to be met; infinite if it has none."""
-        return track.expires_s - (0.0 if track.work.deadline_s is None else self.run_s(track))
+        return math.inf if track.work.deadline_s is None else track.expires_s - self.run_s(track)
 
     def as_queued(self, track: Track) -> Queued:
         """A track that waits to be started, as the policy sees it."""
+        run_s, work = self.run_s(track), track.work
         return Queued(
             track.arrival,
-            track.work.rows,
+            work.rows,
             track.clockwork.submitted_s,
-            self.run_s(track),
-            track.work.priority,
-            self.latest_start_s(track),
+            run_s,
+            work.priority,
+            math.inf if work.deadline_s is None else track.expires_s - run_s,
         )
 
-    def finish_times_s(
-        self, tracks: Sequence[Track], max_active_rows: int, policy: Policy
-    ) -> list[float]:
-        """Seconds from now until each track should be finished, if there were no others."""
+    def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> Prospect:
+        """What becomes of these tracks if there are no others; the last one is the newcomer."""
         # Looked up once: the engine thread may be learning a new shape at this moment.
         shapes = [self._step_shape(track) for track in tracks]
-        limits = {step.shape: step.max_rows for step in shapes}
+        limits = {step.shape: self._row_limit(step, room) for step in shapes}
         device = Device(
             cost_of=self._forward_s,
-            limit_of=lambda shape: min(limits[shape], max_active_rows),
-            max_active_rows=max_active_rows,
+            limit_of=limits.__getitem__,
+            max_active_rows=0 if room.one_at_a_time else room.max_active_rows,
         )
         jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
-        return finish_times_s(jobs, device)
+        return Prospect(jobs, device)
+
+    def finish_times_s(
+        self, tracks: Sequence[Track], room: Room, policy: Policy
+    ) -> tuple[float, ...]:
+        """Seconds from now until each track should be finished, if there were no others."""
+        return self.prospect(tracks, room, policy).finish_s
+
+    def knows(self, track: Track) -> bool:
+        """Whether steps of its size were ever measured, so that there is more than a guess."""
+        return track.work.size in self._shapes
 
     def stretched_s(self, track: Track, foretold_s: float) -> float:
         """What was foretold for a new track, made longer by as much as it usually gets.
 
         Forecasts know nothing of those who come later and share the device.
         """
-        track.foretold_s = foretold_s
+        track.first_foretold_s = foretold_s
         stretch = self._stretches.get(track.work.size)
         return foretold_s * math.exp(float(stretch or 0.0))
 
+    def _row_limit(self, step: StepShape, room: Room) -> int:
+        return step.max_rows if room.one_at_a_time else min(step.max_rows, room.max_active_rows)
+
     def _learn_stretch(self, track: Track, total_s: float) -> None:
-        if track.foretold_s and total_s > 0:
-            log_ratio = math.log(total_s / track.foretold_s)
+        if track.first_foretold_s and total_s > 0:
+            log_ratio = math.log(total_s / track.first_foretold_s)
             stretch = self._stretches.setdefault(track.work.size, Average())
             stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
 
     def _job(self, track: Track, shape: Hashable, policy: Policy) -> Job:
         work = track.work
+        started = track.state is RequestState.RUNNING
         return Job(
             group=(shape, track.variant),
             shape=shape,
@@ -134,8 +160,8 @@ class Outlook:
             steps=track.steps_left,
             priority=work.priority,
             other_s=float(self._other_row_s) * work.rows,
-            rank=policy.rank(self.as_queued(track)),
-            started=track.state is RequestState.RUNNING,
+            rank=0.0 if started else policy.rank(self.as_queued(track)),
+            started=started,
         )
 
     def _step_shape(self, track: Track) -> StepShape:

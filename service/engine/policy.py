@@ -51,6 +51,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from types import MappingProxyType
+from typing import NamedTuple
 
 from service.domain.requests import Priority
 from service.engine.call import Call, CallKey
@@ -83,8 +84,7 @@ class Parked:
     arrival: int = 0
 
 
-@dataclass(frozen=True)
-class Queued:
+class Queued(NamedTuple):
     """A request that was not started yet. `run_s` is what its steps should take."""
 
     arrival: int

@@ -25,6 +25,7 @@ from service.domain.states import RequestState, is_terminal, move
 from service.domain.timings import Timings
 from service.engine.call import Call
 from service.engine.listener import Listener, tell
+from service.engine.margin import Foretold
 from service.engine.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,9 @@ class Track:
         # Orders tracks by their submission.
         self.arrival = next(_arrivals)
         # Seconds that it should take if nothing more came; what that was worth is learned.
-        self.foretold_s: float | None = None
+        self.first_foretold_s: float | None = None
+        # The same, foretold anew with each that came later.
+        self.foretold: Foretold | None = None
         self._clock = clock
         self._stopped_by: BaseException | None = None
         # Made on start: a greenlet belongs to the thread that makes it, which must be the engine's.

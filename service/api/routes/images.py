@@ -41,6 +41,7 @@ from service.domain.errors import (
     RequestIdInUseError,
     ServerFullError,
     UnknownModelError,
+    UnmeetableDeadlineError,
 )
 from service.domain.limits import check_request
 
@@ -54,6 +55,7 @@ _ERRORS = error_responses(
     BodyTooLargeError,
     UnsupportedMediaTypeError,
     ServerFullError,
+    UnmeetableDeadlineError,
     GenerationFailedError,
     NotReadyError,
     ExpiredError,

@@ -23,6 +23,7 @@ from service.domain.errors import (
     RefusedError,
     ServerFullError,
     StepserveError,
+    UnmeetableDeadlineError,
 )
 from service.domain.events import Failed, Outcome
 from service.domain.requests import GenerationRequest
@@ -232,6 +233,27 @@ async def test_errors_of_the_backend(
     assert response.headers.get("retry-after") == retry_after
     told = error_of(response)
     assert (told["code"], told["message"]) == (code, error.message)
+
+
+@pytest.mark.parametrize("way", [raising, failed])
+async def test_a_deadline_that_is_refused_tells_what_could_be_promised(
+    client: httpx.AsyncClient, backend: FakeBackend, way: Any
+):
+    message = "deadline_s is 2, but this request can only be promised within 3.4 s"
+    backend.generate_with = way(UnmeetableDeadlineError(message, 1.4, 3.4))
+    response = await client.post(URL, json={"prompt": "c", "deadline_s": 2})
+
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "2"
+    assert response.json() == {
+        "error": {
+            "message": message,
+            "type": "rate_limit_error",
+            "param": "deadline_s",
+            "code": "deadline_unmeetable",
+            "expected_s": 3.4,
+        }
+    }
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,10 @@ def test_errors_are_described_and_none_is_fastapis(document: dict[str, Any]):
 
     expected = {"200", "400", "404", "409", "413", "415", "429", "500", "503", "504", "default"}
     assert set(post["responses"]) == expected
-    assert "Retry-After" in post["responses"]["429"]["headers"]
+    refusals = post["responses"]["429"]
+    assert "Retry-After" in refusals["headers"]
+    example = refusals["content"]["application/json"]["examples"]["deadline_unmeetable"]
+    assert example["value"]["error"]["expected_s"] > 0
     assert "Server-Timing" in post["responses"]["200"]["headers"]
     assert not any("HTTPValidationError" in reference for reference in references(document))
 

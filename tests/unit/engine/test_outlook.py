@@ -23,7 +23,7 @@ def device(max_active_rows: int = 32, limit: int = 32) -> Device:
 
 def expected(steps: int, rows: int = 2, **changes: object) -> Expected:
     job = Expected("a", "a", rows, steps, 1, other_s=0.0, rank=0.0, started=True)
-    return replace(job, **changes)  # type: ignore[arg-type]
+    return job._replace(**changes)  # type: ignore[arg-type]
 
 
 def test_alone() -> None:

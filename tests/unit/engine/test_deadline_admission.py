@@ -1,0 +1,263 @@
+"""Who is refused for a deadline, when to come back, and what that takes to decide."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from engine_fakes import Ear, Job, Modules, job_work
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.domain.errors import RefusedError, ServerFullError, UnmeetableDeadlineError
+from service.engine.admission import MINIMUM_RETRY_S, check_deadline, check_promises
+from service.engine.engine import STALE_S, Engine, EngineOptions
+from service.engine.forecast import Device, Prospect
+from service.engine.forecast import Job as Expected
+from service.engine.margin import FIRST_SHARE, FORWARDS_AHEAD, MOST_SHARE, Foretold, Margin
+
+STEP_S = 0.012
+
+
+class Exact(Margin):
+    """Of forecasts that are never wrong."""
+
+    def safe_s(self, seconds: float, forward_s: float) -> float:
+        return seconds
+
+
+def expected(steps: int, group: str = "a", started: bool = True, rank: float = 0.0) -> Expected:
+    return Expected(group, group, 2, steps, 1, 0.0, rank, started)
+
+
+def newcomer(steps: int) -> Expected:
+    return expected(steps, started=False, rank=9.0)
+
+
+def prospect(*jobs: Expected, max_rows: int = 2) -> Prospect:
+    """One at a time with two rows; a forward takes 10 ms, and 1 ms a row."""
+    device = Device(lambda shape, rows: 0.010 + 0.001 * rows, lambda shape: max_rows, max_rows)
+    return Prospect(jobs, device)
+
+
+def test_what_can_be_met_is_let_in() -> None:
+    check_deadline(prospect(expected(10), newcomer(10)), Exact(), deadline_s=20.001 * STEP_S)
+
+
+def test_what_cannot_is_refused_and_told_when_it_could() -> None:
+    waiting = prospect(expected(1000), newcomer(100))
+    with pytest.raises(UnmeetableDeadlineError) as refused:
+        check_deadline(waiting, Exact(), deadline_s=2.0)
+    error = refused.value
+    assert error.message == (
+        "deadline_s is 2, but with what is in hand this request can only be promised within 13.2 s"
+    )
+    assert error.expected_s == pytest.approx(1100 * STEP_S)
+    assert error.retry_after_s == pytest.approx(1100 * STEP_S - 2.0)
+    assert error.field == "deadline_s"
+
+
+def test_what_takes_longer_even_alone_is_told_so() -> None:
+    with pytest.raises(UnmeetableDeadlineError, match=r"within 1\.2 s, even alone") as refused:
+        check_deadline(prospect(expected(1000), newcomer(100)), Exact(), deadline_s=1.0)
+    assert refused.value.retry_after_s == math.inf
+
+
+jobs = st.lists(
+    st.builds(expected, st.integers(1, 80), st.sampled_from("ab"), st.booleans(), st.floats(0, 8)),
+    max_size=8,
+)
+
+
+@given(jobs, st.integers(1, 50), st.floats(1.0, 3.0), st.sampled_from([2, 4, 8]))
+def test_a_promise_holds_by_the_forecast_and_expected_s_could_be_promised(
+    in_hand: list[Expected], steps: int, slack: float, max_rows: int
+) -> None:
+    beside = prospect(*in_hand, newcomer(steps), max_rows=max_rows)
+    deadline_s = slack * beside.alone().finish_s[-1]
+    if beside.finish_s[-1] <= deadline_s:
+        check_deadline(beside, Exact(), deadline_s)
+        return
+    with pytest.raises(UnmeetableDeadlineError) as refused:
+        check_deadline(beside, Exact(), deadline_s)
+    assert refused.value.expected_s == beside.finish_s[-1]
+    check_deadline(beside, Exact(), refused.value.expected_s)
+    assert MINIMUM_RETRY_S <= refused.value.retry_after_s < math.inf
+
+
+@given(jobs, st.integers(1, 50), st.sampled_from([2, 4, 8]))
+def test_coming_later_is_coming_to_what_is_left(
+    in_hand: list[Expected], steps: int, max_rows: int
+) -> None:
+    beside = prospect(*in_hand, newcomer(steps), max_rows=max_rows)
+    assert beside.later_s(0.0) == pytest.approx(beside.finish_s[-1])
+    done_s = max(beside.without_s(), default=0.0)
+    assert beside.later_s(done_s + 1) == pytest.approx(beside.alone().finish_s[-1])
+
+
+def test_who_would_make_others_late_is_refused_until_those_are_done() -> None:
+    """Two share each forward, so with the newcomer every step takes longer."""
+    beside = prospect(expected(100), newcomer(50), max_rows=4)
+    check_promises(beside, Exact(), [100 * 0.014])
+    check_promises(beside, Exact(), [math.inf])
+    with pytest.raises(ServerFullError, match="1 of those in hand could miss") as refused:
+        check_promises(beside, Exact(), [100 * STEP_S])
+    assert refused.value.retry_after_s == pytest.approx(100 * STEP_S)
+
+
+def test_a_promise_that_is_broken_anyway_keeps_nobody_out() -> None:
+    check_promises(prospect(expected(100), newcomer(50), max_rows=4), Exact(), [0.5])
+
+
+@pytest.mark.parametrize("error", [UnmeetableDeadlineError("soon", 1.5, 3.5)])
+def test_the_error_survives_pickling(error: UnmeetableDeadlineError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert isinstance(copy, RefusedError)
+    assert (copy.message, copy.retry_after_s, copy.expected_s) == ("soon", 1.5, 3.5)
+
+
+def taught(latenesses: Sequence[float]) -> Margin:
+    margin = Margin()
+    for late in latenesses:
+        scale_s = 1.0 + FORWARDS_AHEAD * 0.1
+        margin.observe(Foretold(5.0, 1.0, 0.1), 6.0 + late * scale_s)
+    return margin
+
+
+def test_before_anything_was_seen_there_is_some_margin() -> None:
+    assert Margin().share == FIRST_SHARE
+    assert taught([-0.5]).share == FIRST_SHARE
+    assert Margin().safe_s(1.0, 0.1) == pytest.approx(1.0 + FIRST_SHARE * 1.2)
+
+
+def test_forecasts_that_are_never_late_need_none() -> None:
+    assert taught([-0.01] * 300).share == 0.0
+
+
+@given(st.lists(st.floats(-2, 3), max_size=400))
+def test_the_margin_is_bounded(latenesses: list[float]) -> None:
+    assert 0 <= taught(latenesses).share <= MOST_SHARE
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_margin_covers_98_of_100(seed: int) -> None:
+    chance = random.Random(seed)
+    latenesses = [chance.gauss(0.0, 0.1) for _ in range(5000)]
+    margin, covered = taught(latenesses[:300]), 0
+    for late in latenesses[300:]:
+        covered += late <= margin.share
+        margin.observe(Foretold(0.0, 1.0, 0.0), 1.0 + late)
+    assert covered / 4700 >= 0.975
+
+
+def test_the_margin_forgets_what_is_long_past() -> None:
+    assert taught([0.5] * 300 + [0.05] * 256).share == pytest.approx(0.05)
+
+
+class Bench:
+    """An engine that is turned by hand, on a fake clock."""
+
+    def __init__(self, max_rows: int = 32) -> None:
+        self.modules = Modules(max_rows=max_rows)
+        self.clock = self.modules.clock
+        options = EngineOptions(max_rows=max_rows, max_waiting_pictures=1000)
+        self.engine = Engine(options, clock=self.clock)
+
+    def submit(self, seed: int, steps: int, deadline_s: float | None = None) -> Ear:
+        ear = Ear()
+        work = job_work(self.modules, Job(seed, steps), ear)
+        self.engine.submit(replace(work, deadline_s=deadline_s))
+        return ear
+
+    def run(self, turns: int = 10**6) -> None:
+        """Until there is nothing to do."""
+        for _ in range(turns):
+            self.engine._take_commands(wait=False)
+            if not self.engine.batcher.tick():
+                return
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """It has learned what forwards of few and of many rows take."""
+    bench = Bench()
+    for seed in range(8):
+        bench.submit(seed, 10 + 5 * seed)
+    bench.run()
+    return bench
+
+
+def test_an_engine_that_learned_nothing_takes_any_deadline() -> None:
+    ear = Bench().submit(1, 1000, deadline_s=0.1)
+    assert ear.news == ["accepted"]
+
+
+def test_an_engine_that_learned_refuses_what_it_cannot_do(bench: Bench) -> None:
+    """Ten steps take 0.45 s."""
+    with pytest.raises(UnmeetableDeadlineError, match=r"deadline_s is 0\.3"):
+        bench.submit(2, 10, deadline_s=0.3)
+    ear = bench.submit(3, 10, deadline_s=0.6)
+    bench.run()
+    assert ear.news == ["accepted", "started", "finished"]
+
+
+def test_what_an_idle_engine_learned_long_ago_is_tried_anew(bench: Bench) -> None:
+    """It may have been slow then, and if it refused everybody it would never know better."""
+    bench.clock.advance(STALE_S)
+    assert bench.submit(2, 10, deadline_s=0.3).news == ["accepted"]
+    bench.run()
+    with pytest.raises(UnmeetableDeadlineError):
+        bench.submit(3, 10, deadline_s=0.3)
+
+
+def test_a_size_that_was_never_seen_is_tried(bench: Bench) -> None:
+    work = job_work(bench.modules, Job(2, 10))
+    bench.engine.submit(replace(work, size="other", deadline_s=0.3))
+    assert bench.engine.load().requests == 1
+
+
+def submit_until_refused(bench: Bench) -> int:
+    """How many without a deadline are let in before one is not."""
+    for seed in range(3, 40):
+        try:
+            bench.submit(seed, 40)
+        except ServerFullError:
+            return seed - 3
+    raise AssertionError("nobody was refused")
+
+
+def test_those_without_deadline_break_no_promise(bench: Bench) -> None:
+    """Thirty steps take 1.35 s alone: some company fits, not as much as anybody likes."""
+    promised = bench.submit(2, 30, deadline_s=2.0)
+    bench.run(3)
+    accepted = submit_until_refused(bench)
+    assert accepted > 2
+    bench.run()
+    assert promised.ends == ["finished"]
+    assert promised.timings is not None
+    assert promised.timings.total_s <= 2.0
+
+
+def seconds_of(bench: Bench, deadline_s: float) -> float:
+    """The least time of a few submissions, with 64 requests in hand."""
+    times = []
+    for number in range(20):
+        started_s = time.perf_counter()
+        with pytest.raises(UnmeetableDeadlineError):
+            bench.submit(1000 + number, 20, deadline_s=deadline_s)
+        times.append(time.perf_counter() - started_s)
+    return min(times)
+
+
+def test_deciding_takes_about_a_millisecond_with_64_in_hand(bench: Bench) -> None:
+    """A refusal takes longest: it also foretells when to come back. The bound is generous."""
+    for seed in range(2, 66):
+        bench.submit(seed, seed, deadline_s=1000)
+    bench.run(5)
+    assert len(bench.engine._in_hand) >= 60
+    assert seconds_of(bench, deadline_s=1.5) < 0.005
