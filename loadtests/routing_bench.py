@@ -9,11 +9,13 @@ takes. `docs/routing.md` holds the tables, `docs/images/routing-*.svg` the plots
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -34,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0, help="of each simulated trace")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--on-ray", type=Path, help="what loadtests.routing.on_ray has written")
     options = parser.parse_args()
     by_load = {load: compare(8, 1, load, options.seconds, SEED) for load in LOADS}
     # Large fleets get as many requests in less time.
@@ -45,6 +48,8 @@ def main() -> None:
     capacities = {name: capacity(name) for name in ALL}
     plot_loads(by_load, options.docs / "images" / "routing-load.svg")
     text = report(by_load, by_fleet, slow, capacities, decision_s())
+    if options.on_ray is not None:
+        text += on_ray(json.loads(options.on_ray.read_text()))
     (options.docs / "routing.md").write_text(text)
     print(text)
 
@@ -145,6 +150,27 @@ better.
 
 Among 1,000 replicas with 20 requests each: {one_decision_s * 1e6:.0f} microseconds (median, on one
 core of the machine that wrote this page).
+"""
+
+
+def on_ray(told: dict[str, Any]) -> str:
+    """What was measured on a real service."""
+    names = ("mean", "p50", "p95", "p99")
+    rows = [
+        f"| {routing} | {' | '.join(f'{seconds[name]:.2f} s' for name in names)} |"
+        for routing, seconds in told["latency_s"].items()
+    ]
+    return f"""
+## On real Ray
+
+Two replicas of the embedded model on one machine of two cores, one thread each, beside Ray's own
+processes: Poisson arrivals of {told["rate_per_s"]:g} requests a second, {told["requests"]} of
+them in each run, medians of {len(next(iter(told["runs"].values())))} runs in turns
+(`{told["command"]}`). `power-of-two` is Ray Serve's own router.
+
+| `routing` | {" | ".join(names)} |
+|{"---|" * (len(names) + 1)}
+{chr(10).join(rows)}
 """
 
 

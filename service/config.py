@@ -263,6 +263,8 @@ class ModelSettings(SpeedSettings):
     path: Annotated[str, Field(min_length=1)] | None = None
     """Local folder or Hugging Face hub id; None means the embedded model."""
     replicas: PositiveInt = 1
+    routing: Literal["expected-finish", "power-of-two"] = "expected-finish"
+    """Which replica gets a request: the one that should finish it first, or Ray Serve's own way."""
     autoscaling: AutoscalingSettings | None = None
     """Where it is set, `replicas` is not asked."""
     num_cpus: Amount = 1.0

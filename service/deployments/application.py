@@ -106,7 +106,7 @@ def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
         max_constructor_retry_count=MOST_STARTS,
         # New replicas before the old ones go, where that takes no second device.
         max_surge_percent=0 if settings.num_gpus else 100,
-        request_router_config=router_config(),
+        request_router_config=router_config(settings.routing),
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,

@@ -26,8 +26,10 @@ REPORT_DELAY_S = 0.5
 RANKS = 3
 
 
-def router_config() -> RequestRouterConfig:
+def router_config(routing: str) -> RequestRouterConfig:
     """For the deployments of models."""
+    if routing == "power-of-two":
+        return RequestRouterConfig()
     return RequestRouterConfig(
         request_router_class="service.deployments.router.BatchingRouter",
         request_routing_stats_period_s=REPORT_PERIOD_S,
