@@ -28,10 +28,12 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first picture into out/.
 	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-picture out $(OPTIONS); exit $$?
 
 # Services and browsers have the machine to themselves; the others compute on one thread each.
+ALONE := tests/integration tests/browser
+COMMANDS := tests/integration/test_cli.py
 test: $(INSTALLED)  ## Run every test.
 	@status=0; \
-	$(BIN)/python -m pytest tests/integration tests/browser || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/parity tests/unit || status=1; \
+	$(BIN)/python -m pytest $(ALONE) --ignore $(COMMANDS) || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(COMMANDS) tests/parity tests/unit || status=1; \
 	exit $$status
 
 check: $(INSTALLED)  ## What CI runs first: format, lint, types, import direction.

@@ -105,6 +105,7 @@ async def with_retries(
         ServerFullError: Ray Serve's own queue in front of the replicas is full.
     """
     began_s, told = clock(), Told()
+    first: LostError | None = None
     for number in range(1, MOST_TRIES + 1):
         try:
             async with aclosing(_one_try(request, attempt, told)) as events:
@@ -112,8 +113,10 @@ async def with_retries(
                     yield event
             return
         except LostError as lost:
+            # What happened to it, rather than why nobody else would have it.
+            first = first or lost
             if number == MOST_TRIES:
-                raise lost.error from lost
+                raise first.error from lost
             logger.warning("request %s is tried again: %s", request.id, lost)
             retried(request.model)
         await asyncio.sleep(PAUSE_S * number)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
 from loadtests.client import Target, body_of, open_session
@@ -23,6 +25,14 @@ from loadtests.trace import TraceRequest
 REQUEST = TraceRequest("red heart", "48x64", 4, 4.0, "EulerDiscreteScheduler", seed=3, n=2)
 CLOSE = 0.2
 """Levels of 255, as a mean over all pixels."""
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """As many as before: peers choose for their whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def pixels(answer: dict[str, Any]) -> list[Image.Image]:
