@@ -149,7 +149,9 @@ def test_missing_npm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         fetch_package(PACKAGE, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", ARCHIVE[:100]])
+@pytest.mark.parametrize(
+    "content", [b"", b"no archive", ARCHIVE[:100]], ids=["empty", "text", "cut off"]
+)
 def test_damaged_archive_is_named(tmp_path: Path, content: bytes) -> None:
     archive = tmp_path / "test.tgz"
     archive.write_bytes(content)
