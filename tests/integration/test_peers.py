@@ -27,7 +27,7 @@ CLOSE = 0.2
 """Levels of 255, as a mean over all pixels."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def threads() -> Iterator[None]:
     """As many as before: peers choose for their whole process."""
     before = torch.get_num_threads()
