@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -44,6 +44,40 @@ List = Callable[[], Awaitable[Mapping[str, Listed]]]
 Ask = Callable[[str], Awaitable[ModelStatus | None]]
 
 
+@dataclass
+class Watched:
+    """What is known of one model, and since when.
+
+    Args:
+        answered: set once there was anything to tell but that it loads.
+        heard_s: when it last answered.
+    """
+
+    listed: Listed
+    status: ModelStatus
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    heard_s: float = 0.0
+
+    def note(self, ready: bool, detail: str) -> None:
+        """Whether it takes requests is known otherwise than from its own answer."""
+        self.status = replace(self.status, ready=ready, detail=detail)
+        if detail != LOADING:
+            self.answered.set()
+
+    def hear(self, status: ModelStatus) -> None:
+        """It answered."""
+        self.status = status
+        self.heard_s = time.monotonic()
+        self.answered.set()
+
+    def note_silence(self) -> None:
+        """Requests wait for one that wakes up, and for a replica that takes a lost one's place."""
+        if self.status.ready and self.status.detail:
+            self.note(ready=True, detail="waking up")
+        elif not self.status.ready or time.monotonic() - self.heard_s > SILENCE_S:
+            self.note(ready=False, detail=LOADING)
+
+
 class ModelWatch:
     """Keeps the latest status of every model.
 
@@ -56,11 +90,8 @@ class ModelWatch:
     def __init__(self, list_models: List, ask: Ask) -> None:
         self._list_models = list_models
         self._ask = ask
-        self._listed: dict[str, Listed] = {}
-        self._statuses: dict[str, ModelStatus] = {}
-        self._answered: dict[str, asyncio.Event] = {}
-        self._heard_s: dict[str, float] = {}
-        self._watching: dict[str, asyncio.Task[None]] = {}
+        self._watched: dict[str, Watched] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._listing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -68,22 +99,24 @@ class ModelWatch:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._look(), FIRST_LOOK_TIMEOUT_S)
         self._listing = asyncio.create_task(self._look_for_ever())
-        await asyncio.gather(*map(self.status, list(self._watching)))
+        await asyncio.gather(*map(self.status, list(self._watched)))
 
     def statuses(self) -> list[ModelStatus]:
         """The latest status of every model."""
-        return list(self._statuses.values())
+        return [watched.status for watched in self._watched.values()]
 
     async def status(self, model_id: str) -> ModelStatus | None:
         """The latest status of one model, after a brief wait if it has never answered.
 
         A model may be ready for moments before every ingress replica knows. None: no such model.
         """
-        answered = self._answered.get(model_id)
-        if answered is not None and not answered.is_set():
+        watched = self._watched.get(model_id)
+        if watched is not None and not watched.answered.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(answered.wait(), FIRST_LOOK_TIMEOUT_S)
-        return self._statuses.get(model_id)
+                await asyncio.wait_for(watched.answered.wait(), FIRST_LOOK_TIMEOUT_S)
+            # It may be gone by now.
+            watched = self._watched.get(model_id)
+        return None if watched is None else watched.status
 
     async def _look_for_ever(self) -> None:
         while True:
@@ -92,57 +125,41 @@ class ModelWatch:
                 await self._look()
 
     async def _look(self) -> None:
-        self._listed = dict(await self._list_models())
-        for model_id in set(self._watching) - set(self._listed):
-            self._watching.pop(model_id).cancel()
-            del self._statuses[model_id], self._answered[model_id]
-        for model_id in self._listed:
-            if model_id not in self._watching:
-                self._statuses[model_id] = unknown_status(model_id, LOADING)
-                self._answered[model_id] = asyncio.Event()
-                self._watching[model_id] = asyncio.create_task(self._watch(model_id))
+        found = await self._list_models()
+        for model_id in set(self._watched) - set(found):
+            self._tasks.pop(model_id).cancel()
+            del self._watched[model_id]
+        for model_id, listed in found.items():
+            if model_id in self._watched:
+                self._watched[model_id].listed = listed
+                continue
+            watched = Watched(listed, unknown_status(model_id, LOADING))
+            self._watched[model_id] = watched
+            self._tasks[model_id] = asyncio.create_task(self._watch(model_id, watched))
 
-    async def _watch(self, model_id: str) -> None:
+    async def _watch(self, model_id: str, watched: Watched) -> None:
         while True:
-            listed = self._listed[model_id]
-            if listed.failure:
-                self._note(model_id, ready=False, detail=listed.failure)
-            elif listed.asleep:
+            if watched.listed.failure:
+                watched.note(ready=False, detail=watched.listed.failure)
+            elif watched.listed.asleep:
                 # Not asked: it would wake up.
-                known = self._statuses[model_id]
-                self._note(model_id, ready=known.is_known, detail=_asleep(known))
-            elif not await self._answers(model_id):
+                watched.note(ready=watched.status.is_known, detail=_asleep(watched.status))
+            elif not await self._answers(model_id, watched):
                 await asyncio.sleep(LOADING_INTERVAL_S)
                 continue
             await asyncio.sleep(PROBE_INTERVAL_S)
 
-    async def _answers(self, model_id: str) -> bool:
+    async def _answers(self, model_id: str, watched: Watched) -> bool:
         """Whether there is anybody who answers."""
         try:
             status = await asyncio.wait_for(self._ask(model_id), PROBE_TIMEOUT_S)
         except (TimeoutError, RayError, RayServeException):
             status = None
         if status is None:
-            self._note_silence(model_id)
+            watched.note_silence()
             return False
-        self._statuses[model_id] = status
-        self._heard_s[model_id] = time.monotonic()
-        self._answered[model_id].set()
+        watched.hear(status)
         return True
-
-    def _note_silence(self, model_id: str) -> None:
-        """Requests wait for one that wakes up, and for a replica that takes a lost one's place."""
-        known = self._statuses[model_id]
-        if known.ready and known.detail:
-            self._note(model_id, ready=True, detail="waking up")
-        elif not known.ready or time.monotonic() - self._heard_s[model_id] > SILENCE_S:
-            self._note(model_id, ready=False, detail=LOADING)
-
-    def _note(self, model_id: str, ready: bool, detail: str) -> None:
-        known = self._statuses[model_id].capabilities
-        self._statuses[model_id] = ModelStatus(known, ready, detail)
-        if detail != LOADING:
-            self._answered[model_id].set()
 
 
 def _asleep(status: ModelStatus) -> str:

@@ -249,9 +249,9 @@ class Starting:
 def drain(settings: Settings) -> None:
     """Let every replica finish what it accepted, refusing new work meanwhile."""
     replies = {model_id: model_handle(model_id).broadcast("drain") for model_id in settings.models}
-    deadline_s = time.monotonic()
+    began_s = time.monotonic()
     for model_id, model in settings.models.items():
-        left_s = max(deadline_s + model.engine.drain_s + FLUSH_S - time.monotonic(), FLUSH_S)
+        left_s = max(began_s + model.engine.drain_s + FLUSH_S - time.monotonic(), FLUSH_S)
         replies[model_id].results(timeout_s=left_s, return_exceptions=True)
     # The last answers are on their way through ingress and proxy.
     time.sleep(FLUSH_S)

@@ -131,17 +131,18 @@ class Ledger:
     def note_ended(self, key: ReplicaKey, job_id: str) -> None:
         """A request that this router sent has ended."""
         account = self._accounts.get(key)
-        ended = None if account is None else account.jobs.pop(job_id, None)
-        if account is not None and ended is not None:
-            account.since.pop(job_id, None)
-            account.ended[job_id] = self._clock()
-            self._jobs -= 1
-            self._own_jobs -= job_id in account.own
-            account.own.discard(job_id)
-            # Its seconds have melted by now, more or less; the next report says it exactly.
-            self._pictures[self._places[key]] -= ended.pictures
-            if not account.jobs:
-                self._write(key)
+        if account is None or job_id not in account.jobs:
+            return
+        ended = account.jobs.pop(job_id)
+        account.since.pop(job_id, None)
+        account.ended[job_id] = self._clock()
+        self._jobs -= 1
+        self._own_jobs -= job_id in account.own
+        account.own.discard(job_id)
+        # Its seconds have melted by now, more or less; the next report says it exactly.
+        self._pictures[self._places[key]] -= ended.pictures
+        if not account.jobs:
+            self._write(key)
 
     def finish_s(self, job: Job) -> Floats:
         """Seconds until each replica, in the order of `set_replicas`, would finish `job`."""
