@@ -3,10 +3,12 @@
     python3.11 -m venv out/peers && out/peers/bin/pip install -r loadtests/peers/requirements.txt
     python -m loadtests.race [--servers stepserve fastapi-lock ...] [--rounds 3]
 
-One server at a time is started, warmed up and measured; in each round all have a turn. Latency
+One server at a time is started, warmed up and measured. In the first rounds (`--open-rounds`) all
+have a turn; the later ones are for ours, the one-at-a-time server, and the peers with the highest
+throughput so far, of the mixed trace (the best that batches) and of the homogeneous one. Latency
 targets are multiples of what a request takes on the idle one-at-a-time server, for all alike. Each
-turn measures the saturated throughput (mixed and homogeneous), latencies at 0.8 of the capacity of
-the one-at-a-time server, and in the first round the knees. Medians over rounds are reported by
+turn measures the saturated throughput (mixed and homogeneous) and latencies at 0.8 of the capacity
+of the one-at-a-time server; the last round finds the knees. Medians over rounds are reported by
 `python -m loadtests.report`.
 """
 
@@ -28,6 +30,7 @@ from loadtests.client import Target, open_session
 from loadtests.contenders import FULL_QUEUE, OPENMP, PEERS_PYTHON, Contender, contenders, running
 from loadtests.facts import take_facts
 from loadtests.measures import make_targets
+from loadtests.report import BATCHING, OURS, homogeneous, throughput
 from loadtests.scenarios import Bench
 from loadtests.trace import HOMOGENEOUS, MIXED, draw_gaps, draw_trace
 from loadtests.watch import served_model
@@ -51,6 +54,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     known = list(contenders(1))
     parser.add_argument("--servers", nargs="+", choices=known, default=known)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--open-rounds", type=int, default=1, help="rounds in which all take part")
     parser.add_argument("--requests", type=int, default=200, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=2.0)
@@ -87,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for round_number in range(options.rounds):
+        if round_number >= options.open_rounds:
+            options.servers = finalists(report["servers"])
         for contender in in_order(options, round_number):
             _turn(contender, round_number, report, options)
             options.out.write_text(json.dumps(report, indent=2))
@@ -101,6 +107,18 @@ def in_order(options: argparse.Namespace, round_number: int) -> list[Contender]:
     return [known[name] for name in (names if round_number % 2 == 0 else reversed(names))]
 
 
+def finalists(servers: dict[str, Any]) -> list[str]:
+    """Ours, the reference, the fastest that batches, and the fastest where requests are alike."""
+    measured = {name: told for name, told in servers.items() if told["turns"]}
+    peers = [name for name, told in measured.items() if told["role"] != OURS]
+    batching = [name for name in peers if measured[name]["role"] == BATCHING]
+    best = [
+        max(batching, key=lambda name: throughput(measured[name]) or 0.0, default=None),
+        max(peers, key=lambda name: homogeneous(measured[name]) or 0.0, default=None),
+    ]
+    return [name for name in measured if name not in peers or name in (REFERENCE, *best)]
+
+
 def _turn(
     contender: Contender, round_number: int, report: dict[str, Any], options: argparse.Namespace
 ) -> None:
@@ -113,13 +131,14 @@ def _turn(
     try:
         # A throughput is measured with nothing refused, so ours gets a queue without an end.
         with running(contender, log, options.openmp, FULL_QUEUE) as url:
-            turn = asyncio.run(_measure(url, contender, report, options, round_number == 0))
+            is_last = round_number == options.rounds - 1
+            turn = asyncio.run(_measure(url, contender, report, options, is_last))
     except (OSError, RuntimeError) as error:
         print(f"{contender.name} could not be measured: {error}")
         told["trouble"] = f"{type(error).__name__}: {error}"
         return
     told["turns"].append(turn)
-    if contender.role == "ours" and round_number == 0 and not options.no_overload:
+    if contender.role == OURS and is_last and not options.no_overload:
         told["overload"] = _overload(contender, log, turn, report, options)
 
 
@@ -128,7 +147,7 @@ async def _measure(
     contender: Contender,
     report: dict[str, Any],
     options: argparse.Namespace,
-    is_first: bool,
+    is_last: bool,
 ) -> dict[str, Any]:
     """One turn of one server."""
     trace = draw_trace(MIXED, TRACE_REQUESTS, options.seed)
@@ -136,12 +155,10 @@ async def _measure(
     gaps = draw_gaps(TRACE_REQUESTS, options.seed)
     async with open_session(Target(url)) as session:
         await scenarios.wait_until_serving(session, trace[0])
-        turn: dict[str, Any] = {}
-        if is_first:
-            own = await scenarios.calibrate(session, trace, options.calibration_repeats)
-            turn["unloaded"] = write_unloaded(own)
+        if "unloaded" not in report:
             # The reference has the first turn of all: its times are everybody's.
-            report.setdefault("unloaded", turn["unloaded"])
+            own = await scenarios.calibrate(session, trace, options.calibration_repeats)
+            report["unloaded"] = write_unloaded(own)
         common = read_unloaded(report["unloaded"])
         targets = make_targets(options.limit_s)
         model = await served_model(session)
@@ -155,9 +172,9 @@ async def _measure(
         capacity_per_s = report.setdefault("reference_capacity_per_s", mixed["throughput_per_s"])
         short_jobs = await scenarios.server(bench, SHORT_JOBS_LOAD * capacity_per_s)
         scenarios.print_progress("at 0.8", short_jobs)
-        turn |= {"offline": mixed, "homogeneous": alike, "short_jobs": short_jobs}
-        if is_first and not options.no_knees:
-            start = OUR_FIRST_RATE if contender.role == "ours" else THEIR_FIRST_RATE
+        turn: dict[str, Any] = {"offline": mixed, "homogeneous": alike, "short_jobs": short_jobs}
+        if is_last and not options.no_knees:
+            start = OUR_FIRST_RATE if contender.role == OURS else THEIR_FIRST_RATE
             short = whole.first(options.knee_requests)
             turn["knee"] = await scenarios.knees(short, capacity_per_s, start)
     return turn

@@ -14,7 +14,7 @@ from loadtests.bench import has_void, parse_options, print_table
 from loadtests.client import Outcome, Status
 from loadtests.contenders import Contender, contenders, running
 from loadtests.measures import Run, make_targets, summarize, summarize_overload
-from loadtests.race import REFERENCE, in_order
+from loadtests.race import REFERENCE, finalists, in_order
 from loadtests.race import parse_options as parse_race_options
 from loadtests.report import goals, main
 from loadtests.trace import MIXED, draw_trace
@@ -133,6 +133,22 @@ def test_the_reference_goes_first_and_turns_are_reversed() -> None:
     first, second = ([c.name for c in in_order(options, number)] for number in (0, 1))
     assert first == [REFERENCE, "stepserve", "litserve"]
     assert second == first[::-1]
+
+
+def test_the_final_is_between_ours_the_reference_and_the_fastest_peers() -> None:
+    def told(role: str, mixed: float, alike: float) -> dict[str, Any]:
+        offline, homogeneous = ({"throughput_per_s": rate} for rate in (mixed, alike))
+        return {"role": role, "turns": [{"offline": offline, "homogeneous": homogeneous}]}
+
+    servers = {
+        REFERENCE: told("one-at-a-time", 1.0, 1.0),
+        "stepserve": told("ours", 3.0, 3.0),
+        "other": told("one-at-a-time", 1.5, 1.5),
+        "mixed": told("batching", 1.4, 1.5),
+        "alike": told("batching", 1.3, 2.0),
+        "ill": {"role": "batching", "turns": []},
+    }
+    assert finalists(servers) == [REFERENCE, "stepserve", "mixed", "alike"]
 
 
 def test_a_race_without_its_reference_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
