@@ -44,6 +44,7 @@ EXPOSED_HEADERS = (
     "X-Request-ID",
     "Server-Timing",
     "Retry-After",
+    "traceparent",
     "X-RateLimit-Limit-Requests",
     "X-RateLimit-Remaining-Requests",
     "X-RateLimit-Reset-Requests",
@@ -151,7 +152,7 @@ def _middleware(
     return [
         *([cors] if settings.cors_origins else []),
         Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
-        Middleware(ObservationMiddleware, listeners=observation.listeners),
+        Middleware(ObservationMiddleware, observation=observation),
         Middleware(TimingMiddleware),
         Middleware(UnexpectedErrorMiddleware),
         Middleware(AccessMiddleware, access=access),

@@ -1,17 +1,18 @@
-"""ASGI middleware that tells of every HTTP exchange once it is over."""
+"""ASGI middleware that tells of every HTTP exchange once it is over, and traces those of the API."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import time
-from collections.abc import Sequence
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.middleware import UPLOADS, request_id_of
-from service.api.notes import Exchange, ExchangeListener, notes_of
+from service.api.notes import Exchange, notes_of
+from service.api.settings import Observation
+from service.telemetry.tracing import HttpSpan, TraceContext
 
 CLIENT_LEFT = 499
 UNMATCHED = "unmatched"
@@ -19,6 +20,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(
 _NO_TRACE = "0" * 32
 # Requests to these may be refused before the router has seen them.
 _KNOWN = frozenset({"/v1/images/generations", *UPLOADS})
+TRACEPARENT = "traceparent"
 # Folders of files, which are no routes.
 _MOUNTS = ("/playground", "/docs/assets")
 
@@ -26,20 +28,24 @@ _MOUNTS = ("/playground", "/docs/assets")
 class ObservationMiddleware:
     """Tells listeners of each exchange. They must return at once, and not raise."""
 
-    def __init__(self, app: ASGIApp, *, listeners: Sequence[ExchangeListener]) -> None:
+    def __init__(self, app: ASGIApp, *, observation: Observation) -> None:
         self._app = app
-        self._listeners = listeners
+        self._listeners = observation.listeners
+        self._traces = observation.traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, to the last byte of its answer."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         started_s, status = time.perf_counter(), CLIENT_LEFT
+        span = self._begin_span(scope)
 
         async def noticed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if span is not None:
+                    MutableHeaders(scope=message)[TRACEPARENT] = dict(span.carrier)[TRACEPARENT]
             await send(message)
 
         try:
@@ -48,11 +54,45 @@ class ObservationMiddleware:
             notes_of(scope).error_code = "request_cancelled"
             raise
         finally:
-            self._tell(_exchange(scope, status, time.perf_counter() - started_s))
+            trace_id = trace_id_of(scope) if span is None else span.trace_id
+            exchange = _exchange(scope, status, trace_id, time.perf_counter() - started_s)
+            if span is not None:
+                _end_span(span, exchange)
+            self._tell(exchange)
+
+    def _begin_span(self, scope: Scope) -> HttpSpan | None:
+        if self._traces is None or not _is_traced(scope["path"]):
+            return None
+        span = self._traces.begin(dict(Headers(scope=scope)), scope["method"])
+        scope["state"]["trace_context"] = span.carrier
+        return span
 
     def _tell(self, exchange: Exchange) -> None:
         for listener in self._listeners:
             listener(exchange)
+
+
+def trace_context_of(scope: Scope) -> TraceContext:
+    """What whoever works for this exchange must be told of its trace; nothing without one."""
+    context: TraceContext = scope["state"].get("trace_context", ())
+    return context
+
+
+def _is_traced(path: str) -> bool:
+    """Whether it is a call of the API, and none that an open page makes again and again."""
+    return path.startswith("/v1/") and not path.endswith("/batch")
+
+
+def _end_span(span: HttpSpan, exchange: Exchange) -> None:
+    attributes = {
+        "http.request.method": exchange.method,
+        "http.route": exchange.route,
+        "stepserve.request_id": exchange.request_id,
+        "stepserve.model": exchange.notes.model,
+        "stepserve.caller": exchange.caller,
+        "stepserve.outcome": exchange.outcome,
+    }
+    span.end(f"{exchange.method} {exchange.route}", exchange.status, attributes)
 
 
 def trace_id_of(scope: Scope) -> str:
@@ -61,11 +101,11 @@ def trace_id_of(scope: Scope) -> str:
     return found[1] if found and found[1] != _NO_TRACE else ""
 
 
-def _exchange(scope: Scope, status: int, duration_s: float) -> Exchange:
+def _exchange(scope: Scope, status: int, trace_id: str, duration_s: float) -> Exchange:
     caller = scope["state"].get("caller")
     return Exchange(
         request_id=request_id_of(scope),
-        trace_id=trace_id_of(scope),
+        trace_id=trace_id,
         method=scope["method"],
         route=_route(scope),
         status=status,

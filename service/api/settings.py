@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 
 from service.api.notes import ExchangeListener
 from service.api.uploads import UploadLimits
+from service.telemetry.tracing import HttpTraces
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Who hears of HTTP exchanges, and where `/metrics` comes from; None shows none."""
+    """Who hears of HTTP exchanges, where `/metrics` comes from, and what begins spans.
+
+    None shows no metrics, and traces nothing.
+    """
 
     listeners: tuple[ExchangeListener, ...] = ()
     read_metrics: Callable[[], Awaitable[str]] | None = None
+    traces: HttpTraces | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""What the ingress tells of the exchanges it serves: metrics, and one log line each."""
+"""What the ingress tells of the exchanges it serves: metrics, spans, and one log line each."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from service import __version__
@@ -16,6 +17,7 @@ from service.telemetry.flusher import Flusher
 from service.telemetry.http_metrics import HttpAnswer, record_answer
 from service.telemetry.instruments import Instruments
 from service.telemetry.logs import LogOptions, set_up_logging
+from service.telemetry.tracing import HttpTraces, open_traces
 
 
 def observe(settings: TelemetrySettings) -> Observation:
@@ -24,7 +26,9 @@ def observe(settings: TelemetrySettings) -> Observation:
     instruments = RayInstruments()
     Flusher(lambda: _tell_version(instruments)).start()
     listeners = (_Recorder(instruments), AccessLog(settings.log_prompts))
-    return Observation(listeners, read_metrics if settings.metrics else None)
+    provider = open_traces(f"ingress-{os.getpid()}")
+    traces = None if provider is None else HttpTraces(provider)
+    return Observation(listeners, read_metrics if settings.metrics else None, traces)
 
 
 def count_retries() -> Callable[[str], None]:

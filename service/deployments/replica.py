@@ -21,8 +21,8 @@ from service.deployments.autoscaling import BACKLOG
 from service.deployments.callers import Callers
 from service.deployments.model_watch import unknown_status
 from service.deployments.observing import start_logging
-from service.deployments.replica_metrics import ReplicaMetrics
-from service.deployments.request_desk import RequestDesk
+from service.deployments.replica_metrics import ReplicaMetrics, open_request_traces
+from service.deployments.request_desk import NOT_WATCHED, RequestDesk
 from service.domain.batch import BatchView
 from service.domain.errors import (
     NotReadyError,
@@ -76,9 +76,10 @@ class ModelReplica:
             self._failure = f"cannot be loaded: {error}"
             return
         self.load_s = time.monotonic() - began_s
-        self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s)
+        traces = open_request_traces()
+        self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s, traces)
         self.metrics.start()
-        self.desk = RequestDesk(self.runner)
+        self.desk = RequestDesk(self.runner, traces or NOT_WATCHED)
 
     async def status(self) -> ModelStatus:
         """What the model can do, and whether it takes requests. Answered once it is warm."""

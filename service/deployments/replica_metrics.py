@@ -1,4 +1,4 @@
-"""A replica's metrics: what its engine reports, and how it stands, once a second."""
+"""A replica's metrics and traces: what its engine reports, and how it stands, once a second."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from service.telemetry.flusher import Flusher
 
 if TYPE_CHECKING:
     from service.pipelines.runner import PipelineRunner
+    from service.telemetry.request_traces import RequestTraces
 
 
 class ReplicaMetrics:
@@ -22,25 +23,38 @@ class ReplicaMetrics:
 
     Args:
         load_s: seconds that it took to become warm.
+        traces: hears of forwards as well, and makes spans of them; None where nothing is traced.
     """
 
-    def __init__(self, runner: PipelineRunner, model_id: str, load_s: float) -> None:
+    def __init__(
+        self,
+        runner: PipelineRunner,
+        model_id: str,
+        load_s: float,
+        traces: RequestTraces | None = None,
+    ) -> None:
         self._runner = runner
         self._load_s = load_s
         self._instruments = RayInstruments()
         self._metrics = EngineMetrics(self._instruments, model_id, replica_name())
+        self._traces = traces
         self._before = self._totals()
         self._flusher = Flusher(self._flush)
 
     def start(self) -> None:
         """Begin. What warmed the replica up is not counted."""
-        self._runner.engine.batcher.observer = self._metrics
+        from service.engine.observer import Several
+
+        batcher, traces = self._runner.engine.batcher, self._traces
+        batcher.observer = self._metrics if traces is None else Several(self._metrics, traces)
         self._metrics.started()
         self._flusher.start()
 
     def stop(self) -> None:
         """Record what is left, and end."""
         self._flusher.stop()
+        if self._traces is not None:
+            self._traces.close()
 
     def _flush(self) -> None:
         before, now = self._before, self._totals()
@@ -52,6 +66,8 @@ class ReplicaMetrics:
         self._metrics.flush(totals, self._standing())
         labels = {"version": __version__, "process": "replica"}
         self._instruments.set(catalogue.BUILD, 1, labels)
+        if self._traces is not None:
+            self._traces.flush()
 
     def _totals(self) -> Totals:
         counters = self._runner.engine.counters
@@ -69,6 +85,16 @@ class ReplicaMetrics:
             load_s=self._load_s,
             memory_bytes=self._runner.memory_bytes(),
         )
+
+
+def open_request_traces() -> RequestTraces | None:
+    """What makes spans of this replica's requests; None where nothing is to be traced."""
+    from service.telemetry.request_traces import RequestTraces
+    from service.telemetry.tracing import open_traces
+
+    replica = replica_name()
+    provider = open_traces(replica)
+    return None if provider is None else RequestTraces(provider, {"stepserve.replica": replica})
 
 
 def replica_name() -> str:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from service.domain.events import Event
 from service.domain.progress import Progress
@@ -24,11 +24,37 @@ STEP_BACK_S = 2.0
 EventQueue = asyncio.Queue[Event]
 
 
+class Watcher(Protocol):
+    """Hears of requests and of what happens to them; must return at once."""
+
+    def begin(self, request: GenerationRequest) -> None:
+        """A request is about to be handed in."""
+        ...
+
+    def hear(self, event: Event) -> None:
+        """Something happened to a request."""
+        ...
+
+
+class NotWatched:
+    """Nobody cares."""
+
+    def begin(self, request: GenerationRequest) -> None:
+        """Ignored."""
+
+    def hear(self, event: Event) -> None:
+        """Ignored."""
+
+
+NOT_WATCHED = NotWatched()
+
+
 class RequestDesk:
     """Between an event loop, whose calls these are, and the engine's threads."""
 
-    def __init__(self, runner: PipelineRunner) -> None:
+    def __init__(self, runner: PipelineRunner, watcher: Watcher = NOT_WATCHED) -> None:
         self._runner = runner
+        self._watcher = watcher
         self._log = RequestLog(time.monotonic, time.time)
         self._queues: dict[str, EventQueue] = {}
         self._given_up: set[str] = set()
@@ -50,6 +76,7 @@ class RequestDesk:
         queue = self._queues[request.id] = EventQueue()
         self._jobs[request.id] = job_of(request)
         self._loop = asyncio.get_running_loop()
+        self._watcher.begin(request)
         self._runner.submit(request, self._post)
         return queue
 
@@ -112,6 +139,7 @@ class RequestDesk:
     def _hear(self, event: Event) -> None:
         request_id = event.request_id
         self._log.add(event)
+        self._watcher.hear(event)
         queue = self._queues.get(request_id)
         if queue is not None:
             queue.put_nowait(event)

@@ -58,6 +58,7 @@ class GenerationRequest:
         output_compression: quality of JPEG and WEBP files, 0 to 100, or None for the usual.
         previews: how many times, evenly spread over its steps, to foretell the pictures.
         owner: who sent it; empty for anybody.
+        trace_context: headers that tell which trace it belongs to, such as W3C's `traceparent`.
     """
 
     id: str
@@ -85,6 +86,7 @@ class GenerationRequest:
     output_compression: int | None = None
     previews: int = 0
     owner: str = ""
+    trace_context: tuple[tuple[str, str], ...] = ()
 
     @property
     def rows(self) -> int:

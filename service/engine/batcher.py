@@ -212,35 +212,41 @@ class Batcher:
         calls[0].enter()
         started_s = self.clock()
         output = method.run(*args, **kwargs)
-        seconds = self.clock() - started_s
+        ended_s = self.clock()
         padding = padded_rows - sum(rows)
         outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
         self.counters.padded_rows += padding
-        self._report_forward(group, sum(rows), padding, seconds)
-        self._account(group, sum(rows), seconds)
-        self._remember(group, method.name, padding, seconds)
-        return outputs
-
-    def _report_forward(
-        self, group: Sequence[Track], rows: int, padded_rows: int, seconds: float
-    ) -> None:
-        """Before anything is learned from it: what was foretold is told as well."""
-        call = _calls(group)[0]
-        shape, stage = call.key.shape, call.method.stage
-        expected_s = self.cost.predict(shape, rows) if self.cost.knows(shape) else None
-        self.observer.forward_ended(
-            ForwardReport(
-                stage, len(group), rows, padded_rows, self.max_active_rows, seconds, expected_s
+        report = self._report(group, padding, ended_s, ended_s - started_s)
+        self.observer.forward_ended(report)
+        self._account(group, report.rows, report.seconds)
+        self.latest_forwards.append(
+            SharedForward(
+                self.counters.forwards, report.module, report.requests, padding, report.seconds
             )
         )
+        return outputs
 
-    def _remember(
-        self, group: Sequence[Track], module: str, padded_rows: int, seconds: float
-    ) -> None:
-        """For those who watch; in the engine's own time, so nothing is worked out here."""
-        rows = tuple((t.work.id, t.work.owner, t.call.rows) for t in group if t.call is not None)
-        self.latest_forwards.append(
-            SharedForward(self.counters.forwards, module, rows, padded_rows, seconds)
+    def _report(
+        self, group: Sequence[Track], padded_rows: int, ended_s: float, seconds: float
+    ) -> ForwardReport:
+        """Before anything is learned from it: what was foretold is told as well."""
+        # In the engine's own time, so nothing else is worked out here.
+        requests = tuple(
+            (t.work.id, t.work.owner, t.call.rows) for t in group if t.call is not None
+        )
+        call, rows = _calls(group)[0], sum(rows for _, _, rows in requests)
+        shape = call.key.shape
+        return ForwardReport(
+            stage=call.method.stage,
+            module=call.method.name,
+            requests=requests,
+            ended_s=ended_s,
+            calls=len(group),
+            rows=rows,
+            padded_rows=padded_rows,
+            row_limit=self.max_active_rows,
+            seconds=seconds,
+            expected_s=self.cost.predict(shape, rows) if self.cost.knows(shape) else None,
         )
 
     def _run_halves(self, group: Sequence[Track], failure: BaseException) -> list[Any]:
@@ -306,7 +312,7 @@ class Batcher:
             now_s = self.clock()
             self.outlook.track_ended(track, now_s)
             self._on_ended(track)
-            self.observer.work_ended(_report(track, now_s))
+            self.observer.work_ended(_ending(track, now_s))
 
 
 def _in_batch(track: Track) -> RequestInBatch:
@@ -314,11 +320,17 @@ def _in_batch(track: Track) -> RequestInBatch:
     return RequestInBatch(work.id, work.owner, track.state, track.steps_done, work.steps, work.rows)
 
 
-def _report(track: Track, now_s: float) -> WorkReport:
+def _ending(track: Track, now_s: float) -> WorkReport:
     work = track.work
-    timings = track.clockwork.timings(now_s)
-    has_deadline = work.deadline_s is not None
-    return WorkReport(track.state, timings, work.pictures, track.steps_left, has_deadline)
+    return WorkReport(
+        id=work.id,
+        ended_s=now_s,
+        state=track.state,
+        timings=track.clockwork.timings(now_s),
+        pictures=work.pictures,
+        steps_left=track.steps_left,
+        has_deadline=work.deadline_s is not None,
+    )
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:

@@ -12,10 +12,15 @@ from service.domain.timings import Timings
 class ForwardReport(NamedTuple):
     """One shared forward that succeeded.
 
-    `expected_s` is what the cost model foretold, or None for a shape that it had never seen.
+    `requests` tells the id, owner and rows of each that shared it. `ended_s` is a moment on the
+    engine's clock. `expected_s` is what the cost model foretold, or None for a shape that it had
+    never seen.
     """
 
     stage: str
+    module: str
+    requests: tuple[tuple[str, str, int], ...]
+    ended_s: float
     calls: int
     rows: int
     padded_rows: int
@@ -25,8 +30,10 @@ class ForwardReport(NamedTuple):
 
 
 class WorkReport(NamedTuple):
-    """One piece of work that ended."""
+    """One piece of work that ended, at `ended_s` on the engine's clock."""
 
+    id: str
+    ended_s: float
     state: RequestState
     timings: Timings
     pictures: int
@@ -57,3 +64,20 @@ class Nobody:
 
 
 NOBODY = Nobody()
+
+
+class Several:
+    """Tells each of several observers."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def forward_ended(self, report: ForwardReport) -> None:
+        """A shared forward succeeded."""
+        for observer in self._observers:
+            observer.forward_ended(report)
+
+    def work_ended(self, report: WorkReport) -> None:
+        """A piece of work was answered."""
+        for observer in self._observers:
+            observer.work_ended(report)

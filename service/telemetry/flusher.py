@@ -18,7 +18,7 @@ class Flusher:
         self._flush = flush
         self._interval_s = interval_s
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
 
     def start(self) -> None:
         """Begin."""
@@ -40,4 +40,4 @@ class Flusher:
             self._flush()
         except Exception:
             # Watching must never end what is watched.
-            logger.exception("metrics could not be recorded")
+            logger.exception("what was observed could not be recorded")

@@ -52,6 +52,7 @@ ONLY_IN = {
     "greenlet": {"engine"},
     "torch": {"engine", "pipelines", "training"},
     "prometheus_client": {"telemetry"},
+    "opentelemetry": {"telemetry"},
 }
 FASTAPI_IN_DEPLOYMENTS = {"deployments.ingress"}
 

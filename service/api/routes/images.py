@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Depends, Response
 
 from service.api.answers import ImagesAnswer
@@ -21,6 +23,7 @@ from service.api.errors import (
 )
 from service.api.inputs import Inputs, read_inputs
 from service.api.notes import notes_of
+from service.api.observation import trace_context_of
 from service.api.openapi import (
     REQUEST_ID,
     REQUEST_ID_PARAMETER,
@@ -155,4 +158,6 @@ async def _answer(
         require_ready([model])
     check_request(call.generation, model.capabilities)
     require_ready([model])
-    return await answer_pictures(call, response)
+    context = trace_context_of(call.incoming.http.scope)
+    traced = replace(call.generation, trace_context=context)
+    return await answer_pictures(replace(call, generation=traced), response)

@@ -35,11 +35,12 @@ def metrics(recorded: PrometheusInstruments) -> EngineMetrics:
 
 
 def forward(stage: str = "denoise", expected_s: float | None = 0.03, rows: int = 4):
-    return ForwardReport(stage, 2, rows, 1, 16, 0.02, expected_s)
+    requests = (("a", "", rows - 1), ("b", "", 1))
+    return ForwardReport(stage, "unet", requests, 9.0, 2, rows, 1, 16, 0.02, expected_s)
 
 
 def ending(state: RequestState, steps_left: int = 0, has_deadline: bool = False):
-    return WorkReport(state, TIMINGS, 2, steps_left, has_deadline)
+    return WorkReport("a", 9.0, state, TIMINGS, 2, steps_left, has_deadline)
 
 
 def test_forwards_are_added_up(metrics: EngineMetrics, recorded: PrometheusInstruments):
