@@ -1,4 +1,4 @@
-"""ASGI middleware that tells of every HTTP exchange once it is over, and traces those of the API."""
+"""ASGI middleware that tells of every HTTP exchange once it is over, and traces API calls."""
 
 from __future__ import annotations
 

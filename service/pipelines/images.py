@@ -35,6 +35,7 @@ WITHOUT_EFFECT = (
     "reproducible",
     "previews",
     "owner",
+    "trace_context",
 )
 USUAL_QUALITY = 95
 

@@ -90,9 +90,7 @@ class TracedRequest:
     @property
     def is_over(self) -> bool:
         """Whether everything has been heard: a request that was refused was never at work."""
-        return self.ending is not None and (
-            self.work_ended_s is not None or not self.is_accepted
-        )
+        return self.ending is not None and (self.work_ended_s is not None or not self.is_accepted)
 
 
 class RequestTraces:
@@ -182,7 +180,10 @@ class RequestTraces:
             else:
                 self._end_company(traced)
                 began_s = report.ended_s - report.seconds
-                module = {"stepserve.module": report.module, "stepserve.companions": len(names) - 1}
+                module: dict[str, str | int | float] = {
+                    "stepserve.module": report.module,
+                    "stepserve.companions": len(names) - 1,
+                }
                 self._child(traced, _span_name(report), (began_s, report.ended_s), module)
 
     def _denoise(self, traced: TracedRequest, companions: set[str], report: Forward) -> None:

@@ -1,8 +1,8 @@
 """Traces: where spans go, as the usual `OTEL_` variables say, and spans of HTTP exchanges.
 
 Nothing is traced unless an exporter or the address of a collector is named:
-https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/. Sampling, batching,
-headers, certificates and attributes of the resource are read by OpenTelemetry's own code.
+https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/. Sampling,
+batching, headers, certificates and attributes of the resource are read by OpenTelemetry's own code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opentelemetry.context import Context
-from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.resources import (
+    SERVICE_INSTANCE_ID,
+    SERVICE_NAME,
+    SERVICE_VERSION,
+    OTELResourceDetector,
+    Resource,
+)
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
@@ -150,10 +156,7 @@ def _check(variable: str, values: tuple[str, ...], known: tuple[str, ...]) -> No
 def _resource(instance: str) -> Resource:
     """Who made the spans; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win."""
     ours = {SERVICE_NAME: NAME, SERVICE_VERSION: __version__, SERVICE_INSTANCE_ID: instance}
-    told = Resource.create().attributes
-    unnamed = str(told.get(SERVICE_NAME, "")).startswith("unknown_service")
-    names = {key: value for key, value in told.items() if not (key == SERVICE_NAME and unnamed)}
-    return Resource({**ours, **names})
+    return Resource.create({**ours, **OTELResourceDetector().detect().attributes})
 
 
 def _exporter(name: str, protocol: str) -> SpanExporter:

@@ -37,7 +37,7 @@ def test_goes_on_after_an_error(caplog: pytest.LogCaptureFixture):
     flusher.start()
     assert recovered.wait(10)
     flusher.stop()
-    assert "metrics could not be recorded" in caplog.text
+    assert "what was observed could not be recorded" in caplog.text
 
 
 def test_one_that_never_began_can_be_stopped():
