@@ -77,13 +77,16 @@ class PeerSettings:
 
 def load_pipeline(settings: PeerSettings) -> Any:
     """Load the model once, the way Stepserve loads it."""
-    torch.set_num_threads(settings.threads)
+    # Each thread that computes has OpenMP threads of its own, and once there are more of them than
+    # cores, waiting ones no longer spin. So whoever loads starts none, unless it computes as well.
+    torch.set_num_threads(1)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
         settings.model, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
     )
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
+    torch.set_num_threads(settings.threads)
     return pipeline
 
 
