@@ -315,11 +315,18 @@ def create_key(
 
 
 @keys_app.command("list")
-def list_keys(config: ConfigOption = None) -> None:
-    """List the API keys of the configuration by name, with their limits."""
+def list_keys(
+    config: ConfigOption = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Those of this file, whatever the configuration says.")
+    ] = None,
+) -> None:
+    """List the API keys of the configuration, or of a file, by name, with their limits."""
+    from service.api.keys import read_keys
     from service.deployments.exposure import read_access_keys
 
-    for key in read_access_keys(_settings(config)).keys:
+    known = read_access_keys(_settings(config)) if file is None else read_keys(file, None)
+    for key in known.keys:
         rate = "any number" if key.requests_per_minute is None else f"{key.requests_per_minute:g}"
         most = "any" if key.max_concurrent is None else key.max_concurrent
         typer.echo(f"{key.name}  {rate} a minute, {most} at once, up to {key.priority}")

@@ -97,6 +97,15 @@ def test_every_command_has_help(command: str) -> None:
     assert len(stepserve(command, "--help").stdout) > 200
 
 
+def test_keys_of_a_file_are_listed_without_what_they_open(tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.yaml")
+    made = stepserve("keys", "create", "shop", "--file", file, "--max-concurrent", "4").stdout
+    listed = stepserve("keys", "list", "--file", file).stdout
+    assert listed == "shop  any number a minute, 4 at once, up to interactive\n"
+    assert not set(listed.split()) & {word for word in made.split() if len(word) > 40}
+    assert "shop" not in stepserve("keys", "list").stdout
+
+
 def write_adapter(path: Path) -> Path:
     """A LoRA for the embedded model that turns round what its last layer says."""
     weights = load_file(EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors")
