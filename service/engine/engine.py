@@ -139,8 +139,7 @@ class Engine:
         with self._lock:
             if not self._open:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
-            # In order, so that equal histories have equal forecasts.
-            in_hand = sorted(self._in_hand, key=lambda track: track.arrival)
+            in_hand = self._not_ended()
             self._check_room(in_hand, work.pictures)
             track = Track(work, self.batcher.clock)
             prospect = self.batcher.prospect([*in_hand, track])
@@ -156,7 +155,7 @@ class Engine:
     def load(self) -> Load:
         """Work in hand: everything accepted and not yet ended."""
         with self._lock:
-            return load_of(self._endings(list(self._in_hand)))
+            return load_of(self._endings(self._not_ended()))
 
     def outlook_of(self, request_id: str) -> tuple[int, float] | None:
         """How many requests in hand came before this one, and when it should end, in seconds.
@@ -164,7 +163,7 @@ class Engine:
         None if it is not in hand.
         """
         with self._lock:
-            tracks = sorted(self._in_hand, key=lambda track: track.arrival)
+            tracks = self._not_ended()
             seconds = self.batcher.finish_times_s(tracks)
         for position, (track, expected_s) in enumerate(zip(tracks, seconds, strict=True)):
             if track.work.id == request_id:
@@ -174,7 +173,7 @@ class Engine:
     def steps_left(self) -> dict[str, int]:
         """Denoising steps left to everything in hand, by request id."""
         with self._lock:
-            return {track.work.id: track.steps_left for track in self._in_hand}
+            return {track.work.id: track.steps_left for track in self._not_ended()}
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
         """What was learned of steps; see `Outlook.step_costs`."""
@@ -305,6 +304,15 @@ class Engine:
             self._in_hand.discard(track)
             if not self._in_hand:
                 self._nothing_in_hand.notify_all()
+
+    def _not_ended(self) -> list[Track]:
+        """What is in hand, in the order of arrival so that equal histories have equal forecasts.
+
+        Not what is about to be forgotten: who was told of an end may send the next work at once.
+        """
+        return sorted(
+            (track for track in self._in_hand if not track.ended), key=lambda track: track.arrival
+        )
 
     def _check_room(self, in_hand: Sequence[Track], pictures: int) -> None:
         limit = self.options.max_waiting_pictures

@@ -185,6 +185,30 @@ def test_a_full_server_refuses_and_says_when_to_come_back(
     assert ear.result == "through"
 
 
+class NextOne(WaitingEar):
+    """Sends another piece of work the moment it hears the end of the one before."""
+
+    def __init__(self, send: Callable[[], object]) -> None:
+        super().__init__()
+        self.send = send
+
+    def finished(self, result: Any, timings: Timings) -> None:
+        self.send()
+        super().finished(result, timings)
+
+
+def test_who_was_told_of_an_end_may_send_the_next_at_once(
+    engines: Callable[..., Engine], modules: Modules
+) -> None:
+    """An answered request takes no place any more, even if the engine has yet to forget it."""
+    engine, last = engines(max_waiting_pictures=1), WaitingEar()
+    first = NextOne(lambda: engine.submit(job_work(modules, Job(seed=2), last)))
+    engine.submit(job_work(modules, Job(seed=1), first))
+    first.wait()
+    last.wait()
+    assert last.news[-1] == "finished"
+
+
 def test_stopping_with_time_to_drain_finishes_what_was_accepted(
     engines: Callable[..., Engine], modules: Modules
 ) -> None:
