@@ -32,8 +32,8 @@ ALONE := tests/integration tests/browser
 COMMANDS := tests/integration/test_cli.py
 test: $(INSTALLED)  ## Run every test.
 	@status=0; \
-	$(BIN)/python -m pytest $(ALONE) --ignore $(COMMANDS) || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(COMMANDS) tests/parity tests/unit || status=1; \
+	$(BIN)/python -m pytest --durations=12 $(ALONE) --ignore $(COMMANDS) || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=12 -n 2 $(COMMANDS) tests/parity tests/unit || status=1; \
 	exit $$status
 
 check: $(INSTALLED)  ## What CI runs first: format, lint, types, import direction.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import psutil
 import torch
 
 from service.domain.errors import CancelledError, StepserveError
@@ -35,6 +37,8 @@ MEASURING_S = 6.0
 TRIES = 3
 # Where there is no time to find the knee; if memory does not suffice, the engine lowers it.
 USUAL_ROWS = 32
+# Of a machine's cores, while a model is measured on them. More, and what was measured is theirs.
+MOST_FOR_OTHERS = 0.05
 
 
 def warm_up(runner: PipelineRunner) -> float:
@@ -60,16 +64,53 @@ def warm_up(runner: PipelineRunner) -> float:
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of one step by its rows. `cut_short`: there was no time for more rows."""
+    """Seconds of one step by its rows.
+
+    Args:
+        cut_short: there was no time for more rows.
+        disturbed: others took part of the machine meanwhile, as they do while a cluster starts.
+    """
 
     seconds: dict[int, float]
     cut_short: bool = False
+    disturbed: bool = False
 
     @property
     def row_limit(self) -> int:
-        """The knee; where throughput still grew when the time ran out, the usual limit."""
+        """The knee; at least the usual limit where it may lie beyond what was seen."""
         rows = knee(self.seconds)
-        return max(rows, USUAL_ROWS) if self.cut_short and rows == max(self.seconds) else rows
+        unseen = self.disturbed or (self.cut_short and rows == max(self.seconds))
+        return max(rows, USUAL_ROWS) if unseen else rows
+
+    @property
+    def remark(self) -> str:
+        """What to know about it, or nothing."""
+        remarks = [
+            "no time for more" if self.cut_short else "",
+            "others were at work" if self.disturbed else "",
+        ]
+        return ", ".join(filter(None, remarks))
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """Seconds that cores were busy since the machine started, and with this process."""
+
+    taken_s: float
+    busy_s: float
+    own_s: float
+
+    @classmethod
+    def now(cls) -> CpuTimes:
+        """As the system counts them."""
+        all_cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle_s = all_cores.idle + getattr(all_cores, "iowait", 0.0)
+        return cls(time.monotonic(), sum(all_cores) - idle_s, own.user + own.system)
+
+    def others_share(self, now: CpuTimes, cores: int) -> float:
+        """Share of the machine that other processes had between this and `now`."""
+        others_s = (now.busy_s - self.busy_s) - (now.own_s - self.own_s)
+        return max(others_s / (cores * max(now.taken_s - self.taken_s, 1e-9)), 0.0)
 
 
 def measure_steps(runner: PipelineRunner, most_s: float = MEASURING_S) -> Curve:
@@ -149,16 +190,20 @@ class Stopwatch:
 
 
 def _set_measured_limit(runner: PipelineRunner) -> None:
+    before = CpuTimes.now()
     curve = measure_steps(runner)
     if not curve.seconds:
         return
+    if runner.model.pipeline.device.type == "cpu":
+        others_share = before.others_share(CpuTimes.now(), os.cpu_count() or 1)
+        curve = replace(curve, disturbed=others_share > MOST_FOR_OTHERS)
     runner.engine.limit_rows(curve.row_limit)
     logger.info(
         "model %s: at most %d rows share a forward; milliseconds of a step by its rows: %s%s",
         runner.model.capabilities.id,
         runner.engine.row_limit,
         ", ".join(f"{rows}: {1000 * step_s:.1f}" for rows, step_s in curve.seconds.items()),
-        " (no time for more)" if curve.cut_short else "",
+        f" ({curve.remark})" if curve.remark else "",
     )
 
 

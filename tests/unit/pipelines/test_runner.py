@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +28,7 @@ from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, RequestListener
 from service.pipelines.tasks import denoiser_calls, make_pictures
-from service.pipelines.warm_up import Curve, measure_steps, warm_up
+from service.pipelines.warm_up import CpuTimes, Curve, measure_steps, warm_up
 
 
 def test_events_come_in_order_and_end_once(runner: PipelineRunner) -> None:
@@ -263,12 +266,25 @@ def test_rows_are_measured_as_far_as_memory_allows(
         (Curve({2: 1.0, 4: 1.2}, cut_short=True), 32),
         (Curve({2: 1.0, 4: 2.0}, cut_short=True), 2),
         (Curve({32: 1.0, 64: 1.2}, cut_short=True), 64),
+        (Curve({2: 1.0, 4: 2.0, 8: 4.0}, disturbed=True), 32),
+        (Curve({32: 1.0, 64: 1.2}, disturbed=True), 64),
     ],
 )
-def test_a_curve_cut_short_limits_only_where_it_had_stopped_growing(
-    curve: Curve, limit: int
-) -> None:
+def test_a_curve_limits_only_where_it_was_seen_to_stop_growing(curve: Curve, limit: int) -> None:
     assert curve.row_limit == limit
+
+
+def test_what_other_processes_take_of_the_machine_is_counted_apart() -> None:
+    before = CpuTimes(taken_s=10.0, busy_s=100.0, own_s=50.0)
+    assert before.others_share(CpuTimes(12.0, 104.0, 53.0), cores=2) == pytest.approx(0.25)
+    assert before.others_share(CpuTimes(12.0, 103.0, 53.0), cores=2) == 0.0
+
+
+def test_a_busy_neighbour_is_seen() -> None:
+    busy = "import time; end = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
+    before = CpuTimes.now()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert before.others_share(CpuTimes.now(), os.cpu_count() or 1) > 0.3 / (os.cpu_count() or 1)
 
 
 def test_measuring_stops_when_its_time_is_over(tiny: LoadedModel) -> None:
