@@ -214,6 +214,40 @@ def _of_steps(
     }
 
 
+def steady_per_s(
+    outcomes: Sequence[Outcome], work_s: Sequence[float], in_flight: int
+) -> float | None:
+    """Requests a second of a server that always had `in_flight` of them, without begin and end.
+
+    While the last ones end there is less and less to do at once, which makes a short run of a
+    server that shares work look slower than the server is. So it is looked at from when twice the
+    window was sent until the last request is. Of a request on an edge counts the share of its time
+    that lies inside; as many are cut by the one edge as by the other. Each request counts by its
+    work, as it may be large or small ones that a server happens to have done by then.
+
+    Args:
+        work_s: of each request, in any unit that is common to all.
+
+    Returns:
+        None if the run is too short for that.
+    """
+    sent_s = sorted(outcome.sent_s for outcome in outcomes)
+    if len(sent_s) < 4 * in_flight:
+        return None
+    begin_s, end_s = sent_s[2 * in_flight], sent_s[-1]
+    done = sum(
+        work_s[outcome.index] * _share_inside(outcome, begin_s, end_s)
+        for outcome in outcomes
+        if outcome.status is Status.OK
+    )
+    return done / (sum(work_s) / len(work_s)) / (end_s - begin_s)
+
+
+def _share_inside(outcome: Outcome, begin_s: float, end_s: float) -> float:
+    inside_s = min(outcome.ended_s, end_s) - max(outcome.sent_s, begin_s)
+    return max(inside_s, 0.0) / max(outcome.ended_s - outcome.sent_s, 1e-9)
+
+
 async def find_knee(
     is_good: Callable[[int], Awaitable[bool]], start: int, lowest: int, highest: int
 ) -> int | None:

@@ -173,7 +173,12 @@ def models(config: ConfigOption = None) -> None:
     settings = _settings(config)
     for model_id, model in settings.models.items():
         mark = "*" if model_id == settings.default_model else " "
-        source = "embedded" if model.path is None else str(model_folder(model.path))
+        if model.path is None:
+            source = "embedded"
+        elif model.revision is not None:
+            source = f"{model.path} at {model.revision}"
+        else:
+            source = str(model_folder(model.path))
         typer.echo(f"{mark} {model_id:20} {model.dtype:10} {source}")
 
 
@@ -215,11 +220,11 @@ def explain(
     Forward: a picture turning into static. Reverse: static turning into a picture, with the
     predicted clean picture beside each noisy one. docs/diffusion.md explains both.
     """
-    from service.models.catalogue import model_folder
+    from service.deployments.replica import find_model
     from service.training.explain import explain as draw
 
     settings = _settings(config)
-    folder = model_folder(settings.models[_model_id(settings, model)].path)
+    folder = find_model(settings.models[_model_id(settings, model)])
     for path in draw(folder, output, prompt, seed, steps):
         typer.echo(str(path))
 
@@ -350,15 +355,14 @@ def _model_id(settings: Settings, model: str | None) -> str:
 
 
 def _load(settings: Settings, model: str | None) -> LoadedModel:
-    from service.deployments.replica import trust_of
-    from service.models.catalogue import model_folder
+    from service.deployments.replica import find_model, trust_of
     from service.pipelines.load import load_model
 
     model_id = _model_id(settings, model)
     chosen = settings.models[model_id]
     # It would be at an end before anything were compiled.
     speed = chosen.model_copy(update={"compile": False})
-    folder, trust = model_folder(chosen.path), trust_of(chosen)
+    folder, trust = find_model(chosen), trust_of(chosen)
     return load_model(model_id, folder, chosen.dtype, chosen.device, speed, trust)
 
 

@@ -65,6 +65,7 @@ RESULTS_FOLDER = str(Path(tempfile.gettempdir()) / f"stepserve-results-{os.getui
 
 HIDDEN = "(hidden; not shown)"
 
+HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
 LOCAL = re.compile(r"(?![\w.+-]+:)|(file|local):")
 """How addresses of local folders begin: without a scheme, or with these."""
 
@@ -261,7 +262,9 @@ class ModelSettings(SpeedSettings):
     """One served model."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
-    """Local folder or Hugging Face hub id; None means the embedded model."""
+    """Local folder, or with `revision` a Hugging Face hub id; None means the embedded model."""
+    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Commit of the hub's repository: a model does not change under a running service."""
     replicas: PositiveInt = 1
     routing: Literal["expected-finish", "power-of-two"] = "expected-finish"
     """Which replica gets a request: the one that should finish it first, or Ray Serve's own way."""
@@ -282,6 +285,14 @@ class ModelSettings(SpeedSettings):
     max_loaded_adapters: PositiveInt = 4
     """Adapters that stay loaded while idle, and most of one request."""
     engine: EngineSettings = EngineSettings()
+
+    @field_validator("revision")
+    @classmethod
+    def _must_be_of_a_hub_id(cls, value: str | None, info: ValidationInfo) -> str | None:
+        path = info.data.get("path")
+        if value is not None and not HUB_ID.match(path or ""):
+            raise ValueError(f"belongs to a hub id such as owner/name in path, which is {path!r}")
+        return value
 
 
 class Settings(_Section):

@@ -200,7 +200,6 @@ class ModelReplica:
 
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
-    from service.models.catalogue import model_folder
     from service.pipelines.load import leave_cores_to_engine, load_model
     from service.pipelines.runner import PipelineRunner, SharingOptions
     from service.pipelines.warm_up import warm_up
@@ -209,7 +208,7 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     leave_cores_to_engine()
     model = load_model(
         spec.model_id,
-        model_folder(settings.path),
+        find_model(settings),
         settings.dtype,
         settings.device,
         settings,
@@ -223,6 +222,21 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     logger.info("model %s is warm after %.1f s", spec.model_id, seconds)
     runner.start_compiling()
     return runner
+
+
+def find_model(settings: ModelSettings) -> Path:
+    """The diffusers folder of a model; one of a hub is downloaded if it has to be.
+
+    Raises:
+        ModelNotFoundError: there is no diffusers pipeline in that folder.
+        ModelLoadError: it cannot be fetched.
+    """
+    from service.models.catalogue import model_folder
+    from service.pipelines.hub import fetch_model
+
+    if settings.path is None or settings.revision is None:
+        return model_folder(settings.path)
+    return fetch_model(settings.path, settings.revision, trust_of(settings))
 
 
 def trust_of(settings: ModelSettings) -> Trust:

@@ -102,13 +102,15 @@ def serve_until_stopped(
 
 
 def check_folders(settings: Settings) -> None:
-    """Return if any model is where the settings say, on this machine.
+    """Return if any model is where the settings say, on this machine; a hub is not asked.
 
     Raises:
         ModelNotFoundError: none is.
     """
     errors = []
     for model in settings.models.values():
+        if model.revision is not None:
+            continue
         try:
             model_folder(model.path)
         except ModelNotFoundError as error:

@@ -22,6 +22,7 @@ def model_folder(path: str | None) -> Path:
     folder = EMBEDDED if path is None else Path(path).expanduser()
     if not (folder / "model_index.json").exists():
         raise ModelNotFoundError(
-            f"no diffusers pipeline in {folder}: it should hold a model_index.json"
+            f"no diffusers pipeline in {folder}: it should hold a model_index.json "
+            "(or is it a hub id? Then set revision to the commit that is to be served)"
         )
     return folder

@@ -16,12 +16,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from local_hub import REVISION, LocalHub, local_hub
 from running_service import Service
 
 from service.models.catalogue import EMBEDDED
 
 GENERATIONS = "/v1/images/generations"
 PATIENCE_S = 180.0
+HUB_ID = "somebody/emoji"
 # One core each: several models at once with a team of threads each would wait for one another.
 LIGHT = {"num_cpus": 0.1, "engine": {"threads": 1}}
 SLEEPY = {
@@ -38,7 +40,7 @@ SLEEPY = {
 class Many:
     """A service whose models are in a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hub: LocalHub) -> None:
         self.folder = folder
         self.config = folder / "stepserve.yaml"
         self.models: dict[str, Any] = {
@@ -46,7 +48,11 @@ class Many:
             "broken": deepcopy(LIGHT) | {"path": str(folder / "nowhere")},
         }
         self.write()
-        variables = {"STEPSERVE_CONFIG": str(self.config)}
+        variables = {
+            "STEPSERVE_CONFIG": str(self.config),
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "cache"),
+        }
         self.service = Service(folder, variables=variables, limit_waiting=False)
 
     def write(self) -> None:
@@ -81,10 +87,11 @@ class Many:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
-    running = Many(tmp_path_factory.mktemp("many"))
-    running.service.start()
-    yield running
-    running.service.kill()
+    with local_hub(HUB_ID, EMBEDDED) as hub:
+        running = Many(tmp_path_factory.mktemp("many"), hub)
+        running.service.start()
+        yield running
+        running.service.kill()
 
 
 class Traffic:
@@ -128,19 +135,21 @@ def test_models_are_mended_added_and_removed_beside_the_traffic_of_others(many: 
     shutil.copytree(EMBEDDED, many.folder / "nowhere")
     with Traffic(many, "steady") as traffic:
         many.models["broken"]["engine"]["max_waiting_pictures"] = 8
+        many.models["fetched"] = deepcopy(LIGHT) | {"path": HUB_ID, "revision": REVISION}
+        many.apply()
+        many.wait(lambda told: told["broken"]["ready"] and told.get("fetched", {}).get("ready"))
+        assert many.draw("broken").status_code == 200
+        assert many.draw("fetched").status_code == 200
+
+        del many.models["broken"], many.models["fetched"]
         many.models["sleepy"] = SLEEPY | deepcopy(LIGHT)
         many.apply()
-        many.wait(lambda told: told["broken"]["ready"] and "sleepy" in told)
-        assert many.draw("broken").status_code == 200
-
-        del many.models["broken"]
-        many.apply()
-        many.wait(lambda told: "broken" not in told)
+        many.wait(lambda told: "broken" not in told and "sleepy" in told)
         assert many.draw("broken").status_code == 404
     assert set(traffic.statuses) == {200}
     assert len(traffic.statuses) > 10
-    assert "added: sleepy\nupdated: broken\n" in many.service.log
-    assert "removed: broken" in many.service.log
+    assert "added: fetched\nupdated: broken\n" in many.service.log
+    assert "added: sleepy\nremoved: broken, fetched\n" in many.service.log
 
 
 def test_a_file_that_is_wrong_changes_nothing(many: Many) -> None:

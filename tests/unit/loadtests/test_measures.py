@@ -23,6 +23,7 @@ from loadtests.measures import (
     percentile,
     recovery_s,
     slope_per_s,
+    steady_per_s,
     summarize,
     summarize_overload,
 )
@@ -47,6 +48,44 @@ def run_of(*latencies_s: float, statuses: dict[int, Status] | None = None) -> Ru
     count = len(latencies_s)
     trace = draw_trace(HOMOGENEOUS, count, 0)
     return Run(trace, [float(i) for i in range(count)], outcomes, [1.0] * count)
+
+
+def windowed(durations_s: list[float], in_flight: int) -> list[Outcome]:
+    """Each is sent when another has ended, as `send_windowed` does."""
+    free_s = [0.0] * in_flight
+    outcomes = []
+    for index, duration_s in enumerate(durations_s):
+        slot = free_s.index(min(free_s))
+        sent_s = free_s[slot]
+        free_s[slot] = sent_s + duration_s
+        outcomes.append(Outcome(index, Status.OK, sent_s, sent_s, free_s[slot]))
+    return outcomes
+
+
+def test_begin_and_end_of_a_run_do_not_count_for_its_throughput() -> None:
+    """Four at a time, two seconds each: two a second, though one takes half a minute at the end."""
+    durations_s = [1.9, 2.0, 2.1, 2.0] * 20 + [30.0]
+    steady = steady_per_s(windowed(durations_s, 4), [1.0] * 81, 4)
+    assert steady == pytest.approx(2.0, rel=0.05)
+
+
+def test_requests_count_by_their_work() -> None:
+    durations_s = [1.0, 3.0] * 60
+    steady = steady_per_s(windowed(durations_s, 4), durations_s, 4)
+    assert steady == pytest.approx(4 / 2.0, rel=0.05)
+
+
+def test_one_at_a_time_is_as_fast_as_it_is_whatever_waits() -> None:
+    ended_s = [float(i + 1) for i in range(100)]
+    sent_s = [0.0] * 8 + ended_s[:-8]
+    outcomes = [
+        Outcome(i, Status.OK, s, s, e) for i, (s, e) in enumerate(zip(sent_s, ended_s, strict=True))
+    ]
+    assert steady_per_s(outcomes, [1.0] * 100, 8) == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_short_run_has_no_steady_part() -> None:
+    assert steady_per_s(windowed([1.0] * 15, 4), [1.0] * 15, 4) is None
 
 
 def test_a_line_goes_through_the_medians() -> None:

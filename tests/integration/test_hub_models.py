@@ -1,0 +1,76 @@
+"""Models that lie on a hub: fetched at a commit, kept, and served."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from local_hub import REVISION, local_hub
+
+from service.models.catalogue import EMBEDDED
+
+HUB_ID = "somebody/emoji"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The embedded model as others publish theirs: with files beside it that nobody needs."""
+    folder = tmp_path / "repository"
+    shutil.copytree(EMBEDDED, folder)
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickled")
+    (folder / "emoji-all-in-one.safetensors").write_bytes(b"for other programs")
+    return folder
+
+
+def stepserve(
+    tmp_path: Path, hub: str, *arguments: str, revision: str = REVISION
+) -> subprocess.CompletedProcess[str]:
+    config = tmp_path / "stepserve.yaml"
+    models = {"fetched": {"path": HUB_ID, "revision": revision}}
+    config.write_text(yaml.safe_dump({"models": models}))
+    command = [sys.executable, "-m", "service.cli", *arguments, "--config", str(config)]
+    variables = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache")}
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+
+
+def draw(
+    tmp_path: Path, hub: str, output: str, revision: str = REVISION
+) -> subprocess.CompletedProcess[str]:
+    wanted = ["generate", "red heart", "--steps", "4", "--seed", "3"]
+    return stepserve(tmp_path, hub, *wanted, "-o", str(tmp_path / output), revision=revision)
+
+
+def test_a_model_is_fetched_once_and_served_without_the_hub_from_then_on(
+    tmp_path: Path, repository: Path
+) -> None:
+    with local_hub(HUB_ID, repository) as hub:
+        first = draw(tmp_path, hub.url, "first.png")
+        assert first.returncode == 0, first.stderr
+        assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
+        assert "unet/diffusion_pytorch_model.bin" not in hub.fetched
+        assert "emoji-all-in-one.safetensors" not in hub.fetched
+        assert len(hub.fetched) == len(set(hub.fetched))
+    again = draw(tmp_path, hub.url, "again.png")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+    listed = stepserve(tmp_path, hub.url, "models")
+    assert f"{HUB_ID} at {REVISION}" in listed.stdout
+
+
+def test_a_commit_that_is_not_there_is_told(tmp_path: Path, repository: Path) -> None:
+    with local_hub(HUB_ID, repository) as hub:
+        missing = draw(tmp_path, hub.url, "none.png", revision="f" * 40)
+    assert missing.returncode == 1
+    assert f"{HUB_ID} at {'f' * 40} cannot be fetched" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_a_branch_is_no_commit(tmp_path: Path) -> None:
+    refused = draw(tmp_path, "http://127.0.0.1:9", "none.png", revision="main")
+    assert refused.returncode == 1
+    assert "models.fetched.revision" in refused.stderr
