@@ -46,7 +46,12 @@ format: $(INSTALLED)  ## Format the code and mend what the linter can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## Measure the engine against plain diffusers, side by side.
+bench: $(INSTALLED)  ## Race the service against two others for five minutes; the page is out/bench/benchmarks.md.
+	$(BIN)/python -m loadtests.race --servers stepserve fastapi-lock ray-batch-keyed --rounds 1 \
+	  --requests 40 --in-flight 10 --calibration-repeats 1 --no-knees --out out/bench/race.json
+	$(BIN)/python -m loadtests.report out/bench/race.json --out out/bench/benchmarks.md
+
+bench-engine: $(INSTALLED)  ## Measure the engine against plain diffusers, side by side.
 	$(BIN)/python -m loadtests.engine_bench
 	$(BIN)/python -m loadtests.limit_bench
 	$(BIN)/python -m loadtests.http_bench

@@ -48,8 +48,8 @@ def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Conte
         Contender(
             "stepserve",
             ("-m", "service.cli", "serve", "--port", "{port}"),
-            f"{cores} replicas of one thread, as docs/performance.md has it for CPUs; the queue is so "
-            "long that nothing is refused",
+            f"{cores} replicas of one thread, as docs/performance.md has it for CPUs; the queue is "
+            "so long that nothing is refused",
             "ours",
             {
                 "STEPSERVE_MODELS__EMOJI__REPLICAS": str(cores),

@@ -100,7 +100,6 @@ def serve(
         return settings.model_copy(update={"http": http})
 
     settings = read_settings()
-    typer.echo(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
     needs_key = bool(read_access_keys(settings).keys)
     serve_until_stopped(
         settings,

@@ -272,6 +272,9 @@ class ModelSettings(SpeedSettings):
     """Where it is set, `replicas` is not asked."""
     num_cpus: Amount = 1.0
     num_gpus: Amount = 0.0
+    """GPUs of each replica; of a fraction, several replicas share a GPU."""
+    accelerator_type: Annotated[str, Field(min_length=1)] | None = None
+    """Kind of accelerator its replicas run on, as Ray names it: A100, L4, H100. None: any."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     adapters: dict[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = {}

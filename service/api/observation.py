@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,15 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.middleware import UPLOADS, request_id_of
 from service.api.notes import Exchange, notes_of
 from service.api.settings import Observation
-from service.telemetry.tracing import HttpSpan, TraceContext
+from service.telemetry.tracing import TRACEPARENT, HttpSpan, TraceContext, trace_id_in
 
 CLIENT_LEFT = 499
 UNMATCHED = "unmatched"
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-_NO_TRACE = "0" * 32
 # Requests to these may be refused before the router has seen them.
 _KNOWN = frozenset({"/v1/images/generations", *UPLOADS})
-TRACEPARENT = "traceparent"
 # Folders of files, which are no routes.
 _MOUNTS = ("/playground", "/docs/assets")
 
@@ -45,7 +41,7 @@ class ObservationMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if span is not None:
-                    MutableHeaders(scope=message)[TRACEPARENT] = dict(span.carrier)[TRACEPARENT]
+                    MutableHeaders(scope=message)[TRACEPARENT] = span.traceparent
             await send(message)
 
         try:
@@ -54,7 +50,7 @@ class ObservationMiddleware:
             notes_of(scope).error_code = "request_cancelled"
             raise
         finally:
-            trace_id = trace_id_of(scope) if span is None else span.trace_id
+            trace_id = trace_id_in(Headers(scope=scope)) if span is None else span.trace_id
             exchange = _exchange(scope, status, trace_id, time.perf_counter() - started_s)
             if span is not None:
                 _end_span(span, exchange)
@@ -93,12 +89,6 @@ def _end_span(span: HttpSpan, exchange: Exchange) -> None:
         "stepserve.outcome": exchange.outcome,
     }
     span.end(f"{exchange.method} {exchange.route}", exchange.status, attributes)
-
-
-def trace_id_of(scope: Scope) -> str:
-    """The trace that a request belongs to, by its W3C `traceparent`; empty if there is none."""
-    found = _TRACEPARENT.fullmatch(Headers(scope=scope).get("traceparent", ""))
-    return found[1] if found and found[1] != _NO_TRACE else ""
 
 
 def _exchange(scope: Scope, status: int, trace_id: str, duration_s: float) -> Exchange:

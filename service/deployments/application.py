@@ -107,13 +107,17 @@ def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
         # New replicas before the old ones go, where that takes no second device.
         max_surge_percent=0 if settings.num_gpus else 100,
         request_router_config=router_config(settings.routing),
-        ray_actor_options={
-            "num_cpus": settings.num_cpus,
-            "num_gpus": settings.num_gpus,
-            "runtime_env": {"env_vars": _thread_variables(settings) | METRIC_VARIABLES},
-        },
+        ray_actor_options=_placement(settings)
+        | {"runtime_env": {"env_vars": _thread_variables(settings) | METRIC_VARIABLES}},
         **size,
     )
+
+
+def _placement(settings: ModelSettings) -> dict[str, Any]:
+    """What Ray looks for in a node that is to have a replica."""
+    placement: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    kind = settings.accelerator_type
+    return placement if kind is None else placement | {"accelerator_type": kind}
 
 
 def _thread_variables(settings: ModelSettings) -> dict[str, str]:

@@ -6,6 +6,7 @@ Applications are deployed one by one, so that changing one model touches no othe
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from service.deployments.model_watch import Listed
 
 INGRESS_APPLICATION = "stepserve"
 MODEL_PREFIX = "stepserve-model-"
+NO_ROOM = re.compile(
+    r"Resources required for each replica: (.+?), total resources available: (.+?)\. "
+)
 
 
 def model_application(model_id: str) -> str:
@@ -58,7 +62,16 @@ def listed(application: ApplicationStatusOverview) -> Listed:
     asleep = application.status == "RUNNING" and all(
         d.status == "HEALTHY" and not sum(d.replica_states.values()) for d in deployments
     )
-    return Listed(asleep=asleep and bool(deployments))
+    waiting = next(filter(None, (_wanted(d.message) for d in deployments)), "")
+    return Listed(asleep=asleep and bool(deployments), waiting=waiting)
+
+
+def _wanted(message: str) -> str:
+    """What a replica needs that no machine has, if that is what Ray Serve says."""
+    found = NO_ROOM.search(message)
+    if found is None:
+        return ""
+    return f"waits for room: a replica needs {found[1]}, and the cluster has {found[2]}"
 
 
 def _last_line(text: str) -> str:

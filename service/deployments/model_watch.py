@@ -34,10 +34,12 @@ class Listed:
     Args:
         failure: why it gave the model up; empty where it did not.
         asleep: whether it was scaled down to no replica, which the next request undoes.
+        waiting: what its replicas wait for before they can be started, if it has been long.
     """
 
     failure: str = ""
     asleep: bool = False
+    waiting: str = ""
 
 
 List = Callable[[], Awaitable[Mapping[str, Listed]]]
@@ -75,7 +77,7 @@ class Watched:
         if self.status.ready and self.status.detail:
             self.note(ready=True, detail="waking up")
         elif not self.status.ready or time.monotonic() - self.heard_s > SILENCE_S:
-            self.note(ready=False, detail=LOADING)
+            self.note(ready=False, detail=self.listed.waiting or LOADING)
 
 
 class ModelWatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 import httpx
@@ -19,9 +20,15 @@ async def read_metrics() -> str:
     nodes = await loop.run_in_executor(None, _agents)
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         pages = await asyncio.gather(*(_page(client, address, port) for address, port in nodes))
-    by_node = {node[0]: page for node, page in zip(nodes, pages, strict=True)}
+    by_node = dict(zip(names_of(nodes), pages, strict=True))
     # Parsing takes tens of milliseconds: other requests are not to wait for it.
     return await loop.run_in_executor(None, merge, by_node)
+
+
+def names_of(nodes: Sequence[tuple[str, int]]) -> Sequence[str]:
+    """The address of each node, with its agent's port where several nodes have one address."""
+    times = Counter(address for address, _ in nodes)
+    return [address if times[address] == 1 else f"{address}:{port}" for address, port in nodes]
 
 
 def _agents() -> Sequence[tuple[str, int]]:

@@ -23,6 +23,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from service import __version__
 from service.config import ConfigError, Settings
 from service.deployments.application import ingress_target, model_target, needed_cpus
 from service.deployments.applications import (
@@ -86,6 +87,7 @@ def serve_until_stopped(
     check_folders(settings)
     ingress = ingress_target(settings)
     check_address(settings.http.host, settings.http.port)
+    tell(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
     with _signals() as signals, _logs_come_here(settings):
         start_ray(settings)
         try:

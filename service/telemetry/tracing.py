@@ -22,7 +22,14 @@ from opentelemetry.sdk.resources import (
 )
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
+from opentelemetry.trace import (
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    format_trace_id,
+    get_current_span,
+)
 from opentelemetry.trace.propagation import set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -33,7 +40,7 @@ logger = logging.getLogger(__name__)
 TraceContext = tuple[tuple[str, str], ...]
 """Headers that tell a span of which trace comes before: W3C's `traceparent` and `tracestate`."""
 
-NAME = "stepserve"
+NAME, TRACEPARENT = "stepserve", "traceparent"
 OTLP, CONSOLE, NONE = "otlp", "console", "none"
 HTTP, GRPC = "http/protobuf", "grpc"
 SERVER_ERROR = 500
@@ -102,6 +109,12 @@ def carried_context(carrier: TraceContext | Mapping[str, str]) -> Context:
     return _propagator.extract(dict(carrier), context=Context())
 
 
+def trace_id_in(headers: Mapping[str, str]) -> str:
+    """The trace that a request belongs to, by its W3C `traceparent`; empty if there is none."""
+    context = get_current_span(carried_context(headers)).get_span_context()
+    return format_trace_id(context.trace_id) if context.is_valid else ""
+
+
 def carrier_of(span: Span) -> TraceContext:
     """The headers that tell others to go on below `span`."""
     carrier: dict[str, str] = {}
@@ -134,6 +147,7 @@ class HttpSpan:
         self._span = span
         self.trace_id = format_trace_id(span.get_span_context().trace_id)
         self.carrier = carrier_of(span)
+        self.traceparent = dict(self.carrier)[TRACEPARENT]
 
     def end(self, name: str, status: int, attributes: Mapping[str, str | int]) -> None:
         """The exchange is over. `name` is its method and the template of its route."""

@@ -58,3 +58,4 @@ def test_a_port_that_is_taken_is_refused_in_a_line() -> None:
     assert (
         ended.stderr == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
     )
+    assert ended.stdout == ""

@@ -23,6 +23,14 @@ Traceback (most recent call last):
 RuntimeError: out of memory
 """
 
+NO_ROOM = (
+    "Deployment 'model-emoji' in application 'stepserve-model-emoji' has 1 replicas that have "
+    "taken more than 30s to be scheduled. This may be due to waiting for the cluster to auto-scale "
+    "or for a runtime environment to be installed. Resources required for each replica: "
+    '{"CPU": 1.0, "GPU": 1.0}, total resources available: {"CPU": 4.9}. '
+    "Use `ray status` for more details."
+)
+
 
 def an_application(
     status: str = "RUNNING", replicas: int = 1, message: str = "", health: str = "HEALTHY"
@@ -56,3 +64,10 @@ def test_one_without_replicas_sleeps_unless_it_is_starting() -> None:
     assert listed(an_application(replicas=0)) == Listed(asleep=True)
     assert listed(an_application("DEPLOYING", 0, health="UPDATING")) == Listed()
     assert listed(an_application("RUNNING", 0, health="UPSCALING")) == Listed()
+
+
+def test_one_that_no_machine_has_room_for_says_what_it_needs() -> None:
+    waits = listed(an_application("DEPLOYING", 0, NO_ROOM, "UPDATING"))
+    assert waits.waiting == (
+        'waits for room: a replica needs {"CPU": 1.0, "GPU": 1.0}, and the cluster has {"CPU": 4.9}'
+    )

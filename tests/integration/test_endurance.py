@@ -1,0 +1,31 @@
+"""A moment of the endurance test: the real service, edits and clients that leave included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loadtests import endurance
+
+SECONDS = 20
+# In a moment caches still fill: this finds what grows with every request, not what takes hours.
+MOST_MIB_PER_HOUR = 1500
+
+
+def test_a_moment_of_mixed_load_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "endurance.json"
+    limits = ["--max-mib-per-hour", str(MOST_MIB_PER_HOUR), "--max-slowdown", "2"]
+    load = ["--seconds", str(SECONDS), "--rate", "0.7", "--cancelled", "0.3"]
+    code = endurance.main([*load, *limits, "--out", str(out)])
+    told = json.loads(out.read_text())
+    assert (code, told["faults"]) == (0, []), capsys.readouterr().out
+    assert told["left_at_work"] == 0
+    assert told["run"]["counts"]["ok"] > 5
+    assert told["run"]["counts"]["cancelled"] > 0
+    assert any(
+        "stepserve" in growth["process"] or "ray" in growth["process"] for growth in told["growth"]
+    )
