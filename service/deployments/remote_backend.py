@@ -37,6 +37,7 @@ class RemoteBackend:
         self._retried = retried
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
+        self._asking: set[asyncio.Task[list[Any]]] = set()
         self._watch = ModelWatch(list_models, self._status)
 
     async def start(self) -> None:
@@ -78,7 +79,11 @@ class RemoteBackend:
 
     async def _generate_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         # One message for the outcome, where nobody asks for the events before.
-        yield await self._handle(request.model).generate.remote(request, self._id)
+        try:
+            yield await self._handle(request.model).generate.remote(request, self._id)
+        except asyncio.CancelledError:
+            self._make_sure_it_ends(request)
+            raise
 
     async def _stream_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         handle = self._handle(request.model).options(stream=True)
@@ -86,8 +91,17 @@ class RemoteBackend:
         try:
             async for event in events:
                 yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            self._make_sure_it_ends(request)
+            raise
         finally:
             events.cancel()
+
+    def _make_sure_it_ends(self, request: GenerationRequest) -> None:
+        """Nobody waits any more. Ray's own cancelling of a call is a wish that may get lost."""
+        asking = asyncio.create_task(self._ask_replicas(request.model, "cancel", request.id))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
 
     async def progress(self, request_id: str) -> Progress | None:
         """Where a request stands, whichever replica has it; None if none does."""
