@@ -88,11 +88,15 @@ class RemoteBackend:
     async def _stream_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         handle = self._handle(request.model).options(stream=True)
         events = handle.stream.remote(request, self._id)
+        has_ended = False
         try:
             async for event in events:
+                has_ended = isinstance(event, Finished | Failed)
                 yield event
         except (asyncio.CancelledError, GeneratorExit):
-            self._make_sure_it_ends(request)
+            # Whoever has heard the end closes this as well.
+            if not has_ended:
+                self._make_sure_it_ends(request)
             raise
         finally:
             events.cancel()

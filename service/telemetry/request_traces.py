@@ -22,14 +22,14 @@ from service import __version__
 from service.domain.events import Accepted, Event, Failed, Finished
 from service.domain.requests import GenerationRequest
 from service.domain.timings import Timings
+from service.telemetry.engine_metrics import DENOISE
 from service.telemetry.tracing import NAME, carried_context
 
 MOST_SPANS = 32
 """Of the denoising of one request: with more changes of company the last one goes on to the end."""
 
-DENOISING = ("denoise", "control")
+DENOISING = (DENOISE, "control")
 TEXT_ENCODER = "text_encoder"
-EVALUATION = "denoise"
 
 Attributes = Mapping[str, str | int | float]
 
@@ -199,7 +199,7 @@ class RequestTraces:
         company.ended_s = report.ended_s
         company.forwards += 1
         company.rows += sum(rows for _, _, rows in report.requests)
-        evaluations = report.stage == EVALUATION
+        evaluations = report.stage == DENOISE
         company.steps += evaluations
         traced.steps += evaluations
         if changed:

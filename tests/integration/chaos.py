@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import psutil
@@ -89,10 +90,7 @@ class Load:
 
     def wait_for_answers_after(self, count: int) -> None:
         """Until so many requests were answered that were sent after it broke."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while len(self._after()) < count:
-            assert time.monotonic() < deadline_s, "no more answers"
-            time.sleep(0.05)
+        wait(lambda: len(self._after()) >= count, "no more answers")
 
     @property
     def recovery_s(self) -> float:
@@ -155,15 +153,20 @@ def busiest(processes: Sequence[psutil.Process]) -> psutil.Process:
 
 def wait_for_replicas(url: str, count: int) -> None:
     """Until exactly so many answer."""
-    wait(lambda: replicas_at(url) == count, f"there are not {count} replicas")
+    wait(
+        lambda: (told := replicas_told(url)) is not None and len(told) == count,
+        f"there are not {count} replicas",
+    )
 
 
-def replicas_at(url: str) -> int:
+def replicas_told(url: str) -> list[dict[str, Any]] | None:
+    """What each replica has in hand; None where nobody tells."""
     try:
         answer = httpx.get(f"{url}/v1/models/emoji/batch", timeout=10, trust_env=False)
-        return len(answer.json()["replicas"])
+        replicas: list[dict[str, Any]] = answer.json()["replicas"]
     except (httpx.TransportError, KeyError, ValueError):
-        return -1
+        return None
+    return replicas
 
 
 def retried_at(url: str) -> int:

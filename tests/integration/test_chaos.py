@@ -57,12 +57,10 @@ class Pair:
         self._write()
         self.root.send_signal(signal.SIGHUP)
 
-    def in_hand(self) -> int:
-        try:
-            answer = httpx.get(f"{self.url}/v1/models/emoji/batch", timeout=10)
-            return sum(len(replica["requests"]) for replica in answer.json()["replicas"])
-        except (httpx.TransportError, KeyError, ValueError):
-            return 1
+    def is_idle(self) -> bool:
+        """Whether its replicas tell that they have nothing in hand."""
+        told = chaos.replicas_told(self.url)
+        return told is not None and not any(replica["requests"] for replica in told)
 
     def _write(self) -> None:
         self.config.write_text(yaml.safe_dump({"models": {"emoji": self.settings}}))
@@ -168,4 +166,4 @@ def test_work_of_a_killed_ingress_stops(pair: Pair) -> None:
         # A clean error, or a closed connection: Ray Serve's proxy holds the client.
         with contextlib.suppress(httpx.TransportError):
             assert making.result().status_code >= 500
-    wait(lambda: pair.in_hand() == 0, "nobody waits for it, and it still runs")
+    wait(pair.is_idle, "nobody waits for it, and it still runs")
