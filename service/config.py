@@ -200,7 +200,7 @@ class EngineSettings(_Section):
     gradients: bool = False
     """Whether pipelines may compute gradients, as some guidance does; costs a few percent."""
     stuck_after_s: PositiveSeconds = 120.0
-    """Longer than any forward takes: a replica whose engine is silent for so long is replaced."""
+    """Longer than any forward takes: a replica that is silent for so long is replaced."""
     drain_s: Amount = 20.0
     """Seconds that accepted requests get to finish when the server stops."""
 

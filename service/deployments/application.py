@@ -24,6 +24,8 @@ from service.deployments.router import router_config
 from service.deployments.shared_usage import UsageCounter
 
 HEALTH_CHECK_PERIOD_S = 2.0
+# Three in a row, and a replica is replaced. It answers between two awaits.
+HEALTH_CHECK_TIMEOUT_S = 10.0
 # Admission decides inside the replica, where the backlog is known. Ray Serve's own limit only has
 # to be out of the way: a router that finds replicas full retries with 25 to 500 ms of jitter.
 NO_LIMIT_OF_ITS_OWN = 10_000
@@ -50,6 +52,7 @@ def ingress_target(settings: Settings) -> serve.RunTarget:
         num_replicas=settings.http.ingress_replicas,
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={
             "num_cpus": INGRESS_CPUS,
             "runtime_env": {"env_vars": dict(METRIC_VARIABLES)},
@@ -76,6 +79,7 @@ def _counter(settings: Settings, keys: KeyRing) -> Any:
         num_replicas=1,
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": 0},
     ).bind()
 
@@ -102,6 +106,7 @@ def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
         name=deployment_name(model_id),
         max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.engine.drain_s,
         max_constructor_retry_count=MOST_STARTS,
         # New replicas before the old ones go, where that takes no second device.

@@ -23,6 +23,7 @@ from service.deployments.model_watch import unknown_status
 from service.deployments.observing import start_logging
 from service.deployments.replica_metrics import ReplicaMetrics, open_request_traces
 from service.deployments.request_desk import NOT_WATCHED, RequestDesk
+from service.deployments.watchdog import Watchdog
 from service.domain.batch import BatchView
 from service.domain.errors import (
     NotReadyError,
@@ -80,6 +81,7 @@ class ModelReplica:
         self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s, traces)
         self.metrics.start()
         self.desk = RequestDesk(self.runner, traces or NOT_WATCHED)
+        Watchdog(spec.settings.engine.stuck_after_s).start()
 
     async def status(self) -> ModelStatus:
         """What the model can do, and whether it takes requests. Answered once it is warm."""

@@ -15,12 +15,17 @@ Reports of the replicas are up to a second old. In between, the ledger adds what
 sent and takes away what it saw end, and lets the rest melt as time passes: a replica does a second
 of work in a second.
 
+One that has work and shows no progress may hang. Nobody can tell for how long yet; the best guess
+is as long again as it has been silent, which is added to `finish`: others are asked meanwhile, and
+nothing is asked of it for ever only because what was sent there would have melted by now.
+
 The sums are kept at a few numbers of steps, for all replicas in one array, so that a decision among
 a thousand of them is some array operations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +44,8 @@ FULL_S = 1e9
 JITTER = 0.6
 # What a second of all others together counts beside a second of the request itself.
 CONCERN = 0.6
+# A report, its way here, and a step: less is no silence.
+NEWS_WITHIN_S = 3.0
 
 Floats = NDArray[np.float64]
 ReplicaKey = Hashable
@@ -53,6 +60,7 @@ class Account:
         since: when this router sent what the latest report may not list yet.
         ended: when this router saw end what the latest report may still list.
         own: requests that this router sent.
+        news_s: when it last showed progress; never while it has no work.
     """
 
     report: Report = field(default_factory=Report)
@@ -60,6 +68,7 @@ class Account:
     since: dict[str, float] = field(default_factory=dict)
     ended: dict[str, float] = field(default_factory=dict)
     own: set[str] = field(default_factory=set)
+    news_s: float = math.inf
 
     def hear(self, report: Report, late_s: float) -> None:
         """Believe a report, but for what was sent or ended after `late_s`."""
@@ -110,10 +119,13 @@ class Ledger:
         account = self._accounts.get(key)
         if account is not None:
             before = len(account.jobs), len(account.own)
+            has_news = report != account.report
             account.hear(report, self._clock() - self._report_delay_s)
             self._jobs += len(account.jobs) - before[0]
             self._own_jobs += len(account.own) - before[1]
             self._write(key)
+            if has_news or not account.jobs:
+                self._note_news(key)
 
     def note_sent(self, key: ReplicaKey, job: Job) -> None:
         """This router sent a request to a replica."""
@@ -124,6 +136,8 @@ class Ledger:
         self._add(self._places[key], job)
         account.since[job.id] = self._clock()
         account.jobs[job.id] = job
+        if len(account.jobs) == 1:
+            self._note_news(key)
         account.own.add(job.id)
         self._jobs += 1
         self._own_jobs += 1
@@ -141,6 +155,7 @@ class Ledger:
         account.own.discard(job_id)
         # Its seconds have melted by now, more or less; the next report says it exactly.
         self._pictures[self._places[key]] -= ended.pictures
+        self._note_news(key)
         if not account.jobs:
             self._write(key)
 
@@ -159,7 +174,18 @@ class Ledger:
         fixed_s, row_s = self._costs(job.size)
         alone = np.maximum(1 - self._longest(job.group) / job.steps, 0)
         step_s = row_s * job.rows + fixed_s * alone
-        return ahead_s * left + step_s * job.steps, step_s * beside * left
+        finish_s = ahead_s * left + step_s * job.steps + self._silent_s()
+        return finish_s, step_s * beside * left
+
+    def _silent_s(self) -> Floats:
+        """Seconds for which each replica has had work without showing any progress."""
+        return np.maximum(self._clock() - self._news_s - NEWS_WITHIN_S, 0.0)
+
+    def _note_news(self, key: ReplicaKey) -> None:
+        """A replica got on just now; one without work has nothing to show."""
+        is_at_work = bool(self._accounts[key].jobs)
+        self._accounts[key].news_s = self._clock() if is_at_work else math.inf
+        self._news_s[self._places[key]] = self._accounts[key].news_s
 
     def has_room(self, job: Job) -> NDArray[np.bool_]:
         """Which replicas would let `job` in; an empty one takes anything."""
@@ -188,6 +214,7 @@ class Ledger:
         self._steps_beside = np.zeros((count, len(STEPS_AT)))
         self._written_s = np.zeros(count)
         self._pictures = np.zeros(count)
+        self._news_s = np.array([account.news_s for account in self._accounts.values()], float)
         self._limits = np.full(count, np.inf)
         self._longest_steps: dict[str, Floats] = {}
         self._cost_columns: dict[str, Floats] = {}

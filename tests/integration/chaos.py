@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -184,15 +185,32 @@ def wait(until: Callable[[], bool], complaint: str) -> None:
 
 
 def hang_engine(replica: psutil.Process) -> None:
-    """Stop its engine thread alone, as a debugger would; it ends with the process.
-
-    Only the thread that stopped another may hold it: the caller's must go on living.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
+    """Stop its engine thread alone, as a debugger would; it ends with the process."""
     threads = [t for t in replica.threads() if os.getpriority(os.PRIO_PROCESS, t.id) >= NICENESS]
     # The busiest of those that step back behind the others.
-    thread = int(max(threads, key=lambda thread: thread.user_time).id)
-    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+    stop_threads([int(max(threads, key=lambda thread: thread.user_time).id)])
+
+
+def hang_process(replica: psutil.Process) -> None:
+    """Stop all that can run Python, as native code does that never lets go of its lock.
+
+    The youngest thread is the one that watches over the others.
+    """
+    tasks = Path(f"/proc/{replica.pid}/task")
+    started = {int(task.name): started_at(task) for task in tasks.iterdir()}
+    stop_threads(sorted(started, key=lambda thread: started[thread])[:-1])
+
+
+def started_at(task: Path) -> tuple[int, int]:
+    """In ticks since the machine started, and the order of those that started together."""
+    fields = (task / "stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]), int(task.name)
+
+
+def stop_threads(threads: Sequence[int]) -> None:
+    """Only the thread that stopped another may hold it: the caller's must go on living."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for thread, request in itertools.product(threads, (PTRACE_SEIZE, PTRACE_INTERRUPT)):
         assert libc.ptrace(request, thread, None, None) == 0, os.strerror(ctypes.get_errno())
 
 

@@ -82,6 +82,10 @@ def hang(pair: Pair) -> None:
     chaos.hang_engine(busiest(pair.replicas()))
 
 
+def hang_whole(pair: Pair) -> None:
+    chaos.hang_process(busiest(pair.replicas()))
+
+
 def slow(pair: Pair) -> None:
     chaos.slow_down(busiest(pair.replicas()), SLOW_S)
 
@@ -103,7 +107,7 @@ def scale_down(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "fault"), list(enumerate([kill, hang, slow, redeploy, scale_down]))
+    ("number", "fault"), list(enumerate([kill, hang, hang_whole, slow, redeploy, scale_down]))
 )
 def test_nobody_sees_it(
     pair: Pair, say: Callable[[str], None], number: int, fault: Callable[[Pair], None]
@@ -115,7 +119,7 @@ def test_nobody_sees_it(
         load.breaks_now()
         fault(pair)
         load.wait_for_answers_after(8)
-    if fault in (kill, hang):
+    if fault in (kill, hang, hang_whole):
         wait(lambda: chaos.retried_at(pair.url) > retried, "no request was tried again")
     say(load.tell(fault.__name__, chaos.retried_at(pair.url) - retried))
     load.check()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.requests import AdapterUse, GenerationRequest
-from service.routing.ledger import JITTER, STEPS_AT, Ledger
+from service.routing.ledger import JITTER, NEWS_WITHIN_S, STEPS_AT, Ledger
 from service.routing.reports import ALONE, Job, Report, StepCost, job_of
 
 COSTS = {"64x64": StepCost(0.02, 0.001), "128x128": StepCost(0.03, 0.008)}
@@ -129,9 +129,42 @@ def test_what_is_in_hand_melts_and_reports_are_believed() -> None:
     busy_s = ledger.finish_s(a_job())[0]
     clock.now_s += 1.1
     half_s = ledger.finish_s(a_job())[0]
-    clock.now_s += 100
+    clock.now_s += 1.5
     assert busy_s > half_s > ledger.finish_s(a_job())[0] - 1e-9
     ledger.note_report(0, Report((), COSTS))
+    assert ledger.finish_s(a_job())[0] == pytest.approx(idle_s)
+
+
+def test_who_is_silent_with_work_in_hand_is_asked_less_and_less() -> None:
+    clock = Clock()
+    ledger = a_ledger((a_job("a", 100),), (a_job("b", 100), a_job("c", 100)), clock=clock)
+    before_s = ledger.finish_s(a_job())
+    assert before_s[0] < before_s[1]
+    for left in range(99, 89, -1):
+        clock.now_s += 1.0
+        ledger.note_report(0, Report((a_job("a", 100),), COSTS))
+        ledger.note_report(1, Report((a_job("b", left), a_job("c", left)), COSTS))
+    silent_s = 10.0 - NEWS_WITHIN_S
+    assert ledger.finish_s(a_job()) == pytest.approx(before_s + np.array([silent_s, 0.0]))
+    # What is known of it stays when others come.
+    ledger.set_replicas([1, 0])
+    assert ledger.finish_s(a_job()) == pytest.approx((before_s + np.array([silent_s, 0.0]))[::-1])
+    ledger.note_report(0, Report((a_job("a", 99),), COSTS))
+    assert ledger.finish_s(a_job()) == pytest.approx(before_s[::-1])
+
+
+def test_who_has_nothing_to_do_has_nothing_to_show() -> None:
+    clock = Clock()
+    ledger = a_ledger((), clock=clock)
+    idle_s = ledger.finish_s(a_job())[0]
+    clock.now_s += 1000
+    assert ledger.finish_s(a_job())[0] == idle_s
+    ledger.note_sent(0, a_job("sent", 1))
+    clock.now_s += 2
+    assert ledger.finish_s(a_job())[0] <= idle_s
+    clock.now_s += 1000
+    assert ledger.finish_s(a_job())[0] > 999
+    ledger.note_ended(0, "sent")
     assert ledger.finish_s(a_job())[0] == pytest.approx(idle_s)
 
 
