@@ -90,7 +90,8 @@ async def endure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         cancelled_share=options.cancelled,
         image_to_image_share=options.image_to_image,
     )
-    count = int(2 * options.rate * options.seconds) + 100
+    # Twice what should arrive; each kind of them is first served once alone.
+    count = int(2 * options.rate * options.seconds) + 20
     trace, gaps = draw_trace(mix, count, options.seed), draw_gaps(count, options.seed)
     async with open_session(Target(url)) as session:
         await scenarios.wait_until_serving(session, trace[0])

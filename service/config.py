@@ -222,6 +222,8 @@ class SpeedSettings(_Section):
     """Memory format of convolutions; None means for UNets and VAEs, where it helps."""
     compile: bool = False
     """Compile the denoiser with torch.compile in the background, while eager code serves."""
+    cuda_graphs: bool = True
+    """On CUDA, record each shape of a denoiser's forward once and replay it: the same pictures."""
     attention_backend: AttentionBackend | None = None
     """How the denoiser computes attention; None means as diffusers chooses."""
     vae_slicing: bool = False

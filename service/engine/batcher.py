@@ -16,6 +16,7 @@ from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
 from service.engine.cost import CostModel
 from service.engine.forecast import Prospect
+from service.engine.forward_timing import ForwardTiming, WallTiming
 from service.engine.observer import NOBODY, ForwardReport, Observer, WorkReport
 from service.engine.outlook import Outlook, Room
 from service.engine.policy import DUE_TIME, Parked, Policy, Running, next_to_start
@@ -58,6 +59,26 @@ class Raised:
     error: BaseException
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A forward that the device has begun, for these calls of these tracks."""
+
+    group: Sequence[Track]
+    calls: Sequence[Call]
+    padded_rows: int
+    timing: ForwardTiming
+
+    @property
+    def rows(self) -> int:
+        """Those that somebody wanted."""
+        return sum(call.rows for call in self.calls)
+
+    @property
+    def stage(self) -> Stage:
+        """What its time is counted as."""
+        return Stage(self.calls[0].method.stage)
+
+
 class Batcher:
     """Steps many tracks forward, one shared forward at a time.
 
@@ -91,6 +112,9 @@ class Batcher:
         self.outlook = Outlook(self.cost)
         self.latest_forwards: deque[SharedForward] = deque(maxlen=SHOWN_FORWARDS)
         self.observer: Observer = NOBODY
+        self.start_timing: Callable[[Clock], ForwardTiming] = WallTiming
+        # Forwards that may still run while their tracks are woken.
+        self._running: list[Launched] = []
         self._on_ended = on_ended
         self._policy = policy
 
@@ -126,6 +150,7 @@ class Batcher:
             forward_s = self.counters.forward_s
             outputs = self._run(group)
             self._settle(group, outputs)
+            self._await_running()
             busy_s = self.clock() - started_s
             self.counters.ticks += 1
             self.counters.busy_s += busy_s
@@ -210,40 +235,41 @@ class Batcher:
         padded_rows = method.padded_rows(sum(rows))
         args, kwargs = stack(calls, padded_rows)
         calls[0].enter()
-        started_s = self.clock()
+        timing = self.start_timing(self.clock)
         output = method.run(*args, **kwargs)
-        ended_s = self.clock()
+        timing.launched()
         padding = padded_rows - sum(rows)
         outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
-        self.counters.padded_rows += padding
-        report = self._report(group, padding, ended_s, ended_s - started_s)
-        self.observer.forward_ended(report)
-        self._account(group, report.rows, report.seconds)
-        self.latest_forwards.append(
-            SharedForward(
-                self.counters.forwards, report.module, report.requests, padding, report.seconds
-            )
-        )
+        launched = Launched(group, calls, padding, timing)
+        self._note_steps(launched)
+        # What comes after encoding and decoding wants their outcome at once.
+        if timing.runs_on and launched.stage in (Stage.DENOISE, Stage.CONTROL):
+            self._running.append(launched)
+        else:
+            self._account(launched)
         return outputs
 
-    def _report(
-        self, group: Sequence[Track], padded_rows: int, ended_s: float, seconds: float
-    ) -> ForwardReport:
+    def _await_running(self) -> None:
+        """Until the device has ended all that was launched."""
+        running, self._running = self._running, []
+        for launched in running:
+            self._account(launched)
+
+    def _report(self, launched: Launched, seconds: float) -> ForwardReport:
         """Before anything is learned from it: what was foretold is told as well."""
         # In the engine's own time, so nothing else is worked out here.
-        requests = tuple(
-            (t.work.id, t.work.owner, t.call.rows) for t in group if t.call is not None
-        )
-        call, rows = _calls(group)[0], sum(rows for _, _, rows in requests)
+        pairs = zip(launched.group, launched.calls, strict=True)
+        requests = tuple((track.work.id, track.work.owner, call.rows) for track, call in pairs)
+        call, rows = launched.calls[0], launched.rows
         shape = call.key.shape
         return ForwardReport(
             stage=call.method.stage,
             module=call.method.name,
             requests=requests,
-            ended_s=ended_s,
-            calls=len(group),
+            ended_s=self.clock(),
+            calls=len(launched.calls),
             rows=rows,
-            padded_rows=padded_rows,
+            padded_rows=launched.padded_rows,
             row_limit=self.max_active_rows,
             seconds=seconds,
             expected_s=self.cost.predict(shape, rows) if self.cost.knows(shape) else None,
@@ -279,26 +305,45 @@ class Batcher:
                 track.resume(output)
         self._forget_ended()
 
-    def _account(self, group: Sequence[Track], rows: int, seconds: float) -> None:
-        calls = _calls(group)
-        stage = Stage(calls[0].method.stage)
-        for track, call in zip(group, calls, strict=True):
+    def _note_steps(self, launched: Launched) -> None:
+        """What the tracks should know of a forward before they go on."""
+        if launched.stage is not Stage.DENOISE:
+            return
+        rows = launched.rows
+        self.counters.denoiser_rows += rows
+        for track, call in zip(launched.group, launched.calls, strict=True):
             clockwork = track.clockwork
-            clockwork.stage_s[stage] = clockwork.stage_s.get(stage, 0.0) + seconds
-            if stage is Stage.DENOISE:
-                track.steps_done += 1
-                clockwork.shares.append(call.rows / rows)
-                clockwork.first_step_s = clockwork.first_step_s or self.clock() - seconds
-                self.outlook.step_ended(track, call)
-        if stage is Stage.DENOISE:
-            self.counters.denoiser_rows += rows
+            track.steps_done += 1
+            clockwork.shares.append(call.rows / rows)
+            clockwork.first_step_s = clockwork.first_step_s or launched.timing.started_s
+            self.outlook.step_ended(track, call)
+
+    def _account(self, launched: Launched) -> None:
+        """A forward has ended: tell, and learn from it."""
+        seconds, rows, call = launched.timing.wait(), launched.rows, launched.calls[0]
+        report = self._report(launched, seconds)
+        self.observer.forward_ended(report)
+        for track in launched.group:
+            stage_s = track.clockwork.stage_s
+            stage_s[launched.stage] = stage_s.get(launched.stage, 0.0) + seconds
+        if launched.stage is Stage.DENOISE:
             self.counters.denoiser_s += seconds
-        self.cost.observe(calls[0].key.shape, rows, seconds)
-        self.row_limits.succeeded(calls[0], rows)
+        self.cost.observe(call.key.shape, rows, seconds)
+        self.row_limits.succeeded(call, rows)
+        self.counters.padded_rows += launched.padded_rows
         self.counters.forwards += 1
         self.counters.rows += rows
-        self.counters.calls += len(group)
+        self.counters.calls += len(launched.calls)
         self.counters.forward_s += seconds
+        self.latest_forwards.append(
+            SharedForward(
+                self.counters.forwards,
+                report.module,
+                report.requests,
+                report.padded_rows,
+                report.seconds,
+            )
+        )
 
     def _expected_s(self, key: CallKey, rows: int) -> float:
         return self.cost.predict(key.shape, rows)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from service.domain.requests import Task
 from service.pipelines.blending import denoiser_for_inpainting
+from service.pipelines.host_numbers import on_host, with_pinned_noise
 from service.pipelines.remembering import remembering_class
 from service.pipelines.schedulers import build_scheduler
 from service.pipelines.signature import CallSignature, read_signature
@@ -41,14 +42,22 @@ class PipelineLender:
     What a copy needs is worked out once. Building a scheduler reads the signature of its class,
     and a pipeline looks through all modules for the device it runs on: together that takes longer
     than a denoising step of a small model, for answers that never change.
+
+    Args:
+        pipeline: the resident one.
+        schedulers: classes by name.
+        keeps_on_host: whether timesteps stay on the CPU; see `host_numbers`.
     """
 
-    def __init__(self, pipeline: Any, schedulers: Mapping[str, type]) -> None:
+    def __init__(
+        self, pipeline: Any, schedulers: Mapping[str, type], keeps_on_host: bool = False
+    ) -> None:
         self._pipeline = pipeline
         self._schedulers = schedulers
+        self._keeps_on_host = keeps_on_host
         self._prototypes: dict[str, Any] = {}
         pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
-        self._lenders = {task: (p, _lent_class(p)) for task, p in pipelines.items()}
+        self._lenders = {task: (p, _lent_class(p, keeps_on_host)) for task, p in pipelines.items()}
         self._tokenizers = {
             name: remembering_tokenizer(value)
             for name, value in vars(pipeline).items()
@@ -86,6 +95,8 @@ class PipelineLender:
             config = self._pipeline.scheduler.config
             prototype = build_scheduler(self._schedulers[name], config)
             prototype.__class__ = remembering_class(prototype)
+            if self._keeps_on_host:
+                prototype.__class__ = on_host(type(prototype))
             self._prototypes[name] = prototype
         return copy_scheduler(self._prototypes[name])
 
@@ -147,12 +158,15 @@ def _for_task(pipeline: Any, task: Task) -> Any:
     return other
 
 
-def _lent_class(pipeline: Any) -> type:
+def _lent_class(pipeline: Any, keeps_on_host: bool) -> type:
     device = pipeline._execution_device
+    cls = type(pipeline)
+    if keeps_on_host:
+        cls = with_pinned_noise(cls)
     answers = {
         "_execution_device": property(lambda self: device),
         # At its end a pipeline takes its offloading hooks off and puts new ones on. The modules are
         # shared, others are in the middle of theirs, and what makes calls park would go with them.
         "maybe_free_model_hooks": lambda self: None,
     }
-    return type(type(pipeline).__name__, (type(pipeline),), answers)
+    return type(cls.__name__, (cls,), answers)

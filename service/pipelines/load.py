@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from service.config import SpeedSettings
 from service.domain.models import ModelCapabilities
+from service.pipelines.attach import parkable_methods
 from service.pipelines.capabilities import (
     Facts,
     check_serves_prompts,
@@ -25,11 +26,12 @@ from service.pipelines.compiling import SwitchableForward
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.fingerprint import take_fingerprint
 from service.pipelines.guidance import can_limit_guidance
+from service.pipelines.host_numbers import bring_arguments, can_keep_on_host
 from service.pipelines.lending import PipelineLender
 from service.pipelines.prompts import PromptMeter, measure_prompts, tokenizers_of
 from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
-from service.pipelines.speed import check_speed, loading_arguments, settle
+from service.pipelines.speed import can_record, check_speed, loading_arguments, settle
 from service.pipelines.trust import Trust, check_trust, find_pipeline_class
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -40,6 +42,7 @@ class LoadedModel:
     """A resident pipeline, what it can do, and the scheduler classes it may use by name.
 
     `denoiser_forward` is what compiles the denoiser, where that is wanted.
+    `cuda_graphs` says whether its forwards may be recorded.
     `denoiser_calls` remembers how often the denoiser is called, by what decides it.
     """
 
@@ -49,6 +52,7 @@ class LoadedModel:
     prompt_meter: PromptMeter
     lender: PipelineLender
     denoiser_forward: SwitchableForward | None = None
+    cuda_graphs: bool = False
     denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
 
 
@@ -117,7 +121,12 @@ def _load(
         manifest.get("max_prompt_tokens"),
     )
     facts = Facts(signature, tuple(schedulers), meter.limit)
-    lender = PipelineLender(pipeline, schedulers)
+    keeps_on_host = can_keep_on_host(pipeline, chosen) and not speed.compile
+    if keeps_on_host:
+        for _, module, rule in parkable_methods(pipeline):
+            if rule.shared:
+                bring_arguments(module, chosen)
+    lender = PipelineLender(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),
         tasks=lender.tasks,
@@ -131,6 +140,7 @@ def _load(
         meter,
         lender,
         SwitchableForward(_denoiser(pipeline)) if speed.compile else None,
+        cuda_graphs=can_record(speed, chosen),
     )
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from service.pipelines.host_numbers import with_names
+
 MOST_NUMBERS = 4096
 NumberFunction = Callable[[torch.Tensor], Any]
 
@@ -95,12 +97,7 @@ class _NumpyWithLog:
 
 def _with_logarithm(method: FunctionType, log: NumberFunction) -> FunctionType:
     """The same code, but what it knows as `np.log` is `log`."""
-    names = method.__globals__ | {"np": _NumpyWithLog(log)}
-    other = FunctionType(
-        method.__code__, names, method.__name__, method.__defaults__, method.__closure__
-    )
-    other.__kwdefaults__ = method.__kwdefaults__
-    return other
+    return with_names(method, {"np": _NumpyWithLog(log)})
 
 
 def _is_number(value: Any) -> bool:

@@ -20,6 +20,7 @@ from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest
 from service.domain.timings import Timings
 from service.engine.engine import Engine, EngineOptions
+from service.engine.forward_timing import timing_for
 from service.engine.listener import tell
 from service.engine.track import Work, as_stepserve_error
 from service.pipelines.adapter_files import AdapterOptions
@@ -28,6 +29,7 @@ from service.pipelines.attach import PROMPTS_BYTES, ParkingOptions, attach
 from service.pipelines.compiling import row_buckets
 from service.pipelines.denoiser_code import Code, DenoiserCode
 from service.pipelines.errors import ModelLoadError
+from service.pipelines.graphs import CudaRecorder, GraphedForward, graph_denoisers
 from service.pipelines.guidance import narrow_to_interval
 from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.inputs import decode_inputs
@@ -146,6 +148,7 @@ class PipelineRunner:
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._threads = 0
         self.denoiser_code: DenoiserCode | None = None
+        self.graphs: list[GraphedForward] = []
         if model.denoiser_forward is not None:
             if self.adapters.options.any:
                 raise ModelLoadError("compile and adapters cannot be combined")
@@ -223,7 +226,9 @@ class PipelineRunner:
 
     def _settle_plan(self) -> None:
         # Here, as it is the engine thread's own number that counts.
-        self._threads = torch.get_num_threads() if self.model.pipeline.device.type == "cpu" else 0
+        device = self.model.pipeline.device
+        self._threads = torch.get_num_threads() if device.type == "cpu" else 0
+        self.engine.batcher.start_timing = timing_for(device)
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
         trials = make_trials(self.model)
         buckets = row_buckets(ceiling) if self.denoiser_code else ()
@@ -232,6 +237,9 @@ class PipelineRunner:
         )
         if self.denoiser_code is not None:
             self.plan = self.denoiser_code.examine(self.plan, trials, ceiling)
+        # Adapters change modules, and a graph is of a module as it was.
+        if self.model.cuda_graphs and not (self.adapters.options.any or self.plan.alone):
+            self.graphs = graph_denoisers(pipeline, self.plan.inline, CudaRecorder())
         parking = self.plan.parking(
             ParkingOptions(
                 max_rows=ceiling,

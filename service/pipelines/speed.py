@@ -42,6 +42,12 @@ def check_speed(speed: SpeedSettings, device: torch.device) -> None:
         )
 
 
+def can_record(speed: SpeedSettings, device: torch.device) -> bool:
+    """Whether forwards may be CUDA graphs: at fixed addresses, and of eager code."""
+    wanted = speed.cuda_graphs and device.type == "cuda"
+    return wanted and speed.cpu_offload == "none" and not speed.compile
+
+
 def loading_arguments(speed: SpeedSettings, folder: Path) -> dict[str, Any]:
     """What `from_pretrained` must be told so that the denoiser is quantized while it is read."""
     if speed.quantization == "none":

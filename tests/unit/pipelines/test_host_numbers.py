@@ -1,0 +1,102 @@
+"""Timesteps and noise that stay on the host change no number. The device is the CPU as well."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny_model import a_request, save_tiny_model
+
+from service.pipelines import host_numbers
+from service.pipelines.host_numbers import bring_arguments, can_keep_on_host, on_host
+from service.pipelines.lending import PipelineLender
+from service.pipelines.load import LoadedModel, load_model
+from service.pipelines.tasks import call_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model("tiny", save_tiny_model(tmp_path_factory.mktemp("tiny")), "float32", "cpu")
+
+
+def test_every_scheduler_makes_the_same_latents_with_its_timesteps_on_the_host(
+    model: LoadedModel,
+) -> None:
+    lenders = [PipelineLender(model.pipeline, model.schedulers, kept) for kept in (False, True)]
+    usual, on_host_lender = [
+        LoadedModel(model.pipeline, model.capabilities, model.schedulers, model.prompt_meter, one)
+        for one in lenders
+    ]
+    assert len(model.schedulers) > 10
+    for name in model.schedulers:
+        request = a_request(id=name, scheduler=name, num_inference_steps=4)
+        with torch.no_grad():
+            wanted = call_pipeline(usual, request, output_type="latent")
+            assert torch.equal(call_pipeline(on_host_lender, request, output_type="latent"), wanted)
+
+
+def test_timesteps_stay_on_the_host_whatever_pipelines_ask_for(model: LoadedModel) -> None:
+    for cls in model.schedulers.values():
+        kept = on_host(cls)
+        assert kept.__name__ == cls.__name__
+        # Pipelines look at it, to see whether they may give timesteps of their own.
+        ours, theirs = (inspect.signature(c.set_timesteps) for c in (kept, cls))  # type: ignore[attr-defined]
+        assert ours == theirs
+        scheduler = kept.from_config(model.pipeline.scheduler.config)  # type: ignore[attr-defined]
+        for device in ({"device": "meta"}, {"device": None}, {}):
+            scheduler.set_timesteps(4, **device)
+            assert scheduler.timesteps.device.type == "cpu"
+        scheduler.set_timesteps(4, "meta")
+        assert scheduler.timesteps.device.type == "cpu"
+
+
+def test_noise_is_the_same_and_goes_by_way_of_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        host_numbers, "_bring", lambda tensor, device: pinned.append(tensor) or tensor
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    draw = host_numbers.pinned_randn_tensor
+    noise = draw((2, 3), generators, device=torch.device("cuda"), dtype=torch.bfloat16)
+    wanted = [
+        torch.randn(1, 3, generator=g.manual_seed(g.initial_seed()), dtype=torch.bfloat16)
+        for g in generators
+    ]
+    assert torch.equal(noise, torch.cat(wanted))
+    assert len(pinned) == 1
+    # On the CPU it is diffusers' own.
+    draw((2, 3), generators, device=torch.device("cpu"))
+    assert len(pinned) == 1
+
+
+def test_it_is_for_cuda_and_pipelines_that_were_tried(model: LoadedModel) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert can_keep_on_host(model.pipeline, cuda)
+    assert not can_keep_on_host(model.pipeline, cpu)
+    assert not can_keep_on_host(object(), cuda)
+    assert StableDiffusionPipeline.__name__ == type(model.pipeline).__name__
+
+
+class Where(torch.nn.Module):
+    def forward(self, sample: torch.Tensor, *, inner: dict[str, Any]) -> tuple[str, str]:
+        return sample.device.type, inner["a"].device.type
+
+
+def test_arguments_are_brought_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No memory can be pinned where there is no accelerator.
+    monkeypatch.setattr(host_numbers, "from_pinned", lambda tensor: tensor)
+    module = Where()
+    bring_arguments(module, torch.device("meta"))
+    sample = torch.ones(1)
+    assert module(sample, inner={"a": sample}) == ("meta", "meta")
+    assert module(sample.to("meta"), inner={"a": sample, "b": 1}) == ("meta", "meta")
+
+
+def test_the_folder_is_one_that_the_service_could_serve(tmp_path: Path) -> None:
+    assert not load_model("tiny", save_tiny_model(tmp_path), "float32", "cpu").cuda_graphs
