@@ -43,6 +43,11 @@ class Contender:
 
 def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Contender]:
     """All of them by name; ours first."""
+    per_core = {
+        "PEER_REPLICAS": str(cores),
+        "PEER_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     batching = "up to 8 requests a batch, a wait of 20 ms; pipeline calls on a thread of their own"
     listed = (
         Contender(
@@ -94,6 +99,23 @@ def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Conte
             ("-m", "loadtests.peers.litserve_server"),
             "dynamic batching, up to 8 requests, a wait of 20 ms; groups of equal parameters",
             "batching",
+            python=peers_python,
+        ),
+        Contender(
+            "ray-batch-keyed-cores",
+            ("-m", "loadtests.peers.ray_batch"),
+            f"`@serve.batch`, {batching}; groups of equal parameters; "
+            f"{cores} replicas of one thread",
+            "batching",
+            per_core,
+        ),
+        Contender(
+            "litserve-cores",
+            ("-m", "loadtests.peers.litserve_server"),
+            "dynamic batching, up to 8 requests, a wait of 20 ms; groups of equal parameters; "
+            f"{cores} workers of one thread",
+            "batching",
+            per_core,
             python=peers_python,
         ),
         Contender(

@@ -44,11 +44,11 @@ from loadtests.watch import watched
 
 CALIBRATION_STEPS = (4, 24)
 SWEEP_FACTORS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5, 2.0)
-GRID_RATIO = 1.06
+GRID_RATIO = 1.1
 """Rates of a knee search are powers of this times the capacity: so exact is the knee."""
 
-GRID_LOWEST, GRID_HIGHEST = -40, 32
-GRID_START = -6
+GRID_LOWEST, GRID_HIGHEST = -25, 20
+GRID_START = -4
 CALM_BEFORE_S, OVERLOAD_S, CALM_AFTER_S = 20.0, 60.0, 60.0
 CALM_SHARE, OVERLOAD_FACTOR = 0.7, 2.0
 SETTLE_TIMEOUT_S = 300.0

@@ -17,7 +17,7 @@ NEVER_MS = 3_600_000
 NEVER_S = NEVER_MS // 1000
 
 
-@bentoml.service(workers=1, traffic={"timeout": NEVER_S})
+@bentoml.service(workers=settings.replicas, traffic={"timeout": NEVER_S})
 class Model:
     """The pipeline, and batches of requests for it."""
 

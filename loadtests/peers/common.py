@@ -50,12 +50,18 @@ class ImageRequest(BaseModel):
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """How a peer is started. The race sets these by environment variables."""
+    """How a peer is started. The race sets these by environment variables.
+
+    Args:
+        workers: requests that one process makes at a time, where it does not batch.
+        replicas: processes that hold the model, where it batches.
+    """
 
     port: int
     model: str
     threads: int
     workers: int
+    replicas: int
     max_batch_size: int
     batch_wait_s: float
     pad_steps: bool
@@ -69,6 +75,7 @@ class PeerSettings:
             model=os.environ.get("PEER_MODEL", "service/models/emoji"),
             threads=int(os.environ.get("PEER_THREADS", cores)),
             workers=int(os.environ.get("PEER_WORKERS", cores)),
+            replicas=int(os.environ.get("PEER_REPLICAS", "1")),
             max_batch_size=int(os.environ.get("PEER_MAX_BATCH_SIZE", "8")),
             batch_wait_s=float(os.environ.get("PEER_BATCH_WAIT_S", "0.02")),
             pad_steps=os.environ.get("PEER_PAD_STEPS", "0") == "1",

@@ -2,8 +2,9 @@
 
     PEER_PORT=8100 python -m loadtests.peers.litserve_server
 
-One worker process, which collects up to `max_batch_size` requests for `batch_timeout` seconds. It
-knows no keys: a batch is made in as many pipeline calls as it has groups of equal parameters.
+One worker process, or as many as PEER_REPLICAS says, each of which collects up to
+`max_batch_size` requests for `batch_timeout` seconds. It knows no keys: a batch is made in as many
+pipeline calls as it has groups of equal parameters.
 """
 
 from typing import Any
@@ -52,7 +53,10 @@ class EmojiApi(litserve.LitAPI):
 if __name__ == "__main__":
     settings = PeerSettings.read()
     server = litserve.LitServer(
-        EmojiApi(settings), accelerator="cpu", workers_per_device=1, timeout=False
+        EmojiApi(settings),
+        accelerator="cpu",
+        workers_per_device=settings.replicas,
+        timeout=False,
     )
     server.run(
         host="127.0.0.1", port=settings.port, generate_client_file=False, log_level="warning"

@@ -52,4 +52,5 @@ class BatchingModel:
 
 if __name__ == "__main__":
     settings = PeerSettings.read()
-    run_until_stopped(BatchingModel.options(**model_options(settings)).bind(settings), settings)
+    options = model_options(settings) | {"num_replicas": settings.replicas}
+    run_until_stopped(BatchingModel.options(**options).bind(settings), settings)

@@ -1,0 +1,302 @@
+"""Where the time of a request over HTTP goes, under load: flame graphs of every process.
+
+    pip install py-spy
+    python -m loadtests.breakdown [--seconds 30] [--out out/breakdown/breakdown.json]
+
+The service is kept saturated with the mixed trace of the race. The CPU seconds of each of its
+processes are the system's own count; py-spy samples what their Python is doing. The samples of a
+replica are divided by what their stacks say, and its CPU seconds by these shares. Flame graphs of a
+replica and of the ingress lie beside the JSON, to look around in with a browser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import torch
+
+from loadtests import scenarios
+from loadtests.client import Status, Target, open_session, send_windowed
+from loadtests.contenders import FULL_QUEUE, contenders, running
+from loadtests.engine_bench import denoiser_step_s
+from loadtests.facts import take_facts
+from loadtests.trace import HOMOGENEOUS, MIXED, TraceRequest, draw_trace
+
+SAMPLES_PER_S = 50
+SETTLE_S = 8.0
+FLAME_S = 10
+BARE_ROWS = (8, 16, 32)
+BARE_S = 6.0
+TRACE_REQUESTS = 4000
+
+# What a process is, by its command line.
+ROLES = (
+    ("replica", "ray::ServeReplica:stepserve-model"),
+    ("ingress", "ray::ServeReplica:stepserve:ingress"),
+    ("proxy", "ray::ProxyActor"),
+    ("controller", "ray::ServeController"),
+    ("Ray's daemons", "raylet"),
+    ("Ray's daemons", "gcs_server"),
+    ("Ray's daemons", "ray"),
+)
+# What a stack of a replica is about: the first whose place is in a frame of it, outermost first.
+PARTS = (
+    ("denoiser forwards", "unet_2d_condition.py"),
+    ("decoding latents", "autoencoder_kl.py"),
+    ("encoding prompts", "modeling_clip.py"),
+    ("writing image files", "pipelines/images.py"),
+    ("scheduler steps", "diffusers/schedulers/"),
+    ("diffusers' pipelines, besides", "diffusers/pipelines/"),
+    ("engine: stacking and splitting", "engine/coalesce.py"),
+    ("engine, besides", "service/engine/"),
+    ("events and metrics", "service/deployments/"),
+    ("Ray in the replica", "ray/"),
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """CPU time of one part.
+
+    Args:
+        of_machine: of all cores' time.
+        ms_per_request: CPU milliseconds.
+    """
+
+    part: str
+    of_machine: float
+    ms_per_request: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    options = parse_options(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    cores = len(psutil.Process().cpu_affinity())
+    bare = {} if options.no_bare else bare_rows_per_s(cores)
+    contender = contenders(cores)["stepserve"]
+    with running(contender, options.out.with_suffix(".log"), more=FULL_QUEUE) as url:
+        report = asyncio.run(measure(url, cores, options))
+    report |= {"facts": take_facts(), "bare_rows_per_s": bare}
+    if bare:
+        report["over_bare"] = report["homogeneous_rows_per_s"] / max(bare.values())
+    options.out.write_text(json.dumps(report, indent=2))
+    print_report(report)
+    return 0
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=int, default=30)
+    parser.add_argument("--in-flight", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=96, help="of the homogeneous run")
+    parser.add_argument("--no-bare", action="store_true", help="without the bare denoiser")
+    parser.add_argument("--out", type=Path, default=Path("out/breakdown/breakdown.json"))
+    options = parser.parse_args(arguments)
+    if shutil.which("py-spy", path=str(Path(sys.executable).parent)) is None:
+        parser.error("needs py-spy: pip install py-spy")
+    return options
+
+
+async def measure(url: str, cores: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Saturate the service, and look at its processes meanwhile."""
+    trace = draw_trace(MIXED, TRACE_REQUESTS, seed=0)
+    alike = draw_trace(HOMOGENEOUS, options.requests, seed=0)
+    async with open_session(Target(url)) as session:
+        await scenarios.wait_until_serving(session, trace[0])
+        rows_per_s = await rows_per_second(session, alike, options.in_flight)
+        load = asyncio.create_task(send_windowed(session, list(trace), options.in_flight))
+        await asyncio.sleep(SETTLE_S)
+        before = requests_ended(await metrics_of(session))
+        processes = roles_of(psutil.Process().children(recursive=True))
+        cpu_before = {process.pid: cpu_s(process) for process in processes}
+        stacks, seconds = await asyncio.to_thread(sample, processes, options)
+        ended = requests_ended(await metrics_of(session)) - before
+        used = {p: cpu_s(p) - cpu_before[p.pid] for p in processes if p.is_running()}
+        await asyncio.to_thread(draw_flames, processes, options)
+        load.cancel()
+    shares = shares_of(used, processes, stacks, seconds * cores, ended)
+    return {
+        "seconds": seconds,
+        "requests": ended,
+        "homogeneous_rows_per_s": rows_per_s,
+        "shares": [vars(share) for share in shares],
+    }
+
+
+async def rows_per_second(
+    session: aiohttp.ClientSession, trace: Sequence[TraceRequest], in_flight: int
+) -> float:
+    """Denoiser rows a second of requests that are all alike, while the service is saturated."""
+    outcomes = await send_windowed(session, list(trace), in_flight)
+    ended = sorted(outcome.ended_s for outcome in outcomes if outcome.status is Status.OK)
+    # Neither the first wave, which waits for nobody, nor the last, which nobody follows.
+    begin, end = in_flight, len(ended) - in_flight
+    rows = trace[0].rows * trace[0].denoiser_calls
+    return rows * (end - begin) / (ended[end] - ended[begin])
+
+
+async def metrics_of(session: aiohttp.ClientSession) -> str:
+    """The page of metrics."""
+    async with session.get("/metrics") as response:
+        return await response.text()
+
+
+def requests_ended(metrics: str) -> float:
+    """Picture requests that were answered since the service started."""
+    lines = [line for line in metrics.splitlines() if line.startswith("stepserve_requests_total")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def roles_of(processes: Iterable[psutil.Process]) -> dict[psutil.Process, str]:
+    """What each process of the service is; others are left out."""
+    found = {}
+    for process in processes:
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        role = next((role for role, sign in ROLES if sign in command), None)
+        if role is not None and process.pid != psutil.Process().pid:
+            found[process] = role
+    return found
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds that it has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def sample(
+    processes: Mapping[psutil.Process, str], options: argparse.Namespace
+) -> tuple[dict[int, Counter[tuple[str, ...]]], float]:
+    """Stacks of the Python processes, by process id, and for how many seconds."""
+    watched = [p for p, role in processes.items() if role != "Ray's daemons"]
+    files = {p.pid: options.out.with_name(f"stacks-{p.pid}.txt") for p in watched}
+    started_s = time.monotonic()
+    spies = [
+        start_spy(pid, "raw", file, options.seconds, "--full-filenames")
+        for pid, file in files.items()
+    ]
+    for spy in spies:
+        spy.wait()
+    seconds = time.monotonic() - started_s
+    return {pid: read_stacks(file) for pid, file in files.items() if file.exists()}, seconds
+
+
+def draw_flames(processes: Mapping[psutil.Process, str], options: argparse.Namespace) -> None:
+    """Pictures of a replica's and of the ingress's stacks."""
+    for wanted in ("replica", "ingress"):
+        pid = next(process.pid for process, role in processes.items() if role == wanted)
+        file = options.out.with_name(f"flame-{wanted}.svg")
+        start_spy(pid, "flamegraph", file, FLAME_S, "--function").wait()
+
+
+def start_spy(
+    pid: int, format_name: str, file: Path, seconds: int, *more: str
+) -> subprocess.Popen[bytes]:
+    """py-spy, beside a process, for some seconds."""
+    spy = str(Path(sys.executable).with_name("py-spy"))
+    when = ["--pid", str(pid), "--duration", str(seconds), "--rate", str(SAMPLES_PER_S)]
+    what = ["--format", format_name, "--output", str(file), "--nolineno", *more]
+    silent = subprocess.DEVNULL
+    return subprocess.Popen([spy, "record", *when, *what], stdout=silent, stderr=silent)
+
+
+def read_stacks(file: Path) -> Counter[tuple[str, ...]]:
+    """Samples by stack, outermost frame first."""
+    stacks: Counter[tuple[str, ...]] = Counter()
+    for line in file.read_text().splitlines():
+        frames, _, count = line.rpartition(" ")
+        stacks[tuple(frames.split(";"))] += int(count)
+    return stacks
+
+
+def part_of(stack: Sequence[str]) -> str:
+    """What a stack of a replica is about."""
+    for part, place in PARTS:
+        if any(place in frame for frame in stack):
+            return part
+    return "Python, besides"
+
+
+def shares_of(
+    used: Mapping[psutil.Process, float],
+    roles: Mapping[psutil.Process, str],
+    stacks: Mapping[int, Counter[tuple[str, ...]]],
+    machine_s: float,
+    requests: float,
+) -> list[Share]:
+    """CPU time by part: a replica's divided by its samples, that of others as a whole."""
+    seconds: Counter[str] = Counter()
+    for process, cpu in used.items():
+        role = roles[process]
+        if role != "replica":
+            seconds[role] += cpu
+            continue
+        samples: Counter[str] = Counter()
+        for stack, count in stacks.get(process.pid, Counter()).items():
+            samples[part_of(stack)] += count
+        for part, count in samples.items():
+            seconds[part] += cpu * count / samples.total()
+    # Whoever drives the load and looks at it, and what nobody used.
+    seconds["client, py-spy, idle"] = machine_s - seconds.total()
+    return [
+        Share(part, cpu / machine_s, 1000 * cpu / max(requests, 1))
+        for part, cpu in seconds.most_common()
+    ]
+
+
+def bare_rows_per_s(cores: int) -> dict[int, float]:
+    """Denoiser rows a second of nothing but forwards, one process of one thread on each core."""
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        return {rows: sum(pool.map(bare_loop, [rows] * cores)) for rows in BARE_ROWS}
+
+
+def bare_loop(rows: int) -> float:
+    """Rows a second of one thread that does nothing else."""
+    from service.models.catalogue import EMBEDDED
+    from service.pipelines.load import load_model
+
+    torch.set_num_threads(1)
+    model = load_model("emoji", EMBEDDED)
+    step_s = denoiser_step_s(model, rows, repeats=5)
+    repeats = max(int(BARE_S / step_s), 5)
+    return rows / denoiser_step_s(model, rows, repeats)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """For people."""
+    print(f"{report['requests']:.0f} requests in {report['seconds']:.0f} s")
+    for share in report["shares"]:
+        print(
+            f"  {share['part']:32}{share['of_machine']:7.1%}"
+            f"{share['ms_per_request']:9.1f} ms a request"
+        )
+    print(f"requests of 20 steps, all alike: {report['homogeneous_rows_per_s']:.0f} rows a second")
+    for rows, rate in report["bare_rows_per_s"].items():
+        print(f"bare denoiser, {rows} rows: {rate:.0f} rows a second")
+    if "over_bare" in report:
+        print(f"over HTTP / bare: {report['over_bare']:.2f}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
