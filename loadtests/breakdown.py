@@ -4,9 +4,10 @@
     python -m loadtests.breakdown [--seconds 30] [--out out/breakdown/breakdown.json]
 
 The service is kept saturated with the mixed trace of the race. The CPU seconds of each of its
-processes are the system's own count; py-spy samples what their Python is doing. The samples of a
-replica are divided by what their stacks say, and its CPU seconds by these shares. Flame graphs of a
-replica and of the ingress lie beside the JSON, to look around in with a browser.
+processes are the system's own count, and so are those of the engine's threads; py-spy samples what
+their Python is doing. Samples of an engine are divided by what their stacks say, and its CPU
+seconds by these shares. Flame graphs of a replica and of the ingress lie beside the JSON, to look
+around in with a browser.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -62,10 +64,11 @@ PARTS = (
     ("scheduler steps", "diffusers/schedulers/"),
     ("diffusers' pipelines, besides", "diffusers/pipelines/"),
     ("engine: stacking and splitting", "engine/coalesce.py"),
-    ("engine, besides", "service/engine/"),
-    ("events and metrics", "service/deployments/"),
-    ("Ray in the replica", "ray/"),
+    ("engine: deciding", "service/engine/policy.py"),
 )
+ENGINE = "service/engine/engine.py"
+# Engine threads step back behind all others.
+NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,17 @@ async def measure(url: str, cores: int, options: argparse.Namespace) -> dict[str
         await asyncio.sleep(SETTLE_S)
         before = requests_ended(await metrics_of(session))
         processes = roles_of(psutil.Process().children(recursive=True))
-        cpu_before = {process.pid: cpu_s(process) for process in processes}
+        before_s = cpu_s(processes), engine_s(processes)
         stacks, seconds = await asyncio.to_thread(sample, processes, options)
         ended = requests_ended(await metrics_of(session)) - before
-        used = {p: cpu_s(p) - cpu_before[p.pid] for p in processes if p.is_running()}
+        used_s = [
+            {key: after[key] - known[key] for key in after}
+            for known, after in zip(before_s, (cpu_s(processes), engine_s(processes)), strict=True)
+        ]
         await asyncio.to_thread(draw_flames, processes, options)
         load.cancel()
-    shares = shares_of(used, processes, stacks, seconds * cores, ended)
+    roles = {process.pid: role for process, role in processes.items()}
+    shares = shares_of(roles, *used_s, stacks, seconds * cores, ended)
     return {
         "seconds": seconds,
         "requests": ended,
@@ -179,10 +186,21 @@ def roles_of(processes: Iterable[psutil.Process]) -> dict[psutil.Process, str]:
     return found
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """CPU seconds that it has used."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def cpu_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
+    """CPU seconds that each has used, by process id."""
+    return {p.pid: sum(p.cpu_times()[:2]) for p in processes}
+
+
+def engine_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
+    """CPU seconds that engine threads of each have used, by process id."""
+    return {
+        process.pid: sum(
+            thread.user_time + thread.system_time
+            for thread in process.threads()
+            if os.getpriority(os.PRIO_PROCESS, thread.id) >= NICENESS
+        )
+        for process in processes
+    }
 
 
 def sample(
@@ -231,32 +249,41 @@ def read_stacks(file: Path) -> Counter[tuple[str, ...]]:
 
 
 def part_of(stack: Sequence[str]) -> str:
-    """What a stack of a replica is about."""
+    """What a stack of an engine is about."""
     for part, place in PARTS:
         if any(place in frame for frame in stack):
             return part
-    return "Python, besides"
+    return "engine, besides"
 
 
 def shares_of(
-    used: Mapping[psutil.Process, float],
-    roles: Mapping[psutil.Process, str],
+    roles: Mapping[int, str],
+    used_s: Mapping[int, float],
+    engines_s: Mapping[int, float],
     stacks: Mapping[int, Counter[tuple[str, ...]]],
     machine_s: float,
     requests: float,
 ) -> list[Share]:
-    """CPU time by part: a replica's divided by its samples, that of others as a whole."""
+    """CPU time by part: an engine's divided by its samples, that of others as a whole.
+
+    Args:
+        roles: of processes, by id, as all that follows.
+        used_s: CPU seconds.
+        engines_s: those of them that engine threads had.
+        stacks: samples.
+        machine_s: seconds times cores.
+        requests: answered meanwhile.
+    """
     seconds: Counter[str] = Counter()
-    for process, cpu in used.items():
-        role = roles[process]
-        if role != "replica":
-            seconds[role] += cpu
-            continue
+    for pid, cpu in used_s.items():
+        engine = engines_s.get(pid, 0.0)
+        seconds["Ray and events in the replica" if engine else roles[pid]] += cpu - engine
         samples: Counter[str] = Counter()
-        for stack, count in stacks.get(process.pid, Counter()).items():
-            samples[part_of(stack)] += count
+        for stack, count in stacks.get(pid, Counter()).items():
+            if any(ENGINE in frame for frame in stack):
+                samples[part_of(stack)] += count
         for part, count in samples.items():
-            seconds[part] += cpu * count / samples.total()
+            seconds[part] += engine * count / samples.total()
     # Whoever drives the load and looks at it, and what nobody used.
     seconds["client, py-spy, idle"] = machine_s - seconds.total()
     return [

@@ -132,7 +132,7 @@ class Simulation:
             request = line[first]
             self.queued.remove((first.arrival, request))
             self.steps_left[first.arrival] = request.steps
-            self._park(first.arrival, request.size, request.rows)
+            self._park(first.arrival, request)
 
     def _tick(self, requests: Sequence[Request]) -> list[int]:
         group = self.policy.pick(list(self.parked.values()), _cost_of, method_limit)
@@ -141,17 +141,20 @@ class Simulation:
         for number in (item.arrival for item in group):
             self.steps_left[number] -= 1
             if self.steps_left[number]:
-                self._park(number, requests[number].size, requests[number].rows)
+                self._park(number, requests[number])
             else:
                 del self.parked[number], self.steps_left[number]
                 self.latency_s[number] = self.now_s - requests[number].arrival_s
                 ended.append(number)
         return ended
 
-    def _park(self, number: int, size: str, rows: int) -> None:
+    def _park(self, number: int, request: Request) -> None:
         self._sequence += 1
-        call = Call(DENOISER, (), {}, KEYS[size], rows, self._sequence)
-        self.parked[number] = Parked(call, self.now_s, arrival=number)
+        call = Call(DENOISER, (), {}, KEYS[request.size], request.rows, self._sequence)
+        left_s = self.steps_left[number] * forward_s(request.size, request.rows)
+        self.parked[number] = Parked(
+            call, self.now_s, arrival=number, left_s=left_s, alone_s=request.alone_s
+        )
 
 
 def one_at_a_time(requests: Sequence[Request]) -> list[float]:

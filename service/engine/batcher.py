@@ -19,7 +19,7 @@ from service.engine.forecast import Prospect
 from service.engine.forward_timing import ForwardTiming, WallTiming
 from service.engine.observer import NOBODY, ForwardReport, Observer, WorkReport
 from service.engine.outlook import Outlook, Room
-from service.engine.policy import DUE_TIME, Parked, Policy, Running, next_to_start
+from service.engine.policy import SHORTEST_FIRST, Parked, Policy, Running, next_to_start
 from service.engine.row_limits import RowLimits, is_out_of_memory
 from service.engine.track import Clock, Stage, Track, forget_frames
 
@@ -98,7 +98,7 @@ class Batcher:
         cost: CostModel | None = None,
         clock: Clock = time.perf_counter,
         on_ended: Callable[[Track], None] = lambda track: None,
-        policy: Policy = DUE_TIME,
+        policy: Policy = SHORTEST_FIRST,
     ) -> None:
         self.max_active_rows = max_active_rows
         self.cost = cost or CostModel()
@@ -216,8 +216,16 @@ class Batcher:
         return [waiting[item.call] for item in group]
 
     def _as_parked(self, call: Call, track: Track) -> Parked:
-        latest_s = self.outlook.latest_start_s(track)
-        return Parked(call, track.parked_s, track.work.priority, latest_s, track.arrival)
+        left_s, alone_s = self.outlook.run_and_alone_s(track)
+        return Parked(
+            call,
+            track.parked_s,
+            track.work.priority,
+            self.outlook.latest_start_s(track),
+            track.arrival,
+            left_s,
+            alone_s,
+        )
 
     def _run(self, group: Sequence[Track]) -> list[Any]:
         """One output for each track; if the shared forward raises, halves are tried apart."""

@@ -69,7 +69,7 @@ class EngineOptions:
     max_waiting_pictures: int = 64
     threads: int | None = None
     niceness: int = 0
-    policy: str = "due-time"
+    policy: str = "shortest-first"
     gradients: bool = False
 
     @property

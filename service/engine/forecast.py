@@ -1,9 +1,9 @@
 """When requests in hand will be finished, if nothing more comes. Pure.
 
 A coarse simulation, from one finished request to the next: requests of one group step together,
-groups share the device by time according to their priorities, and as some finish, the steps of the
-rest get shorter and queued ones are started. It takes about n log n for n requests, so that it can
-be asked at every submission.
+groups share the device by time according to their priorities (or the shortest goes first, where the
+policy has it so), and as some finish, the steps of the rest get shorter and queued ones are
+started. It takes about n log n for n requests, so that it can be asked at every submission.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ import heapq
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
-from service.engine.policy import patience
+from service.engine.policy import CLEARLY, HOLD, LEAST_LOST, MOST_LOST, SHORTEST_S, WORTH, patience
+
+# Of a job that waits: it ends in a forward that it leads, or takes part in.
+LEAST_LEFT, ENDED = 0.01, 1e-6
+SMALLEST_S = 1e-9
 
 ForwardCost = Callable[[Hashable, int], float]
 RowLimit = Callable[[Hashable], int]
@@ -30,6 +35,8 @@ class Job(NamedTuple):
         other_s: seconds it takes apart from them.
         rank: orders those that were not started.
         arrives_s: seconds from now at which it is submitted; only of one that was not started.
+        step_s: seconds of a step of it alone. This and the next are for `SHORTEST_FIRST` only.
+        alone_s: what all its steps take alone, those that are done included.
     """
 
     group: Hashable
@@ -41,15 +48,18 @@ class Job(NamedTuple):
     rank: float
     started: bool
     arrives_s: float = 0.0
+    step_s: float = 0.0
+    alone_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Device:
-    """What forwards cost, and how many rows fit."""
+    """What forwards cost, how many rows fit, and whether groups go on one after another."""
 
     cost_of: ForwardCost
     limit_of: RowLimit
     max_active_rows: int
+    in_turns: bool = False
 
 
 @dataclass
@@ -111,7 +121,8 @@ class Group:
 
 def finish_times_s(jobs: Sequence[Job], device: Device) -> list[float]:
     """Seconds from now at which each job is done, in the order given."""
-    return _Forecast(jobs, device).run()
+    forecast = _InTurns if device.in_turns else _Forecast
+    return forecast(jobs, device).run()
 
 
 class Prospect:
@@ -170,10 +181,14 @@ class _Forecast:
             if job.started:
                 self._start(number)
         self._start_waiting()
-        while self.groups or self.coming:
+        while self._at_work or self.coming:
             self._go_on()
             self._start_waiting()
         return self.finished_s
+
+    @property
+    def _at_work(self) -> bool:
+        return bool(self.groups)
 
     def _start(self, number: int) -> None:
         job = self.jobs[number]
@@ -193,10 +208,9 @@ class _Forecast:
 
     def _go_on(self) -> None:
         """Go on to the moment when the next job ends, or the next one comes."""
-        weights = 0.0
         for group in self.groups.values():
             group.settle()
-            weights += group.weight
+        weights = sum(group.weight for group in self.groups.values())
         key, claim_s = self._next_end()
         comes_s = self.jobs[self.coming[-1]].arrives_s if self.coming else math.inf
         if self.now_s + claim_s * weights < comes_s or not self.coming:
@@ -236,3 +250,113 @@ class _Forecast:
         rank = self.jobs[number].rank
         place = sum(self.jobs[other].rank > rank for other in self.waiting)
         self.waiting.insert(place, number)
+
+
+class _InTurns(_Forecast):
+    """The shortest goes first, as `policy.SHORTEST_FIRST` has it.
+
+    The others wait, but for the steps that they get when they are overdue.
+    """
+
+    def __init__(self, jobs: Sequence[Job], device: Device) -> None:
+        super().__init__(jobs, device)
+        self.active: list[int] = []
+        self.left = [float(job.steps) for job in jobs]
+        self.patience = [patience(job.priority) for job in jobs]
+        self.weight = [
+            1 / (patient * max(job.alone_s, SHORTEST_S))
+            for job, patient in zip(jobs, self.patience, strict=True)
+        ]
+        self.step_rank = [
+            job.step_s / weight for job, weight in zip(jobs, self.weight, strict=True)
+        ]
+
+    @property
+    def _at_work(self) -> bool:
+        return bool(self.active)
+
+    def _start(self, number: int) -> None:
+        self.active_rows += self.jobs[number].rows
+        self.active.append(number)
+
+    def _go_on(self) -> None:
+        comes_s = self.jobs[self.coming[-1]].arrives_s if self.coming else math.inf
+        if self.active:
+            chosen, step_s = self._next_forward()
+            steps = min(self.left[number] for number in chosen)
+            others, share = self._overdue(set(chosen))
+            seconds = steps * step_s * (1 + share)
+            part = min(max((comes_s - self.now_s) / max(seconds, SMALLEST_S), 0.0), 1.0)
+            self.now_s += part * seconds
+            for number in chosen:
+                self.left[number] -= part * steps
+            for number, forward_s in others:
+                gone = part * seconds / (HOLD * self.patience[number] * forward_s)
+                self.left[number] = max(self.left[number] - gone, LEAST_LEFT)
+            if part == 1.0:
+                self._end(chosen)
+                return
+        if self.coming:
+            self.now_s = max(self.now_s, comes_s)
+            self._let_in(self.coming.pop())
+
+    def _next_forward(self) -> tuple[list[int], float]:
+        """Who takes part in the next forwards, and what each of them takes."""
+        ranked = sorted((self.left[n] * self.step_rank[n], n) for n in self.active)
+        lead = self.jobs[ranked[0][1]]
+        limit = self.device.limit_of(lead.shape)
+        line: list[int] = []
+        rows = 0
+        for _, number in ranked:
+            job = self.jobs[number]
+            if job.group == lead.group and (not line or rows + job.rows <= limit):
+                line.append(number)
+                rows += job.rows
+        all_s, one_s = (self.device.cost_of(lead.shape, count) for count in (rows, 1))
+        row_s = (all_s - one_s) / max(rows - 1, 1)
+        count, front_rows = self._front(line, rows, row_s, one_s - row_s)
+        return line[:count], all_s - row_s * (rows - front_rows)
+
+    def _front(
+        self, line: Sequence[int], rows: int, row_s: float, fixed_s: float
+    ) -> tuple[int, int]:
+        """How many of a line go without the rest, and their rows; see `policy.front_of`."""
+        chosen, chosen_rows, best = len(line), rows, 0.0
+        if not LEAST_LOST <= fixed_s / (fixed_s + row_s * rows) <= MOST_LOST:
+            return chosen, chosen_rows
+        others = sum(self.weight[number] for number in self.active)
+        front_rows, front = 0, 0.0
+        behind = list(accumulate((self.weight[number] for number in reversed(line)), max))[::-1]
+        for count, number in enumerate(line[:-1], 1):
+            front_rows += self.jobs[number].rows
+            front += self.weight[number]
+            if self.weight[number] < CLEARLY * behind[count]:
+                continue
+            gain = front * row_s * (rows - front_rows) - WORTH * (others - front) * fixed_s
+            if gain > best:
+                chosen, chosen_rows, best = count, front_rows, gain
+        return chosen, chosen_rows
+
+    def _overdue(self, chosen: set[int]) -> tuple[list[tuple[int, float]], float]:
+        """Those who wait, with the seconds of their forwards, and their share of the time."""
+        rows: dict[Hashable, int] = {}
+        for number in self.active:
+            job = self.jobs[number]
+            rows[job.group] = rows.get(job.group, 0) + job.rows
+        waiting, shares = [], {}
+        for number in self.active:
+            if number in chosen:
+                continue
+            job = self.jobs[number]
+            limit = self.device.limit_of(job.shape)
+            waiting.append((number, self.device.cost_of(job.shape, min(rows[job.group], limit))))
+            shares[job.group] = 1 / (HOLD * self.patience[number])
+        return waiting, min(sum(shares.values()), 1.0)
+
+    def _end(self, chosen: Sequence[int]) -> None:
+        for number in chosen:
+            if self.left[number] <= ENDED:
+                self.active.remove(number)
+                self.active_rows -= self.jobs[number].rows
+                self.now_s += self.jobs[number].other_s
+                self.finished_s[number] = self.now_s

@@ -7,7 +7,7 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
-PROMISED_SHARE = 0.98
+PROMISED_SHARE = 0.985
 REMEMBERED = 256
 # Before enough was seen to know better, and at the most: a while of mishaps may not shut the door.
 FIRST_SHARE = 0.15

@@ -42,6 +42,9 @@ class StepShape:
     max_rows: int
 
 
+UNKNOWN = StepShape(None, 1)
+
+
 @dataclass(frozen=True)
 class Room:
     """How many rows may be at work: those of one request only, where requests cannot share."""
@@ -60,7 +63,7 @@ class Outlook:
         self.cost = cost
         self.margin = Margin()
         self._shapes: dict[Hashable, StepShape] = {}
-        self._latest = StepShape(None, 1)
+        self._latest = UNKNOWN
         self._tick_overhead_s = Average()
         self._other_row_s = Average()
         self._stretches: dict[Hashable, Average] = {}
@@ -93,6 +96,11 @@ class Outlook:
         """Seconds that the steps left to a track would take, were it alone."""
         return track.steps_left * self._forward_s(self._step_shape(track).shape, track.work.rows)
 
+    def run_and_alone_s(self, track: Track) -> tuple[float, float]:
+        """What the steps left to a track, and all its steps, would take, were it alone."""
+        step_s = self._forward_s(self._step_shape(track).shape, track.work.rows)
+        return track.steps_left * step_s, track.work.steps * step_s
+
     def latest_start_s(self, track: Track) -> float:
         """When it must go on for its deadline to be met; infinite if it has none."""
         return math.inf if track.work.deadline_s is None else track.expires_s - self.run_s(track)
@@ -118,6 +126,8 @@ class Outlook:
             cost_of=self._forward_s,
             limit_of=limits.__getitem__,
             max_active_rows=0 if room.one_at_a_time else room.max_active_rows,
+            # Before anything was learned, all are taken for equally long.
+            in_turns=policy.in_turns and UNKNOWN.shape not in limits,
         )
         jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
         return Prospect(jobs, device)
@@ -138,7 +148,7 @@ class Outlook:
         Forecasts know nothing of those who come later and share the device.
         """
         track.first_foretold_s = foretold_s
-        stretch = self._stretches.get(track.work.size)
+        stretch = self._stretches.get(_kind(track))
         return foretold_s * math.exp(float(stretch or 0.0))
 
     def _row_limit(self, step: StepShape, room: Room) -> int:
@@ -147,12 +157,13 @@ class Outlook:
     def _learn_stretch(self, track: Track, total_s: float) -> None:
         if track.first_foretold_s and total_s > 0:
             log_ratio = math.log(total_s / track.first_foretold_s)
-            stretch = self._stretches.setdefault(track.work.size, Average())
+            stretch = self._stretches.setdefault(_kind(track), Average())
             stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
 
     def _job(self, track: Track, shape: Hashable, policy: Policy) -> Job:
         work = track.work
         started = track.state is RequestState.RUNNING
+        step_s = self._forward_s(shape, work.rows)
         return Job(
             group=(shape, track.variant),
             shape=shape,
@@ -162,6 +173,8 @@ class Outlook:
             other_s=float(self._other_row_s) * work.rows,
             rank=0.0 if started else policy.rank(self.as_queued(track)),
             started=started,
+            step_s=step_s,
+            alone_s=work.steps * step_s,
         )
 
     def _step_shape(self, track: Track) -> StepShape:
@@ -174,3 +187,8 @@ class Outlook:
 
     def _forward_s(self, shape: Hashable, rows: int) -> float:
         return self.cost.predict(shape, rows) + float(self._tick_overhead_s)
+
+
+def _kind(track: Track) -> Hashable:
+    """Requests of equal kinds are passed over alike: of one size, and of similar step counts."""
+    return track.work.size, track.work.steps.bit_length()

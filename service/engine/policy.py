@@ -1,43 +1,56 @@
 """Who goes next: which parked calls share the next forward, and which request is started next.
 
-Pure: costs and limits are arguments. There are two policies to choose from by name, in `POLICIES`.
+Pure: costs and limits are arguments. There are three policies, chosen by name from `POLICIES`.
 
-DUE_TIME, the default. What waits is due at
+SHORTEST_FIRST, the default. Users mind waiting in proportion to what they asked for, so a second of
+waiting weighs 1 / (patience * seconds that the request takes alone), where the patience is that of
+its priority: an eighth for interactive work, 1 for normal, 8 for batch. The least weighted waiting
+in all comes from Smith's rule (W. E. Smith, 1956): what has the least time left for its weight goes
+first. So
+
+- among groups (calls with equal keys, which can share a forward) the one runs that holds the call
+  with the least `seconds left * seconds alone * patience`; what is no denoising step counts as if
+  its request were nothing else, so that a newcomer's text encoder goes ahead of the step that all
+  wait for, and the newcomer joins that very step;
+- in a group the rows are filled in that order. Company makes a step longer for those in front,
+  and spares one for those behind: of the line's front and rest, the front goes by itself where
+  what it gains is worth at least twice what the rest and all others lose (`front_of`);
+- nothing starves. A call that waited for `HOLD * patience * seconds of its forward` is overdue, and
+  so is one whose latest start for its request's deadline has come. Overdue calls go before others,
+  first those overdue the longest.
+
+DUE_TIME, which shares the device by time. What waits is due at
 
     since_s + patience * expected seconds
 
-where the patience is that of its priority: an eighth for interactive work, 1 for normal, 8 for
-batch. If a request has a deadline, and its latest start by which that can be met comes sooner, it
+If a request has a deadline, and its latest start by which that can be met comes sooner, it
 is due then, though never before `since_s`. What is due first goes first:
 
 - Among calls, `since_s` is when the call was parked and the seconds are those of the forward that
   it can share. Calls with equal keys form a group, which is due with its most urgent call. The
   group that is due first runs, its most urgent calls first while their rows fit.
-- Among queued requests, `since_s` is when the request was submitted and the seconds are those of
-  all its steps. It is started while its rows fit beside those of running requests of at least its
-  priority; the rows of lower ones it may take. They stay parked, and go on later exactly where they
-  stood. Behind one that does not fit yet, only requests of higher priority are started, and only
-  while they leave it its rows: so neither do the old block the urgent, nor the urgent starve them.
+- A cheap call parked a little later goes ahead of an expensive one, and shapes share the device by
+  time: a step that costs six times as much comes once for every six of the cheap one. Between
+  priorities the shares of time are as 8 to 1.
 
-So:
+Under both, a queued request is due in the same way, from when it was submitted and with the seconds
+of all its steps. It is started while its rows fit beside those of running requests of at least its
+priority; the rows of lower ones it may take. They stay parked, and go on later exactly where they
+stood. Behind one that does not fit yet, only requests of higher priority are started, and only
+while they leave it its rows: so neither do the old block the urgent, nor the urgent starve them.
+A short request is started before long ones that were submitted a little earlier.
 
-- A cheap call parked a little later goes ahead of an expensive one: a newcomer's text encoder runs
-  before the denoiser step that all others wait for, and the newcomer joins that very step.
-- Shapes share the device by time, not by turns: a step that costs six times as much comes once for
-  every six of the cheap one, and neither blocks the other. Between priorities the shares of time
-  are as 8 to 1.
-- A short request is started before long ones that were submitted a little earlier.
-- Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
-  a forward with its key, F the longest forward and A the number of tracks at work. x's group is
-  due by t + p * C, whoever else is in it. Nobody is due before being parked, so a call parked after
-  that is due later still, whatever its priority and deadline, and no group is led by it while x
-  waits. What leads a group before x is therefore parked by t + p * C: besides the forward that runs
-  at that moment these are at most A - 1 calls, one for each other track, and each goes once. Hence
-  x starts no later than
+Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
+a forward with its key, F the longest forward and A the number of tracks at work; let H be `HOLD`
+for SHORTEST_FIRST and 1 for DUE_TIME. x's group is due by t + H * p * C, whoever else is in it.
+Nobody is due before being parked, so a call parked after that is due later still, whatever its
+priority and deadline, and no group is led by it while x waits. What leads a group before x is
+therefore parked by t + H * p * C: besides the forward that runs at that moment these are at most
+A - 1 calls, one for each other track, and each goes once. Hence x starts no later than
 
-      t + p * C + A * F
+    t + H * p * C + A * F
 
-  however many urgent or cheap newcomers arrive. Counted in ticks: after t + p * C at most A.
+however many urgent or cheap newcomers arrive. Counted in ticks: after t + H * p * C at most A.
 
 STRICT_FIFO is what other servers do, and is kept to compare with: calls run for the oldest request
 alone and for those right behind it that happen to want the same; the first request that wants
@@ -49,6 +62,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import itemgetter
 from types import MappingProxyType
 from typing import NamedTuple
@@ -65,6 +79,19 @@ PATIENCE: dict[int, float] = {
     Priority.BATCH: 8.0,
 }
 DENOISE = "denoise"
+# Of any request: nothing is learned of it yet.
+SHORTEST_S = 1e-3
+# How many times the seconds of its forward a call is passed over for shorter requests, at most.
+HOLD = 8.0
+# A front goes by itself only if it gains so many times what the others lose: sharing is what keeps
+# the device fast, and how long requests take is only an estimate.
+WORTH = 2.0
+# Only those go without others who asked for so many times less: else requests that are all alike
+# would go in smaller and smaller company.
+CLEARLY = 2.0
+# A front costs no more than this share of the forward; and where it costs nothing, nothing is known
+# of what sharing spares, as the cost model has seen one row count.
+LEAST_LOST, MOST_LOST = 0.01, 0.2
 
 
 @dataclass(frozen=True)
@@ -75,6 +102,8 @@ class Parked:
         priority: of its request.
         latest_start_s: when it must run for its request to meet its deadline.
         arrival: orders requests by their submission.
+        left_s: what the steps left to its request would take alone.
+        alone_s: what all its steps would take alone.
     """
 
     call: Call
@@ -82,6 +111,18 @@ class Parked:
     priority: int = Priority.NORMAL
     latest_start_s: float = math.inf
     arrival: int = 0
+    left_s: float = 0.0
+    alone_s: float = 0.0
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is a denoising step, of which its request has more."""
+        return self.call.method.stage == DENOISE
+
+    @property
+    def weight(self) -> float:
+        """What a second of waiting counts for it."""
+        return 1 / (patience(self.priority) * max(self.alone_s, SHORTEST_S))
 
 
 class Queued(NamedTuple):
@@ -130,6 +171,70 @@ def pick(
     lines = [by_urgency(g, cost_of, limit_of(g[0].call)) for g in groups.values()]
     _, line = min(lines, key=itemgetter(0), default=(0.0, []))
     return fit_rows(line, limit_of(line[0].call)) if line else []
+
+
+def shortest_first(
+    parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
+) -> list[Parked]:
+    """The calls for the next forward: overdue ones, else those with the least left to do."""
+    if not parked:
+        return []
+    groups: dict[CallKey, list[Parked]] = {}
+    for item in sorted(parked, key=_sequence):
+        groups.setdefault(item.call.key, []).append(item)
+    # The latest call was parked a moment ago. Where it was not, no call was parked since.
+    now_s = max(item.parked_s for item in parked)
+    overdue: list[tuple[float, list[Parked]]] = []
+    ranked: list[tuple[float, list[Parked]]] = []
+    for group in groups.values():
+        limit = limit_of(group[0].call)
+        seconds = _forward_s(group, cost_of, limit)
+        ranks = sorted(((_rank(item, seconds), item) for item in group), key=itemgetter(0))
+        ranked.append((ranks[0][0], [item for _, item in ranks]))
+        late = [(due, item) for item in group if (due := _overdue_s(item, seconds)) <= now_s]
+        if late:
+            late.sort(key=itemgetter(0))
+            first = [item for _, item in late]
+            rest = [item for _, item in ranks if _overdue_s(item, seconds) > now_s]
+            overdue.append((late[0][0], first + rest))
+    if overdue:
+        _, line = min(overdue, key=itemgetter(0))
+        return fit_rows(line, limit_of(line[0].call))
+    _, line = min(ranked, key=itemgetter(0))
+    fitting = fit_rows(line, limit_of(line[0].call))
+    return front_of(fitting, sum(item.weight for item in parked), cost_of)
+
+
+def front_of(line: Sequence[Parked], weights: float, cost_of: CostOf) -> list[Parked]:
+    """The first calls of a line if they had better go without the rest, else all.
+
+    A front of cost f leaves a rest of cost r, where both together cost c: each in front ends its
+    step by c - f sooner, and everybody else, in the line or not, goes on by f + r - c later.
+
+    Args:
+        line: calls with equal keys, those with the least left to do first.
+        weights: of all that waits, whatever its key.
+    """
+    if len(line) == 1 or not line[0].is_step:
+        return list(line)
+    key, rows = line[0].call.key, sum(item.call.rows for item in line)
+    together_s = cost_of(key, rows)
+    best, chosen = 0.0, len(line)
+    front_rows, front_weight = 0, 0.0
+    heaviest_behind = list(accumulate((item.weight for item in reversed(line)), max))[::-1]
+    for count, item in enumerate(line[:-1], 1):
+        front_rows += item.call.rows
+        front_weight += item.weight
+        if item.weight < CLEARLY * heaviest_behind[count]:
+            continue
+        front_s = cost_of(key, front_rows)
+        lost_s = front_s + cost_of(key, rows - front_rows) - together_s
+        if not LEAST_LOST <= lost_s / together_s <= MOST_LOST:
+            continue
+        gain = front_weight * (together_s - front_s) - WORTH * (weights - front_weight) * lost_s
+        if gain > best:
+            best, chosen = gain, count
+    return list(line[:chosen])
 
 
 def by_urgency(group: Sequence[Parked], cost_of: CostOf, limit: int) -> tuple[float, list[Parked]]:
@@ -211,16 +316,21 @@ class Policy:
         pick: the calls for the next forward.
         rank: of queued requests, the one of the lowest rank is started next.
         has_room: whether it may be started beside the running ones.
+        in_turns: whether one group goes on until a request of it ends, rather than all by turns.
     """
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
     rank: Callable[[Queued], float]
     has_room: Callable[[Queued, Iterable[Running], int], bool]
+    in_turns: bool = False
 
 
+SHORTEST_FIRST = Policy(shortest_first, request_due_s, room_beside_urgent, in_turns=True)
 DUE_TIME = Policy(pick, request_due_s, room_beside_urgent)
 STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, room_beside_all)
-POLICIES = MappingProxyType({"due-time": DUE_TIME, "strict-fifo": STRICT_FIFO})
+POLICIES = MappingProxyType(
+    {"shortest-first": SHORTEST_FIRST, "due-time": DUE_TIME, "strict-fifo": STRICT_FIFO}
+)
 
 
 def _forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
@@ -228,6 +338,18 @@ def _forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
     rows = sum(item.call.rows for item in group)
     largest = max(item.call.rows for item in group)
     return cost_of(group[0].call.key, max(min(rows, limit), largest))
+
+
+def _rank(item: Parked, seconds: float) -> float:
+    """Seconds left over the weight: the least goes first."""
+    if item.is_step:
+        return item.left_s / item.weight
+    return patience(item.priority) * seconds * seconds
+
+
+def _overdue_s(item: Parked, seconds: float) -> float:
+    """When a call is passed over no more."""
+    return due_s(item.parked_s, HOLD * seconds, item.priority, item.latest_start_s)
 
 
 def _call_due_s(item: Parked, seconds: float) -> float:

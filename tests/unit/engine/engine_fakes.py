@@ -17,6 +17,7 @@ from service.domain.timings import Timings
 from service.engine.batcher import Batcher
 from service.engine.call import Call, ParkableMethod, make_call
 from service.engine.parking import make_parkable
+from service.engine.policy import SHORTEST_FIRST, Policy
 from service.engine.track import Track, Work
 
 WIDTH = 4
@@ -179,11 +180,16 @@ def job_work(modules: Modules, job: Job, ear: Ear | None = None) -> Work:
 class Bench:
     """A batcher on a fake clock, stepped by hand."""
 
-    def __init__(self, max_rows: int = 32, bucket_rows: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        max_rows: int = 32,
+        bucket_rows: tuple[int, ...] = (),
+        policy: Policy = SHORTEST_FIRST,
+    ) -> None:
         self.modules = Modules(max_rows=max_rows, bucket_rows=bucket_rows)
         self.clock = self.modules.clock
         self.ended: list[str] = []
-        self.batcher = Batcher(max_rows, clock=self.clock, on_ended=self._on_ended)
+        self.batcher = Batcher(max_rows, clock=self.clock, on_ended=self._on_ended, policy=policy)
 
     def _on_ended(self, track: Track) -> None:
         self.ended.append(track.work.id)

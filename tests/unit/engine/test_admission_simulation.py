@@ -11,7 +11,7 @@ from service.domain.errors import ServerFullError, UnmeetableDeadlineError
 from service.engine.engine import Engine
 from service.engine.margin import Margin
 
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
 WITHOUT_DEADLINE = 0.3
 
 

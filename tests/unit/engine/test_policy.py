@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -14,26 +16,37 @@ from service.domain.requests import Priority
 from service.engine.call import CallKey, ParkableMethod
 from service.engine.policy import (
     DUE_TIME,
+    HOLD,
     POLICIES,
+    SHORTEST_FIRST,
     STRICT_FIFO,
     Parked,
+    Policy,
     Queued,
     Running,
     by_urgency,
     due_s,
+    method_limit,
     next_to_start,
     patience,
     pick,
     room_beside_all,
     room_beside_urgent,
+    shortest_first,
     strict_fifo,
 )
 
 CHEAP_S, STEP_S = 0.002, 0.050
 RULES = {
-    name: ParkableMethod(name, "forward", lambda: None, max_rows=max_rows)
-    for name, max_rows in (("encoder", 32), ("small", 8), ("large", 8), ("decoder", 4))
+    name: ParkableMethod(name, "forward", lambda: None, stage, max_rows=max_rows)
+    for name, stage, max_rows in (
+        ("encoder", "encode", 32),
+        ("small", "denoise", 8),
+        ("large", "denoise", 8),
+        ("decoder", "decode", 4),
+    )
 }
+Pick = Callable[..., list[Parked]]
 PRICES = {"encoder": CHEAP_S, "small": STEP_S, "large": 6 * STEP_S, "decoder": 0.02}
 
 
@@ -41,9 +54,18 @@ def price(key: CallKey, rows: int) -> float:
     return PRICES[key.method.split(".")[0]]
 
 
-def parked(name: str, parked_s: float, sequence: int, rows: int = 1, width: int = 3) -> Parked:
+def parked(
+    name: str,
+    parked_s: float,
+    sequence: int,
+    rows: int = 1,
+    width: int = 3,
+    left_s: float = 0.0,
+    alone_s: float = 0.0,
+    priority: int = Priority.NORMAL,
+) -> Parked:
     call = tensor_call(torch.zeros(rows, width), rule=RULES[name], sequence=sequence)
-    return Parked(call, parked_s)
+    return Parked(call, parked_s, priority, left_s=left_s, alone_s=alone_s)
 
 
 @st.composite
@@ -58,15 +80,30 @@ def waiting(draw: st.DrawFn) -> list[Parked]:
             sequence,
             rows=draw(st.integers(1, 12)),
             width=draw(st.integers(1, 2)),
+            left_s=draw(st.floats(0, 10)),
+            alone_s=draw(st.floats(0, 20)),
         )
         for sequence, parked_s in enumerate(times)
     ]
     return draw(st.permutations(items))
 
 
-@given(waiting())
-def test_never_empty_when_something_is_parked(items: list[Parked]) -> None:
-    assert bool(pick(items, price)) is bool(items)
+PICKS = (pick, shortest_first, strict_fifo)
+
+
+@pytest.mark.parametrize("choose", PICKS)
+@given(items=waiting())
+def test_never_empty_when_something_is_parked(choose: Pick, items: list[Parked]) -> None:
+    assert bool(choose(items, price)) is bool(items)
+
+
+@pytest.mark.parametrize("choose", PICKS)
+@given(items=waiting())
+def test_only_equal_keys_together_each_once(choose: Pick, items: list[Parked]) -> None:
+    group = choose(items, price)
+    assert len({item.call.key for item in group}) <= 1
+    assert len({item.call.sequence for item in group}) == len(group)
+    assert all(item in items for item in group)
 
 
 @given(waiting())
@@ -83,9 +120,10 @@ def test_only_equal_keys_together_within_the_row_limit_oldest_first(items: list[
         assert rows + same_key[len(group)].call.rows > limit
 
 
-@given(waiting(), st.integers(1, 6))
-def test_a_lowered_limit_is_kept(items: list[Parked], limit: int) -> None:
-    group = pick(items, price, limit_of=lambda call: limit)
+@pytest.mark.parametrize("choose", PICKS)
+@given(items=waiting(), limit=st.integers(1, 6))
+def test_a_lowered_limit_is_kept(choose: Pick, items: list[Parked], limit: int) -> None:
+    group = choose(items, price, lambda call: limit)
     assert len(group) <= 1 or sum(item.call.rows for item in group) <= limit
 
 
@@ -144,11 +182,12 @@ class Adversary:
     def cost_of(self, key: CallKey, rows: int) -> float:
         return self.prices[key.method.split(".")[0]] * (0.5 + 0.5 * rows)
 
-    def park(self, name: str, rows: int, priority: int, slack_s: float) -> Parked:
+    def park(self, name: str, rows: int, priority: int, slack_s: float, left_s: float) -> Parked:
         self.sequence += 1
         rule = ParkableMethod(name, "forward", lambda: None, max_rows=4)
         call = tensor_call(torch.zeros(rows, 1), rule=rule, sequence=self.sequence)
-        return Parked(call, self.now_s, priority, self.now_s + slack_s)
+        latest_s = self.now_s + slack_s
+        return Parked(call, self.now_s, priority, latest_s, left_s=left_s, alone_s=2 * left_s)
 
 
 NAMES = ("a", "b", "c", "d")
@@ -157,9 +196,12 @@ moves = st.tuples(
     st.integers(1, 4),
     st.sampled_from(list(Priority)),
     st.sampled_from([-1.0, 0.0, 0.1, math.inf]),
+    st.sampled_from([0.0, 0.01, 1.0, 1000.0]),
 )
+Move = tuple[str, int, int, float, float]
 
 
+@pytest.mark.parametrize(("policy", "hold"), [(DUE_TIME, 1.0), (SHORTEST_FIRST, HOLD)])
 @given(
     prices=st.lists(st.floats(0.001, 1.0), min_size=4, max_size=4),
     victim=moves,
@@ -167,21 +209,25 @@ moves = st.tuples(
     others=st.integers(0, 10),
 )
 def test_no_call_waits_longer_than_the_bound(
+    policy: Policy,
+    hold: float,
     prices: list[float],
-    victim: tuple[str, int, int, float],
-    choices: list[tuple[str, int, int, float]],
+    victim: Move,
+    choices: list[Move],
     others: int,
 ) -> None:
-    """Start by t + p * C + A * F, and within A ticks after t + p * C, as the docstring derives."""
+    """Start by t + H p C + A F, and within A ticks after t + H p C, as the docstring derives."""
     adversary = Adversary(dict(zip(NAMES, prices, strict=True)))
     choice = cycle(choices)
     tracks = [adversary.park(*next(choice)) for _ in range(others)]
     waiting = adversary.park(*victim)
     # Four rows are the limit of a forward.
-    due_by_s = patience(victim[2]) * 2.5 * adversary.prices[victim[0]]
+    due_by_s = hold * patience(victim[2]) * 2.5 * adversary.prices[victim[0]]
     bound_s = due_by_s + (others + 1) * 2.5 * max(prices)
     late_ticks = 0
-    while waiting not in (group := pick([*tracks, waiting], adversary.cost_of)):
+    while waiting not in (
+        group := policy.pick([*tracks, waiting], adversary.cost_of, method_limit)
+    ):
         late_ticks += adversary.now_s > due_by_s
         rows = sum(item.call.rows for item in group)
         adversary.now_s += adversary.cost_of(group[0].call.key, rows)
@@ -243,6 +289,76 @@ def test_priorities_share_the_device_as_eight_to_one() -> None:
         runs[name] += 1
         waiting[name] = Parked(parked(name, now_s, 1 + sequence).call, now_s, priorities[name])
     assert runs["small"] / runs["large"] == pytest.approx(8, rel=0.15)
+
+
+def line_price(key: CallKey, rows: int) -> float:
+    """A step costs little apart from its rows."""
+    return PRICES[key.method.split(".")[0]] * (0.1 + 0.1 * rows)
+
+
+def step(sequence: int, left_s: float, alone_s: float = 0.0, **more: Any) -> Parked:
+    """A step of a request, parked at this moment."""
+    name = more.pop("name", "small")
+    return parked(name, 0.0, sequence, left_s=left_s, alone_s=alone_s or left_s, **more)
+
+
+def test_of_two_shapes_the_one_with_the_shortest_request_goes_on() -> None:
+    long, short = step(0, 2.0), step(1, 0.2, name="large")
+    assert shortest_first([long, short], price) == [short]
+    # What it asked for counts as well as what is left of it.
+    nearly_done = step(2, 0.1, alone_s=8.0)
+    assert shortest_first([nearly_done, short], price) == [short]
+    assert shortest_first([long, nearly_done], price)[0] == nearly_done
+
+
+def test_the_patient_weigh_less() -> None:
+    urgent = step(0, 2.0, priority=Priority.INTERACTIVE)
+    normal, batch = step(1, 1.0, width=1), step(2, 0.5, width=2, priority=Priority.BATCH)
+    assert shortest_first([normal, batch, urgent], price) == [urgent]
+    assert shortest_first([normal, batch], price) == [normal]
+
+
+def test_encoders_and_decoders_go_ahead_of_the_steps_that_all_wait_for() -> None:
+    steps = [step(n, 0.2) for n in range(3)]
+    for name in ("encoder", "decoder"):
+        newcomer = parked(name, 0.0, 9, alone_s=50.0)
+        assert shortest_first([*steps, newcomer], price) == [newcomer]
+
+
+def test_when_rows_do_not_fit_the_shortest_take_part() -> None:
+    items = [step(n, left_s, rows=3) for n, left_s in enumerate([3.0, 1.0, 2.0])]
+    assert shortest_first(items, price) == [items[1], items[2]]
+
+
+def test_a_short_request_goes_without_company_that_would_slow_it_down() -> None:
+    short, long = step(0, 0.1), [step(n, 4.0, rows=2) for n in (1, 2)]
+    assert shortest_first([short, *long], line_price) == [short]
+    # Of equals none is worth making the others wait.
+    equal = [step(n, 1.0, rows=2) for n in range(4)]
+    assert shortest_first(equal, line_price) == equal
+    # Where steps cost the same whoever takes part, company costs nothing.
+    assert shortest_first([short, *long], price) == [short, *long]
+
+
+def test_nobody_is_left_behind_where_sharing_is_most_of_the_gain() -> None:
+    short, long = step(0, 0.1), step(1, 4.0)
+    assert shortest_first([short, long], lambda key, rows: 1.0 + 0.2 * rows) == [short, long]
+
+
+def test_what_was_passed_over_for_long_enough_is_passed_over_no_more() -> None:
+    for now_s, expected in ((HOLD * STEP_S * 0.99, "newcomer"), (HOLD * STEP_S, "waiting")):
+        waiting = step(0, 50.0, width=1)
+        newcomer = replace(step(1, 0.1, width=2), parked_s=now_s)
+        chosen = {"newcomer": [newcomer], "waiting": [waiting]}[expected]
+        assert shortest_first([waiting, newcomer], price) == chosen
+
+
+def test_a_deadline_that_presses_goes_before_the_shortest() -> None:
+    short = step(0, 0.1, width=1)
+    pressed = replace(step(1, 9.0, width=2), latest_start_s=-1.0)
+    calm = replace(step(1, 9.0, width=2), latest_start_s=1.0)
+    assert shortest_first([short, pressed], price) == [pressed]
+    assert shortest_first([short, calm], price) == [short]
 
 
 def fifo_line(*names: str) -> list[Parked]:

@@ -16,21 +16,26 @@ from loadtests.policy_simulation import (
     one_at_a_time,
     rate_alone,
 )
-from service.engine.policy import DUE_TIME, STRICT_FIFO
+from service.engine.policy import DUE_TIME, SHORTEST_FIRST, STRICT_FIFO, Policy
 
 TWO_SIZES = Mix({"small": 0.7, "large": 0.3}, STEPS)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_two_sizes_at_once_twice_the_goodput_of_strict_fifo(seed: int) -> None:
-    fifo = goodput_knee(STRICT_FIFO, TWO_SIZES, count=500, seed=seed)
-    assert goodput_knee(DUE_TIME, TWO_SIZES, count=500, seed=seed) >= 2 * fifo
+    fifo, due, shortest = (
+        goodput_knee(policy, TWO_SIZES, count=500, seed=seed)
+        for policy in (STRICT_FIFO, DUE_TIME, SHORTEST_FIRST)
+    )
+    assert due >= 2 * fifo
+    assert shortest >= 1.2 * due
 
 
-def test_short_requests_do_not_wait_for_long_ones_and_those_are_no_later() -> None:
+@pytest.mark.parametrize("policy", [SHORTEST_FIRST, DUE_TIME])
+def test_short_requests_do_not_wait_for_long_ones_and_those_are_no_later(policy: Policy) -> None:
     drawn = Mix({"small": 1.0}, {4: 0.5, 50: 0.5}).draw(1000, seed=3)
     requests = at_rate(drawn, rate_alone(drawn, load=0.8))
-    shared, alone = Simulation(DUE_TIME).run(requests), one_at_a_time(requests)
+    shared, alone = Simulation(policy).run(requests), one_at_a_time(requests)
     short, short_alone = (latencies(requests, times, steps=4) for times in (shared, alone))
     assert short_alone.mean_s >= 5 * short.mean_s
     long, long_alone = (latencies(requests, times, steps=50) for times in (shared, alone))
@@ -39,7 +44,7 @@ def test_short_requests_do_not_wait_for_long_ones_and_those_are_no_later() -> No
 
 def test_a_request_alone_takes_its_own_time() -> None:
     (request,) = Mix({"large": 1.0}, {10: 1.0}).draw(1, seed=0)
-    (seconds,) = Simulation(DUE_TIME).run([request])
+    (seconds,) = Simulation(SHORTEST_FIRST).run([request])
     assert seconds == pytest.approx(request.alone_s)
     assert request.alone_s == pytest.approx(10 * 4 * MEASURED_S[2])
 

@@ -59,12 +59,12 @@ def stream_of_urgent_ones(bench: Bench, until: Ear) -> int:
 
 
 def test_a_preempted_job_is_not_starved_by_a_stream_of_urgent_ones() -> None:
-    """It ages at an eighth of a normal request's pace, so it has a turn now and then."""
+    """It is passed over for `HOLD` times eight times its own forward, and then has a turn."""
     bench = Bench(max_rows=4)
     batch = Job(seed=999, steps=4, rows=4)
     ear = add(bench, batch, Priority.BATCH)
     bench.run(2)
-    assert 10 < stream_of_urgent_ones(bench, until=ear) < 40
+    assert 10 < stream_of_urgent_ones(bench, until=ear) < 120
     assert_same(ear, batch)
 
 
@@ -74,7 +74,7 @@ def test_a_queued_request_is_not_starved_by_urgent_ones_either() -> None:
     bench.run(1)
     batch = Job(seed=999, steps=4, rows=4)
     ear = add(bench, batch, Priority.BATCH)
-    assert 10 < stream_of_urgent_ones(bench, until=ear) < 60
+    assert 10 < stream_of_urgent_ones(bench, until=ear) < 160
     assert_same(ear, batch)
 
 

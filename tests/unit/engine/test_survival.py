@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from service.domain.errors import CancelledError
 from service.engine.call import ParkableMethod
 from service.engine.parking import make_parkable
+from service.engine.policy import DUE_TIME
 from service.engine.row_limits import (
     RECOVERY_FORWARDS,
     STRIKES,
@@ -54,7 +55,8 @@ class Fragile:
     def __init__(self, fails: Callable[[int], BaseException | None]) -> None:
         self.fails = fails
         self.rows: list[int] = []
-        self.bench = Bench()
+        # All go on together, as far as rows fit.
+        self.bench = Bench(policy=DUE_TIME)
         self.module = torch.nn.Module()
         self.module.forward = self.forward
         make_parkable(self.module, "fragile", "forward", stage="denoise")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -29,7 +27,7 @@ FORWARD = (
             (*FORWARD[:1], "step (/x/diffusers/schedulers/scheduling_ddim.py)"),
             "scheduler steps",
         ),
-        (("run (/x/concurrent/futures/thread.py)",), "Python, besides"),
+        (("pick (/x/service/engine/policy.py)",), "engine: deciding"),
     ],
 )
 def test_a_stack_belongs_to_what_is_deepest_in_the_work(stack: tuple[str, ...], part: str) -> None:
@@ -42,22 +40,18 @@ def test_stacks_are_read_as_py_spy_writes_them(tmp_path: Path) -> None:
     assert read_stacks(file) == Counter({("a (x y.py)", "b (z.py)"): 4, ("a (x y.py)",): 2})
 
 
-def test_a_replica_is_divided_and_others_are_not() -> None:
-    replica, ingress = (SimpleNamespace(pid=pid) for pid in (1, 2))
-    used: Any = {_key(replica): 8.0, _key(ingress): 1.0}
-    roles: Any = dict(zip(used, ("replica", "ingress"), strict=True))
-    stacks = {1: Counter({FORWARD: 3, FORWARD[:1]: 1})}
-    shares = {share.part: share for share in shares_of(used, roles, stacks, 20.0, requests=4)}
+def test_an_engine_is_divided_and_others_are_not() -> None:
+    roles, used_s, engines_s = {1: "replica", 2: "ingress"}, {1: 9.0, 2: 1.0}, {1: 8.0, 2: 0.0}
+    elsewhere = ("run (/x/ray/serve.py)",)
+    stacks = {1: Counter({FORWARD: 3, FORWARD[:1]: 1, elsewhere: 50}), 2: Counter({elsewhere: 1})}
+    told = shares_of(roles, used_s, engines_s, stacks, machine_s=20.0, requests=4)
+    shares = {share.part: share for share in told}
     assert shares["denoiser forwards"].of_machine == pytest.approx(6 / 20)
     assert shares["denoiser forwards"].ms_per_request == pytest.approx(1500)
     assert shares["engine, besides"].of_machine == pytest.approx(2 / 20)
+    assert shares["Ray and events in the replica"].of_machine == pytest.approx(1 / 20)
     assert shares["ingress"].of_machine == pytest.approx(1 / 20)
     assert sum(share.of_machine for share in shares.values()) == pytest.approx(1)
-
-
-def _key(process: SimpleNamespace) -> Any:
-    """Something that can be looked up, as processes can."""
-    return type("Process", (), {"pid": process.pid})()
 
 
 def test_requests_are_counted_over_all_labels() -> None:
