@@ -62,6 +62,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration-repeats", type=int, default=3)
     parser.add_argument("--openmp", choices=sorted(OPENMP), default="short-spin")
     parser.add_argument("--no-knees", action="store_true", help="throughput and latencies only")
+    parser.add_argument("--knees-of", nargs="+", choices=known, default=known)
     parser.add_argument("--knee-requests", type=int, default=120, help="of each run of a search")
     parser.add_argument("--no-overload", action="store_true")
     parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON)
@@ -173,7 +174,7 @@ async def _measure(
         short_jobs = await scenarios.server(bench, SHORT_JOBS_LOAD * capacity_per_s)
         scenarios.print_progress("at 0.8", short_jobs)
         turn: dict[str, Any] = {"offline": mixed, "homogeneous": alike, "short_jobs": short_jobs}
-        if is_last and not options.no_knees:
+        if is_last and not options.no_knees and contender.name in options.knees_of:
             start = OUR_FIRST_RATE if contender.role == OURS else THEIR_FIRST_RATE
             short = whole.first(options.knee_requests)
             turn["knee"] = await scenarios.knees(short, capacity_per_s, start)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from service.domain.timings import Timings
 from service.engine.batcher import Batcher
 from service.engine.parking import replace_method
+from service.engine.policy import DUE_TIME
 from service.engine.track import Track, Work
 from service.pipelines.attach import ParkingOptions, ParkingRule, attach, parkable_methods
 
@@ -202,7 +203,8 @@ def check_sharing(
     changed = plain.changed - options.inline
     if changed and not one_at_a_time:
         return SharingReport(changed=tuple(sorted(changed)))
-    batcher = Batcher(max_active_rows=len(trials))
+    # The policy that has most of them in step: what is tried is that they may share.
+    batcher = Batcher(max_active_rows=len(trials), policy=DUE_TIME)
     batcher.one_at_a_time = one_at_a_time
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
