@@ -32,11 +32,14 @@ import psutil
 import torch
 
 from loadtests import scenarios
-from loadtests.client import Status, Target, open_session, send_windowed
+from loadtests.client import Target, open_session, send_windowed
 from loadtests.contenders import FULL_QUEUE, contenders, running
 from loadtests.engine_bench import denoiser_step_s
 from loadtests.facts import take_facts
+from loadtests.measures import steady_per_s
 from loadtests.trace import HOMOGENEOUS, MIXED, TraceRequest, draw_trace
+from service.models.catalogue import EMBEDDED
+from service.pipelines.load import load_model
 
 SAMPLES_PER_S = 50
 SETTLE_S = 8.0
@@ -51,11 +54,9 @@ ROLES = (
     ("ingress", "ray::ServeReplica:stepserve:ingress"),
     ("proxy", "ray::ProxyActor"),
     ("controller", "ray::ServeController"),
-    ("Ray's daemons", "raylet"),
-    ("Ray's daemons", "gcs_server"),
     ("Ray's daemons", "ray"),
 )
-# What a stack of a replica is about: the first whose place is in a frame of it, outermost first.
+# What a stack of an engine is about: the first of these whose place is in any frame of it.
 PARTS = (
     ("denoiser forwards", "unet_2d_condition.py"),
     ("decoding latents", "autoencoder_kl.py"),
@@ -125,7 +126,7 @@ async def measure(url: str, cores: int, options: argparse.Namespace) -> dict[str
     async with open_session(Target(url)) as session:
         await scenarios.wait_until_serving(session, trace[0])
         rows_per_s = await rows_per_second(session, alike, options.in_flight)
-        load = asyncio.create_task(send_windowed(session, list(trace), options.in_flight))
+        load = asyncio.create_task(send_windowed(session, trace, options.in_flight))
         await asyncio.sleep(SETTLE_S)
         before = requests_ended(await metrics_of(session))
         processes = roles_of(psutil.Process().children(recursive=True))
@@ -152,12 +153,11 @@ async def rows_per_second(
     session: aiohttp.ClientSession, trace: Sequence[TraceRequest], in_flight: int
 ) -> float:
     """Denoiser rows a second of requests that are all alike, while the service is saturated."""
-    outcomes = await send_windowed(session, list(trace), in_flight)
-    ended = sorted(outcome.ended_s for outcome in outcomes if outcome.status is Status.OK)
-    # Neither the first wave, which waits for nobody, nor the last, which nobody follows.
-    begin, end = in_flight, len(ended) - in_flight
-    rows = trace[0].rows * trace[0].denoiser_calls
-    return rows * (end - begin) / (ended[end] - ended[begin])
+    outcomes = await send_windowed(session, trace, in_flight)
+    per_s = steady_per_s(outcomes, [1.0] * len(trace), in_flight)
+    if per_s is None:
+        raise ValueError(f"{len(trace)} requests are too few for {in_flight} in flight")
+    return trace[0].rows * trace[0].denoiser_calls * per_s
 
 
 async def metrics_of(session: aiohttp.ClientSession) -> str:
@@ -300,9 +300,6 @@ def bare_rows_per_s(cores: int) -> dict[int, float]:
 
 def bare_loop(rows: int) -> float:
     """Rows a second of one thread that does nothing else."""
-    from service.models.catalogue import EMBEDDED
-    from service.pipelines.load import load_model
-
     torch.set_num_threads(1)
     model = load_model("emoji", EMBEDDED)
     step_s = denoiser_step_s(model, rows, repeats=5)

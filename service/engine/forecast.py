@@ -12,10 +12,10 @@ import heapq
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import partial
 from typing import NamedTuple
 
-from service.engine.policy import CLEARLY, HOLD, LEAST_LOST, MOST_LOST, SHORTEST_S, WORTH, patience
+from service.engine.policy import HOLD, SHORTEST_S, front_of, patience
 
 # Of a job that waits: it ends in a forward that it leads, or takes part in.
 LEAST_LEFT, ENDED = 0.01, 1e-6
@@ -312,30 +312,15 @@ class _InTurns(_Forecast):
             if job.group == lead.group and (not line or rows + job.rows <= limit):
                 line.append(number)
                 rows += job.rows
-        all_s, one_s = (self.device.cost_of(lead.shape, count) for count in (rows, 1))
-        row_s = (all_s - one_s) / max(rows - 1, 1)
-        count, front_rows = self._front(line, rows, row_s, one_s - row_s)
-        return line[:count], all_s - row_s * (rows - front_rows)
-
-    def _front(
-        self, line: Sequence[int], rows: int, row_s: float, fixed_s: float
-    ) -> tuple[int, int]:
-        """How many of a line go without the rest, and their rows; see `policy.front_of`."""
-        chosen, chosen_rows, best = len(line), rows, 0.0
-        if not LEAST_LOST <= fixed_s / (fixed_s + row_s * rows) <= MOST_LOST:
-            return chosen, chosen_rows
-        others = sum(self.weight[number] for number in self.active)
-        front_rows, front = 0, 0.0
-        behind = list(accumulate((self.weight[number] for number in reversed(line)), max))[::-1]
-        for count, number in enumerate(line[:-1], 1):
-            front_rows += self.jobs[number].rows
-            front += self.weight[number]
-            if self.weight[number] < CLEARLY * behind[count]:
-                continue
-            gain = front * row_s * (rows - front_rows) - WORTH * (others - front) * fixed_s
-            if gain > best:
-                chosen, chosen_rows, best = count, front_rows, gain
-        return chosen, chosen_rows
+        count = front_of(
+            [self.jobs[number].rows for number in line],
+            [self.weight[number] for number in line],
+            sum(self.weight[number] for number in self.active),
+            partial(self.device.cost_of, lead.shape),
+        )
+        front = line[:count]
+        rows = sum(self.jobs[number].rows for number in front)
+        return front, self.device.cost_of(lead.shape, rows)
 
     def _overdue(self, chosen: set[int]) -> tuple[list[tuple[int, float]], float]:
         """Those who wait, with the seconds of their forwards, and their share of the time."""

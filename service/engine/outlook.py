@@ -94,7 +94,7 @@ class Outlook:
 
     def run_s(self, track: Track) -> float:
         """Seconds that the steps left to a track would take, were it alone."""
-        return track.steps_left * self._forward_s(self._step_shape(track).shape, track.work.rows)
+        return self.run_and_alone_s(track)[0]
 
     def run_and_alone_s(self, track: Track) -> tuple[float, float]:
         """What the steps left to a track, and all its steps, would take, were it alone."""

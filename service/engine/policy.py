@@ -62,6 +62,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter
 from types import MappingProxyType
@@ -163,12 +164,9 @@ def pick(
     parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
 ) -> list[Parked]:
     """The calls for the next forward, most urgent first; empty if nothing is parked."""
-    groups: dict[CallKey, list[Parked]] = {}
-    for item in sorted(parked, key=_sequence):
-        groups.setdefault(item.call.key, []).append(item)
     # A group is due with its most urgent call. `min` keeps the first of equals, which is the group
     # with the oldest call.
-    lines = [by_urgency(g, cost_of, limit_of(g[0].call)) for g in groups.values()]
+    lines = [by_urgency(g, cost_of, limit_of(g[0].call)) for g in _groups(parked)]
     _, line = min(lines, key=itemgetter(0), default=(0.0, []))
     return fit_rows(line, limit_of(line[0].call)) if line else []
 
@@ -179,62 +177,69 @@ def shortest_first(
     """The calls for the next forward: overdue ones, else those with the least left to do."""
     if not parked:
         return []
-    groups: dict[CallKey, list[Parked]] = {}
-    for item in sorted(parked, key=_sequence):
-        groups.setdefault(item.call.key, []).append(item)
     # The latest call was parked a moment ago. Where it was not, no call was parked since.
     now_s = max(item.parked_s for item in parked)
     overdue: list[tuple[float, list[Parked]]] = []
     ranked: list[tuple[float, list[Parked]]] = []
-    for group in groups.values():
-        limit = limit_of(group[0].call)
-        seconds = _forward_s(group, cost_of, limit)
+    for group in _groups(parked):
+        seconds = _forward_s(group, cost_of, limit_of(group[0].call))
         ranks = sorted(((_rank(item, seconds), item) for item in group), key=itemgetter(0))
-        ranked.append((ranks[0][0], [item for _, item in ranks]))
-        late = [(due, item) for item in group if (due := _overdue_s(item, seconds)) <= now_s]
+        line = [item for _, item in ranks]
+        ranked.append((ranks[0][0], line))
+        due = {item.call.sequence: _overdue_s(item, seconds) for item in group}
+        late = [item for item in group if due[item.call.sequence] <= now_s]
         if late:
-            late.sort(key=itemgetter(0))
-            first = [item for _, item in late]
-            rest = [item for _, item in ranks if _overdue_s(item, seconds) > now_s]
-            overdue.append((late[0][0], first + rest))
-    if overdue:
-        _, line = min(overdue, key=itemgetter(0))
-        return fit_rows(line, limit_of(line[0].call))
-    _, line = min(ranked, key=itemgetter(0))
+            late.sort(key=lambda item: due[item.call.sequence])
+            in_time = [item for item in line if due[item.call.sequence] > now_s]
+            overdue.append((due[late[0].call.sequence], late + in_time))
+    _, line = min(overdue or ranked, key=itemgetter(0))
     fitting = fit_rows(line, limit_of(line[0].call))
-    return front_of(fitting, sum(item.weight for item in parked), cost_of)
+    if overdue or not line[0].is_step:
+        return fitting
+    count = front_of(
+        [item.call.rows for item in fitting],
+        [item.weight for item in fitting],
+        sum(item.weight for item in parked),
+        partial(cost_of, line[0].call.key),
+    )
+    return fitting[:count]
 
 
-def front_of(line: Sequence[Parked], weights: float, cost_of: CostOf) -> list[Parked]:
-    """The first calls of a line if they had better go without the rest, else all.
+def front_of(
+    rows: Sequence[int],
+    weights: Sequence[float],
+    all_weights: float,
+    cost_s: Callable[[int], float],
+) -> int:
+    """How many of a line had better go without the rest; all of them where none should.
 
     A front of cost f leaves a rest of cost r, where both together cost c: each in front ends its
     step by c - f sooner, and everybody else, in the line or not, goes on by f + r - c later.
 
     Args:
-        line: calls with equal keys, those with the least left to do first.
-        weights: of all that waits, whatever its key.
+        rows: of those in the line, who may share a forward; the least left to do comes first.
+        weights: of the same.
+        all_weights: the sum over all that wait, in the line or not.
+        cost_s: seconds of a forward by its rows.
     """
-    if len(line) == 1 or not line[0].is_step:
-        return list(line)
-    key, rows = line[0].call.key, sum(item.call.rows for item in line)
-    together_s = cost_of(key, rows)
-    best, chosen = 0.0, len(line)
+    all_rows = sum(rows)
+    together_s = cost_s(all_rows)
+    best, chosen = 0.0, len(rows)
     front_rows, front_weight = 0, 0.0
-    heaviest_behind = list(accumulate((item.weight for item in reversed(line)), max))[::-1]
-    for count, item in enumerate(line[:-1], 1):
-        front_rows += item.call.rows
-        front_weight += item.weight
-        if item.weight < CLEARLY * heaviest_behind[count]:
+    heaviest_behind = list(accumulate(reversed(weights), max))[::-1]
+    for count in range(1, len(rows)):
+        front_rows += rows[count - 1]
+        front_weight += weights[count - 1]
+        if weights[count - 1] < CLEARLY * heaviest_behind[count]:
             continue
-        front_s = cost_of(key, front_rows)
-        lost_s = front_s + cost_of(key, rows - front_rows) - together_s
+        front_s = cost_s(front_rows)
+        lost_s = front_s + cost_s(all_rows - front_rows) - together_s
         if not LEAST_LOST <= lost_s / together_s <= MOST_LOST:
             continue
-        gain = front_weight * (together_s - front_s) - WORTH * (weights - front_weight) * lost_s
+        gain = front_weight * (together_s - front_s) - WORTH * (all_weights - front_weight) * lost_s
         if gain > best:
             best, chosen = gain, count
-    return list(line[:chosen])
+    return chosen
 
 
 def by_urgency(group: Sequence[Parked], cost_of: CostOf, limit: int) -> tuple[float, list[Parked]]:
@@ -338,6 +343,14 @@ def _forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
     rows = sum(item.call.rows for item in group)
     largest = max(item.call.rows for item in group)
     return cost_of(group[0].call.key, max(min(rows, limit), largest))
+
+
+def _groups(parked: Iterable[Parked]) -> list[list[Parked]]:
+    """Calls that can share a forward, oldest first, and the group of the oldest call first."""
+    groups: dict[CallKey, list[Parked]] = {}
+    for item in sorted(parked, key=_sequence):
+        groups.setdefault(item.call.key, []).append(item)
+    return list(groups.values())
 
 
 def _rank(item: Parked, seconds: float) -> float:
