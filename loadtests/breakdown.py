@@ -17,6 +17,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,8 @@ from loadtests.trace import HOMOGENEOUS, MIXED, TraceRequest, draw_trace
 from service.models.catalogue import EMBEDDED
 from service.pipelines.load import load_model
 
-SAMPLES_PER_S = 50
+# Sampling takes CPU time from a machine that has none left.
+SAMPLES_PER_S = 15
 SETTLE_S = 8.0
 FLAME_S = 10
 BARE_ROWS = (8, 16, 32)
@@ -49,13 +51,17 @@ BARE_S = 6.0
 TRACE_REQUESTS = 4000
 
 # What a process is, by its command line.
+REPLICA = "replica"
 ROLES = (
-    ("replica", "ray::ServeReplica:stepserve-model"),
+    (REPLICA, "ray::ServeReplica:stepserve-model"),
     ("ingress", "ray::ServeReplica:stepserve:ingress"),
     ("proxy", "ray::ProxyActor"),
     ("controller", "ray::ServeController"),
     ("Ray's daemons", "ray"),
 )
+# This side of the wire, in place of process ids.
+CLIENT, SPIES = -1, -2
+OURS = {CLIENT: "the client that sends the load", SPIES: "py-spy"}
 # What a stack of an engine is about: the first of these whose place is in any frame of it.
 PARTS = (
     ("denoiser forwards", "unet_2d_condition.py"),
@@ -67,7 +73,8 @@ PARTS = (
     ("engine: stacking and splitting", "engine/coalesce.py"),
     ("engine: deciding", "service/engine/policy.py"),
 )
-ENGINE = "service/engine/engine.py"
+# An engine's thread, and the roots of pipelines' own stacks on it.
+ENGINE = ("service/engine/engine.py", "service/engine/track.py", "pipelines/adapters.py")
 # Engine threads step back behind all others.
 NICENESS = 10
 
@@ -139,7 +146,7 @@ async def measure(url: str, cores: int, options: argparse.Namespace) -> dict[str
         ]
         await asyncio.to_thread(draw_flames, processes, options)
         load.cancel()
-    roles = {process.pid: role for process, role in processes.items()}
+    roles = {process.pid: role for process, role in processes.items()} | OURS
     shares = shares_of(roles, *used_s, stacks, seconds * cores, ended)
     return {
         "seconds": seconds,
@@ -187,19 +194,26 @@ def roles_of(processes: Iterable[psutil.Process]) -> dict[psutil.Process, str]:
 
 
 def cpu_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
-    """CPU seconds that each has used, by process id."""
-    return {p.pid: sum(p.cpu_times()[:2]) for p in processes}
+    """CPU seconds that each has used, by process id, and what this side of the wire has."""
+    served = {p.pid: sum(p.cpu_times()[:2]) for p in processes}
+    return served | {CLIENT: time.process_time(), SPIES: spies_s()}
 
 
-def engine_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
-    """CPU seconds that engine threads of each have used, by process id."""
+def spies_s() -> float:
+    """CPU seconds that py-spy has used so far."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def engine_s(processes: Mapping[psutil.Process, str]) -> dict[int, float]:
+    """CPU seconds that the engine thread of each replica has used, by process id."""
     return {
         process.pid: sum(
             thread.user_time + thread.system_time
             for thread in process.threads()
             if os.getpriority(os.PRIO_PROCESS, thread.id) >= NICENESS
         )
-        for process in processes
+        for process, role in processes.items()
+        if role == REPLICA
     }
 
 
@@ -222,7 +236,7 @@ def sample(
 
 def draw_flames(processes: Mapping[psutil.Process, str], options: argparse.Namespace) -> None:
     """Pictures of a replica's and of the ingress's stacks."""
-    for wanted in ("replica", "ingress"):
+    for wanted in (REPLICA, "ingress"):
         pid = next(process.pid for process, role in processes.items() if role == wanted)
         file = options.out.with_name(f"flame-{wanted}.svg")
         start_spy(pid, "flamegraph", file, FLAME_S, "--function").wait()
@@ -234,6 +248,8 @@ def start_spy(
     """py-spy, beside a process, for some seconds."""
     spy = str(Path(sys.executable).with_name("py-spy"))
     when = ["--pid", str(pid), "--duration", str(seconds), "--rate", str(SAMPLES_PER_S)]
+    # Else it stops the process each time it looks.
+    when.append("--nonblocking")
     what = ["--format", format_name, "--output", str(file), "--nolineno", *more]
     silent = subprocess.DEVNULL
     return subprocess.Popen([spy, "record", *when, *what], stdout=silent, stderr=silent)
@@ -280,12 +296,11 @@ def shares_of(
         seconds["Ray and events in the replica" if engine else roles[pid]] += cpu - engine
         samples: Counter[str] = Counter()
         for stack, count in stacks.get(pid, Counter()).items():
-            if any(ENGINE in frame for frame in stack):
+            if any(place in frame for place in ENGINE for frame in stack):
                 samples[part_of(stack)] += count
         for part, count in samples.items():
             seconds[part] += engine * count / samples.total()
-    # Whoever drives the load and looks at it, and what nobody used.
-    seconds["client, py-spy, idle"] = machine_s - seconds.total()
+    seconds["nobody"] = machine_s - seconds.total()
     return [
         Share(part, cpu / machine_s, 1000 * cpu / max(requests, 1))
         for part, cpu in seconds.most_common()

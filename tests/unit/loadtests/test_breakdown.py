@@ -15,6 +15,7 @@ FORWARD = (
     "forward (/x/diffusers/models/unets/unet_2d_condition.py)",
     "forward (/x/torch/nn/modules/conv.py)",
 )
+SCHEDULER = ("step (/x/diffusers/schedulers/scheduling_ddim.py)",)
 
 
 @pytest.mark.parametrize(
@@ -23,10 +24,7 @@ FORWARD = (
         (FORWARD, "denoiser forwards"),
         (FORWARD[:2], "engine, besides"),
         (("_decode (/x/diffusers/models/autoencoders/autoencoder_kl.py)",), "decoding latents"),
-        (
-            (*FORWARD[:1], "step (/x/diffusers/schedulers/scheduling_ddim.py)"),
-            "scheduler steps",
-        ),
+        ((*FORWARD[:1], *SCHEDULER), "scheduler steps"),
         (("pick (/x/service/engine/policy.py)",), "engine: deciding"),
     ],
 )
@@ -41,14 +39,16 @@ def test_stacks_are_read_as_py_spy_writes_them(tmp_path: Path) -> None:
 
 
 def test_an_engine_is_divided_and_others_are_not() -> None:
-    roles, used_s, engines_s = {1: "replica", 2: "ingress"}, {1: 9.0, 2: 1.0}, {1: 8.0, 2: 0.0}
+    roles, used_s, engines_s = {1: "replica", 2: "ingress"}, {1: 9.0, 2: 1.0}, {1: 8.0}
     elsewhere = ("run (/x/ray/serve.py)",)
-    stacks = {1: Counter({FORWARD: 3, FORWARD[:1]: 1, elsewhere: 50}), 2: Counter({elsewhere: 1})}
+    in_a_track = ("run_with (/x/service/pipelines/adapters.py)", *SCHEDULER)
+    stacks = {1: Counter({FORWARD: 6, FORWARD[:1]: 1, in_a_track: 1, elsewhere: 50}), 2: Counter({elsewhere: 1})}
     told = shares_of(roles, used_s, engines_s, stacks, machine_s=20.0, requests=4)
     shares = {share.part: share for share in told}
     assert shares["denoiser forwards"].of_machine == pytest.approx(6 / 20)
     assert shares["denoiser forwards"].ms_per_request == pytest.approx(1500)
-    assert shares["engine, besides"].of_machine == pytest.approx(2 / 20)
+    assert shares["engine, besides"].of_machine == pytest.approx(1 / 20)
+    assert shares["scheduler steps"].of_machine == pytest.approx(1 / 20)
     assert shares["Ray and events in the replica"].of_machine == pytest.approx(1 / 20)
     assert shares["ingress"].of_machine == pytest.approx(1 / 20)
     assert sum(share.of_machine for share in shares.values()) == pytest.approx(1)
