@@ -64,6 +64,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-knees", action="store_true", help="throughput and latencies only")
     parser.add_argument("--knees-of", nargs="+", choices=known, default=known)
     parser.add_argument("--knee-requests", type=int, default=120, help="of each run of a search")
+    parser.add_argument(
+        "--knee-targets", type=int, default=3, help="so many of them, the strictest first"
+    )
     parser.add_argument("--no-overload", action="store_true")
     parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON)
     parser.add_argument("--out", type=Path, default=Path("out/race.json"))
@@ -176,7 +179,8 @@ async def _measure(
         turn: dict[str, Any] = {"offline": mixed, "homogeneous": alike, "short_jobs": short_jobs}
         if is_last and not options.no_knees and contender.name in options.knees_of:
             start = OUR_FIRST_RATE if contender.role == OURS else THEIR_FIRST_RATE
-            short = whole.first(options.knee_requests)
+            sought = targets[: options.knee_targets]
+            short = replace(whole.first(options.knee_requests), targets=sought)
             turn["knee"] = await scenarios.knees(short, capacity_per_s, start)
     return turn
 
