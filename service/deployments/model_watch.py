@@ -19,6 +19,8 @@ from service.api.backend import ModelStatus
 from service.domain.models import ModelCapabilities, SizeRange
 
 PROBE_INTERVAL_S = 1.0
+# Listing the models costs some ten times what asking one does, and every ingress replica does it.
+STEADY_LISTING_S = 5.0
 LOADING_INTERVAL_S = 0.2
 PROBE_TIMEOUT_S = 10.0
 FIRST_LOOK_TIMEOUT_S = 1.0
@@ -95,6 +97,8 @@ class ModelWatch:
         self._watched: dict[str, Watched] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._listing: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._looked_s = 0.0
 
     async def start(self) -> None:
         """Begin to ask, and wait briefly: who is there already is known before anybody calls."""
@@ -112,6 +116,8 @@ class ModelWatch:
 
         A model may be ready for moments before every ingress replica knows. None: no such model.
         """
+        if model_id not in self._watched:
+            await self._look_again(PROBE_INTERVAL_S)
         watched = self._watched.get(model_id)
         if watched is not None and not watched.answered.is_set():
             with contextlib.suppress(TimeoutError):
@@ -123,10 +129,23 @@ class ModelWatch:
     async def _look_for_ever(self) -> None:
         while True:
             await asyncio.sleep(PROBE_INTERVAL_S)
+            await self._look_again(STEADY_LISTING_S if self._is_steady() else PROBE_INTERVAL_S)
+
+    def _is_steady(self) -> bool:
+        """Whether every model takes requests, and nothing else is to be said of any."""
+        statuses = self.statuses()
+        return bool(statuses) and all(s.ready and not s.detail for s in statuses)
+
+    async def _look_again(self, least_s: float) -> None:
+        """Look if the last time is at least so long ago."""
+        async with self._looking:
+            if time.monotonic() - self._looked_s < least_s:
+                return
             with contextlib.suppress(RayError, RayServeException):
                 await self._look()
 
     async def _look(self) -> None:
+        self._looked_s = time.monotonic()
         found = await self._list_models()
         for model_id in set(self._watched) - set(found):
             self._tasks.pop(model_id).cancel()

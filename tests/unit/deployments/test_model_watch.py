@@ -29,8 +29,10 @@ class Models:
         self.loaded = asyncio.Event()
         self.answer: ModelStatus | Exception = READY
         self.asked = 0
+        self.looks = 0
 
     async def list_models(self) -> dict[str, Listed]:
+        self.looks += 1
         return dict(self.listed)
 
     async def ask(self, model_id: str) -> ModelStatus | None:
@@ -46,6 +48,7 @@ class Models:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_watch, "FIRST_LOOK_TIMEOUT_S", 0.2)
     monkeypatch.setattr(model_watch, "PROBE_INTERVAL_S", 0.01)
+    monkeypatch.setattr(model_watch, "STEADY_LISTING_S", 0.02)
     monkeypatch.setattr(model_watch, "LOADING_INTERVAL_S", 0.01)
 
 
@@ -71,6 +74,25 @@ async def test_who_is_there_is_known_once_it_started() -> None:
     assert watch.statuses() == [READY]
     assert await watch.status("emoji") == READY
     assert await watch.status("pizza") is None
+
+
+async def test_models_are_seldom_listed_while_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_watch, "STEADY_LISTING_S", 60.0)
+    models = Models()
+    models.loaded.set()
+    watch = await started(models)
+    await asyncio.sleep(0.1)
+    assert models.looks == 1
+    # A model that nobody has heard of may be new.
+    models.listed["pizza"] = Listed()
+    assert await watch.status("pizza") == READY
+    assert models.looks == 2
+    models.answer = replace(READY, detail="draining")
+    await until(watch, detail="draining")
+    await asyncio.sleep(0.1)
+    assert models.looks > 4
 
 
 async def test_who_loads_is_told_at_once_among_all_and_waited_for_when_named() -> None:

@@ -42,7 +42,10 @@ def test_an_engine_is_divided_and_others_are_not() -> None:
     roles, used_s, engines_s = {1: "replica", 2: "ingress"}, {1: 9.0, 2: 1.0}, {1: 8.0}
     elsewhere = ("run (/x/ray/serve.py)",)
     in_a_track = ("run_with (/x/service/pipelines/adapters.py)", *SCHEDULER)
-    stacks = {1: Counter({FORWARD: 6, FORWARD[:1]: 1, in_a_track: 1, elsewhere: 50}), 2: Counter({elsewhere: 1})}
+    stacks = {
+        1: Counter({FORWARD: 6, FORWARD[:1]: 1, in_a_track: 1, elsewhere: 50}),
+        2: Counter({elsewhere: 1}),
+    }
     told = shares_of(roles, used_s, engines_s, stacks, machine_s=20.0, requests=4)
     shares = {share.part: share for share in told}
     assert shares["denoiser forwards"].of_machine == pytest.approx(6 / 20)
