@@ -12,6 +12,7 @@ import torch
 
 from service.domain.batch import BatchView, RequestInBatch, SharedForward
 from service.domain.errors import ExpiredError
+from service.engine.aside import Aside
 from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
 from service.engine.cost import CostModel
@@ -79,6 +80,15 @@ class Launched:
         return Stage(self.calls[0].method.stage)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """A forward of one track that runs aside; it is woken with `output` when that has ended."""
+
+    track: Track
+    launched: Launched
+    output: Any
+
+
 class Batcher:
     """Steps many tracks forward, one shared forward at a time.
 
@@ -115,6 +125,11 @@ class Batcher:
         self.start_timing: Callable[[Clock], ForwardTiming] = WallTiming
         # Forwards that may still run while their tracks are woken.
         self._running: list[Launched] = []
+        # Where the device decodes beside steps, and what it decodes there, oldest first.
+        self.aside: Aside | None = None
+        self._decoding: deque[Decoding] = deque()
+        # What calls of a shape need to keep their bits, where that is not the same for all.
+        self.adjust: Callable[[Call], Call] | None = None
         self._on_ended = on_ended
         self._policy = policy
 
@@ -144,18 +159,19 @@ class Batcher:
         """Start what fits, run one forward, wake its tracks. False if there was nothing to do."""
         started_s = self.clock()
         self._drop_expired(started_s)
+        woken_any = self._wake_decoded()
         started_any = self._start_queued()
         group = self._decide()
         if group:
             forward_s = self.counters.forward_s
-            outputs = self._run(group)
-            self._settle(group, outputs)
-            self._await_running()
+            self._advance(group)
             busy_s = self.clock() - started_s
             self.counters.ticks += 1
             self.counters.busy_s += busy_s
             self.outlook.tick_ended(busy_s, self.counters.forward_s - forward_s)
-        return started_any or bool(group)
+        elif self._decoding and not started_any:
+            woken_any = self._wake_decoded(at_least=1)
+        return started_any or woken_any or bool(group)
 
     def expected_finish_s(self, track: Track) -> float:
         """Seconds from now until a new track should be finished, given what is in hand."""
@@ -210,10 +226,57 @@ class Batcher:
         return None if first is None else line[first]
 
     def _decide(self) -> list[Track]:
-        waiting = {t.call: t for t in self.active if t.call is not None}
+        decoding = {decoding.track for decoding in self._decoding}
+        parked_at = [t for t in self.active if t.call is not None and t not in decoding]
+        waiting = {self._adjusted(track): track for track in parked_at}
         parked = [self._as_parked(call, track) for call, track in waiting.items()]
         group = self._policy.pick(parked, self._expected_s, self.row_limits.limit)
         return [waiting[item.call] for item in group]
+
+    def _adjusted(self, track: Track) -> Call:
+        assert track.call is not None
+        if self.adjust is not None:
+            track.call = self.adjust(track.call)
+        return track.call
+
+    def _advance(self, group: Sequence[Track]) -> None:
+        """Run one forward, and wake its tracks."""
+        if self.aside is not None and _stage(group[0]) == Stage.DECODE:
+            self._decode_aside(group[0], self.aside)
+            return
+        outputs = self._run(group)
+        self._settle(group, outputs)
+        self._await_running()
+
+    def _decode_aside(self, track: Track, aside: Aside) -> None:
+        with aside.launching():
+            (output,) = self._run([track])
+        if isinstance(output, Raised):
+            self._settle([track], [output])
+        else:
+            self._decoding.append(Decoding(track, self._running.pop(), output))
+
+    def _wake_decoded(self, at_least: int = 0) -> bool:
+        """Wake the tracks whose decoding has ended; wait for so many. Whether there was any."""
+        woken = 0
+        while self._decoding:
+            if woken >= at_least and not self._decoding[0].launched.timing.has_ended():
+                break
+            decoding = self._decoding.popleft()
+            self._account(decoding.launched)
+            self._wake_aside(decoding.track, decoding.output)
+            woken += 1
+        self._forget_ended()
+        return woken > 0
+
+    def _wake_aside(self, track: Track, output: Any) -> None:
+        # It may have been ended meanwhile.
+        if self.aside is None or track.ended:
+            return
+        with self.aside.waking():
+            track.resume(output)
+        if not track.ended:
+            self.aside.rejoin()
 
     def _as_parked(self, call: Call, track: Track) -> Parked:
         left_s, alone_s = self.outlook.run_and_alone_s(track)
@@ -250,8 +313,9 @@ class Batcher:
         outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
         launched = Launched(group, calls, padding, timing)
         self._note_steps(launched)
-        # What comes after encoding and decoding wants their outcome at once.
-        if timing.runs_on and launched.stage in (Stage.DENOISE, Stage.CONTROL):
+        # What comes after encoding wants its outcome at once, and after decoding, unless aside.
+        later = (Stage.DENOISE, Stage.CONTROL, *([Stage.DECODE] if self.aside else []))
+        if timing.runs_on and launched.stage in later:
             self._running.append(launched)
         else:
             self._account(launched)
@@ -384,6 +448,10 @@ def _ending(track: Track, now_s: float) -> WorkReport:
         steps_left=track.steps_left,
         has_deadline=work.deadline_s is not None,
     )
+
+
+def _stage(track: Track) -> str | None:
+    return None if track.call is None else track.call.method.stage
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:

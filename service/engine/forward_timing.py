@@ -32,6 +32,10 @@ class ForwardTiming(Protocol):
         """Its last operation was launched."""
         ...
 
+    def has_ended(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
     def wait(self) -> float:
         """Return once it has ended, and how many seconds it took."""
         ...
@@ -50,6 +54,10 @@ class WallTiming:
     def launched(self) -> None:
         """It has ended."""
         self._seconds = self._clock() - self.started_s
+
+    def has_ended(self) -> bool:
+        """It has."""
+        return True
 
     def wait(self) -> float:
         """Seconds from its begin to its end."""
@@ -71,6 +79,11 @@ class CudaTiming:
     def launched(self) -> None:
         """All of it lies before this mark."""
         self._end.record()
+
+    def has_ended(self) -> bool:
+        """Whether the device has come to the second mark."""
+        ended: bool = self._end.query()
+        return ended
 
     def wait(self) -> float:
         """Seconds between both marks, without what had to be waited for before."""

@@ -29,6 +29,8 @@ from service.engine.row_limits import is_out_of_memory
 Run = Callable[[Sequence[Call], int], list[Any]]
 """Runs calls together, in a forward of so many rows, or of as many as their method wants if 0."""
 
+Change = Callable[[Any, LeafKind | None], Any]
+
 # Where kernels differ at all, about one number in 10,000 was seen to: enough of them to be sure.
 VECTOR_NUMBERS = 2**16
 
@@ -114,11 +116,12 @@ def varied(call: Call, generator: torch.Generator) -> Call:
 
     What is batched, and of integers only timesteps: others may be masks or places in a table.
     """
-    kinds = {path: kind for path, kind, _ in call.key.leaves}
-    vary = partial(_vary, kinds=kinds, generator=generator)
-    args = tuple(vary(value, (0, index)) for index, value in enumerate(call.args))
-    kwargs = {name: vary(value, (1, name)) for name, value in call.kwargs.items()}
-    return replace(call, args=args, kwargs=kwargs)
+    return _changed(call, partial(_vary, generator=generator))
+
+
+def one_row(call: Call) -> Call:
+    """The first row of a call."""
+    return replace(_changed(call, partial(_first_row, rows=call.rows)), rows=1)
 
 
 def row_counts(max_rows: int) -> list[int]:
@@ -195,21 +198,42 @@ def _is_coprime(one: int, other: int) -> bool:
     return one == 1
 
 
-def _vary(
-    value: Any, path: Path, kinds: Mapping[Path, LeafKind], generator: torch.Generator
-) -> Any:
-    vary = partial(_vary, kinds=kinds, generator=generator)
+def _changed(call: Call, change: Change) -> Call:
+    """The same call with other leaves; `change` is told of each how it is stacked."""
+    kinds = {path: kind for path, kind, _ in call.key.leaves}
+    other = partial(_change, kinds=kinds, change=change)
+    args = tuple(other(value, (0, index)) for index, value in enumerate(call.args))
+    kwargs = {name: other(value, (1, name)) for name, value in call.kwargs.items()}
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _change(value: Any, path: Path, kinds: Mapping[Path, LeafKind], change: Change) -> Any:
+    kind = kinds.get(path)
+    inner = partial(_change, kinds=kinds, change=change)
     if type(value) is dict:
-        return {name: vary(part, (*path, name)) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(vary(part, (*path, index)) for index, part in enumerate(value))
+        return {name: inner(part, (*path, name)) for name, part in value.items()}
+    if type(value) in (list, tuple) and kind is not LeafKind.ROW_LIST:
+        return type(value)(inner(part, (*path, index)) for index, part in enumerate(value))
+    return change(value, kind)
+
+
+def _vary(value: Any, kind: LeafKind | None, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
         return value
-    kind = kinds.get(path)
     if kind is LeafKind.PER_ROW or (kind is LeafKind.BATCHED and value.is_floating_point()):
         factors = torch.rand(value.shape, generator=generator).to(value.device)
         return (value * factors).to(value.dtype)
     return value
+
+
+def _first_row(value: Any, kind: LeafKind | None, rows: int) -> Any:
+    if kind is LeafKind.ROW_LIST:
+        return value[:1]
+    if kind is LeafKind.BATCHED or (kind is LeafKind.PER_ROW and value.dim() > 0):
+        return value[:1]
+    if kind is LeafKind.REPEATED:
+        return value[: value.shape[0] // rows]
+    return value[:, :1] if kind is LeafKind.LAYERED else value
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def can_keep_on_host(pipeline: Any, device: torch.device) -> bool:
 def on_host(scheduler_class: type) -> type:
     """A subclass of the same name whose timesteps stay on the CPU and whose noise is pinned."""
     methods: dict[str, Any] = dict(_with_pinned_noise(scheduler_class))
-    methods["set_timesteps"] = _on_cpu(scheduler_class.set_timesteps)  # type: ignore[attr-defined]
+    methods["set_timesteps"] = _then_on_cpu(scheduler_class.set_timesteps)  # type: ignore[attr-defined]
     return type(scheduler_class.__name__, (scheduler_class,), methods)
 
 
@@ -100,18 +100,17 @@ def _are_on_cpu(generator: torch.Generator | list[torch.Generator] | None) -> bo
     return all(one is not None and one.device.type == "cpu" for one in generators)
 
 
-def _on_cpu(set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(set_timesteps)
+def _then_on_cpu(set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
+    """The timesteps alone: some schedulers work out sigmas on the device, and compute with them."""
 
     # Pipelines read the signature to see what they may give.
     @functools.wraps(set_timesteps)
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        if "device" in given.arguments:
-            given.arguments["device"] = "cpu"
-        return set_timesteps(*given.args, **given.kwargs)
+    def then_on_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
+        returned = set_timesteps(self, *args, **kwargs)
+        self.timesteps = self.timesteps.cpu()
+        return returned
 
-    return on_cpu
+    return then_on_cpu
 
 
 def _with_pinned_noise(cls: type) -> Iterator[tuple[str, FunctionType]]:

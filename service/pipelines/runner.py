@@ -19,6 +19,7 @@ from service.domain.limits import check_request
 from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest
 from service.domain.timings import Timings
+from service.engine.aside import CudaAside
 from service.engine.engine import Engine, EngineOptions
 from service.engine.forward_timing import timing_for
 from service.engine.listener import tell
@@ -31,11 +32,13 @@ from service.pipelines.denoiser_code import Code, DenoiserCode
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.graphs import CudaRecorder, GraphedForward, graph_denoisers
 from service.pipelines.guidance import narrow_to_interval
+from service.pipelines.host_numbers import can_keep_on_host
 from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
 from service.pipelines.memory import memory_bytes
 from service.pipelines.sharing import SharingPlan, plan_sharing
+from service.pipelines.size_rules import SizeRules
 from service.pipelines.tasks import denoiser_calls, make_pictures
 from service.pipelines.trials import make_trials
 
@@ -149,6 +152,7 @@ class PipelineRunner:
         self._threads = 0
         self.denoiser_code: DenoiserCode | None = None
         self.graphs: list[GraphedForward] = []
+        self.size_rules: SizeRules | None = None
         if model.denoiser_forward is not None:
             if self.adapters.options.any:
                 raise ModelLoadError("compile and adapters cannot be combined")
@@ -174,6 +178,8 @@ class PipelineRunner:
         limits = replace(
             self._limits, adapters=self.adapters.names(), expected_s=self._usual_request_s()
         )
+        if self.size_rules is not None:
+            limits = replace(limits, same_bytes=self.size_rules.same_bytes)
         return limits if self.denoiser_code is None else _with_code(limits, self.denoiser_code)
 
     def start_compiling(self, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -237,6 +243,11 @@ class PipelineRunner:
         )
         if self.denoiser_code is not None:
             self.plan = self.denoiser_code.examine(self.plan, trials, ceiling)
+        elif device.type != "cpu" and self.plan.same_bytes and not self.plan.alone:
+            self.size_rules = SizeRules(lambda: self.engine.row_limit, self._sharing.fixed_rows)
+            self.engine.batcher.adjust = self.size_rules
+        if can_keep_on_host(pipeline, device) and not self.plan.alone:
+            self.engine.batcher.aside = CudaAside()
         # Adapters change modules, and a graph is of a module as it was.
         if self.model.cuda_graphs and not (self.adapters.options.any or self.plan.alone):
             self.graphs = graph_denoisers(pipeline, self.plan.inline, CudaRecorder())

@@ -44,6 +44,9 @@ class RunningOn:
     def launched(self) -> None:
         self.device.log.append("launched")
 
+    def has_ended(self) -> bool:
+        return False
+
     def wait(self) -> float:
         self.device.log.append("waited")
         return DEVICE_S
@@ -92,4 +95,5 @@ def test_a_cpu_has_ended_when_python_goes_on() -> None:
     clock.advance(2.0)
     timing.launched()
     clock.advance(5.0)
+    assert timing.has_ended()
     assert (timing.started_s, timing.wait()) == (100.0, 2.0)

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from service.engine.call import Call, ParkableMethod, make_call
+from service.engine.coalesce import stack
+from service.engine.leaves import ArgumentRules
 from service.engine.row_independence import (
     VECTOR_NUMBERS,
     companies,
     independent_rows,
+    one_row,
     row_counts,
     rows_are_independent,
     same_bits,
@@ -66,6 +69,42 @@ def test_rows_may_be_independent_up_to_some_row_count() -> None:
 
 def test_forwards_of_one_row_count_can_make_rows_independent() -> None:
     assert rows_are_independent(calls_of(rounds_by_row_count), bucket_rows=8)
+
+
+def test_one_row_is_the_first_of_everything_that_has_rows() -> None:
+    rules = ArgumentRules(
+        repeated=frozenset({"frames"}),
+        layered=frozenset({"states"}),
+        row_lists=frozenset({"shapes"}),
+        shared=frozenset({"table"}),
+    )
+    parameters = ("sample", "timestep", "frames", "states", "shapes", "table", "more")
+    method = ParkableMethod("unet", "forward", steady, parameters=parameters, rules=rules)
+    call = make_call(
+        method,
+        (torch.arange(6.0).reshape(3, 2), torch.tensor([7, 8, 9])),
+        {
+            "frames": torch.arange(6.0).reshape(6, 1),
+            "states": torch.arange(6.0).reshape(2, 3),
+            "shapes": [(1, 2), (3, 4), (5, 6)],
+            "table": torch.arange(3.0),
+            "more": {"scale": 0.5, "hidden": (torch.arange(3.0).reshape(3, 1), None)},
+        },
+    )
+    first = one_row(call)
+    assert (call.rows, first.rows, first.key) == (3, 1, call.key)
+    sample, timestep = first.args
+    assert (sample.tolist(), timestep.tolist()) == ([[0.0, 1.0]], [7])
+    given = first.kwargs
+    assert given["frames"].tolist() == [[0.0], [1.0]]
+    assert given["states"].tolist() == [[0.0], [3.0]]
+    assert given["shapes"] == [(1, 2)]
+    assert given["table"].tolist() == [0.0, 1.0, 2.0]
+    assert given["more"]["scale"] == 0.5
+    assert given["more"]["hidden"][0].tolist() == [[0.0]]
+    args, kwargs = stack([first, first], 3)
+    assert args[0].tolist() == [[0.0, 1.0]] * 3
+    assert kwargs["shapes"] == [(1, 2)] * 3
 
 
 def test_a_single_row_is_always_alone() -> None:

@@ -1,0 +1,83 @@
+"""How many rows forwards of each size may have: found out when a size first comes.
+
+What `plan_sharing` finds out holds for the native size. The libraries of a GPU choose their kernels
+by the size of a picture as well: on an H200 the rows of the embedded model keep their bits in
+company of up to 12 at 64x64, of 6 at 96x96 and of none at 48x64. There forwards filled up to one
+row count cure it.
+
+On a CPU this would hold everybody up for seconds, and no size was ever seen to differ from the
+native one there; so it is for other devices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+import torch
+
+from service.engine.call import Call, ParkableMethod
+from service.engine.row_independence import (
+    independent_rows,
+    one_row,
+    rows_are_independent,
+    varied,
+)
+from service.pipelines.sharing import FIXED_ROWS, TRIED_CALLS
+
+logger = logging.getLogger(__name__)
+
+
+class SizeRules:
+    """Gives each call the row counts that calls of its shape need. For the engine's thread.
+
+    Args:
+        most_rows: most rows of a forward at the moment.
+        fix_rows: whether forwards of one row count may be used for the sake of equal bytes.
+    """
+
+    def __init__(self, most_rows: Callable[[], int], fix_rows: bool) -> None:
+        self.same_bytes = True
+        self._most_rows = most_rows
+        self._fix_rows = fix_rows
+        self._methods: dict[Hashable, ParkableMethod] = {}
+
+    def __call__(self, call: Call) -> Call:
+        """The call, with its method as its shape needs it."""
+        shape = call.key.shape
+        if call.method.max_rows == 1:
+            return call
+        if shape not in self._methods:
+            self._methods[shape] = self._find(call)
+        method = self._methods[shape]
+        return call if call.method is method else replace(call, method=method)
+
+    def _find(self, call: Call) -> ParkableMethod:
+        call.enter()
+        try:
+            with torch.no_grad():
+                method = self._try(call)
+        except Exception as error:
+            logger.warning("%s: rows could not be compared: %s", call.method.name, error)
+            method = None
+        if method is None:
+            self.same_bytes = False
+            logger.info("%s: rows depend on their company: %s", call.method.name, call.key.shape[1])
+        return method or call.method
+
+    def _try(self, call: Call) -> ParkableMethod | None:
+        """The method with other row counts where it takes them; None where none helps."""
+        generator = torch.Generator().manual_seed(0)
+        calls = [varied(one_row(call), generator) for _ in range(TRIED_CALLS)]
+        method, most = call.method, min(call.method.max_rows, self._most_rows())
+        fixed_rows = min(FIXED_ROWS, most)
+        if method.bucket_rows:
+            kept = all(rows_are_independent(calls, rows) for rows in method.bucket_rows)
+            return method if kept else None
+        rows = independent_rows(calls, most)
+        if rows >= fixed_rows:
+            return method if rows == most else replace(method, max_rows=rows)
+        if self._fix_rows and rows_are_independent(calls, fixed_rows):
+            return replace(method, max_rows=fixed_rows, bucket_rows=(fixed_rows,))
+        return None
