@@ -1,9 +1,10 @@
-"""A fleet of step-batching replicas, simulated forward by forward. No Ray, no torch, seeded.
+"""A fleet of step-batching replicas, simulated forward by forward. No Ray, no model, seeded.
 
-Each replica steps as the engine does: groups of equal size take turns, a forward holds what is
-active of one group, and requests that do not fit among the active rows wait, shortest first with
-ageing. The router in front sees of a replica only what it would see in service: what it sent and
-saw end itself, and reports that are `report_period_s` apart.
+Each replica steps as the engine does: the group goes on that holds the request with the least to
+do for what it asked (Smith's rule, see `service/engine/policy.py`), unless another has been held
+up for too long; a forward holds what is active of one group, and requests that do not fit among
+the active rows wait, shortest first with ageing. The router in front sees of a replica only what it
+would see in service: what it sent and saw end itself, and reports that are `report_period_s` apart.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from service.engine.policy import HOLD
 from service.routing.reports import Job, Report, StepCost
 
 SIZES = ("64x64", "96x96", "128x128")
@@ -77,11 +79,22 @@ def mixed_job(chance: random.Random, number: int) -> Job:
 
 @dataclass
 class Running:
-    """A request on a replica."""
+    """A request on a replica, and what one of its steps takes alone."""
 
     job: Job
     arrived_s: float
     steps_left: int
+    step_s: float
+
+    @property
+    def alone_s(self) -> float:
+        """What all of its steps take alone."""
+        return self.job.steps * self.step_s
+
+    @property
+    def rank(self) -> float:
+        """Seconds left for its weight, which is one over what it asked for."""
+        return self.steps_left * self.step_s * self.alone_s
 
 
 @dataclass
@@ -93,31 +106,29 @@ class Replica:
     waiting: list[tuple[float, int, Running]] = field(default_factory=list)
     rows: int = 0
     busy: bool = False
-    served_s: dict[str, float] = field(default_factory=dict)
+    parked_s: dict[str, float] = field(default_factory=dict)
     stepping: str = ""
 
-    def take(self, running: Running, number: int) -> None:
+    def take(self, job: Job, number: int, now_s: float) -> None:
         """Queue a request: it starts as soon as its rows fit."""
-        cost = self.costs[running.job.size]
-        alone_s = running.job.steps * (cost.fixed_s + cost.row_s * running.job.rows)
-        heapq.heappush(self.waiting, (running.arrived_s + PATIENCE * alone_s, number, running))
-        self._start_waiting()
+        cost = self.costs[job.size]
+        running = Running(job, now_s, job.steps, cost.fixed_s + cost.row_s * job.rows)
+        heapq.heappush(self.waiting, (now_s + PATIENCE * running.alone_s, number, running))
+        self._start_waiting(now_s)
 
-    def begin_forward(self) -> float | None:
+    def begin_forward(self, now_s: float) -> float | None:
         """Seconds of the forward that begins now; None if there is nothing to do."""
         if not self.active:
             self.busy = False
             return None
         self.busy = True
-        self.stepping = min(self.active, key=lambda group: self.served_s.get(group, 0.0))
-        members = self.active[self.stepping]
-        cost = self.costs[members[0].job.size]
-        return cost.fixed_s + cost.row_s * sum(member.job.rows for member in members)
+        self.stepping = min(self.active, key=lambda group: self._urgency(group, now_s))
+        return self._forward_s(self.stepping)
 
     def end_forward(self, now_s: float) -> list[Running]:
         """The forward is over: who is finished now?"""
         members = self.active[self.stepping]
-        self.served_s[self.stepping] = now_s
+        self.parked_s[self.stepping] = now_s
         for member in members:
             member.steps_left -= 1
         finished = [member for member in members if member.steps_left == 0]
@@ -127,7 +138,7 @@ class Replica:
             self.active[self.stepping] = left
         else:
             del self.active[self.stepping]
-        self._start_waiting()
+        self._start_waiting(now_s)
         return finished
 
     def report(self) -> Report:
@@ -136,12 +147,26 @@ class Replica:
         jobs = tuple(replace(r.job, steps=r.steps_left) for r in running)
         return Report(jobs, self.costs, picture_limit=10_000)
 
-    def _start_waiting(self) -> None:
+    def _urgency(self, group: str, now_s: float) -> tuple[bool, float]:
+        """Least is next: what is overdue by when it was parked, then by rank."""
+        parked_s = self.parked_s[group]
+        if now_s - parked_s > HOLD * self._forward_s(group):
+            return False, parked_s
+        return True, min(member.rank for member in self.active[group])
+
+    def _forward_s(self, group: str) -> float:
+        members = self.active[group]
+        cost = self.costs[members[0].job.size]
+        return cost.fixed_s + cost.row_s * sum(member.job.rows for member in members)
+
+    def _start_waiting(self, now_s: float) -> None:
         while self.waiting:
             job = self.waiting[0][2].job
             if self.rows and self.rows + job.rows > ROW_LIMIT:
                 return
             self.rows += job.rows
+            if job.group not in self.active:
+                self.parked_s[job.group] = now_s
             self.active.setdefault(job.group, []).append(heapq.heappop(self.waiting)[2])
 
 
@@ -150,6 +175,7 @@ class Served:
     """One finished request of a simulation."""
 
     job: Job
+    arrived_s: float
     latency_s: float
 
 
@@ -209,18 +235,19 @@ class Simulation:
         chosen = router.choose(job)
         router.sent(chosen, job)
         replica = self.replicas[chosen]
-        replica.take(Running(job, now_s, job.steps), number)
+        replica.take(job, number, now_s)
         if not replica.busy:
             self._begin_forward(chosen, now_s)
 
     def _begin_forward(self, number: int, now_s: float) -> None:
-        seconds = self.replicas[number].begin_forward()
+        seconds = self.replicas[number].begin_forward(now_s)
         if seconds is not None:
             self._at(now_s + seconds, self._end_forward, number)
 
     def _end_forward(self, number: int, now_s: float) -> None:
         for running in self.replicas[number].end_forward(now_s):
-            self.served.append(Served(running.job, now_s - running.arrived_s))
+            latency_s = now_s - running.arrived_s
+            self.served.append(Served(running.job, running.arrived_s, latency_s))
             self._owners.pop(running.job.id).ended(number, running.job)
         self._begin_forward(number, now_s)
 
