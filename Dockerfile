@@ -2,6 +2,7 @@
 #   docker build -t stepserve .                       for CPUs, without CUDA libraries
 #   docker build -t stepserve:cuda --build-arg DEVICE=cuda .
 #   docker build --target sbom --output out .         out/sbom.json (CycloneDX)
+#   docker build --target locust -t stepserve-locust .   users that put load on it
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
@@ -39,6 +40,18 @@ RUN python -m venv /opt/sbom \
 
 FROM scratch AS sbom
 COPY --from=sbom-build /sbom.json /sbom.json
+
+FROM ${PYTHON_IMAGE} AS locust
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+COPY constraints.txt /app/
+RUN python -m venv /opt/locust \
+    && /opt/locust/bin/pip install --quiet -c /app/constraints.txt locust pillow
+COPY loadtests /app/loadtests
+USER 10001:10001
+WORKDIR /app
+EXPOSE 8089
+ENV PATH=/opt/locust/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENTRYPOINT ["locust", "-f", "loadtests/locustfile.py"]
 
 FROM ${PYTHON_IMAGE} AS service
 # wget and bash: KubeRay's probes. tini: passes signals on and reaps what Ray leaves behind.

@@ -1,26 +1,18 @@
 #!/usr/bin/env bash
 # Builds the image and runs it as it is meant to run: read-only, without capabilities, as nobody in
-# particular. Needs root, and no registry: the base image is made from Debian's own packages under
-# the name of the real one.
+# particular. `images.sh` says what it needs.
 #
-#   apt-get install -y buildah podman conmon runc debootstrap
-#   deploy/check_image.sh [ROOTFS]     a folder to keep (or take) the Debian base
-#
-# KEEP_IMAGE=1 takes the image of the last time, and BUILD_OPTIONS adds to `buildah build`, such
-# as `-v /etc/pip.conf:/etc/pip.conf:ro`.
+#   deploy/check_image.sh [ROOTFS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+ROOTFS=${1:-${ROOTFS:-}}
+# shellcheck source=deploy/images.sh
+source deploy/images.sh
 
-rootfs=${1:-$(mktemp -d)/rootfs}
-base=docker.io/library/python:3.11-slim-bookworm
 image=localhost/stepserve:check
 port=${PORT:-18000}
-# shellcheck disable=SC2206 # several options
-options=(${BUILD_OPTIONS:-})
 run=(podman --runtime "$(command -v runc)")
 container=
-
-say() { printf '%s\n' "== $*"; }
 
 end() {
     if [ -n "$container" ]; then
@@ -28,32 +20,6 @@ end() {
     fi
 }
 trap end EXIT
-
-make_base() {
-    if buildah inspect "$base" >/dev/null 2>&1; then return; fi
-    say "making the base image"
-    if [ ! -d "$rootfs/usr" ]; then
-        debootstrap --variant=minbase \
-            --include=ca-certificates,python3,python3-venv,python3-pip,netbase,tzdata \
-            bookworm "$rootfs" >/dev/null
-    fi
-    local from mounted
-    from=$(buildah from scratch)
-    buildah add -q "$from" "$rootfs" / >/dev/null
-    mounted=$(buildah mount "$from")
-    ln -sf /usr/bin/python3 "$mounted/usr/local/bin/python"
-    buildah umount "$from" >/dev/null
-    buildah config --env PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin "$from"
-    buildah commit -q "$from" "$base" >/dev/null
-    buildah rm "$from" >/dev/null
-}
-
-build() {
-    if [ -n "${KEEP_IMAGE:-}" ] && buildah inspect "$image" >/dev/null 2>&1; then return; fi
-    say "building"
-    buildah build --layers --isolation chroot --pull-never --format docker --quiet \
-        "${options[@]}" --target service -t "$image" .
-}
 
 check_contents() {
     say "looking at what is in it"
@@ -70,6 +36,21 @@ check_contents() {
         echo "CUDA libraries in the CPU image: $found" >&2
         return 1
     fi
+}
+
+check_sbom() {
+    say "what it is made of"
+    local out
+    out=$(mktemp -d)
+    buildah build --layers --isolation chroot --pull-never --quiet \
+        "${options[@]}" --target sbom --output "$out" . >/dev/null
+    python3 - "$out/sbom.json" <<'END'
+import json, sys
+told = json.load(open(sys.argv[1]))
+versions = {part["name"].lower(): part["version"] for part in told["components"]}
+assert told["bomFormat"] == "CycloneDX" and {"torch", "diffusers", "ray"} <= set(versions), versions
+print(f"CycloneDX {told['specVersion']}: {len(versions)} components, torch {versions['torch']}")
+END
 }
 
 start() {
@@ -117,8 +98,9 @@ check_stop() {
 }
 
 make_base
-build
+build "$image" --target service
 check_contents
+check_sbom
 start
 check_running
 check_stop

@@ -239,7 +239,8 @@ def draw_flames(processes: Mapping[psutil.Process, str], options: argparse.Names
     for wanted in (REPLICA, "ingress"):
         pid = next(process.pid for process, role in processes.items() if role == wanted)
         file = options.out.with_name(f"flame-{wanted}.svg")
-        start_spy(pid, "flamegraph", file, FLAME_S, "--function").wait()
+        if start_spy(pid, "flamegraph", file, FLAME_S).wait():
+            raise RuntimeError(f"py-spy could not draw {file}")
 
 
 def start_spy(
