@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ray import serve
@@ -23,12 +25,17 @@ from service.deployments.result_store import check_results, with_secret
 from service.deployments.router import router_config
 from service.deployments.shared_usage import UsageCounter
 
-HEALTH_CHECK_PERIOD_S = 2.0
-# Three in a row, and a replica is replaced. It answers between two awaits.
-HEALTH_CHECK_TIMEOUT_S = 10.0
-# Admission decides inside the replica, where the backlog is known. Ray Serve's own limit only has
-# to be out of the way: a router that finds replicas full retries with 25 to 500 ms of jitter.
-NO_LIMIT_OF_ITS_OWN = 10_000
+OF_EVERY_DEPLOYMENT: Mapping[str, Any] = MappingProxyType(
+    {
+        # Three that are not answered, and a replica is replaced. It answers between two awaits.
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 10.0,
+        # Admission decides inside the replica, where the backlog is known. Ray Serve's own limit
+        # only has to be out of the way: a router that finds replicas full retries with 25 to 500 ms
+        # of jitter.
+        "max_ongoing_requests": 10_000,
+    }
+)
 INGRESS_CPUS = 0.1
 # A crash may be an accident, a model that cannot be loaded is none.
 MOST_STARTS = 3
@@ -50,9 +57,7 @@ def ingress_target(settings: Settings) -> serve.RunTarget:
         Ingress,
         name="ingress",
         num_replicas=settings.http.ingress_replicas,
-        max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **OF_EVERY_DEPLOYMENT,
         ray_actor_options={
             "num_cpus": INGRESS_CPUS,
             "runtime_env": {"env_vars": dict(METRIC_VARIABLES)},
@@ -77,9 +82,7 @@ def _counter(settings: Settings, keys: KeyRing) -> Any:
         UsageCounter,
         name="usage",
         num_replicas=1,
-        max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **OF_EVERY_DEPLOYMENT,
         ray_actor_options={"num_cpus": 0},
     ).bind()
 
@@ -104,9 +107,7 @@ def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
     return serve.deployment(
         ModelReplica,
         name=deployment_name(model_id),
-        max_ongoing_requests=NO_LIMIT_OF_ITS_OWN,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **OF_EVERY_DEPLOYMENT,
         graceful_shutdown_timeout_s=settings.engine.drain_s,
         max_constructor_retry_count=MOST_STARTS,
         # New replicas before the old ones go, where that takes no second device.

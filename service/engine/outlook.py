@@ -103,7 +103,7 @@ class Outlook:
 
     def latest_start_s(self, track: Track) -> float:
         """When it must go on for its deadline to be met; infinite if it has none."""
-        return math.inf if track.work.deadline_s is None else track.expires_s - self.run_s(track)
+        return _latest_start_s(track, self.run_s(track))
 
     def as_queued(self, track: Track) -> Queued:
         """A track that waits to be started, as the policy sees it."""
@@ -114,7 +114,7 @@ class Outlook:
             track.clockwork.submitted_s,
             run_s,
             work.priority,
-            math.inf if work.deadline_s is None else track.expires_s - run_s,
+            _latest_start_s(track, run_s),
         )
 
     def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> Prospect:
@@ -187,6 +187,10 @@ class Outlook:
 
     def _forward_s(self, shape: Hashable, rows: int) -> float:
         return self.cost.predict(shape, rows) + float(self._tick_overhead_s)
+
+
+def _latest_start_s(track: Track, run_s: float) -> float:
+    return math.inf if track.work.deadline_s is None else track.expires_s - run_s
 
 
 def _kind(track: Track) -> Hashable:

@@ -21,6 +21,8 @@ import torch
 from diffusers.utils import torch_utils
 from torch.utils._pytree import tree_map
 
+from service.pipelines.renaming import with_names
+
 NOISE = "randn_tensor"
 # Those whose Python was seen to take timesteps from the host.
 PIPELINES = ("StableDiffusion*Pipeline",)
@@ -59,19 +61,6 @@ def bring_arguments(module: torch.nn.Module, device: torch.device) -> None:
 def from_pinned(tensor: torch.Tensor) -> torch.Tensor:
     """What can be copied to a device without waiting for it."""
     return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-
-
-def with_names(function: FunctionType, names: dict[str, Any]) -> FunctionType:
-    """The same code, to which some global names mean something else."""
-    other = FunctionType(
-        function.__code__,
-        function.__globals__ | names,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    other.__kwdefaults__ = function.__kwdefaults__
-    return other
 
 
 def pinned_randn_tensor(

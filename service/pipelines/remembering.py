@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.pipelines.host_numbers import with_names
+from service.pipelines.renaming import with_names
 
 MOST_NUMBERS = 4096
 NumberFunction = Callable[[torch.Tensor], Any]
