@@ -241,6 +241,8 @@ def draw_flames(processes: Mapping[psutil.Process, str], options: argparse.Names
         file = options.out.with_name(f"flame-{wanted}.svg")
         if start_spy(pid, "flamegraph", file, FLAME_S).wait():
             raise RuntimeError(f"py-spy could not draw {file}")
+        # Its title is the command that drew it.
+        file.write_text(file.read_text().replace(f"{Path(sys.executable).parent}/", ""))
 
 
 def start_spy(

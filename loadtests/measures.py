@@ -274,13 +274,15 @@ async def find_knee(
 
 
 def recovery_s(run: Run, target: LatencyTarget, from_s: float) -> float | None:
-    """Seconds after `from_s` from which on `target.share` of arrivals are in time, for good.
+    """Seconds after `from_s` from which on `target.share` of what is let in is in time, for good.
+
+    Where deadlines are promised, some are turned away in calm as well: that is told apart.
 
     Returns:
         None if it did not recover before the run ended; 0 if it never stopped being in time.
     """
     after = sorted(
-        (outcome for outcome in run.judged if outcome.intended_s >= from_s),
+        (o for o in run.judged if o.intended_s >= from_s and o.status is not Status.REFUSED),
         key=lambda outcome: outcome.intended_s,
     )
     in_time = late_seen = 0
@@ -294,6 +296,12 @@ def recovery_s(run: Run, target: LatencyTarget, from_s: float) -> float | None:
     if recovered_at is None:
         return None
     return 0.0 if after[0].intended_s == recovered_at else recovered_at - from_s
+
+
+def refused_share(outcomes: Iterable[Outcome]) -> float | None:
+    """How many were turned away; None of none."""
+    refused = [outcome.status is Status.REFUSED for outcome in outcomes]
+    return sum(refused) / len(refused) if refused else None
 
 
 def summarize_overload(
@@ -317,6 +325,8 @@ def summarize_overload(
         "admitted_in_time": in_time / len(admitted) if admitted else None,
         "refusal_p99_s": percentile(refused, 0.99),
         "recovery_s": recovery_s(run, target, ends_s),
+        "refused_before": refused_share(o for o in run.judged if o.intended_s < begins_s),
+        "refused_after": refused_share(o for o in run.judged if o.intended_s >= ends_s),
         "mean_target_s": mean(limits_s),
     }
 

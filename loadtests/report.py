@@ -332,7 +332,10 @@ def _overload_line(overload: dict[str, Any]) -> str:
         f"A minute at twice the knee: goodput {overload['goodput_over_knee']:.2f} of the knee, "
         f"{overload['refused']} of {overload['refused'] + overload['admitted']} refused (p99 "
         f"{shown(overload['refusal_p99_s'], 3)} s), {shown(overload['admitted_in_time'])} of the "
-        f"admitted in time, recovered after {shown(overload['recovery_s'], 1)} s."
+        f"admitted in time, recovered after {shown(overload['recovery_s'], 1)} s. Each request "
+        "states its target as a deadline, and deadlines are promised, so some are refused in calm "
+        f"as well: {shown(overload.get('refused_before'))} of them before, "
+        f"{shown(overload.get('refused_after'))} after."
     )
 
 

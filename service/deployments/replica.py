@@ -187,7 +187,8 @@ class ModelReplica:
             self.callers.end(request_id)
             self._orphaned.add(request_id)
             self.desk.give_up(request_id)
-        silent_s = self.runner.engine.silent_s()
+        # One that drained has no engine any more.
+        silent_s = 0.0 if self._draining else self.runner.engine.silent_s()
         if silent_s > self.spec.settings.engine.stuck_after_s:
             self._end_process(silent_s)
 

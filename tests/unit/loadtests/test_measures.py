@@ -190,6 +190,8 @@ def test_recovery_is_when_arrivals_stay_in_time() -> None:
     assert recovery_s(run, TARGET, from_s=10) == pytest.approx(4, abs=1.1)
     assert recovery_s(run, TARGET, from_s=20) == 0
     assert recovery_s(run_of(*[9.0] * 5), TARGET, from_s=0) is None
+    refused = run_of(*[1.0] * 6, *[0.01] * 4, statuses=dict.fromkeys(range(6, 10), Status.REFUSED))
+    assert recovery_s(refused, TARGET, from_s=2) == 0
 
 
 def test_an_overload_is_judged_by_what_arrived_in_it() -> None:
@@ -201,6 +203,7 @@ def test_an_overload_is_judged_by_what_arrived_in_it() -> None:
     assert told["admitted_in_time"] == pytest.approx(0.8)
     assert told["refusal_p99_s"] == pytest.approx(0.02)
     assert told["recovery_s"] == 0
+    assert (told["refused_before"], told["refused_after"]) == (0, 0)
 
 
 def test_a_slope_is_that_of_the_best_line() -> None:
