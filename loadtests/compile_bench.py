@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace) -> Report:
 
 
 def _sharing(fixed_rows: int) -> SharingOptions:
-    plan = SharingPlan(fixed_rows=fixed_rows) if fixed_rows else None
+    plan = SharingPlan(filled_rows=(fixed_rows,)) if fixed_rows else None
     return SharingOptions(plan=plan)
 
 

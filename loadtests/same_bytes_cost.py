@@ -72,7 +72,7 @@ def measure_start(model: Path, dtype: str, threads: int) -> tuple[float, str]:
 def measure(model: Path, threads: int, repeats: int) -> Cost:
     """Everything, with both kinds of forwards in turns."""
     starts = {dtype: measure_start(model, dtype, threads) for dtype in ("bfloat16", "float32")}
-    plans = (SharingPlan(same_bytes=False), SharingPlan(fixed_rows=FIXED_ROWS))
+    plans = (SharingPlan(same_bytes=False), SharingPlan(filled_rows=(FIXED_ROWS,)))
     runners = [start(model, "float32", threads, plan) for plan in plans]
     requests = mixed_requests()
     seconds: tuple[list[float], list[float]] = ([], [])

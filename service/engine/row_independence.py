@@ -84,17 +84,19 @@ def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = Non
     return kept
 
 
-def rows_are_independent(calls: Sequence[Call], bucket_rows: int) -> bool:
-    """Whether each call has the same bits in every company, if forwards always have so many rows.
+def agreeing_row_counts(calls: Sequence[Call], counts: Sequence[int]) -> tuple[int, ...]:
+    """Row counts whose forwards give each call the same bits, in every company.
 
     Args:
         calls: of equal keys, with different content.
-        bucket_rows: what every forward is filled up to.
+        counts: what forwards could be filled up to; the first is what the others are compared with.
+
+    Returns:
+        Those of `counts` that agree with the first one; none if that depends on company itself.
     """
-    alone = [run_together([call], bucket_rows)[0] for call in calls]
-    # Whatever fills a forward up is company, too: few counts are enough.
-    counts = (max(bucket_rows // 2, 1), bucket_rows)
-    return all(_keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
+    alone = [run_together([call], counts[0])[0] for call in calls]
+    agreeing = [count for count in counts if _keep_bits_in(calls, alone, count)]
+    return tuple(agreeing) if counts[0] in agreeing else ()
 
 
 def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> list[list[Call]]:
@@ -178,6 +180,12 @@ def _keep_bits(
             company, run([calls[index] for index in company], bucket_rows), strict=True
         )
     )
+
+
+def _keep_bits_in(calls: Sequence[Call], alone: Sequence[Any], bucket_rows: int) -> bool:
+    # Whatever fills a forward up is company, too: few counts are enough.
+    counts = {max(bucket_rows // 2, 1), bucket_rows}
+    return all(_keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
 
 
 def _fill_up(order: Sequence[int], rows: Sequence[int], count: int) -> list[int]:

@@ -33,7 +33,7 @@ from service.pipelines.compiling import (
     row_buckets,
 )
 from service.pipelines.self_check import ENOUGH_ROWS, Trial
-from service.pipelines.sharing import SharingPlan, parked_at_denoiser
+from service.pipelines.sharing import FIXED_ROWS, SharingPlan, parked_at_denoiser
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,12 @@ class DenoiserCode:
         if plan.alone:
             self._objection = f"requests run one at a time: {plan.remark}"
             return plan
-        buckets = (plan.fixed_rows,) if plan.fixed_rows else row_buckets(max_rows)
+        buckets = row_buckets(max_rows)
+        if plan.filled_rows:
+            # One graph instead of many.
+            usual = FIXED_ROWS in plan.filled_rows
+            buckets = (FIXED_ROWS if usual else plan.filled_rows[-1],)
+            plan = replace(plan, filled_rows=buckets)
         plan = replace(plan, row_buckets=buckets)
         with parked_at_denoiser(self._pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
             self._calls = [calls for calls in groups if calls[0].method.module == self._path]

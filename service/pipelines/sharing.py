@@ -8,7 +8,8 @@ Three things are asked of the pipeline and of the device, in this order:
 2. Do requests at once get what each gets alone? Pipelines of the parity suite were seen to; any
    other is tried here, and runs one at a time if not.
 3. Do rows depend on what they share a forward with, in their last bits? Forwards get no more rows
-   than are free of that. If those are too few, forwards of one fixed row count may cure it.
+   than are free of that. If those are too few, it may be cured by filling forwards up to one row
+   count, or to the next of several that give a row the same bits.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import torch
 from service.domain.errors import CancelledError
 from service.engine.call import Call, CallKey
 from service.engine.row_independence import (
+    agreeing_row_counts,
     independent_rows,
-    rows_are_independent,
     varied,
     vector_layer_calls,
 )
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 FIXED_ROWS = 8
 """Large enough to fill a CPU, and small enough not to make a single request wait for nobody."""
 
+# What else forwards are filled up to, where that gives a row the same bits.
+FILLED_ROWS = (4, 12, 16, 24, 32)
+
 # What a forward is tried with: enough for different content, and few enough to start soon.
 TRIED_CALLS = 8
 
@@ -59,9 +63,10 @@ class SharingPlan:
         alone: they do not: they run one at a time.
         inline: components that run inside a call, unparked.
         max_rows: most rows of a shared forward that keep pictures as they are; 0: any number.
-        fixed_rows: every shared forward is filled up to this many rows; 0: any row count.
-        row_buckets: where no count is fixed, forwards are filled up to the next of these; empty:
-            not at all.
+        filled_rows: for the sake of equal bytes every shared forward is filled up to the next of
+            these, and has no more rows than the last; empty: any row count.
+        row_buckets: where there are none, forwards are filled up to the next of these; empty: not
+            at all.
         same_bytes: whether a picture is the same in every bit at any load, on this device.
         remark: why it is not the usual plan; for people.
     """
@@ -69,7 +74,7 @@ class SharingPlan:
     alone: bool = False
     inline: frozenset[str] = frozenset()
     max_rows: int = 0
-    fixed_rows: int = 0
+    filled_rows: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     same_bytes: bool = True
     remark: str = ""
@@ -79,15 +84,15 @@ class SharingPlan:
         """In a few words, for fingerprints: pictures of different policies may differ."""
         if self.alone:
             return "one request at a time"
-        buckets = (self.fixed_rows,) if self.fixed_rows else self.row_buckets
+        buckets = self.filled_rows or self.row_buckets
         return f"filled up to {', '.join(map(str, buckets))} rows" if buckets else "any rows"
 
     def parking(self, options: ParkingOptions) -> ParkingOptions:
         """`options` as this plan wants them."""
         options = replace(options, bucket_rows=self.row_buckets)
-        if self.fixed_rows:
-            buckets = (self.fixed_rows,)
-            options = replace(options, max_rows=self.fixed_rows, bucket_rows=buckets)
+        if self.filled_rows:
+            most = self.filled_rows[-1]
+            options = replace(options, max_rows=most, bucket_rows=self.filled_rows)
         elif self.max_rows:
             options = replace(options, max_rows=min(options.max_rows, self.max_rows))
         return replace(options, inline=self.inline)
@@ -108,7 +113,7 @@ def plan_sharing(
         pipeline: a resident one.
         trials: small requests that differ, of every task that it serves.
         max_rows: most rows of one shared forward.
-        fix_rows: whether forwards of one row count may be used for the sake of equal bytes.
+        fix_rows: whether forwards may be filled up for the sake of equal bytes.
         row_buckets: what forwards are to be filled up to in any case.
     """
     plan = plan_company(pipeline, trials)
@@ -154,8 +159,8 @@ def plan_rows(
         rows = most_independent_rows(tried, max_rows, fixed_rows)
         if rows >= fixed_rows:
             return replace(plan, max_rows=rows)
-        if fix_rows and all(rows_are_independent(calls, fixed_rows) for calls in tried):
-            return replace(plan, fixed_rows=fixed_rows)
+        if fix_rows and (filled_rows := rows_to_fill(tried, max_rows)):
+            return replace(plan, filled_rows=filled_rows)
     remark = "; ".join(filter(None, [plan.remark, "rows depend on their company in the last bits"]))
     return replace(plan, same_bytes=False, remark=remark)
 
@@ -166,6 +171,16 @@ def most_independent_rows(tried: Sequence[Sequence[Call]], max_rows: int, least:
         if max_rows >= least:
             max_rows = independent_rows(calls, max_rows)
     return max_rows
+
+
+def rows_to_fill(tried: Sequence[Sequence[Call]], max_rows: int) -> tuple[int, ...]:
+    """Row counts whose forwards give every call the same bits in any company; none if none do."""
+    counts = min(FIXED_ROWS, max_rows), *(rows for rows in FILLED_ROWS if rows <= max_rows)
+    for calls in tried:
+        counts = agreeing_row_counts(calls, counts)
+        if not counts:
+            return ()
+    return tuple(sorted(set(counts)))
 
 
 def calls_to_try(group: Sequence[Call], max_rows: int) -> Iterator[list[Call]]:

@@ -2,8 +2,7 @@
 
 What `plan_sharing` finds out holds for the native size. The libraries of a GPU choose their kernels
 by the size of a picture as well: on an H200 the rows of the embedded model keep their bits in
-company of up to 12 at 64x64, of 6 at 96x96 and of none at 48x64. There forwards filled up to one
-row count cure it.
+company of up to 12 at 64x64, of 6 at 96x96 and of none at 48x64. Filling forwards up cures it.
 
 On a CPU this would hold everybody up for seconds, and no size was ever seen to differ from the
 native one there; so it is for other devices.
@@ -19,12 +18,12 @@ import torch
 
 from service.engine.call import Call, ParkableMethod
 from service.engine.row_independence import (
+    agreeing_row_counts,
     independent_rows,
     one_row,
-    rows_are_independent,
     varied,
 )
-from service.pipelines.sharing import FIXED_ROWS, TRIED_CALLS
+from service.pipelines.sharing import FIXED_ROWS, TRIED_CALLS, rows_to_fill
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class SizeRules:
 
     Args:
         most_rows: most rows of a forward at the moment.
-        fix_rows: whether forwards of one row count may be used for the sake of equal bytes.
+        fix_rows: whether forwards may be filled up for the sake of equal bytes.
     """
 
     def __init__(self, most_rows: Callable[[], int], fix_rows: bool) -> None:
@@ -71,13 +70,11 @@ class SizeRules:
         generator = torch.Generator().manual_seed(0)
         calls = [varied(one_row(call), generator) for _ in range(TRIED_CALLS)]
         method, most = call.method, min(call.method.max_rows, self._most_rows())
-        fixed_rows = min(FIXED_ROWS, most)
         if method.bucket_rows:
-            kept = all(rows_are_independent(calls, rows) for rows in method.bucket_rows)
-            return method if kept else None
+            agreeing = agreeing_row_counts(calls, method.bucket_rows)
+            return method if agreeing == method.bucket_rows else None
         rows = independent_rows(calls, most)
-        if rows >= fixed_rows:
+        if rows >= min(FIXED_ROWS, most):
             return method if rows == most else replace(method, max_rows=rows)
-        if self._fix_rows and rows_are_independent(calls, fixed_rows):
-            return replace(method, max_rows=fixed_rows, bucket_rows=(fixed_rows,))
-        return None
+        filled = rows_to_fill([calls], most) if self._fix_rows else ()
+        return replace(method, max_rows=filled[-1], bucket_rows=filled) if filled else None

@@ -14,11 +14,11 @@ from service.engine.coalesce import stack
 from service.engine.leaves import ArgumentRules
 from service.engine.row_independence import (
     VECTOR_NUMBERS,
+    agreeing_row_counts,
     companies,
     independent_rows,
     one_row,
     row_counts,
-    rows_are_independent,
     same_bits,
     varied,
     vector_layer_calls,
@@ -54,13 +54,13 @@ def leaks_to_neighbours(sample: Tensor) -> tuple[Tensor]:
 
 def test_rows_that_only_depend_on_themselves_are_independent() -> None:
     assert independent_rows(calls_of(steady), max_rows=33) == 33
-    assert rows_are_independent(calls_of(steady), bucket_rows=8)
+    assert agreeing_row_counts(calls_of(steady), (8, 2, 5)) == (8, 2, 5)
 
 
 @pytest.mark.parametrize("forward", [rounds_by_position, leaks_to_neighbours])
 def test_a_last_bit_that_depends_on_others_is_seen(forward: Any) -> None:
     assert independent_rows(calls_of(forward, rows=(1, 2, 1)), max_rows=32) == 1
-    assert not rows_are_independent(calls_of(forward), bucket_rows=8)
+    assert agreeing_row_counts(calls_of(forward), (8, 4)) == ()
 
 
 def test_rows_may_be_independent_up_to_some_row_count() -> None:
@@ -68,7 +68,13 @@ def test_rows_may_be_independent_up_to_some_row_count() -> None:
 
 
 def test_forwards_of_one_row_count_can_make_rows_independent() -> None:
-    assert rows_are_independent(calls_of(rounds_by_row_count), bucket_rows=8)
+    assert agreeing_row_counts(calls_of(rounds_by_row_count), (8,)) == (8,)
+
+
+def test_some_row_counts_may_agree_with_one_another() -> None:
+    calls = calls_of(rounds_by_row_count)
+    assert agreeing_row_counts(calls, (8, 4, 12, 2)) == (8, 12)
+    assert agreeing_row_counts(calls, (4, 8, 2)) == (4, 2)
 
 
 def test_one_row_is_the_first_of_everything_that_has_rows() -> None:

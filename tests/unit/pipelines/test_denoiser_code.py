@@ -30,7 +30,7 @@ STEP_S = 0.2
 MAX_ROWS = 4
 BUCKETS = (2, 4)
 # One graph: quicker, where a test is not about their number.
-ONE_GRAPH = SharingOptions(plan=SharingPlan(fixed_rows=4))
+ONE_GRAPH = SharingOptions(plan=SharingPlan(filled_rows=(4,)))
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected")
 

@@ -218,7 +218,7 @@ def limited_to(rows: int, fixed: bool) -> dict[str, Any]:
     """What a device would give that keeps bits up to `rows` rows, and in forwards of one count."""
     return {
         "independent_rows": lambda calls, max_rows: min(rows, max_rows),
-        "rows_are_independent": lambda calls, bucket_rows: fixed,
+        "agreeing_row_counts": lambda calls, counts: counts[:2] if fixed else (),
     }
 
 
@@ -227,7 +227,7 @@ def limited_to(rows: int, fixed: bool) -> dict[str, Any]:
     [
         (64, False, SharingPlan(max_rows=MAX_ROWS)),
         (12, True, SharingPlan(max_rows=12)),
-        (FIXED_ROWS - 1, True, SharingPlan(fixed_rows=FIXED_ROWS)),
+        (FIXED_ROWS - 1, True, SharingPlan(filled_rows=(4, FIXED_ROWS))),
         (
             1,
             False,
@@ -249,7 +249,7 @@ def test_fixed_rows_may_be_declined(tiny: LoadedModel, monkeypatch: pytest.Monke
         monkeypatch.setattr(sharing_module, name, found)
     with torch.no_grad():
         plan = plan_sharing(tiny.pipeline, make_trials(tiny), MAX_ROWS, fix_rows=False)
-    assert plan.fixed_rows == 0
+    assert plan.filled_rows == ()
     assert not plan.same_bytes
 
 
@@ -258,12 +258,14 @@ def test_a_plan_says_how_to_park() -> None:
     assert SharingPlan().parking(options) == options
     assert SharingPlan(max_rows=12).parking(options).max_rows == 12
     assert SharingPlan(max_rows=64).parking(options).max_rows == 32
-    fixed = SharingPlan(fixed_rows=8, inline=frozenset({"vae"})).parking(options)
+    fixed = SharingPlan(filled_rows=(8,), inline=frozenset({"vae"})).parking(options)
     assert (fixed.max_rows, fixed.bucket_rows, fixed.inline) == (8, (8,), {"vae"})
+    several = SharingPlan(filled_rows=(4, 8, 16)).parking(options)
+    assert (several.max_rows, several.bucket_rows) == (16, (4, 8, 16))
 
 
 def test_row_policies_are_told_by_the_fingerprint(fresh: LoadedModel) -> None:
-    plans = (SharingPlan(), SharingPlan(max_rows=12), SharingPlan(fixed_rows=8))
+    plans = (SharingPlan(), SharingPlan(max_rows=12), SharingPlan(filled_rows=(8,)))
     told = []
     for plan in plans:
         with running(fresh, plan=plan) as runner:

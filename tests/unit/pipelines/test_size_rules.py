@@ -18,7 +18,8 @@ MOST = 16
 
 
 class Device:
-    """Rounds by the row count: never for a width of 1, from 13 rows on for 2, and always for 3.
+    """Rounds by the row count: never for a width of 1, from 13 rows on for 2, and for 3 always but
+    for multiples of 8.
 
     For a width of 4 it depends on the place in the batch as well, and for 5 it fails.
     """
@@ -31,7 +32,7 @@ class Device:
         self.rows.append(rows)
         if width == 5:
             raise ValueError("cannot be shared")
-        off = {1: 0, 2: LAST_BIT * (rows > 12), 3: LAST_BIT * rows}.get(width, 0)
+        off = {1: 0, 2: LAST_BIT * (rows > 12), 3: LAST_BIT * (rows % 8)}.get(width, 0)
         place = torch.arange(rows).reshape(-1, 1) * (LAST_BIT if width == 4 else 0.0)
         return (sample + off + place,)
 
@@ -63,11 +64,11 @@ def test_a_size_may_need_fewer_rows(device: Device) -> None:
     assert (method.max_rows, method.bucket_rows) == (12, ())
 
 
-def test_a_size_may_need_forwards_of_one_row_count(device: Device) -> None:
+def test_a_size_may_need_forwards_that_are_filled_up(device: Device) -> None:
     found = rules()
     calls = [found(call_of(device, width=3, rows=rows)) for rows in (1, 2, 3)]
-    assert {call.method.bucket_rows for call in calls} == {(FIXED_ROWS,)}
-    assert {call.method.max_rows for call in calls} == {FIXED_ROWS}
+    assert {call.method.bucket_rows for call in calls} == {(FIXED_ROWS, 2 * FIXED_ROWS)}
+    assert {call.method.max_rows for call in calls} == {2 * FIXED_ROWS}
     assert found.same_bytes
     alone = [run_together([call])[0][0] for call in calls]
     together = [output[0] for output in run_together(calls)]
@@ -102,9 +103,10 @@ def test_what_is_never_shared_is_not_tried(device: Device) -> None:
     assert device.rows == []
 
 
-def test_forwards_of_one_row_count_are_tried_as_they_are(device: Device) -> None:
-    for width, kept in ((3, True), (4, False)):
+def test_forwards_that_are_filled_up_are_tried_as_they_are(device: Device) -> None:
+    tried = ((3, (8, 16), True), (3, (8, 12), False), (4, (8,), False))
+    for width, bucket_rows, kept in tried:
         found = rules()
-        call = call_of(device, width, bucket_rows=(FIXED_ROWS,))
+        call = call_of(device, width, bucket_rows=bucket_rows)
         assert found(call) is call
         assert found.same_bytes is kept
