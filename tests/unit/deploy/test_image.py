@@ -29,6 +29,13 @@ def test_it_runs_as_a_number():
     assert "HEALTHCHECK" in DOCKERFILE
 
 
+def test_stages_that_are_built_exist_and_the_service_is_what_is_built_by_default():
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    wanted = {s["build"]["target"] for s in COMPOSE["services"].values() if "build" in s}
+    assert wanted == {"service", "locust"} <= set(stages)
+    assert stages[-1] == "service"
+
+
 def test_settings_of_the_stack_are_understood():
     for service in ("stepserve", "stepserve-gpu"):
         variables = COMPOSE["services"][service]["environment"]
