@@ -29,7 +29,9 @@ check_contents() {
     found=$(find "$mounted/opt/stepserve" -name 'libcud*.so*' -o -name 'libcublas*.so*' \
         -o -name 'libnvrtc*.so*' -o -path '*/site-packages/nvidia')
     du -sm "$mounted" | awk '{print "size of the root filesystem: " $1 " MB"}'
-    du -sm "$rootfs" 2>/dev/null | awk '{print "of that the Debian base: " $1 " MB"}'
+    if [ -d "$rootfs" ]; then
+        du -sm "$rootfs" | awk '{print "of that the Debian base: " $1 " MB"}'
+    fi
     buildah umount "$from" >/dev/null
     buildah rm "$from" >/dev/null
     if [ -n "$found" ]; then

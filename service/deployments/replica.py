@@ -167,8 +167,9 @@ class ModelReplica:
         if self._failure:
             return
         drain_s = self.spec.settings.engine.drain_s
-        await asyncio.get_running_loop().run_in_executor(None, self.runner.stop, drain_s)
-        self.metrics.stop()
+        await asyncio.to_thread(self.runner.stop, drain_s)
+        # Sending the last spans may take seconds, and those that were cut off wait for an answer.
+        await asyncio.to_thread(self.metrics.stop)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Ray Serve, which tells the routers."""

@@ -41,6 +41,30 @@ def test_accepted_work_is_finished_and_the_exit_code_is_0(
     assert service.log.rstrip().endswith("stopped")
 
 
+def test_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever collects spans accepts connections, and says nothing."""
+    monkeypatch.setenv("STEPSERVE_MODELS__EMOJI__ENGINE__DRAIN_S", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        collector = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector)
+        service = Service(tmp_path)
+        service.start()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(
+                httpx.post,
+                f"{service.url}/v1/images/generations",
+                json={"prompt": "house", "num_inference_steps": 1000},
+                timeout=60,
+                trust_env=False,
+            )
+            time.sleep(2)
+            assert service.terminate() == 0, service.log
+            assert answer.result().status_code == 503, answer.result().text
+            assert answer.result().json()["error"]["code"] == "server_stopped"
+
+
 def readiness_until(service: Service, status: int) -> str:
     """The body of the first answer with that status; load balancers ask until then."""
     with httpx.Client(base_url=service.url, timeout=5, trust_env=False) as client:
