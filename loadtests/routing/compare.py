@@ -20,7 +20,7 @@ POLICY = "expected finish"
 BASELINES = ("random", "round robin", "power of two", "least requests")
 # Requests of the mixed trace that one replica can just serve in a second, with the best of the
 # baselines in front of it: at more, queues grow without end. `capacity` measures it.
-CAPACITY = 4.1
+CAPACITY = 4.3
 FLOOD = 12.0
 # Of a simulation: the fleet is empty at first, and who comes then has it easy.
 WARM_UP_SHARE = 1 / 3
