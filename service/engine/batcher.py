@@ -266,7 +266,8 @@ class Batcher:
             self._account(decoding.launched)
             self._wake_aside(decoding.track, decoding.output)
             woken += 1
-        self._forget_ended()
+        if woken:
+            self._forget_ended()
         return woken > 0
 
     def _wake_aside(self, track: Track, output: Any) -> None:
@@ -314,8 +315,10 @@ class Batcher:
         launched = Launched(group, calls, padding, timing)
         self._note_steps(launched)
         # What comes after encoding wants its outcome at once, and after decoding, unless aside.
-        later = (Stage.DENOISE, Stage.CONTROL, *([Stage.DECODE] if self.aside else []))
-        if timing.runs_on and launched.stage in later:
+        at_once = launched.stage is Stage.ENCODE or (
+            launched.stage is Stage.DECODE and self.aside is None
+        )
+        if timing.runs_on and not at_once:
             self._running.append(launched)
         else:
             self._account(launched)

@@ -260,7 +260,7 @@ class PipelineRunner:
         )
         self.engine.batcher.one_at_a_time = self.plan.alone
         self.engine.row_ceiling = parking.max_rows
-        if len(self.plan.filled_rows) != 1:
+        if not self.plan.has_one_row_count:
             self.engine.limit_rows(parking.max_rows)
         self._detach = attach(pipeline, parking)
 

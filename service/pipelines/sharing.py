@@ -87,6 +87,11 @@ class SharingPlan:
         buckets = self.filled_rows or self.row_buckets
         return f"filled up to {', '.join(map(str, buckets))} rows" if buckets else "any rows"
 
+    @property
+    def has_one_row_count(self) -> bool:
+        """Whether there is nothing to measure: every forward has the same number of rows."""
+        return len(self.filled_rows) == 1
+
     def parking(self, options: ParkingOptions) -> ParkingOptions:
         """`options` as this plan wants them."""
         options = replace(options, bucket_rows=self.row_buckets)

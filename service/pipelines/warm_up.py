@@ -53,7 +53,7 @@ def warm_up(runner: PipelineRunner) -> float:
     while pictures <= max(limit, 1):
         _run(runner, _request(runner, pictures))
         pictures *= 2
-    if runner.engine.options.max_rows is None and len(runner.plan.filled_rows) != 1:
+    if runner.engine.options.max_rows is None and not runner.plan.has_one_row_count:
         _set_measured_limit(runner)
     # What is loaded by now stays: the garbage collector need not walk a million objects again and
     # again between two denoising steps.
