@@ -79,7 +79,7 @@ check_running() {
     curl -sf "http://127.0.0.1:$port/v1/images/generations" -H 'Content-Type: application/json' \
         -d '{"prompt": "red heart", "seed": 3}' | grep -o '"b64_json": *"iVBOR' | head -1
     say "metrics"
-    sleep 5
+    sleep 8
     curl -sf "http://127.0.0.1:$port/metrics" | grep '^stepserve_pictures_total'
 }
 

@@ -34,6 +34,8 @@ OF_EVERY_DEPLOYMENT: Mapping[str, Any] = MappingProxyType(
         # only has to be out of the way: a router that finds replicas full retries with 25 to 500 ms
         # of jitter.
         "max_ongoing_requests": 10_000,
+        # The ingress writes its own; what Ray Serve asks replicas twice a second is not for people.
+        "logging_config": {"enable_access_log": False},
     }
 )
 INGRESS_CPUS = 0.1

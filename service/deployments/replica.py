@@ -77,6 +77,7 @@ class ModelReplica:
             self._failure = f"cannot be loaded: {error}"
             return
         self.load_s = time.monotonic() - began_s
+        logger.info("model %s is ready %.1f s after its replica", spec.model_id, self.load_s)
         traces = open_request_traces()
         self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s, traces)
         self.metrics.start()
@@ -167,6 +168,8 @@ class ModelReplica:
         if self._failure:
             return
         drain_s = self.spec.settings.engine.drain_s
+        in_hand = self.runner.engine.load().requests
+        logger.info("draining: %d requests in hand get up to %.0f s", in_hand, drain_s)
         await asyncio.to_thread(self.runner.stop, drain_s)
         # Sending the last spans may take seconds, and those that were cut off wait for an answer.
         await asyncio.to_thread(self.metrics.stop)
@@ -223,7 +226,7 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing)
     runner.start()
     seconds = warm_up(runner)
-    logger.info("model %s is warm after %.1f s", spec.model_id, seconds)
+    logger.info("model %s: the warm-up took %.1f s", spec.model_id, seconds)
     runner.start_compiling()
     return runner
 

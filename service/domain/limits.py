@@ -79,11 +79,12 @@ def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) ->
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
     word, names = word[:SHOWN_CHARACTERS], list(known)
-    # A part of a name is close, too: "steps", "ddim".
+    # A part of a name is close, too: "ddim"; a whole word of it is closer than likeness: "steps".
     holding = [
         name for name in names if len(word) >= SHORTEST_PART and word.lower() in name.lower()
     ]
-    close = get_close_matches(word, names, n=1) or sorted(holding, key=len)
+    worded = [name for name in holding if word.lower() in name.lower().split("_")]
+    close = worded or get_close_matches(word, names, n=1) or sorted(holding, key=len)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -171,7 +171,8 @@ class PipelineRunner:
             same_bytes=plan.same_bytes,
             sharing_remark=plan.remark,
         )
-        logger.info("%s: %s. %s", self.model.capabilities.id, plan.row_policy, plan.remark)
+        how = ", ".join(filter(None, (plan.row_policy, plan.remark)))
+        logger.info("model %s, how forwards are shared: %s", self.model.capabilities.id, how)
 
     def capabilities(self) -> ModelCapabilities:
         """What the model can do at this moment: adapters come, and compiled code does."""

@@ -233,6 +233,8 @@ def test_intervals_are_refused_where_the_model_has_none(interval: tuple[float, f
 def test_did_you_mean():
     assert did_you_mean("sede", ["seed", "size"]) == "; did you mean 'seed'?"
     assert did_you_mean("quality", ["seed", "size"]) == ""
+    # As a whole word of a name, although "style" is more alike.
+    assert did_you_mean("steps", ["style", "num_inference_steps"]).endswith("num_inference_steps'?")
 
 
 @given(text=st.text(st.characters(), max_size=200))
