@@ -3,13 +3,17 @@
 # particular. `images.sh` says what it needs.
 #
 #   deploy/check_image.sh [ROOTFS]
+#
+# DEVICE=cuda checks the image for GPUs (6 GB), which serves on the CPU where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOTFS=${1:-${ROOTFS:-}}
 # shellcheck source=deploy/images.sh
 source deploy/images.sh
 
-image=localhost/stepserve:check
+device=${DEVICE:-cpu}
+image=localhost/stepserve:check-$device
+options+=(--build-arg "DEVICE=$device")
 port=${PORT:-18000}
 run=(podman --runtime "$(command -v runc)")
 container=
@@ -34,8 +38,12 @@ check_contents() {
     fi
     buildah umount "$from" >/dev/null
     buildah rm "$from" >/dev/null
-    if [ -n "$found" ]; then
+    if [ "$device" = cpu ] && [ -n "$found" ]; then
         echo "CUDA libraries in the CPU image: $found" >&2
+        return 1
+    fi
+    if [ "$device" = cuda ] && [ -z "$found" ]; then
+        echo "no CUDA libraries in the image for GPUs" >&2
         return 1
     fi
 }
@@ -44,8 +52,7 @@ check_sbom() {
     say "what it is made of"
     local out
     out=$(mktemp -d)
-    buildah build --layers --isolation chroot --pull-never --quiet \
-        "${options[@]}" --target sbom --output "$out" . >/dev/null
+    build_target --target sbom --output "$out"
     python3 - "$out/sbom.json" <<'END'
 import json, sys
 told = json.load(open(sys.argv[1]))

@@ -38,6 +38,11 @@ build() {
     local image=$1
     if [ -n "${KEEP_IMAGE:-}" ] && buildah inspect "$image" >/dev/null 2>&1; then return; fi
     say "building $image"
+    build_target -t "$image" "${@:2}"
+}
+
+# build_target OPTION...: whatever the options say is made of it, an image or files.
+build_target() {
     buildah build --layers --isolation chroot --pull-never --format docker --quiet \
-        "${options[@]}" "${@:2}" -t "$image" . >/dev/null
+        "${options[@]}" "$@" . >/dev/null
 }

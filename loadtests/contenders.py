@@ -138,6 +138,8 @@ def running(
 
     The caller waits until it answers.
     """
+    # Else the server would outlive a measurement that is ended from outside.
+    as_before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     port = free_port()
     cores = len(os.sched_getaffinity(0))
     variables = {"PEER_PORT": str(port), "OMP_NUM_THREADS": str(cores), **OPENMP[openmp]}
@@ -156,6 +158,7 @@ def running(
         yield f"http://127.0.0.1:{port}"
     finally:
         _stop(process)
+        signal.signal(signal.SIGTERM, as_before)
 
 
 def free_port() -> int:

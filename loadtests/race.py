@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -79,8 +78,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Race, and write JSON after every turn, so that a race that is stopped is not lost."""
     options = parse_options(arguments)
-    # Else servers would outlive a race that is ended from outside.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     report: dict[str, Any] = {
         "kind": "race",
         "facts": take_facts(),

@@ -11,10 +11,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
+from service.domain.errors import StepserveError
 from service.domain.requests import GenerationRequest
 from service.routing.ledger import Ledger
 from service.routing.reports import Job, Report, job_of
@@ -27,13 +29,26 @@ RANKS = 3
 
 
 def router_config(routing: str) -> RequestRouterConfig:
-    """For the deployments of models."""
+    """For the deployments of models.
+
+    Raises:
+        RoutingUnavailableError: in HAProxy mode Ray Serve refuses routers that are not its own.
+    """
     if routing == "power-of-two":
         return RequestRouterConfig()
+    if RAY_SERVE_ENABLE_HA_PROXY:
+        raise RoutingUnavailableError(
+            f"routing {routing!r} cannot be had in HAProxy mode (RAY_SERVE_ENABLE_HA_PROXY=1), in "
+            "which Ray Serve refuses routers that are not its own: set `routing: power-of-two`"
+        )
     return RequestRouterConfig(
         request_router_class="service.deployments.router.BatchingRouter",
         request_routing_stats_period_s=REPORT_PERIOD_S,
     )
+
+
+class RoutingUnavailableError(StepserveError):
+    """Requests cannot be routed as the settings say; the message says why."""
 
 
 class BatchingRouter(RequestRouter):

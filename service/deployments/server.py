@@ -312,7 +312,7 @@ class _Signals:
 def _reload(settings: Settings, read_settings: Callable[[], Settings], tell: Tell) -> Settings:
     try:
         return apply_models(settings, read_settings(), tell)
-    except (ConfigError, RayError, RayServeException) as error:
+    except (StepserveError, ConfigError, RayError, RayServeException) as error:
         tell(f"nothing is changed: {error}")
         return settings
 
