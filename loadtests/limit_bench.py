@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -42,6 +43,8 @@ ROW_COUNTS = (2, 8, 16, 32, 48, 64)
 STEPS = 20
 BATCH = 8
 INTERVAL = 0.6
+INTERVAL_REQUESTS = 96
+AT_ONCE = 32
 FORETOLD_LOAD = 0.8
 FORETOLD_REQUESTS = 96
 FORETOLD_SEEDS = (1, 2, 3, 4)
@@ -109,10 +112,28 @@ def batch_of_eight_s(runner: PipelineRunner) -> tuple[float, float]:
     return engine_s, plain_s
 
 
-def pictures_per_s(runner: PipelineRunner, guidance_end: float, count: int = 32) -> float:
-    """Saturated by requests with guidance up to that share of their steps."""
-    seconds, _ = run_engine(runner, requests_alike(count, guidance_end=guidance_end))
-    return count / seconds
+def pictures_per_s(runner: PipelineRunner, guidance_end: float) -> float:
+    """With always as many requests at once, of guidance up to that share of their steps.
+
+    From when the first of them have ended: at the end of a run there is less and less to share.
+    """
+    ended: SimpleQueue[Finished | Failed] = SimpleQueue()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Finished | Failed):
+            ended.put(event)
+
+    requests = requests_alike(INTERVAL_REQUESTS + AT_ONCE, guidance_end=guidance_end)
+    for request in requests[:AT_ONCE]:
+        runner.submit(request, sink)
+    ended_s = []
+    for request in requests[AT_ONCE:]:
+        or_raise(ended.get())
+        ended_s.append(time.perf_counter())
+        runner.submit(request, sink)
+    for _ in range(AT_ONCE):
+        or_raise(ended.get())
+    return (INTERVAL_REQUESTS - AT_ONCE) / (ended_s[-1] - ended_s[AT_ONCE - 1])
 
 
 def foretold_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
@@ -163,16 +184,16 @@ def ratio_of(pairs: list[tuple[float, float]]) -> float:
 def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
     """Everything, warm."""
     curve = dict.fromkeys(CONCURRENT, 0.0)
-    bare = {rows: median_of(lambda r=rows: bare_rows_per_s(runner, r)) for rows in ROW_COUNTS}
+    bare = {rows: median_of(partial(bare_rows_per_s, runner, rows)) for rows in ROW_COUNTS}
     best = max(bare, key=lambda rows: bare[rows])
     saturated = [
         (saturated_rows_per_s(runner), bare_rows_per_s(runner, best)) for _ in range(repeats)
     ]
     for count in CONCURRENT:
-        curve[count] = median_of(lambda c=count: engine_rows_per_s(runner, c))
+        curve[count] = median_of(partial(engine_rows_per_s, runner, count))
     batches = [batch_of_eight_s(runner) for _ in range(repeats)]
     limited = [
-        (pictures_per_s(runner, INTERVAL), pictures_per_s(runner, 1.0)) for _ in range(2 * repeats)
+        (pictures_per_s(runner, INTERVAL), pictures_per_s(runner, 1.0)) for _ in range(repeats)
     ]
     # How much longer requests of a kind take than foretold is learned from such a load.
     foretold_errors(runner, seed=0)
