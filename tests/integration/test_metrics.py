@@ -73,7 +73,7 @@ def settled(prometheus: Prometheus) -> dict[str, float]:
     seen = counts(prometheus)
     while True:
         # Longer than it takes a value to get here.
-        time.sleep(4)
+        time.sleep(8)
         if (again := counts(prometheus)) == seen:
             return seen
         seen = again
