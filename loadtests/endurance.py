@@ -186,22 +186,24 @@ def print_report(report: dict[str, Any]) -> None:
 async def _look_at_memory(memory: dict[str, list[tuple[float, float]]]) -> None:
     """Private memory of every process that descends from this one, by name, in MiB."""
     started_s = time.monotonic()
+    names: dict[int, str] = {}
     while True:
-        for name, mib in await asyncio.to_thread(_memory_now):
-            memory[name].append((time.monotonic() - started_s, mib))
+        for pid, name, mib in await asyncio.to_thread(_memory_now):
+            # Ray's processes change their names with what they are doing.
+            memory[names.setdefault(pid, name)].append((time.monotonic() - started_s, mib))
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-def _memory_now() -> list[tuple[str, float]]:
+def _memory_now() -> list[tuple[int, str, float]]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             # Pages that only this process has: what Ray's processes share is not theirs alone.
             memory = process.memory_full_info().uss
             command = Path((process.cmdline() or ["?"])[0]).name
-            found.append((f"{command} {process.pid}", memory / MIB))
         except psutil.Error:
             continue
+        found.append((process.pid, f"{command} {process.pid}", memory / MIB))
     return found
 
 

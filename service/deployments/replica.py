@@ -19,6 +19,7 @@ from service.api.backend import ModelStatus
 from service.config import EngineSettings, ModelSettings, TelemetrySettings
 from service.deployments.autoscaling import BACKLOG
 from service.deployments.callers import Callers
+from service.deployments.heap import TRIM_INTERVAL_S, heap_trimmer
 from service.deployments.model_watch import unknown_status
 from service.deployments.observing import start_logging
 from service.deployments.replica_metrics import ReplicaMetrics, open_request_traces
@@ -35,6 +36,7 @@ from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
+from service.telemetry.flusher import Flusher
 
 if TYPE_CHECKING:
     from service.engine.engine import EngineOptions
@@ -82,6 +84,8 @@ class ModelReplica:
         self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s, traces)
         self.metrics.start()
         self.desk = RequestDesk(self.runner, traces or NOT_WATCHED)
+        if (trim := heap_trimmer()) is not None:
+            Flusher(trim, TRIM_INTERVAL_S, "heap").start()
         Watchdog(spec.settings.engine.stuck_after_s).start()
 
     async def status(self) -> ModelStatus:

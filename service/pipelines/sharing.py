@@ -160,14 +160,39 @@ def plan_rows(
     """Whether pictures have the same bytes at any load, and what it takes."""
     with parked_at_denoiser(pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
-        fixed_rows = min(FIXED_ROWS, max_rows)
-        rows = most_independent_rows(tried, max_rows, fixed_rows)
-        if rows >= fixed_rows:
-            return replace(plan, max_rows=rows)
-        if fix_rows and (filled_rows := rows_to_fill(tried, max_rows)):
-            return replace(plan, filled_rows=filled_rows)
+        found = same_bits(tried, max_rows, fix_rows)
+    if found is not None:
+        return replace(plan, max_rows=found.most, filled_rows=found.filled)
     remark = "; ".join(filter(None, [plan.remark, "rows depend on their company in the last bits"]))
     return replace(plan, same_bytes=False, remark=remark)
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Forwards that give a row the same bits in any company.
+
+    Args:
+        most: rows of the largest.
+        filled: row counts that they are filled up to; empty where any will do.
+    """
+
+    most: int
+    filled: tuple[int, ...] = ()
+
+
+def same_bits(tried: Sequence[Sequence[Call]], max_rows: int, fix_rows: bool) -> RowCounts | None:
+    """Which forwards of up to `max_rows` rows give every call the same bits; None if none do.
+
+    Args:
+        tried: calls that could share a forward, in groups of one shape.
+        fix_rows: whether forwards may be filled up for that.
+    """
+    fixed_rows = min(FIXED_ROWS, max_rows)
+    rows = most_independent_rows(tried, max_rows, fixed_rows)
+    if rows >= fixed_rows:
+        return RowCounts(rows)
+    filled = rows_to_fill(tried, max_rows) if fix_rows else ()
+    return RowCounts(filled[-1], filled) if filled else None
 
 
 def most_independent_rows(tried: Sequence[Sequence[Call]], max_rows: int, least: int) -> int:

@@ -17,13 +17,8 @@ from dataclasses import replace
 import torch
 
 from service.engine.call import Call, ParkableMethod
-from service.engine.row_independence import (
-    agreeing_row_counts,
-    independent_rows,
-    one_row,
-    varied,
-)
-from service.pipelines.sharing import FIXED_ROWS, TRIED_CALLS, rows_to_fill
+from service.engine.row_independence import agreeing_row_counts, one_row, varied
+from service.pipelines.sharing import TRIED_CALLS, RowCounts, same_bits
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +68,9 @@ class SizeRules:
         if method.bucket_rows:
             agreeing = agreeing_row_counts(calls, method.bucket_rows)
             return method if agreeing == method.bucket_rows else None
-        rows = independent_rows(calls, most)
-        if rows >= min(FIXED_ROWS, most):
-            return method if rows == most else replace(method, max_rows=rows)
-        filled = rows_to_fill([calls], most) if self._fix_rows else ()
-        return replace(method, max_rows=filled[-1], bucket_rows=filled) if filled else None
+        found = same_bits([calls], most, self._fix_rows)
+        if found is None:
+            return None
+        if found == RowCounts(most):
+            return method
+        return replace(method, max_rows=found.most, bucket_rows=found.filled)

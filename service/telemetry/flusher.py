@@ -14,11 +14,16 @@ FLUSH_INTERVAL_S = 1.0
 class Flusher:
     """Calls `flush` every second until stopped, and once more then. What it raises is logged."""
 
-    def __init__(self, flush: Callable[[], None], interval_s: float = FLUSH_INTERVAL_S) -> None:
+    def __init__(
+        self,
+        flush: Callable[[], None],
+        interval_s: float = FLUSH_INTERVAL_S,
+        name: str = "telemetry",
+    ) -> None:
         self._flush = flush
         self._interval_s = interval_s
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Begin."""

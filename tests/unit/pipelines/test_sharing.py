@@ -227,7 +227,7 @@ def limited_to(rows: int, fixed: bool) -> dict[str, Any]:
     [
         (64, False, SharingPlan(max_rows=MAX_ROWS)),
         (12, True, SharingPlan(max_rows=12)),
-        (FIXED_ROWS - 1, True, SharingPlan(filled_rows=(4, FIXED_ROWS))),
+        (FIXED_ROWS - 1, True, SharingPlan(max_rows=FIXED_ROWS, filled_rows=(4, FIXED_ROWS))),
         (
             1,
             False,
