@@ -42,7 +42,7 @@ from service.telemetry.logs import FORMAT_VARIABLE, SINK_VARIABLE, resolved_form
 
 READY_TIMEOUT_S = 600.0
 READY_POLL_S = 0.1
-FLUSH_S = 0.3
+FLUSH_S = 1.0
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4
 # On one machine Ray's processes share the cores with the model. With 0.1 s for the controller (Ray
