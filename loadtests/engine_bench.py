@@ -114,11 +114,7 @@ def run_engine(
 ) -> tuple[float, list[Finished]]:
     """All requests at once; returns when the last picture is encoded."""
     ended: SimpleQueue[Finished | Failed] = SimpleQueue()
-
-    def sink(event: Event) -> None:
-        if isinstance(event, Finished | Failed):
-            ended.put(event)
-
+    sink = endings_into(ended)
     started_s = time.perf_counter()
     for request in requests:
         runner.submit(request, sink)
@@ -126,6 +122,16 @@ def run_engine(
     seconds = time.perf_counter() - started_s
     finished = {outcome.request_id: or_raise(outcome) for outcome in outcomes}
     return seconds, [finished[request.id] for request in requests]
+
+
+def endings_into(ended: SimpleQueue[Finished | Failed]) -> Callable[[Event], None]:
+    """A sink that keeps how requests end."""
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Finished | Failed):
+            ended.put(event)
+
+    return sink
 
 
 def or_raise(outcome: Finished | Failed) -> Finished:

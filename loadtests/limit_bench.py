@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from loadtests.engine_bench import mixed_requests, or_raise, run_engine
+from loadtests.engine_bench import endings_into, mixed_requests, or_raise, run_engine
 from service.domain.events import Accepted, Event, Failed, Finished
 from service.domain.requests import GenerationRequest
 from service.engine.engine import EngineOptions
@@ -118,11 +118,7 @@ def pictures_per_s(runner: PipelineRunner, guidance_end: float) -> float:
     From when the first of them have ended: at the end of a run there is less and less to share.
     """
     ended: SimpleQueue[Finished | Failed] = SimpleQueue()
-
-    def sink(event: Event) -> None:
-        if isinstance(event, Finished | Failed):
-            ended.put(event)
-
+    sink = endings_into(ended)
     requests = requests_alike(INTERVAL_REQUESTS + AT_ONCE, guidance_end=guidance_end)
     for request in requests[:AT_ONCE]:
         runner.submit(request, sink)
@@ -183,14 +179,12 @@ def ratio_of(pairs: list[tuple[float, float]]) -> float:
 
 def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
     """Everything, warm."""
-    curve = dict.fromkeys(CONCURRENT, 0.0)
     bare = {rows: median_of(partial(bare_rows_per_s, runner, rows)) for rows in ROW_COUNTS}
     best = max(bare, key=lambda rows: bare[rows])
     saturated = [
         (saturated_rows_per_s(runner), bare_rows_per_s(runner, best)) for _ in range(repeats)
     ]
-    for count in CONCURRENT:
-        curve[count] = median_of(partial(engine_rows_per_s, runner, count))
+    curve = {count: median_of(partial(engine_rows_per_s, runner, count)) for count in CONCURRENT}
     batches = [batch_of_eight_s(runner) for _ in range(repeats)]
     limited = [
         (pictures_per_s(runner, INTERVAL), pictures_per_s(runner, 1.0)) for _ in range(repeats)
