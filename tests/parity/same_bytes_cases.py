@@ -206,31 +206,37 @@ class RandomLoad:
     reproducible: float = 0.05
     finished: list[tuple[GenerationRequest, tuple[str, ...]]] = field(default_factory=list)
     cancelled: int = 0
+    _made: int = 0
     _in_hand: dict[str, GenerationRequest] = field(default_factory=dict)
     _events: SimpleQueue[Event] = field(default_factory=SimpleQueue)
 
+    def __post_init__(self) -> None:
+        self._chance = random.Random(self.seed)
+
     def serve(self) -> None:
-        """Until enough are finished, and what is in hand then."""
-        chance = random.Random(self.seed)
-        made = 0
+        """Until enough are finished, and what is in hand then.
+
+        Goes on where it was when it is called again with a higher `enough`.
+        """
+        chance = self._chance
         while self._in_hand or len(self.finished) < self.enough:
             wanted = self.enough - len(self.finished) - len(self._in_hand)
             burst = min(chance.choice((1, 1, 2, 3, 6)), MOST_IN_HAND - len(self._in_hand), wanted)
             for _ in range(burst):
-                self._submit(chance, made)
-                made += 1
+                self._submit(chance)
             if self._in_hand and chance.random() < 0.1:
                 self.runner.cancel(chance.choice(list(self._in_hand)))
             self._hear(chance.choice((1, 2, 5, 12)))
 
-    def _submit(self, chance: random.Random, number: int) -> None:
+    def _submit(self, chance: random.Random) -> None:
         drawn = chance.choice(self.pool)
         request = replace(
             drawn,
-            id=f"{drawn.id}/{number}",
+            id=f"{drawn.id}/{self._made}",
             priority=chance.choice(list(Priority)),
             reproducible=chance.random() < self.reproducible,
         )
+        self._made += 1
         self._in_hand[request.id] = request
         self.runner.submit(request, self._events.put)
 

@@ -63,11 +63,19 @@ def must_be_reproducible(runner: PipelineRunner, say: Say) -> bool:
     return not runner.plan.same_bytes
 
 
-def serve_watched(load: RandomLoad, say: Say) -> CompanyWatch:
-    """Serve a load, and say how much was shared."""
+def serve_watched(load: RandomLoad, say: Say, histories: int = 0) -> CompanyWatch:
+    """Serve a load, and then more of it until so many different histories are over.
+
+    Those who march in step from end to end have one history between them. How many do depends on
+    the machine.
+    """
     watch = CompanyWatch(load.runner.model.pipeline.unet)
     try:
         load.serve()
+        while (missing := histories - distinct_histories(load, watch)) > 0:
+            assert load.enough < 1.5 * histories, "hardly any history differs"
+            load.enough += missing
+            load.serve()
     finally:
         watch.remove()
     say(
@@ -109,7 +117,7 @@ def test_bytes_are_those_of_the_request_alone_over_random_histories(
         alone = serve_alone(served, [replace(request, reproducible=True) for request in pool])
     share = 1.0 if only_reproducible else 0.05
     load = RandomLoad(served, pool, seed=1, enough=HISTORIES, reproducible=share)
-    watch = serve_watched(load, say)
+    watch = serve_watched(load, say, HISTORIES)
     shared, distinct = shared_any(load, watch), distinct_histories(load, watch)
     wrong = load.wrong(alone)
     say(
@@ -117,13 +125,12 @@ def test_bytes_are_those_of_the_request_alone_over_random_histories(
         f"{len(load.finished) - len(wrong)} of {len(load.finished)} byte-identical"
     )
     assert wrong == []
-    assert len(load.finished) == HISTORIES
+    assert distinct >= HISTORIES
     assert load.cancelled > 0
     assert served.engine.counters.retries == 0
     if not only_reproducible:
         assert watch.mean_rows > LEAST_MEAN_ROWS
         assert shared > 0.8 * HISTORIES
-        assert distinct > 0.95 * HISTORIES
 
 
 def test_bytes_are_the_same_in_another_process(
