@@ -68,15 +68,15 @@ class Comparison:
         return statistics.median(self.plain_s) / statistics.median(self.engine_s)
 
 
-def mixed_requests() -> list[GenerationRequest]:
+def mixed_requests(size: int = 64) -> list[GenerationRequest]:
     """Sixteen requests that differ in everything but the size."""
     return [
         GenerationRequest(
             id=f"mixed-{index}",
             model="emoji",
             prompt=PROMPTS[index % len(PROMPTS)],
-            width=64,
-            height=64,
+            width=size,
+            height=size,
             num_inference_steps=steps,
             guidance_scale=1.0 if index % 4 == 3 else 3.0 + index % 3,
             seed=100 + index,
@@ -141,13 +141,14 @@ def or_raise(outcome: Finished | Failed) -> Finished:
     return outcome
 
 
-def compare(runner: PipelineRunner, pipeline: Any, repeats: int) -> Comparison:
+def compare(
+    runner: PipelineRunner, pipeline: Any, requests: list[GenerationRequest], repeats: int
+) -> Comparison:
     """Plain and engine in turns, warm, `repeats` times.
 
     Both on the engine thread: with a second one that runs torch there would be two OpenMP teams
     for the same cores, which slows both.
     """
-    requests = mixed_requests()
     plain = partial(run_plain, pipeline, requests)
     runner.engine.call(plain)
     run_engine(runner, requests)
@@ -254,7 +255,7 @@ def main() -> None:
     warm_up(runner)
     step = partial(denoiser_step_s, plain)
     curve = {rows: runner.engine.call(partial(step, rows)) for rows in (1, 2, 4, 8, 16, 32)}
-    comparison = compare(runner, plain.pipeline, options.repeats)
+    comparison = compare(runner, plain.pipeline, mixed_requests(), options.repeats)
     first_step_s, step_s = admission_latency(runner)
     runner.stop()
     report = {

@@ -17,17 +17,15 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
-from loadtests import engine_bench
-from loadtests.engine_bench import Comparison, run_engine
+from loadtests.engine_bench import Comparison, compare, mixed_requests, run_engine
 from loadtests.sized_models import build_stable_diffusion
 from service.config import SpeedSettings
 from service.domain.requests import GenerationRequest
@@ -82,12 +80,12 @@ def measure(case: Case, repeats: int) -> Measured:
     runner = PipelineRunner(served, EngineOptions(threads=4))
     runner.start()
     warm_up(runner)
-    with requests_of(case.size):
-        # Graphs are recorded when a shape comes the second time, and requests meet at random.
-        for _ in range(3):
-            run_engine(runner, engine_bench.mixed_requests())
-        comparison = engine_bench.compare(runner, plain.pipeline, repeats)
-        waits, forwards = count_waits(runner, engine_bench.mixed_requests())
+    requests = mixed_requests(case.size)
+    # Graphs are recorded when a shape comes the second time, and requests meet at random.
+    for _ in range(3):
+        run_engine(runner, requests)
+    comparison = compare(runner, plain.pipeline, requests, repeats)
+    waits, forwards = count_waits(runner, requests)
     step_ms = runner.engine.call(lambda: step_milliseconds(plain, served, case.size))
     measured = Measured(
         case.name,
@@ -102,21 +100,6 @@ def measure(case: Case, repeats: int) -> Measured:
     )
     runner.stop()
     return measured
-
-
-@contextmanager
-def requests_of(size: int) -> Iterator[None]:
-    """Let `engine_bench` ask for pictures of another size."""
-    original = engine_bench.mixed_requests
-
-    def sized() -> list[GenerationRequest]:
-        return [replace(request, width=size, height=size) for request in original()]
-
-    engine_bench.mixed_requests = sized  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        engine_bench.mixed_requests = original
 
 
 def step_milliseconds(

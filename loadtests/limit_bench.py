@@ -4,7 +4,8 @@
 
 Everything runs on the engine's thread, the bare denoiser and plain diffusers too: one OpenMP team,
 the same dtype and threads for all, in turns. Medians are reported, of the ratios where two are
-compared.
+compared. Where runs are long, forwards of the bare denoiser in between tell how fast the machine
+is.
 
 - near the limit: rows per second at saturation beside those of the denoiser called in a loop;
 - the curve of that over 1 to 64 concurrent requests;
@@ -45,6 +46,7 @@ BATCH = 8
 INTERVAL = 0.6
 INTERVAL_REQUESTS = 96
 AT_ONCE = 32
+BETWEEN_S = 0.4
 FORETOLD_LOAD = 0.8
 FORETOLD_REQUESTS = 96
 FORETOLD_SEEDS = (1, 2, 3, 4)
@@ -82,18 +84,32 @@ def engine_rows_per_s(runner: PipelineRunner, count: int) -> float:
     return sum(request.rows for request in requests) * STEPS / seconds
 
 
-def saturated_rows_per_s(runner: PipelineRunner, count: int = 96) -> float:
-    """Denoiser rows by the engine's time, but for what text encoder and VAE took of it."""
+def saturated_over_bare(runner: PipelineRunner, rows: int, count: int = 96) -> float:
+    """Denoiser rows by the engine's time, but for what text encoder and VAE took of it, over bare.
+
+    The bare denoiser is called between ticks, of which the engine's time does not consist: a
+    machine whose speed drifts is equally fast for both.
+    """
     counters = runner.engine.counters
     before = replace(counters)
-    run_engine(runner, requests_alike(count))
-    rows = counters.denoiser_rows - before.denoiser_rows
+    ended: SimpleQueue[Finished | Failed] = SimpleQueue()
+    for request in requests_alike(count):
+        runner.submit(request, endings_into(ended))
+    bare: list[float] = []
+    while count:
+        bare.append(bare_rows_per_s(runner, rows, forwards=2))
+        time.sleep(BETWEEN_S)
+        while not ended.empty():
+            or_raise(ended.get())
+            count -= 1
+    denoised = counters.denoiser_rows - before.denoiser_rows
     others_s = counters.forward_s - before.forward_s - (counters.denoiser_s - before.denoiser_s)
-    return rows / (counters.busy_s - before.busy_s - others_s)
+    engine_s = counters.busy_s - before.busy_s - others_s
+    return denoised / engine_s / statistics.harmonic_mean(bare)
 
 
-def batch_of_eight_s(runner: PipelineRunner) -> tuple[float, float]:
-    """Seconds of eight requests through the engine, and of diffusers' own batch."""
+def batch_of_eight_ratio(runner: PipelineRunner, repeats: int) -> float:
+    """Eight requests through the engine over diffusers' own batch before and after them."""
     request = requests_alike(BATCH)[0]
     pipeline = runner.model.lender.lend(request.scheduler)
 
@@ -107,14 +123,20 @@ def batch_of_eight_s(runner: PipelineRunner) -> tuple[float, float]:
         )
         return time.perf_counter() - started_s
 
-    plain_s = runner.engine.call(plain)
-    engine_s, _ = run_engine(runner, requests_alike(BATCH))
-    return engine_s, plain_s
+    ratios = []
+    before_s = runner.engine.call(plain)
+    for _ in range(repeats):
+        engine_s, _ = run_engine(runner, requests_alike(BATCH))
+        after_s = runner.engine.call(plain)
+        ratios.append(2 * engine_s / (before_s + after_s))
+        before_s = after_s
+    return statistics.median(ratios)
 
 
-def pictures_per_s(runner: PipelineRunner, guidance_end: float) -> float:
+def pictures_per_bare_row(runner: PipelineRunner, rows: int, guidance_end: float) -> float:
     """With always as many requests at once, of guidance up to that share of their steps.
 
+    Pictures by the engine's time over rows by the bare denoiser's, which is called between ticks.
     From when the first of them have ended: at the end of a run there is less and less to share.
     """
     ended: SimpleQueue[Finished | Failed] = SimpleQueue()
@@ -122,14 +144,17 @@ def pictures_per_s(runner: PipelineRunner, guidance_end: float) -> float:
     requests = requests_alike(INTERVAL_REQUESTS + AT_ONCE, guidance_end=guidance_end)
     for request in requests[:AT_ONCE]:
         runner.submit(request, sink)
-    ended_s = []
-    for request in requests[AT_ONCE:]:
+    ended_s, bare = [], []
+    for number, request in enumerate(requests[AT_ONCE:]):
         or_raise(ended.get())
-        ended_s.append(time.perf_counter())
+        ended_s.append(runner.engine.counters.busy_s)
         runner.submit(request, sink)
+        if number % 4 == 0:
+            bare.append(bare_rows_per_s(runner, rows, forwards=2))
     for _ in range(AT_ONCE):
         or_raise(ended.get())
-    return (INTERVAL_REQUESTS - AT_ONCE) / (ended_s[-1] - ended_s[AT_ONCE - 1])
+    pictures_per_s = (INTERVAL_REQUESTS - AT_ONCE) / (ended_s[-1] - ended_s[AT_ONCE - 1])
+    return pictures_per_s / statistics.harmonic_mean(bare)
 
 
 def foretold_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
@@ -169,26 +194,14 @@ def median_of(measure: Callable[[], float], repeats: int = 3) -> float:
     return statistics.median(measure() for _ in range(repeats))
 
 
-def ratio_of(pairs: list[tuple[float, float]]) -> float:
-    """Median of the ratios of what was measured right after each other.
-
-    The speed of a machine drifts by more than what is looked for, but little within a pair.
-    """
-    return statistics.median(first / second for first, second in pairs)
-
-
 def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
     """Everything, warm."""
     bare = {rows: median_of(partial(bare_rows_per_s, runner, rows)) for rows in ROW_COUNTS}
     best = max(bare, key=lambda rows: bare[rows])
-    saturated = [
-        (saturated_rows_per_s(runner), bare_rows_per_s(runner, best)) for _ in range(repeats)
-    ]
+    saturated = median_of(partial(saturated_over_bare, runner, best), repeats)
     curve = {count: median_of(partial(engine_rows_per_s, runner, count)) for count in CONCURRENT}
-    batches = [batch_of_eight_s(runner) for _ in range(repeats)]
-    limited = [
-        (pictures_per_s(runner, INTERVAL), pictures_per_s(runner, 1.0)) for _ in range(repeats)
-    ]
+    pictures = partial(pictures_per_bare_row, runner, best)
+    gain = statistics.median(pictures(INTERVAL) / pictures(1.0) for _ in range(repeats))
     # How much longer requests of a kind take than foretold is learned from such a load.
     foretold_errors(runner, seed=0)
     foretold = [error for seed in FORETOLD_SEEDS for error in foretold_errors(runner, seed)]
@@ -196,11 +209,10 @@ def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
         "bare_rows_per_s": bare,
         "best_rows": best,
         "row_limit": runner.engine.row_limit,
-        "saturated_rows_per_s": statistics.median(rows for rows, _ in saturated),
-        "near_the_limit": ratio_of(saturated),
+        "near_the_limit": saturated,
         "rows_per_s_by_concurrency": curve,
-        "batch_of_eight_ratio": ratio_of(batches),
-        "interval_gain": ratio_of(limited),
+        "batch_of_eight_ratio": batch_of_eight_ratio(runner, 3 * repeats),
+        "interval_gain": gain,
         "foretold_error": statistics.median(foretold),
         "threads": runner.engine.options.threads,
     }

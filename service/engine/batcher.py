@@ -220,10 +220,17 @@ class Batcher:
         """The queued track that is next in line, if there is room for it."""
         if not self.queued or (self.one_at_a_time and self.active):
             return None
+        running = [Running(other.rows_ahead, other.work.priority) for other in self.active]
+        if not self._room_for_any(running):
+            return None
         line = {self.outlook.as_queued(track): track for track in self.queued}
-        running = [Running(other.work.rows, other.work.priority) for other in self.active]
         first = next_to_start(list(line), running, self.max_active_rows, self._policy)
         return None if first is None else line[first]
+
+    def _room_for_any(self, running: Sequence[Running]) -> bool:
+        """Asked at every tick, and at saturation there is none: so when each is due comes later."""
+        sizes = {Running(track.rows_ahead, track.work.priority) for track in self.queued}
+        return any(self._policy.has_room(size, running, self.max_active_rows) for size in sizes)
 
     def _decide(self) -> list[Track]:
         decoding = {decoding.track for decoding in self._decoding}

@@ -31,12 +31,23 @@ class Narrowing:
 
     Args:
         rows: rows of a whole call.
+        calls: how many calls of a method are expected.
         needs_all: whether call number i (from 0) of a method needs all of its rows.
     """
 
     rows: int
+    calls: int
     needs_all: Callable[[int], bool]
     _seen: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        whole = [index for index in range(self.calls) if self.needs_all(index)]
+        self._whole_until = whole[-1] + 1 if whole else 0
+
+    def rows_from(self, index: int) -> int:
+        """The most rows that any call from that number on takes. Never grows with `index`."""
+        may_be_whole = index < self._whole_until or self._whole_until == self.calls
+        return self.rows if may_be_whole else self.rows // 2
 
     def is_due(self, method: str) -> bool:
         """Whether the next call of a method is to be narrowed. Ask once for each call."""

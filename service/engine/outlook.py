@@ -110,7 +110,7 @@ class Outlook:
         run_s, work = self.run_s(track), track.work
         return Queued(
             track.arrival,
-            work.rows,
+            track.rows_ahead,
             track.clockwork.submitted_s,
             run_s,
             work.priority,
@@ -167,7 +167,7 @@ class Outlook:
         return Job(
             group=(shape, track.variant),
             shape=shape,
-            rows=work.rows,
+            rows=track.rows_ahead,
             steps=track.steps_left,
             priority=work.priority,
             other_s=float(self._other_row_s) * work.rows,

@@ -34,10 +34,11 @@ is due then, though never before `since_s`. What is due first goes first:
   priorities the shares of time are as 8 to 1.
 
 Under both, a queued request is due in the same way, from when it was submitted and with the seconds
-of all its steps. It is started while its rows fit beside those of running requests of at least its
-priority; the rows of lower ones it may take. They stay parked, and go on later exactly where they
-stood. Behind one that does not fit yet, only requests of higher priority are started, and only
-while they leave it its rows: so neither do the old block the urgent, nor the urgent starve them.
+of all its steps. It is started while its rows fit beside those that running requests of at least
+its priority will still take; the rows of lower ones it may take. They stay parked, and go on later
+exactly where they stood. Behind one that does not fit yet, only requests of higher priority are
+started, and only while they leave it its rows: so neither do the old block the urgent, nor the
+urgent starve them.
 A short request is started before long ones that were submitted a little earlier.
 
 Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
@@ -139,7 +140,11 @@ class Queued(NamedTuple):
 
 @dataclass(frozen=True)
 class Running:
-    """A request that was started."""
+    """A request that was started.
+
+    Args:
+        rows: the most that it will still take at a step.
+    """
 
     rows: int
     priority: int = Priority.NORMAL
@@ -301,13 +306,13 @@ def next_to_start(
     return None
 
 
-def room_beside_urgent(queued: Queued, running: Iterable[Running], max_rows: int) -> bool:
+def room_beside_urgent(queued: Queued | Running, running: Iterable[Running], max_rows: int) -> bool:
     """Whether its rows fit beside those of running requests that are at least as urgent."""
     rows = [item.rows for item in running if item.priority <= queued.priority]
     return not rows or sum(rows) + queued.rows <= max_rows
 
 
-def room_beside_all(queued: Queued, running: Iterable[Running], max_rows: int) -> bool:
+def room_beside_all(queued: Queued | Running, running: Iterable[Running], max_rows: int) -> bool:
     """Whether its rows fit beside those of all running requests."""
     rows = [item.rows for item in running]
     return not rows or sum(rows) + queued.rows <= max_rows
@@ -326,7 +331,7 @@ class Policy:
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
     rank: Callable[[Queued], float]
-    has_room: Callable[[Queued, Iterable[Running], int], bool]
+    has_room: Callable[[Queued | Running, Iterable[Running], int], bool]
     in_turns: bool = False
 
 

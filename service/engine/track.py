@@ -52,7 +52,7 @@ class Work:
 
     Args:
         id: names the work in messages and for cancelling.
-        rows: rows that each denoiser call will take.
+        rows: rows that each denoiser call will take, unless it is narrowed.
         steps: denoiser calls expected, for estimates.
         pictures: pictures it makes, counted against the limit on waiting work.
         run: the pipeline call; it runs in a greenlet on the engine thread.
@@ -151,6 +151,12 @@ class Track:
     def steps_left(self) -> int:
         """Denoiser calls still expected."""
         return max(self.work.steps - self.steps_done, 0)
+
+    @property
+    def rows_ahead(self) -> int:
+        """The most rows that any of its denoiser calls will still take. Never grows."""
+        narrowing = self.work.narrowing
+        return self.work.rows if narrowing is None else narrowing.rows_from(self.steps_done)
 
     @property
     def expires_s(self) -> float:

@@ -32,7 +32,7 @@ def narrow_to_interval(request: GenerationRequest, calls: int) -> Narrowing | No
     """Which of the `calls` denoiser calls of a request need only the conditional rows."""
     if request.guidance_scale <= 1 or not request.is_guidance_limited:
         return None
-    return Narrowing(request.rows, partial(_is_guided, request, calls))
+    return Narrowing(request.rows, calls, partial(_is_guided, request, calls))
 
 
 def _is_guided(request: GenerationRequest, calls: int, call: int) -> bool:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from engine_fakes import Bench, Ear, Job, alone, make_work
+from engine_fakes import Bench, Ear, Job, alone, job_work, make_work
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.errors import CancelledError
 from service.engine.engine import EngineOptions
+from service.engine.narrowing import Narrowing
 
 
 def assert_same(ear: Ear, job: Job) -> None:
@@ -113,6 +116,19 @@ def test_active_rows_stay_within_the_limit_and_later_ones_wait_in_order() -> Non
     assert bench.ended == ["0", "1", "2", "3", "4"]
     for ear, job in zip(ears, jobs, strict=True):
         assert_same(ear, job)
+
+
+def test_rows_that_are_needed_no_more_let_others_start() -> None:
+    """Guidance at two of six steps: from the third on there is room for two more rows."""
+    bench = Bench(max_rows=4)
+    narrowing = Narrowing(4, calls=6, needs_all=lambda call: call < 2)
+    wide = replace(job_work(bench.modules, Job(seed=1, rows=4, steps=6)), narrowing=narrowing)
+    bench.add_work(wide)
+    bench.run(1)
+    newcomer = bench.add(Job(seed=2, rows=2, steps=4))
+    bench.run()
+    assert bench.modules.denoiser.rows == [4, 4, 4, 4, 4, 4]
+    assert_same(newcomer, Job(seed=2, rows=2, steps=4))
 
 
 def test_a_request_larger_than_the_limit_runs_alone_and_blocks_nobody_for_good() -> None:

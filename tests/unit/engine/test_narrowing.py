@@ -17,7 +17,7 @@ class Pair(NamedTuple):
 
 
 def narrowing(rows: int = 4) -> Narrowing:
-    return Narrowing(rows, needs_all=lambda call: call in (1, 2))
+    return Narrowing(rows, calls=5, needs_all=lambda call: call in (1, 2))
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -28,6 +28,15 @@ def test_calls_are_counted_for_each_method() -> None:
     one = narrowing()
     assert [one.is_due("unet.forward") for _ in range(4)] == [True, False, False, True]
     assert [one.is_due("controlnet.forward") for _ in range(3)] == [True, False, False]
+
+
+def test_rows_ahead_are_half_once_no_call_needs_all_any_more() -> None:
+    assert [narrowing().rows_from(index) for index in range(6)] == [4, 4, 4, 2, 2, 2]
+    never = Narrowing(4, calls=5, needs_all=lambda call: False)
+    assert never.rows_from(0) == 2
+    # Steps beyond those that were expected are like the last one.
+    at_the_end = Narrowing(4, calls=5, needs_all=lambda call: call >= 3)
+    assert [at_the_end.rows_from(index) for index in (0, 5, 6)] == [4, 4, 4]
 
 
 def test_the_second_half_of_everything_that_has_rows_is_kept() -> None:
