@@ -19,7 +19,7 @@ from service.engine.cost import CostModel
 from service.engine.forecast import Prospect
 from service.engine.forward_timing import ForwardTiming, WallTiming
 from service.engine.observer import NOBODY, ForwardReport, Observer, WorkReport
-from service.engine.outlook import Outlook, Room
+from service.engine.outlook import Outlook, Room, latest_start_s
 from service.engine.policy import SHORTEST_FIRST, Parked, Policy, Running, next_to_start
 from service.engine.row_limits import RowLimits, is_out_of_memory
 from service.engine.track import Clock, Stage, Track, forget_frames
@@ -292,7 +292,7 @@ class Batcher:
             call,
             track.parked_s,
             track.work.priority,
-            self.outlook.latest_start_s(track),
+            latest_start_s(track, left_s),
             track.arrival,
             left_s,
             alone_s,

@@ -101,10 +101,6 @@ class Outlook:
         step_s = self._forward_s(self._step_shape(track).shape, track.work.rows)
         return track.steps_left * step_s, track.work.steps * step_s
 
-    def latest_start_s(self, track: Track) -> float:
-        """When it must go on for its deadline to be met; infinite if it has none."""
-        return _latest_start_s(track, self.run_s(track))
-
     def as_queued(self, track: Track) -> Queued:
         """A track that waits to be started, as the policy sees it."""
         run_s, work = self.run_s(track), track.work
@@ -114,7 +110,7 @@ class Outlook:
             track.clockwork.submitted_s,
             run_s,
             work.priority,
-            _latest_start_s(track, run_s),
+            latest_start_s(track, run_s),
         )
 
     def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> Prospect:
@@ -189,7 +185,12 @@ class Outlook:
         return self.cost.predict(shape, rows) + float(self._tick_overhead_s)
 
 
-def _latest_start_s(track: Track, run_s: float) -> float:
+def latest_start_s(track: Track, run_s: float) -> float:
+    """When it must go on for its deadline to be met; infinite if it has none.
+
+    Args:
+        run_s: seconds that the steps left to it take.
+    """
     return math.inf if track.work.deadline_s is None else track.expires_s - run_s
 
 

@@ -30,7 +30,8 @@ class ParkingRule:
         shared: whether calls of several requests may share a forward. Text encoders and VAEs run
             one call at a time: they take a few percent of the time and gain little from sharing,
             while on many processors their kernels round differently for another row count, and the
-            picture would no longer be the one that diffusers makes alone.
+            picture would no longer be the one that diffusers makes alone. See `decodings` for where
+            that is otherwise.
         remembered: whether outputs are kept for calls with equal arguments. Most requests have the
             same negative prompt, and people try a prompt again and again.
     """
@@ -64,6 +65,8 @@ def _names(*names: str) -> frozenset[str]:
 
 # What the arguments themselves do not tell, by class of the module.
 ARGUMENT_RULES = {
+    # `decode` takes one, and draws nothing.
+    "AutoencoderKL": ArgumentRules(ignored=_names("generator")),
     # Position tables, the same for all rows.
     "ChromaTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     "CogVideoXTransformer3DModel": ArgumentRules(shared=_names("image_rotary_emb")),

@@ -23,6 +23,7 @@ from service.engine.call import Call
 from service.engine.coalesce import stack
 from service.engine.engine import Engine
 from service.engine.row_independence import independent_rows, run_together
+from service.engine.track import Stage
 from service.pipelines.attach import components_of
 from service.pipelines.call_shapes import Example, UniformArguments, shape_of
 from service.pipelines.compiling import (
@@ -32,8 +33,9 @@ from service.pipelines.compiling import (
     SwitchableForward,
     row_buckets,
 )
+from service.pipelines.parked_trials import parked_at
 from service.pipelines.self_check import ENOUGH_ROWS, Trial
-from service.pipelines.sharing import FIXED_ROWS, SharingPlan, parked_at_denoiser
+from service.pipelines.sharing import FIXED_ROWS, SharingPlan
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ class DenoiserCode:
             buckets = (FIXED_ROWS if usual else plan.filled_rows[-1],)
             plan = replace(plan, filled_rows=buckets)
         plan = replace(plan, row_buckets=buckets)
-        with parked_at_denoiser(self._pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
+        with parked_at(Stage.DENOISE, self._pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
             self._calls = [calls for calls in groups if calls[0].method.module == self._path]
         if not self._calls:
             self._objection = "no call of the denoiser was seen to compile it for"

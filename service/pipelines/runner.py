@@ -28,6 +28,7 @@ from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.adapters import AdapterShelf
 from service.pipelines.attach import PROMPTS_BYTES, ParkingOptions, attach
 from service.pipelines.compiling import row_buckets
+from service.pipelines.decodings import decoding_rules
 from service.pipelines.denoiser_code import Code, DenoiserCode
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.graphs import CudaRecorder, GraphedForward, graph_denoisers
@@ -37,6 +38,7 @@ from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
 from service.pipelines.memory import memory_bytes
+from service.pipelines.self_check import Trial
 from service.pipelines.sharing import SharingPlan, plan_sharing
 from service.pipelines.size_rules import SizeRules
 from service.pipelines.tasks import denoiser_calls, make_pictures
@@ -247,6 +249,8 @@ class PipelineRunner:
         elif device.type != "cpu" and self.plan.same_bytes and not self.plan.alone:
             self.size_rules = SizeRules(lambda: self.engine.row_limit, self._sharing.fixed_rows)
             self.engine.batcher.adjust = self.size_rules
+        elif device.type == "cpu" and self._sharing.plan is None:
+            self._share_decodings(trials[0])
         if can_keep_on_host(pipeline, device) and not self.plan.alone:
             self.engine.batcher.aside = CudaAside()
         # Adapters change modules, and a graph is of a module as it was.
@@ -265,6 +269,13 @@ class PipelineRunner:
             self.engine.limit_rows(parking.max_rows)
         self._detach = attach(pipeline, parking)
 
+    def _share_decodings(self, trial: Trial) -> None:
+        if self.plan.alone or not self.plan.same_bytes:
+            return
+        rules = decoding_rules(self.model.pipeline, trial, self.plan)
+        if rules.rows:
+            self.engine.batcher.adjust = rules
+
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
         code = self.denoiser_code.in_use if self.denoiser_code else None
         listener = RequestListener(request, sink, self._encoder, partial(self._fingerprint, code))
@@ -281,7 +292,8 @@ class PipelineRunner:
             pictures=request.n,
             run=partial(self.adapters.run_with, variant, make),
             listener=listener,
-            priority=request.priority,
+            # Compared at every tick, and an enumeration's members are slow at that.
+            priority=int(request.priority),
             deadline_s=request.deadline_s,
             isolated=request.reproducible,
             size=(request.width, request.height),

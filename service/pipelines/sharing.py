@@ -15,31 +15,27 @@ Three things are asked of the pipeline and of the device, in this order:
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from service.domain.errors import CancelledError
-from service.engine.call import Call, CallKey
+from service.engine.call import Call
 from service.engine.row_independence import (
     agreeing_row_counts,
     independent_rows,
     varied,
     vector_layer_calls,
 )
-from service.engine.track import Stage, Track
-from service.pipelines.attach import ParkingOptions, attach, parkable_methods
+from service.engine.track import Stage
+from service.pipelines.attach import ParkingOptions, parkable_methods
+from service.pipelines.parked_trials import parked_at
 from service.pipelines.self_check import (
     ENOUGH_ROWS,
-    Ear,
     Trial,
     check_sharing,
     run_plainly,
-    trial_work,
 )
 from service.pipelines.verified import VERIFIED
 
@@ -158,7 +154,7 @@ def plan_rows(
     pipeline: Any, trials: Sequence[Trial], plan: SharingPlan, max_rows: int, fix_rows: bool
 ) -> SharingPlan:
     """Whether pictures have the same bytes at any load, and what it takes."""
-    with parked_at_denoiser(pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
+    with parked_at(Stage.DENOISE, pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
         found = same_bits(tried, max_rows, fix_rows)
     if found is not None:
@@ -220,30 +216,3 @@ def calls_to_try(group: Sequence[Call], max_rows: int) -> Iterator[list[Call]]:
     # At the first step all timesteps are the same: others are tried, too.
     others = [varied(group[i % len(group)], generator) for i in range(TRIED_CALLS - len(group))]
     yield [*group, *others]
-
-
-@contextmanager
-def parked_at_denoiser(
-    pipeline: Any, trials: Sequence[Trial], options: ParkingOptions
-) -> Iterator[list[list[Call]]]:
-    """The first denoiser call of every trial, by equal keys; the trials end with the block."""
-    detach = attach(pipeline, options)
-    tracks = [Track(trial_work(i, trial, Ear()), lambda: 0.0) for i, trial in enumerate(trials)]
-    try:
-        with torch.no_grad():
-            for track in tracks:
-                _run_to_denoiser(track)
-            groups: dict[CallKey, list[Call]] = defaultdict(list)
-            for call in (track.call for track in tracks if track.call is not None):
-                groups[call.key].append(call)
-            yield list(groups.values())
-            for track in tracks:
-                track.stop(CancelledError("the trial was about its first step only"))
-    finally:
-        detach()
-
-
-def _run_to_denoiser(track: Track) -> None:
-    track.start()
-    while track.call is not None and track.call.method.stage != Stage.DENOISE:
-        track.resume(track.call.method.run(*track.call.args, **track.call.kwargs))

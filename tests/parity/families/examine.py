@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from families.family import Family, Variation
+from service.engine.track import Stage
 from service.pipelines.lending import borrow
+from service.pipelines.parked_trials import parked_at
 from service.pipelines.self_check import (
     ENOUGH_ROWS,
     SharingReport,
@@ -24,7 +26,6 @@ from service.pipelines.sharing import (
     SharingPlan,
     calls_to_try,
     most_independent_rows,
-    parked_at_denoiser,
     plan_company,
 )
 
@@ -103,7 +104,7 @@ def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
     plain = run_plainly(pipeline, trials)
     plan = plan_company(pipeline, trials, verified=())
     options = plan.parking(ENOUGH_ROWS)
-    with parked_at_denoiser(pipeline, trials, options) as groups:
+    with parked_at(Stage.DENOISE, pipeline, trials, options) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, CHECKED_ROWS)]
         rows = most_independent_rows(tried, CHECKED_ROWS, least=CHECKED_ROWS)
     report = check_sharing(pipeline, trials, plain, options=options, one_at_a_time=plan.alone)
