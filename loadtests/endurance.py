@@ -4,8 +4,8 @@
 
 Starts a service, sends the mixed trace (edits and clients that leave included) at one rate, and
 looks at the memory of every process of the service. At the end nothing may be at work any more. The
-slopes of memory and latency are those of straight lines through what was seen after a warm-up, and
-the exit code is 1 if one of them is steeper than it may be.
+slopes of memory and latency are those of straight lines, of memory through what was seen once the
+caches of kernels had filled, and the exit code is 1 if one of them is steeper than it may be.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from loadtests.trace import MIXED, arrivals_through, draw_gaps, draw_trace
 from loadtests.watch import served_model
 
 LOOK_EVERY_S = 5.0
-WARM_UP_SHARE = 0.2
 LATENCY_WINDOW_S = 10.0
 QUIET_S = 5.0
 MIB = 2**20
@@ -44,7 +43,7 @@ HOUR_S = 3600.0
 
 @dataclass(frozen=True)
 class Growth:
-    """One process: its memory at the end of the warm-up and at the end, and how it grew."""
+    """One process: its memory once caches had filled and at the end, and how it grew meanwhile."""
 
     process: str
     begin_mib: float
@@ -75,6 +74,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cancelled", type=float, default=0.2, metavar="SHARE")
     parser.add_argument("--image-to-image", type=float, default=0.2, metavar="SHARE")
+    parser.add_argument(
+        "--filling",
+        type=float,
+        default=0.6,
+        metavar="SHARE",
+        help="of the time, while caches fill with kernels for each size and number of rows",
+    )
     parser.add_argument("--max-mib-per-hour", type=float, default=60.0, help="of each process")
     parser.add_argument(
         "--max-slowdown", type=float, default=1.2, help="of latency, end over begin"
@@ -111,7 +117,10 @@ async def endure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         "command": " ".join(["python -m loadtests.endurance", *sys.argv[1:]]),
         "seconds": options.seconds,
         "unloaded": write_unloaded(unloaded),
-        "growth": [asdict(growth_of(name, points)) for name, points in sorted(memory.items())],
+        "growth": [
+            asdict(growth_of(name, points, options.filling))
+            for name, points in sorted(memory.items())
+        ],
         "memory": memory,
         "left_at_work": left,
         "slowdown": slowdown_of(run),
@@ -120,9 +129,9 @@ async def endure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def growth_of(name: str, points: Sequence[tuple[float, float]]) -> Growth:
-    """Of one process, from (seconds, MiB). The warm-up does not count."""
-    after = points[int(WARM_UP_SHARE * len(points)) :]
+def growth_of(name: str, points: Sequence[tuple[float, float]], filling: float) -> Growth:
+    """Of one process, from (seconds, MiB), of which the share `filling` at first does not count."""
+    after = points[int(filling * len(points)) :]
     return Growth(name, after[0][1], after[-1][1], HOUR_S * slope_per_s(after))
 
 

@@ -19,7 +19,7 @@ def test_a_moment_of_mixed_load_leaves_nothing_behind(
 ) -> None:
     out = tmp_path / "endurance.json"
     limits = ["--max-mib-per-hour", str(MOST_MIB_PER_HOUR), "--max-slowdown", "2"]
-    load = ["--seconds", str(SECONDS), "--rate", "0.7", "--cancelled", "0.3"]
+    load = ["--seconds", str(SECONDS), "--rate", "0.7", "--cancelled", "0.3", "--filling", "0.2"]
     code = endurance.main([*load, *limits, "--out", str(out)])
     told = json.loads(out.read_text())
     assert (code, told["faults"]) == (0, []), capsys.readouterr().out

@@ -26,12 +26,13 @@ def run_with(latencies_s: list[float]) -> Run:
     return Run(draw_trace(HOMOGENEOUS, count, 0), list(range(count)), outcomes, [2.0] * count)
 
 
-def test_memory_that_grows_after_the_warm_up_is_told_in_mib_an_hour() -> None:
-    warming = [(float(second), 100.0 + 10 * second) for second in range(20)]
+def test_memory_that_grows_once_caches_have_filled_is_told_in_mib_an_hour() -> None:
+    filling = [(float(second), 100.0 + 10 * second) for second in range(20)]
     flat = [(float(second), 300.0) for second in range(20, 100)]
-    assert growth_of("p", warming + flat).mib_per_hour == pytest.approx(0)
+    assert growth_of("p", filling + flat, filling=0.2).mib_per_hour == pytest.approx(0)
+    assert growth_of("p", filling + flat, filling=0.1).mib_per_hour > 100
     growing = [(float(second), 300 + 0.1 * second) for second in range(100)]
-    assert growth_of("p", growing).mib_per_hour == pytest.approx(360)
+    assert growth_of("p", growing, filling=0.6).mib_per_hour == pytest.approx(360)
 
 
 def test_latency_that_grows_is_told_as_a_ratio() -> None:
