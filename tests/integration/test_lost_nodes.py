@@ -96,15 +96,22 @@ def lose(raylet: psutil.Process) -> None:
         process.kill()
 
 
+def least_in_hand(url: str) -> int:
+    """Requests of the replica that has the fewest."""
+    return min((len(told["requests"]) for told in chaos.replicas_told(url) or []), default=0)
+
+
 def test_a_lost_node_takes_no_request_with_it(nodes: Nodes, say: Callable[[str], None]) -> None:
     """Each node has a proxy: whoever was connected to the lost one has to ask again."""
     url = nodes.service.url
     chaos.wait_for_replicas(url, 2)
     assert len(nodes.processes_by_node()) == 1 + cluster_of_nodes.WORKERS
-    with Load(url, first_seed=20_000, repeat=True) as load:
-        time.sleep(1.5)
+    expendable = nodes.expendable()
+    with Load(url, first_seed=20_000, clients=16, repeat=True) as load:
+        # Of that many some are connected to another node: those are tried again for their clients.
+        chaos.wait(lambda: least_in_hand(url) >= 5, "the replicas have little to do")
         load.breaks_now()
-        lose(nodes.expendable())
+        lose(expendable)
         load.wait_for_answers_after(8)
         chaos.wait_for_replicas(url, 2)
         again_s = time.monotonic() - load.broken_s

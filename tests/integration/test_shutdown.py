@@ -21,7 +21,7 @@ def test_accepted_work_is_finished_and_the_exit_code_is_0(
 ) -> None:
     service = Service(tmp_path)
     service.start()
-    body = {"prompt": "house", "num_inference_steps": 250}
+    body = {"prompt": "house", "num_inference_steps": 150}
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(
             httpx.post,

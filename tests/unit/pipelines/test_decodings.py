@@ -82,7 +82,7 @@ def test_pictures_of_several_requests_are_decoded_together_with_the_bytes_of_one
 ) -> None:
     """One thread, as of the replicas that this is for."""
     monkeypatch.setattr("service.pipelines.decodings.MOST_OF_ALONE", 10.0)
-    runner = PipelineRunner(tiny, EngineOptions(threads=1))
+    runner = PipelineRunner(tiny, EngineOptions(threads=1, max_rows=8))
     runner.start()
     try:
         if not shares_decodings(runner):
