@@ -17,7 +17,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -220,8 +220,13 @@ def keep_busy(runner: PipelineRunner, stop: threading.Event) -> threading.Thread
     return thread
 
 
-def denoiser_step_s(model: LoadedModel, rows: int, repeats: int = 20) -> float:
-    """Median seconds of one bare denoiser forward."""
+def denoiser_step_s(
+    model: LoadedModel,
+    rows: int,
+    repeats: int = 20,
+    average: Callable[[Iterable[float]], float] = statistics.median,
+) -> float:
+    """Seconds of one bare denoiser forward."""
     unet = model.pipeline.unet
     config = unet.config
     sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size)
@@ -229,7 +234,7 @@ def denoiser_step_s(model: LoadedModel, rows: int, repeats: int = 20) -> float:
     call: Callable[[], Any] = lambda: unet(sample.to(unet.dtype), torch.tensor(500), text)  # noqa: E731
     with torch.no_grad():
         call()
-        return statistics.median(_timed(call) for _ in range(repeats))
+        return average([_timed(call) for _ in range(repeats)])
 
 
 def _timed(call: Callable[[], Any]) -> float:
