@@ -187,7 +187,7 @@ def test_a_model_sleeps_wakes_and_grows(many: Many) -> None:
     assert many.draw("sleepy").status_code == 200
     with ThreadPoolExecutor(12) as pool:
         drawing = [
-            pool.submit(many.draw, "sleepy", num_inference_steps=120, seed=seed)
+            pool.submit(many.draw, "sleepy", num_inference_steps=200, seed=seed)
             for seed in range(12)
         ]
         deadline_s = time.monotonic() + PATIENCE_S
