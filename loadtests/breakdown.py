@@ -38,7 +38,7 @@ import torch
 from loadtests import scenarios
 from loadtests.client import Target, open_session, send_windowed
 from loadtests.contenders import FULL_QUEUE, contenders, running
-from loadtests.engine_bench import denoiser_step_s
+from loadtests.engine_bench import denoiser_step_s, over_neighbours
 from loadtests.facts import take_facts
 from loadtests.measures import steady_per_s
 from loadtests.trace import HOMOGENEOUS, MIXED, TraceRequest, draw_trace
@@ -137,7 +137,7 @@ async def measure(
     alike = draw_trace(HOMOGENEOUS, options.requests, seed=0)
     async with open_session(Target(url)) as session:
         await scenarios.wait_until_serving(session, trace[0])
-        turns = await in_turns(session, alike, options, bare)
+        ours, theirs = await in_turns(session, alike, options, bare)
         load = asyncio.create_task(send_windowed(session, trace, options.in_flight))
         await asyncio.sleep(SETTLE_S)
         before = requests_ended(await metrics_of(session))
@@ -156,8 +156,8 @@ async def measure(
     return {
         "seconds": seconds,
         "requests": ended,
-        "homogeneous_rows_per_s": statistics.median(ours for ours, _ in turns),
-        "over_bare": statistics.median(ours / theirs for ours, theirs in turns),
+        "homogeneous_rows_per_s": statistics.median(ours),
+        "over_bare": statistics.median(over_neighbours(ours, theirs)),
         "shares": [vars(share) for share in shares],
     }
 
@@ -167,16 +167,13 @@ async def in_turns(
     trace: Sequence[TraceRequest],
     options: argparse.Namespace,
     bare: Callable[[], float],
-) -> list[tuple[float, float]]:
-    """Rows a second over HTTP, and of the bare denoiser before and after it: machines drift."""
-    turns = []
-    before = await asyncio.to_thread(bare)
+) -> tuple[list[float], list[float]]:
+    """Rows a second over HTTP, and of the bare denoiser before the first and after each."""
+    ours, theirs = [], [await asyncio.to_thread(bare)]
     for _ in range(options.turns):
-        ours = await rows_per_second(session, trace, options.in_flight)
-        after = await asyncio.to_thread(bare)
-        turns.append((ours, (before + after) / 2))
-        before = after
-    return turns
+        ours.append(await rows_per_second(session, trace, options.in_flight))
+        theirs.append(await asyncio.to_thread(bare))
+    return ours, theirs
 
 
 async def rows_per_second(

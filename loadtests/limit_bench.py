@@ -30,7 +30,13 @@ from typing import Any
 
 import torch
 
-from loadtests.engine_bench import endings_into, mixed_requests, or_raise, run_engine
+from loadtests.engine_bench import (
+    endings_into,
+    mixed_requests,
+    or_raise,
+    over_neighbours,
+    run_engine,
+)
 from service.domain.events import Accepted, Event, Failed, Finished
 from service.domain.requests import GenerationRequest
 from service.engine.engine import EngineOptions
@@ -79,22 +85,29 @@ def bare_rows_per_s(runner: PipelineRunner, rows: int, forwards: int = 12) -> fl
 
 def bare_by_rows(runner: PipelineRunner, repeats: int) -> dict[int, float]:
     """Rows per second of the bare denoiser by rows of a forward, in turns."""
-    rounds = [
-        [bare_rows_per_s(runner, rows, forwards=4) for rows in ROW_COUNTS] for _ in range(repeats)
-    ]
-    return dict(zip(ROW_COUNTS, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+    rates: dict[int, list[float]] = {rows: [] for rows in ROW_COUNTS}
+    for _ in range(repeats):
+        for rows, seen in rates.items():
+            seen.append(bare_rows_per_s(runner, rows, forwards=4))
+    return {rows: statistics.median(seen) for rows, seen in rates.items()}
 
 
-def share_of_bare(runner: PipelineRunner, rows: int, count: int) -> float:
-    """Denoiser rows of that many concurrent requests, by the time until the last has its file.
-
-    Over those of the bare denoiser, right before and right after.
-    """
+def engine_rows_per_s(runner: PipelineRunner, count: int) -> float:
+    """Denoiser rows of that many concurrent requests, by the time until the last has its file."""
     requests = requests_alike(count)
-    before = bare_rows_per_s(runner, rows)
     seconds, _ = run_engine(runner, requests)
-    after = bare_rows_per_s(runner, rows)
-    return 2 * sum(request.rows for request in requests) * STEPS / seconds / (before + after)
+    return sum(request.rows for request in requests) * STEPS / seconds
+
+
+def median_over(
+    measure: Callable[[], float], reference: Callable[[], float], repeats: int
+) -> float:
+    """What one gives over what the other gives right before and right after it."""
+    values, references = [], [reference()]
+    for _ in range(repeats):
+        values.append(measure())
+        references.append(reference())
+    return statistics.median(over_neighbours(values, references))
 
 
 def saturated_over_bare(runner: PipelineRunner, rows: int, count: int = 96) -> float:
@@ -106,8 +119,9 @@ def saturated_over_bare(runner: PipelineRunner, rows: int, count: int = 96) -> f
     counters = runner.engine.counters
     before = replace(counters)
     ended: SimpleQueue[Finished | Failed] = SimpleQueue()
+    sink = endings_into(ended)
     for request in requests_alike(count):
-        runner.submit(request, endings_into(ended))
+        runner.submit(request, sink)
     bare: list[float] = []
     while count:
         bare.append(bare_rows_per_s(runner, rows, forwards=2))
@@ -136,14 +150,11 @@ def batch_of_eight_ratio(runner: PipelineRunner, repeats: int) -> float:
         )
         return time.perf_counter() - started_s
 
-    ratios = []
-    before_s = runner.engine.call(plain)
-    for _ in range(repeats):
-        engine_s, _ = run_engine(runner, requests_alike(BATCH))
-        after_s = runner.engine.call(plain)
-        ratios.append(2 * engine_s / (before_s + after_s))
-        before_s = after_s
-    return statistics.median(ratios)
+    def ours() -> float:
+        seconds, _ = run_engine(runner, requests_alike(BATCH))
+        return seconds
+
+    return median_over(ours, partial(runner.engine.call, plain), repeats)
 
 
 def pictures_per_bare_row(runner: PipelineRunner, rows: int, guidance_end: float) -> float:
@@ -202,18 +213,14 @@ def foretold_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
     return [errors[request.id] for request in requests[len(requests) // 3 :]]
 
 
-def median_of(measure: Callable[[], float], repeats: int) -> float:
-    """Median of one measure, repeated."""
-    return statistics.median(measure() for _ in range(repeats))
-
-
 def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
     """Everything, warm."""
     bare = bare_by_rows(runner, repeats)
     best = max(bare, key=lambda rows: bare[rows])
-    saturated = median_of(partial(saturated_over_bare, runner, best), repeats)
+    saturated = statistics.median(saturated_over_bare(runner, best) for _ in range(repeats))
+    bare_at_best = partial(bare_rows_per_s, runner, best)
     curve = {
-        count: median_of(partial(share_of_bare, runner, best, count), repeats)
+        count: median_over(partial(engine_rows_per_s, runner, count), bare_at_best, repeats)
         for count in CONCURRENT
     }
     pictures = partial(pictures_per_bare_row, runner, best)

@@ -41,8 +41,8 @@ class Narrowing:
     _seen: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        whole = [index for index in range(self.calls) if self.needs_all(index)]
-        self._whole_until = whole[-1] + 1 if whole else 0
+        whole = (index + 1 for index in range(self.calls) if self.needs_all(index))
+        self._whole_until = max(whole, default=0)
 
     def rows_from(self, index: int) -> int:
         """The most rows that any call from that number on takes. Never grows with `index`."""

@@ -38,8 +38,8 @@ of all its steps. It is started while its rows fit beside those that running req
 its priority will still take; the rows of lower ones it may take. They stay parked, and go on later
 exactly where they stood. Behind one that does not fit yet, only requests of higher priority are
 started, and only while they leave it its rows: so neither do the old block the urgent, nor the
-urgent starve them.
-A short request is started before long ones that were submitted a little earlier.
+urgent starve them. A short request is started before long ones that were submitted a little
+earlier.
 
 Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
 a forward with its key, F the longest forward and A the number of tracks at work; let H be `HOLD`

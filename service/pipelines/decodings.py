@@ -21,6 +21,7 @@ from service.engine.row_independence import independent_rows, one_row, run_toget
 from service.engine.track import Stage
 from service.pipelines.parked_trials import parked_at
 from service.pipelines.self_check import ENOUGH_ROWS, Trial
+from service.pipelines.shape_methods import ShapeMethods
 from service.pipelines.sharing import SharingPlan
 
 logger = logging.getLogger(__name__)
@@ -41,18 +42,15 @@ class DecodingRules:
 
     def __init__(self, rows: Mapping[Hashable, int]) -> None:
         self.rows = rows
-        self._methods: dict[Hashable, ParkableMethod] = {}
+        self._methods = ShapeMethods(self._with_rows)
 
     def __call__(self, call: Call) -> Call:
         """The call, with its method as its shape allows."""
-        if call.method.stage != Stage.DECODE:
-            return call
-        shape = call.key.shape
-        if shape not in self._methods:
-            rows = self.rows.get(shape, call.method.max_rows)
-            self._methods[shape] = replace(call.method, max_rows=rows)
-        method = self._methods[shape]
-        return call if call.method is method else replace(call, method=method)
+        return self._methods.give(call) if call.method.stage == Stage.DECODE else call
+
+    def _with_rows(self, call: Call) -> ParkableMethod:
+        rows = self.rows.get(call.key.shape, call.method.max_rows)
+        return replace(call.method, max_rows=rows)
 
 
 def decoding_rules(pipeline: Any, trial: Trial, plan: SharingPlan) -> DecodingRules:
@@ -80,12 +78,11 @@ def rows_worth_sharing(
     """
     generator = torch.Generator().manual_seed(0)
     calls = [varied(one_row(call), generator) for _ in range(most_rows)]
-    if _seconds(calls[:1], clock) > LONGEST_ALONE_S:
+    alone_s = _seconds(calls[:1], clock)
+    if alone_s > LONGEST_ALONE_S:
         return 1
     rows = independent_rows(calls, most_rows)
-    if _seconds(calls[:rows], clock) > MOST_OF_ALONE * rows * _seconds(calls[:1], clock):
-        return 1
-    return rows
+    return rows if _seconds(calls[:rows], clock) <= MOST_OF_ALONE * rows * alone_s else 1
 
 
 def _seconds(calls: Sequence[Call], clock: Callable[[], float]) -> float:

@@ -246,11 +246,8 @@ class PipelineRunner:
         )
         if self.denoiser_code is not None:
             self.plan = self.denoiser_code.examine(self.plan, trials, ceiling)
-        elif device.type != "cpu" and self.plan.same_bytes and not self.plan.alone:
-            self.size_rules = SizeRules(lambda: self.engine.row_limit, self._sharing.fixed_rows)
-            self.engine.batcher.adjust = self.size_rules
-        elif device.type == "cpu" and self._sharing.plan is None:
-            self._share_decodings(trials[0])
+        elif self.plan.same_bytes and not self.plan.alone:
+            self._adjust_calls(trials[0])
         if can_keep_on_host(pipeline, device) and not self.plan.alone:
             self.engine.batcher.aside = CudaAside()
         # Adapters change modules, and a graph is of a module as it was.
@@ -269,12 +266,16 @@ class PipelineRunner:
             self.engine.limit_rows(parking.max_rows)
         self._detach = attach(pipeline, parking)
 
-    def _share_decodings(self, trial: Trial) -> None:
-        if self.plan.alone or not self.plan.same_bytes:
-            return
-        rules = decoding_rules(self.model.pipeline, trial, self.plan)
-        if rules.rows:
-            self.engine.batcher.adjust = rules
+    def _adjust_calls(self, trial: Trial) -> None:
+        """Give calls the rows that keep their bits, where these are not the same for all."""
+        pipeline, batcher = self.model.pipeline, self.engine.batcher
+        if pipeline.device.type != "cpu":
+            self.size_rules = SizeRules(lambda: self.engine.row_limit, self._sharing.fixed_rows)
+            batcher.adjust = self.size_rules
+        # A plan that was given is to be kept to, untried.
+        elif self._sharing.plan is None:
+            rules = decoding_rules(pipeline, trial, self.plan)
+            batcher.adjust = rules if rules.rows else None
 
     def _work(self, request: GenerationRequest, sink: Sink) -> Work:
         code = self.denoiser_code.in_use if self.denoiser_code else None

@@ -11,13 +11,14 @@ native one there; so it is for other devices.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from service.engine.call import Call, ParkableMethod
 from service.engine.row_independence import agreeing_row_counts, one_row, varied
+from service.pipelines.shape_methods import ShapeMethods
 from service.pipelines.sharing import TRIED_CALLS, RowCounts, same_bits
 
 logger = logging.getLogger(__name__)
@@ -35,17 +36,11 @@ class SizeRules:
         self.same_bytes = True
         self._most_rows = most_rows
         self._fix_rows = fix_rows
-        self._methods: dict[Hashable, ParkableMethod] = {}
+        self._methods = ShapeMethods(self._find)
 
     def __call__(self, call: Call) -> Call:
         """The call, with its method as its shape needs it."""
-        shape = call.key.shape
-        if call.method.max_rows == 1:
-            return call
-        if shape not in self._methods:
-            self._methods[shape] = self._find(call)
-        method = self._methods[shape]
-        return call if call.method is method else replace(call, method=method)
+        return call if call.method.max_rows == 1 else self._methods.give(call)
 
     def _find(self, call: Call) -> ParkableMethod:
         call.enter()

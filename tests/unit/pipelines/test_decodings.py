@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from tiny_model import Inbox, a_request
+from tiny_model import a_request, submit_all
 
 from service.domain.events import Finished
 from service.domain.requests import GenerationRequest
@@ -105,14 +106,8 @@ def shares_decodings(runner: PipelineRunner) -> bool:
 
 
 def serve(runner: PipelineRunner, requests: list[GenerationRequest]) -> list[Finished]:
-    inboxes = [Inbox() for _ in requests]
-
-    def submit_all() -> None:
-        for request, inbox in zip(requests, inboxes, strict=True):
-            runner.submit(request, inbox)
-
     # On the engine's thread: so all are there before the first of them starts.
-    runner.engine.call(submit_all)
+    inboxes = runner.engine.call(partial(submit_all, runner, requests))
     outcomes = [inbox.wait() for inbox in inboxes]
     assert all(isinstance(outcome, Finished) for outcome in outcomes), outcomes
     return outcomes

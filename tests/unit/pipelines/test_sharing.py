@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_model import Inbox, a_request
+from tiny_model import a_request, submit_all
 
 from service.domain.events import Finished
 from service.domain.requests import GenerationRequest, Task
@@ -117,9 +117,7 @@ def assert_files_are_plain(runner: PipelineRunner, requests: list[GenerationRequ
     """Served at once they are what plain calls give, one after another, in every byte."""
     with torch.no_grad():
         wanted = [make_pictures(runner.model, request) for request in requests]
-    inboxes = [Inbox() for _ in requests]
-    for request, inbox in zip(requests, inboxes, strict=True):
-        runner.submit(request, inbox)
+    inboxes = submit_all(runner, requests)
     outcomes = [inbox.wait() for inbox in inboxes]
     for request, images, finished in zip(requests, wanted, outcomes, strict=True):
         assert isinstance(finished, Finished), finished

@@ -13,7 +13,15 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
 from PIL import Image
-from tiny_model import UNTRIED, Inbox, a_request, default_scheduler, pixels, save_tiny_model
+from tiny_model import (
+    UNTRIED,
+    Inbox,
+    a_request,
+    default_scheduler,
+    pixels,
+    save_tiny_model,
+    submit_all,
+)
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.events import Failed, Finished
@@ -57,9 +65,7 @@ def serve(model: LoadedModel, *requests: GenerationRequest) -> tuple[list[Any], 
     runner = PipelineRunner(
         model, EngineOptions(max_rows=16, max_waiting_pictures=20), sharing=UNTRIED
     )
-    inboxes = [Inbox() for _ in requests]
-    for request, inbox in zip(requests, inboxes, strict=True):
-        runner.submit(request, inbox)
+    inboxes = submit_all(runner, requests)
     runner.start()
     outcomes = [inbox.wait() for inbox in inboxes]
     runner.stop()

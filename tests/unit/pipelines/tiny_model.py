@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from service.domain.events import Event, Failed, Finished
 from service.domain.requests import GenerationRequest
-from service.pipelines.runner import SharingOptions
+from service.pipelines.runner import PipelineRunner, SharingOptions
 from service.pipelines.sharing import SharingPlan
 
 MAX_TOKENS = 16
@@ -147,6 +148,14 @@ class Inbox:
     @property
     def kinds(self) -> list[str]:
         return [type(event).__name__ for event in self.events]
+
+
+def submit_all(runner: PipelineRunner, requests: Sequence[GenerationRequest]) -> list[Inbox]:
+    """An inbox for each."""
+    inboxes = [Inbox() for _ in requests]
+    for request, inbox in zip(requests, inboxes, strict=True):
+        runner.submit(request, inbox)
+    return inboxes
 
 
 def pixels(data: bytes) -> bytes:
