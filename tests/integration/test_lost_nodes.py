@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from chaos import INGRESS, REPLICA, Load, processes_of
 from running_service import Service
 
 RAYLET = "raylet"
-RECOVERED_S = 5.0
+# More than a request takes of what is left of the service.
+NOTICED_S = 5.0
+CLIENTS = 16
 # As deploy/kubernetes/base sets them.
 CLUSTER = {
     "RAY_AUTH_MODE": "disabled",
@@ -107,9 +110,11 @@ def test_a_lost_node_takes_no_request_with_it(nodes: Nodes, say: Callable[[str],
     chaos.wait_for_replicas(url, 2)
     assert len(nodes.processes_by_node()) == 1 + cluster_of_nodes.WORKERS
     expendable = nodes.expendable()
-    with Load(url, first_seed=20_000, clients=16, repeat=True) as load:
+    with Load(url, first_seed=20_000, clients=CLIENTS, repeat=True) as load:
+        chaos.wait(lambda: len(load.answers) >= CLIENTS, "nobody is answered")
         # Of that many some are connected to another node: those are tried again for their clients.
         chaos.wait(lambda: least_in_hand(url) >= 5, "the replicas have little to do")
+        usual_s = statistics.median(answer.ended_s - answer.sent_s for answer in load.answers)
         load.breaks_now()
         lose(expendable)
         load.wait_for_answers_after(8)
@@ -117,7 +122,8 @@ def test_a_lost_node_takes_no_request_with_it(nodes: Nodes, say: Callable[[str],
         again_s = time.monotonic() - load.broken_s
     chaos.wait(lambda: chaos.retried_at(url) > 0, "no request was tried again")
     say(load.tell("node lost", chaos.retried_at(url)))
-    say(f"two replicas again after {again_s:.1f} s")
+    say(f"two replicas again after {again_s:.1f} s; before, a request took {usual_s:.1f} s")
     load.check()
     assert {error.status for error in load.errors} <= {0}
-    assert load.recovery_s < RECOVERED_S
+    # One of two replicas is left to all of them, and works beside the start of another.
+    assert load.recovery_s < NOTICED_S + 2 * usual_s
