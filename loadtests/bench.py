@@ -29,7 +29,7 @@ from loadtests.facts import describe, take_facts
 from loadtests.measures import Line, Unloaded, make_targets, summarize
 from loadtests.plots import plot_bench
 from loadtests.scenarios import Bench, shown
-from loadtests.trace import MIXES, Mix, Weighted, draw_gaps, draw_trace, read_trace
+from loadtests.trace import MIXES, Mix, draw_gaps, draw_trace, read_trace, weigh_sizes
 from loadtests.watch import served_model
 
 DEFAULT_SCENARIOS = ("offline", "sweep", "knee", "overload")
@@ -184,14 +184,8 @@ def choose_mix(options: argparse.Namespace) -> Mix:
     if options.cancelled is not None:
         mix = replace(mix, cancelled_share=options.cancelled)
     if options.sizes:
-        mix = replace(mix, sizes=_weigh_sizes(options.sizes.split(",")))
+        mix = replace(mix, sizes=weigh_sizes(options.sizes.split(",")))
     return mix
-
-
-def _weigh_sizes(sizes: list[str]) -> Weighted[str]:
-    """The first is the commonest, as in the mix itself."""
-    others = 0.4 / max(len(sizes) - 1, 1)
-    return tuple((size, others if index else 0.6) for index, size in enumerate(sizes))
 
 
 def write_unloaded(unloaded: Unloaded) -> dict[str, Any]:

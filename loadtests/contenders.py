@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 STOP_TIMEOUT_S = 60.0
@@ -42,7 +42,7 @@ class Contender:
 
 
 def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Contender]:
-    """All of them by name; ours first."""
+    """All of them by name, set up for the cores of a CPU; ours first."""
     per_core = {
         "PEER_REPLICAS": str(cores),
         "PEER_THREADS": "1",
@@ -128,6 +128,23 @@ def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Conte
         ),
     )
     return {contender.name: contender for contender in listed}
+
+
+def on_cuda(model: Path) -> dict[str, Contender]:
+    """Those that one GPU can be given to: each holds the model once."""
+    gpu = {"PEER_MODEL": str(model), "PEER_DEVICE": "cuda"}
+    ours = {
+        "STEPSERVE_MODELS__EMOJI__PATH": str(model),
+        "STEPSERVE_MODELS__EMOJI__NUM_GPUS": "1",
+    }
+    listed = contenders(1)
+    names = ("fastapi-lock", "ray-replica", "ray-batch-keyed", "ray-batch-padded")
+    peers = [replace(listed[name], environment=listed[name].environment | gpu) for name in names]
+    one_gpu = "one replica on the GPU; the queue is so long that nothing is refused"
+    return {
+        "stepserve": replace(listed["stepserve"], environment=ours, tuned=one_gpu),
+        **{peer.name: peer for peer in peers},
+    }
 
 
 @contextmanager

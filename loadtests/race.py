@@ -9,7 +9,9 @@ throughput so far, of the mixed trace (the best that batches) and of the homogen
 targets are multiples of what a request takes on the idle one-at-a-time server, for all alike. Each
 turn measures the saturated throughput (mixed and homogeneous) and latencies at 0.8 of the capacity
 of the one-at-a-time server; the last round finds the knees. Medians over rounds are reported by
-`python -m loadtests.report`.
+`python -m loadtests.report`. On a machine with a GPU, those that it can be given to:
+
+    python -m loadtests.race --cuda FOLDER --sizes 512x512,384x384,768x768 --no-knees
 """
 
 from __future__ import annotations
@@ -26,12 +28,20 @@ from typing import Any
 from loadtests import scenarios
 from loadtests.bench import read_unloaded, write_unloaded
 from loadtests.client import Target, open_session
-from loadtests.contenders import FULL_QUEUE, OPENMP, PEERS_PYTHON, Contender, contenders, running
+from loadtests.contenders import (
+    FULL_QUEUE,
+    OPENMP,
+    PEERS_PYTHON,
+    Contender,
+    contenders,
+    on_cuda,
+    running,
+)
 from loadtests.facts import take_facts
 from loadtests.measures import make_targets
 from loadtests.report import BATCHING, OURS, homogeneous, throughput
 from loadtests.scenarios import Bench
-from loadtests.trace import HOMOGENEOUS, MIXED, draw_gaps, draw_trace
+from loadtests.trace import HOMOGENEOUS, MIXED, Mix, draw_gaps, draw_trace, weigh_sizes
 from loadtests.watch import served_model
 
 REFERENCE = "fastapi-lock"
@@ -51,7 +61,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = list(contenders(1))
-    parser.add_argument("--servers", nargs="+", choices=known, default=known)
+    parser.add_argument("--servers", nargs="+", choices=known)
+    parser.add_argument("--cuda", type=Path, metavar="FOLDER", help="a model, served on a GPU")
+    parser.add_argument("--sizes", help="that the model can do, the commonest first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--open-rounds", type=int, default=1, help="rounds in which all take part")
     parser.add_argument("--requests", type=int, default=200, help="of each run")
@@ -70,14 +82,34 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON)
     parser.add_argument("--out", type=Path, default=Path("out/race.json"))
     options = parser.parse_args(arguments)
+    entered = known_to(options)
+    options.servers = options.servers or list(entered)
+    if missing := set(options.servers) - set(entered):
+        parser.error(f"not made for --cuda: {', '.join(sorted(missing))}")
     if REFERENCE not in options.servers:
         parser.error(f"{REFERENCE} must take part: the others are compared with it")
     return options
 
 
+def known_to(options: argparse.Namespace) -> dict[str, Contender]:
+    """Who can take part."""
+    if options.cuda:
+        return on_cuda(options.cuda)
+    return contenders(os.cpu_count() or 1, options.peers_python)
+
+
+def mixes(options: argparse.Namespace) -> tuple[Mix, Mix]:
+    """The mixed one, and the homogeneous one."""
+    if not options.sizes:
+        return MIXED, HOMOGENEOUS
+    sizes = options.sizes.split(",")
+    return replace(MIXED, sizes=weigh_sizes(sizes)), replace(HOMOGENEOUS, sizes=((sizes[0], 1.0),))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Race, and write JSON after every turn, so that a race that is stopped is not lost."""
     options = parse_options(arguments)
+    mixed, homogeneous = mixes(options)
     report: dict[str, Any] = {
         "kind": "race",
         "facts": take_facts(),
@@ -85,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         "openmp": options.openmp,
         "reference": REFERENCE,
         "targets": [asdict(target) for target in make_targets(options.limit_s)],
-        "mixes": {"mixed": asdict(MIXED), "homogeneous": asdict(HOMOGENEOUS)},
+        "mixes": {"mixed": asdict(mixed), "homogeneous": asdict(homogeneous)},
         "requests": options.requests,
         "short_jobs_load": SHORT_JOBS_LOAD,
         "servers": {},
@@ -103,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def in_order(options: argparse.Namespace, round_number: int) -> list[Contender]:
     """Who has a turn when. The first round begins with the reference; every other is reversed."""
-    known = contenders(os.cpu_count() or 1, options.peers_python)
+    known = known_to(options)
     names = sorted(options.servers, key=lambda name: name != REFERENCE)
     return [known[name] for name in (names if round_number % 2 == 0 else reversed(names))]
 
@@ -151,8 +183,9 @@ async def _measure(
     is_last: bool,
 ) -> dict[str, Any]:
     """One turn of one server."""
-    trace = draw_trace(MIXED, TRACE_REQUESTS, options.seed)
-    homogeneous = draw_trace(HOMOGENEOUS, options.requests, options.seed)
+    mixed_mix, homogeneous_mix = mixes(options)
+    trace = draw_trace(mixed_mix, TRACE_REQUESTS, options.seed)
+    homogeneous = draw_trace(homogeneous_mix, options.requests, options.seed)
     gaps = draw_gaps(TRACE_REQUESTS, options.seed)
     async with open_session(Target(url)) as session:
         await scenarios.wait_until_serving(session, trace[0])
@@ -205,7 +238,7 @@ def _overload(
 async def _overloaded(
     url: str, knee_per_s: float, report: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    trace = draw_trace(MIXED, TRACE_REQUESTS, options.seed)
+    trace = draw_trace(mixes(options)[0], TRACE_REQUESTS, options.seed)
     gaps = draw_gaps(TRACE_REQUESTS, options.seed)
     unloaded = read_unloaded(report["unloaded"])
     async with open_session(Target(url)) as session:

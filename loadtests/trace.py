@@ -106,6 +106,12 @@ HOMOGENEOUS = Mix(
 MIXES = {"mixed": MIXED, "homogeneous": HOMOGENEOUS}
 
 
+def weigh_sizes(sizes: Sequence[str]) -> Weighted[str]:
+    """The first is the commonest, as in the mix itself."""
+    others = 0.4 / max(len(sizes) - 1, 1)
+    return tuple((size, others if index else 0.6) for index, size in enumerate(sizes))
+
+
 def draw_trace(mix: Mix, count: int, seed: int) -> tuple[TraceRequest, ...]:
     """Draw `count` requests. A longer trace begins with the shorter one of the same seed."""
     chance = random.Random(f"requests-{seed}")

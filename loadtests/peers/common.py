@@ -1,7 +1,7 @@
 """What all peers share: the small HTTP shape, and diffusers called as its documentation shows.
 
-Every peer gets what Stepserve gives its own model on a CPU: bfloat16, channels-last convolutions,
-inference mode, all cores in torch, and OpenMP threads that hardly spin while they wait.
+Every peer gets what Stepserve gives its own model: bfloat16, channels-last convolutions, inference
+mode, and on a CPU all cores in torch, and OpenMP threads that hardly spin while they wait.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class PeerSettings:
 
     port: int
     model: str
+    device: str
     threads: int
     workers: int
     replicas: int
@@ -73,6 +74,7 @@ class PeerSettings:
         return cls(
             port=int(os.environ.get("PEER_PORT", "8000")),
             model=os.environ.get("PEER_MODEL", "service/models/emoji"),
+            device=os.environ.get("PEER_DEVICE", "cpu"),
             threads=int(os.environ.get("PEER_THREADS", cores)),
             workers=int(os.environ.get("PEER_WORKERS", cores)),
             replicas=int(os.environ.get("PEER_REPLICAS", "1")),
@@ -90,6 +92,7 @@ def load_pipeline(settings: PeerSettings) -> Any:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
         settings.model, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
     )
+    pipeline.to(settings.device)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)

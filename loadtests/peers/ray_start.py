@@ -24,7 +24,9 @@ def model_options(settings: PeerSettings) -> dict[str, Any]:
     variables = {"OMP_NUM_THREADS": str(settings.threads)}
     kept = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     variables |= {name: os.environ[name] for name in kept if name in os.environ}
-    return {"ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": variables}}}
+    gpus = 1 if settings.device == "cuda" else 0
+    placement = {"num_cpus": 1, "num_gpus": gpus}
+    return {"ray_actor_options": placement | {"runtime_env": {"env_vars": variables}}}
 
 
 def run_until_stopped(application: Any, settings: PeerSettings) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -23,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 LOWEST_PRIORITY = 19
+SWITCH_INTERVAL_S = 20e-6
+"""How long the compiling thread may keep the interpreter's lock while others want it.
+
+The engine lets go of it in every operation of torch, hundreds of times in a forward, and gets it
+back after this long at the earliest. With Python's own 5 ms four requests of 20 steps took 18 s
+instead of one while the compiler was tracing; with 20 us, 3 s.
+"""
 
 
 class CompileState(StrEnum):
@@ -144,10 +153,8 @@ class BackgroundCompiler:
         # Beyond this number torch would quietly run eager code. Each thread has a limit of its own.
         torch._dynamo.config.recompile_limit = 2 * len(self._examples)
         try:
-            for example in self._examples:
-                self._check_not_stopped()
-                self._compile(example)
-                self.graphs_ready += 1
+            with _sharing_the_interpreter():
+                self._compile_all()
             self._check_not_stopped()
             self.state = CompileState.READY
             self._switch(self.run)
@@ -156,6 +163,12 @@ class BackgroundCompiler:
         finally:
             # They hold tensors.
             self._examples.clear()
+
+    def _compile_all(self) -> None:
+        for example in self._examples:
+            self._check_not_stopped()
+            self._compile(example)
+            self.graphs_ready += 1
 
     def _check_not_stopped(self) -> None:
         if self._stopping.is_set():
@@ -173,6 +186,17 @@ class BackgroundCompiler:
         if self.state is CompileState.READY:
             self._switch(self._eager)
         self.state = CompileState.FAILED
+
+
+@contextmanager
+def _sharing_the_interpreter() -> Iterator[None]:
+    """Have threads take turns more often, in all of this process."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual_s)
 
 
 def _step_back() -> None:

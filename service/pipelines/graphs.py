@@ -25,6 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from service.engine.coalesce import duplicate, tensors_in
 from service.engine.leaves import SIMPLE
 from service.pipelines.attach import parkable_methods
+from service.pipelines.compiling import SwitchableForward
 from service.pipelines.host_numbers import from_pinned
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ class GraphedForward:
 
     The first forward of a shape is eager, as it may be the only one; the second is recorded. What
     cannot be recorded (it looks at a number on the device, say) stays eager, and so does whatever
-    wants gradients or gets arguments that are more than tensors and plain values.
+    wants gradients or gets arguments that are more than tensors and plain values. Where the forward
+    may also run compiled code, each code has recordings of its own ("eager" is here what was there
+    before, whichever code it runs).
 
     Args:
         module: the resident module.
@@ -68,11 +71,12 @@ class GraphedForward:
 
     def __init__(self, module: torch.nn.Module, record: Recorder, most: int = MOST_GRAPHS) -> None:
         self.eager: Forward = module.forward
+        self._switch = self.eager if isinstance(self.eager, SwitchableForward) else None
         self._record = record
         self._most = most
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._seen: OrderedDict[Hashable, Seen] = OrderedDict()
-        functools.update_wrapper(self, self.eager)
+        functools.update_wrapper(self, self.eager, updated=())
         module.forward = self
 
     @property
@@ -90,7 +94,8 @@ class GraphedForward:
         leaves, structure = tree_flatten((args, kwargs))
         if torch.is_grad_enabled() or not all(map(_can_be_given, leaves)):
             return self.eager(*args, **kwargs)
-        shape = (str(structure), tuple(map(_describe, leaves)))
+        code = self._switch.in_use if self._switch else None
+        shape = (code, str(structure), tuple(map(_describe, leaves)))
         recording = self._recordings.get(shape)
         if recording is None and self._is_due(shape):
             recording = self._try_to_record(shape, leaves, structure)

@@ -43,9 +43,8 @@ def check_speed(speed: SpeedSettings, device: torch.device) -> None:
 
 
 def can_record(speed: SpeedSettings, device: torch.device) -> bool:
-    """Whether forwards may be CUDA graphs: at fixed addresses, and of eager code."""
-    wanted = speed.cuda_graphs and device.type == "cuda"
-    return wanted and speed.cpu_offload == "none" and not speed.compile
+    """Whether forwards may be CUDA graphs: modules must stay at fixed addresses."""
+    return speed.cuda_graphs and device.type == "cuda" and speed.cpu_offload == "none"
 
 
 def loading_arguments(speed: SpeedSettings, folder: Path) -> dict[str, Any]:

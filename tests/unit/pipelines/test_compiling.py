@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from service.pipelines.call_shapes import (
     shape_of,
 )
 from service.pipelines.compiling import (
+    SWITCH_INTERVAL_S,
     BackgroundCompiler,
     CompileState,
     SwitchableForward,
@@ -107,6 +109,22 @@ def test_after_the_switch_compiled_shapes_run_no_eager_code(small: Small) -> Non
     # A column of a wider tensor: another layout, the same shape.
     small(torch.ones(2, 8)[:, ::2])
     assert small.eager_calls == calls
+
+
+def test_who_compiles_lets_the_engine_have_the_interpreter(small: Small) -> None:
+    forward = SwitchableForward(small)
+    usual_s = sys.getswitchinterval()
+    while_compiling_s = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        while_compiling_s.append(sys.getswitchinterval())
+        return graph.forward
+
+    compiler = compiler_of(forward, small_examples(), backend)
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.READY
+    assert while_compiling_s == [pytest.approx(SWITCH_INTERVAL_S, rel=0.1)] * len(BUCKETS)
+    assert sys.getswitchinterval() == usual_s
 
 
 def test_a_shape_that_was_not_compiled_is_always_served_by_eager_code(small: Small) -> None:
