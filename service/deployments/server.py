@@ -41,7 +41,7 @@ from service.telemetry.log_sink import log_sink
 from service.telemetry.logs import FORMAT_VARIABLE, SINK_VARIABLE, resolved_format
 
 READY_TIMEOUT_S = 600.0
-READY_POLL_S = 0.1
+READY_POLL_S = 0.25
 FLUSH_S = 1.0
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4

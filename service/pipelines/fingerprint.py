@@ -22,7 +22,7 @@ def take_fingerprint(
     return Fingerprint(
         weights=hash_weights(folder),
         stepserve=__version__,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         diffusers=version("diffusers"),
         transformers=version("transformers"),
         device=device.type,
