@@ -140,7 +140,7 @@ async def run_scenarios(bench: Bench, options: argparse.Namespace) -> dict[str, 
     if "sweep" in options.scenarios:
         told["sweep"] = await scenarios.sweep(short, capacity_per_s)
     if wants_knee:
-        told["knee"] = await scenarios.knees(short, capacity_per_s)
+        told["knee"] = await scenarios.knees(bench, options.requests, capacity_per_s)
     if "overload" in options.scenarios:
         told["overload"] = await _overload(bench, told, options)
     return told

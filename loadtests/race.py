@@ -74,7 +74,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--openmp", choices=sorted(OPENMP), default="short-spin")
     parser.add_argument("--no-knees", action="store_true", help="throughput and latencies only")
     parser.add_argument("--knees-of", nargs="+", choices=known, default=known)
-    parser.add_argument("--knee-requests", type=int, default=120, help="of each run of a search")
+    parser.add_argument(
+        "--knee-requests", type=int, default=120, help="of each run of a search, at least"
+    )
     parser.add_argument(
         "--knee-targets", type=int, default=3, help="so many of them, the strictest first"
     )
@@ -210,8 +212,10 @@ async def _measure(
         if is_last and not options.no_knees and contender.name in options.knees_of:
             start = OUR_FIRST_RATE if contender.role == OURS else THEIR_FIRST_RATE
             sought = targets[: options.knee_targets]
-            short = replace(whole.first(options.knee_requests), targets=sought)
-            turn["knee"] = await scenarios.knees(short, capacity_per_s, start)
+            sought_by = replace(whole, targets=sought)
+            turn["knee"] = await scenarios.knees(
+                sought_by, options.knee_requests, capacity_per_s, start
+            )
     return turn
 
 

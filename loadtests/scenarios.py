@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ SWEEP_FACTORS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5, 2.0)
 GRID_RATIO = 1.1
 """Rates of a knee search are powers of this times the capacity: so exact is the knee."""
 
+LEAST_KNEE_RUN_S = 60.0
 GRID_LOWEST, GRID_HIGHEST = -25, 20
 GRID_START = -4
 CALM_BEFORE_S, OVERLOAD_S, CALM_AFTER_S = 20.0, 60.0, 60.0
@@ -257,12 +259,16 @@ async def sweep(
     return told
 
 
-async def knees(bench: Bench, capacity_per_s: float, start: int = GRID_START) -> dict[str, Any]:
+async def knees(
+    bench: Bench, requests: int, capacity_per_s: float, start: int = GRID_START
+) -> dict[str, Any]:
     """For each target, the highest Poisson rate at which enough requests are in time.
 
     Rates lie on a grid, and what was sent at one rate is judged by every target.
 
     Args:
+        bench: with a trace that is long enough for the highest rate.
+        requests: of each run, at least.
         capacity_per_s: the rate of index 0.
         start: the index that is tried first.
     """
@@ -270,7 +276,7 @@ async def knees(bench: Bench, capacity_per_s: float, start: int = GRID_START) ->
     for target in bench.targets:
 
         async def is_good(index: int, target: LatencyTarget = target) -> bool:
-            run = await _run_on_grid(bench, capacity_per_s, index)
+            run = await _run_on_grid(bench, requests, capacity_per_s, index)
             print(f"  {rate_at(capacity_per_s, index):.2f}/s: {run.in_time_share(target):.0%}")
             return run.is_good(target)
 
@@ -290,11 +296,17 @@ def rate_at(capacity_per_s: float, index: int) -> float:
     return float(capacity_per_s * GRID_RATIO**index)
 
 
-async def _run_on_grid(bench: Bench, capacity_per_s: float, index: int) -> Run:
+def long_enough(requests: int, rate_per_s: float) -> int:
+    """Requests of a run at this rate: a queue must have had time to make them late."""
+    return max(requests, math.ceil(rate_per_s * LEAST_KNEE_RUN_S))
+
+
+async def _run_on_grid(bench: Bench, requests: int, capacity_per_s: float, index: int) -> Run:
     if index not in bench.knee_runs:
         await settle(bench)
-        arrivals = arrivals_at(rate_at(capacity_per_s, index), bench.gaps)
-        run = await run_arrivals(bench, arrivals, stop_early=True)
+        rate_per_s = rate_at(capacity_per_s, index)
+        short = bench.first(long_enough(requests, rate_per_s))
+        run = await run_arrivals(short, arrivals_at(rate_per_s, short.gaps), stop_early=True)
         if achieved_share(run.outcomes) < LEAST_ACHIEVED:
             print("  VOID: the client fell behind")
         bench.knee_runs[index] = run
