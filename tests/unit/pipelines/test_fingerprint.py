@@ -99,7 +99,7 @@ class Reader(pickle.Unpickler):
 
 
 def test_who_is_told_of_a_model_needs_no_torch(tiny: LoadedModel) -> None:
-    """Torch's own version number is of a class of torch: importing it took each reader 3 seconds."""
+    """Torch's own version number is of a class of torch: to import it took each reader 3 s."""
     reader = Reader(pickle.dumps(tiny.capabilities))
     assert reader.load() == tiny.capabilities
     assert reader.packages == {"service"}
