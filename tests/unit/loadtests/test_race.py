@@ -1,0 +1,33 @@
+"""Who takes part in a race, and with what requests."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadtests.race import known_to, mixes, parse_options
+from loadtests.trace import HOMOGENEOUS, MIXED
+
+
+def test_by_default_all_race_on_the_cpu() -> None:
+    options = parse_options([])
+    assert len(options.servers) > 6
+    assert mixes(options) == (MIXED, HOMOGENEOUS)
+    devices = [known_to(options)[name].environment.get("PEER_DEVICE") for name in options.servers]
+    assert set(devices) == {None}
+
+
+def test_on_a_gpu_each_serves_the_model_that_was_named() -> None:
+    options = parse_options(["--cuda", "a-model", "--sizes", "512x512,768x768,384x384"])
+    taking_part = known_to(options)
+    assert options.servers == list(taking_part)
+    assert {"stepserve", "fastapi-lock", "ray-batch-keyed"} <= set(taking_part)
+    assert all("a-model" in entered.environment.values() for entered in taking_part.values())
+    mixed, homogeneous = mixes(options)
+    assert dict(mixed.sizes) == {"512x512": 0.6, "768x768": 0.2, "384x384": 0.2}
+    assert homogeneous.sizes == (("512x512", 1.0),)
+
+
+def test_who_is_not_made_for_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--cuda", "a-model", "--servers", "fastapi-lock", "bentoml"])
+    assert "not made for --cuda: bentoml" in capsys.readouterr().err
