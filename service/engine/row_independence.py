@@ -141,11 +141,12 @@ def companies(rows: Sequence[int], count: int) -> Iterator[list[int]]:
     """
     stride = next(s for s in range(count, count + len(rows) + 1) if _is_coprime(s, len(rows)))
     order = [index * stride % len(rows) for index in range(len(rows))]
+    smallest = min(rows, default=0)
     seen: set[int] = set()
     for turn, index in enumerate(order):
         if index in seen or rows[index] > count:
             continue
-        company = _fill_up(order[turn:] + order[:turn], rows, count)
+        company = _fill_up(order, turn, rows, count, smallest)
         seen.update(company)
         yield company
 
@@ -188,15 +189,18 @@ def _keep_bits_in(calls: Sequence[Call], alone: Sequence[Any], bucket_rows: int)
     return all(_keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
 
 
-def _fill_up(order: Sequence[int], rows: Sequence[int], count: int) -> list[int]:
-    """Calls in that order while they fit, again and again until no more do."""
+def _fill_up(
+    order: Sequence[int], turn: int, rows: Sequence[int], count: int, smallest: int
+) -> list[int]:
+    """Calls in that order from `turn` on, round and round, while any fits."""
     company: list[int] = []
     left = count
-    while left >= min(rows):
-        for index in order:
-            if rows[index] <= left:
-                company.append(index)
-                left -= rows[index]
+    while left >= smallest:
+        index = order[turn % len(order)]
+        turn += 1
+        if rows[index] <= left:
+            company.append(index)
+            left -= rows[index]
     return company
 
 
