@@ -111,7 +111,7 @@ def mixes(options: argparse.Namespace) -> tuple[Mix, Mix]:
 def main(arguments: list[str] | None = None) -> int:
     """Race, and write JSON after every turn, so that a race that is stopped is not lost."""
     options = parse_options(arguments)
-    mixed, homogeneous = mixes(options)
+    mixed, alike = mixes(options)
     report: dict[str, Any] = {
         "kind": "race",
         "facts": take_facts(),
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         "openmp": options.openmp,
         "reference": REFERENCE,
         "targets": [asdict(target) for target in make_targets(options.limit_s)],
-        "mixes": {"mixed": asdict(mixed), "homogeneous": asdict(homogeneous)},
+        "mixes": {"mixed": asdict(mixed), "homogeneous": asdict(alike)},
         "requests": options.requests,
         "short_jobs_load": SHORT_JOBS_LOAD,
         "servers": {},
@@ -185,9 +185,9 @@ async def _measure(
     is_last: bool,
 ) -> dict[str, Any]:
     """One turn of one server."""
-    mixed_mix, homogeneous_mix = mixes(options)
+    mixed_mix, alike_mix = mixes(options)
     trace = draw_trace(mixed_mix, TRACE_REQUESTS, options.seed)
-    homogeneous = draw_trace(homogeneous_mix, options.requests, options.seed)
+    alike_trace = draw_trace(alike_mix, options.requests, options.seed)
     gaps = draw_gaps(TRACE_REQUESTS, options.seed)
     async with open_session(Target(url)) as session:
         await scenarios.wait_until_serving(session, trace[0])
@@ -202,7 +202,7 @@ async def _measure(
         bench = whole.first(options.requests)
         await _warm_up(bench, options.in_flight)
         mixed = await scenarios.offline(bench, options.in_flight)
-        alike = await scenarios.offline(replace(bench, trace=homogeneous), options.in_flight)
+        alike = await scenarios.offline(replace(bench, trace=alike_trace), options.in_flight)
         rates = [f"{told['throughput_per_s']:.2f}/s" for told in (mixed, alike)]
         print(f"{rates[0]} mixed, {rates[1]} homogeneous", flush=True)
         capacity_per_s = report.setdefault("reference_capacity_per_s", mixed["throughput_per_s"])

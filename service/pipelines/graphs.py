@@ -60,8 +60,7 @@ class GraphedForward:
     The first forward of a shape is eager, as it may be the only one; the second is recorded. What
     cannot be recorded (it looks at a number on the device, say) stays eager, and so does whatever
     wants gradients or gets arguments that are more than tensors and plain values. Where the forward
-    may also run compiled code, each code has recordings of its own ("eager" is here what was there
-    before, whichever code it runs).
+    may also run compiled code, each code has recordings of its own.
 
     Args:
         module: the resident module.
@@ -70,13 +69,13 @@ class GraphedForward:
     """
 
     def __init__(self, module: torch.nn.Module, record: Recorder, most: int = MOST_GRAPHS) -> None:
-        self.eager: Forward = module.forward
-        self._switch = self.eager if isinstance(self.eager, SwitchableForward) else None
+        self._wrapped: Forward = module.forward
+        self._switch = self._wrapped if isinstance(self._wrapped, SwitchableForward) else None
         self._record = record
         self._most = most
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._seen: OrderedDict[Hashable, Seen] = OrderedDict()
-        functools.update_wrapper(self, self.eager, updated=())
+        functools.update_wrapper(self, self._wrapped, updated=())
         module.forward = self
 
     @property
@@ -93,14 +92,14 @@ class GraphedForward:
         """Replay the graph of this shape, or run eager code."""
         leaves, structure = tree_flatten((args, kwargs))
         if torch.is_grad_enabled() or not all(map(_can_be_given, leaves)):
-            return self.eager(*args, **kwargs)
+            return self._wrapped(*args, **kwargs)
         code = self._switch.in_use if self._switch else None
         shape = (code, str(structure), tuple(map(_describe, leaves)))
         recording = self._recordings.get(shape)
         if recording is None and self._is_due(shape):
             recording = self._try_to_record(shape, leaves, structure)
         if recording is None:
-            return self.eager(*args, **kwargs)
+            return self._wrapped(*args, **kwargs)
         self._recordings.move_to_end(shape)
         return recording.replay(leaves)
 
@@ -114,9 +113,9 @@ class GraphedForward:
         self, shape: Hashable, leaves: Sequence[Any], structure: TreeSpec
     ) -> Recording | None:
         try:
-            recording = self._record(self.eager, leaves, structure)
+            recording = self._record(self._wrapped, leaves, structure)
             args, kwargs = tree_unflatten(list(leaves), structure)
-            objection = _objection(self.eager(*args, **kwargs), recording.replay(leaves))
+            objection = _objection(self._wrapped(*args, **kwargs), recording.replay(leaves))
         except Exception as error:
             objection = f"{type(error).__name__}: {error}".splitlines()[0]
         if objection:
