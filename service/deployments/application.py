@@ -19,7 +19,7 @@ from service.deployments.applications import (
 )
 from service.deployments.autoscaling import autoscaling_config
 from service.deployments.exposure import needs_counter, read_access_keys
-from service.deployments.ingress import Ingress
+from service.deployments.ingress import OpenIngress, ProxiedIngress
 from service.deployments.replica import ModelReplica, ReplicaSpec
 from service.deployments.result_store import check_results, with_secret
 from service.deployments.router import router_config
@@ -45,8 +45,8 @@ MOST_STARTS = 3
 OPENMP_SPINS = "100000"
 
 
-def ingress_target(settings: Settings) -> serve.RunTarget:
-    """The application that answers HTTP.
+def ingress_target(settings: Settings, door: str | None = None) -> serve.RunTarget:
+    """The application that answers HTTP: at a door, or behind Ray Serve's proxies.
 
     Raises:
         KeysUnreadableError: the API keys are not written as they should be.
@@ -56,7 +56,7 @@ def ingress_target(settings: Settings) -> serve.RunTarget:
     settings = settings.model_copy(update={"results": with_secret(settings.results)})
     check_results(settings.results)
     ingress = serve.deployment(
-        Ingress,
+        ProxiedIngress if door is None else OpenIngress,
         name="ingress",
         num_replicas=settings.http.ingress_replicas,
         **OF_EVERY_DEPLOYMENT,
@@ -65,8 +65,12 @@ def ingress_target(settings: Settings) -> serve.RunTarget:
             "runtime_env": {"env_vars": dict(METRIC_VARIABLES)},
         },
     )
-    target = ingress.bind(settings, keys, _counter(settings, keys))
-    return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix="/")
+    counter = _counter(settings, keys)
+    if door is None:
+        target = ingress.bind(settings, keys, counter)
+        return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix="/")
+    target = ingress.bind(settings, keys, counter, door=door)
+    return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix=None)
 
 
 def model_target(model_id: str, settings: Settings) -> serve.RunTarget:

@@ -1,10 +1,16 @@
-"""The ingress: the FastAPI application of `api/` on Ray Serve."""
+"""The ingress: the FastAPI application of `api/` on Ray Serve.
+
+On a cluster Ray Serve's proxies hand it HTTP, from whichever node they are on. On one machine it
+answers HTTP itself, as a proxy took 10 ms of CPU time a request there.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from ray import serve
 
@@ -16,14 +22,18 @@ from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
 from service.api.usage import LocalUsage
 from service.config import Settings
+from service.deployments.door import borrow_door
 from service.deployments.observing import count_retries, observe
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.shared_usage import SharedUsage
 
+# As Ray Serve's proxies have it: clients that ask every now and then keep their connection.
+KEEP_ALIVE_S = 90
+
 
 @serve.ingress()
-class Ingress:
-    """Built on its replica: neither the app nor its state is pickled.
+class ProxiedIngress:
+    """Behind Ray Serve's proxies. Built on its replica: neither the app nor its state is pickled.
 
     Args:
         settings: everything that an operator may set.
@@ -32,25 +42,59 @@ class Ingress:
     """
 
     def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
-        self.settings = settings
-        self.observation = observe(settings.telemetry)
-        self.backend = RemoteBackend(count_retries())
-        usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
-        self.access = Access(keys, usage)
-        results = settings.results
-        self.store = open_store(results.address, results.expires_s, results.secret)
+        # The proxies add the id to every answer.
+        self.app = build_app(settings, keys, counter, echo_request_id=False)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        http = self.settings.http
-        api_settings = ApiSettings(
-            default_model=self.settings.default_model,
-            max_body_bytes=http.max_body_bytes,
-            request_timeout_s=http.request_timeout_s,
-            echo_request_id=False,
-            max_upload_bytes=http.max_upload_bytes,
-            cors_origins=http.cors_origins,
-            public_url=self.settings.results.public_url,
-            uploads=UploadLimits(**self.settings.uploads.model_dump()),
+        return self.app
+
+
+class OpenIngress:
+    """At the door of a local service, which its starter holds; built on its replica, as the other.
+
+    Args:
+        door: where to borrow the listening socket.
+    """
+
+    def __init__(
+        self, settings: Settings, keys: KeyRing, counter: Any = None, *, door: str
+    ) -> None:
+        app = build_app(settings, keys, counter, echo_request_id=True)
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
-        return create_app(self.backend, api_settings, self.store, self.access, self.observation)
+        # Ray Serve calls constructors inside the event loop that their replica's methods run in.
+        self.serving = asyncio.create_task(uvicorn.Server(config).serve([borrow_door(door)]))
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve every now and then; an ingress that has given up is replaced."""
+        if self.serving.done():
+            raise RuntimeError("HTTP is not served any more") from self.serving.exception()
+
+
+def build_app(settings: Settings, keys: KeyRing, counter: Any, *, echo_request_id: bool) -> FastAPI:
+    """The application, with everything that it needs of this process."""
+    observation = observe(settings.telemetry)
+    backend = RemoteBackend(count_retries())
+    usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
+    results = settings.results
+    store = open_store(results.address, results.expires_s, results.secret)
+    http = settings.http
+    api_settings = ApiSettings(
+        default_model=settings.default_model,
+        max_body_bytes=http.max_body_bytes,
+        request_timeout_s=http.request_timeout_s,
+        echo_request_id=echo_request_id,
+        max_upload_bytes=http.max_upload_bytes,
+        cors_origins=http.cors_origins,
+        public_url=results.public_url,
+        uploads=UploadLimits(**settings.uploads.model_dump()),
+    )
+    return create_app(backend, api_settings, store, Access(keys, usage), observation)

@@ -162,6 +162,8 @@ class ModelWatch:
         while True:
             if watched.listed.failure:
                 watched.note(ready=False, detail=watched.listed.failure)
+                # Replicas of before may be at work, and want to hear of whoever waits for them.
+                await self._ask_once(model_id)
             elif watched.listed.asleep:
                 # Not asked: it would wake up.
                 watched.note(ready=watched.status.is_known, detail=_asleep(watched.status))
@@ -172,15 +174,18 @@ class ModelWatch:
 
     async def _answers(self, model_id: str, watched: Watched) -> bool:
         """Whether there is anybody who answers."""
-        try:
-            status = await asyncio.wait_for(self._ask(model_id), PROBE_TIMEOUT_S)
-        except (TimeoutError, RayError, RayServeException):
-            status = None
+        status = await self._ask_once(model_id)
         if status is None:
             watched.note_silence()
             return False
         watched.hear(status)
         return True
+
+    async def _ask_once(self, model_id: str) -> ModelStatus | None:
+        try:
+            return await asyncio.wait_for(self._ask(model_id), PROBE_TIMEOUT_S)
+        except (TimeoutError, RayError, RayServeException):
+            return None
 
 
 def _asleep(status: ModelStatus) -> str:

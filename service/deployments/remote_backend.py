@@ -21,7 +21,6 @@ from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
 
-SIGN_OF_LIFE_PERIOD_S = 1.0
 # Answered from memory between two awaits; a replica that takes longer is as good as gone.
 ASK_TIMEOUT_S = 5.0
 
@@ -43,7 +42,6 @@ class RemoteBackend:
     async def start(self) -> None:
         """Begin to watch the models."""
         await self._watch.start()
-        self._signs_of_life = asyncio.create_task(self._show_signs_of_life())
 
     async def models(self) -> Sequence[ModelStatus]:
         """The latest status of every model."""
@@ -137,20 +135,12 @@ class RemoteBackend:
         return self._handles[model_id]
 
     async def _status(self, model_id: str) -> ModelStatus | None:
-        """How a model is: if any of its replicas takes requests, it does."""
-        told: list[ModelStatus] = await self._ask_replicas(model_id, "status")
-        return max(told, key=lambda status: status.ready, default=None)
+        """How a model is: if any of its replicas takes requests, it does.
 
-    async def _show_signs_of_life(self) -> None:
-        """Replicas give up what an ingress asked for that is not heard from."""
-        while True:
-            await asyncio.gather(
-                *(
-                    self._ask_replicas(model_id, "hear_from", self._id)
-                    for model_id in self._model_ids()
-                )
-            )
-            await asyncio.sleep(SIGN_OF_LIFE_PERIOD_S)
+        To be asked is a sign of life: replicas give up what a silent ingress asked for.
+        """
+        told: list[ModelStatus] = await self._ask_replicas(model_id, "status", self._id)
+        return max(told, key=lambda status: status.ready, default=None)
 
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
         """The answers of all replicas of all models: only they know which requests they have."""

@@ -88,8 +88,13 @@ class ModelReplica:
             Flusher(trim, TRIM_INTERVAL_S, "heap").start()
         Watchdog(spec.settings.engine.stuck_after_s).start()
 
-    async def status(self) -> ModelStatus:
-        """What the model can do, and whether it takes requests. Answered once it is warm."""
+    async def status(self, caller: str = "") -> ModelStatus:
+        """What the model can do, and whether it takes requests. Answered once it is warm.
+
+        An ingress asks every second: so it is known to be there, and to wait for what it asked for.
+        """
+        if caller:
+            self.callers.hear(caller)
         if self._failure:
             return unknown_status(self.spec.model_id, self._failure)
         capabilities = replace(self.runner.capabilities(), load_s=round(self.load_s, 1))
@@ -137,10 +142,6 @@ class ModelReplica:
             self.callers.end(request.id)
             self._orphaned.discard(request.id)
             self.desk.give_up(request.id)
-
-    async def hear_from(self, caller: str) -> None:
-        """An ingress is there, and waits for what it asked for."""
-        self.callers.hear(caller)
 
     async def progress(self, request_id: str) -> Progress | None:
         """Where a request stands, or None if this replica does not know it."""

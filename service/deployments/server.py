@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
@@ -34,6 +33,7 @@ from service.deployments.applications import (
     model_application,
     model_handle,
 )
+from service.deployments.door import held_door
 from service.deployments.exposure import check_exposure
 from service.domain.errors import StepserveError
 from service.models.catalogue import ModelNotFoundError, model_folder
@@ -42,16 +42,30 @@ from service.telemetry.logs import FORMAT_VARIABLE, SINK_VARIABLE, resolved_form
 
 READY_TIMEOUT_S = 600.0
 READY_POLL_S = 0.25
+# Before there is an ingress, connections wait for one.
+READY_ANSWER_S = 2.0
 FLUSH_S = 1.0
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4
-# On one machine Ray's processes share the cores with the model. With 0.1 s for the controller (Ray
-# Serve's own) and metrics every 2 s they take 10 % of two cores at rest, with these 7 %.
+# On one machine Ray's processes share the cores with the model. Much of what they do is for clusters
+# of many nodes and tasks: at rest it took 9 % of two cores, and takes 5 % with these.
 OF_A_LOCAL_CLUSTER = {
     # Its control ports listen for local processes only.
     "RAY_AUTH_MODE": "disabled",
+    # Nobody reads what its monitor of log files publishes: lines come through a socket.
+    "LOG_NAME_UPDATE_INTERVAL_S": "86400",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    # Ray Serve records no events of its tasks.
+    "RAY_task_events_report_interval_ms": "0",
+    # There are as many workers as there are actors.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_event_stats": "0",
+    "RAY_memory_monitor_refresh_ms": "1000",
     "RAY_metrics_report_interval_ms": "5000",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "REPORTER_UPDATE_INTERVAL_MS": "30000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - to be replaced, not bound
@@ -88,14 +102,14 @@ def serve_until_stopped(
         OpenToAllError: other machines could use it without an API key, and nobody said they may.
         KeysUnreadableError: the API keys are not written as they should be.
         StoreUnusableError: results cannot be kept where the settings say.
-        StartError: the address is taken, no model could be loaded, or none was ready in time.
+        AddressTakenError: the service cannot listen at its address.
+        StartError: no model could be loaded, or none was ready in time.
     """
     check_exposure(settings)
     check_folders(settings)
-    ingress = ingress_target(settings)
-    check_address(settings.http.host, settings.http.port)
-    tell(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
-    with _signals() as signals, _logs_come_here(settings):
+    with _door(settings) as door, _signals() as signals, _logs_come_here(settings):
+        ingress = ingress_target(settings, door)
+        tell(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
         start_ray(settings)
         try:
             # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
@@ -129,28 +143,20 @@ def check_folders(settings: Settings) -> None:
         raise errors[0]
 
 
-def check_address(host: str, port: int) -> None:
-    """Return if the address is free. Ray would share it with another service of ours, unasked.
-
-    Raises:
-        StartError: somebody listens there, or it is no address of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
+def joins_cluster() -> bool:
+    """Whether the service joins a cluster that somebody else started, instead of one of its own."""
+    return "RAY_ADDRESS" in os.environ
 
 
 def start_ray(settings: Settings) -> None:
     """Start a local Ray, or join the cluster that `RAY_ADDRESS` names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if "RAY_ADDRESS" in os.environ:
+    logging_config = LoggingConfig(enable_access_log=False)
+    if joins_cluster():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        http = HTTPOptions(host=settings.http.host, port=settings.http.port)
+        serve.start(http_options=http, logging_config=logging_config)
     else:
         for name, value in OF_A_LOCAL_CLUSTER.items():
             os.environ.setdefault(name, value)
@@ -161,8 +167,7 @@ def start_ray(settings: Settings) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    http = HTTPOptions(host=settings.http.host, port=settings.http.port)
-    serve.start(http_options=http, logging_config=LoggingConfig(enable_access_log=False))
+        serve.start(proxy_location=ProxyLocation.Disabled, logging_config=logging_config)
 
 
 def deploy(targets: Sequence[serve.RunTarget]) -> None:
@@ -205,7 +210,8 @@ def wait_until_ready(settings: Settings, stopped: threading.Event, tell: Tell) -
     """
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     starting = Starting(settings.models)
-    with httpx.Client(base_url=base_url(settings), timeout=5, trust_env=False) as client:
+    url = base_url(settings)
+    with httpx.Client(base_url=url, timeout=READY_ANSWER_S, trust_env=False) as client:
         while not stopped.wait(READY_POLL_S):
             failures = starting.failures()
             if len(failures) == len(settings.models):
@@ -264,13 +270,13 @@ def drain(settings: Settings) -> None:
     for model_id, model in settings.models.items():
         left_s = max(began_s + model.engine.drain_s + FLUSH_S - time.monotonic(), FLUSH_S)
         replies[model_id].results(timeout_s=left_s, return_exceptions=True)
-    # The last answers are on their way through ingress and proxy.
+    # The last answers are on their way through the ingress.
     time.sleep(FLUSH_S)
 
 
 def stop_ray() -> None:
     """Take the application off a cluster that was joined, and leave Ray or end the local one."""
-    if "RAY_ADDRESS" in os.environ:
+    if joins_cluster():
         for name in applications():
             if name == INGRESS_APPLICATION or name.startswith(MODEL_PREFIX):
                 serve.delete(name)
@@ -318,9 +324,20 @@ def _reload(settings: Settings, read_settings: Callable[[], Settings], tell: Tel
 
 
 @contextmanager
+def _door(settings: Settings) -> Iterator[str | None]:
+    """Where the ingress borrows its listening socket; None if Ray Serve's proxies are to listen."""
+    with held_door(settings.http.host, settings.http.port) as door:
+        if not joins_cluster():
+            yield door
+            return
+    # The address was free. Ray would share it with another service of ours, unasked.
+    yield None
+
+
+@contextmanager
 def _logs_come_here(settings: Settings) -> Iterator[None]:
     """Let the processes of a local service log to this one's stderr."""
-    if "RAY_ADDRESS" in os.environ:
+    if joins_cluster():
         yield
         return
     with log_sink(sys.stderr) as path:

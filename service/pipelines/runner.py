@@ -142,6 +142,8 @@ class PipelineRunner:
         sharing: SharingOptions = DEFAULT_SHARING,
     ) -> None:
         self.model = model
+        # Diffusers walks through all modules to tell.
+        self._device = model.pipeline.device
         # Graphs are not made for inference mode.
         compiled = model.denoiser_forward is not None
         options = options or EngineOptions()
@@ -218,7 +220,7 @@ class PipelineRunner:
 
     def memory_bytes(self) -> dict[str, int]:
         """Memory that the model's device holds, by kind."""
-        return memory_bytes(self.model.pipeline.device)
+        return memory_bytes(self._device)
 
     def cancel(self, request_id: str) -> None:
         """End a request at its next park."""
@@ -235,7 +237,7 @@ class PipelineRunner:
 
     def _settle_plan(self) -> None:
         # Here, as it is the engine thread's own number that counts.
-        device = self.model.pipeline.device
+        device = self._device
         self._threads = torch.get_num_threads() if device.type == "cpu" else 0
         self.engine.batcher.start_timing = timing_for(device)
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
@@ -269,7 +271,7 @@ class PipelineRunner:
     def _adjust_calls(self, trial: Trial) -> None:
         """Give calls the rows that keep their bits, where these are not the same for all."""
         pipeline, batcher = self.model.pipeline, self.engine.batcher
-        if pipeline.device.type != "cpu":
+        if self._device.type != "cpu":
             self.size_rules = SizeRules(lambda: self.engine.row_limit, self._sharing.fixed_rows)
             batcher.adjust = self.size_rules
         # A plan that was given is to be kept to, untried.

@@ -1,0 +1,91 @@
+"""The socket that outlives the processes which answer at it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from service.deployments.door import AddressTakenError, borrow_door, held_door
+
+HOST = "127.0.0.1"
+GREETER = """
+import sys
+from service.deployments.door import borrow_door
+connection, _ = borrow_door(sys.argv[1]).accept()
+connection.sendall(sys.argv[2].encode())
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def greet(door: str, words: str) -> None:
+    """From a process of its own, which ends after one connection."""
+    subprocess.run([sys.executable, "-c", GREETER, door, words], check=True, timeout=60)
+
+
+def test_whoever_connects_before_there_is_anybody_is_answered_by_who_comes() -> None:
+    port = free_port()
+    with (
+        held_door(HOST, port) as door,
+        socket.create_connection((HOST, port), timeout=60) as early,
+    ):
+        greet(door, "welcome")
+        assert early.recv(100) == b"welcome"
+
+
+def test_the_queue_outlives_one_that_took_from_it() -> None:
+    port = free_port()
+    with held_door(HOST, port) as door:
+        with socket.create_connection((HOST, port), timeout=60) as first:
+            greet(door, "one")
+            assert first.recv(100) == b"one"
+        with socket.create_connection((HOST, port), timeout=60) as second:
+            greet(door, "two")
+            assert second.recv(100) == b"two"
+
+
+def test_several_take_turns() -> None:
+    port = free_port()
+    with held_door(HOST, port) as door, borrow_door(door) as one, borrow_door(door) as other:
+        for taker in (one, other, one):
+            with socket.create_connection((HOST, port), timeout=5) as client:
+                taker.settimeout(5)
+                connection, address = taker.accept()
+                with connection:
+                    assert address == client.getsockname()
+
+
+def test_a_borrower_that_leaves_at_once_does_not_keep_it_from_others() -> None:
+    with held_door(HOST, free_port()) as door:
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hasty:
+                hasty.connect(door)
+        borrow_door(door).close()
+
+
+def test_an_address_belongs_to_one_service() -> None:
+    port = free_port()
+    with held_door(HOST, port):
+        with pytest.raises(AddressTakenError, match=f"cannot listen on {HOST} port {port}"):
+            held_door(HOST, port).__enter__()
+    with held_door(HOST, port) as door:
+        assert door
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(AddressTakenError, match=r"cannot listen on 192\.0\.2\.1 port 8000"):
+        held_door("192.0.2.1", 8000).__enter__()
+
+
+def test_nothing_is_lent_once_the_service_has_stopped() -> None:
+    with held_door(HOST, free_port()) as door:
+        pass
+    with pytest.raises(OSError, match="No such file"):
+        borrow_door(door)
