@@ -47,8 +47,8 @@ READY_ANSWER_S = 2.0
 FLUSH_S = 1.0
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4
-# On one machine Ray's processes share the cores with the model. Much of what they do is for clusters
-# of many nodes and tasks: at rest it took 9 % of two cores, and takes 5 % with these.
+# On one machine Ray's processes share the cores with the model. Much of what they do is for large
+# clusters: at rest the service took 9 % of two cores, and takes 5 % with these.
 OF_A_LOCAL_CLUSTER = {
     # Its control ports listen for local processes only.
     "RAY_AUTH_MODE": "disabled",

@@ -72,11 +72,13 @@ def test_a_borrower_that_leaves_at_once_does_not_keep_it_from_others() -> None:
 
 def test_an_address_belongs_to_one_service() -> None:
     port = free_port()
-    with held_door(HOST, port):
-        with pytest.raises(AddressTakenError, match=f"cannot listen on {HOST} port {port}"):
-            held_door(HOST, port).__enter__()
+    with (
+        held_door(HOST, port),
+        pytest.raises(AddressTakenError, match=f"cannot listen on {HOST} port {port}"),
+    ):
+        held_door(HOST, port).__enter__()
     with held_door(HOST, port) as door:
-        assert door
+        borrow_door(door).close()
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
