@@ -78,8 +78,6 @@ PARTS = (
 )
 # An engine's thread, and the roots of pipelines' own stacks on it.
 ENGINE = ("service/engine/engine.py", "service/engine/track.py", "pipelines/adapters.py")
-# Engine threads step back behind all others.
-NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -226,15 +224,16 @@ def spies_s() -> float:
 
 def engine_s(processes: Mapping[psutil.Process, str]) -> dict[int, float]:
     """CPU seconds that the engine thread of each replica has used, by process id."""
-    return {
-        process.pid: sum(
-            thread.user_time + thread.system_time
-            for thread in process.threads()
-            if os.getpriority(os.PRIO_PROCESS, thread.id) >= NICENESS
-        )
-        for process, role in processes.items()
-        if role == REPLICA
-    }
+    return {p.pid: _nicest_s(p) for p, role in processes.items() if role == REPLICA}
+
+
+def _nicest_s(process: psutil.Process) -> float:
+    """CPU seconds of the threads that step back behind all others, as engines do."""
+    used_s: Counter[int] = Counter()
+    for thread in process.threads():
+        niceness = os.getpriority(os.PRIO_PROCESS, thread.id)
+        used_s[niceness] += thread.user_time + thread.system_time
+    return used_s[max(used_s)]
 
 
 def sample(

@@ -21,7 +21,6 @@ import psutil
 GENERATIONS = "/v1/images/generations"
 REPLICA, INGRESS = "model-emoji", "ingress"
 PATIENCE_S = 120.0
-NICENESS = 10
 PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
 STOPPED_S, RUNNING_S = 0.4, 0.1
 
@@ -186,9 +185,12 @@ def wait(until: Callable[[], bool], complaint: str) -> None:
 
 def hang_engine(replica: psutil.Process) -> None:
     """Stop its engine thread alone, as a debugger would; it ends with the process."""
-    threads = [t for t in replica.threads() if os.getpriority(os.PRIO_PROCESS, t.id) >= NICENESS]
-    # The busiest of those that step back behind the others.
-    stop_threads([int(max(threads, key=lambda thread: thread.user_time).id)])
+    # The busiest of those that step back furthest behind the others.
+    engine = max(
+        replica.threads(),
+        key=lambda thread: (os.getpriority(os.PRIO_PROCESS, thread.id), thread.user_time),
+    )
+    stop_threads([int(engine.id)])
 
 
 def hang_process(replica: psutil.Process) -> None:
