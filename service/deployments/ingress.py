@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -43,11 +44,11 @@ class ProxiedIngress:
 
     def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
         # The proxies add the id to every answer.
-        self.app = build_app(settings, keys, counter, echo_request_id=False)
+        self.build = partial(build_app, settings, keys, counter, echo_request_id=False)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return self.app
+        return self.build()
 
 
 class OpenIngress:
