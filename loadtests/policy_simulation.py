@@ -95,9 +95,9 @@ def forward_s(size: str, rows: int) -> float:
 class Simulation:
     """One device, one policy. `run` gives the latency of each request."""
 
-    def __init__(self, policy: Policy, max_active_rows: int = 2 * MAX_ROWS) -> None:
+    def __init__(self, policy: Policy, max_rows: int = MAX_ROWS) -> None:
         self.policy = policy
-        self.max_active_rows = max_active_rows
+        self.max_rows = max_rows
         self.now_s = 0.0
         self.queued: list[tuple[int, Request]] = []
         self.parked: dict[int, Parked] = {}
@@ -125,8 +125,8 @@ class Simulation:
     def _start_queued(self) -> None:
         while self.queued:
             line = {_as_queued(number, request): request for number, request in self.queued}
-            running = [Running(item.call.rows) for item in self.parked.values()]
-            first = next_to_start(list(line), running, self.max_active_rows, self.policy)
+            running = [_as_running(item) for item in self.parked.values()]
+            first = next_to_start(list(line), running, self.max_rows, self.policy)
             if first is None:
                 return
             request = line[first]
@@ -233,7 +233,11 @@ def _choose(chance: random.Random, shares: Mapping[Choice, float]) -> Choice:
 
 
 def _as_queued(number: int, request: Request) -> Queued:
-    return Queued(number, request.rows, request.arrival_s, request.alone_s)
+    return Queued(number, request.rows, request.arrival_s, request.alone_s, kind=KEYS[request.size])
+
+
+def _as_running(parked: Parked) -> Running:
+    return Running(parked.call.rows, kind=parked.call.key)
 
 
 def _key(size: str) -> CallKey:

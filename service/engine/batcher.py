@@ -93,9 +93,10 @@ class Batcher:
     """Steps many tracks forward, one shared forward at a time.
 
     Args:
-        max_active_rows: tracks are started while their denoiser rows fit, so that every started
-            track can take part in every step; later ones wait their turn. One that is larger than
-            that is started alone. See `policy` for when rows of less urgent tracks do not count.
+        max_active_rows: tracks are started while their denoiser rows fit beside those of their
+            kind, so that every started one can take part in every step of it; later ones wait their
+            turn. One that is larger than that is started alone. See `policy` for how many rows all
+            kinds have together, and for when rows of less urgent tracks do not count.
         cost: learns what forwards take.
         clock: seconds, monotonic.
         on_ended: hears of each track once, after its listener did.
@@ -220,7 +221,7 @@ class Batcher:
         """The queued track that is next in line, if there is room for it."""
         if not self.queued or (self.one_at_a_time and self.active):
             return None
-        running = [Running(other.rows_ahead, other.work.priority) for other in self.active]
+        running = [_as_running(other) for other in self.active]
         if not self._room_for_any(running):
             return None
         line = {self.outlook.as_queued(track): track for track in self.queued}
@@ -229,7 +230,7 @@ class Batcher:
 
     def _room_for_any(self, running: Sequence[Running]) -> bool:
         """Asked at every tick, and at saturation there is none: so when each is due comes later."""
-        sizes = {Running(track.rows_ahead, track.work.priority) for track in self.queued}
+        sizes = {_as_running(track) for track in self.queued}
         return any(self._policy.has_room(size, running, self.max_active_rows) for size in sizes)
 
     def _decide(self) -> list[Track]:
@@ -440,6 +441,10 @@ class Batcher:
             self.outlook.track_ended(track, now_s)
             self._on_ended(track)
             self.observer.work_ended(_ending(track, now_s))
+
+
+def _as_running(track: Track) -> Running:
+    return Running(track.rows_ahead, track.work.priority, track.kind)
 
 
 def _in_batch(track: Track) -> RequestInBatch:

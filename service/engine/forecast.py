@@ -54,10 +54,16 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """What forwards cost, how many rows fit, and whether groups go on one after another."""
+    """What forwards cost, how many rows fit, and whether groups go on one after another.
+
+    Args:
+        max_group_rows: rows of one group at work, as far as there are several jobs in it.
+        max_active_rows: rows of all groups at work, as far as there are several jobs.
+    """
 
     cost_of: ForwardCost
     limit_of: RowLimit
+    max_group_rows: int
     max_active_rows: int
     in_turns: bool = False
 
@@ -167,14 +173,17 @@ class _Forecast:
         self.jobs, self.device = jobs, device
         self.now_s = 0.0
         self.active_rows = 0
+        self.rows_of: dict[Hashable, int] = {}
         self.groups: dict[Hashable, Group] = {}
         self.finished_s = [math.nan] * len(jobs)
         queued = [number for number, job in enumerate(jobs) if not job.started]
-        self.waiting = sorted(queued, key=lambda number: jobs[number].rank, reverse=True)
         coming = [number for number in queued if jobs[number].arrives_s > 0]
         self.coming = sorted(coming, key=lambda number: jobs[number].arrives_s, reverse=True)
-        if coming:
-            self.waiting = [number for number in self.waiting if jobs[number].arrives_s <= 0]
+        # By group, the next to be started last.
+        self.waiting: dict[Hashable, list[int]] = {}
+        for number in sorted(queued, key=lambda number: jobs[number].rank, reverse=True):
+            if jobs[number].arrives_s <= 0:
+                self.waiting.setdefault(jobs[number].group, []).append(number)
 
     def run(self) -> list[float]:
         for number, job in enumerate(self.jobs):
@@ -192,19 +201,33 @@ class _Forecast:
 
     def _start(self, number: int) -> None:
         job = self.jobs[number]
-        self.active_rows += job.rows
+        self._take_rows(job, job.rows)
         group = self.groups.get(job.group)
         if group is None:
             group = self.groups[job.group] = Group(job.shape, self.device)
         group.add(number, job)
 
+    def _take_rows(self, job: Job, rows: int) -> None:
+        self.active_rows += rows
+        self.rows_of[job.group] = self.rows_of.get(job.group, 0) + rows
+
     def _start_waiting(self) -> None:
-        limit = self.device.max_active_rows
-        while self.waiting:
-            rows = self.jobs[self.waiting[-1]].rows
+        limit, group_limit = self.device.max_active_rows, self.device.max_group_rows
+        heads = {group: line[-1] for group, line in self.waiting.items()}
+        while heads:
+            group, number = min(heads.items(), key=lambda head: self.jobs[head[1]].rank)
+            rows = self.jobs[number].rows
             if self.active_rows and self.active_rows + rows > limit:
                 return
-            self._start(self.waiting.pop())
+            of_group = self.rows_of.get(group, 0)
+            if of_group and of_group + rows > group_limit:
+                del heads[group]
+                continue
+            self._start(self.waiting[group].pop())
+            if self.waiting[group]:
+                heads[group] = self.waiting[group][-1]
+            else:
+                del self.waiting[group], heads[group]
 
     def _go_on(self) -> None:
         """Go on to the moment when the next job ends, or the next one comes."""
@@ -242,14 +265,14 @@ class _Forecast:
         if not group.ends:
             del self.groups[key]
         job = self.jobs[number]
-        self.active_rows -= job.rows
+        self._take_rows(job, -job.rows)
         self.now_s += job.other_s
         self.finished_s[number] = self.now_s
 
     def _let_in(self, number: int) -> None:
-        rank = self.jobs[number].rank
-        place = sum(self.jobs[other].rank > rank for other in self.waiting)
-        self.waiting.insert(place, number)
+        job = self.jobs[number]
+        line = self.waiting.setdefault(job.group, [])
+        line.insert(sum(self.jobs[other].rank > job.rank for other in line), number)
 
 
 class _InTurns(_Forecast):
@@ -276,7 +299,7 @@ class _InTurns(_Forecast):
         return bool(self.active)
 
     def _start(self, number: int) -> None:
-        self.active_rows += self.jobs[number].rows
+        self._take_rows(self.jobs[number], self.jobs[number].rows)
         self.active.append(number)
 
     def _go_on(self) -> None:
@@ -342,6 +365,6 @@ class _InTurns(_Forecast):
         for number in chosen:
             if self.left[number] <= ENDED:
                 self.active.remove(number)
-                self.active_rows -= self.jobs[number].rows
+                self._take_rows(self.jobs[number], -self.jobs[number].rows)
                 self.now_s += self.jobs[number].other_s
                 self.finished_s[number] = self.now_s

@@ -47,7 +47,7 @@ UNKNOWN = StepShape(None, 1)
 
 @dataclass(frozen=True)
 class Room:
-    """How many rows may be at work: those of one request only, where requests cannot share."""
+    """How many rows of a kind may be at work: of one request only, where requests cannot share."""
 
     max_active_rows: int
     one_at_a_time: bool = False
@@ -111,6 +111,7 @@ class Outlook:
             run_s,
             work.priority,
             latest_start_s(track, run_s),
+            track.kind,
         )
 
     def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> Prospect:
@@ -121,7 +122,10 @@ class Outlook:
         device = Device(
             cost_of=self._forward_s,
             limit_of=limits.__getitem__,
-            max_active_rows=0 if room.one_at_a_time else room.max_active_rows,
+            max_group_rows=0 if room.one_at_a_time else room.max_active_rows,
+            max_active_rows=0
+            if room.one_at_a_time
+            else policy.kinds_at_work * room.max_active_rows,
             # Before anything was learned, all are taken for equally long.
             in_turns=policy.in_turns and UNKNOWN.shape not in limits,
         )

@@ -36,10 +36,13 @@ is due then, though never before `since_s`. What is due first goes first:
 Under both, a queued request is due in the same way, from when it was submitted and with the seconds
 of all its steps. It is started while its rows fit beside those that running requests of at least
 its priority will still take; the rows of lower ones it may take. They stay parked, and go on later
-exactly where they stood. Behind one that does not fit yet, only requests of higher priority are
-started, and only while they leave it its rows: so neither do the old block the urgent, nor the
-urgent starve them. A short request is started before long ones that were submitted a little
-earlier.
+exactly where they stood. Rows count among requests of its kind, which it can share forwards with:
+others neither fill nor lengthen these. So each kind gets large forwards on a mixed load; but all
+together have at most `KINDS_AT_WORK` forwards' rows, as each at work gets a step now and then and
+what is started need not wait for the rest. Behind one that does not fit yet, only requests of
+higher priority (or of another kind, where it is the rows of its own that it waits for) are started,
+and only while they leave it its rows: so neither do the old block the urgent, nor the urgent starve
+them. A short request is started before long ones that were submitted a little earlier.
 
 Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
 a forward with its key, F the longest forward and A the number of tracks at work; let H be `HOLD`
@@ -61,8 +64,10 @@ something else blocks all behind it. Priorities and deadlines are not heeded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter
@@ -94,6 +99,8 @@ CLEARLY = 2.0
 # A front costs no more than this share of the forward; and where it costs nothing, nothing is known
 # of what sharing spares, as the cost model has seen one row count.
 LEAST_LOST, MOST_LOST = 0.01, 0.2
+# Rows at work in all, over those of one kind.
+KINDS_AT_WORK = 3
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,10 @@ class Parked:
 
 
 class Queued(NamedTuple):
-    """A request that was not started yet. `run_s` is what its steps should take."""
+    """A request that was not started yet. `run_s` is what its steps should take.
+
+    Requests of equal `kind` can share forwards.
+    """
 
     arrival: int
     rows: int
@@ -136,6 +146,7 @@ class Queued(NamedTuple):
     run_s: float
     priority: int = Priority.NORMAL
     latest_start_s: float = math.inf
+    kind: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -144,10 +155,19 @@ class Running:
 
     Args:
         rows: the most that it will still take at a step.
+        kind: requests of equal kind can share forwards.
     """
 
     rows: int
     priority: int = Priority.NORMAL
+    kind: Hashable = None
+
+
+class Lacking(Enum):
+    """What a request waits for that cannot be started yet."""
+
+    ROWS_OF_ITS_KIND = "rows of its kind"
+    ROWS_IN_ALL = "rows in all"
 
 
 def method_limit(call: Call) -> int:
@@ -294,28 +314,35 @@ def request_due_s(queued: Queued) -> float:
 def next_to_start(
     queued: Sequence[Queued], running: Sequence[Running], max_rows: int, policy: Policy
 ) -> Queued | None:
-    """The queued request to be started now, if there is room for any."""
-    line, free_rows = list(queued), max_rows
+    """The queued request to be started now, if there is room for any.
+
+    Args:
+        max_rows: of a forward.
+    """
+    line = list(queued)
+    of_kind: dict[Hashable, int] = defaultdict(lambda: max_rows)
+    in_all = policy.kinds_at_work * max_rows
     while line:
         head = min(line, key=policy.rank)
-        if policy.has_room(head, running, free_rows):
+        lacking = policy.lacking(head, running, of_kind[head.kind], in_all)
+        if lacking is None:
             return head
         # What is kept for it.
-        free_rows = max(free_rows - head.rows, 0)
-        line = [item for item in line if item.priority < head.priority]
+        of_kind[head.kind] = max(of_kind[head.kind] - head.rows, 0)
+        line = [item for item in line if _may_pass(item, head, lacking)]
+        if lacking is Lacking.ROWS_IN_ALL:
+            in_all = max(in_all - head.rows, 0)
     return None
 
 
-def room_beside_urgent(queued: Queued | Running, running: Iterable[Running], max_rows: int) -> bool:
-    """Whether its rows fit beside those of running requests that are at least as urgent."""
-    rows = [item.rows for item in running if item.priority <= queued.priority]
-    return not rows or sum(rows) + queued.rows <= max_rows
+def as_urgent(queued: Queued | Running, running: Iterable[Running]) -> Iterable[Running]:
+    """Running requests that are at least as urgent."""
+    return [item for item in running if item.priority <= queued.priority]
 
 
-def room_beside_all(queued: Queued | Running, running: Iterable[Running], max_rows: int) -> bool:
-    """Whether its rows fit beside those of all running requests."""
-    rows = [item.rows for item in running]
-    return not rows or sum(rows) + queued.rows <= max_rows
+def all_running(queued: Queued | Running, running: Iterable[Running]) -> Iterable[Running]:
+    """All running requests."""
+    return running
 
 
 @dataclass(frozen=True)
@@ -325,22 +352,56 @@ class Policy:
     Args:
         pick: the calls for the next forward.
         rank: of queued requests, the one of the lowest rank is started next.
-        has_room: whether it may be started beside the running ones.
+        beside: the running requests that one has to fit beside.
         in_turns: whether one group goes on until a request of it ends, rather than all by turns.
+        kinds_at_work: rows of all running requests, over those of one kind.
     """
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
     rank: Callable[[Queued], float]
-    has_room: Callable[[Queued | Running, Iterable[Running], int], bool]
+    beside: Callable[[Queued | Running, Iterable[Running]], Iterable[Running]]
     in_turns: bool = False
+    kinds_at_work: int = KINDS_AT_WORK
+
+    def has_room(self, item: Queued | Running, running: Iterable[Running], max_rows: int) -> bool:
+        """Whether it may be started beside these, where forwards have at most so many rows."""
+        in_all = self.kinds_at_work * max_rows
+        return self.lacking(item, running, max_rows, in_all) is None
+
+    def lacking(
+        self, item: Queued | Running, running: Iterable[Running], of_kind: int, in_all: int
+    ) -> Lacking | None:
+        """What there is too little of to start it; None if it may be started.
+
+        Beside nobody there is room for one, however large.
+
+        Args:
+            of_kind: rows that its kind may have at work.
+            in_all: rows that all may have.
+        """
+        others = self.beside(item, running)
+        rows = [other.rows for other in others]
+        same = [other.rows for other in others if other.kind == item.kind]
+        if rows and sum(rows) + item.rows > in_all:
+            return Lacking.ROWS_IN_ALL
+        if same and sum(same) + item.rows > of_kind:
+            return Lacking.ROWS_OF_ITS_KIND
+        return None
 
 
-SHORTEST_FIRST = Policy(shortest_first, request_due_s, room_beside_urgent, in_turns=True)
-DUE_TIME = Policy(pick, request_due_s, room_beside_urgent)
-STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, room_beside_all)
+SHORTEST_FIRST = Policy(shortest_first, request_due_s, as_urgent, in_turns=True)
+DUE_TIME = Policy(pick, request_due_s, as_urgent)
+STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, all_running, kinds_at_work=1)
 POLICIES = MappingProxyType(
     {"shortest-first": SHORTEST_FIRST, "due-time": DUE_TIME, "strict-fifo": STRICT_FIFO}
 )
+
+
+def _may_pass(item: Queued, head: Queued, lacking: Lacking) -> bool:
+    """Whether one may be started before one that is due sooner and lacks something."""
+    if item.priority < head.priority:
+        return True
+    return lacking is Lacking.ROWS_OF_ITS_KIND and item.kind != head.kind
 
 
 def _forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:

@@ -148,6 +148,11 @@ class Track:
         return (self.work.variant, self.work.id) if self.work.isolated else self.work.variant
 
     @property
+    def kind(self) -> Hashable:
+        """Requests of equal kind can share forwards."""
+        return self.work.size, self.variant
+
+    @property
     def steps_left(self) -> int:
         """Denoiser calls still expected."""
         return max(self.work.steps - self.steps_done, 0)

@@ -118,6 +118,19 @@ def test_active_rows_stay_within_the_limit_and_later_ones_wait_in_order() -> Non
         assert_same(ear, job)
 
 
+def test_other_sizes_start_where_their_own_forwards_have_room() -> None:
+    bench = Bench(max_rows=4)
+    for seed in range(3):
+        bench.add(Job(seed=seed, rows=2, steps=30))
+    other = Job(seed=9, rows=2, steps=3)
+    # In the fakes a set of adapters is what keeps calls apart, as a size does.
+    bench.add_work(replace(job_work(bench.modules, other), variant="other"))
+    bench.run(1)
+    assert {track.work.id for track in bench.batcher.active} == {"0", "1", "9"}
+    bench.run()
+    assert bench.ended == ["9", "0", "1", "2"]
+
+
 def test_rows_that_are_needed_no_more_let_others_start() -> None:
     """Guidance at two of six steps: from the third on there is room for two more rows."""
     bench = Bench(max_rows=4)

@@ -16,9 +16,14 @@ from service.engine.forecast import Job as Expected
 from service.engine.track import Track
 
 
-def device(max_active_rows: int = 32, limit: int = 32) -> Device:
+def device(max_active_rows: int = 32, limit: int = 32, max_group_rows: int = 32) -> Device:
     """A forward takes 10 ms, and 1 ms a row."""
-    return Device(lambda shape, rows: 0.010 + 0.001 * rows, lambda shape: limit, max_active_rows)
+    return Device(
+        lambda shape, rows: 0.010 + 0.001 * rows,
+        lambda shape: limit,
+        max_group_rows,
+        max_active_rows,
+    )
 
 
 def expected(steps: int, rows: int = 2, **changes: object) -> Expected:
@@ -56,6 +61,22 @@ def test_queued_ones_start_by_rank_as_rows_get_free() -> None:
     step_s = 0.014
     times = finish_times_s(jobs, device(max_active_rows=4))
     assert times == pytest.approx([10 * step_s, 20 * step_s, 15 * step_s])
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_queued_one_waits_for_rows_of_its_own_group_only(in_turns: bool) -> None:
+    """Of the other group it starts at once, where the first group has no room left."""
+    jobs = [
+        expected(10, rows=4, alone_s=0.14, step_s=0.014),
+        expected(5, rows=4, started=False, rank=1.0, alone_s=0.07, step_s=0.014),
+        expected(2, group="b", rows=4, started=False, rank=2.0, alone_s=0.028, step_s=0.014),
+    ]
+    rows = replace(device(max_active_rows=8, max_group_rows=4), in_turns=in_turns)
+    first, same, other = finish_times_s(jobs, rows)
+    assert other < first < same
+    narrow = replace(rows, max_active_rows=4)
+    first, same, other = finish_times_s(jobs, narrow)
+    assert first < same < other
 
 
 def test_more_rows_than_one_forward_takes_need_several() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -17,6 +18,7 @@ from service.engine.call import CallKey, ParkableMethod
 from service.engine.policy import (
     DUE_TIME,
     HOLD,
+    KINDS_AT_WORK,
     POLICIES,
     SHORTEST_FIRST,
     STRICT_FIFO,
@@ -30,8 +32,6 @@ from service.engine.policy import (
     next_to_start,
     patience,
     pick,
-    room_beside_all,
-    room_beside_urgent,
     shortest_first,
     strict_fifo,
 )
@@ -394,12 +394,12 @@ def test_room_beside_running_requests() -> None:
     running = [Running(4, Priority.INTERACTIVE), Running(8, Priority.BATCH)]
     for priority, urgent, everyone in ((0, True, False), (1, True, False), (2, False, False)):
         newcomer = Queued(0, 4, 0.0, 1.0, priority)
-        assert room_beside_urgent(newcomer, running, 12) is urgent
-        assert room_beside_all(newcomer, running, 12) is everyone
+        assert SHORTEST_FIRST.has_room(newcomer, running, 12) is urgent
+        assert STRICT_FIFO.has_room(newcomer, running, 12) is everyone
     large = Queued(0, 99, 0.0, 1.0)
-    assert room_beside_urgent(large, [], 12)
-    assert room_beside_all(large, [], 12)
-    assert not room_beside_urgent(large, running, 12)
+    assert SHORTEST_FIRST.has_room(large, [], 12)
+    assert STRICT_FIFO.has_room(large, [], 12)
+    assert not SHORTEST_FIRST.has_room(large, running, 12)
 
 
 def test_the_urgent_pass_an_old_one_that_does_not_fit_but_leave_it_its_rows() -> None:
@@ -418,6 +418,63 @@ def test_the_urgent_pass_an_old_one_that_does_not_fit_but_leave_it_its_rows() ->
     assert first(Queued(3, 99, 0.0, 1.0), urgent) is None
     assert next_to_start([old, urgent], running, 8, STRICT_FIFO) is None
     assert first() is None
+
+
+def test_rows_of_other_kinds_keep_nobody_from_starting() -> None:
+    running = [Running(8, kind="small")]
+    old, other = Queued(0, 2, 0.0, 1.0, kind="small"), Queued(1, 2, 9.0, 1.0, kind="large")
+
+    def first(*queued: Queued, policy: Policy = SHORTEST_FIRST) -> Queued | None:
+        return next_to_start(queued, running, 8, policy)
+
+    assert first(old) is None
+    assert first(old, other) == other
+    assert first(old, other, policy=STRICT_FIFO) is None
+    # It waits for rows of its kind, so others of its kind do not pass it.
+    assert first(old, Queued(1, 0, 9.0, 1.0, kind="small")) is None
+
+
+def test_all_kinds_together_have_the_rows_of_some_forwards() -> None:
+    running = [Running(8, kind=kind) for kind in range(KINDS_AT_WORK)]
+    old, later = Queued(0, 2, 0.0, 1.0, kind="a"), Queued(1, 2, 9.0, 1.0, kind="b")
+    assert next_to_start([old, later], running, 8, SHORTEST_FIRST) is None
+    assert next_to_start([old, later], running[1:], 8, SHORTEST_FIRST) == old
+    # Two more rows, which are kept for the old one, whatever its kind.
+    almost = [*running[1:], Running(6, kind=0)]
+    large, urgent = old._replace(rows=4), later._replace(priority=Priority.INTERACTIVE)
+    assert next_to_start([large, later], almost, 8, SHORTEST_FIRST) is None
+    assert next_to_start([large, urgent], almost, 8, SHORTEST_FIRST) == urgent
+    busy = [replace(item, priority=Priority.INTERACTIVE) for item in almost]
+    assert next_to_start([large, urgent], busy, 8, SHORTEST_FIRST) is None
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcde"), st.integers(1, 12), st.sampled_from(Priority)),
+        max_size=40,
+    ),
+    st.sampled_from([SHORTEST_FIRST, DUE_TIME, STRICT_FIFO]),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_started_fits_and_all_are_started(
+    wanted: list[tuple[str, int, Priority]], policy: Policy, chance: random.Random
+) -> None:
+    max_rows, running = 8, list[Running]()
+    queued = [
+        Queued(number, rows, float(number), 1.0, priority, kind=kind)
+        for number, (kind, rows, priority) in enumerate(wanted)
+    ]
+    while queued or running:
+        while first := next_to_start(queued, running, max_rows, policy):
+            others = list(policy.beside(first, running))
+            of_kind = [item.rows for item in others if item.kind == first.kind]
+            assert not of_kind or sum(of_kind) + first.rows <= max_rows
+            in_all = sum(item.rows for item in others) + first.rows
+            assert not others or in_all <= policy.kinds_at_work * max_rows
+            queued.remove(first)
+            running.append(Running(first.rows, first.priority, first.kind))
+        assert running, "nobody is at work, and nobody is started"
+        running.pop(chance.randrange(len(running)))
 
 
 def test_policies_are_chosen_by_name() -> None:
