@@ -119,13 +119,12 @@ class Outlook:
         # Looked up once: the engine thread may be learning a new shape at this moment.
         shapes = [self._step_shape(track) for track in tracks]
         limits = {step.shape: self._row_limit(step, room) for step in shapes}
+        group_rows = 0 if room.one_at_a_time else room.max_active_rows
         device = Device(
             cost_of=self._forward_s,
             limit_of=limits.__getitem__,
-            max_group_rows=0 if room.one_at_a_time else room.max_active_rows,
-            max_active_rows=0
-            if room.one_at_a_time
-            else policy.kinds_at_work * room.max_active_rows,
+            max_group_rows=group_rows,
+            max_active_rows=policy.kinds_at_work * group_rows,
             # Before anything was learned, all are taken for equally long.
             in_turns=policy.in_turns and UNKNOWN.shape not in limits,
         )

@@ -335,12 +335,12 @@ def next_to_start(
     return None
 
 
-def as_urgent(queued: Queued | Running, running: Iterable[Running]) -> Iterable[Running]:
+def as_urgent(queued: Queued | Running, running: Sequence[Running]) -> Sequence[Running]:
     """Running requests that are at least as urgent."""
     return [item for item in running if item.priority <= queued.priority]
 
 
-def all_running(queued: Queued | Running, running: Iterable[Running]) -> Iterable[Running]:
+def all_running(queued: Queued | Running, running: Sequence[Running]) -> Sequence[Running]:
     """All running requests."""
     return running
 
@@ -359,17 +359,17 @@ class Policy:
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
     rank: Callable[[Queued], float]
-    beside: Callable[[Queued | Running, Iterable[Running]], Iterable[Running]]
+    beside: Callable[[Queued | Running, Sequence[Running]], Sequence[Running]]
     in_turns: bool = False
     kinds_at_work: int = KINDS_AT_WORK
 
-    def has_room(self, item: Queued | Running, running: Iterable[Running], max_rows: int) -> bool:
+    def has_room(self, item: Queued | Running, running: Sequence[Running], max_rows: int) -> bool:
         """Whether it may be started beside these, where forwards have at most so many rows."""
         in_all = self.kinds_at_work * max_rows
         return self.lacking(item, running, max_rows, in_all) is None
 
     def lacking(
-        self, item: Queued | Running, running: Iterable[Running], of_kind: int, in_all: int
+        self, item: Queued | Running, running: Sequence[Running], of_kind: int, in_all: int
     ) -> Lacking | None:
         """What there is too little of to start it; None if it may be started.
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from loadtests.contenders import free_port
 from service.deployments.door import AddressTakenError, borrow_door, held_door
 
 HOST = "127.0.0.1"
@@ -17,12 +18,6 @@ from service.deployments.door import borrow_door
 connection, _ = borrow_door(sys.argv[1]).accept()
 connection.sendall(sys.argv[2].encode())
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def greet(door: str, words: str) -> None:
