@@ -24,7 +24,7 @@ from service.deployments.model_watch import unknown_status
 from service.deployments.observing import start_logging
 from service.deployments.replica_metrics import ReplicaMetrics, open_request_traces
 from service.deployments.request_desk import NOT_WATCHED, RequestDesk
-from service.deployments.watchdog import Watchdog
+from service.deployments.watchdog import watch_interpreter
 from service.domain.batch import BatchView
 from service.domain.errors import (
     NotReadyError,
@@ -86,7 +86,7 @@ class ModelReplica:
         self.desk = RequestDesk(self.runner, traces or NOT_WATCHED)
         if (trim := heap_trimmer()) is not None:
             Flusher(trim, TRIM_INTERVAL_S, "heap").start()
-        Watchdog(spec.settings.engine.stuck_after_s).start()
+        watch_interpreter(spec.settings.engine.stuck_after_s)
 
     async def status(self, caller: str = "") -> ModelStatus:
         """What the model can do, and whether it takes requests. Answered once it is warm.

@@ -81,7 +81,7 @@ class ReplicaMetrics:
             requests=load.requests,
             pictures=load.pictures,
             picture_limit=engine.options.max_waiting_pictures,
-            row_limit=engine.batcher.max_active_rows,
+            row_limit=engine.batcher.row_limit,
             load_s=self._load_s,
             memory_bytes=self._runner.memory_bytes(),
         )

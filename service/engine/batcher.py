@@ -93,10 +93,10 @@ class Batcher:
     """Steps many tracks forward, one shared forward at a time.
 
     Args:
-        max_active_rows: tracks are started while their denoiser rows fit beside those of their
-            kind, so that every started one can take part in every step of it; later ones wait their
-            turn. One that is larger than that is started alone. See `policy` for how many rows all
-            kinds have together, and for when rows of less urgent tracks do not count.
+        row_limit: of one denoiser forward. Tracks are started while their rows fit beside those of
+            their kind, so that every started one can take part in every step of it; later ones wait
+            their turn. One that is larger than that is started alone. See `policy` for how many
+            rows all kinds have together, and for when rows of less urgent tracks do not count.
         cost: learns what forwards take.
         clock: seconds, monotonic.
         on_ended: hears of each track once, after its listener did.
@@ -105,13 +105,13 @@ class Batcher:
 
     def __init__(
         self,
-        max_active_rows: int = 32,
+        row_limit: int = 32,
         cost: CostModel | None = None,
         clock: Clock = time.perf_counter,
         on_ended: Callable[[Track], None] = lambda track: None,
         policy: Policy = SHORTEST_FIRST,
     ) -> None:
-        self.max_active_rows = max_active_rows
+        self.row_limit = row_limit
         self.cost = cost or CostModel()
         self.clock = clock
         self.counters = Counters()
@@ -140,7 +140,7 @@ class Batcher:
 
     def limit_rows(self, rows: int) -> None:
         """Let denoiser forwards have at most so many rows, and start tracks accordingly."""
-        self.max_active_rows = rows
+        self.row_limit = rows
         self.row_limits.denoiser_rows = rows
 
     def stop_track(self, request_id: str, error: BaseException) -> None:
@@ -189,12 +189,12 @@ class Batcher:
 
     @property
     def _room(self) -> Room:
-        return Room(self.max_active_rows, self.one_at_a_time)
+        return Room(self.row_limit, self.one_at_a_time)
 
     def view(self) -> BatchView:
         """What is in hand, and the latest forwards. May be called from any thread."""
         return BatchView(
-            row_limit=self.max_active_rows,
+            row_limit=self.row_limit,
             requests=tuple(map(_in_batch, [*self.active, *self.queued])),
             forwards=tuple(self.latest_forwards.copy()),
         )
@@ -225,13 +225,13 @@ class Batcher:
         if not self._room_for_any(running):
             return None
         line = {self.outlook.as_queued(track): track for track in self.queued}
-        first = next_to_start(list(line), running, self.max_active_rows, self._policy)
+        first = next_to_start(list(line), running, self.row_limit, self._policy)
         return None if first is None else line[first]
 
     def _room_for_any(self, running: Sequence[Running]) -> bool:
         """Asked at every tick, and at saturation there is none: so when each is due comes later."""
         sizes = {_as_running(track) for track in self.queued}
-        return any(self._policy.has_room(size, running, self.max_active_rows) for size in sizes)
+        return any(self._policy.has_room(size, running, self.row_limit) for size in sizes)
 
     def _decide(self) -> list[Track]:
         decoding = {decoding.track for decoding in self._decoding}
@@ -353,7 +353,7 @@ class Batcher:
             calls=len(launched.calls),
             rows=rows,
             padded_rows=launched.padded_rows,
-            row_limit=self.max_active_rows,
+            row_limit=self.row_limit,
             seconds=seconds,
             expected_s=self.cost.predict(shape, rows) if self.cost.knows(shape) else None,
         )

@@ -47,9 +47,9 @@ UNKNOWN = StepShape(None, 1)
 
 @dataclass(frozen=True)
 class Room:
-    """How many rows of a kind may be at work: of one request only, where requests cannot share."""
+    """How many rows a forward may have: those of one request only, where requests cannot share."""
 
-    max_active_rows: int
+    row_limit: int
     one_at_a_time: bool = False
 
 
@@ -119,12 +119,12 @@ class Outlook:
         # Looked up once: the engine thread may be learning a new shape at this moment.
         shapes = [self._step_shape(track) for track in tracks]
         limits = {step.shape: self._row_limit(step, room) for step in shapes}
-        group_rows = 0 if room.one_at_a_time else room.max_active_rows
+        group_rows = 0 if room.one_at_a_time else room.row_limit
         device = Device(
             cost_of=self._forward_s,
             limit_of=limits.__getitem__,
             max_group_rows=group_rows,
-            max_active_rows=policy.kinds_at_work * group_rows,
+            max_active_rows=policy.rows_at_work(group_rows),
             # Before anything was learned, all are taken for equally long.
             in_turns=policy.in_turns and UNKNOWN.shape not in limits,
         )
@@ -151,7 +151,7 @@ class Outlook:
         return foretold_s * math.exp(float(stretch or 0.0))
 
     def _row_limit(self, step: StepShape, room: Room) -> int:
-        return step.max_rows if room.one_at_a_time else min(step.max_rows, room.max_active_rows)
+        return step.max_rows if room.one_at_a_time else min(step.max_rows, room.row_limit)
 
     def _learn_stretch(self, track: Track, total_s: float) -> None:
         if track.first_foretold_s and total_s > 0:

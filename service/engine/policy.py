@@ -321,7 +321,7 @@ def next_to_start(
     """
     line = list(queued)
     of_kind: dict[Hashable, int] = defaultdict(lambda: max_rows)
-    in_all = policy.kinds_at_work * max_rows
+    in_all = policy.rows_at_work(max_rows)
     while line:
         head = min(line, key=policy.rank)
         lacking = policy.lacking(head, running, of_kind[head.kind], in_all)
@@ -363,10 +363,13 @@ class Policy:
     in_turns: bool = False
     kinds_at_work: int = KINDS_AT_WORK
 
+    def rows_at_work(self, max_rows: int) -> int:
+        """How many rows all running requests may have, where forwards have at most so many."""
+        return self.kinds_at_work * max_rows
+
     def has_room(self, item: Queued | Running, running: Sequence[Running], max_rows: int) -> bool:
         """Whether it may be started beside these, where forwards have at most so many rows."""
-        in_all = self.kinds_at_work * max_rows
-        return self.lacking(item, running, max_rows, in_all) is None
+        return self.lacking(item, running, max_rows, self.rows_at_work(max_rows)) is None
 
     def lacking(
         self, item: Queued | Running, running: Sequence[Running], of_kind: int, in_all: int

@@ -204,7 +204,7 @@ def check_sharing(
     if changed and not one_at_a_time:
         return SharingReport(changed=tuple(sorted(changed)))
     # The policy that has most of them in step: what is tried is that they may share.
-    batcher = Batcher(max_active_rows=len(trials), policy=DUE_TIME)
+    batcher = Batcher(row_limit=len(trials), policy=DUE_TIME)
     batcher.one_at_a_time = one_at_a_time
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -21,14 +21,3 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def client(service: Service) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.url, timeout=120, trust_env=False) as opened:
         yield opened
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Print although tests are quiet: what was measured belongs into the log."""
-
-    def write(line: str) -> None:
-        with capsys.disabled():
-            print(f"\n{line}", end=" ")
-
-    return write

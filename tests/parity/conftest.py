@@ -67,17 +67,6 @@ def serve(model_folder: Path) -> Iterator[Callable[..., tuple[PipelineRunner, Fo
         runner.stop()
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Print although tests are quiet: what was measured belongs into the log."""
-
-    def write(line: str) -> None:
-        with capsys.disabled():
-            print(line)
-
-    return write
-
-
 @pytest.fixture(scope="session")
 def row_independent(reference: Callable[[str], Any]) -> bool:
     """Whether this CPU gives a denoiser row the same bits in any batch, in bfloat16.

@@ -60,7 +60,7 @@ def plain_answers(
 def assert_shared(served: ForwardCounter, plain: ForwardCounter, say: Say) -> None:
     """The same rows in fewer forwards: or nothing was tested."""
     say(
-        f"\n  denoiser: {len(plain.rows)} calls in {len(served.rows)} forwards, "
+        f"denoiser: {len(plain.rows)} calls in {len(served.rows)} forwards, "
         f"{plain.mean_rows:.1f} -> {served.mean_rows:.1f} rows a forward"
     )
     assert sum(served.rows) == sum(plain.rows)
@@ -86,11 +86,11 @@ def test_bfloat16_pictures_are_those_of_the_plain_pipeline(
                 key = f"{request.scheduler} {request.width}x{request.height} #{index}"
                 differences[key] = largest_byte_difference(served, image)
     pictures = sum(request.n for request in requests)
-    say(f"  bfloat16: {pictures - len(differences)} of {pictures} files byte-identical")
+    say(f"bfloat16: {pictures - len(differences)} of {pictures} files byte-identical")
     if row_independent:
         assert differences == {}
     else:
-        say("  THIS CPU IS NOT ROW-INDEPENDENT IN BFLOAT16: only a bound holds, not equality")
+        say("THIS CPU IS NOT ROW-INDEPENDENT IN BFLOAT16: only a bound holds, not equality")
         assert max(differences.values(), default=0) <= BFLOAT16_BYTE_BOUND, differences
 
 
@@ -111,7 +111,7 @@ def test_float32_pictures_stay_within_a_bound_for_every_scheduler(
         worst[request.scheduler] = max(worst[request.scheduler], difference)
     bounds = {scheduler: FLOAT32_BOUNDS.get(scheduler, FLOAT32_BOUND) for scheduler in worst}
     for scheduler, difference in worst.items():
-        say(f"  float32: {scheduler:36} {difference:.1e} (bound {bounds[scheduler]:.0e})")
+        say(f"float32: {scheduler:36} {difference:.1e} (bound {bounds[scheduler]:.0e})")
     assert [scheduler for scheduler in worst if worst[scheduler] > bounds[scheduler]] == []
 
 
@@ -135,7 +135,7 @@ def test_each_of_several_pictures_can_be_made_again_alone(
     for image in finished.images:
         (wanted,) = call_plain(reference("bfloat16"), replace(request, n=1, seed=image.seed))
         differences.append(largest_byte_difference(Image.open(io.BytesIO(image.data)), wanted))
-    say(f"\n  made again alone: bytes differ by at most {max(differences)}")
+    say(f"made again alone: bytes differ by at most {max(differences)}")
     assert max(differences) <= ALONE_BYTE_BOUND
 
 

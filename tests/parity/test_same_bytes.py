@@ -59,7 +59,7 @@ def alone(served: PipelineRunner, pool: list[GenerationRequest]) -> Digests:
 def must_be_reproducible(runner: PipelineRunner, say: Say) -> bool:
     """Whether the device gives the same bytes to those only that ask for it."""
     if not runner.plan.same_bytes:
-        say("  THIS DEVICE DOES NOT GIVE THE SAME BYTES AT ANY LOAD: only reproducible requests")
+        say("THIS DEVICE DOES NOT GIVE THE SAME BYTES AT ANY LOAD: only reproducible requests")
     return not runner.plan.same_bytes
 
 
@@ -79,7 +79,7 @@ def serve_watched(load: RandomLoad, say: Say, histories: int = 0) -> CompanyWatc
     finally:
         watch.remove()
     say(
-        f"\n  {load.runner.plan.row_policy}: {len(load.finished)} finished, {load.cancelled} "
+        f"{load.runner.plan.row_policy}: {len(load.finished)} finished, {load.cancelled} "
         f"cancelled, {sum(watch.rows)} rows in {len(watch.rows)} forwards: {watch.mean_rows:.1f} "
         f"rows a forward, at most {max(watch.rows)}"
     )
@@ -178,7 +178,7 @@ def test_forwards_of_one_row_count_give_the_same_bytes_in_float32(
     model_folder: Path, adapters: Path, pool: list[GenerationRequest], say: Say
 ) -> None:
     sharing = SharingOptions(plan=float32_plan(model_folder))
-    say(f"\n  float32: {'forced' if sharing.plan else 'found at the start'}")
+    say(f"float32: {'forced' if sharing.plan else 'found at the start'}")
     with serving_model(model_folder, "float32", adapters, sharing) as runner:
         filled_rows = runner.plan.filled_rows
         assert FIXED_ROWS in filled_rows
@@ -207,7 +207,7 @@ def test_reproducible_requests_have_the_same_bytes_where_others_have_not(
         watch = serve_watched(load, say)
     wrong = load.wrong(alone)
     load.finished = [(request, got) for request, got in load.finished if request.reproducible]
-    say(f"  {len(load.finished)} reproducible ones; {len(wrong)} of the others differ")
+    say(f"{len(load.finished)} reproducible ones; {len(wrong)} of the others differ")
     assert load.wrong(alone) == []
     assert len(load.finished) > FLOAT32_HISTORIES // 4
     assert watch.mean_rows > 1.5

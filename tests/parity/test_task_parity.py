@@ -204,7 +204,7 @@ def test_three_tasks_share_forwards_and_give_the_plain_pictures(
     pictures = sum(request.n for request in requests)
     together = sum(len(forward) == len(TASKS) for forward in watcher.forwards)
     say(
-        f"\n  {dtype}: {pictures - len(found)} of {pictures} files byte-identical, "
+        f"{dtype}: {pictures - len(found)} of {pictures} files byte-identical, "
         f"{together} of {len(watcher.forwards)} forwards with all three tasks"
     )
     assert together >= 1
@@ -284,7 +284,7 @@ def test_guidance_that_ends_early_is_diffusers_own_callback(
             )
         )
     found = differences(requests, finished, wanted)
-    say(f"\n  ends early: {len(found)} of {len(requests)} requests differ: {found}")
+    say(f"ends early: {len(found)} of {len(requests)} requests differ: {found}")
     assert max(found.values(), default=0) <= (0 if row_independent else BFLOAT16_BYTE_BOUND)
 
 
@@ -322,7 +322,7 @@ def test_guidance_in_any_interval_is_a_unet_that_skips_the_unconditional_rows(
         rows += request.n * (calls + guided)
 
     found = differences(requests, finished, wanted)
-    say(f"\n  any interval: {len(found)} of {len(requests)} requests differ: {found}")
+    say(f"any interval: {len(found)} of {len(requests)} requests differ: {found}")
     assert sum(counter.rows) == rows
     assert max(found.values(), default=0) <= (0 if row_independent else BFLOAT16_BYTE_BOUND)
 

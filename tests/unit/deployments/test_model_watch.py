@@ -83,8 +83,9 @@ async def test_models_are_seldom_listed_while_nothing_changes(
     models = Models()
     models.loaded.set()
     watch = await started(models)
-    await asyncio.sleep(0.1)
-    assert models.looks == 1
+    await asyncio.sleep(0.3)
+    # While anything changes it would be thirty.
+    assert models.looks <= 2
     # A model that nobody has heard of may be new.
     models.listed["pizza"] = Listed()
     assert await watch.status("pizza") == READY
@@ -145,7 +146,7 @@ async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known()
 
 
 async def test_a_short_silence_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_watch, "SILENCE_S", 0.2)
+    monkeypatch.setattr(model_watch, "SILENCE_S", 1.0)
     model = Models()
     model.loaded.set()
     watch = await started(model)

@@ -77,12 +77,12 @@ async def test_a_server_that_stalls_does_not_slow_the_client_down() -> None:
 
     arrivals = [0.05 * index for index in range(10)]
     async with served(stalls) as target, open_session(target) as session:
-        asyncio.get_running_loop().call_later(1.0, free.set)
+        asyncio.get_running_loop().call_later(2.0, free.set)
         outcomes = await send_open_loop(session, TRACE, arrivals, endless_patience(20))
     assert [outcome.index for outcome in outcomes] == list(range(10))
-    assert max(outcome.lag_s for outcome in outcomes) < 0.3
+    assert max(outcome.lag_s for outcome in outcomes) < 1.0
     for outcome in outcomes:
-        assert outcome.latency_s >= 1.0 - outcome.intended_s - 0.05
+        assert outcome.latency_s >= 2.0 - outcome.intended_s - 0.05
 
 
 async def test_refusals_expiries_and_failures_are_told_apart() -> None:
@@ -116,11 +116,11 @@ async def test_clients_leave_when_they_have_had_enough() -> None:
         await asyncio.sleep(30)
         return await answer(request)
 
-    patience = replace(endless_patience(2, give_up_s=0.3), leave_s=(0.1, None))
+    patience = replace(endless_patience(2, give_up_s=1.0), leave_s=(0.1, None))
     async with served(slow) as target, open_session(target) as session:
         outcomes = await send_open_loop(session, TRACE, [0.0, 0.0], patience)
     assert [outcome.status for outcome in outcomes] == [Status.CANCELLED, Status.GIVEN_UP]
-    assert outcomes[0].ended_s < 0.3
+    assert outcomes[0].ended_s < 1.0
 
 
 async def test_a_hopeless_run_is_broken_off() -> None:

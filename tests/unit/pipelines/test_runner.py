@@ -235,7 +235,7 @@ def test_warming_up_measures_the_row_limit_where_none_is_configured(
     inbox = Inbox()
     runner.submit(a_request(), inbox)
     assert isinstance(inbox.wait(), Finished)
-    assert runner.engine.batcher.max_active_rows == runner.engine.row_limit
+    assert runner.engine.batcher.row_limit == runner.engine.row_limit
     runner.stop()
 
 
