@@ -1,9 +1,11 @@
 """Mixed load for a long time, and what it leaves behind: memory, requests, latency.
 
     python -m loadtests.endurance [--seconds 1800] [--rate 1.0] [--out out/endurance.json]
+    python -m loadtests.endurance --host http://127.0.0.1:8000 --pid 4711
 
-Starts a service, sends the mixed trace (edits and clients that leave included) at one rate, and
-looks at the memory of every process of the service. At the end nothing may be at work any more. The
+Starts a service (or takes one that runs on this machine already), sends the mixed trace (edits and
+clients that leave included) at one rate, and looks at the memory of every process of the service.
+At the end nothing may be at work any more. The
 slopes of memory and latency are those of straight lines, of memory through what was seen once the
 caches of kernels had filled, and the exit code is 1 if one of them is steeper than it may be.
 """
@@ -13,10 +15,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +58,9 @@ class Growth:
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write; 1 if something grew or was left behind."""
     options = parse_options(arguments)
-    ours = contenders(1)["stepserve"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with running(ours, options.out.with_suffix(".log")) as url:
-        report = asyncio.run(endure(url, options))
+    with _service(options) as (url, process):
+        report = asyncio.run(endure(url, process, options))
     report["faults"] = faults_of(report, options)
     options.out.write_text(json.dumps(report, indent=2))
     print_report(report)
@@ -85,11 +88,26 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-slowdown", type=float, default=1.2, help="of latency, end over begin"
     )
+    parser.add_argument("--host", help="of a service that runs on this machine already")
+    parser.add_argument("--pid", type=int, help="its `stepserve serve`")
     parser.add_argument("--out", type=Path, default=Path("out/endurance.json"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if (options.host is None) != (options.pid is None):
+        parser.error("--host and --pid belong together")
+    return options
 
 
-async def endure(url: str, options: argparse.Namespace) -> dict[str, Any]:
+@contextmanager
+def _service(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
+    """Where a service is, and the process that all of its processes descend from."""
+    if options.host is not None:
+        yield options.host, psutil.Process(options.pid)
+        return
+    with running(contenders(1)["stepserve"], options.out.with_suffix(".log")) as url:
+        yield url, psutil.Process()
+
+
+async def endure(url: str, process: psutil.Process, options: argparse.Namespace) -> dict[str, Any]:
     """The load, the looks at memory beside it, and what is left at the end."""
     mix = replace(
         MIXED,
@@ -106,7 +124,7 @@ async def endure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         bench = Bench(session, trace, gaps, unloaded, make_targets(2.0), model)
         arrivals = arrivals_through([(options.rate, options.seconds)], gaps)
         memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        looking = asyncio.create_task(_look_at_memory(memory))
+        looking = asyncio.create_task(_look_at_memory(process, memory))
         run = await scenarios.run_arrivals(bench, arrivals)
         looking.cancel()
         await asyncio.sleep(QUIET_S)
@@ -192,20 +210,27 @@ def print_report(report: dict[str, Any]) -> None:
     print("\n".join(f"FAULT: {fault}" for fault in report["faults"]) or "nothing grew")
 
 
-async def _look_at_memory(memory: dict[str, list[tuple[float, float]]]) -> None:
-    """Private memory of every process that descends from this one, by name, in MiB."""
+async def _look_at_memory(
+    root: psutil.Process, memory: dict[str, list[tuple[float, float]]]
+) -> None:
+    """Private memory of `root` and every process that descends from it, by name, in MiB.
+
+    Not of this process, which is no part of the service.
+    """
     started_s = time.monotonic()
     names: dict[int, str] = {}
     while True:
-        for pid, name, mib in await asyncio.to_thread(_memory_now):
+        for pid, name, mib in await asyncio.to_thread(_memory_now, root):
             # Ray's processes change their names with what they are doing.
             memory[names.setdefault(pid, name)].append((time.monotonic() - started_s, mib))
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-def _memory_now() -> list[tuple[int, str, float]]:
+def _memory_now(root: psutil.Process) -> list[tuple[int, str, float]]:
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in [root, *root.children(recursive=True)]:
+        if process.pid == os.getpid():
+            continue
         try:
             # Pages that only this process has: what Ray's processes share is not theirs alone.
             memory = process.memory_full_info().uss

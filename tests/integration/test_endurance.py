@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from running_service import Service
 
 from loadtests import endurance
 
@@ -15,12 +16,14 @@ MOST_MIB_PER_HOUR = 1500
 
 
 def test_a_moment_of_mixed_load_leaves_nothing_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert service.process is not None
+    at = ["--host", service.url, "--pid", str(service.process.pid)]
     out = tmp_path / "endurance.json"
     limits = ["--max-mib-per-hour", str(MOST_MIB_PER_HOUR), "--max-slowdown", "2"]
     load = ["--seconds", str(SECONDS), "--rate", "0.7", "--cancelled", "0.3", "--filling", "0.2"]
-    code = endurance.main([*load, *limits, "--out", str(out)])
+    code = endurance.main([*at, *load, *limits, "--out", str(out)])
     told = json.loads(out.read_text())
     assert (code, told["faults"]) == (0, []), capsys.readouterr().out
     assert told["left_at_work"] == 0

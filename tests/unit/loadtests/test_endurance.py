@@ -58,3 +58,13 @@ def test_a_run_that_left_nothing_behind_has_no_faults() -> None:
 def test_each_fault_is_told(changes: dict[str, Any], fault: str) -> None:
     (told,) = faults_of(report(**changes), OPTIONS)
     assert fault in told
+
+
+def test_a_service_is_told_by_its_address_and_its_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = parse_options(["--host", "http://127.0.0.1:8000", "--pid", "7"])
+    assert (told.host, told.pid) == ("http://127.0.0.1:8000", 7)
+    with pytest.raises(SystemExit):
+        parse_options(["--host", "http://127.0.0.1:8000"])
+    assert "--host and --pid belong together" in capsys.readouterr().err
