@@ -9,7 +9,11 @@ throughput so far, of the mixed trace (the best that batches) and of the homogen
 targets are multiples of what a request takes on the idle one-at-a-time server, for all alike. Each
 turn measures the saturated throughput (mixed and homogeneous) and latencies at 0.8 of the capacity
 of the one-at-a-time server; the last round finds the knees. Medians over rounds are reported by
-`python -m loadtests.report`. On a machine with a GPU, those that it can be given to:
+`python -m loadtests.report`. Where a machine's speed drifts, more rounds can be added later:
+
+    python -m loadtests.race --add --servers stepserve fastapi-lock litserve-cores --no-knees
+
+On a machine with a GPU, those that it can be given to:
 
     python -m loadtests.race --cuda FOLDER --sizes 512x512,384x384,768x768 --no-knees
 """
@@ -53,6 +57,7 @@ OUR_FIRST_RATE, THEIR_FIRST_RATE = 0, -14
 """Where on the grid a search begins: at the capacity of the reference, and at a quarter of it."""
 
 TRACE_REQUESTS = 20_000
+SAME_IN_ALL_TURNS = ("openmp", "targets", "mixes", "requests", "in_flight")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -66,6 +71,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", help="that the model can do, the commonest first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--open-rounds", type=int, default=1, help="rounds in which all take part")
+    parser.add_argument(
+        "--add", action="store_true", help="turns to the race in OUT, with what it was run with"
+    )
     parser.add_argument("--requests", type=int, default=200, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=2.0)
@@ -111,19 +119,9 @@ def mixes(options: argparse.Namespace) -> tuple[Mix, Mix]:
 def main(arguments: list[str] | None = None) -> int:
     """Race, and write JSON after every turn, so that a race that is stopped is not lost."""
     options = parse_options(arguments)
-    mixed, alike = mixes(options)
-    report: dict[str, Any] = {
-        "kind": "race",
-        "facts": take_facts(),
-        "command": " ".join(["python -m loadtests.race", *sys.argv[1:]]),
-        "openmp": options.openmp,
-        "reference": REFERENCE,
-        "targets": [asdict(target) for target in make_targets(options.limit_s)],
-        "mixes": {"mixed": asdict(mixed), "homogeneous": asdict(alike)},
-        "requests": options.requests,
-        "short_jobs_load": SHORT_JOBS_LOAD,
-        "servers": {},
-    }
+    report = new_report(options)
+    if options.add:
+        report = added_to(json.loads(options.out.read_text()), report)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for round_number in range(options.rounds):
         if round_number >= options.open_rounds:
@@ -133,6 +131,37 @@ def main(arguments: list[str] | None = None) -> int:
             options.out.write_text(json.dumps(report, indent=2))
     print(f"report: {options.out}")
     return 0
+
+
+def new_report(options: argparse.Namespace) -> dict[str, Any]:
+    """Of a race in which nobody had a turn yet."""
+    mixed, alike = mixes(options)
+    return {
+        "kind": "race",
+        "facts": take_facts(),
+        "command": " ".join(["python -m loadtests.race", *sys.argv[1:]]),
+        "openmp": options.openmp,
+        "reference": REFERENCE,
+        "targets": [asdict(target) for target in make_targets(options.limit_s)],
+        "mixes": {"mixed": asdict(mixed), "homogeneous": asdict(alike)},
+        "requests": options.requests,
+        "in_flight": options.in_flight,
+        "short_jobs_load": SHORT_JOBS_LOAD,
+        "servers": {},
+    }
+
+
+def added_to(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The race of before, for more turns of the same kind.
+
+    Raises:
+        SystemExit: they would be of another kind; the message says in what.
+    """
+    told = json.loads(json.dumps(more))
+    for name in SAME_IN_ALL_TURNS:
+        if before.get(name, told[name]) != told[name]:
+            raise SystemExit(f"{name}: the race in hand has {before[name]}, not {told[name]}")
+    return before | {"command": f"{before['command']}\n{more['command']}"}
 
 
 def in_order(options: argparse.Namespace, round_number: int) -> list[Contender]:
@@ -173,8 +202,9 @@ def _turn(
         told["trouble"] = f"{type(error).__name__}: {error}"
         return
     told["turns"].append(turn)
-    if contender.role == OURS and is_last and not options.no_overload:
-        told["overload"] = _overload(contender, log, turn, report, options)
+    knee_per_s = turn.get("knee", {}).get("knees_per_s", {}).get(report["targets"][0]["name"])
+    if contender.role == OURS and knee_per_s and not options.no_overload:
+        told["overload"] = _overload(contender, log, knee_per_s, report, options)
 
 
 async def _measure(
@@ -226,15 +256,11 @@ async def _warm_up(bench: Bench, in_flight: int) -> None:
 def _overload(
     contender: Contender,
     log: Path,
-    turn: dict[str, Any],
+    knee_per_s: float,
     report: dict[str, Any],
     options: argparse.Namespace,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Ours at twice its knee, with the queue that it has by default."""
-    targets = make_targets(options.limit_s)
-    knee_per_s = turn.get("knee", {}).get("knees_per_s", {}).get(targets[0].name)
-    if knee_per_s is None:
-        return None
     with running(contender, log, options.openmp) as url:
         return asyncio.run(_overloaded(url, knee_per_s, report, options))
 

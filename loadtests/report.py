@@ -368,8 +368,13 @@ def _source(report: dict[str, Any]) -> str:
 
 
 def _rounds(servers: dict[str, Any]) -> str:
-    most = max((len(told["turns"]) for told in servers.values()), default=0)
-    return f"Medians of {most} rounds in turns." if most > 1 else "One round."
+    turns = [len(told["turns"]) for told in servers.values()]
+    most, fewest = max(turns, default=0), min(turns, default=0)
+    if most <= 1:
+        return "One round."
+    those = [f"`{name}`" for name, told in servers.items() if len(told["turns"]) == most]
+    others = f" of {', '.join(those)}; {fewest} of the others" if most > fewest else ""
+    return f"Medians of {most} rounds in turns{others}."
 
 
 def _image(title: str, file: Path, folder: Path) -> str:

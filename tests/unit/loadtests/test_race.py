@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from loadtests.race import known_to, mixes, parse_options
+from loadtests.race import added_to, known_to, mixes, new_report, parse_options
 from loadtests.trace import HOMOGENEOUS, MIXED
 
 
@@ -31,3 +33,18 @@ def test_who_is_not_made_for_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parse_options(["--cuda", "a-model", "--servers", "fastapi-lock", "bentoml"])
     assert "not made for --cuda: bentoml" in capsys.readouterr().err
+
+
+def test_turns_are_added_to_a_race_of_the_same_kind_only() -> None:
+    options = parse_options(["--requests", "8"])
+    before = json.loads(json.dumps(new_report(options))) | {
+        "command": "before",
+        "servers": {"stepserve": {"turns": [{}]}},
+        "unloaded": {"64x64": 1.0},
+    }
+    both = added_to(before, new_report(options))
+    assert both["servers"] == before["servers"]
+    assert both["unloaded"] == before["unloaded"]
+    assert both["command"].startswith("before\npython -m loadtests.race")
+    with pytest.raises(SystemExit, match="requests: the race in hand has 8, not 9"):
+        added_to(before, new_report(parse_options(["--requests", "9"])))
