@@ -89,7 +89,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--max-slowdown", type=float, default=1.2, help="of latency, end over begin"
     )
     parser.add_argument("--host", help="of a service that runs on this machine already")
-    parser.add_argument("--pid", type=int, help="its `stepserve serve`")
+    parser.add_argument("--pid", type=int, help="of its `stepserve serve`")
     parser.add_argument("--out", type=Path, default=Path("out/endurance.json"))
     options = parser.parse_args(arguments)
     if (options.host is None) != (options.pid is None):
@@ -101,7 +101,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def _service(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
     """Where a service is, and the process that all of its processes descend from."""
     if options.host is not None:
-        yield options.host, psutil.Process(options.pid)
+        try:
+            process = psutil.Process(options.pid)
+        except psutil.NoSuchProcess:
+            raise SystemExit(f"--pid: there is no process {options.pid}") from None
+        yield options.host, process
         return
     with running(contenders(1)["stepserve"], options.out.with_suffix(".log")) as url:
         yield url, psutil.Process()
@@ -119,12 +123,16 @@ async def endure(url: str, process: psutil.Process, options: argparse.Namespace)
     trace, gaps = draw_trace(mix, count, options.seed), draw_gaps(count, options.seed)
     async with open_session(Target(url)) as session:
         await scenarios.wait_until_serving(session, trace[0])
+        print("asking for each kind of request alone ...", flush=True)
         unloaded = await scenarios.calibrate(session, trace, repeats=1)
         model = await served_model(session)
         bench = Bench(session, trace, gaps, unloaded, make_targets(2.0), model)
         arrivals = arrivals_through([(options.rate, options.seconds)], gaps)
         memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
         looking = asyncio.create_task(_look_at_memory(process, memory))
+        print(
+            f"sending {options.rate:g} requests a second for {options.seconds:g} s ...", flush=True
+        )
         run = await scenarios.run_arrivals(bench, arrivals)
         looking.cancel()
         await asyncio.sleep(QUIET_S)

@@ -19,7 +19,8 @@ from chaos import GENERATIONS, INGRESS, REPLICA, Load, busiest, processes_of, wa
 from running_service import Service
 
 STUCK_AFTER_S = 3
-RECOVERED_S = 5.0
+# A busy machine takes some seconds to notice; faults of this kind that were found took fifty.
+RECOVERED_S = 8.0
 SLOW_S = 6.0
 FULL_S = 15.0
 
@@ -155,8 +156,10 @@ def test_a_client_of_a_killed_ingress_gets_the_same_picture_when_it_asks_again(
         load.wait_for_answers_after(8)
     say(load.tell("ingress killed", 0))
     load.check()
-    # Each client notices once: nobody was refused, and nobody was told what is not so.
-    assert [error.status for error in load.errors] == [0] * load.clients
+    # Each client notices once at most (one may be between two requests): nobody was refused, and
+    # nobody was told what is not so.
+    assert {error.status for error in load.errors} == {0}
+    assert len(load.errors) <= load.clients
     assert not any("ConnectError" in error.text for error in load.errors)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loadtests.client import Outcome, Status
-from loadtests.endurance import faults_of, growth_of, parse_options, slowdown_of
+from loadtests.endurance import faults_of, growth_of, main, parse_options, slowdown_of
 from loadtests.measures import Run
 from loadtests.trace import HOMOGENEOUS, draw_trace
 
@@ -68,3 +69,9 @@ def test_a_service_is_told_by_its_address_and_its_process(
     with pytest.raises(SystemExit):
         parse_options(["--host", "http://127.0.0.1:8000"])
     assert "--host and --pid belong together" in capsys.readouterr().err
+
+
+def test_a_process_that_is_gone_is_told(tmp_path: Path) -> None:
+    gone = ["--host", "http://127.0.0.1:9", "--pid", str(2**22 + 1)]
+    with pytest.raises(SystemExit, match="there is no process 4194305"):
+        main([*gone, "--out", str(tmp_path / "endurance.json")])
