@@ -5,9 +5,9 @@
 
 Starts a service (or takes one that runs on this machine already), sends the mixed trace (edits and
 clients that leave included) at one rate, and looks at the memory of every process of the service.
-At the end nothing may be at work any more. The
-slopes of memory and latency are those of straight lines, of memory through what was seen once the
-caches of kernels had filled, and the exit code is 1 if one of them is steeper than it may be.
+At the end nothing may be at work any more. The slopes of memory and latency are those of straight
+lines, of memory through what was seen once the caches of kernels had filled, and the exit code is 1
+if one of them is steeper than it may be.
 """
 
 from __future__ import annotations

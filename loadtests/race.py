@@ -43,7 +43,7 @@ from loadtests.contenders import (
 )
 from loadtests.facts import take_facts
 from loadtests.measures import make_targets
-from loadtests.report import BATCHING, OURS, homogeneous, throughput
+from loadtests.report import BATCHING, OURS, homogeneous, knee_of_turn, throughput
 from loadtests.scenarios import Bench
 from loadtests.trace import HOMOGENEOUS, MIXED, Mix, draw_gaps, draw_trace, weigh_sizes
 from loadtests.watch import served_model
@@ -72,7 +72,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--open-rounds", type=int, default=1, help="rounds in which all take part")
     parser.add_argument(
-        "--add", action="store_true", help="turns to the race in OUT, with what it was run with"
+        "--add", action="store_true", help="turns to the race in OUT, which had the same requests"
     )
     parser.add_argument("--requests", type=int, default=200, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
@@ -157,6 +157,7 @@ def added_to(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     Raises:
         SystemExit: they would be of another kind; the message says in what.
     """
+    # As it would be read from a file: JSON knows no tuples.
     told = json.loads(json.dumps(more))
     for name in SAME_IN_ALL_TURNS:
         if before.get(name, told[name]) != told[name]:
@@ -202,7 +203,7 @@ def _turn(
         told["trouble"] = f"{type(error).__name__}: {error}"
         return
     told["turns"].append(turn)
-    knee_per_s = turn.get("knee", {}).get("knees_per_s", {}).get(report["targets"][0]["name"])
+    knee_per_s = knee_of_turn(turn, report["targets"][0]["name"])
     if contender.role == OURS and knee_per_s and not options.no_overload:
         told["overload"] = _overload(contender, log, knee_per_s, report, options)
 

@@ -200,10 +200,15 @@ def long_p99(told: dict[str, Any]) -> float | None:
 
 def _knee_of(target: str) -> Measure:
     def knee(told: dict[str, Any]) -> float | None:
-        found = (turn.get("knee", {}).get("knees_per_s", {}) for turn in told["turns"])
-        return _median(knees.get(target) for knees in found)
+        return _median(knee_of_turn(turn, target) for turn in told["turns"])
 
     return knee
+
+
+def knee_of_turn(turn: dict[str, Any], target: str) -> float | None:
+    """Requests a second; None where it was not looked for, or not found."""
+    found: float | None = turn.get("knee", {}).get("knees_per_s", {}).get(target)
+    return found
 
 
 def _over(
