@@ -33,8 +33,13 @@ def deployment_name(model_id: str) -> str:
 
 
 def model_handle(model_id: str) -> Any:
-    """A handle of a model's replicas."""
-    return serve.get_deployment_handle(deployment_name(model_id), model_application(model_id))
+    """A handle of a model's replicas, of which there may be none yet.
+
+    Ray Serve lists an application a moment before its deployment exists, and would raise.
+    """
+    return serve.get_deployment_handle(
+        deployment_name(model_id), model_application(model_id), _check_exists=False
+    )
 
 
 def applications() -> dict[str, ApplicationStatusOverview]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from ray.serve.exceptions import RayServeException
 
 from service.api.backend import ModelStatus
 from service.domain.models import ModelCapabilities, SizeRange
+
+logger = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 1.0
 # Listing the models costs some ten times what asking one does, and every ingress replica does it.
@@ -141,8 +144,13 @@ class ModelWatch:
         async with self._looking:
             if time.monotonic() - self._looked_s < least_s:
                 return
-            with contextlib.suppress(RayError, RayServeException):
+            try:
                 await self._look()
+            except (RayError, RayServeException):
+                return
+            except Exception:
+                # Whatever it was, it must not be the last time that anybody looked.
+                logger.exception("models cannot be listed")
 
     async def _look(self) -> None:
         self._looked_s = time.monotonic()
@@ -185,6 +193,11 @@ class ModelWatch:
         try:
             return await asyncio.wait_for(self._ask(model_id), PROBE_TIMEOUT_S)
         except (TimeoutError, RayError, RayServeException):
+            return None
+        except Exception:
+            # Whatever it was, a model that is never asked again would be loading for ever.
+            logger.exception("model %s cannot be asked how it is", model_id)
+            await asyncio.sleep(PROBE_INTERVAL_S)
             return None
 
 

@@ -145,6 +145,34 @@ async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known()
     await until(watch, ready=True, detail="")
 
 
+@pytest.mark.parametrize("error", [RayActorError(), KeyError("does not exist."), ValueError()])
+async def test_a_model_is_asked_again_whatever_became_of_the_question(error: Exception) -> None:
+    model = Models()
+    model.loaded.set()
+    model.answer = error
+    watch = await started(model)
+    await until(watch, ready=False, detail="loading")
+    asked = model.asked
+    model.answer = READY
+    await until(watch, ready=True)
+    assert model.asked > asked
+
+
+async def test_models_are_listed_again_whatever_became_of_the_last_time() -> None:
+    model = Models()
+    model.loaded.set()
+    watch = await started(model)
+    wanted, model.listed = dict(model.listed), None  # type: ignore[assignment]
+    looks = model.looks
+    async with asyncio.timeout(5):
+        while model.looks < looks + 2:
+            await asyncio.sleep(0.005)
+    model.listed = wanted | {"pizza": Listed()}
+    async with asyncio.timeout(5):
+        while len(watch.statuses()) < 2:
+            await asyncio.sleep(0.005)
+
+
 async def test_a_short_silence_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_watch, "SILENCE_S", 1.0)
     model = Models()
