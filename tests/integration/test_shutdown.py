@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,10 +14,7 @@ import pytest
 from running_service import Service
 
 
-@pytest.mark.parametrize("stop", [Service.interrupt, Service.terminate])
-def test_accepted_work_is_finished_and_the_exit_code_is_0(
-    tmp_path: Path, stop: Callable[[Service], int]
-) -> None:
+def test_accepted_work_is_finished_at_ctrl_c_and_the_exit_code_is_0(tmp_path: Path) -> None:
     service = Service(tmp_path)
     service.start()
     body = {"prompt": "house", "num_inference_steps": 150}
@@ -34,14 +30,14 @@ def test_accepted_work_is_finished_and_the_exit_code_is_0(
         assert not answer.done()
         started_s = time.monotonic()
         ready = pool.submit(readiness_until, service, 503)
-        assert stop(service) == 0, service.log
+        assert service.interrupt() == 0, service.log
         assert "draining" in ready.result()
         assert answer.result().status_code == 200, answer.result().text
     assert time.monotonic() - started_s < 30
     assert service.log.rstrip().endswith("stopped")
 
 
-def test_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
+def test_at_sigterm_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever collects spans accepts connections, and says nothing."""
@@ -63,6 +59,7 @@ def test_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
             assert service.terminate() == 0, service.log
             assert answer.result().status_code == 503, answer.result().text
             assert answer.result().json()["error"]["code"] == "server_stopped"
+    assert service.log.rstrip().endswith("stopped")
 
 
 def readiness_until(service: Service, status: int) -> str:
