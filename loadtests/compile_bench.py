@@ -24,13 +24,15 @@ from service.domain.models import Compilation
 from service.engine.call import Call
 from service.engine.coalesce import stack, tensors_in
 from service.engine.engine import EngineOptions
-from service.engine.row_independence import rows_are_independent, run_together, same_bits
+from service.engine.row_independence import companies, run_together, same_bits
+from service.engine.track import Stage
 from service.models.catalogue import EMBEDDED
 from service.pipelines.attach import ParkingOptions
 from service.pipelines.compiling import SwitchableForward, row_buckets
 from service.pipelines.load import leave_cores_to_engine, load_model
+from service.pipelines.parked_trials import parked_at
 from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.sharing import SharingPlan, parked_at_denoiser
+from service.pipelines.sharing import SharingPlan
 from service.pipelines.trials import make_trials
 from service.pipelines.warm_up import warm_up
 
@@ -169,7 +171,7 @@ def _calls_of(runner: PipelineRunner) -> list[Call]:
     """Calls of the denoiser with equal keys and different content, the fewest rows first."""
     model = runner.model
     options = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
-    with parked_at_denoiser(model.pipeline, make_trials(model), options) as groups:
+    with parked_at(Stage.DENOISE, model.pipeline, make_trials(model), options) as groups:
         return sorted(groups[0], key=lambda call: call.rows)
 
 
@@ -206,11 +208,12 @@ def _compare(bench: Bench, rows: int, compiled: Callable[..., Any], repeats: int
 
 def _independent(bench: Bench, rows: int, run: Callable[..., Any]) -> bool:
     """Whether the bits of a call are the same whoever else is in a forward of so many rows."""
-    return rows_are_independent(bench.calls, rows, rows, partial(_together, bench, run))
-
-
-def _together(bench: Bench, run: Callable[..., Any], calls: Sequence[Call], rows: int) -> list[Any]:
-    return bench.outputs([bench.calls.index(call) for call in calls], rows, run)
+    alone = [bench.outputs([index], rows, run)[0] for index in range(len(bench.calls))]
+    return all(
+        same_bits(output, alone[index])
+        for company in companies([call.rows for call in bench.calls], rows)
+        for index, output in zip(company, bench.outputs(company, rows, run), strict=True)
+    )
 
 
 def _agreeing(bench: Bench, buckets: Sequence[int], run: Callable[..., Any]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 
 from service.domain.batch import BatchView, RequestInBatch, SharedForward
-from service.domain.errors import ExpiredError
+from service.domain.errors import ExpiredError, StoppedError
 from service.engine.aside import Aside
 from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
 from service.engine.cost import CostModel
+from service.engine.device_loss import is_device_lost
 from service.engine.forecast import Prospect
 from service.engine.forward_timing import ForwardTiming, WallTiming
 from service.engine.observer import NOBODY, ForwardReport, Observer, WorkReport
@@ -24,6 +26,8 @@ from service.engine.policy import SHORTEST_FIRST, Parked, Policy, Running, next_
 from service.engine.row_limits import RowLimits, is_out_of_memory
 from service.engine.track import Clock, Stage, Track, forget_frames
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Counters:
@@ -31,7 +35,7 @@ class Counters:
 
     `forwards`, `rows` and `calls` count what succeeded, and `padded_rows` what was run besides,
     for nobody, to fill forwards up; `retries` counts shared forwards that
-    failed and were run again in halves, and `out_of_memory` those of them where memory ran out.
+    failed and were run again with fewer rows, and `out_of_memory` all for which memory ran out.
     `denoiser_rows` and `denoiser_s` are the part of rows and seconds that denoisers had.
     `unstacked` counts shapes whose row limit was lowered for good because sharing kept failing.
     """
@@ -124,6 +128,8 @@ class Batcher:
         self.latest_forwards: deque[SharedForward] = deque(maxlen=SHOWN_FORWARDS)
         self.observer: Observer = NOBODY
         self.start_timing: Callable[[Clock], ForwardTiming] = WallTiming
+        # Nothing runs any more, as each operation raises.
+        self.device_lost = False
         # Forwards that may still run while their tracks are woken.
         self._running: list[Launched] = []
         # Where the device decodes beside steps, and what it decodes there, oldest first.
@@ -305,14 +311,25 @@ class Batcher:
             return self._run_shared(group)
         except BaseException as error:
             failure = error
-        # Not in the handler: what a half raises is not to be told as a consequence of this.
+        # Not in the handler: what a part raises is not to be told as a consequence of this.
+        if self.has_lost_device(failure):
+            return [Raised(_device_lost(track.work.id)) for track in group]
+        if is_out_of_memory(failure):
+            return self._run_with_less(group, failure)
         return [Raised(failure)] if len(group) == 1 else self._run_halves(group, failure)
+
+    def has_lost_device(self, failure: BaseException) -> bool:
+        """Whether the device cannot be used any more, by this failure or by one before."""
+        if not self.device_lost and is_device_lost(failure):
+            logger.error("the device cannot be used any more: %s", failure)
+            self.device_lost = True
+        return self.device_lost
 
     def _run_shared(self, group: Sequence[Track]) -> list[Any]:
         calls = _calls(group)
         method = calls[0].method
         rows = [call.rows for call in calls]
-        padded_rows = method.padded_rows(sum(rows))
+        padded_rows = self._padded_rows(calls)
         args, kwargs = stack(calls, padded_rows)
         calls[0].enter()
         timing = self.start_timing(self.clock)
@@ -358,25 +375,42 @@ class Batcher:
             expected_s=self.cost.predict(shape, rows) if self.cost.knows(shape) else None,
         )
 
+    def _padded_rows(self, calls: Sequence[Call]) -> int:
+        """With how many rows a forward of these calls is run."""
+        rows = sum(call.rows for call in calls)
+        padded_rows = calls[0].method.padded_rows(rows)
+        return padded_rows if self.row_limits.allows(calls[0], padded_rows) else rows
+
+    def _run_with_less(self, group: Sequence[Track], failure: BaseException) -> list[Any]:
+        """Memory ran out: without rows that only fill up if there were any, else in halves."""
+        calls = _calls(group)
+        padded_rows = self._padded_rows(calls)
+        self._make_room(calls, padded_rows, failure)
+        if self._padded_rows(calls) < padded_rows:
+            self.counters.retries += 1
+            return self._run(group)
+        return [Raised(failure)] if len(group) == 1 else self._run_halves(group, failure)
+
     def _run_halves(self, group: Sequence[Track], failure: BaseException) -> list[Any]:
         self.counters.retries += 1
-        # First of all: the frames hold what the forward had made, which takes memory.
         forget_frames(failure)
-        out_of_memory = is_out_of_memory(failure)
-        if out_of_memory:
-            self._make_room(_calls(group), failure)
         middle = len(group) // 2
         halves = group[:middle], group[middle:]
         outputs = [output for half in halves for output in self._run(half)]
-        if not out_of_memory and not any(isinstance(output, Raised) for output in outputs):
+        failed = any(isinstance(output, Raised) for output in outputs)
+        if not failed and not is_out_of_memory(failure):
             # No call is to blame, so sharing is.
             rows = max(sum(call.rows for call in _calls(half)) for half in halves)
             self.counters.unstacked += self.row_limits.lower(_calls(group)[0], rows, failure)
         return outputs
 
-    def _make_room(self, calls: Sequence[Call], failure: BaseException) -> None:
+    def _make_room(self, calls: Sequence[Call], rows: int, failure: BaseException) -> None:
         self.counters.out_of_memory += 1
-        self.row_limits.halve(calls[0], sum(call.rows for call in calls), failure)
+        # First of all: the frames hold what the forward had made, which takes memory.
+        forget_frames(failure)
+        # A call of its own has as many rows as it has, whatever the limit.
+        if rows > calls[0].rows:
+            self.row_limits.halve(calls[0], rows, failure)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
@@ -471,6 +505,10 @@ def _stage(track: Track) -> str | None:
 
 def _calls(group: Sequence[Track]) -> list[Call]:
     return [track.call for track in group if track.call is not None]
+
+
+def _device_lost(request_id: str) -> StoppedError:
+    return StoppedError(f"request {request_id} was not finished before its device was lost")
 
 
 def _expired(track: Track) -> ExpiredError:

@@ -110,9 +110,13 @@ class CallKey:
 
     @cached_property
     def shape(self) -> tuple[Hashable, ...]:
-        """What decides the cost of a row: the method, and dtype and shape of what is batched."""
-        batched = (text for _, kind, text in self.leaves if kind is LeafKind.BATCHED)
-        return (self.method, *batched)
+        """What decides the cost of a row: the method, and dtype and shape of what is batched.
+
+        Where nothing is, the rows are a list, of which there may be one for prompts as well.
+        """
+        batched = [text for _, kind, text in self.leaves if kind is LeafKind.BATCHED]
+        listed = [text for _, kind, text in self.leaves if kind is LeafKind.ROW_LIST]
+        return (self.method, *(batched or listed[:1]))
 
 
 @dataclass(frozen=True, eq=False)

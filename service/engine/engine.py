@@ -210,8 +210,11 @@ class Engine:
         return self.batcher.counters
 
     def silent_s(self) -> float:
-        """Seconds since the engine thread last showed a sign of life: infinite if it ended."""
-        if not self._thread.is_alive():
+        """Seconds since the engine thread last showed a sign of life.
+
+        Infinite if it ended, or has lost its device: then all that it could do is fail.
+        """
+        if not self._thread.is_alive() or self.batcher.device_lost:
             return float("inf")
         return time.monotonic() - self._last_sign_of_life_s
 
@@ -271,7 +274,8 @@ class Engine:
             # Ours, as pipelines and listeners are caught elsewhere. Everyone is told, and the
             # engine goes on with what comes next.
             logger.exception("the engine met an error of its own")
-            self.batcher.stop_all(partial(_engine_failed, error))
+            lost = self.batcher.has_lost_device(error)
+            self.batcher.stop_all(_stopped if lost else partial(_engine_failed, error))
 
     def _take_commands(self, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):

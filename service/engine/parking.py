@@ -12,6 +12,7 @@ import greenlet
 import torch
 
 from service.engine.call import NO_RULES, ParkableMethod, make_call
+from service.engine.coalesce import tensors_in
 from service.engine.leaves import ArgumentRules
 from service.engine.memo import Memo, content_key
 from service.engine.narrowing import Narrowing
@@ -66,12 +67,11 @@ def make_parkable(
     @functools.wraps(original)
     def parked(*args: Any, **kwargs: Any) -> Any:
         current = greenlet.getcurrent()
-        if not isinstance(current, TrackGreenlet):
+        if not isinstance(current, TrackGreenlet) or _wants_gradients(args, kwargs):
             return original(*args, **kwargs)
         if method.stage == Stage.DENOISE and current.track.work.narrowing is not None:
             return _park_narrowed(current.track, current.track.work.narrowing, method, args, kwargs)
-        # A call that wants gradients needs a forward of its own.
-        if method.memo is None or torch.is_grad_enabled():
+        if method.memo is None:
             return _park(current.track, method, args, kwargs)
         return _recall(current.track, method, method.memo, args, kwargs)
 
@@ -95,6 +95,14 @@ def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
     nameable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in nameable)
+
+
+def _wants_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a pipeline goes back through this call, as to guide its latents.
+
+    Shared forwards run without gradients.
+    """
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, kwargs)))
 
 
 def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:

@@ -73,12 +73,7 @@ def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = Non
     alone = [run([call], 0)[0] for call in calls]
     kept = 1
     for count in row_counts(max_rows):
-        try:
-            if not _keep_bits(calls, alone, count, run):
-                return kept
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        if not _fits(partial(_keep_bits, calls, alone, count, run)):
             return kept
         kept = count
     return kept
@@ -92,10 +87,18 @@ def agreeing_row_counts(calls: Sequence[Call], counts: Sequence[int]) -> tuple[i
         counts: what forwards could be filled up to; the first is what the others are compared with.
 
     Returns:
-        Those of `counts` that agree with the first one; none if that depends on company itself.
+        Those of `counts` that agree with the first one; none if that depends on company itself, or
+        memory runs out for it.
     """
-    alone = [run_together([call], counts[0])[0] for call in calls]
-    agreeing = [count for count in counts if _keep_bits_in(calls, alone, count)]
+    alone: list[Any] = []
+
+    def run_alone() -> bool:
+        alone.extend(run_together([call], counts[0])[0] for call in calls)
+        return True
+
+    if not _fits(run_alone):
+        return ()
+    agreeing = [count for count in counts if _fits(partial(_keep_bits_in, calls, alone, count))]
     return tuple(agreeing) if counts[0] in agreeing else ()
 
 
@@ -169,6 +172,16 @@ def same_bits(one: Any, other: Any) -> bool:
     """Whether all tensors in two outputs are equal in every bit."""
     pairs = zip(tensors_in(one), tensors_in(other), strict=True)
     return all(torch.equal(left, right) for left, right in pairs)
+
+
+def _fits(attempt: Callable[[], bool]) -> bool:
+    """What the attempt says; false where memory runs out."""
+    try:
+        return attempt()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
 
 
 def _keep_bits(

@@ -99,6 +99,11 @@ class RowLimits:
         configured = self._configured(call)
         return configured if lowered is None else min(configured, lowered.rows)
 
+    def allows(self, call: Call, rows: int) -> bool:
+        """Whether a forward for calls like this one may be filled up to so many rows."""
+        lowered = self._lowered.get(call.key.shape)
+        return lowered is None or rows <= lowered.rows
+
     def halve(self, call: Call, rows: int, reason: BaseException) -> None:
         """Memory ran out with that many rows."""
         self._lower(call, max(rows // 2, 1), reason)

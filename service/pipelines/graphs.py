@@ -24,6 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from service.engine.coalesce import duplicate, tensors_in
 from service.engine.leaves import SIMPLE
+from service.engine.row_limits import is_out_of_memory
 from service.pipelines.attach import parkable_methods
 from service.pipelines.compiling import SwitchableForward
 from service.pipelines.host_numbers import from_pinned
@@ -117,6 +118,10 @@ class GraphedForward:
             args, kwargs = tree_unflatten(list(leaves), structure)
             objection = _objection(self._wrapped(*args, **kwargs), recording.replay(leaves))
         except Exception as error:
+            if is_out_of_memory(error):
+                # There may be more another time.
+                self._seen.pop(shape, None)
+                return None
             objection = f"{type(error).__name__}: {error}".splitlines()[0]
         if objection:
             self._note(shape, Seen.REFUSED)
@@ -124,7 +129,9 @@ class GraphedForward:
             return None
         self._recordings[shape] = recording
         if len(self._recordings) > self._most:
-            self._recordings.popitem(last=False)
+            evicted, _ = self._recordings.popitem(last=False)
+            # Else it would be recorded again the very next time.
+            self._seen.pop(evicted, None)
         return recording
 
     def _note(self, shape: Hashable, seen: Seen) -> None:
@@ -206,4 +213,6 @@ def _objection(eager: Any, replayed: Any) -> str:
 
 
 def _equal(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    return torch.equal(*pair)
+    """A request whose numbers overflowed is no reason to refuse the shape."""
+    one, other = pair
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

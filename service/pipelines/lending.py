@@ -152,7 +152,8 @@ def _for_task(pipeline: Any, task: Task) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         other = OTHER_TASKS[task].from_pipe(pipeline, scheduler=scheduler)
-    if task is Task.INPAINTING and hasattr(other, "unet"):
+    # Pipelines that work on pixels blend pixels.
+    if task is Task.INPAINTING and hasattr(other, "unet") and hasattr(other, "vae"):
         vars(other)["unet"] = denoiser_for_inpainting(other)
     other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return other

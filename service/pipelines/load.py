@@ -43,6 +43,7 @@ class LoadedModel:
 
     `denoiser_forward` is what compiles the denoiser, where that is wanted.
     `cuda_graphs` says whether its forwards may be recorded.
+    `sizes_are_said` tells that its own file says which sizes it takes.
     `denoiser_calls` remembers how often the denoiser is called, by what decides it.
     """
 
@@ -53,6 +54,7 @@ class LoadedModel:
     lender: PipelineLender
     denoiser_forward: SwitchableForward | None = None
     cuda_graphs: bool = False
+    sizes_are_said: bool = False
     denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
 
 
@@ -141,6 +143,7 @@ def _load(
         lender,
         SwitchableForward(_denoiser(pipeline)) if speed.compile else None,
         cuda_graphs=can_record(speed, chosen),
+        sizes_are_said="sizes" in manifest,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from service.domain.errors import CancelledError
 from service.engine.call import Call, CallKey
 from service.engine.track import Stage, Track
-from service.pipelines.attach import ParkingOptions, attach
+from service.pipelines.attach import ParkingOptions, attach, parkable_methods
 from service.pipelines.self_check import Ear, Trial, trial_work
 
 
@@ -20,24 +20,37 @@ from service.pipelines.self_check import Ear, Trial, trial_work
 def parked_at(
     stage: Stage, pipeline: Any, trials: Sequence[Trial], options: ParkingOptions
 ) -> Iterator[list[list[Call]]]:
-    """The first call of that stage of every trial, by equal keys; the trials end with the block."""
+    """Calls of that stage by equal keys: of each trial the first one of every method.
+
+    The trials end with the block.
+    """
+    methods = {
+        f"{path}.{rule.method}"
+        for path, _, rule in parkable_methods(pipeline)
+        if rule.stage == stage and path not in options.inline
+    }
     detach = attach(pipeline, options)
     tracks = [Track(trial_work(i, trial, Ear()), lambda: 0.0) for i, trial in enumerate(trials)]
     try:
         with torch.no_grad():
-            for track in tracks:
-                _run_to(stage, track)
             groups: dict[CallKey, list[Call]] = defaultdict(list)
-            for call in (track.call for track in tracks if track.call is not None):
-                groups[call.key].append(call)
-            yield list(groups.values())
             for track in tracks:
-                track.stop(CancelledError("the trial was about one call only"))
+                for call in _first_calls(track, methods):
+                    groups[call.key].append(call)
+            yield list(groups.values())
     finally:
+        for track in tracks:
+            track.stop(CancelledError("the trial was about one call only"))
         detach()
 
 
-def _run_to(stage: Stage, track: Track) -> None:
+def _first_calls(track: Track, methods: Set[str]) -> Iterator[Call]:
+    """The first call of each of these methods; the track is run no further than to the last."""
+    left = set(methods)
     track.start()
-    while track.call is not None and track.call.method.stage != stage:
-        track.resume(track.call.method.run(*track.call.args, **track.call.kwargs))
+    while left and (call := track.call) is not None:
+        if call.method.name in left:
+            left.remove(call.method.name)
+            yield call
+        if left:
+            track.resume(call.method.run(*call.args, **call.kwargs))

@@ -38,6 +38,7 @@ from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.inputs import decode_inputs
 from service.pipelines.load import LoadedModel
 from service.pipelines.memory import memory_bytes
+from service.pipelines.offers import tried_offer
 from service.pipelines.self_check import Trial
 from service.pipelines.sharing import SharingPlan, plan_sharing
 from service.pipelines.size_rules import SizeRules
@@ -117,10 +118,10 @@ class RequestListener:
     def _encode(self, images: list[Image.Image], timings: Timings) -> None:
         try:
             encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
+            finished = Finished(self.request.id, encoded, timings, self.fingerprint())
         except Exception as error:
             tell(self.request.id, self.failed, error, timings)
         else:
-            finished = Finished(self.request.id, encoded, timings, self.fingerprint())
             tell(self.request.id, self.sink, finished)
 
 
@@ -209,6 +210,9 @@ class PipelineRunner:
             self.engine.submit(self._work(request, sink))
         except (InvalidRequestError, RefusedError) as error:
             sink(Failed(request.id, error))
+        except Exception as error:
+            logger.exception("request %s could not be handed to the engine", request.id)
+            sink(Failed(request.id, as_stepserve_error(error, request.id)))
 
     def outlook_of(self, request_id: str) -> tuple[int, float] | None:
         """Requests in hand that came before this one, and seconds until it should end, or None."""
@@ -241,7 +245,10 @@ class PipelineRunner:
         self._threads = torch.get_num_threads() if device.type == "cpu" else 0
         self.engine.batcher.start_timing = timing_for(device)
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
-        trials = make_trials(self.model)
+        if self._sharing.plan is None:
+            offer = tried_offer(self.model)
+            self._limits = replace(self._limits, tasks=offer.tasks, sizes=offer.sizes)
+        trials = make_trials(self.model, self._limits.tasks)
         buckets = row_buckets(ceiling) if self.denoiser_code else ()
         self.plan = self._sharing.plan or plan_sharing(
             pipeline, trials, ceiling, self._sharing.fixed_rows, buckets

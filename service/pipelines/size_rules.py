@@ -52,7 +52,9 @@ class SizeRules:
             method = None
         if method is None:
             self.same_bytes = False
-            logger.info("%s: rows depend on their company: %s", call.method.name, call.key.shape[1])
+            logger.info(
+                "%s: rows depend on their company: %s", call.method.name, call.key.shape[1:]
+            )
         return method or call.method
 
     def _try(self, call: Call) -> ParkableMethod | None:
@@ -62,7 +64,10 @@ class SizeRules:
         method, most = call.method, min(call.method.max_rows, self._most_rows())
         if method.bucket_rows:
             agreeing = agreeing_row_counts(calls, method.bucket_rows)
-            return method if agreeing == method.bucket_rows else None
+            # Memory may not suffice for the largest. What agrees from the smallest on will do.
+            if not agreeing or agreeing != method.bucket_rows[: len(agreeing)]:
+                return None
+            return replace(method, max_rows=min(most, agreeing[-1]), bucket_rows=agreeing)
         found = same_bits([calls], most, self._fix_rows)
         if found is None:
             return None

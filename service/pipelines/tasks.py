@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,14 @@ from service.domain.requests import GenerationRequest, Task
 from service.pipelines.inputs import InputPictures
 from service.pipelines.load import LoadedModel
 from service.pipelines.previews import OnPreview, Previewer, can_preview
+from service.pipelines.schedulers import set_steps
 from service.pipelines.signature import accepted_arguments
+from service.pipelines.step_watch import watch_steps
 
 OnStep = Callable[[int, int], None]
 NO_PICTURES = InputPictures()
+# Clients choose what they are known by.
+MOST_KNOWN_COUNTS = 1024
 
 
 def make_generators(seed: int, n: int) -> list[torch.Generator]:
@@ -52,20 +57,28 @@ def call_pipeline(
 ) -> Any:
     """Call a borrowed pipeline with those of a request's arguments that it takes."""
     borrowed = model.lender.lend(request.scheduler, request.task)
+    signature = model.lender.signature(request.task)
     previewer = _previewer(borrowed, request, on_preview)
+    expected = denoiser_calls(model, request)
+
+    def ended(step: int, steps: int, latents: torch.Tensor) -> None:
+        if on_step is not None:
+            on_step(step, steps)
+        if previewer is not None:
+            previewer.step_ended(step, steps)
+        if step == steps:
+            _check_finite(latents, request)
 
     def step_ended(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> Any:
-        if on_step is not None:
-            on_step(index + 1, pipeline.num_timesteps)
-        if previewer is not None:
-            previewer.step_ended(index + 1, pipeline.num_timesteps)
-        if index + 1 == pipeline.num_timesteps:
-            _check_finite(values["latents"], request)
+        ended(index + 1, getattr(pipeline, "num_timesteps", expected), values["latents"])
         return {}
+
+    # Some that do not know it take anything, and leave it lying.
+    if "callback_on_step_end" not in signature.names:
+        watch_steps(borrowed.scheduler, lambda step, latents: ended(step, expected, latents))
 
     wanted = {
         "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt or None,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "num_images_per_prompt": request.n,
@@ -75,7 +88,9 @@ def call_pipeline(
         "output_type": output_type,
         **task_arguments(request, inputs),
     }
-    signature = model.lender.signature(request.task)
+    # Pipelines differ in what stands for none.
+    if request.negative_prompt:
+        wanted["negative_prompt"] = request.negative_prompt
     return borrowed(**accepted_arguments(signature, wanted))[0]
 
 
@@ -94,8 +109,8 @@ def task_arguments(request: GenerationRequest, inputs: InputPictures) -> dict[st
         case Task.TEXT_TO_IMAGE:
             return size
         case Task.IMAGE_TO_IMAGE:
-            # The picture has the wanted size already, and most such pipelines take no other.
-            return {"image": inputs.image, "strength": request.strength}
+            # The picture has the wanted size already; pipelines that take one have their own else.
+            return size | {"image": inputs.image, "strength": request.strength}
         case Task.INPAINTING:
             pictures = {"image": inputs.image, "mask_image": inputs.mask_image}
             return pictures | size | {"strength": request.strength}
@@ -111,25 +126,50 @@ def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
     """
     strength = None if request.task is Task.TEXT_TO_IMAGE else request.strength
     wanted = request.scheduler, request.num_inference_steps, request.task, strength
-    if wanted not in model.denoiser_calls:
-        model.denoiser_calls[wanted] = _count_timesteps(model, request)
-    return model.denoiser_calls[wanted]
+    known = model.denoiser_calls
+    if wanted not in known:
+        if len(known) >= MOST_KNOWN_COUNTS:
+            known.clear()
+        known[wanted] = _count_timesteps(model, request)
+    return known[wanted]
 
 
 def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
     pipeline = model.lender.lend(request.scheduler, request.task)
     steps = request.num_inference_steps
     try:
-        pipeline.scheduler.set_timesteps(steps)
+        set_steps(pipeline.scheduler, steps)
     except Exception as error:
         # Such as PNDM, which begins with four steps of a higher order.
         raise InvalidRequestError(
             f"num_inference_steps {steps} cannot be done by {request.scheduler}",
             "num_inference_steps",
         ) from error
-    if request.task is Task.TEXT_TO_IMAGE:
-        return len(pipeline.scheduler.timesteps)
-    return len(pipeline.get_timesteps(steps, request.strength, torch.device("cpu"))[0])
+    timesteps = len(pipeline.scheduler.timesteps)
+    takes_strength = model.lender.signature(request.task).accepts("strength")
+    if request.task is Task.TEXT_TO_IMAGE or not takes_strength:
+        return timesteps
+    return count_left(pipeline, request, timesteps)
+
+
+def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int:
+    """Of these timesteps, those that a strength leaves: as the pipeline itself chooses them."""
+    steps, scheduler = request.num_inference_steps, pipeline.scheduler
+    choose = getattr(pipeline, "get_timesteps", None)
+    if choose is None:
+        # Pipelines of several parts leave it to one of them.
+        return max(min(int(steps * request.strength), timesteps), 1)
+    told = {
+        "num_inference_steps": steps,
+        "strength": request.strength,
+        "timesteps": scheduler.timesteps,
+        "sigmas": getattr(scheduler, "sigmas", None),
+        "device": torch.device("cpu"),
+    }
+    taken = inspect.signature(choose).parameters
+    # What comes last is a number of steps, of which some schedulers make two timesteps.
+    *_, left, _ = choose(**{name: value for name, value in told.items() if name in taken})
+    return len(left)
 
 
 def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,14 +22,25 @@ PROMPTS = ("a red heart", "a blue house")
 STEPS = 2
 
 
-def make_trials(model: LoadedModel) -> list[Trial]:
-    """Two requests of each task, one with guidance and one without: calls of two and of one row."""
+def make_trials(model: LoadedModel, tasks: Sequence[Task] | None = None) -> list[Trial]:
+    """Two requests of each task, one with guidance and one without: calls of two and of one row.
+
+    Args:
+        model: what they are for.
+        tasks: of these only; None means all that there are pipelines for.
+    """
     requests = [
         _request(model.capabilities, task, index)
-        for task in model.lender.tasks
+        for task in (model.lender.tasks if tasks is None else tasks)
         for index in range(len(PROMPTS))
     ]
     return [partial(_try, model, request) for request in requests]
+
+
+def try_task(model: LoadedModel, task: Task, side_px: int) -> Tensor:
+    """The picture, of shape (1, channels, height, width), of a small request of that size."""
+    request = _request(model.capabilities, task, 0)
+    return _try(model, replace(request, width=side_px, height=side_px))
 
 
 def _request(capabilities: ModelCapabilities, task: Task, index: int) -> GenerationRequest:

@@ -196,6 +196,9 @@ def test_a_list_with_one_entry_a_row_counts_the_rows_and_not_its_tensors() -> No
     assert called(latent).key != called(other).key
     assert called([(1, 4, 4)]).key == called([(1, 4, 4)], [(1, 4, 4)]).key
     assert called([(1, 4, 4)]).key != called([(1, 4, 5)]).key
+    # What a row costs depends on its size, here as elsewhere.
+    assert called(latent).key.shape == called(latent, latent).key.shape
+    assert called(latent).key.shape != called(other).key.shape
 
 
 @pytest.mark.parametrize(

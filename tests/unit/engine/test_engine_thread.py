@@ -22,6 +22,7 @@ from service.domain.errors import (
 )
 from service.domain.timings import Timings
 from service.engine.engine import Engine, EngineOptions
+from service.engine.parking import make_parkable
 from service.engine.policy import STRICT_FIFO
 
 PATIENCE_S = 20.0
@@ -476,6 +477,24 @@ def test_a_function_runs_on_the_engine_thread_between_ticks(engines: Callable[..
     engine.stop()
     with pytest.raises(NotReadyError):
         engine.call(lambda: None)
+
+
+def test_gradients_go_through_a_resident_module(engines: Callable[..., Engine]) -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 3.0)
+    make_parkable(module, "guide", "forward", stage="denoise")
+
+    def guided() -> float:
+        with torch.enable_grad():
+            point = torch.ones(1, 1, requires_grad=True)
+            (slope,) = torch.autograd.grad(module.forward(point), point)
+        # Without gradients it parks like any other.
+        return float(slope + module.forward(torch.ones(1, 1)))
+
+    ear = WaitingEar()
+    engines(gradients=True).submit(make_work(guided, ear=ear))
+    ear.wait()
+    assert (ear.error, ear.result) == (None, 6.0)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -196,3 +196,15 @@ def test_thousands_of_calls_find_their_companies_in_one_walk(count: int) -> None
     rows = Watched([1] * 4000)
     assert sum(len(company) for company in companies(rows, count)) < 4000 + count
     assert rows.looks < 4 * len(rows)
+
+
+def test_row_counts_for_which_memory_runs_out_agree_with_none() -> None:
+    def scarce(sample: Tensor) -> tuple[Tensor]:
+        if sample.shape[0] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (sample + 1,)
+
+    calls = calls_of(scarce)
+    assert independent_rows(calls, max_rows=32) == 8
+    assert agreeing_row_counts(calls, (8, 16, 4)) == (8, 4)
+    assert agreeing_row_counts(calls, (16, 8)) == ()

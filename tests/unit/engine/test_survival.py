@@ -16,8 +16,9 @@ from engine_fakes import Bench, Ear, Job, alone, make_work, tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.errors import CancelledError
+from service.domain.errors import CancelledError, StoppedError
 from service.engine.call import ParkableMethod
+from service.engine.device_loss import is_device_lost
 from service.engine.parking import make_parkable
 from service.engine.policy import DUE_TIME
 from service.engine.row_limits import (
@@ -52,14 +53,16 @@ def test_other_errors_are_not_out_of_memory(error: BaseException) -> None:
 class Fragile:
     """A module of which tests say what it cannot do."""
 
-    def __init__(self, fails: Callable[[int], BaseException | None]) -> None:
+    def __init__(
+        self, fails: Callable[[int], BaseException | None], bucket_rows: tuple[int, ...] = ()
+    ) -> None:
         self.fails = fails
         self.rows: list[int] = []
         # All go on together, as far as rows fit.
         self.bench = Bench(policy=DUE_TIME)
         self.module = torch.nn.Module()
         self.module.forward = self.forward
-        make_parkable(self.module, "fragile", "forward", stage="denoise")
+        make_parkable(self.module, "fragile", "forward", stage="denoise", bucket_rows=bucket_rows)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         self.rows.append(sample.shape[0])
@@ -263,3 +266,49 @@ def test_callbacks_that_raise_harm_nobody(ending: str) -> None:
     bench.run()
     assert len(ear.ends) == 1
     assert torch.equal(other.result, alone(neighbour))
+
+
+def test_rows_that_only_fill_up_are_the_first_to_go_when_memory_is_scarce() -> None:
+    fragile = Fragile(lambda rows: MemoryError() if rows > 4 else None, bucket_rows=(8,))
+    fragile.run_many(3, steps=3)
+    # Six rows filled up, six as they are, then halves; from then on what was seen to fit.
+    assert fragile.rows[:4] == [8, 6, 2, 4]
+    assert max(fragile.rows[4:]) <= 4
+    counters = fragile.bench.batcher.counters
+    assert (counters.retries, counters.out_of_memory) == (2, 2)
+
+
+def test_a_call_of_its_own_is_not_filled_up_beyond_what_memory_takes() -> None:
+    fragile = Fragile(lambda rows: MemoryError() if rows > 2 else None, bucket_rows=(8,))
+    fragile.run_many(1, steps=4)
+    assert fragile.rows == [8, 2, 2, 2, 2]
+    assert fragile.bench.batcher.counters.out_of_memory == 1
+
+
+def test_memory_that_runs_out_for_a_single_call_is_counted_and_lowers_no_limit() -> None:
+    fragile = Fragile(lambda rows: MemoryError() if rows < 3 else None)
+    ear = fragile.add(0, steps=1)
+    fragile.bench.run()
+    assert isinstance(ear.error, MemoryError)
+    assert fragile.bench.batcher.counters.out_of_memory == 1
+    fragile.fails = lambda rows: None
+    fragile.run_many(8, steps=1)
+    assert fragile.rows[-1] == 16
+
+
+def test_on_a_lost_device_all_are_told_that_another_may_serve_them() -> None:
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    fragile = Fragile(lambda rows: lost)
+    ears = [fragile.add(seed, steps=2) for seed in range(3)]
+    fragile.bench.run()
+    assert [type(ear.error) for ear in ears] == [StoppedError] * 3
+    # Nothing was tried again in halves.
+    assert fragile.rows == [6]
+    assert fragile.bench.batcher.device_lost
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), torch.AcceleratorError("CUDA error: out of memory")]
+)
+def test_other_errors_lose_no_device(error: Exception) -> None:
+    assert not is_device_lost(error)

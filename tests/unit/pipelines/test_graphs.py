@@ -157,3 +157,38 @@ def test_gradients_and_objects_stay_eager() -> None:
             assert sample.grad is not None
         module(torch.ones(2, 3), 0.0, extra=object())
     assert forward.recorded == 0
+
+
+def test_what_had_to_make_room_is_eager_once_before_it_is_recorded_again() -> None:
+    module, forward = graphed(most=1)
+    for rows in (1, 1, 2, 2):
+        module(torch.ones(rows, 3), 0.0)
+    before = module.ran
+    module(torch.ones(1, 3), 0.0)
+    assert module.ran == before + 1
+    module(torch.ones(1, 3), 0.0)
+    assert forward.recorded == 1
+    before = module.ran
+    module(torch.ones(1, 3), 0.0)
+    assert module.ran == before
+
+
+def test_a_request_whose_numbers_overflowed_refuses_no_shape() -> None:
+    module, forward = graphed()
+    for _ in range(2):
+        module(torch.full((2, 3), float("nan")), 0.0)
+    assert (forward.recorded, forward.refused) == (1, 0)
+
+
+def test_where_memory_runs_out_a_shape_is_tried_again_later() -> None:
+    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def scarce(forward: Forward, leaves: Sequence[Any], structure: TreeSpec) -> Recording:
+        if failures:
+            raise failures.pop()
+        return Fixed(forward, leaves, structure)
+
+    module, forward = graphed(scarce)
+    for _ in range(4):
+        assert module(torch.ones(2, 3), 0.0).sample[0, 0] == 2
+    assert (forward.recorded, forward.refused) == (1, 0)

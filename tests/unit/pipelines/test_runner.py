@@ -66,6 +66,21 @@ def test_what_the_model_cannot_do_is_answered_at_once(
     assert outcome.error.field == field
 
 
+def test_what_nobody_expected_is_answered_too(
+    runner: PipelineRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object) -> int:
+        raise TypeError("no such parameter")
+
+    monkeypatch.setattr(runner_module, "denoiser_calls", broken)
+    inbox = Inbox()
+    runner.submit(a_request(), inbox)
+    failed = inbox.wait()
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, GenerationFailedError)
+    assert "no such parameter" in caplog.text
+
+
 def test_a_full_or_stopped_server_is_answered_at_once(tiny: LoadedModel) -> None:
     runner = PipelineRunner(tiny, EngineOptions(max_waiting_pictures=1), sharing=UNTRIED)
     first, second, late = Inbox(), Inbox(), Inbox()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,3 +111,18 @@ def test_forwards_that_are_filled_up_are_tried_as_they_are(device: Device) -> No
         call = call_of(device, width, bucket_rows=bucket_rows)
         assert found(call) is call
         assert found.same_bytes is kept
+
+
+def test_where_memory_ends_before_the_largest_forwards_the_smaller_ones_are_kept(
+    device: Device,
+) -> None:
+    def scarce(sample: Tensor) -> tuple[Tensor]:
+        if sample.shape[0] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return device.forward(sample)
+
+    found = rules()
+    call = call_of(device, width=1, bucket_rows=(4, 8, 16))
+    method = found(replace(call, method=replace(call.method, run=scarce))).method
+    assert (method.bucket_rows, method.max_rows) == ((4, 8), 8)
+    assert found.same_bytes

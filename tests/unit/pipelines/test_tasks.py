@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,13 +29,15 @@ from service.domain.events import Failed, Finished
 from service.domain.requests import GenerationRequest, Priority, Task
 from service.engine.engine import EngineOptions
 from service.engine.track import Work
+from service.pipelines import tasks as tasks_module
 from service.pipelines.blending import BlendedDenoiser, denoiser_for_inpainting
 from service.pipelines.guidance import can_limit_guidance, narrow_to_interval
 from service.pipelines.inputs import decode_inputs
 from service.pipelines.lending import PipelineLender
 from service.pipelines.load import LoadedModel, load_model
 from service.pipelines.runner import PipelineRunner
-from service.pipelines.tasks import denoiser_calls, make_pictures
+from service.pipelines.step_watch import watch_steps
+from service.pipelines.tasks import count_left, denoiser_calls, make_pictures
 
 CLASSES = {
     Task.TEXT_TO_IMAGE: "StableDiffusionPipeline",
@@ -173,6 +176,62 @@ def test_work_is_estimated_with_strength(
     assert isinstance(inbox.wait(), Finished)
     runner.stop()
     assert inbox.kinds.count("StepFinished") == calls
+
+
+class Chooses:
+    """Chooses its timesteps as some pipelines do, from what it is told."""
+
+    scheduler = SimpleNamespace(timesteps=torch.arange(10), sigmas=torch.linspace(1, 0, 11))
+
+
+class WithoutDevice(Chooses):
+    def get_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Any, int]:
+        left = int(num_inference_steps * strength)
+        return self.scheduler.timesteps[-left:], left
+
+
+class WithTimesteps(Chooses):
+    def get_timesteps(
+        self, num_inference_steps: int, timesteps: Any, strength: float, device: Any
+    ) -> tuple[Any, int]:
+        left = int(num_inference_steps * strength)
+        return timesteps[-left:], left
+
+
+class WithSigmas(Chooses):
+    def get_timesteps(
+        self, sigmas: Any, timesteps: Any, num_inference_steps: int, strength: float
+    ) -> tuple[Any, Any, int]:
+        left = int(num_inference_steps * strength)
+        return sigmas[-left - 1 :], timesteps[-left:], left
+
+
+@pytest.mark.parametrize("kind", [Chooses, WithoutDevice, WithTimesteps, WithSigmas])
+def test_timesteps_that_a_strength_leaves_are_counted_however_they_are_chosen(kind: type) -> None:
+    request = a_request_for(Task.IMAGE_TO_IMAGE, num_inference_steps=10, strength=0.4)
+    assert count_left(kind(), request, timesteps=10) == 4
+
+
+def test_strengths_that_clients_make_up_are_forgotten(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks_module, "MOST_KNOWN_COUNTS", 3)
+    for tenth in range(1, 10):
+        request = a_request_for(Task.IMAGE_TO_IMAGE, strength=tenth / 10)
+        assert denoiser_calls(tiny, request) == max(4 * tenth // 10, 1)
+    assert len(tiny.denoiser_calls) <= 3
+
+
+def test_steps_are_seen_at_the_scheduler_where_a_pipeline_does_not_tell() -> None:
+    seen: list[tuple[int, float]] = []
+    scheduler = default_scheduler()
+    scheduler.set_timesteps(2)
+    watch_steps(scheduler, lambda step, latents: seen.append((step, float(latents.sum()))))
+    assert "eta" in inspect.signature(scheduler.step).parameters
+    sample = torch.zeros(1, 1, 2, 2)
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(torch.zeros_like(sample), timestep, sample, return_dict=False)[0]
+    assert seen == [(1, 0.0), (2, 0.0)]
 
 
 @pytest.mark.parametrize("task", Task)
