@@ -37,7 +37,7 @@ class RemoteBackend:
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
         self._asking: set[asyncio.Task[list[Any]]] = set()
-        self._watch = ModelWatch(list_models, self._status)
+        self._watch = ModelWatch(list_models, self._status, self._status_once_awake)
 
     async def start(self) -> None:
         """Begin to watch the models."""
@@ -141,6 +141,11 @@ class RemoteBackend:
         """
         told: list[ModelStatus] = await self._ask_replicas(model_id, "status", self._id)
         return max(told, key=lambda status: status.ready, default=None)
+
+    async def _status_once_awake(self, model_id: str) -> ModelStatus:
+        """How a model is, as soon as there is a replica: whoever waits for one wakes the model."""
+        status: ModelStatus = await self._handle(model_id).status.remote(self._id)
+        return status
 
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
         """The answers of all replicas of all models: only they know which requests they have."""
