@@ -113,7 +113,7 @@ class ModelWatch:
     async def start(self) -> None:
         """Begin to ask, and wait briefly: who is there already is known before anybody calls."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._look(), FIRST_LOOK_TIMEOUT_S)
+            await asyncio.wait_for(self._look_again(0), FIRST_LOOK_TIMEOUT_S)
         self._listing = asyncio.create_task(self._look_for_ever())
         await asyncio.gather(*map(self.status, list(self._watched)))
 

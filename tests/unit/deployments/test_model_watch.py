@@ -26,6 +26,7 @@ class Models:
 
     def __init__(self) -> None:
         self.listed = {"emoji": Listed()}
+        self.list_error: Exception | None = None
         self.loaded = asyncio.Event()
         self.answer: ModelStatus | Exception = READY
         self.asked = 0
@@ -34,6 +35,8 @@ class Models:
 
     async def list_models(self) -> dict[str, Listed]:
         self.looks += 1
+        if self.list_error is not None:
+            raise self.list_error
         return dict(self.listed)
 
     async def ask(self, model_id: str) -> ModelStatus | None:
@@ -168,14 +171,29 @@ async def test_models_are_listed_again_whatever_became_of_the_last_time() -> Non
     model = Models()
     model.loaded.set()
     watch = await started(model)
-    wanted, model.listed = dict(model.listed), None  # type: ignore[assignment]
+    model.list_error = TypeError()
     looks = model.looks
     async with asyncio.timeout(5):
         while model.looks < looks + 2:
             await asyncio.sleep(0.005)
-    model.listed = wanted | {"pizza": Listed()}
+    model.list_error = None
+    model.listed["pizza"] = Listed()
     async with asyncio.timeout(5):
         while len(watch.statuses()) < 2:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("error", [RayActorError(), ValueError()])
+async def test_a_first_listing_that_fails_keeps_nobody_from_starting(error: Exception) -> None:
+    """As while Ray Serve's controller is replaced: an ingress that raised would not be."""
+    models = Models()
+    models.loaded.set()
+    models.list_error = error
+    watch = await started(models)
+    assert watch.statuses() == []
+    models.list_error = None
+    async with asyncio.timeout(5):
+        while await watch.status("emoji") != READY:
             await asyncio.sleep(0.005)
 
 
