@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -264,14 +265,29 @@ class Starting:
 
 
 def drain(settings: Settings) -> None:
-    """Let every replica finish what it accepted, refusing new work meanwhile."""
-    replies = {model_id: model_handle(model_id).broadcast("drain") for model_id in settings.models}
-    began_s = time.monotonic()
-    for model_id, model in settings.models.items():
-        left_s = max(began_s + model.engine.drain_s + FLUSH_S - time.monotonic(), FLUSH_S)
-        replies[model_id].results(timeout_s=left_s, return_exceptions=True)
+    """Let every replica finish what it accepted, refusing new work meanwhile.
+
+    All models at once: one that still takes requests while another drains would be cut off in the
+    middle of them.
+    """
+    draining = [
+        threading.Thread(target=_drain_model, args=(model_id, model.engine.drain_s))
+        for model_id, model in settings.models.items()
+    ]
+    for thread in draining:
+        thread.start()
+    for thread in draining:
+        thread.join()
     # The last answers are on their way through the ingress.
     time.sleep(FLUSH_S)
+
+
+def _drain_model(model_id: str, drain_s: float) -> None:
+    # It may have no replica: asleep, given up, not there yet. Then nothing of it is in hand.
+    with contextlib.suppress(TimeoutError, RayError, RayServeException):
+        reply = model_handle(model_id).broadcast("drain")
+        # Nothing is sent before somebody asks for the results.
+        reply.results(timeout_s=drain_s + FLUSH_S, return_exceptions=True)
 
 
 def stop_ray() -> None:
