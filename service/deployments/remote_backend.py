@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 
 from service.api.backend import ModelStatus
 from service.deployments.applications import list_models, model_handle
+from service.deployments.broadcast import answers
 from service.deployments.model_watch import ModelWatch
 from service.deployments.retries import with_retries
 from service.domain.batch import BatchView
@@ -117,8 +118,8 @@ class RemoteBackend:
         self, request_id: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """Events of a request from `number` on, as soon as there are any; None if it is unknown."""
-        answers = await self._ask_all("events", request_id, number, wait_s, slack_s=wait_s)
-        known: list[Sequence[NumberedEvent]] = [a for a in answers if a is not None]
+        told = await self._ask_all("events", request_id, number, wait_s, slack_s=wait_s)
+        known: list[Sequence[NumberedEvent]] = [events for events in told if events is not None]
         return max(known, key=len) if known else None
 
     async def batch(self, model_id: str) -> Sequence[BatchView]:
@@ -149,23 +150,20 @@ class RemoteBackend:
 
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
         """The answers of all replicas of all models: only they know which requests they have."""
-        answers = await asyncio.gather(
+        of_models = await asyncio.gather(
             *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
         )
-        return [answer for of_model in answers for answer in of_model]
+        return [answer for of_model in of_models for answer in of_model]
 
     async def _ask_replicas(
         self, model_id: str, method: str, *arguments: Any, slack_s: float = 0.0
     ) -> list[Any]:
         try:
-            reply = self._handle(model_id).broadcast(method, *arguments)
-            answers = await reply.results_async(
-                timeout_s=ASK_TIMEOUT_S + slack_s, return_exceptions=True
-            )
+            broadcast = self._handle(model_id).broadcast(method, *arguments)
+            return await answers(broadcast, ASK_TIMEOUT_S + slack_s)
         except (TimeoutError, RayError, RayServeException):
             # Loading, or gone: it has nothing to tell.
             return []
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 def _first_at_work(answers: Sequence[Progress | None]) -> Progress | None:
