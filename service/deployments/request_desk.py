@@ -86,8 +86,19 @@ class RequestDesk:
             self._given_up.add(request_id)
             self._runner.cancel(request_id)
 
-    def progress(self, request_id: str) -> Progress | None:
-        """Where a request stands now, or None if it is not known."""
+    def cancel(self, request_id: str, owner: str) -> Progress | None:
+        """Give up a request of `owner`, and tell where it stands; None if there is none such."""
+        if self._log.belongs_to(owner, request_id):
+            self.give_up(request_id)
+        return self.progress(request_id, owner)
+
+    def progress(self, request_id: str, owner: str) -> Progress | None:
+        """Where a request stands now, or None if `owner` has none such.
+
+        Callers choose ids: the same one may be another caller's, here or on another replica.
+        """
+        if not self._log.belongs_to(owner, request_id):
+            return None
         progress = self._log.progress(request_id)
         if progress is None or progress.ended:
             return progress
@@ -110,14 +121,23 @@ class RequestDesk:
         )
 
     async def events(
-        self, request_id: str, number: int, wait_s: float
+        self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
-        """Events from `number` on: at once if there are any, else the next, or none in time."""
-        events = self._log.events_since(request_id, number)
-        if events or not self._log.is_running(request_id):
+        """Events from `number` on: at once if there are any, else the next, or none in time.
+
+        None if `owner` has no such request.
+        """
+        events = self._events_since(request_id, owner, number)
+        if events or events is None or not self._log.is_running(request_id):
             return events
         await self._wait_for_news(request_id, wait_s)
-        return self._log.events_since(request_id, number)
+        return self._events_since(request_id, owner, number)
+
+    def _events_since(
+        self, request_id: str, owner: str, number: int
+    ) -> Sequence[NumberedEvent] | None:
+        known = self._log.belongs_to(owner, request_id)
+        return self._log.events_since(request_id, number) if known else None
 
     def _post(self, event: Event) -> None:
         """Called by the engine's threads at every step of every request: must cost next to nothing.

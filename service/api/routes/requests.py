@@ -46,7 +46,7 @@ async def cancel_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # n
     """End a request at its next step; whoever waits for its pictures is told with status 499."""
     progress = await _find(incoming, id)
     if not progress.ended:
-        progress = await incoming.backend.cancel(id) or progress
+        progress = await incoming.backend.cancel(id, incoming.caller.name) or progress
     return progress_answer(progress)
 
 
@@ -84,8 +84,8 @@ async def follow_request(
 
 async def _find(incoming: Incoming, request_id: str) -> Progress:
     """A request of the caller's. Another caller's is as unknown as one that never was."""
-    progress = await incoming.backend.progress(request_id)
-    if progress is None or progress.owner != incoming.caller.name:
+    progress = await incoming.backend.progress(request_id, incoming.caller.name)
+    if progress is None:
         raise UnknownRequestError(f"no request {shown(request_id)} is known", "id")
     return progress
 
@@ -106,7 +106,7 @@ async def _events(
 ) -> AsyncGenerator[NumberedEvent, None]:
     """Events from `number` on, up to the last one. Ends as well where the request is forgotten."""
     while True:
-        events = await incoming.backend.events(request_id, number, POLL_S)
+        events = await incoming.backend.events(request_id, incoming.caller.name, number, POLL_S)
         if events is None:
             return
         for event in events:
@@ -120,7 +120,7 @@ async def _events(
 
 async def _has_ended(incoming: Incoming, request_id: str) -> bool:
     """Whether there is nothing more to come, as when the client has seen everything."""
-    progress = await incoming.backend.progress(request_id)
+    progress = await incoming.backend.progress(request_id, incoming.caller.name)
     return progress is None or progress.ended
 
 
