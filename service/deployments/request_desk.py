@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from service.domain.events import Event
+from service.domain.errors import GenerationFailedError
+from service.domain.events import Event, Failed
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent, RequestLog
 from service.domain.requests import GenerationRequest
@@ -17,6 +19,8 @@ from service.routing.reports import Job, Report, StepCost, job_of, size_of
 
 if TYPE_CHECKING:
     from service.pipelines.runner import PipelineRunner
+
+logger = logging.getLogger(__name__)
 
 STEP_BACK_S = 2.0
 """How long a request waits for one of the same id that was given up to reach its next step."""
@@ -76,8 +80,14 @@ class RequestDesk:
         queue = self._queues[request.id] = EventQueue()
         self._jobs[request.id] = job_of(request)
         self._loop = asyncio.get_running_loop()
-        self._watcher.begin(request)
-        self._runner.submit(request, self._post)
+        try:
+            self._watcher.begin(request)
+            self._runner.submit(request, self._post)
+        except Exception as error:
+            # Else its id would be at work for ever, and whoever waits would never hear of an end.
+            logger.exception("request %s cannot be handed in", request.id)
+            message = f"request {request.id} cannot be handed in: {error!r}"
+            self._post(Failed(request.id, GenerationFailedError(message)))
         return queue
 
     def give_up(self, request_id: str) -> None:

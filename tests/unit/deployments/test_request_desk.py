@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from service.deployments.request_desk import RequestDesk
-from service.domain.errors import CancelledError, RequestIdInUseError
+from service.domain.errors import CancelledError, GenerationFailedError, RequestIdInUseError
 from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
 from service.domain.requests import GenerationRequest
 from service.domain.states import RequestState
@@ -24,8 +24,11 @@ class ThreadedRunner:
     def __init__(self) -> None:
         self.sinks: dict[str, Callable[[Event], None]] = {}
         self.cancelled: list[str] = []
+        self.error: Exception | None = None
 
     def submit(self, request: GenerationRequest, sink: Callable[[Event], None]) -> None:
+        if self.error is not None:
+            raise self.error
         self.sinks[request.id] = sink
         sink(Accepted(request.id, 0, 1.0))
 
@@ -153,3 +156,20 @@ async def test_a_request_of_another_owner_is_unknown_and_not_ended(
 
     assert desk.cancel("a", "team-a") == desk.progress("a", "team-a") is not None
     assert runner.cancelled == ["a"]
+
+
+async def test_one_that_the_runner_cannot_take_ends_and_its_id_is_free_again(
+    desk: RequestDesk, runner: ThreadedRunner
+):
+    runner.error = ValueError("a tokenizer's")
+    queue = await desk.submit(request())
+    event = await asyncio.wait_for(queue.get(), 5)
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, GenerationFailedError)
+    progress = desk.progress("a", "")
+    assert progress is not None
+    assert progress.state is RequestState.FAILED
+
+    runner.error = None
+    again = await desk.submit(request())
+    assert isinstance(await again.get(), Accepted)
