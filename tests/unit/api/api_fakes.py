@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import httpx
 from fastapi import FastAPI
@@ -87,6 +87,8 @@ class FakeBackend:
         self.stream_with: Stream = run_through
         self.log = RequestLog(time.monotonic, time.time)
         self.batches: list[BatchView] = []
+        # Whether questions for news find nobody, one after another.
+        self.unheard: Iterator[bool] = iter(())
 
     async def start(self) -> None:
         pass
@@ -131,7 +133,7 @@ class FakeBackend:
     async def events(
         self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
-        if not self.log.belongs_to(owner, request_id):
+        if next(self.unheard, False) or not self.log.belongs_to(owner, request_id):
             return None
         events = self.log.events_since(request_id, number)
         if not events and self.log.is_running(request_id):
