@@ -69,7 +69,7 @@ OF_A_LOCAL_CLUSTER = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - to be replaced, not bound
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be replaced, not bound
 
 Tell = Callable[[str], None]
 
@@ -81,7 +81,8 @@ class StartError(StepserveError):
 def base_url(settings: Settings) -> str:
     """Where this machine reaches the service."""
     host = ANY_ADDRESS.get(settings.http.host, settings.http.host)
-    return f"http://{host}:{settings.http.port}"
+    in_url = f"[{host}]" if ":" in host else host
+    return f"http://{in_url}:{settings.http.port}"
 
 
 def serve_until_stopped(
