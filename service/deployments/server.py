@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from service import __version__
-from service.config import ConfigError, Settings
+from service.config import Settings
 from service.deployments.application import ingress_target, model_target, needed_cpus
 from service.deployments.applications import (
     INGRESS_APPLICATION,
@@ -335,7 +335,8 @@ class _Signals:
 def _reload(settings: Settings, read_settings: Callable[[], Settings], tell: Tell) -> Settings:
     try:
         return apply_models(settings, read_settings(), tell)
-    except (StepserveError, ConfigError, RayError, RayServeException) as error:
+    except Exception as error:
+        # Ray refuses some values with errors of many kinds, and what is served must go on.
         tell(f"nothing is changed: {error}")
         return settings
 
