@@ -69,7 +69,9 @@ def version(
 def serve(
     config: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to bind (default: 127.0.0.1).")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to bind (default: 8000).")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to bind (default: 8000).")
+    ] = None,
     first_picture: Annotated[
         Path | None,
         typer.Option(help="Make one picture through HTTP into this folder when ready."),

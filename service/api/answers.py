@@ -70,7 +70,7 @@ class TimingsAnswer(BaseModel):
 
 
 _EXAMPLE: dict[str, Any] = {
-    "id": "3f0c9d5be1f34c5f8d1c5b8f0f7d2a11-9b1deb4d",
+    "id": "3f0c9d5be1f34c5f8d1c5b8f0f7d2a11",
     "created": 1795450000,
     "model": "emoji",
     "data": [{"b64_json": "iVBORw0KGgo=", "seed": 7}],
@@ -86,7 +86,7 @@ _EXAMPLE: dict[str, Any] = {
         "num_inference_steps": 20,
         "guidance_scale": 4.0,
         "seed": 7,
-        "scheduler": "euler",
+        "scheduler": "EulerDiscreteScheduler",
         "adapters": [{"name": "pixel-art", "scale": 0.8}],
         "output_format": "png",
         "guidance_start": 0.0,
@@ -111,7 +111,9 @@ class ImagesAnswer(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
-    id: str = Field(description="Unique; begins with the `X-Request-ID`.")
+    id: str = Field(
+        description="The `X-Request-ID`. Unique, unless a caller uses one of its own again."
+    )
     created: int = Field(description="Unix time in seconds.")
     model: str
     data: list[ImageData]

@@ -61,20 +61,20 @@ class Backend(Protocol):
         """
         ...
 
-    async def progress(self, request_id: str) -> Progress | None:
-        """Return where a request stands, or None if no such request is known."""
+    async def progress(self, request_id: str, owner: str) -> Progress | None:
+        """Return where a request stands, or None if its owner has no such request."""
         ...
 
-    async def cancel(self, request_id: str) -> Progress | None:
-        """End a request at its next step, if it has not ended; None if it is not known."""
+    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+        """End a request at its next step, if it has not ended; None if its owner has none such."""
         ...
 
     async def events(
-        self, request_id: str, number: int, wait_s: float
+        self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """Return a request's events from `number` on, or wait up to `wait_s` for the next.
 
-        None if no such request is known.
+        None if its owner has no such request.
         """
         ...
 

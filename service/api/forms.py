@@ -38,7 +38,7 @@ async def read_form(request: Request) -> Form:
     """Read a multipart form.
 
     Raises:
-        MalformedFormError: it is none.
+        MalformedFormError: it is none, or its texts are none in the charset that it says.
         InvalidRequestError: a text field occurs twice.
     """
     fields: dict[str, str] = {}
@@ -46,16 +46,29 @@ async def read_form(request: Request) -> Form:
     try:
         async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
             for name, value in form.multi_items():
+                _check_text(name)
                 if isinstance(value, UploadFile):
                     key = name.removesuffix(LIST_SUFFIX)
                     files.setdefault(key, []).append(await value.read())
                 elif name in fields:
                     raise InvalidRequestError(f"{shown(name)} is given twice", name)
                 else:
+                    _check_text(value)
                     fields[name] = value
+    except UnicodeError as error:
+        raise MalformedFormError("the form's texts are none in its charset; use UTF-8") from error
     except HTTPException as error:
         raise MalformedFormError(f"the form cannot be read: {error.detail}") from error
     return Form(fields, files)
+
+
+def _check_text(text: str) -> None:
+    """Return if it can be told again: some charsets have halves of characters.
+
+    Raises:
+        UnicodeError: it cannot.
+    """
+    text.encode()
 
 
 def parse_fields(fields: dict[str, str], model: type[Model]) -> Model:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# A busy machine may keep an ingress from its second-by-second sign of life for a while.
+# A busy machine may keep an ingress from its second-by-second sign of life for a while. It comes
+# every six seconds while another replica of the model is silent.
 ORPHANED_AFTER_S = 10.0
 
 

@@ -19,6 +19,10 @@ from service.domain.errors import StepserveError
 QUEUE_LENGTH = 2048
 # Any byte: a descriptor travels beside data only.
 NOTE = b"."
+# An ingress that waits for ever while it is built is never replaced.
+BORROW_TIMEOUT_S = 10.0
+# No descriptors left, for example: some will be free again.
+PAUSE_S = 0.1
 
 
 class AddressTakenError(StepserveError):
@@ -40,10 +44,12 @@ def held_door(host: str, port: int) -> Iterator[str]:
         path = str(Path(folder) / "door")
         lender.bind(path)
         lender.listen()
-        threading.Thread(target=_lend, args=(door, lender), daemon=True).start()
+        closed = threading.Event()
+        threading.Thread(target=_lend, args=(door, lender, closed), daemon=True).start()
         try:
             yield path
         finally:
+            closed.set()
             # Closing alone would not wake the thread.
             lender.shutdown(socket.SHUT_RDWR)
 
@@ -52,9 +58,10 @@ def borrow_door(path: str) -> socket.socket:
     """The socket behind such a path: the same queue, whoever accepts from it.
 
     Raises:
-        OSError: its holder is gone.
+        OSError: its holder is gone, or does not answer.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as borrower:
+        borrower.settimeout(BORROW_TIMEOUT_S)
         borrower.connect(path)
         _, descriptors, _, _ = socket.recv_fds(borrower, len(NOTE), maxfds=1)
     if not descriptors:
@@ -76,12 +83,13 @@ def _listening(host: str, port: int) -> socket.socket:
     return door
 
 
-def _lend(door: socket.socket, lender: socket.socket) -> None:
-    while True:
+def _lend(door: socket.socket, lender: socket.socket, closed: threading.Event) -> None:
+    while not closed.is_set():
         try:
             borrower, _ = lender.accept()
         except OSError:
-            return
+            closed.wait(PAUSE_S)
+            continue
         # One that left in between is no reason not to lend it to others.
         with borrower, contextlib.suppress(OSError):
             socket.send_fds(borrower, [NOTE], [door.fileno()])

@@ -27,6 +27,8 @@ STEADY_LISTING_S = 5.0
 LOADING_INTERVAL_S = 0.2
 PROBE_TIMEOUT_S = 10.0
 FIRST_LOOK_TIMEOUT_S = 1.0
+# Longer than most models take to load; whatever is listed of one meanwhile is told after it.
+WAKE_TIMEOUT_S = 30.0
 # A busy machine may be slow to answer, and a lost replica takes some seconds to replace.
 SILENCE_S = 15.0
 LOADING = "loading"
@@ -58,12 +60,14 @@ class Watched:
     Args:
         answered: set once there was anything to tell but that it loads.
         heard_s: when it last answered.
+        told: what it then said of itself.
     """
 
     listed: Listed
     status: ModelStatus
     answered: asyncio.Event = field(default_factory=asyncio.Event)
     heard_s: float = 0.0
+    told: str = ""
 
     def note(self, ready: bool, detail: str) -> None:
         """Whether it takes requests is known otherwise than from its own answer."""
@@ -74,6 +78,7 @@ class Watched:
     def hear(self, status: ModelStatus) -> None:
         """It answered."""
         self.status = status
+        self.told = status.detail
         self.heard_s = time.monotonic()
         self.answered.set()
 
@@ -92,11 +97,13 @@ class ModelWatch:
         list_models: which models there are.
         ask: asks a model, by its id, how it is; None while no replica of it is there to answer. It
             must not wait for one: that would wake a model that sleeps.
+        wake: asks it as well, and waits for a replica, which wakes a model that sleeps.
     """
 
-    def __init__(self, list_models: List, ask: Ask) -> None:
+    def __init__(self, list_models: List, ask: Ask, wake: Ask) -> None:
         self._list_models = list_models
         self._ask = ask
+        self._wake = wake
         self._watched: dict[str, Watched] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._listing: asyncio.Task[None] | None = None
@@ -106,7 +113,7 @@ class ModelWatch:
     async def start(self) -> None:
         """Begin to ask, and wait briefly: who is there already is known before anybody calls."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._look(), FIRST_LOOK_TIMEOUT_S)
+            await asyncio.wait_for(self._look_again(0), FIRST_LOOK_TIMEOUT_S)
         self._listing = asyncio.create_task(self._look_for_ever())
         await asyncio.gather(*map(self.status, list(self._watched)))
 
@@ -173,8 +180,7 @@ class ModelWatch:
                 # Replicas of before may be at work, and want to hear of whoever waits for them.
                 await self._ask_once(model_id)
             elif watched.listed.asleep:
-                # Not asked: it would wake up.
-                watched.note(ready=watched.status.is_known, detail=_asleep(watched.status))
+                await self._let_sleep(model_id, watched)
             elif not await self._answers(model_id, watched):
                 await asyncio.sleep(LOADING_INTERVAL_S)
                 continue
@@ -189,9 +195,31 @@ class ModelWatch:
         watched.hear(status)
         return True
 
+    async def _let_sleep(self, model_id: str, watched: Watched) -> None:
+        """It is not asked, as it would wake up, unless it has never told anything."""
+        if watched.status.is_known:
+            watched.note(ready=True, detail=_asleep(watched.status))
+        elif watched.heard_s:
+            # Why it cannot be loaded. Awake it would say so again.
+            watched.note(ready=False, detail=watched.told)
+        else:
+            await self._wake_once(model_id, watched)
+
+    async def _wake_once(self, model_id: str, watched: Watched) -> None:
+        """Only a loaded model tells its limits, and without them no request could wake it."""
+        watched.note(ready=False, detail=LOADING)
+        status = await self._told(model_id, self._wake(model_id), WAKE_TIMEOUT_S)
+        if status is not None:
+            watched.hear(status)
+
     async def _ask_once(self, model_id: str) -> ModelStatus | None:
+        return await self._told(model_id, self._ask(model_id), PROBE_TIMEOUT_S)
+
+    async def _told(
+        self, model_id: str, asking: Awaitable[ModelStatus | None], within_s: float
+    ) -> ModelStatus | None:
         try:
-            return await asyncio.wait_for(self._ask(model_id), PROBE_TIMEOUT_S)
+            return await asyncio.wait_for(asking, within_s)
         except (TimeoutError, RayError, RayServeException):
             return None
         except Exception:

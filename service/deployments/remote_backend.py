@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 
 from service.api.backend import ModelStatus
 from service.deployments.applications import list_models, model_handle
+from service.deployments.broadcast import answers
 from service.deployments.model_watch import ModelWatch
 from service.deployments.retries import with_retries
 from service.domain.batch import BatchView
@@ -37,7 +38,7 @@ class RemoteBackend:
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
         self._asking: set[asyncio.Task[list[Any]]] = set()
-        self._watch = ModelWatch(list_models, self._status)
+        self._watch = ModelWatch(list_models, self._status, self._status_once_awake)
 
     async def start(self) -> None:
         """Begin to watch the models."""
@@ -101,24 +102,25 @@ class RemoteBackend:
 
     def _make_sure_it_ends(self, request: GenerationRequest) -> None:
         """Nobody waits any more. Ray's own cancelling of a call is a wish that may get lost."""
-        asking = asyncio.create_task(self._ask_replicas(request.model, "cancel", request.id))
+        cancelling = self._ask_replicas(request.model, "cancel", request.id, request.owner)
+        asking = asyncio.create_task(cancelling)
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
 
-    async def progress(self, request_id: str) -> Progress | None:
-        """Where a request stands, whichever replica has it; None if none does."""
-        return _first_at_work(await self._ask_all("progress", request_id))
+    async def progress(self, request_id: str, owner: str) -> Progress | None:
+        """Where a request of `owner` stands, whichever replica has it; None if none does."""
+        return _first_at_work(await self._ask_all("progress", request_id, owner))
 
-    async def cancel(self, request_id: str) -> Progress | None:
+    async def cancel(self, request_id: str, owner: str) -> Progress | None:
         """End a request at its next step, whichever replica has it; None if none does."""
-        return _first_at_work(await self._ask_all("cancel", request_id))
+        return _first_at_work(await self._ask_all("cancel", request_id, owner))
 
     async def events(
-        self, request_id: str, number: int, wait_s: float
+        self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """Events of a request from `number` on, as soon as there are any; None if it is unknown."""
-        answers = await self._ask_all("events", request_id, number, wait_s, slack_s=wait_s)
-        known: list[Sequence[NumberedEvent]] = [a for a in answers if a is not None]
+        told = await self._ask_all("events", request_id, owner, number, wait_s, slack_s=wait_s)
+        known: list[Sequence[NumberedEvent]] = [events for events in told if events is not None]
         return max(known, key=len) if known else None
 
     async def batch(self, model_id: str) -> Sequence[BatchView]:
@@ -142,25 +144,27 @@ class RemoteBackend:
         told: list[ModelStatus] = await self._ask_replicas(model_id, "status", self._id)
         return max(told, key=lambda status: status.ready, default=None)
 
+    async def _status_once_awake(self, model_id: str) -> ModelStatus:
+        """How a model is, as soon as there is a replica: whoever waits for one wakes the model."""
+        status: ModelStatus = await self._handle(model_id).status.remote(self._id)
+        return status
+
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
         """The answers of all replicas of all models: only they know which requests they have."""
-        answers = await asyncio.gather(
+        of_models = await asyncio.gather(
             *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
         )
-        return [answer for of_model in answers for answer in of_model]
+        return [answer for of_model in of_models for answer in of_model]
 
     async def _ask_replicas(
         self, model_id: str, method: str, *arguments: Any, slack_s: float = 0.0
     ) -> list[Any]:
         try:
-            reply = self._handle(model_id).broadcast(method, *arguments)
-            answers = await reply.results_async(
-                timeout_s=ASK_TIMEOUT_S + slack_s, return_exceptions=True
-            )
+            broadcast = self._handle(model_id).broadcast(method, *arguments)
+            return await answers(broadcast, ASK_TIMEOUT_S + slack_s)
         except (TimeoutError, RayError, RayServeException):
             # Loading, or gone: it has nothing to tell.
             return []
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 def _first_at_work(answers: Sequence[Progress | None]) -> Progress | None:

@@ -143,25 +143,24 @@ class ModelReplica:
             self._orphaned.discard(request.id)
             self.desk.give_up(request.id)
 
-    async def progress(self, request_id: str) -> Progress | None:
-        """Where a request stands, or None if this replica does not know it."""
-        return None if self._failure else self.desk.progress(request_id)
+    async def progress(self, request_id: str, owner: str) -> Progress | None:
+        """Where a request stands, or None if this replica knows none such of that owner."""
+        return None if self._failure else self.desk.progress(request_id, owner)
 
-    async def cancel(self, request_id: str) -> Progress | None:
-        """End a request at its next step; None if this replica does not know it."""
-        if self._failure:
-            return None
-        self.desk.give_up(request_id)
-        return self.desk.progress(request_id)
+    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+        """End a request at its next step; None if this replica knows none such of that owner."""
+        return None if self._failure else self.desk.cancel(request_id, owner)
 
     async def events(
-        self, request_id: str, number: int, wait_s: float
+        self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """The events of a request from `number` on, as soon as there are any, or after `wait_s`.
 
-        None if this replica does not know it.
+        None if this replica knows none such of that owner.
         """
-        return None if self._failure else await self.desk.events(request_id, number, wait_s)
+        if self._failure:
+            return None
+        return await self.desk.events(request_id, owner, number, wait_s)
 
     async def batch(self) -> BatchView | None:
         """What the engine has in hand, and its latest forwards; None where there is no engine."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from service.domain.events import Event
+from service.domain.errors import GenerationFailedError
+from service.domain.events import Event, Failed
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent, RequestLog
 from service.domain.requests import GenerationRequest
@@ -17,6 +19,8 @@ from service.routing.reports import Job, Report, StepCost, job_of, size_of
 
 if TYPE_CHECKING:
     from service.pipelines.runner import PipelineRunner
+
+logger = logging.getLogger(__name__)
 
 STEP_BACK_S = 2.0
 """How long a request waits for one of the same id that was given up to reach its next step."""
@@ -76,8 +80,14 @@ class RequestDesk:
         queue = self._queues[request.id] = EventQueue()
         self._jobs[request.id] = job_of(request)
         self._loop = asyncio.get_running_loop()
-        self._watcher.begin(request)
-        self._runner.submit(request, self._post)
+        try:
+            self._watcher.begin(request)
+            self._runner.submit(request, self._post)
+        except Exception as error:
+            # Else its id would be at work for ever, and whoever waits would never hear of an end.
+            logger.exception("request %s cannot be handed in", request.id)
+            message = f"request {request.id} cannot be handed in: {error!r}"
+            self._post(Failed(request.id, GenerationFailedError(message)))
         return queue
 
     def give_up(self, request_id: str) -> None:
@@ -86,8 +96,19 @@ class RequestDesk:
             self._given_up.add(request_id)
             self._runner.cancel(request_id)
 
-    def progress(self, request_id: str) -> Progress | None:
-        """Where a request stands now, or None if it is not known."""
+    def cancel(self, request_id: str, owner: str) -> Progress | None:
+        """Give up a request of `owner`, and tell where it stands; None if there is none such."""
+        if self._log.belongs_to(owner, request_id):
+            self.give_up(request_id)
+        return self.progress(request_id, owner)
+
+    def progress(self, request_id: str, owner: str) -> Progress | None:
+        """Where a request stands now, or None if `owner` has none such.
+
+        Callers choose ids: the same one may be another caller's, here or on another replica.
+        """
+        if not self._log.belongs_to(owner, request_id):
+            return None
         progress = self._log.progress(request_id)
         if progress is None or progress.ended:
             return progress
@@ -110,14 +131,23 @@ class RequestDesk:
         )
 
     async def events(
-        self, request_id: str, number: int, wait_s: float
+        self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
-        """Events from `number` on: at once if there are any, else the next, or none in time."""
-        events = self._log.events_since(request_id, number)
-        if events or not self._log.is_running(request_id):
+        """Events from `number` on: at once if there are any, else the next, or none in time.
+
+        None if `owner` has no such request.
+        """
+        events = self._events_since(request_id, owner, number)
+        if events or events is None or not self._log.is_running(request_id):
             return events
         await self._wait_for_news(request_id, wait_s)
-        return self._log.events_since(request_id, number)
+        return self._events_since(request_id, owner, number)
+
+    def _events_since(
+        self, request_id: str, owner: str, number: int
+    ) -> Sequence[NumberedEvent] | None:
+        known = self._log.belongs_to(owner, request_id)
+        return self._log.events_since(request_id, number) if known else None
 
     def _post(self, event: Event) -> None:
         """Called by the engine's threads at every step of every request: must cost next to nothing.

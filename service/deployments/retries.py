@@ -15,6 +15,7 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     RayError,
+    RayTaskError,
     WorkerCrashedError,
 )
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -136,14 +137,19 @@ async def _one_try(
                     yield event
                 if isinstance(event, Finished | Failed):
                     return
-    except BackPressureError as error:
-        raise ServerFullError("the queue in front of the model is full", RETRY_AFTER_S) from error
+    except RayTaskError:
+        # Raised by our own code, on a replica that is well.
+        raise
     except (RayError, RayServeException) as error:
-        message = f"model {request.model} lost the replica that worked on this request"
-        ours = NotReadyError(message, RETRY_AFTER_S)
-        if isinstance(error, LOST):
-            raise LostError(ours) from error
-        raise ours from error
+        raise _meaning(error, request.model) from error
+
+
+def _meaning(error: RayError | RayServeException, model_id: str) -> LostError | StepserveError:
+    if isinstance(error, BackPressureError):
+        return ServerFullError("the queue in front of the model is full", RETRY_AFTER_S)
+    message = f"model {model_id} lost the replica that worked on this request"
+    ours = NotReadyError(message, RETRY_AFTER_S)
+    return LostError(ours) if isinstance(error, LOST) else ours
 
 
 def _with_time_left(request: GenerationRequest, began_s: float, now_s: float) -> GenerationRequest:

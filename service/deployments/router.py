@@ -6,9 +6,11 @@ how it decides.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
@@ -75,6 +77,7 @@ class BatchingRouter(RequestRouter):
                 if told and told is not self._reports.get(replica.replica_id):
                     self._ledger.note_report(replica.replica_id, Report.from_dict(told))
             self._reports = {replica.replica_id: replica.routing_stats for replica in replicas}
+            self._forget_unreported()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Called when a replica could not be reached any more."""
@@ -101,23 +104,43 @@ class BatchingRouter(RequestRouter):
             if best:
                 # At once: whoever is next to be routed should know of it.
                 self._note_sent(pending_request, best[0].replica_id, job)
+        if best:
+            pending_request.future.add_done_callback(partial(self._note_chosen, pending_request))
         return [[replica] for replica in best] or [candidate_replicas]
 
-    def on_request_routed(
-        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
-    ) -> None:
-        """Called when a replica has taken a request."""
-        job = _job(pending_request)
-        if job is not None:
-            with self._lock:
-                self._note_sent(pending_request, replica_id, job)
+    def _note_chosen(self, pending: PendingRequest, choice: asyncio.Future[RunningReplica]) -> None:
+        """Ray Serve has chosen a replica, which need not be the best; or the request was cancelled.
+
+        Ray Serve does not tell of the end of one that was not sent. And what it calls for one that
+        a replica took may come after its end.
+        """
+        name = pending.metadata.internal_request_id
+        with self._lock:
+            sent = self._sent.get(name)
+            if sent is None:
+                return
+            if choice.cancelled() or choice.exception() is not None:
+                self._forget(name)
+            else:
+                self._note_sent(pending, choice.result().replica_id, sent[1])
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Called when a request has ended, however it did."""
+        """Called when a request that was sent has ended, however it did."""
         with self._lock:
-            sent = self._sent.pop(internal_request_id, None)
-            if sent is not None:
-                self._ledger.note_ended(sent[0], sent[1].id)
+            self._forget(internal_request_id)
+
+    def _forget(self, name: str) -> None:
+        sent = self._sent.pop(name, None)
+        if sent is not None:
+            self._ledger.note_ended(sent[0], sent[1].id)
+
+    def _forget_unreported(self) -> None:
+        """What no replica has in hand: a request may be cancelled right before it is sent."""
+        self._sent = {
+            name: (replica_id, job)
+            for name, (replica_id, job) in self._sent.items()
+            if self._ledger.has_in_hand(replica_id, job.id)
+        }
 
     def _note_sent(self, pending: PendingRequest, replica_id: ReplicaID, job: Job) -> None:
         name = pending.metadata.internal_request_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from service import __version__
-from service.config import ConfigError, Settings
+from service.config import Settings
 from service.deployments.application import ingress_target, model_target, needed_cpus
 from service.deployments.applications import (
     INGRESS_APPLICATION,
@@ -68,7 +69,7 @@ OF_A_LOCAL_CLUSTER = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - to be replaced, not bound
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be replaced, not bound
 
 Tell = Callable[[str], None]
 
@@ -80,7 +81,8 @@ class StartError(StepserveError):
 def base_url(settings: Settings) -> str:
     """Where this machine reaches the service."""
     host = ANY_ADDRESS.get(settings.http.host, settings.http.host)
-    return f"http://{host}:{settings.http.port}"
+    in_url = f"[{host}]" if ":" in host else host
+    return f"http://{in_url}:{settings.http.port}"
 
 
 def serve_until_stopped(
@@ -264,14 +266,29 @@ class Starting:
 
 
 def drain(settings: Settings) -> None:
-    """Let every replica finish what it accepted, refusing new work meanwhile."""
-    replies = {model_id: model_handle(model_id).broadcast("drain") for model_id in settings.models}
-    began_s = time.monotonic()
-    for model_id, model in settings.models.items():
-        left_s = max(began_s + model.engine.drain_s + FLUSH_S - time.monotonic(), FLUSH_S)
-        replies[model_id].results(timeout_s=left_s, return_exceptions=True)
+    """Let every replica finish what it accepted, refusing new work meanwhile.
+
+    All models at once: one that still takes requests while another drains would be cut off in the
+    middle of them.
+    """
+    draining = [
+        threading.Thread(target=_drain_model, args=(model_id, model.engine.drain_s))
+        for model_id, model in settings.models.items()
+    ]
+    for thread in draining:
+        thread.start()
+    for thread in draining:
+        thread.join()
     # The last answers are on their way through the ingress.
     time.sleep(FLUSH_S)
+
+
+def _drain_model(model_id: str, drain_s: float) -> None:
+    # It may have no replica: asleep, given up, not there yet. Then nothing of it is in hand.
+    with contextlib.suppress(TimeoutError, RayError, RayServeException):
+        reply = model_handle(model_id).broadcast("drain")
+        # Nothing is sent before somebody asks for the results.
+        reply.results(timeout_s=drain_s + FLUSH_S, return_exceptions=True)
 
 
 def stop_ray() -> None:
@@ -318,7 +335,8 @@ class _Signals:
 def _reload(settings: Settings, read_settings: Callable[[], Settings], tell: Tell) -> Settings:
     try:
         return apply_models(settings, read_settings(), tell)
-    except (StepserveError, ConfigError, RayError, RayServeException) as error:
+    except Exception as error:
+        # Ray refuses some values with errors of many kinds, and what is served must go on.
         tell(f"nothing is changed: {error}")
         return settings
 

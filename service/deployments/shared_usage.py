@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection, Mapping
 from contextvars import Context
@@ -14,6 +15,8 @@ from ray.serve.exceptions import RayServeException
 from service.api.keys import ApiKey
 from service.api.usage import LEASE_S, RENEW_S, Answer, Grant, UsageLedger
 from service.domain.errors import NotReadyError
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
 
@@ -81,5 +84,9 @@ class SharedUsage:
         while True:
             await asyncio.sleep(self._renew_s)
             held = {name: tuple(leases) for name, leases in self._held.items() if leases}
-            if held:
-                self._counter.renew.remote(held)
+            try:
+                if held:
+                    self._counter.renew.remote(held)
+            except Exception:
+                # Whatever it was, leases that are never renewed again would all run out.
+                logger.exception("the leases of API keys cannot be renewed")

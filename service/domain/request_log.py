@@ -91,6 +91,11 @@ class RequestLog:
         created = int(self._wall_clock())
         self._records[request.id] = Record(new_progress(request, created))
 
+    def belongs_to(self, owner: str, request_id: str) -> bool:
+        """Whether a request of that id is known and `owner` sent it."""
+        record = self._records.get(request_id)
+        return record is not None and record.progress.owner == owner
+
     def is_running(self, request_id: str) -> bool:
         """Whether a request of that id is known and has not ended."""
         record = self._records.get(request_id)

@@ -159,6 +159,11 @@ class Ledger:
         if not account.jobs:
             self._write(key)
 
+    def has_in_hand(self, key: ReplicaKey, job_id: str) -> bool:
+        """Whether a replica is thought to be at work on a request."""
+        account = self._accounts.get(key)
+        return account is not None and job_id in account.jobs
+
     def finish_s(self, job: Job) -> Floats:
         """Seconds until each replica, in the order of `set_replicas`, would finish `job`."""
         return self._finish_and_harm_s(job)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -25,6 +27,12 @@ router = APIRouter(tags=["requests"])
 POLL_S = 5.0
 """How long one question for news waits for an answer."""
 
+FORGOTTEN_AFTER_S = 10.0
+"""How long nobody may know a request that was known, as between a lost replica and the next try."""
+
+ASK_AGAIN_S = 0.5
+"""When to ask again for one that nobody knows just now."""
+
 _EVENTS = "What happened, with the `id` of the request."
 _EVENT_NAMES = ("accepted", "started", "step", "preview", "finished", "failed")
 
@@ -46,7 +54,7 @@ async def cancel_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # n
     """End a request at its next step; whoever waits for its pictures is told with status 499."""
     progress = await _find(incoming, id)
     if not progress.ended:
-        progress = await incoming.backend.cancel(id) or progress
+        progress = await incoming.backend.cancel(id, incoming.caller.name) or progress
     return progress_answer(progress)
 
 
@@ -84,8 +92,8 @@ async def follow_request(
 
 async def _find(incoming: Incoming, request_id: str) -> Progress:
     """A request of the caller's. Another caller's is as unknown as one that never was."""
-    progress = await incoming.backend.progress(request_id)
-    if progress is None or progress.owner != incoming.caller.name:
+    progress = await incoming.backend.progress(request_id, incoming.caller.name)
+    if progress is None:
         raise UnknownRequestError(f"no request {shown(request_id)} is known", "id")
     return progress
 
@@ -105,10 +113,13 @@ async def _events(
     incoming: Incoming, request_id: str, number: int
 ) -> AsyncGenerator[NumberedEvent, None]:
     """Events from `number` on, up to the last one. Ends as well where the request is forgotten."""
-    while True:
-        events = await incoming.backend.events(request_id, number, POLL_S)
+    known_s = time.monotonic()
+    while time.monotonic() - known_s < FORGOTTEN_AFTER_S:
+        events = await incoming.backend.events(request_id, incoming.caller.name, number, POLL_S)
         if events is None:
-            return
+            await asyncio.sleep(ASK_AGAIN_S)
+            continue
+        known_s = time.monotonic()
         for event in events:
             number = event.number + 1
             yield event
@@ -120,8 +131,8 @@ async def _events(
 
 async def _has_ended(incoming: Incoming, request_id: str) -> bool:
     """Whether there is nothing more to come, as when the client has seen everything."""
-    progress = await incoming.backend.progress(request_id)
-    return progress is None or progress.ended
+    progress = await incoming.backend.progress(request_id, incoming.caller.name)
+    return progress is not None and progress.ended
 
 
 async def _stream(events: AsyncGenerator[NumberedEvent | None, None]) -> AsyncIterator[bytes]:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import httpx
 from fastapi import FastAPI
@@ -87,6 +87,8 @@ class FakeBackend:
         self.stream_with: Stream = run_through
         self.log = RequestLog(time.monotonic, time.time)
         self.batches: list[BatchView] = []
+        # Whether questions for news find nobody, one after another.
+        self.unheard: Iterator[bool] = iter(())
 
     async def start(self) -> None:
         pass
@@ -119,16 +121,20 @@ class FakeBackend:
         finally:
             self.log.add(Failed(request.id, CancelledError("gone")))
 
-    async def progress(self, request_id: str) -> Progress | None:
-        return self.log.progress(request_id)
+    async def progress(self, request_id: str, owner: str) -> Progress | None:
+        known = self.log.belongs_to(owner, request_id)
+        return self.log.progress(request_id) if known else None
 
-    async def cancel(self, request_id: str) -> Progress | None:
-        self.log.add(Failed(request_id, CancelledError(f"request {request_id} was cancelled")))
-        return self.log.progress(request_id)
+    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+        if self.log.belongs_to(owner, request_id):
+            self.log.add(Failed(request_id, CancelledError(f"request {request_id} was cancelled")))
+        return await self.progress(request_id, owner)
 
     async def events(
-        self, request_id: str, number: int, wait_s: float
+        self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
+        if next(self.unheard, False) or not self.log.belongs_to(owner, request_id):
+            return None
         events = self.log.events_since(request_id, number)
         if not events and self.log.is_running(request_id):
             await asyncio.sleep(min(wait_s, 0.01))

@@ -173,6 +173,24 @@ async def test_anothers_request_is_as_unknown_as_none(backend: FakeBackend):
     assert {answer.json()["error"]["code"] for answer in answers} == {"request_not_found"}
 
 
+async def test_who_knows_the_id_of_anothers_request_cannot_end_it(backend: FakeBackend):
+    backend.generate_with = Blocking()
+    app = guarded(backend, entry(), entry(OTHER_KEY, "other"))
+    async with client_of(app) as client, client_of(app, OTHER_KEY) as other:
+        body, headers = {"prompt": "cat"}, {"X-Request-ID": "mine"}
+        drawing = asyncio.create_task(client.post(GENERATIONS, json=body, headers=headers))
+        while not backend.log.is_running("mine"):
+            await asyncio.sleep(0)
+        refused = await other.delete("/v1/requests/mine")
+        told = await client.get("/v1/requests/mine")
+        ended = await client.delete("/v1/requests/mine")
+        drawing.cancel()
+
+    assert refused.status_code == 404
+    assert told.json()["state"] == "queued"
+    assert ended.json()["state"] == "cancelled"
+
+
 async def test_the_keys_priority_is_kept_to(backend: FakeBackend):
     async with client_of(guarded(backend, entry(priority="batch"))) as client:
         refused = await draw(client, priority="interactive")

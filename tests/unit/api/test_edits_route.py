@@ -221,6 +221,29 @@ async def test_bodies_of_other_kinds(
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("charset", "part"),
+    [
+        ("undefined", b'name="prompt"'),
+        ("punycode", b'name="prompt"'),
+        ("utf-7", b'name="+2AA-"'),
+        ("utf-7", b'name="+2AA-"; filename="f"'),
+        ("unicode_escape", rb'name="\\ud800"'),
+        ("unicode_escape", rb'name="\\ud800"; filename="f"'),
+    ],
+)
+async def test_texts_that_are_none_in_their_charset(
+    client: httpx.AsyncClient, charset: str, part: bytes
+):
+    prompt = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nblue\r\n'
+    other = b"--x\r\nContent-Disposition: form-data; " + part + b"\r\n\r\n\\ud800\r\n--x--\r\n"
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    answer = await client.post(EDITS, content=prompt + other, headers=headers)
+
+    assert answer.status_code == 400
+    assert "charset" in answer.json()["error"]["message"]
+
+
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_the_nearest_size_is_one_that_the_model_has(width: int, height: int):
     sizes = SizeRange(minimum=48, maximum=128, step=16, native=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from api_fakes import Blocking, FakeBackend
 
+from service.api.routes import requests
 from service.domain.batch import BatchView, RequestInBatch, SharedForward
 from service.domain.events import Accepted, StepFinished
 from service.domain.states import RequestState
@@ -87,6 +89,22 @@ async def test_events_are_replayed_from_where_a_client_was(client: httpx.AsyncCl
     assert whole[4][2] == {"id": "followed", "step": 2, "steps": 2}
     assert parse(rest.text) == whole[4:]
     assert nothing.text == ""
+
+
+async def test_a_request_may_be_unknown_for_moments_while_it_is_followed(
+    client: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+):
+    """As between a replica that was lost and the next try."""
+    monkeypatch.setattr(requests, "ASK_AGAIN_S", 0.01)
+    await make(client, "followed", stream=True)
+    backend.unheard = iter((True, True))
+    told = parse((await client.get("/v1/requests/followed/events")).text)
+    monkeypatch.setattr(requests, "FORGOTTEN_AFTER_S", 0.05)
+    backend.unheard = itertools.repeat(True)
+    forgotten = await client.get("/v1/requests/followed/events")
+
+    assert [name for _, name, _ in told][-1] == "finished"
+    assert (forgotten.status_code, forgotten.text) == (200, "")
 
 
 @pytest.mark.parametrize("wrong", ["-1", "x", "1" * 30, "²"])

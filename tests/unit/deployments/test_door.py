@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from loadtests.contenders import free_port
+from service.deployments import door as door_module
 from service.deployments.door import AddressTakenError, borrow_door, held_door
 
 HOST = "127.0.0.1"
@@ -18,6 +24,17 @@ from service.deployments.door import borrow_door
 connection, _ = borrow_door(sys.argv[1]).accept()
 connection.sendall(sys.argv[2].encode())
 """
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Standard input, output and error are there, and nothing new may have a number above.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def greet(door: str, words: str) -> None:
@@ -63,6 +80,32 @@ def test_a_borrower_that_leaves_at_once_does_not_keep_it_from_others() -> None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hasty:
                 hasty.connect(door)
         borrow_door(door).close()
+
+
+def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
+    with (
+        held_door(HOST, free_port()) as door,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second,
+    ):
+        second.settimeout(5)
+        with no_descriptor_left():
+            # The kernel has set one descriptor aside for the borrower that is waited for.
+            first.connect(door)
+            second.connect(door)
+            time.sleep(0.3)
+        assert second.recv(1)
+
+
+def test_a_holder_that_is_silent_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(door_module, "BORROW_TIMEOUT_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(tmp_path / "door"))
+        silent.listen()
+        with pytest.raises(TimeoutError):
+            borrow_door(str(tmp_path / "door"))
 
 
 def test_an_address_belongs_to_one_service() -> None:

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from service.api.backend import ModelStatus
 from service.deployments import model_watch
-from service.deployments.model_watch import Listed, ModelWatch
+from service.deployments.model_watch import Listed, ModelWatch, unknown_status
 from service.domain.models import ModelCapabilities, SizeRange
 
 EMOJI = ModelCapabilities("emoji", "small", SizeRange(8, 64, 8, 64), ("DDIM",), "DDIM")
@@ -26,13 +26,17 @@ class Models:
 
     def __init__(self) -> None:
         self.listed = {"emoji": Listed()}
+        self.list_error: Exception | None = None
         self.loaded = asyncio.Event()
         self.answer: ModelStatus | Exception = READY
         self.asked = 0
+        self.woken = 0
         self.looks = 0
 
     async def list_models(self) -> dict[str, Listed]:
         self.looks += 1
+        if self.list_error is not None:
+            raise self.list_error
         return dict(self.listed)
 
     async def ask(self, model_id: str) -> ModelStatus | None:
@@ -42,6 +46,11 @@ class Models:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    async def wake(self, model_id: str) -> ModelStatus | None:
+        self.woken += 1
+        await self.loaded.wait()
+        return await self.ask(model_id)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +71,7 @@ async def until(watch: ModelWatch, **wanted: object) -> ModelStatus:
 
 
 async def started(models: Models) -> ModelWatch:
-    watch = ModelWatch(models.list_models, models.ask)
+    watch = ModelWatch(models.list_models, models.ask, models.wake)
     await watch.start()
     return watch
 
@@ -162,14 +171,29 @@ async def test_models_are_listed_again_whatever_became_of_the_last_time() -> Non
     model = Models()
     model.loaded.set()
     watch = await started(model)
-    wanted, model.listed = dict(model.listed), None  # type: ignore[assignment]
+    model.list_error = TypeError()
     looks = model.looks
     async with asyncio.timeout(5):
         while model.looks < looks + 2:
             await asyncio.sleep(0.005)
-    model.listed = wanted | {"pizza": Listed()}
+    model.list_error = None
+    model.listed["pizza"] = Listed()
     async with asyncio.timeout(5):
         while len(watch.statuses()) < 2:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("error", [RayActorError(), ValueError()])
+async def test_a_first_listing_that_fails_keeps_nobody_from_starting(error: Exception) -> None:
+    """As while Ray Serve's controller is replaced: an ingress that raised would not be."""
+    models = Models()
+    models.loaded.set()
+    models.list_error = error
+    watch = await started(models)
+    assert watch.statuses() == []
+    models.list_error = None
+    async with asyncio.timeout(5):
+        while await watch.status("emoji") != READY:
             await asyncio.sleep(0.005)
 
 
@@ -233,11 +257,45 @@ async def test_a_sleeping_model_takes_requests_and_is_not_woken_by_questions() -
     await until(watch, ready=True, detail="")
 
 
-async def test_a_sleeping_model_that_was_never_seen_takes_none() -> None:
+async def test_a_sleeping_model_that_was_never_seen_is_woken_once_to_tell_its_limits() -> None:
+    """As after a restart of the ingress: without them no request of it could be taken."""
     models = Models()
     models.listed["emoji"] = Listed(asleep=True)
     watch = await started(models)
-    assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "asleep")]
+    assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "loading")]
+    models.loaded.set()
+    await until(watch, ready=True, detail="asleep")
+    await asyncio.sleep(0.1)
+    assert (models.woken, models.asked) == (1, 1)
+
+
+async def test_a_sleeping_model_that_cannot_be_loaded_is_not_woken_again_and_again() -> None:
+    models = Models()
+    models.loaded.set()
+    models.answer = unknown_status("emoji", "cannot be loaded: no weights")
+    models.listed["emoji"] = Listed(asleep=True)
+    watch = await started(models)
+    await until(watch, ready=False, detail="cannot be loaded: no weights")
+    await asyncio.sleep(0.1)
+    assert models.woken == 1
+
+    models.answer = RayActorError()
+    models.listed["emoji"] = Listed()
+    await until(watch, ready=False, detail="loading")
+    models.listed["emoji"] = Listed(asleep=True)
+    await until(watch, ready=False, detail="cannot be loaded: no weights")
+    assert models.woken == 1
+
+
+async def test_a_sleeping_model_that_cannot_be_woken_is_tried_again() -> None:
+    models = Models()
+    models.loaded.set()
+    models.answer = RayActorError()
+    models.listed["emoji"] = Listed(asleep=True)
+    watch = await started(models)
+    await until(watch, ready=False, detail="loading")
+    models.answer = READY
+    await until(watch, ready=True, detail="asleep")
 
 
 @pytest.fixture(autouse=True)

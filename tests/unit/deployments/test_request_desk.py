@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from service.deployments.request_desk import RequestDesk
-from service.domain.errors import CancelledError, RequestIdInUseError
+from service.domain.errors import CancelledError, GenerationFailedError, RequestIdInUseError
 from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
 from service.domain.requests import GenerationRequest
 from service.domain.states import RequestState
@@ -23,8 +24,11 @@ class ThreadedRunner:
     def __init__(self) -> None:
         self.sinks: dict[str, Callable[[Event], None]] = {}
         self.cancelled: list[str] = []
+        self.error: Exception | None = None
 
     def submit(self, request: GenerationRequest, sink: Callable[[Event], None]) -> None:
+        if self.error is not None:
+            raise self.error
         self.sinks[request.id] = sink
         sink(Accepted(request.id, 0, 1.0))
 
@@ -44,8 +48,9 @@ class ThreadedRunner:
         thread.join()
 
 
-def request(request_id: str = "a") -> GenerationRequest:
-    return GenerationRequest(request_id, "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim")
+def request(request_id: str = "a", owner: str = "") -> GenerationRequest:
+    made = GenerationRequest(request_id, "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim")
+    return replace(made, owner=owner)
 
 
 def finished() -> Finished:
@@ -76,22 +81,22 @@ async def test_the_engine_is_asked_how_long_it_takes(desk: RequestDesk, runner: 
     await desk.submit(request())
     runner.tell(Started("a"))
     await asyncio.sleep(0)
-    running = desk.progress("a")
+    running = desk.progress("a", "")
     runner.tell(finished())
     await asyncio.sleep(0)
-    ended = desk.progress("a")
+    ended = desk.progress("a", "")
 
     assert running is not None
     assert ended is not None
     assert (running.position, running.expected_s) == (2, 5.0)
     assert (ended.position, ended.expected_s) == (0, None)
-    assert desk.progress("b") is None
+    assert desk.progress("b", "") is None
 
 
 async def test_news_wakes_those_who_wait(desk: RequestDesk, runner: ThreadedRunner):
     await desk.submit(request())
     await asyncio.sleep(0)
-    waiting = asyncio.create_task(desk.events("a", 1, 30.0))
+    waiting = asyncio.create_task(desk.events("a", "", 1, 30.0))
     await asyncio.sleep(0)
     runner.tell(Started("a"))
     news = await waiting
@@ -104,8 +109,8 @@ async def test_without_news_the_wait_ends(desk: RequestDesk):
     await desk.submit(request())
     await asyncio.sleep(0)
 
-    assert await desk.events("a", 1, 0.01) == []
-    assert await desk.events("unknown", 0, 30.0) is None
+    assert await desk.events("a", "", 1, 0.01) == []
+    assert await desk.events("unknown", "", 0, 30.0) is None
 
 
 async def test_giving_up_reaches_the_engine_once_it_is_at_work(
@@ -119,7 +124,7 @@ async def test_giving_up_reaches_the_engine_once_it_is_at_work(
     desk.give_up("a")
 
     assert runner.cancelled == ["a"]
-    progress = desk.progress("a")
+    progress = desk.progress("a", "")
     assert progress is not None
     assert progress.state is RequestState.CANCELLED
 
@@ -136,3 +141,35 @@ async def test_a_client_that_left_may_come_again(desk: RequestDesk, runner: Thre
     runner.tell(finished())
 
     assert [type(await queue.get()) for _ in range(2)] == [Accepted, Finished]
+
+
+async def test_a_request_of_another_owner_is_unknown_and_not_ended(
+    desk: RequestDesk, runner: ThreadedRunner
+):
+    await desk.submit(request(owner="team-a"))
+    await asyncio.sleep(0)
+
+    assert desk.progress("a", "team-b") is None
+    assert desk.cancel("a", "team-b") is None
+    assert await desk.events("a", "team-b", 0, 30.0) is None
+    assert runner.cancelled == []
+
+    assert desk.cancel("a", "team-a") == desk.progress("a", "team-a") is not None
+    assert runner.cancelled == ["a"]
+
+
+async def test_one_that_the_runner_cannot_take_ends_and_its_id_is_free_again(
+    desk: RequestDesk, runner: ThreadedRunner
+):
+    runner.error = ValueError("a tokenizer's")
+    queue = await desk.submit(request())
+    event = await asyncio.wait_for(queue.get(), 5)
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, GenerationFailedError)
+    progress = desk.progress("a", "")
+    assert progress is not None
+    assert progress.state is RequestState.FAILED
+
+    runner.error = None
+    again = await desk.submit(request())
+    assert isinstance(await again.get(), Accepted)

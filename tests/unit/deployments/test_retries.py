@@ -117,8 +117,9 @@ async def test_what_another_replica_would_not_mend_is_the_answer(
 
 async def test_an_error_in_our_own_code_is_not_tried_again() -> None:
     replicas = Replicas(([], RayTaskError("f", "trace", ValueError("ours"))))
-    with pytest.raises(NotReadyError):
+    with pytest.raises(RayTaskError, match="trace"):
         await told(replicas)
+    assert len(replicas.requests) == 1
 
 
 async def test_a_full_queue_of_ray_serve_is_told_as_full() -> None:
