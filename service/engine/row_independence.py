@@ -102,6 +102,16 @@ def agreeing_row_counts(calls: Sequence[Call], counts: Sequence[int]) -> tuple[i
     return tuple(agreeing) if counts[0] in agreeing else ()
 
 
+def fitting_row_counts(call: Call, counts: Sequence[int]) -> tuple[int, ...]:
+    """Those of the row counts for which there is enough memory."""
+
+    def runs(count: int) -> bool:
+        run_together([call], count)
+        return True
+
+    return tuple(count for count in counts if _fits(partial(runs, count)))
+
+
 def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> list[list[Call]]:
     """Calls of each kind of layer in a module that gets one vector a row.
 

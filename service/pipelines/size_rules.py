@@ -17,7 +17,12 @@ from dataclasses import replace
 import torch
 
 from service.engine.call import Call, ParkableMethod
-from service.engine.row_independence import agreeing_row_counts, one_row, varied
+from service.engine.row_independence import (
+    agreeing_row_counts,
+    fitting_row_counts,
+    one_row,
+    varied,
+)
 from service.pipelines.shape_methods import ShapeMethods
 from service.pipelines.sharing import TRIED_CALLS, RowCounts, same_bits
 
@@ -63,11 +68,12 @@ class SizeRules:
         calls = [varied(one_row(call), generator) for _ in range(TRIED_CALLS)]
         method, most = call.method, min(call.method.max_rows, self._most_rows())
         if method.bucket_rows:
-            agreeing = agreeing_row_counts(calls, method.bucket_rows)
-            # Memory may not suffice for the largest. What agrees from the smallest on will do.
-            if not agreeing or agreeing != method.bucket_rows[: len(agreeing)]:
+            fitting = fitting_row_counts(calls[0], method.bucket_rows)
+            if not fitting or agreeing_row_counts(calls, fitting) != fitting:
                 return None
-            return replace(method, max_rows=min(most, agreeing[-1]), bucket_rows=agreeing)
+            if fitting == method.bucket_rows:
+                return method
+            return replace(method, max_rows=min(most, fitting[-1]), bucket_rows=fitting)
         found = same_bits([calls], most, self._fix_rows)
         if found is None:
             return None

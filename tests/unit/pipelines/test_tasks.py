@@ -217,8 +217,8 @@ def test_strengths_that_clients_make_up_are_forgotten(
 ) -> None:
     monkeypatch.setattr(tasks_module, "MOST_KNOWN_COUNTS", 3)
     for tenth in range(1, 10):
-        request = a_request_for(Task.IMAGE_TO_IMAGE, strength=tenth / 10)
-        assert denoiser_calls(tiny, request) == max(4 * tenth // 10, 1)
+        request = a_request_for(Task.IMAGE_TO_IMAGE, num_inference_steps=10, strength=tenth / 10)
+        assert denoiser_calls(tiny, request) == tenth
     assert len(tiny.denoiser_calls) <= 3
 
 
