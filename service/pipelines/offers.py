@@ -16,7 +16,7 @@ import torch
 from service.domain.models import SizeRange
 from service.domain.requests import Task
 from service.pipelines.load import LoadedModel
-from service.pipelines.trials import try_task
+from service.pipelines.trials import run_trial, trial_request
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def tried_offer(model: LoadedModel) -> Offer:
 
     def side(task: Task, side_px: int) -> int:
         with torch.no_grad():
-            return int(try_task(model, task, side_px).shape[-1])
+            request = trial_request(capabilities, task, 0, side_px)
+            return int(run_trial(model, request).shape[-1])
 
     offer = find_offer(capabilities.tasks, capabilities.sizes, side)
     return Offer(offer.tasks, capabilities.sizes) if model.sizes_are_said else offer

@@ -33,6 +33,7 @@ from service.pipelines.denoiser_code import Code, DenoiserCode
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.graphs import CudaRecorder, GraphedForward, graph_denoisers
 from service.pipelines.guidance import narrow_to_interval
+from service.pipelines.guided_steps import CLASSIC, measure_guided_step
 from service.pipelines.host_numbers import can_keep_on_host
 from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.inputs import decode_inputs
@@ -151,6 +152,7 @@ class PipelineRunner:
         self.engine = Engine(replace(options, gradients=options.gradients or compiled))
         self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
         self.plan = SharingPlan()
+        self.guided_step = CLASSIC
         self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
@@ -246,6 +248,7 @@ class PipelineRunner:
         self.engine.batcher.start_timing = timing_for(device)
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
         if self._sharing.plan is None:
+            self.guided_step = measure_guided_step(self.model)
             offer = tried_offer(self.model)
             self._limits = replace(self._limits, tasks=offer.tasks, sizes=offer.sizes)
         trials = make_trials(self.model, self._limits.tasks)
@@ -297,8 +300,8 @@ class PipelineRunner:
         )
         return Work(
             id=request.id,
-            rows=request.rows,
-            steps=calls,
+            rows=self.guided_step.rows_of(request),
+            steps=self.guided_step.calls_of(request, calls),
             pictures=request.n,
             run=partial(self.adapters.run_with, variant, make),
             listener=listener,

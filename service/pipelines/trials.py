@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,26 +29,23 @@ def make_trials(model: LoadedModel, tasks: Sequence[Task] | None = None) -> list
         tasks: of these only; None means all that there are pipelines for.
     """
     requests = [
-        _request(model.capabilities, task, index)
+        trial_request(model.capabilities, task, index, model.capabilities.sizes.native)
         for task in (model.lender.tasks if tasks is None else tasks)
         for index in range(len(PROMPTS))
     ]
-    return [partial(_try, model, request) for request in requests]
+    return [partial(run_trial, model, request) for request in requests]
 
 
-def try_task(model: LoadedModel, task: Task, side_px: int) -> Tensor:
-    """The picture, of shape (1, channels, height, width), of a small request of that size."""
-    request = _request(model.capabilities, task, 0)
-    return _try(model, replace(request, width=side_px, height=side_px))
-
-
-def _request(capabilities: ModelCapabilities, task: Task, index: int) -> GenerationRequest:
+def trial_request(
+    capabilities: ModelCapabilities, task: Task, index: int, side_px: int
+) -> GenerationRequest:
+    """A small request for a square picture; the second is without guidance."""
     return GenerationRequest(
         id=f"trial-{task}-{index}",
         model=capabilities.id,
         prompt=PROMPTS[index],
-        width=capabilities.sizes.native,
-        height=capabilities.sizes.native,
+        width=side_px,
+        height=side_px,
         num_inference_steps=STEPS,
         guidance_scale=0.0 if index else capabilities.default_guidance_scale,
         seed=index,
@@ -59,7 +55,8 @@ def _request(capabilities: ModelCapabilities, task: Task, index: int) -> Generat
     )
 
 
-def _try(model: LoadedModel, request: GenerationRequest) -> Tensor:
+def run_trial(model: LoadedModel, request: GenerationRequest) -> Tensor:
+    """Its picture, of shape (1, channels, height, width)."""
     pictures: Tensor = call_pipeline(model, request, _pictures(request), output_type="pt")
     return torch.as_tensor(pictures)
 

@@ -118,19 +118,19 @@ def measure_steps(runner: PipelineRunner, most_s: float = MEASURING_S) -> Curve:
     started_s = time.perf_counter()
     seconds: dict[int, float] = {}
     request = _request(runner, 1, MEASURED_STEPS)
-    while request.rows <= runner.engine.row_ceiling:
+    while (rows := runner.guided_step.rows_of(request)) <= runner.engine.row_ceiling:
         before_s = time.perf_counter()
         best = max((rows / each_s for rows, each_s in seconds.items()), default=0.0)
         step_s = _measure_fairly(runner, request, best)
         if step_s is None:
             break
-        seconds[request.rows] = step_s
-        if request.rows / step_s < best:
+        seconds[rows] = step_s
+        if rows / step_s < best:
             break
         now_s = time.perf_counter()
         # Twice the rows will take about twice as long.
         if now_s + 2 * (now_s - before_s) - started_s > most_s:
-            return Curve(seconds, cut_short=2 * request.rows <= runner.engine.row_ceiling)
+            return Curve(seconds, cut_short=2 * rows <= runner.engine.row_ceiling)
         request = _request(runner, 2 * request.n, MEASURED_STEPS)
     return Curve(seconds)
 
@@ -149,7 +149,7 @@ def _measure_fairly(
         if step_s is None:
             return None
         fastest_s = step_s if fastest_s is None else min(fastest_s, step_s)
-        if request.rows / fastest_s >= rows_per_s:
+        if runner.guided_step.rows_of(request) / fastest_s >= rows_per_s:
             break
     return fastest_s
 
@@ -212,8 +212,8 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     stopwatch = Stopwatch(torch.device(runner.model.pipeline.device))
     work = Work(
         id=request.id,
-        rows=request.rows,
-        steps=MEASURED_STEPS,
+        rows=runner.guided_step.rows_of(request),
+        steps=runner.guided_step.calls_of(request, MEASURED_STEPS),
         pictures=request.n,
         run=partial(make_pictures, runner.model, request, on_step=stopwatch.step_ended),
         listener=stopwatch,
@@ -222,7 +222,7 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     runner.engine.submit(work)
     error = stopwatch.ended.get()
     if error is not None and not is_out_of_memory(error):
-        logger.warning("%d rows could not be measured: %s", request.rows, error)
+        logger.warning("%d pictures could not be measured: %s", request.n, error)
     return None if error is not None else min(stopwatch.seconds, default=None)
 
 

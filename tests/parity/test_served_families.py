@@ -29,6 +29,7 @@ from service.engine.engine import EngineOptions
 from service.pipelines import tasks
 from service.pipelines.capabilities import check_serves_prompts
 from service.pipelines.errors import ModelLoadError
+from service.pipelines.guided_steps import CLASSIC, GuidedStep
 from service.pipelines.load import load_model
 from service.pipelines.runner import PipelineRunner
 from service.pipelines.signature import accepted_arguments, read_signature
@@ -69,6 +70,18 @@ SERVED = (
     "StableUnCLIP",
     "Z-Image",
 )
+# Guidance as an input of the denoiser, or by calling it twice, or thrice the rows at once.
+GUIDED_STEPS = {
+    "Chroma": GuidedStep(rows=1, calls=2),
+    "CogView 4": GuidedStep(rows=1, calls=2),
+    "FLUX": GuidedStep(rows=1, calls=1),
+    "FLUX.2": GuidedStep(rows=1, calls=1),
+    "FLUX.2 Klein": GuidedStep(rows=1, calls=2),
+    "Latent consistency model": GuidedStep(rows=1, calls=1),
+    "Ovis-Image": GuidedStep(rows=1, calls=2),
+    "Qwen-Image": GuidedStep(rows=1, calls=1),
+    "Stable Diffusion with perturbed-attention guidance": GuidedStep(rows=3, calls=1),
+}
 LEFT_OUT = {
     "FLUX Kontext": "enlarges what it is given to a million pixels, which takes minutes here",
     "HiDream": "enlarges every picture to the area of the native size, which takes a minute here",
@@ -190,6 +203,7 @@ def test_a_family_is_served_from_its_folder(
     runner = PipelineRunner(model, EngineOptions(max_rows=8, max_waiting_pictures=100))
     runner.start()
     try:
+        assert runner.guided_step == GUIDED_STEPS.get(name, CLASSIC)
         limits = runner.capabilities()
         sides = {limits.sizes.native}
         if name not in ONE_SIZE:
