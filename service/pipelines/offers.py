@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,15 +55,16 @@ def find_offer(tasks: Sequence[Task], sizes: SizeRange, side: Side) -> Offer:
     """
     kept = []
     for task in tasks:
-        right = _objection(side, task, sizes.minimum) == ""
-        objection = "" if right else _objection(side, task, sizes.native)
-        if not right and not objection:
-            logger.warning("%s at other sizes than the native one does not work", task)
-            sizes = SizeRange(sizes.native, sizes.native, sizes.step, sizes.native)
-        if objection and task is not Task.TEXT_TO_IMAGE:
-            logger.warning("%s does not work, so it is not offered: %s", task, objection)
-        else:
+        objection = _objection(side, task, sizes.minimum)
+        if objection and sizes.minimum < sizes.native:
+            at_smallest, objection = objection, _objection(side, task, sizes.native)
+            if not objection:
+                logger.warning("%s works at the native size only: %s", task, at_smallest)
+                sizes = replace(sizes, minimum=sizes.native, maximum=sizes.native)
+        if not objection or task is Task.TEXT_TO_IMAGE:
             kept.append(task)
+        else:
+            logger.warning("%s does not work, so it is not offered: %s", task, objection)
     return Offer(tuple(kept), sizes)
 
 
