@@ -48,12 +48,13 @@ requests may share anything. One that fails it is served correctly, one request 
 encoder whose adapter it scales, a VAE that it casts to float32 and back) run inside the call, where
 nobody else gets to see the change.
 
-Of these families, those that draw from a prompt alone are also taken the whole way, from a folder on disk
-through `load_model` and the engine to a picture, for every task that they offer and at other sizes than
-the native one; the picture is the plain pipeline's (`tests/parity/test_served_families.py`, which says
-which tiny models cannot be tried so, and why). When a model is loaded, each task is tried once at the
-smallest size. One that raises is not offered, and a pipeline that makes sizes of its own choice, whatever
-it is asked for, offers its native size only.
+Of these families, those that draw from a prompt alone are also taken the whole way, from a folder
+on disk through `load_model` and the engine to a picture, for every task that they offer and at
+other sizes than the native one; the picture is the plain pipeline's
+(`tests/parity/test_served_families.py`, which says which tiny models cannot be tried so, and why).
+When a model is loaded, each task is tried once at the smallest size. One that raises is not
+offered, and a pipeline that makes sizes of its own choice, whatever it is asked for, offers its
+native size only.
 
 The suite sees mechanisms, not trained weights; it ran with {versions}.
 
