@@ -24,7 +24,7 @@ from service.domain.models import Compilation
 from service.engine.call import Call
 from service.engine.coalesce import stack, tensors_in
 from service.engine.engine import EngineOptions
-from service.engine.row_independence import companies, run_together, same_bits
+from service.engine.row_independence import keep_bits, run_together, same_bits
 from service.engine.track import Stage
 from service.models.catalogue import EMBEDDED
 from service.pipelines.attach import ParkingOptions
@@ -209,11 +209,11 @@ def _compare(bench: Bench, rows: int, compiled: Callable[..., Any], repeats: int
 def _independent(bench: Bench, rows: int, run: Callable[..., Any]) -> bool:
     """Whether the bits of a call are the same whoever else is in a forward of so many rows."""
     alone = [bench.outputs([index], rows, run)[0] for index in range(len(bench.calls))]
-    return all(
-        same_bits(output, alone[index])
-        for company in companies([call.rows for call in bench.calls], rows)
-        for index, output in zip(company, bench.outputs(company, rows, run), strict=True)
-    )
+
+    def together(calls: Sequence[Call], bucket_rows: int) -> list[Any]:
+        return bench.outputs([bench.calls.index(call) for call in calls], bucket_rows, run)
+
+    return keep_bits(bench.calls, alone, rows, together, rows)
 
 
 def _agreeing(bench: Bench, buckets: Sequence[int], run: Callable[..., Any]) -> list[list[int]]:

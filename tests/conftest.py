@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,3 +23,15 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
             print(f"\n{line}", end=" ")
 
     return write
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny kernels: a second thread only costs, above all on a busy machine."""
+    # Most tests need no torch, which takes seconds to import.
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

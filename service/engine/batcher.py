@@ -316,7 +316,7 @@ class Batcher:
             return [Raised(_device_lost(track.work.id)) for track in group]
         if is_out_of_memory(failure):
             return self._run_with_less(group, failure)
-        return [Raised(failure)] if len(group) == 1 else self._run_halves(group, failure)
+        return [Raised(failure)] if len(group) == 1 else self._run_apart(group, failure)
 
     def has_lost_device(self, failure: BaseException) -> bool:
         """Whether the device cannot be used any more, by this failure or by one before."""
@@ -389,20 +389,20 @@ class Batcher:
         if self._padded_rows(calls) < padded_rows:
             self.counters.retries += 1
             return self._run(group)
-        return [Raised(failure)] if len(group) == 1 else self._run_halves(group, failure)
+        return [Raised(failure)] if len(group) == 1 else self._run_halves(group)
 
-    def _run_halves(self, group: Sequence[Track], failure: BaseException) -> list[Any]:
-        self.counters.retries += 1
+    def _run_apart(self, group: Sequence[Track], failure: BaseException) -> list[Any]:
         forget_frames(failure)
-        middle = len(group) // 2
-        halves = group[:middle], group[middle:]
-        outputs = [output for half in halves for output in self._run(half)]
-        failed = any(isinstance(output, Raised) for output in outputs)
-        if not failed and not is_out_of_memory(failure):
+        outputs = self._run_halves(group)
+        if not any(isinstance(output, Raised) for output in outputs):
             # No call is to blame, so sharing is.
-            rows = max(sum(call.rows for call in _calls(half)) for half in halves)
+            rows = max(sum(call.rows for call in _calls(half)) for half in _halves(group))
             self.counters.unstacked += self.row_limits.lower(_calls(group)[0], rows, failure)
         return outputs
+
+    def _run_halves(self, group: Sequence[Track]) -> list[Any]:
+        self.counters.retries += 1
+        return [output for half in _halves(group) for output in self._run(half)]
 
     def _make_room(self, calls: Sequence[Call], rows: int, failure: BaseException) -> None:
         self.counters.out_of_memory += 1
@@ -501,6 +501,11 @@ def _ending(track: Track, now_s: float) -> WorkReport:
 
 def _stage(track: Track) -> str | None:
     return None if track.call is None else track.call.method.stage
+
+
+def _halves(group: Sequence[Track]) -> tuple[Sequence[Track], Sequence[Track]]:
+    middle = len(group) // 2
+    return group[:middle], group[middle:]
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:

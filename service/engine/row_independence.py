@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from service.engine.row_limits import is_out_of_memory
 
 Run = Callable[[Sequence[Call], int], list[Any]]
 """Runs calls together, in a forward of so many rows, or of as many as their method wants if 0."""
+
+Result = TypeVar("Result")
 
 Change = Callable[[Any, LeafKind | None], Any]
 
@@ -73,7 +75,7 @@ def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = Non
     alone = [run([call], 0)[0] for call in calls]
     kept = 1
     for count in row_counts(max_rows):
-        if not _fits(partial(_keep_bits, calls, alone, count, run)):
+        if not _if_memory_suffices(partial(keep_bits, calls, alone, count, run)):
             return kept
         kept = count
     return kept
@@ -90,26 +92,24 @@ def agreeing_row_counts(calls: Sequence[Call], counts: Sequence[int]) -> tuple[i
         Those of `counts` that agree with the first one; none if that depends on company itself, or
         memory runs out for it.
     """
-    alone: list[Any] = []
-
-    def run_alone() -> bool:
-        alone.extend(run_together([call], counts[0])[0] for call in calls)
-        return True
-
-    if not _fits(run_alone):
+    alone = _if_memory_suffices(lambda: [run_together([call], counts[0])[0] for call in calls])
+    if alone is None:
         return ()
-    agreeing = [count for count in counts if _fits(partial(_keep_bits_in, calls, alone, count))]
+    agreeing = [
+        count
+        for count in counts
+        if _if_memory_suffices(partial(_keep_bits_in, calls, alone, count))
+    ]
     return tuple(agreeing) if counts[0] in agreeing else ()
 
 
 def fitting_row_counts(call: Call, counts: Sequence[int]) -> tuple[int, ...]:
     """Those of the row counts for which there is enough memory."""
-
-    def runs(count: int) -> bool:
-        run_together([call], count)
-        return True
-
-    return tuple(count for count in counts if _fits(partial(runs, count)))
+    return tuple(
+        count
+        for count in counts
+        if _if_memory_suffices(partial(run_together, [call], count)) is not None
+    )
 
 
 def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> list[list[Call]]:
@@ -184,19 +184,28 @@ def same_bits(one: Any, other: Any) -> bool:
     return all(torch.equal(left, right) for left, right in pairs)
 
 
-def _fits(attempt: Callable[[], bool]) -> bool:
-    """What the attempt says; false where memory runs out."""
+def _if_memory_suffices(attempt: Callable[[], Result]) -> Result | None:
+    """What the attempt returns; None where memory runs out."""
     try:
         return attempt()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return False
+        return None
 
 
-def _keep_bits(
+def keep_bits(
     calls: Sequence[Call], alone: Sequence[Any], count: int, run: Run, bucket_rows: int = 0
 ) -> bool:
+    """Whether each call has the bits it has alone, in companies of `count` rows.
+
+    Args:
+        calls: of equal keys, with different content.
+        alone: the output of each without company.
+        count: rows of calls that run together, as far as their sizes fit.
+        run: how.
+        bucket_rows: what forwards are filled up to; 0: as their method wants it.
+    """
     return all(
         same_bits(output, alone[index])
         for company in companies([call.rows for call in calls], count)
@@ -209,7 +218,7 @@ def _keep_bits(
 def _keep_bits_in(calls: Sequence[Call], alone: Sequence[Any], bucket_rows: int) -> bool:
     # Whatever fills a forward up is company, too: few counts are enough.
     counts = {max(bucket_rows // 2, 1), bucket_rows}
-    return all(_keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
+    return all(keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
 
 
 def _fill_up(

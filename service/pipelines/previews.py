@@ -6,7 +6,6 @@ latents, x_0, which the VAE decodes like any others: an intermediate picture, no
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from service.domain.requests import GenerationRequest
+from service.pipelines.step_watch import after_steps
 
 OnPreview = Callable[[int, int, int, list[Image.Image]], None]
 """Hears index, step, steps and pictures."""
@@ -42,17 +42,13 @@ class Observed:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.latest: Denoised | None = None
-        original = scheduler.step
+        after_steps(scheduler, self._hear)
 
-        # Pipelines ask for the signature of `step`, to see what it takes.
-        @functools.wraps(original)
-        def step(output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(output, timestep, sample, *args, **kwargs)
-            after = getattr(scheduler, "step_index", None)
-            self.latest = Denoised(sample, output, timestep, None if after is None else after - 1)
-            return result
-
-        scheduler.step = step
+    def _hear(
+        self, result: Any, output: Any, timestep: Any, sample: Any, *_: Any, **__: Any
+    ) -> None:
+        after = getattr(self.scheduler, "step_index", None)
+        self.latest = Denoised(sample, output, timestep, None if after is None else after - 1)
 
     def foretell(self) -> torch.Tensor | None:
         """The clean latents as of the latest evaluation; None if nothing can be said."""

@@ -1,8 +1,9 @@
-"""The steps of pipelines that tell nobody of them, seen at their scheduler."""
+"""What a request's own scheduler does, seen without the pipeline's help."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,19 @@ def watch_steps(scheduler: Any, ended: OnStepOutput) -> None:
     Most pipelines take `callback_on_step_end`. PixArt, DeepFloyd IF and unCLIP, among others, do
     not.
     """
+    numbers = itertools.count(1)
+    after_steps(scheduler, lambda result, *_, **__: ended(next(numbers), result[0]))
+
+
+def after_steps(scheduler: Any, hear: Callable[..., None]) -> None:
+    """Call `hear` after every step, with what it returned and then what it was given."""
     original = scheduler.step
-    steps = 0
 
     # Pipelines ask for the signature of `step`, to see what it takes.
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
         result = original(*args, **kwargs)
-        steps += 1
-        ended(steps, result[0])
+        hear(result, *args, **kwargs)
         return result
 
     scheduler.step = step

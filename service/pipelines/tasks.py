@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.requests import GenerationRequest, Task
+from service.engine.parking import parameter_names
 from service.pipelines.inputs import InputPictures
 from service.pipelines.load import LoadedModel
 from service.pipelines.previews import OnPreview, Previewer, can_preview
@@ -166,7 +166,7 @@ def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int
         "sigmas": getattr(scheduler, "sigmas", None),
         "device": torch.device("cpu"),
     }
-    taken = inspect.signature(choose).parameters
+    taken = parameter_names(choose)
     # What comes last is a number of steps, of which some schedulers make two timesteps.
     *_, left, _ = choose(**{name: value for name, value in told.items() if name in taken})
     return len(left)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -101,13 +100,7 @@ ONE_SIZE = {"AuraFlow", "CogView 3 Plus", "DeepFloyd IF", "Hunyuan-DiT", "Stable
 OWN_COUNT = {"Latent consistency model"}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny kernels: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def told_besides(family: Family, pipeline: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_model import UNTRIED, save_tiny_model
 
 from service.engine.engine import EngineOptions
@@ -40,9 +39,5 @@ def runner(tiny: LoadedModel) -> Iterator[PipelineRunner]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny kernels: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _everywhere(one_thread: None) -> None:
+    """All modules here are tiny."""

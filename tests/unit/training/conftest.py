@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,8 @@ STYLES = ("noto", "noto", "fluent", "fluent", "noto")
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _everywhere(one_thread: None) -> None:
+    """All modules here are tiny."""
 
 
 @pytest.fixture(scope="session")
