@@ -98,7 +98,8 @@ def _refuse_bool(value: Any) -> Any:
 
 _Number = BeforeValidator(_refuse_bool)
 PositiveInt = Annotated[int, _Number, Field(ge=1)]
-PositiveSeconds = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
+# Far smaller numbers are over 0 as well, and work out to 0 or infinity where they are used.
+PositiveSeconds = Annotated[float, _Number, Field(ge=0.001, allow_inf_nan=False)]
 Amount = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
 ByteCount = Annotated[int, _Number, Field(ge=0)]
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]

@@ -58,7 +58,7 @@ class ApiKey(BaseModel):
 
     name: Name
     sha256: Sha256
-    requests_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    requests_per_minute: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] | None = None
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     priority: Literal["interactive", "normal", "batch"] = "interactive"
 

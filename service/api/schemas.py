@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.api.keys import Caller
-from service.domain.limits import MAX_PREVIEWS, MAX_SEED, shown
+from service.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, shown
 from service.domain.models import ModelCapabilities
 from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
 
@@ -100,7 +100,7 @@ class PictureRequest(BaseModel):
         "Who goes first when there is more work than the server can do; `normal` if left out."
     )
     deadline_s: float | None = _documented(
-        "Seconds after which an answer is of no more use.", exclusiveMinimum=0
+        "Seconds after which an answer is of no more use.", minimum=MIN_DEADLINE_S
     )
     reproducible: bool | None = _documented(
         "Share no computation with other requests, so that equal fingerprints mean equal bytes on "

@@ -19,6 +19,9 @@ MAX_SEED = 2**53 - 1
 MAX_ADAPTER_SCALE = 10.0
 """Beyond it either way no adapter draws anything."""
 
+MIN_DEADLINE_S = 0.001
+"""No request is done in less, and smaller numbers underflow where they are counted with."""
+
 MAX_PREVIEWS = 50
 """Each takes about as long as a denoising step or two."""
 
@@ -176,8 +179,9 @@ def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilitie
 
 
 def _check_deadline(deadline_s: float | None) -> None:
-    if deadline_s is not None and not 0 < deadline_s < math.inf:
-        raise InvalidRequestError(f"deadline_s must be over 0, got {deadline_s}", "deadline_s")
+    if deadline_s is not None and not MIN_DEADLINE_S <= deadline_s < math.inf:
+        message = f"deadline_s must be at least {MIN_DEADLINE_S:g} seconds, got {deadline_s}"
+        raise InvalidRequestError(message, "deadline_s")
 
 
 def _check_previews(previews: int) -> None:

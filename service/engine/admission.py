@@ -62,14 +62,20 @@ def check_room(endings: Sequence[Ending], pictures: int, limit: int) -> None:
         )
 
 
-def check_deadline(prospect: Prospect, margin: Margin, deadline_s: float) -> None:
+def check_deadline(
+    prospect: Prospect, margin: Margin, deadline_s: float, doubt: float = 1.0
+) -> None:
     """Let a newcomer in if its own deadline can be promised, or refuse it.
+
+    Args:
+        doubt: how many times too long the forecast may be; then only what is beyond that is
+            refused.
 
     Raises:
         UnmeetableDeadlineError: it cannot; `retry_after_s` is the time until it should be let in.
     """
     safe_s = margin.safe_s(prospect.finish_s[-1], prospect.forward_s)
-    if safe_s <= deadline_s:
+    if safe_s <= doubt * deadline_s:
         return
     alone_s = _alone_s(prospect, margin)
     if alone_s > deadline_s:

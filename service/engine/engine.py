@@ -46,6 +46,8 @@ T = TypeVar("T")
 IDLE_WAIT_S = 0.5
 DRAIN_RETRY_S = 5.0
 STALE_S = 30.0
+# What an idle engine learned long ago may be wrong, though hardly by more than this.
+STALE_FACTOR = 10.0
 LOWEST_PRIORITY = 19
 MOST_MEASURED_ROWS = 64
 
@@ -109,7 +111,7 @@ class Engine:
         self._nothing_in_hand = threading.Condition(self._lock)
         self._in_hand: set[Track] = set()
         self._open = True
-        self._last_let_in_s = -math.inf
+        self._last_in_hand_s = -math.inf
         self._prepare: Callable[[], None] = lambda: None
         # Written by the engine thread only.
         self._running = True
@@ -306,6 +308,7 @@ class Engine:
     def _forget(self, track: Track) -> None:
         with self._lock:
             self._in_hand.discard(track)
+            self._last_in_hand_s = self.batcher.clock()
             if not self._in_hand:
                 self._nothing_in_hand.notify_all()
 
@@ -326,23 +329,22 @@ class Engine:
     def _check_deadlines(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
         now_s, outlook = track.clockwork.submitted_s, self.batcher.outlook
         check_promises(prospect, outlook.margin, [other.expires_s - now_s for other in in_hand])
-        if track.work.deadline_s is not None and self._can_judge(track):
-            check_deadline(prospect, outlook.margin, track.work.deadline_s)
+        deadline_s = track.work.deadline_s
+        if deadline_s is None or not outlook.knows(track):
+            return
+        # It learns from nobody but those that it lets in.
+        doubt = STALE_FACTOR if self._is_stale(now_s) else 1.0
+        check_deadline(prospect, outlook.margin, deadline_s, doubt)
 
-    def _can_judge(self, track: Track) -> bool:
-        """Whether enough is known to refuse a request for its own deadline.
-
-        What an idle engine learned long ago may be true no more, and it learns from nobody else.
-        """
-        idle_s = track.clockwork.submitted_s - self._last_let_in_s
-        return self.batcher.outlook.knows(track) and (bool(self._in_hand) or idle_s < STALE_S)
+    def _is_stale(self, now_s: float) -> bool:
+        """Whether the last work in hand is so long ago that what was learned may have changed."""
+        return not self._in_hand and now_s - self._last_in_hand_s >= STALE_S
 
     def _let_in(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
         now_s, forward_s = track.clockwork.submitted_s, prospect.forward_s
         for other, seconds in zip([*in_hand, track], prospect.finish_s, strict=True):
             other.foretold = Foretold(now_s, seconds, forward_s)
         expected_s = self.batcher.outlook.stretched_s(track, prospect.finish_s[-1])
-        self._last_let_in_s = now_s
         self._in_hand.add(track)
         tell(track.work.id, track.work.listener.accepted, len(in_hand), expected_s)
         self._commands.put(partial(self.batcher.add, track))

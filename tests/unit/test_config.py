@@ -175,7 +175,10 @@ def test_empty_sections_mean_defaults(file: Path, content: str):
         ("http: {port: x}", "http.port: Input should be a valid integer"),
         ("http: {port: 65536}", "http.port: Input should be less than or equal to 65535"),
         ("http: {port: true}", "http.port: must be a number, not true or false"),
-        ("http: {request_timeout_s: 0}", "http.request_timeout_s: Input should be greater than 0"),
+        (
+            "http: {request_timeout_s: 0}",
+            "http.request_timeout_s: Input should be greater than or equal to 0.001",
+        ),
         ("http: {request_timeout_s: .inf}", "http.request_timeout_s: Input should be a finite"),
         ("http: 5", "http: Input should be a valid dictionary"),
         ("models: {}", "models: Dictionary should have at least 1 item"),

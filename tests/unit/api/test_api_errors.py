@@ -79,7 +79,11 @@ INVALID = [
     ({"prompt": "c", "guidance_start": "0"}, "guidance_start", "valid number, got '0'"),
     ({"prompt": "c", "guidance_end": 1.5}, "guidance_end", "at most 1, got 1.5"),
     ({"prompt": "c", "priority": "high"}, "priority", "'normal' or 'batch', got 'high'"),
-    ({"prompt": "c", "deadline_s": 0}, "deadline_s", "deadline_s must be over 0, got 0"),
+    (
+        {"prompt": "c", "deadline_s": 0},
+        "deadline_s",
+        "deadline_s must be at least 0.001 seconds, got 0",
+    ),
     ({"prompt": "c", "reproducible": "yes"}, "reproducible", "valid boolean, got 'yes'"),
     ({"prompt": "c", "sede": 1}, "sede", "unknown field 'sede'; did you mean 'seed'?"),
     ({"prompt": "c", "qualities": "hd"}, "qualities", "did you mean 'quality'"),

@@ -217,6 +217,22 @@ def test_what_an_idle_engine_learned_long_ago_is_tried_anew(bench: Bench) -> Non
         bench.submit(3, 10, deadline_s=0.3)
 
 
+def test_however_long_ago_it_was_learned_what_nothing_can_do_is_refused(bench: Bench) -> None:
+    bench.clock.advance(STALE_S)
+    with pytest.raises(UnmeetableDeadlineError, match=r"deadline_s is 0\.001, but .* even alone"):
+        bench.submit(2, 10, deadline_s=0.001)
+
+
+def test_idle_is_counted_from_when_work_was_last_in_hand(bench: Bench) -> None:
+    """However long that work took."""
+    before_s = bench.clock()
+    bench.submit(2, 1000)
+    bench.run()
+    assert bench.clock() - before_s > STALE_S
+    with pytest.raises(UnmeetableDeadlineError):
+        bench.submit(3, 10, deadline_s=0.3)
+
+
 def test_a_size_that_was_never_seen_is_tried(bench: Bench) -> None:
     work = job_work(bench.modules, Job(2, 10))
     bench.engine.submit(replace(work, size="other", deadline_s=0.3))
