@@ -126,6 +126,9 @@ class ImagesAnswer(BaseModel):
         "same, the same parameters give the same pictures."
     )
     timings: TimingsAnswer
+    ignored_fields: list[str] | None = Field(
+        default=None, description="Fields that were sent and changed nothing; absent without any."
+    )
 
 
 class SizesAnswer(BaseModel):
@@ -293,7 +296,10 @@ class ErrorAnswer(BaseModel):
 
 
 def images_answer(
-    request: GenerationRequest, finished: Finished, data: list[ImageData]
+    request: GenerationRequest,
+    finished: Finished,
+    data: list[ImageData],
+    ignored_fields: Sequence[str] = (),
 ) -> ImagesAnswer:
     """Return the answer to `request`, dated now, with its pictures as `data`."""
     parameters = parameters_answer(request)
@@ -308,6 +314,7 @@ def images_answer(
         parameters=parameters,
         fingerprint=finished.fingerprint,
         timings=timings_answer(finished.timings),
+        ignored_fields=list(ignored_fields) or None,
     )
 
 

@@ -94,7 +94,7 @@ def parse_body(values: Any, model: type[Model]) -> Model:
         problems = [
             dict(problem) | {"loc": ("body", *problem["loc"])} for problem in error.errors()
         ]
-        raise invalid_request(RequestValidationError(problems), model.model_fields) from error
+        raise invalid_request(RequestValidationError(problems), model) from error
 
 
 def _text_fields(model: type[BaseModel]) -> set[str]:

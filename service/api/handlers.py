@@ -36,7 +36,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
 
 def _translate(request: Request, error: Exception) -> Exception:
     if isinstance(error, RequestValidationError):
-        return invalid_request(error, ImageRequest.model_fields)
+        return invalid_request(error, ImageRequest)
     if isinstance(error, HTTPException):
         return _translate_routing(request, error)
     return error

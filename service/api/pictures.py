@@ -41,12 +41,14 @@ NO_USAGE: dict[str, Any] = {
 class PictureCall:
     """One call for pictures: how it came in, its body, and what is to be made.
 
+    `ignored_fields` were sent and change nothing.
     `event_prefix` begins the names of streamed events: `image_generation` or `image_edit`.
     """
 
     incoming: Incoming
     body: PictureRequest
     generation: GenerationRequest
+    ignored_fields: tuple[str, ...] = ()
     event_prefix: str = "image_generation"
 
 
@@ -69,7 +71,7 @@ async def answer_pictures(call: PictureCall, response: Response) -> ImagesAnswer
     notes_of(call.incoming.http.scope).timings = outcome.timings
     response.headers["Server-Timing"] = outcome.timings.server_timing()
     data = [await _image_data(call, image) for image in outcome.images]
-    return images_answer(call.generation, outcome, data)
+    return images_answer(call.generation, outcome, data, call.ignored_fields)
 
 
 async def _image_data(call: PictureCall, image: EncodedImage) -> ImageData:
@@ -152,11 +154,13 @@ async def _completed_event(
         "fingerprint": finished.fingerprint,
         "timings": timings_answer(finished.timings).model_dump(),
     }
+    if call.ignored_fields:
+        told["ignored_fields"] = call.ignored_fields
     return sse(name, {"type": name, **_described(call, index, image), **told})
 
 
 def _described(call: PictureCall, index: int, image: EncodedImage) -> dict[str, Any]:
-    generation, body = call.generation, call.body
+    generation = call.generation
     return {
         "id": generation.id,
         "created_at": int(time.time()),
@@ -164,8 +168,8 @@ def _described(call: PictureCall, index: int, image: EncodedImage) -> dict[str, 
         "seed": image.seed,
         "size": f"{generation.width}x{generation.height}",
         "output_format": generation.output_format.value,
-        "quality": body.quality or "auto",
-        "background": body.background or "opaque",
+        "quality": "auto",
+        "background": "opaque",
     }
 
 

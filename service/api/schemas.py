@@ -1,4 +1,4 @@
-"""The bodies of requests for pictures, as they arrive: strict types, unknown fields refused.
+"""The bodies of requests for pictures, as they arrive.
 
 Only types are checked here. What a model can do is checked by `service.domain.limits`.
 """
@@ -10,8 +10,9 @@ import secrets
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from service.api.bodies import AS_EVER, OPEN, Body, WholeNumber
 from service.api.keys import Caller
 from service.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, shown
 from service.domain.models import ModelCapabilities
@@ -19,9 +20,12 @@ from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
 
 T = TypeVar("T")
 
-UNUSED = "Accepted for compatibility and not used."
+UNUSED = "Accepted for compatibility and not used; the answer names it in `ignored_fields`."
 STRENGTH = "How far to go from the picture; 1 keeps nothing of it. 0.8 if left out."
 MAX_PARTIAL_IMAGES = 3
+
+URLS_BY_DEFAULT = "dall-e-"
+"""OpenAI answers models of these names as links, and their clients count on it."""
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -31,53 +35,57 @@ def _documented(description: str, **bounds: Any) -> Any:
     return Field(default=None, description=description, json_schema_extra=bounds or None)
 
 
-class AdapterBody(BaseModel):
+class AdapterBody(Body):
     """A LoRA adapter to apply."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     name: str = Field(description="An adapter that the model lists in `GET /v1/models`.")
     scale: float = Field(default=1.0, description="How strongly it is applied.")
 
 
-class PictureRequest(BaseModel):
+class PictureRequest(Body):
     """What every request for pictures may say: OpenAI's fields, then Stepserve's own."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    model: str | None = _documented("A model id of `GET /v1/models`; else the default model.")
-    n: int | None = _documented("How many pictures; 1 if left out.", minimum=1)
+    model: str | None = _documented(
+        "A model's id or alias in `GET /v1/models`; else the default model."
+    )
+    n: WholeNumber | None = _documented("How many pictures; 1 if left out.", minimum=1)
     size: str | None = _documented(
         "`WIDTHxHEIGHT` in pixels, or `auto` for the model's native size.",
         pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
     )
     response_format: Literal["b64_json", "url"] | None = _documented(
-        "How pictures are returned: in the answer, or as links that expire; `b64_json` if left out."
+        "How pictures are returned: in the answer, or as links that expire; `b64_json` if left "
+        "out, but `url` where `model` is an alias that begins with `dall-e-`."
     )
     output_format: Literal["png", "jpeg", "webp"] | None = _documented(
         "The file format of the pictures; `png` if left out."
     )
-    output_compression: int | None = _documented(
+    output_compression: WholeNumber | None = _documented(
         "Quality of JPEG and WEBP files; 95 if left out.", minimum=0, maximum=100
     )
     stream: bool | None = _documented(
         "Answer with server-sent events: pictures on the way, then the finished ones."
     )
-    partial_images: int | None = _documented(
+    partial_images: WholeNumber | None = _documented(
         "How many pictures on the way a stream holds; 0 if left out.", minimum=0, maximum=3
     )
     user: str | None = _documented(UNUSED)
     quality: str | None = _documented(UNUSED)
     moderation: str | None = _documented(UNUSED)
     style: str | None = _documented(UNUSED)
-    background: str | None = _documented(UNUSED)
+    background: str | None = _documented(f"{UNUSED} Pictures are opaque.")
+    safety_identifier: str | None = _documented(UNUSED)
+    complexity: str | None = _documented(UNUSED)
+    frame_count: Any = _documented(UNUSED)
+    frame_duration_ms: Any = _documented(UNUSED)
+    svg: Any = _documented(UNUSED)
     negative_prompt: str | None = _documented("What the picture must not show.")
-    num_inference_steps: int | None = _documented("Denoising steps.", minimum=1)
+    num_inference_steps: WholeNumber | None = _documented("Denoising steps.", minimum=1)
     guidance_scale: float | None = _documented(
         "How closely to follow the prompt; 1 or less turns guidance off, which is twice as fast.",
         minimum=0,
     )
-    seed: int | None = _documented(
+    seed: WholeNumber | None = _documented(
         "The same seed and parameters give the same picture; random if left out. "
         "Picture `i` (from 0) of `n` is drawn from `seed + i`.",
         minimum=0,
@@ -106,7 +114,7 @@ class PictureRequest(BaseModel):
         "Share no computation with other requests, so that equal fingerprints mean equal bytes on "
         "every device; slower. `false` if left out."
     )
-    previews: int | None = _documented(
+    previews: WholeNumber | None = _documented(
         "How many pictures on the way to make, in a stream or to be followed under "
         "`/v1/requests/{id}/events`; `partial_images` without its limit of 3.",
         minimum=0,
@@ -130,7 +138,16 @@ class PictureRequest(BaseModel):
     @property
     def wants_urls(self) -> bool:
         """Whether the pictures are to be links."""
+        if self.response_format is None:
+            return (self.model or "").startswith(URLS_BY_DEFAULT)
         return self.response_format == "url"
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """The fields that were sent and changed nothing."""
+        sent = ((name, getattr(self, name, None)) for name in AS_EVER)
+        unused = (name for name, value in sent if value not in (None, *AS_EVER[name]))
+        return (*unused, *self.unknown_fields)
 
     def fill_in(
         self, request_id: str, caller: Caller, model: ModelCapabilities
@@ -169,10 +186,8 @@ class ImageRequest(PictureRequest):
     """What to draw. OpenAI's fields, then Stepserve's own. `null` means the same as left out."""
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
         json_schema_extra={
+            **OPEN,
             "examples": [
                 {"prompt": "red heart, noto, on a blue background"},
                 {
@@ -182,7 +197,7 @@ class ImageRequest(PictureRequest):
                     "num_inference_steps": 30,
                     "guidance_scale": 5.0,
                 },
-            ]
+            ],
         },
     )
 
@@ -195,10 +210,8 @@ class ImageRequest(PictureRequest):
         return replace(self.fill_in(request_id, caller, model), prompt=self.prompt)
 
 
-class PictureReference(BaseModel):
+class PictureReference(Body):
     """A picture by its address."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     image_url: str = Field(description="A `data:` URL; `https:` where the operator allows it.")
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from reprlib import Repr
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 
+from service.api.bodies import field_names, hint
 from service.api.errors import MalformedJsonError
 from service.domain.errors import InvalidRequestError
-from service.domain.limits import did_you_mean, shown
+from service.domain.limits import shown
 
 MAX_PROBLEMS = 5
 
@@ -18,18 +19,18 @@ _brief = Repr()
 _brief.maxstring = 80
 
 
-def invalid_request(error: RequestValidationError, fields: Iterable[str]) -> InvalidRequestError:
+def invalid_request(error: RequestValidationError, body: type[BaseModel]) -> InvalidRequestError:
     """Return one error that tells every problem of the body (the first few, if very many).
 
     Args:
         error: as raised by FastAPI.
-        fields: names of all fields that the body may have, for "did you mean".
+        body: what it was checked as; its fields are what an unknown one may be meant as.
     """
     problems = list(error.errors())
     first = problems[0]
     if first["type"] == "json_invalid":
         return MalformedJsonError(_where_json_broke(first))
-    messages = [_explain(problem, list(fields)) for problem in problems[:MAX_PROBLEMS]]
+    messages = [_explain(problem, body) for problem in problems[:MAX_PROBLEMS]]
     return InvalidRequestError("; ".join(messages), _param(first))
 
 
@@ -38,7 +39,7 @@ def _where_json_broke(problem: dict[str, Any]) -> str:
     return f"the body is not valid JSON: {reason} (at character {position})"
 
 
-def _explain(problem: dict[str, Any], fields: list[str]) -> str:
+def _explain(problem: dict[str, Any], body: type[BaseModel]) -> str:
     field = _field(problem)
     if field is None:
         return "the body must be a JSON object"
@@ -46,13 +47,18 @@ def _explain(problem: dict[str, Any], fields: list[str]) -> str:
         case "missing":
             return f"{field} is required"
         case "extra_forbidden":
-            return f"unknown field {shown(field)}{did_you_mean(field, fields)}"
+            return f"unknown field {shown(field)}{_hint(problem, body)}"
         case "model_type":
             return f"{field} must be an object, got {brief_json(problem['input'])}"
         case "value_error":
             return str(problem["ctx"]["error"])
     reason = problem["msg"].replace("Input should", f"{field} must", 1)
     return f"{reason}, got {brief_json(problem['input'])}"
+
+
+def _hint(problem: dict[str, Any], body: type[BaseModel]) -> str:
+    *path, name = problem["loc"][1:]
+    return hint(str(name), field_names(body, path))
 
 
 def brief_json(value: Any) -> str:
@@ -68,10 +74,10 @@ def brief_json(value: Any) -> str:
 def _field(problem: dict[str, Any]) -> str | None:
     """Return the field at fault, such as `n` or `adapters[0].scale`; None for the whole body."""
     names = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][1:]]
-    return "".join(names).removeprefix(".") or None
+    return "".join(names).removeprefix(".") if names else None
 
 
 def _param(problem: dict[str, Any]) -> str | None:
     field = _field(problem)
     # An unknown field may have any name, also one that UTF-8 cannot say.
-    return field and shown(field)[1:-1]
+    return None if field is None else shown(field)[1:-1]

@@ -81,14 +81,26 @@ def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) ->
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
-    word, names = word[:SHOWN_CHARACTERS], list(known)
+    close = closest(word, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Return the one of `known` that is like `word`, or None; capitals make no difference.
+
+    Args:
+        likeness: the least that counts, from 0 to 1, of a word that is no part of another.
+    """
+    names = {name.lower(): name for name in known}
+    word = word[:SHOWN_CHARACTERS].lower()
     # A part of a name is close, too: "ddim"; a whole word of it is closer than likeness: "steps".
-    holding = [
-        name for name in names if len(word) >= SHORTEST_PART and word.lower() in name.lower()
-    ]
-    worded = [name for name in holding if word.lower() in name.lower().split("_")]
-    close = worded or get_close_matches(word, names, n=1) or sorted(holding, key=len)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    holding = [name for name in names if len(word) >= SHORTEST_PART and word in name]
+    worded = [name for name in holding if word in name.split("_")]
+    same = [name for name in names if name == word]
+    close = (
+        same or worded or get_close_matches(word, names, 1, likeness) or sorted(holding, key=len)
+    )
+    return names[close[0]] if close else None
 
 
 def shown(text: str) -> str:

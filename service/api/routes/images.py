@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Response
 
 from service.api.answers import ImagesAnswer
 from service.api.backend import ModelStatus
+from service.api.bodies import ignored_queries
 from service.api.dependencies import (
     Incoming,
     IncomingDep,
@@ -88,7 +89,8 @@ async def create_images(
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
     model = await _chosen_model(incoming, body)
     generation = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    return await _answer(PictureCall(incoming, body, generation), model, response)
+    call = PictureCall(incoming, body, generation, _ignored(incoming, body))
+    return await _answer(call, model, response)
 
 
 @router.post(
@@ -138,8 +140,15 @@ async def _from_picture(
 ) -> ImagesAnswer | Response:
     model = await _chosen_model(incoming, inputs.body)
     generation = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    call = PictureCall(incoming, inputs.body, generation, event_prefix)
+    ignored = _ignored(incoming, inputs.body)
+    call = PictureCall(incoming, inputs.body, generation, ignored, event_prefix)
     return await _answer(call, model, response)
+
+
+def _ignored(incoming: Incoming, body: PictureRequest) -> tuple[str, ...]:
+    """Names that were sent, in the body or in the URL's query, and change nothing."""
+    in_query = ignored_queries(incoming.http.query_params, type(body))
+    return tuple(dict.fromkeys((*body.ignored_fields, *in_query)))
 
 
 async def _chosen_model(incoming: Incoming, body: PictureRequest) -> ModelStatus:

@@ -1,0 +1,223 @@
+"""Fields that change nothing are named in the answer; what is meant as one of ours is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import httpx
+import pytest
+from api_fakes import EMOJI, FakeBackend
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.api import ModelStatus
+from service.api.bodies import AS_EVER, MAX_UNKNOWN_FIELDS, hint
+from service.api.schemas import EditRequest, ImageRequest
+from service.domain.requests import Task
+
+GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
+VARIATIONS = "/v1/images/variations"
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    made = FakeBackend()
+    tasks = tuple(Task)
+    made.statuses = [ModelStatus(EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks}), ready=True)]
+    return made
+
+
+async def generate(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    return await client.post(GENERATIONS, json={"prompt": "cat", **fields})
+
+
+async def send_form(client: httpx.AsyncClient, url: str, **fields: str) -> httpx.Response:
+    return await client.post(url, data={"prompt": "cat", **fields}, files={"image": picture()})
+
+
+async def test_what_was_used_is_not_named(client: httpx.AsyncClient):
+    answer = await generate(client, n=2, background="opaque", quality="auto", style=None)
+
+    assert answer.status_code == 200
+    assert "ignored_fields" not in answer.json()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("safety_identifier", "someone"),
+        ("background", "transparent"),
+        ("quality", "hd"),
+        ("style", "vivid"),
+        ("moderation", "low"),
+        ("user", "someone"),
+        ("input_fidelity", "high"),
+        ("frame_count", 4),
+        ("svg", {"model": "gpt-6"}),
+        ("metadata", {"a": [1]}),
+        ("timeout", 3),
+        ("qualities", "hd"),
+        ("providerOptions", None),
+    ],
+)
+async def test_what_changes_nothing_is_named(client: httpx.AsyncClient, name: str, value: Any):
+    answer = await generate(client, **{name: value})
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["ignored_fields"] == [name]
+
+
+async def test_names_inside_of_fields(client: httpx.AsyncClient):
+    adapters = [{"name": "ink"}, {"name": "pixels", "colour": 1}]
+    answer = await generate(client, adapters=adapters, unheard_of=1)
+
+    assert answer.json()["ignored_fields"] == ["unheard_of", "adapters[1].colour"]
+
+
+@pytest.mark.parametrize("url", [EDITS, VARIATIONS])
+async def test_forms(client: httpx.AsyncClient, url: str):
+    answer = await send_form(
+        client, url, **{"background": "transparent", "unheard_of": "1", "svg[model]": "x"}
+    )
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["ignored_fields"] == ["background", "unheard_of", "svg[model]"]
+
+
+async def test_json_with_addresses(client: httpx.AsyncClient, backend: FakeBackend):
+    address = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    body = {"prompt": "cat", "images": [{"image_url": address, "detail": "high"}]}
+    answer = await client.post(EDITS, json=body)
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["ignored_fields"] == ["images[0].detail"]
+
+
+async def test_streams_name_them_in_the_end(client: httpx.AsyncClient):
+    answer = await generate(
+        client, stream=True, partial_images=1, background="transparent", unheard_of=1
+    )
+    told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+
+    assert [event.get("ignored_fields") for event in told] == [None, ["background", "unheard_of"]]
+    assert {(event["background"], event["quality"]) for event in told} == {("opaque", "auto")}
+
+
+async def test_query_parameters(client: httpx.AsyncClient):
+    answer = await client.post(f"{GENERATIONS}?api-version=2&unheard_of=1", json={"prompt": "cat"})
+
+    assert answer.json()["ignored_fields"] == ["api-version", "unheard_of"]
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("n=2", "unknown query parameter 'n'; send it in the body"),
+        ("sede=2", "unknown query parameter 'sede'; did you mean 'seed'?"),
+        ("%00=2", "unknown query parameter '\\x00'"),
+    ],
+)
+async def test_query_parameters_that_are_meant_as_fields(
+    client: httpx.AsyncClient, backend: FakeBackend, query: str, message: str
+):
+    answer = await client.post(f"{GENERATIONS}?{query}", json={"prompt": "cat"})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == message
+    assert not backend.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sede": 1}, "unknown field 'sede'; did you mean 'seed'?"),
+        ({"negativePrompt": "a"}, "did you mean 'negative_prompt'?"),
+        ({"width": 512}, "unknown field 'width'; did you mean 'size'?"),
+        ({"Steps": 4}, "did you mean 'num_inference_steps'?"),
+        ({"image": "data:,"}, "unknown field 'image'; /v1/images/edits takes it"),
+        ({"adapters": [{"name": "a", "Scale": 2}]}, "'adapters[0].Scale'; did you mean 'scale'?"),
+        ({"": 1}, "unknown field ''"),
+        ({"__proto__": 1}, "unknown field '__proto__'"),
+        ({"k" * 65: 1}, "unknown field"),
+        ({f"k{i}": 1 for i in range(MAX_UNKNOWN_FIELDS + 1)}, "unknown field 'k0'"),
+        ({"unheard_of": 1, "sede": 1, "n": "a"}, "n must be a valid integer, got 'a'; unknown"),
+    ],
+)
+async def test_what_is_meant_as_a_field_is_refused(
+    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], message: str
+):
+    answer = await generate(client, **fields)
+
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert "unheard_of" not in answer.json()["error"]["message"]
+    assert not backend.requests
+
+
+async def test_a_form_with_what_is_inside_a_field_is_refused(client: httpx.AsyncClient):
+    answer = await send_form(client, EDITS, **{"adapters[][name]": "ink"})
+
+    assert answer.status_code == 400
+    assert "did you mean 'adapters'?" in answer.json()["error"]["message"]
+
+
+@given(st.sampled_from(sorted(EditRequest.model_fields)), st.data())
+def test_a_letter_too_few_or_too_many_is_noticed(field: str, data: st.DataObject):
+    if len(field) < 4 or field in AS_EVER:
+        return
+    place = data.draw(st.integers(0, len(field) - 1))
+    assert hint(field[:place] + field[place + 1 :], EditRequest.model_fields)
+    assert hint(field[:place] + "x" + field[place:], EditRequest.model_fields)
+
+
+WHOLE = ["n", "num_inference_steps", "seed", "previews", "partial_images"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+async def test_whole_numbers_may_be_written_with_a_point(
+    client: httpx.AsyncClient, backend: FakeBackend, name: str
+):
+    text = f'{{"prompt": "cat", "stream": true, "{name}": 2.0}}'
+    answer = await client.post(GENERATIONS, content=text, headers={"content-type": JSON_TYPE})
+    form = await send_form(client, EDITS, **{name: "2.0", "stream": "true"})
+
+    assert (answer.status_code, form.status_code) == (200, 200), form.text
+    given, of_form = backend.requests
+    attribute = "previews" if name == "partial_images" else name
+    assert (getattr(given, attribute), getattr(of_form, attribute)) == (2, 2)
+    assert type(getattr(given, attribute)) is int
+
+
+JSON_TYPE = "application/json"
+
+
+@pytest.mark.parametrize("value", ["1.5", "1e309", "NaN", '"1.0"', "true", "-1.0", "1e300"])
+@pytest.mark.parametrize("name", [*WHOLE, "output_compression"])
+async def test_other_numbers_are_not_whole(client: httpx.AsyncClient, name: str, value: str):
+    text = f'{{"prompt": "cat", "output_format": "webp", "{name}": {value}}}'
+    answer = await client.post(GENERATIONS, content=text, headers={"content-type": JSON_TYPE})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
+def test_every_whole_number_of_the_schema_takes_a_point():
+    schema = ImageRequest.model_json_schema()["properties"]
+    kinds = {
+        name: [kind.get("type") for kind in field.get("anyOf", [field])]
+        for name, field in schema.items()
+    }
+    whole = sorted(name for name, kind in kinds.items() if "integer" in kind)
+
+    assert whole == sorted([*WHOLE, "output_compression"])
