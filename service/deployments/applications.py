@@ -17,6 +17,7 @@ from service.deployments.model_watch import Listed
 
 INGRESS_APPLICATION = "stepserve"
 MODEL_PREFIX = "stepserve-model-"
+GIVEN_UP = "failed: its processes end while they start; the log says why"
 NO_ROOM = re.compile(
     r"Resources required for each replica: (.+?), total resources available: (.+?)\. "
 )
@@ -63,7 +64,7 @@ def listed(application: ApplicationStatusOverview) -> Listed:
     # One that is unhealthy has lost a replica, and may have others.
     if application.status == "DEPLOY_FAILED":
         told = [d.message for d in deployments if d.message] or [application.message]
-        return Listed(failure=f"failed: {_last_line(told[0])}")
+        return Listed(failure=GIVEN_UP, cause=_last_line(told[0]))
     asleep = application.status == "RUNNING" and all(
         d.status == "HEALTHY" and not sum(d.replica_states.values()) for d in deployments
     )

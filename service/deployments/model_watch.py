@@ -39,12 +39,14 @@ class Listed:
     """A model as Ray Serve lists it.
 
     Args:
-        failure: why it gave the model up; empty where it did not.
+        failure: that it gave the model up; empty where it did not.
+        cause: the last line of what Ray Serve says of that; for the log only.
         asleep: whether it was scaled down to no replica, which the next request undoes.
         waiting: what its replicas wait for before they can be started, if it has been long.
     """
 
     failure: str = ""
+    cause: str = ""
     asleep: bool = False
     waiting: str = ""
 
@@ -166,8 +168,11 @@ class ModelWatch:
             self._tasks.pop(model_id).cancel()
             del self._watched[model_id]
         for model_id, listed in found.items():
-            if model_id in self._watched:
-                self._watched[model_id].listed = listed
+            known = self._watched.get(model_id)
+            if listed.failure and (known is None or known.listed != listed):
+                logger.error("model %s %s: %s", model_id, listed.failure, listed.cause)
+            if known is not None:
+                known.listed = listed
                 continue
             watched = Watched(listed, unknown_status(model_id, LOADING))
             self._watched[model_id] = watched

@@ -6,12 +6,15 @@ Torch and diffusers are imported on the replica only, so that the driver starts 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from service.config import EngineSettings, ModelSettings, TelemetrySettings
 from service.deployments.autoscaling import BACKLOG
 from service.deployments.callers import Callers
 from service.deployments.heap import TRIM_INTERVAL_S, heap_trimmer
+from service.deployments.load_attempts import LoadAttempts, folder_state
 from service.deployments.model_watch import unknown_status
 from service.deployments.observing import start_logging
 from service.deployments.replica_metrics import ReplicaMetrics, open_request_traces
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FAILED_RETRY_S = 60.0
+LOOK_AGAIN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class ReplicaSpec:
 class ModelReplica:
     """Answers each request with its outcome; cancelling the call cancels the request.
 
-    One whose model cannot be loaded stays, and tells why: trying again would change nothing.
+    One whose model cannot be loaded stays, tells why, and tries again now and then.
     """
 
     def __init__(self, spec: ReplicaSpec) -> None:
@@ -69,24 +73,63 @@ class ModelReplica:
         self.callers = Callers(time.monotonic)
         self._draining = False
         self._orphaned: set[str] = set()
-        self._failure = ""
+        self._attempts = LoadAttempts(partial(folder_state, _own_folder(spec)), time.monotonic)
         start_logging(spec.telemetry)
+        if not self._load():
+            threading.Thread(target=self._load_again, name="load", daemon=True).start()
+
+    @property
+    def _failure(self) -> str:
+        """Why the model is not loaded; empty where it is."""
+        return self._attempts.failure
+
+    def _load(self) -> bool:
+        """Load the model, and be ready to serve it; False if it cannot be loaded."""
         began_s = time.monotonic()
+        self._attempts.begin()
         try:
-            self.runner = _load_runner(spec)
-        except StepserveError as error:
-            logger.error("model %s cannot be loaded: %s", spec.model_id, error)
-            self._failure = f"cannot be loaded: {error}"
-            return
-        self.load_s = time.monotonic() - began_s
-        logger.info("model %s is ready %.1f s after its replica", spec.model_id, self.load_s)
+            runner = _load_runner(self.spec)
+        except Exception as error:
+            self._note_failure(error)
+            return False
+        self._serve(runner, time.monotonic() - began_s)
+        return True
+
+    def _note_failure(self, error: Exception) -> None:
+        from service.pipelines.load_reasons import reason_of
+
+        self._attempts.failed(reason_of(error))
+        ours = isinstance(error, StepserveError)
+        logger.error(
+            "model %s cannot be loaded: %s; %s",
+            self.spec.model_id,
+            error if ours else f"{type(error).__name__}: {error}",
+            self._attempts.prospect,
+            exc_info=None if ours else error,
+        )
+
+    def _load_again(self) -> None:
+        while not self._draining:
+            time.sleep(LOOK_AGAIN_S)
+            if self._attempts.is_due() and not self._draining:
+                # What the try before has left behind.
+                gc.collect()
+                if self._load():
+                    return
+
+    def _serve(self, runner: PipelineRunner, load_s: float) -> None:
+        model_id = self.spec.model_id
+        self.runner, self.load_s = runner, load_s
+        logger.info("model %s is ready after %.1f s", model_id, load_s)
         traces = open_request_traces()
-        self.metrics = ReplicaMetrics(self.runner, spec.model_id, self.load_s, traces)
+        self.metrics = ReplicaMetrics(runner, model_id, load_s, traces)
         self.metrics.start()
-        self.desk = RequestDesk(self.runner, traces or NOT_WATCHED)
+        self.desk = RequestDesk(runner, traces or NOT_WATCHED)
         if (trim := heap_trimmer()) is not None:
             Flusher(trim, TRIM_INTERVAL_S, "heap").start()
-        watch_interpreter(spec.settings.engine.stuck_after_s)
+        watch_interpreter(self.spec.settings.engine.stuck_after_s)
+        # Last of all: other threads ask for it before they use any of the above.
+        self._attempts.succeeded()
 
     async def status(self, caller: str = "") -> ModelStatus:
         """What the model can do, and whether it takes requests. Answered once it is warm.
@@ -122,7 +165,7 @@ class ModelReplica:
         """
         if self._failure:
             message = f"model {self.spec.model_id} {self._failure}"
-            yield Failed(request.id, NotReadyError(message, FAILED_RETRY_S))
+            yield Failed(request.id, NotReadyError(message, self._attempts.retry_after_s))
             return
         try:
             events = await self.desk.submit(request)
@@ -212,6 +255,7 @@ class ModelReplica:
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     from service.pipelines.load import leave_cores_to_engine, load_model
+    from service.pipelines.load_reasons import first_image_failed
     from service.pipelines.runner import PipelineRunner, SharingOptions
     from service.pipelines.warm_up import warm_up
 
@@ -228,11 +272,21 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
     sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
     adapters = adapter_options(settings)
     runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing)
-    runner.start()
-    seconds = warm_up(runner)
+    try:
+        runner.start()
+        seconds = warm_up(runner)
+    except Exception as error:
+        runner.stop()
+        raise first_image_failed(spec.model_id, model.pipeline, error) from error
     logger.info("model %s: the warm-up took %.1f s", spec.model_id, seconds)
     runner.start_compiling()
     return runner
+
+
+def _own_folder(spec: ReplicaSpec) -> Path | None:
+    """Where the model lies, if that is not the embedded model's folder or a hub."""
+    settings = spec.settings
+    return None if settings.path is None or settings.revision else Path(settings.path)
 
 
 def find_model(settings: ModelSettings) -> Path:

@@ -30,12 +30,12 @@ from service.deployments.applications import (
     INGRESS_APPLICATION,
     MODEL_PREFIX,
     applications,
-    listed,
     model_application,
     model_handle,
 )
 from service.deployments.door import held_door
 from service.deployments.exposure import check_exposure
+from service.deployments.failed_models import failed_models, failure_of
 from service.domain.errors import StepserveError
 from service.models.catalogue import ModelNotFoundError, model_folder
 from service.telemetry.log_sink import log_sink
@@ -180,19 +180,23 @@ def deploy(targets: Sequence[serve.RunTarget]) -> None:
 def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
     """Add, update and remove models; those that stay as they are notice nothing.
 
+    One that stays as it is and could not be loaded is tried again, in new processes.
+
     Running requests of a model that is updated or removed get its `drain_s` to finish. Returns what
     is in effect: everything but the models stays as it was.
     """
     in_effect = old.model_copy(update={"models": new.models})
     changed = [m for m, settings in new.models.items() if old.models.get(m) != settings]
-    if changed:
-        deploy([model_target(model_id, in_effect) for model_id in changed])
+    failed = failed_models(model_id for model_id in new.models if model_id not in changed)
+    if changed or failed:
+        deploy([model_target(model_id, in_effect) for model_id in (*changed, *failed)])
     removed = [model_id for model_id in old.models if model_id not in new.models]
     for model_id in removed:
         serve.delete(model_application(model_id), _blocking=False)
     added = [model_id for model_id in changed if model_id not in old.models]
     updated = [model_id for model_id in changed if model_id in old.models]
-    for what, models in (("added", added), ("updated", updated), ("removed", removed)):
+    told = {"added": added, "updated": updated, "removed": removed, "tried again": failed}
+    for what, models in told.items():
         if models:
             tell(f"{what}: {', '.join(models)}")
     others = [name for name in type(old).model_fields if name not in ("models", "default_model")]
@@ -242,12 +246,11 @@ class Starting:
         """
         found = applications()
         ingress = found.get(INGRESS_APPLICATION)
-        if ingress is not None and (failure := listed(ingress).failure):
+        if ingress is not None and (failure := failure_of(ingress)):
             raise StartError(f"the ingress {failure}")
         for model_id in list(self._replies):
             application = found.get(model_application(model_id))
-            failure = "" if application is None else listed(application).failure
-            failure = failure or self._told(model_id)
+            failure = failure_of(application) or self._told(model_id)
             if failure:
                 self._failures[model_id] = f"model {model_id} {failure}"
         return self._failures

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from service.domain.errors import StepserveError
 from service.pipelines.call_shapes import Example, UniformArguments, shape_of
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class BackgroundCompiler:
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         self.state = CompileState.COMPILING
-        self.reason = ""
+        self.reason = self.public_reason = ""
         self.graphs_ready = 0
         self.graphs_wanted = len(examples)
         self._eager = forward
@@ -183,6 +184,9 @@ class BackgroundCompiler:
         lines = str(error).strip().splitlines()[:2]
         self.reason = " ".join([f"{type(error).__name__}:", *lines])
         logger.warning("the denoiser is served by eager code: %s", self.reason)
+        ours = isinstance(error, InterruptedError | StepserveError)
+        told = f"torch.compile failed ({type(error).__name__}); the log says why"
+        self.public_reason = str(error) if ours else told
         if self.state is CompileState.READY:
             self._switch(self._eager)
         self.state = CompileState.FAILED

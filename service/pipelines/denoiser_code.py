@@ -96,7 +96,7 @@ class DenoiserCode:
             return self._objection or "begins when the model is warm"
         if self.state is Compilation.COMPILING:
             return f"{compiler.graphs_ready} of {compiler.graphs_wanted} graphs are ready"
-        return compiler.reason
+        return compiler.public_reason
 
     def forward_of(self, code: Hashable) -> Forward:
         """What runs requests of that code; eager code runs those of none."""

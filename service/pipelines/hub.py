@@ -49,6 +49,7 @@ def fetch_model(hub_id: str, revision: str, trust: Trust | None = None) -> Path:
         # Whatever the hub's client, diffusers and the network raise.
         kind, reason = type(error).__name__, " ".join(str(error).split())
         message = f"{hub_id} at {revision} cannot be fetched: {kind}: {reason}"
-        raise ModelLoadError(message) from error
+        public = f"{hub_id} at {revision} cannot be fetched from its hub"
+        raise ModelLoadError(message, public) from error
     logger.info("%s is in %s after %.1f s", hub_id, folder, time.monotonic() - began_s)
     return Path(folder)

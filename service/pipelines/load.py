@@ -28,6 +28,7 @@ from service.pipelines.fingerprint import take_fingerprint
 from service.pipelines.guidance import can_limit_guidance
 from service.pipelines.host_numbers import bring_arguments, can_keep_on_host
 from service.pipelines.lending import PipelineLender
+from service.pipelines.load_reasons import reason_of
 from service.pipelines.prompts import PromptMeter, measure_prompts, tokenizers_of
 from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
@@ -76,7 +77,8 @@ def load_model(
             it asks for more trust than it is given.
     """
     if not (folder / "model_index.json").exists():
-        raise ModelLoadError(f"model {model_id}: {folder} is not a diffusers folder")
+        message = f"model {model_id}: {folder} is not a diffusers folder"
+        raise ModelLoadError(message, "no diffusers pipeline in its folder")
     if dtype not in DTYPES:
         raise ModelLoadError(f"model {model_id}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     _hush_libraries()
@@ -85,11 +87,12 @@ def load_model(
         check_trust(folder, trust)
         return _load(model_id, folder, DTYPES[dtype], device, speed or SpeedSettings(), trust)
     except ModelLoadError as error:
-        raise ModelLoadError(f"model {model_id}: cannot be loaded: {error.message}") from error
+        message = f"model {model_id}: cannot be loaded: {error.message}"
+        raise ModelLoadError(message, error.reason) from error
     except Exception as error:
         # Whatever the libraries raise for a file that is cut short or says something else.
-        kind = type(error).__name__
-        raise ModelLoadError(f"model {model_id}: cannot be loaded: {kind}: {error}") from error
+        message = f"model {model_id}: cannot be loaded: {type(error).__name__}: {error}"
+        raise ModelLoadError(message, reason_of(error)) from error
 
 
 def _load(

@@ -129,19 +129,36 @@ def test_one_that_cannot_be_loaded_says_why_and_the_rest_serve(many: Many) -> No
     told = many.told()
     assert told["steady"]["ready"]
     assert not told["broken"]["ready"]
-    assert "no diffusers pipeline in" in told["broken"]["detail"]
-    assert "model broken cannot be loaded: no diffusers pipeline in" in many.service.log
+    assert "no diffusers pipeline in its folder" in told["broken"]["detail"]
+    assert "it is tried again in" in told["broken"]["detail"]
+    # Where that folder is, is for the operator.
+    assert str(many.folder) not in httpx.get(f"{many.service.url}/v1/models").text
+    where = many.folder / "nowhere"
+    assert f"model broken cannot be loaded: no diffusers pipeline in {where}" in many.service.log
 
     ready = httpx.get(f"{many.service.url}/readyz").json()
     assert (ready["models"], list(ready["not_ready"])) == (["steady"], ["broken"])
     assert many.draw("steady").status_code == 200
     refused = many.draw("broken")
     assert refused.status_code == 503
-    assert "no diffusers pipeline in" in refused.json()["error"]["message"]
+    assert "no diffusers pipeline in its folder" in refused.json()["error"]["message"]
+    assert str(many.folder) not in refused.text
+
+
+def test_one_that_failed_is_tried_again_at_a_reload_and_once_its_folder_changes(many: Many) -> None:
+    many.apply()
+    deadline_s = time.monotonic() + PATIENCE_S
+    while "tried again: broken\n" not in many.service.log:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    many.wait(lambda told: "no diffusers pipeline" in told["broken"]["detail"])
+    shutil.copytree(EMBEDDED, many.folder / "nowhere")
+    many.wait(lambda told: told["broken"]["ready"])
+    assert many.draw("broken").status_code == 200
+    assert many.draw("steady").status_code == 200
 
 
 def test_models_are_mended_added_and_removed_beside_the_traffic_of_others(many: Many) -> None:
-    shutil.copytree(EMBEDDED, many.folder / "nowhere")
     with Traffic(many, "steady") as traffic:
         many.models["broken"]["engine"]["max_waiting_pictures"] = 8
         many.models["fetched"] = deepcopy(LIGHT) | {"path": HUB_ID, "revision": REVISION}

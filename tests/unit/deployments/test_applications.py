@@ -14,7 +14,7 @@ from ray.serve.schema import (
     ReplicaState,
 )
 
-from service.deployments.applications import listed
+from service.deployments.applications import GIVEN_UP, listed
 from service.deployments.model_watch import Listed
 
 TRACEBACK = """The deployment failed to start 3 times in a row:
@@ -50,7 +50,7 @@ def test_one_that_runs() -> None:
 
 def test_one_that_was_given_up_says_why_in_a_line() -> None:
     failed = an_application("DEPLOY_FAILED", 0, TRACEBACK, "DEPLOY_FAILED")
-    assert listed(failed) == Listed(failure="failed: RuntimeError: out of memory")
+    assert listed(failed) == Listed(failure=GIVEN_UP, cause="RuntimeError: out of memory")
 
 
 @pytest.mark.parametrize("replicas", [0, 1])
