@@ -50,9 +50,10 @@ def reason_of(error: BaseException) -> str:
 def _behind(error: BaseException) -> Iterator[BaseException]:
     """The error itself; libraries raise an OSError for whatever they meet in a file."""
     yield error
-    seen = error if isinstance(error, OSError) else None
-    while seen is not None and (seen := seen.__cause__ or seen.__context__) is not None:
-        yield seen
+    cause = (error.__cause__ or error.__context__) if isinstance(error, OSError) else None
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def first_image_failed(model_id: str, pipeline: Any, error: Exception) -> ModelLoadError:
