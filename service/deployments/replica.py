@@ -40,6 +40,7 @@ from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
 from service.domain.requests import GenerationRequest
+from service.models.catalogue import ModelNotFoundError
 from service.telemetry.flusher import Flusher
 
 if TYPE_CHECKING:
@@ -96,9 +97,10 @@ class ModelReplica:
         return True
 
     def _note_failure(self, error: Exception) -> None:
-        from service.pipelines.load_reasons import reason_of
+        from service.pipelines.load_reasons import NO_FOLDER, reason_of
 
-        self._attempts.failed(reason_of(error))
+        missing = isinstance(error, ModelNotFoundError)
+        self._attempts.failed(NO_FOLDER if missing else reason_of(error))
         ours = isinstance(error, StepserveError)
         logger.error(
             "model %s cannot be loaded: %s; %s",

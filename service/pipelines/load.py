@@ -28,7 +28,7 @@ from service.pipelines.fingerprint import take_fingerprint
 from service.pipelines.guidance import can_limit_guidance
 from service.pipelines.host_numbers import bring_arguments, can_keep_on_host
 from service.pipelines.lending import PipelineLender
-from service.pipelines.load_reasons import reason_of
+from service.pipelines.load_reasons import NO_FOLDER, reason_of
 from service.pipelines.prompts import PromptMeter, measure_prompts, tokenizers_of
 from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
@@ -78,7 +78,7 @@ def load_model(
     """
     if not (folder / "model_index.json").exists():
         message = f"model {model_id}: {folder} is not a diffusers folder"
-        raise ModelLoadError(message, "no diffusers pipeline in its folder")
+        raise ModelLoadError(message, NO_FOLDER)
     if dtype not in DTYPES:
         raise ModelLoadError(f"model {model_id}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     _hush_libraries()

@@ -14,15 +14,14 @@ import torch
 from safetensors import SafetensorError
 
 from service.domain.errors import EndedError, StepserveError
-from service.models.catalogue import ModelNotFoundError
 from service.pipelines.errors import ModelLoadError
 
+NO_FOLDER = "no diffusers pipeline in its folder"
 OTHER = "its files do not fit together, or not the pipeline class that its model_index.json names"
 NO_IMAGE = "it was loaded, and fails at its first image"
 
 # The first that fits counts.
 _KINDS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
-    (ModelNotFoundError, "no diffusers pipeline in its folder"),
     ((torch.OutOfMemoryError, MemoryError), "its device has too little memory for it"),
     (SafetensorError, "a weights file of it is cut short, or is no safetensors file"),
     (json.JSONDecodeError, "a JSON file of it is not valid JSON"),
