@@ -405,7 +405,7 @@ def _model_ids(tree: dict[str, Any], variables: Iterable[str]) -> list[str]:
     if tree.get("models") is None:
         tree["models"] = {model_id: {} for model_id in Settings().models}
     in_file = tree["models"] if isinstance(tree["models"], dict) else {}
-    ids = {_as_variable(str(model_id)): str(model_id) for model_id in in_file}
+    ids = {as_variable(str(model_id)): str(model_id) for model_id in in_file}
     for name in variables:
         if match := _NEW_MODEL.fullmatch(name):
             ids.setdefault(match[1], match[1].lower())
@@ -414,7 +414,7 @@ def _model_ids(tree: dict[str, Any], variables: Iterable[str]) -> list[str]:
 
 def _known_variables(model_ids: Iterable[str]) -> dict[str, KeyPath]:
     paths = _known_paths(model_ids)
-    return {PREFIX + "__".join(_as_variable(key) for key in path): path for path in paths}
+    return {PREFIX + "__".join(as_variable(key) for key in path): path for path in paths}
 
 
 def _known_paths(model_ids: Iterable[str]) -> list[KeyPath]:
@@ -437,7 +437,8 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return kinds[0] if is_section and len(kinds) == 1 else None
 
 
-def _as_variable(key: str) -> str:
+def as_variable(key: str) -> str:
+    """A key of the settings as it is written in names of environment variables."""
     return re.sub(r"[.-]", "_", key).upper()
 
 

@@ -6,11 +6,13 @@ model, of the name `stepserve-model-ID`: so models come, change and go without t
     import_path: service.deployments.cluster_app:ingress     args: settings, without `models`
     import_path: service.deployments.cluster_app:model       args: `models` with the one model
 
-Environment variables of the head's pod win over `args`, as they win over a file.
+Environment variables of the head's pod win over `args`, as they win over a file. All applications
+of the cluster see them: each takes those of its own models and leaves those of others alone.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +20,12 @@ from typing import Any
 
 import yaml
 
-from service.config import ConfigError, Settings, load_settings
+from service.config import PREFIX, ConfigError, Settings, as_variable, load_settings
 from service.deployments.application import ingress_target, model_target
 from service.deployments.exposure import check_exposure
 
 ANYWHERE = "0.0.0.0"  # noqa: S104 - where Ray Serve listens in a cluster
+OF_MODELS = f"{PREFIX}MODELS__"
 
 
 def ingress(args: dict[str, Any]) -> Any:
@@ -58,4 +61,14 @@ def settings_from(args: dict[str, Any], environ: Mapping[str, str] | None = None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "serveConfigV2.yaml"
         path.write_text(yaml.safe_dump(args | {"http": http, "models": models}))
-        return load_settings(path, environ)
+        return load_settings(path, _variables(os.environ if environ is None else environ, args))
+
+
+def _variables(environ: Mapping[str, str], args: Mapping[str, Any]) -> dict[str, str]:
+    """The variables, without those of models that are not in `args`: others have them."""
+    own = tuple(OF_MODELS + as_variable(str(key)) + "__" for key in args.get("models") or {})
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(OF_MODELS) or name.startswith(own)
+    }
