@@ -12,7 +12,14 @@ import typer
 from pydantic import ValidationError
 
 from service import __version__
-from service.config import ConfigError, ModelSettings, Settings, load_settings
+from service.config import (
+    ConfigError,
+    ModelSettings,
+    Settings,
+    holds_settings,
+    load_settings,
+    settings_file,
+)
 from service.domain.errors import InvalidRequestError, StepserveError
 from service.domain.requests import GenerationRequest, Task
 
@@ -96,12 +103,15 @@ def serve(
     wanted = {"host": host, "port": port, "allow_anonymous": allow_anonymous or None}
     given = {key: value for key, value in wanted.items() if value is not None}
 
-    def read_settings() -> Settings:
-        settings = load_settings(config)
+    def read_settings(*, again: bool = True) -> Settings:
+        settings = load_settings(config, must_name_models=again)
         http = settings.http.model_copy(update=given)
         return settings.model_copy(update={"http": http})
 
-    settings = read_settings()
+    settings = read_settings(again=False)
+    file = settings_file(config)
+    if file is not None and not holds_settings(file):
+        typer.echo(f"{file} holds no settings: the defaults are served")
     needs_key = bool(read_access_keys(settings).keys)
     serve_until_stopped(
         settings,

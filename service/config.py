@@ -338,20 +338,50 @@ class Settings(_Section):
         return yaml.safe_dump(told, sort_keys=False)
 
 
-def load_settings(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+def settings_file(
+    path: Path | None = None, environ: Mapping[str, str] | None = None
+) -> Path | None:
+    """The YAML file of the settings: `path`, else the one that `STEPSERVE_CONFIG` names, if any."""
+    environ = os.environ if environ is None else environ
+    named = environ.get(CONFIG_VARIABLE)
+    return Path(named) if path is None and named else path
+
+
+def holds_settings(path: Path) -> bool:
+    """Whether a file says anything: it may be empty, or have nothing but comments.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    return bool(_read_yaml(path))
+
+
+def load_settings(
+    path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    must_name_models: bool = False,
+) -> Settings:
     """Read, merge and check the settings.
 
     Args:
         path: YAML file; where None, the one that `STEPSERVE_CONFIG` names, if any.
         environ: environment variables; where None, those of this process.
+        must_name_models: refuse a file without models, where the default one would take the place
+            of those that are served. It may be about to be written.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong (all are listed).
     """
     environ = os.environ if environ is None else environ
-    if path is None and environ.get(CONFIG_VARIABLE):
-        path = Path(environ[CONFIG_VARIABLE])
+    path = settings_file(path, environ)
     tree = _read_yaml(path) if path else {}
+    if path and must_name_models and not _names_models(tree, environ):
+        what = "names no models" if tree else "holds no settings"
+        raise ConfigError(
+            f"{path} {what}, and the default model would take the place of all that are served; "
+            "write them below `models`"
+        )
     tree, origins, problems = _with_environment(tree, environ)
     try:
         settings = Settings.model_validate(tree)
@@ -367,11 +397,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # The latter two: of dates that do not exist, and of brackets without end.
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path} must hold keys and values, not a {type(tree).__name__}")
     return tree or {}
+
+
+def _names_models(tree: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
+    """Whether the file or a variable says which models there are."""
+    added = any(_NEW_MODEL.fullmatch(name) for name, _ in _own_variables(environ))
+    return tree.get("models") is not None or added
 
 
 def _with_environment(

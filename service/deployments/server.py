@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from service import __version__
-from service.config import Settings
+from service.config import ConfigError, Settings
 from service.deployments.application import ingress_target, model_target, needed_cpus
 from service.deployments.applications import (
     INGRESS_APPLICATION,
@@ -46,6 +46,9 @@ READY_POLL_S = 0.25
 # Before there is an ingress, connections wait for one.
 READY_ANSWER_S = 2.0
 FLUSH_S = 1.0
+# At SIGHUP the file may still be written to.
+LOOK_AGAIN_S = 0.5
+MOST_LOOKS = 5
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4
 # On one machine Ray's processes share the cores with the model. Much of what they do is for large
@@ -335,13 +338,37 @@ class _Signals:
                 yield
 
 
-def _reload(settings: Settings, read_settings: Callable[[], Settings], tell: Tell) -> Settings:
+def _reload(
+    settings: Settings,
+    read_settings: Callable[[], Settings],
+    tell: Tell,
+    pause: Callable[[float], None] = time.sleep,
+) -> Settings:
     try:
-        return apply_models(settings, read_settings(), tell)
+        return apply_models(settings, _settled(read_settings, pause), tell)
     except Exception as error:
         # Ray refuses some values with errors of many kinds, and what is served must go on.
         tell(f"nothing is changed: {error}")
         return settings
+
+
+def _settled(read_settings: Callable[[], Settings], pause: Callable[[float], None]) -> Settings:
+    """The settings once two looks at them agree: their file may be in the middle of being written.
+
+    Raises what `read_settings` raises at the last of several looks.
+    """
+    before: Settings | None = None
+    for _ in range(MOST_LOOKS - 1):
+        try:
+            settings = read_settings()
+        except ConfigError:
+            before = None
+        else:
+            if settings == before:
+                return settings
+            before = settings
+        pause(LOOK_AGAIN_S)
+    return read_settings()
 
 
 @contextmanager

@@ -408,3 +408,40 @@ def test_all_replicas_must_sign_links_alike(file: Path, results: str, problem: s
 )
 def test_addresses_of_results(results: dict[str, str]):
     assert ResultSettings(**results).address == results["address"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "holds no settings"),
+        ("# all gone\n", "holds no settings"),
+        ("null\n", "holds no settings"),
+        ("---\n...\n", "holds no settings"),
+        ("models:\n", "names no models"),
+        ("http: {port: 9000}\n", "names no models"),
+        ("models: {}\n", "models: Dictionary should have at least 1 item"),
+    ],
+)
+def test_a_file_without_models_is_refused_where_it_would_replace_all(
+    file: Path, content: str, told: str
+):
+    file.write_text(content)
+
+    with pytest.raises(ConfigError, match=told):
+        load_settings(file, {}, must_name_models=True)
+
+
+def test_models_may_come_from_variables_and_without_a_file(file: Path):
+    file.write_text("http: {port: 9000}\n")
+    added = {"STEPSERVE_MODELS__SD__PATH": "/sd"}
+
+    assert set(load_settings(file, added, must_name_models=True).models) == {"emoji", "sd"}
+    assert load_settings(None, {}, must_name_models=True) == Settings()
+
+
+@pytest.mark.parametrize("content", ["a: 2026-13-45\n", "[" * 5000])
+def test_whatever_yaml_raises_is_a_wrong_file(file: Path, content: str):
+    file.write_text(content)
+
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_settings(file, {})
