@@ -12,8 +12,27 @@ from safetensors import SafetensorError, safe_open
 SUFFIX = ".safetensors"
 WEIGHTS = f"pytorch_lora_weights{SUFFIX}"
 # How the tensors of adapters are called by diffusers, PEFT and Kohya's trainer.
-_FACTOR = re.compile(r"(lora\w*[._])(A|B|down|up)((\.\w+)?\.weight)$")
+FACTOR = re.compile(r"(lora\w*[._])(A|B|down|up)((\.\w+)?\.weight)$")
 _OTHER = re.compile(r"(lora\w*[._](B|up)(\.\w+)?\.bias|\.lokr_\w+|\.alpha)$")
+# What else people keep under the name of adapters, by what the tensors of it are called.
+_OTHER_KINDS = {
+    "a DoRA adapter": r"dora_scale|lora_magnitude_vector",
+    "a LoHa adapter (LyCORIS)": r"\.hada_w|\.hada_t",
+    "a LoCon adapter with core tensors (LyCORIS, Tucker decomposition)": r"\.lora_mid\.",
+    "a GLoRA adapter (LyCORIS)": r"\.[ab][12]\.weight$",
+    "an OFT adapter": r"\.oft_(blocks|diag|r)\b|\.oft_",
+    "an (IA)3 adapter": r"\.on_input$|\.ia3_",
+    "whole differences of weights (LyCORIS)": r"\.diff(_b)?$",
+    "a textual inversion embedding": r"^(emb_params|clip_[gl]|string_to_param|t5xxl)\b",
+    "an IP-Adapter": r"^(ip_adapter|image_proj)\.",
+    "a ControlNet": r"^(control_model|controlnet|input_hint_block)\.|^lora_controlnet$",
+    "a whole checkpoint": r"^(model\.diffusion|first_stage|cond_stage)_model\.(?!.*lora)",
+}
+INSTEAD = (
+    "only LoRA adapters are loaded; convert it to a LoRA, or merge it into the model's weights and "
+    "serve those as a model of their own"
+)
+PEFT_CONFIG = "adapter_config.json"
 _PARTNER = {"A": "B", "B": "A", "down": "up", "up": "down"}
 
 
@@ -37,8 +56,9 @@ class AdapterOptions:
 
     Args:
         named: adapters by name: a safetensors file, or a folder that holds one.
-        folder: each safetensors file in it is an adapter named like the file. It is looked through
-            whenever an adapter is asked for, so new files are found while serving.
+        folder: each safetensors file in it is an adapter named like the file, and so is each folder
+            with an `adapter_config.json`, as PEFT saves it. It is looked through whenever an
+            adapter is asked for, so new files are found while serving.
         max_loaded: adapters that stay loaded while no request at work uses them.
     """
 
@@ -69,12 +89,21 @@ class AdapterOptions:
             stat = path.stat()
         except OSError as error:
             raise AdapterFileError(error.strerror or "it cannot be read") from error
-        return AdapterFile(name, path, stat.st_mtime_ns, stat.st_size)
+        return AdapterFile(name, path, max(stat.st_mtime_ns, _config_ns(path)), stat.st_size)
 
     def _in_folder(self) -> dict[str, Path]:
         if self.folder is None:
             return {}
-        return {path.stem: path for path in self.folder.expanduser().glob(f"*{SUFFIX}")}
+        folder = self.folder.expanduser()
+        # PEFT saves a folder for each.
+        folders = {path.parent.name: path.parent for path in folder.glob(f"*/{PEFT_CONFIG}")}
+        return folders | {path.stem: path for path in folder.glob(f"*{SUFFIX}")}
+
+
+def _config_ns(path: Path) -> int:
+    """When the settings that PEFT saves beside the weights were changed, or 0 without any."""
+    config = path.with_name(PEFT_CONFIG)
+    return config.stat().st_mtime_ns if config.exists() else 0
 
 
 def check_header(file: AdapterFile) -> None:
@@ -94,9 +123,8 @@ def check_header(file: AdapterFile) -> None:
 def _check_tensor_names(names: Collection[str]) -> None:
     if not names:
         raise AdapterFileError("it holds no tensors")
-    if any("dora_scale" in name for name in names):
-        raise AdapterFileError("it is a DoRA adapter, which diffusers would load as a LoRA")
-    factors = {name: _FACTOR.search(name) for name in sorted(names)}
+    _check_kind(names)
+    factors = {name: FACTOR.search(name) for name in sorted(names)}
     for name, factor in factors.items():
         # Anything else would be ignored, or replace weights of the model for every request.
         if factor is None and not _OTHER.search(name):
@@ -105,6 +133,12 @@ def _check_tensor_names(names: Collection[str]) -> None:
         # Without it, diffusers would leave memory as it was found in its place.
         if factor is not None and _partner(name, factor) not in names:
             raise AdapterFileError(f"it lacks the other factor of {name!r}")
+
+
+def _check_kind(names: Collection[str]) -> None:
+    for kind, pattern in _OTHER_KINDS.items():
+        if any(re.search(pattern, name) for name in names):
+            raise AdapterFileError(f"it is {kind}: {INSTEAD}")
 
 
 def _partner(name: str, factor: re.Match[str]) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from service.pipelines.adapter_checks import FileLayer
 from service.pipelines.adapter_files import AdapterFileError
-
-_FACTOR = re.compile(r"(?P<component>\w+)\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
 class AdapterSwitch:
@@ -80,50 +78,29 @@ def _is_channels_last(weight: torch.Tensor | None) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def check_fits(
-    tensors: Mapping[str, torch.Tensor], components: Mapping[str, torch.nn.Module]
-) -> None:
+def check_fits(layers: Iterable[FileLayer], components: Mapping[str, torch.nn.Module]) -> None:
     """Refuse an adapter that was made for another model.
 
     Some loaders of diffusers would make room for it instead, in a model that all requests share.
 
     Raises:
-        AdapterFileError: names the layer that is missing or has another size.
+        AdapterFileError: names the layer that has another size.
     """
-    for name, tensor in tensors.items():
-        factor = _FACTOR.fullmatch(name)
-        if factor is None:
-            continue
-        if factor["component"] not in components:
-            raise AdapterFileError(f"the model has no {factor['component']} that takes adapters")
-        layer = _find_layer(components[factor["component"]], factor["layer"], name)
-        _check_size(name, tensor, layer, factor["factor"])
-        if factor["factor"] == "A":
-            _check_rank(name, tensor, tensors.get(name.replace(".lora_A.", ".lora_B.")))
+    for layer in layers:
+        module: Any = components[layer.component].get_submodule(layer.path)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        first, second = layer.parts["lora_A.weight"], layer.parts["lora_B.weight"]
+        _check_size(layer.names["lora_A.weight"], first.shape[1], base, "in")
+        _check_size(layer.names["lora_B.weight"], second.shape[0], base, "out")
+        if first.shape[0] != second.shape[1]:
+            name = layer.names["lora_A.weight"]
+            raise AdapterFileError(f"the two factors of {name} do not fit together")
 
 
-def _find_layer(module: torch.nn.Module, path: str, name: str) -> Any:
-    # Recent versions of transformers have flattened CLIP; diffusers takes care of older files.
-    for candidate in (path, path.removeprefix("text_model.")):
-        try:
-            layer = module.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    raise AdapterFileError(f"the model has no layer for {name}")
-
-
-def _check_size(name: str, tensor: torch.Tensor, layer: Any, factor: str) -> None:
-    side = "in" if factor == "A" else "out"
-    size = getattr(layer, f"{side}_features", getattr(layer, f"{side}_channels", None))
-    given = tensor.shape[1 if factor == "A" else 0]
+def _check_size(name: str, given: int, base: Any, side: str) -> None:
+    size = getattr(base, f"{side}_features", getattr(base, f"{side}_channels", None))
     if size is not None and size != given:
         raise AdapterFileError(f"{name} is for {given} features and the model's layer has {size}")
-
-
-def _check_rank(name: str, first: torch.Tensor, second: torch.Tensor | None) -> None:
-    if second is None or first.shape[0] != second.shape[1]:
-        raise AdapterFileError(f"the two factors of {name} do not fit together")
 
 
 def check_complete(

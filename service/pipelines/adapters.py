@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +17,16 @@ import torch
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.limits import check_adapter_names, shown
 from service.domain.requests import AdapterUse
+from service.pipelines.adapter_checks import (
+    FileLayer,
+    check_loaded,
+    check_strengths,
+    for_text_encoders,
+    layers_of,
+)
+from service.pipelines.adapter_contents import AdapterContents, read_contents
 from service.pipelines.adapter_files import (
+    INSTEAD,
     AdapterFile,
     AdapterFileError,
     AdapterOptions,
@@ -31,6 +39,7 @@ from service.pipelines.adapter_layers import (
     settle_layers,
 )
 from service.pipelines.errors import ModelLoadError
+from service.pipelines.heard import heard_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -178,40 +187,49 @@ class AdapterShelf:
         return name
 
     def _load_as(self, name: str, file: AdapterFile) -> None:
-        loader, tensors = self._checking_loader()
+        contents = read_contents(file, self._components)
+        loader, reading = self._checking_loader(contents)
         self._touched = True
-        with warnings.catch_warnings():
-            # PEFT's word on there being several adapters.
-            warnings.simplefilter("ignore")
+        with heard_libraries() as heard:
             loader.load_lora_weights(
-                str(file.path.parent),
+                # Diffusers takes tensors out of what it is given.
+                dict(contents.tensors) if contents.is_renamed else str(file.path.parent),
                 weight_name=file.path.name,
                 adapter_name=name,
                 local_files_only=True,
                 use_safetensors=True,
             )
-        check_complete(name, tensors, self._components)
+        check_complete(name, reading.tensors, self._components)
+        mended = check_loaded(name, reading.layers, self._components)
+        logger.info("adapter %s: scalings mended: %d; remarks: %s", file.name, mended, heard)
         for module in self._components.values():
             settle_layers(module)
         self._refresh()
         if self.options.find(file.name) != file:
             raise _ReplacedError
 
-    def _checking_loader(self) -> tuple[Any, dict[str, torch.Tensor]]:
+    def _checking_loader(self, contents: AdapterContents) -> tuple[Any, _Reading]:
         """A pipeline that looks at what it read, brought into one form, before it loads that.
 
         What it read is put into the second part of the answer.
         """
-        loader, tensors = copy.copy(self._pipeline), dict[str, torch.Tensor]()
+        loader, reading = copy.copy(self._pipeline), _Reading()
 
         def read_and_check(*args: Any, **kwargs: Any) -> Any:
             read = self._pipeline.lora_state_dict(*args, **kwargs)
-            tensors.update(read[0] if isinstance(read, tuple) else read)
-            check_fits(tensors, self._components)
-            return read
+            tensors, *others = read if isinstance(read, tuple) else (read,)
+            alphas: dict[str, Any] = next((o for o in others[:-1] if o), {})
+            reading.layers = layers_of(tensors, alphas, contents, self._components)
+            check_fits(reading.layers, self._components)
+            check_strengths(contents, reading.layers)
+            tensors = for_text_encoders(tensors, reading.layers, self._components)
+            reading.tensors = tensors
+            config = None if contents.config is None else dict(contents.config)
+            # Last comes the configuration, where there is one.
+            return (tensors, *others[:-1], config) if others else tensors
 
         vars(loader)["lora_state_dict"] = read_and_check
-        return loader, tensors
+        return loader, reading
 
     def _remember_failure(self, file: AdapterFile, error: Exception) -> Exception:
         logger.warning("adapter %s cannot be loaded", file.name, exc_info=error)
@@ -220,7 +238,9 @@ class AdapterShelf:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return GenerationFailedError(f"no memory for adapter {file.name}")
         reason = str(error).replace(f"{file.path.parent}/", "")
-        if not isinstance(error, AdapterFileError):
+        if "lokr" in reason.lower():
+            reason = f"it is a LoKr adapter (LyCORIS) of a layout that this model lacks: {INSTEAD}"
+        elif not isinstance(error, AdapterFileError):
             reason = f"{type(error).__name__}: {reason}"
         self._broken[file.name] = file, reason
         return _unusable(file.name, reason)
@@ -234,6 +254,14 @@ class AdapterShelf:
     def _refresh(self) -> None:
         for switch in self._switches.values():
             switch.refresh()
+
+
+@dataclass
+class _Reading:
+    """What diffusers made of a file."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: list[FileLayer] = field(default_factory=list)
 
 
 class _ReplacedError(Exception):

@@ -26,6 +26,7 @@ from service.pipelines.compiling import SwitchableForward
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.fingerprint import take_fingerprint
 from service.pipelines.guidance import can_limit_guidance
+from service.pipelines.heard import heard_libraries
 from service.pipelines.host_numbers import bring_arguments, can_keep_on_host
 from service.pipelines.lending import PipelineLender
 from service.pipelines.load_reasons import NO_FOLDER, reason_of
@@ -34,6 +35,7 @@ from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
 from service.pipelines.speed import can_record, check_speed, loading_arguments, settle
 from service.pipelines.trust import Trust, check_trust, find_pipeline_class
+from service.pipelines.weights import check_finite_weights, check_heard
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -109,16 +111,19 @@ def _load(
     pipeline_class = find_pipeline_class(folder)
     signature = read_signature(pipeline_class)
     check_serves_prompts(pipeline_class, signature)
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder,
-        dtype=dtype,
-        # None: safetensors where there are any.
-        use_safetensors=None if trust.pickle else True,
-        local_files_only=True,
-        trust_remote_code=trust.remote_code,
-        **loading_arguments(speed, folder),
-    )
+    with heard_libraries() as heard:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder,
+            dtype=dtype,
+            # None: safetensors where there are any.
+            use_safetensors=None if trust.pickle else True,
+            local_files_only=True,
+            trust_remote_code=trust.remote_code,
+            **loading_arguments(speed, folder),
+        )
+    check_heard(heard)
     settle(pipeline, chosen, speed)
+    check_finite_weights(pipeline)
     schedulers = usable_schedulers(pipeline.scheduler)
     meter = measure_prompts(
         tokenizers_of(pipeline),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -33,3 +34,24 @@ def after_steps(scheduler: Any, hear: Callable[..., None]) -> None:
         return result
 
     scheduler.step = step
+
+
+def watch_images(pipeline: Any, hear: Callable[[Any], None]) -> None:
+    """Call `hear` with what was decoded before it becomes pictures, where that can be seen.
+
+    Args:
+        pipeline: one that a request has to itself; what it makes pictures with is replaced.
+    """
+    processor: Any = getattr(pipeline, "image_processor", None)
+    if not hasattr(processor, "postprocess"):
+        return
+    own = copy.copy(processor)
+    original = own.postprocess
+
+    @functools.wraps(original)
+    def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
+        hear(image)
+        return original(image, *args, **kwargs)
+
+    vars(own)["postprocess"] = postprocess
+    vars(pipeline)["image_processor"] = own

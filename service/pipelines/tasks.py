@@ -16,7 +16,7 @@ from service.pipelines.load import LoadedModel
 from service.pipelines.previews import OnPreview, Previewer, can_preview
 from service.pipelines.schedulers import set_steps
 from service.pipelines.signature import accepted_arguments
-from service.pipelines.step_watch import watch_steps
+from service.pipelines.step_watch import watch_images, watch_steps
 
 OnStep = Callable[[int, int], None]
 NO_PICTURES = InputPictures()
@@ -39,7 +39,7 @@ def make_pictures(
     """Make the pictures of a request. `on_step(i, n)` is called after each scheduler step.
 
     Raises:
-        GenerationFailedError: the denoiser's numbers overflowed.
+        GenerationFailedError: the denoiser's or the VAE's numbers overflowed.
     """
     images: list[Image.Image] = call_pipeline(
         model, request, inputs, on_step, on_preview=on_preview
@@ -77,6 +77,7 @@ def call_pipeline(
     if "callback_on_step_end" not in signature.names:
         watch_steps(borrowed.scheduler, lambda step, latents: ended(step, expected, latents))
 
+    watch_images(borrowed, lambda image: _check_image(image, request))
     wanted = {
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
@@ -178,4 +179,12 @@ def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:
         raise GenerationFailedError(
             f"request {request.id} failed: the denoiser's output is not finite "
             f"(scheduler {request.scheduler}, guidance_scale {request.guidance_scale:g})"
+        )
+
+
+def _check_image(image: Any, request: GenerationRequest) -> None:
+    if isinstance(image, torch.Tensor) and not bool(torch.isfinite(image).all()):
+        raise GenerationFailedError(
+            f"request {request.id} failed: the decoded image is not finite although its latents "
+            "are: the VAE overflows in this dtype, so load the model in bfloat16 or float32"
         )

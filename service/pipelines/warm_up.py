@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from service.domain.errors import CancelledError, StepserveError
+from service.domain.errors import CancelledError, GenerationFailedError, StepserveError
 from service.domain.events import Event, Failed, Finished
 from service.domain.requests import GenerationRequest
 from service.domain.timings import Timings
@@ -27,6 +27,7 @@ from service.engine.row_limits import is_out_of_memory, knee
 from service.engine.track import Work
 from service.pipelines.runner import PipelineRunner
 from service.pipelines.tasks import make_pictures
+from service.pipelines.weights import check_all_weights
 
 logger = logging.getLogger(__name__)
 
@@ -255,5 +256,8 @@ def _run(runner: PipelineRunner, request: GenerationRequest) -> None:
 
     runner.submit(request, sink)
     result = outcome.get()
+    if isinstance(result, GenerationFailedError):
+        # Rather than what a request is told: that its scheduler or its guidance is to blame.
+        check_all_weights(runner.model.pipeline)
     if isinstance(result, StepserveError):
         raise result

@@ -1,0 +1,249 @@
+"""Does a loaded adapter do what its file says? Every layer is compared, and its scaling mended."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.state_dict_utils import (
+    StateDictType,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from service.pipelines.adapter_contents import AdapterContents, module_path
+from service.pipelines.adapter_files import FACTOR, AdapterFileError
+
+_PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_[AB]\.(weight|bias))")
+# Factors in half precision are scaled by converters, which rounds.
+STRENGTH_TOLERANCE = 0.01
+SCALING_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """What a file says of one layer of the model.
+
+    Args:
+        path: of the layer in its component.
+        parts: its tensors by PEFT's names: `lora_A.weight`, `lora_B.weight`, `lora_B.bias`.
+        names: what the tensors are called where they were read, by part.
+        scaling: what the product of the factors is multiplied with at a scale of 1.
+    """
+
+    component: str
+    path: str
+    parts: Mapping[str, Tensor]
+    names: Mapping[str, str]
+    scaling: float
+
+    @property
+    def strength(self) -> float:
+        """Sum of the squares of all that it adds to the layer's weight."""
+        first, second = self.parts["lora_A.weight"], self.parts["lora_B.weight"]
+        return _strength(first, second, self.scaling)
+
+
+def layers_of(
+    read: Mapping[str, Tensor],
+    alphas: Mapping[str, Any],
+    contents: AdapterContents,
+    components: Mapping[str, nn.Module],
+) -> list[FileLayer]:
+    """The layers of a file, as diffusers' loader was given them.
+
+    Args:
+        read: tensors by component and path, in one of diffusers' layouts.
+        alphas: by the names that diffusers' converters give them.
+        contents: what was read from the file.
+        components: the modules that adapters go into.
+
+    Raises:
+        AdapterFileError: names a tensor that is for no layer of the model.
+    """
+    layers = []
+    for component, names in _by_component(read, components).items():
+        found: dict[str, dict[str, str]] = {}
+        for standard, name in _standard_names(component, names).items():
+            part = _PART.fullmatch(standard)
+            if part is None:
+                continue
+            path = module_path(components[component], part["path"])
+            if path is None:
+                raise AdapterFileError(f"the model has no layer for {component}.{name}")
+            found.setdefault(path, {})[part["part"]] = f"{component}.{name}"
+        for path, own in found.items():
+            layers.append(_layer(component, path, own, (read, alphas, contents)))
+    return layers
+
+
+def for_text_encoders(
+    read: Mapping[str, Tensor], layers: Iterable[FileLayer], components: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """The same tensors; those of text encoders in the one layout that diffusers always knows.
+
+    It makes out the layout of a text encoder by one layer of it, which a file may lack.
+    """
+    renamed = dict(read)
+    for layer in layers:
+        if not layer.component.startswith("text_encoder"):
+            continue
+        for part, name in layer.names.items():
+            factor = part.replace("lora_A", "down").replace("lora_B", "up")
+            new = f"{layer.component}.{layer.path}.lora_linear_layer.{factor}"
+            renamed[new] = renamed.pop(name)
+    return renamed
+
+
+def check_loaded(
+    adapter: str, layers: Iterable[FileLayer], components: Mapping[str, nn.Module]
+) -> int:
+    """Compare each layer with the file; returns how many were given another scaling.
+
+    Raises:
+        AdapterFileError: names a layer that is not what the file says.
+    """
+    return sum(_settle(adapter, layer, components[layer.component]) for layer in layers)
+
+
+def check_strengths(contents: AdapterContents, layers: Iterable[FileLayer]) -> None:
+    """Refuse a file of which something was lost or changed on the way to diffusers' layout.
+
+    Converters rename, split and turn round the rows of factors, none of which changes the sum of
+    the squares of what a layer adds.
+
+    Raises:
+        AdapterFileError: names a layer of the file.
+    """
+    if contents.config is not None:
+        return
+    given = _file_strengths(contents.tensors)
+    left = [layer.strength for layer in layers]
+    missing = {}
+    for name, strength in given.items():
+        nearest = min(left, key=lambda other: abs(other - strength), default=math.inf)
+        if _is_close(strength, nearest):
+            left.remove(nearest)
+        else:
+            missing[name] = strength
+    if not _is_close(sum(missing.values()), sum(left)):
+        name = next(iter(missing), "another layer")
+        raise AdapterFileError(
+            f"diffusers does not read {name!r} as the file has it: what the file adds there has a "
+            f"squared norm of {sum(missing.values()):.4g}, and what was read {sum(left):.4g}"
+        )
+
+
+def _by_component(
+    read: Mapping[str, Tensor], components: Mapping[str, nn.Module]
+) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name in read:
+        component, _, rest = name.partition(".")
+        if component not in components:
+            if name.endswith(".alpha"):
+                continue
+            hint = " (PEFT's own layout)" if component == "base_model" else ""
+            raise AdapterFileError(
+                f"its tensor {name!r} is for no layer of the model: the model has no {component} "
+                f"that takes adapters{hint}"
+            )
+        names.setdefault(component, []).append(rest)
+    return names
+
+
+def _standard_names(component: str, names: list[str]) -> dict[str, str]:
+    """By PEFT's names, those of older layouts of diffusers."""
+    known: dict[str, str] = {name: name for name in names}
+    if not component.startswith("text_encoder"):
+        if any(".lora_A." in name for name in names):
+            return known
+        return dict(convert_unet_state_dict_to_peft(known))
+    for layout in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
+        known = convert_state_dict_to_peft(known, original_type=layout)
+    return known
+
+
+def _layer(
+    component: str,
+    path: str,
+    names: dict[str, str],
+    told: tuple[Mapping[str, Tensor], Mapping[str, Any], AdapterContents],
+) -> FileLayer:
+    read, alphas, contents = told
+    for part in ("lora_A.weight", "lora_B.weight"):
+        if part not in names:
+            raise AdapterFileError(f"it has no {part} of the layer {component}.{path}")
+    rank = read[names["lora_A.weight"]].shape[0]
+    alpha = _alpha(names["lora_A.weight"], alphas)
+    scaling = contents.scaling(component, path, rank, alpha)
+    return FileLayer(component, path, {p: read[n] for p, n in names.items()}, names, scaling)
+
+
+def _alpha(name: str, alphas: Mapping[str, Any]) -> float | None:
+    """A layer's alpha, by the name of its first factor."""
+    names = (f"{name}.alpha", *(f"{name.split(end)[0]}.alpha" for end in (".lora.", ".lora_A.")))
+    return next((float(alphas[known]) for known in names if known in alphas), None)
+
+
+def _settle(adapter: str, layer: FileLayer, module: nn.Module) -> bool:
+    """Compare one layer, and set its scaling; whether it was another."""
+    loaded: Any = module.get_submodule(layer.path)
+    place = f"layer {layer.component}.{layer.path}"
+    if not isinstance(loaded, BaseTunerLayer):
+        raise AdapterFileError(f"the {place} was not loaded")
+    for part, tensor in layer.parts.items():
+        factor, kind = part.split(".")
+        factors = getattr(loaded, factor)
+        other = getattr(factors[adapter], kind) if adapter in factors else None
+        if other is None or not torch.equal(other, tensor.to(other.device, other.dtype)):
+            raise AdapterFileError(f"the {part} of the {place} is not as the file has it")
+    if abs(loaded.scaling[adapter] - layer.scaling) <= SCALING_TOLERANCE * abs(layer.scaling):
+        return False
+    # By its alpha, from which PEFT works out any other scale.
+    loaded.lora_alpha[adapter] *= layer.scaling / loaded.scaling[adapter]
+    loaded.set_scale(adapter, 1.0)
+    return True
+
+
+def _file_strengths(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """By what each layer of the file is called there."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        factor = FACTOR.search(name)
+        if factor is not None:
+            side = "A" if factor[2] in ("A", "down") else "B"
+            pairs.setdefault(name[: factor.start()].rstrip("._"), {})[side] = tensor
+    _check_alphas(tensors, pairs)
+    return {
+        layer: _strength(pair["A"], pair["B"], _file_scaling(tensors, layer, pair["A"].shape[0]))
+        for layer, pair in pairs.items()
+    }
+
+
+def _check_alphas(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> None:
+    known = {f"{layer}.alpha" for layer in layers}
+    for name in tensors:
+        if name.endswith(".alpha") and name not in known:
+            raise AdapterFileError(f"its {name!r} belongs to none of its layers")
+
+
+def _file_scaling(tensors: Mapping[str, Tensor], layer: str, rank: int) -> float:
+    alpha = tensors.get(f"{layer}.alpha")
+    return 1.0 if alpha is None else float(alpha) / rank
+
+
+def _strength(first: Tensor, second: Tensor, scaling: float) -> float:
+    """The squared Frobenius norm of the product of two factors, without working that out."""
+    a, b = first.flatten(1).double(), second.flatten(1).double()
+    return float(((a @ a.T) * (b.T @ b)).sum()) * scaling**2
+
+
+def _is_close(one: float, other: float) -> bool:
+    return abs(one - other) <= STRENGTH_TOLERANCE * max(abs(one), abs(other))
