@@ -60,6 +60,11 @@ def main() -> None:
         app()
     except (StepserveError, ConfigError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        # Most of all a disk that is full, or a folder that may not be written to.
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
 
 
 @app.callback(invoke_without_command=True)

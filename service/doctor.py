@@ -34,7 +34,7 @@ def examine(url: str, api_key: str | None = None) -> Iterator[Finding]:
     """Check a service step by step. Ends early where nobody answers."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as client:
-        for check in (_reachability, _version, _clock, _readiness, _metrics, _memory, _picture):
+        for check in CHECKS:
             finding = _try(check, client)
             yield finding
             if check is _reachability and not finding.well:
@@ -95,6 +95,13 @@ def _readiness(client: httpx.Client) -> Finding:
     return Finding("readiness", True, told)
 
 
+def _results(client: httpx.Client) -> Finding:
+    # A service that is not ready tells nothing of it.
+    told = client.get("/readyz").json().get("results", "")
+    advice = "make room in results.address, or let the service write there: docs/operations.md"
+    return Finding("results", not told, told or "links to images can be made", advice)
+
+
 def _device(model: dict[str, dict[str, str] | None]) -> str:
     fingerprint = model.get("fingerprint")
     return fingerprint["device"] if fingerprint else "an unknown device"
@@ -139,3 +146,15 @@ def _samples(page: str) -> dict[str, float]:
     lines = (line for line in page.splitlines() if line.startswith("stepserve_"))
     pairs = (line.rsplit(" ", 1) for line in lines)
     return {name: float(value) for name, value in pairs}
+
+
+CHECKS: tuple[Check, ...] = (
+    _reachability,
+    _version,
+    _clock,
+    _readiness,
+    _results,
+    _metrics,
+    _memory,
+    _picture,
+)

@@ -41,6 +41,8 @@ def _try_to_make_one(url: str, folder: Path) -> str:
         return f"not made: {error.response.text}"
     except httpx.HTTPError as error:
         return f"not made: {error!r}"
+    except OSError as error:
+        return f"made, and not written to {folder}: {error.strerror or error}"
 
 
 def make_first_picture(url: str, folder: Path) -> Path:

@@ -287,6 +287,9 @@ class ReadyAnswer(BaseModel):
     status: Literal["ready"] = "ready"
     models: list[str] = Field(description="Those that take requests.")
     not_ready: dict[str, str] = Field(description="The others, and why they do not.")
+    results: str = Field(
+        description="Why no links to images can be made now; empty where they can."
+    )
 
 
 class ErrorAnswer(BaseModel):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
 from service.api.notes import notes_of
+from service.api.result_room import ResultsUnavailableError
 from service.api.results import LinkExpiredError, ResultNotFoundError, WrongSignatureError
 from service.domain.errors import (
     BodyTooLargeError,
@@ -118,6 +119,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     StepserveError: ErrorKind(500, "server_error", "internal_error"),
     GenerationFailedError: ErrorKind(500, "server_error", "generation_failed"),
     NotReadyError: ErrorKind(503, "server_error", "not_ready"),
+    ResultsUnavailableError: ErrorKind(503, "server_error", "results_unavailable"),
     RefusedError: ErrorKind(503, "server_error", "refused"),
     StoppedError: ErrorKind(503, "server_error", "server_stopped"),
     ExpiredError: ErrorKind(504, "server_error", "deadline_exceeded"),

@@ -21,6 +21,7 @@ from urllib.parse import urlencode
 
 import fsspec
 
+from service.api.result_room import SPARE_BYTES, Trouble, probe, unavailable, write_whole
 from service.domain.errors import InvalidRequestError, StepserveError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ SECRET_FILE = "secret"  # noqa: S105 - the name of the file that holds it
 SECRET_BYTES = 32
 SWEEP_S = 60.0
 PARTIAL = ".partial"
+# Storage that does not answer in so long holds nobody up any longer.
+WRITE_TIMEOUT_S = 60.0
+CHECK_TIMEOUT_S = 5.0
 
 
 class ResultNotFoundError(InvalidRequestError):
@@ -75,12 +79,31 @@ class ResultStore:
         self._expires_s = expires_s
         self._secret = secret
         self._clock = clock
+        self._trouble = Trouble(time.monotonic)
+
+    async def check(self, size_bytes: int = SPARE_BYTES) -> None:
+        """Return if files of so many bytes can be kept now.
+
+        A folder is tried, and other storage after it has refused something.
+
+        Raises:
+            ResultsUnavailableError: they cannot.
+        """
+        if self._is_local:
+            await self._try(CHECK_TIMEOUT_S, self._probe, size_bytes)
+        elif (recent := self._trouble.recent) is not None:
+            raise recent
+        elif self._trouble.unsolved:
+            await self._try(CHECK_TIMEOUT_S, self._probe_remote)
 
     async def put(self, data: bytes, media_type: str) -> str:
-        """Keep a file and return the path of its link, with its expiry and signature."""
-        expires = int(self._clock() + self._expires_s)
-        name = f"{expires}-{secrets.token_urlsafe(24)}.{ENDINGS[media_type]}"
-        await asyncio.to_thread(self._write, name, data)
+        """Keep a file and return the path of its link, with its expiry and signature.
+
+        Raises:
+            ResultsUnavailableError: it cannot be kept.
+        """
+        name = self._new_name(ENDINGS[media_type])
+        await self._try(WRITE_TIMEOUT_S, self._write, name, data)
         return f"{ROUTE}/{name}?{urlencode({'signature': self.sign(name)})}"
 
     async def get(self, name: str, signature: str) -> tuple[bytes, str, int]:
@@ -90,6 +113,7 @@ class ResultStore:
             WrongSignatureError: the link is not one of ours.
             LinkExpiredError: it was.
             ResultNotFoundError: there is no such file.
+            ResultsUnavailableError: it cannot be read.
         """
         parts = NAME.fullmatch(name)
         wanted, given = self.sign(name).encode(), signature.encode(errors="replace")
@@ -102,7 +126,22 @@ class ResultStore:
             data = await asyncio.to_thread(self._files.cat_file, self._path(name))
         except FileNotFoundError as error:
             raise ResultNotFoundError("this result is gone; send the request again") from error
+        except OSError as error:
+            raise unavailable(error) from error
         return data, MEDIA_TYPES[parts[2]], left_s
+
+    async def _try(self, within_s: float, use: Callable[..., None], *arguments: Any) -> None:
+        try:
+            await asyncio.wait_for(asyncio.to_thread(use, *arguments), within_s)
+        except Exception as error:
+            # Whatever clients of object stores raise.
+            told = self._trouble.note(error)
+            raise (told or unavailable(error)) from error
+        self._trouble.note(None)
+
+    def _new_name(self, ending: str) -> str:
+        expires = int(self._clock() + self._expires_s)
+        return f"{expires}-{secrets.token_urlsafe(24)}.{ending}"
 
     def sign(self, name: str) -> str:
         """The signature of a name, which holds the expiry."""
@@ -132,8 +171,18 @@ class ResultStore:
         path = Path(self._path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(name + PARTIAL)
-        partial.write_bytes(data)
-        partial.replace(path)
+        write_whole(partial, path, lambda partial: partial.write_bytes(data))
+
+    def _probe(self, size_bytes: int) -> None:
+        # Named as a result, so that the sweep finds it if it should stay behind.
+        partial = Path(self._path(self._new_name("png") + PARTIAL))
+        partial.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe(partial, size_bytes)
+
+    def _probe_remote(self) -> None:
+        path = self._path(self._new_name("png") + PARTIAL)
+        self._files.pipe_file(path, b"")
+        self._files.rm_file(path)
 
     def _sweep(self) -> int:
         try:
@@ -195,6 +244,10 @@ def _shared_secret(folder: Path) -> bytes:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _require_ours(folder)
     path = folder / SECRET_FILE
+    if path.exists():
+        # Nothing is written, so that an ingress is replaced where the folder is full as well.
+        _require_ours(path)
+        return path.read_bytes()
     partial = folder / f"{SECRET_FILE}.{secrets.token_hex(8)}"
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -6,8 +6,10 @@ from fastapi import APIRouter
 
 from service import __version__
 from service.api.answers import HealthAnswer, ReadyAnswer
-from service.api.dependencies import NO_REASON, BackendDep, require_ready
+from service.api.dependencies import NO_REASON, BackendDep, StoreDep, require_ready
 from service.api.openapi import error_responses
+from service.api.result_room import ResultsUnavailableError
+from service.api.results import ResultStore
 from service.domain.errors import NotReadyError
 
 router = APIRouter(tags=["health"])
@@ -22,7 +24,7 @@ async def healthz() -> HealthAnswer:
 @router.get(
     "/readyz", summary="Does any model take requests?", responses=error_responses(NotReadyError)
 )
-async def readyz(backend: BackendDep) -> ReadyAnswer:
+async def readyz(backend: BackendDep, store: StoreDep) -> ReadyAnswer:
     """Answers 503 while no model is ready; the message tells why.
 
     A model that is added, or cannot be loaded, keeps nobody from the others.
@@ -32,4 +34,13 @@ async def readyz(backend: BackendDep) -> ReadyAnswer:
     if not ready:
         require_ready(statuses)
     details = {s.capabilities.id: s.detail or NO_REASON for s in statuses if not s.ready}
-    return ReadyAnswer(models=ready, not_ready=details)
+    return ReadyAnswer(models=ready, not_ready=details, results=await _trouble_with(store))
+
+
+async def _trouble_with(store: ResultStore) -> str:
+    """Images that are answered as they are need no store: this keeps nobody from the models."""
+    try:
+        await store.check()
+    except ResultsUnavailableError as error:
+        return error.message
+    return ""

@@ -35,6 +35,7 @@ from service.api.openapi import (
     form_or_json,
 )
 from service.api.pictures import PictureCall, answer_pictures
+from service.api.result_room import ResultsUnavailableError, needed_bytes
 from service.api.schemas import EditRequest, ImageRequest, PictureRequest, VariationRequest
 from service.domain.errors import (
     BodyTooLargeError,
@@ -62,6 +63,7 @@ _ERRORS = error_responses(
     UnmeetableDeadlineError,
     GenerationFailedError,
     NotReadyError,
+    ResultsUnavailableError,
     ExpiredError,
     RequestTimedOutError,
 )
@@ -167,6 +169,8 @@ async def _answer(
         require_ready([model])
     check_request(call.generation, model.capabilities)
     require_ready([model])
+    if call.body.wants_urls:
+        await call.incoming.store.check(needed_bytes(call.generation))
     context = trace_context_of(call.incoming.http.scope)
     traced = replace(call.generation, trace_context=context)
     return await answer_pictures(replace(call, generation=traced), response)

@@ -62,7 +62,7 @@ async def test_healthz_asks_no_model(client: httpx.AsyncClient, backend: FakeBac
 
 
 async def test_readyz_tells_of_each_model(client: httpx.AsyncClient, backend: FakeBackend):
-    everything = {"status": "ready", "models": ["emoji"], "not_ready": {}}
+    everything = {"status": "ready", "models": ["emoji"], "not_ready": {}, "results": ""}
     assert (await client.get("/readyz")).json() == everything
 
     backend.statuses.append(LOADING)
