@@ -168,8 +168,8 @@ LOAD_SECONDS = _gauge(
 )
 MEMORY_BYTES = _gauge(
     "device_memory_bytes",
-    "Memory of a replica's device, by kind: allocated and reserved by torch and total on "
-    "accelerators, resident (of the process) on CPU.",
+    "Memory of a replica's device, by kind: allocated and reserved by torch, used by anybody, and "
+    "total on accelerators; resident (of the process) on CPU.",
     *("model", "replica", "kind"),
 )
 BUILD = _gauge("build_info", "Always 1; the labels say which version runs.", "version", "process")

@@ -97,6 +97,15 @@ def test_a_fetch_that_breaks_off_is_not_taken_for_a_whole_one_and_goes_on(tmp_pa
     assert ran.returncode == 0, ran.stderr
     assert (folder / ".complete").exists()
 
+    ran = run(of, folder, PYTHONPATH=stand_in_hub(tmp_path, "    raise OSError('asked again')\n"))
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_job_of_a_former_version_is_in_no_upgrades_way():
+    """A Job cannot be changed, and its image is of the version: so it goes when it is done."""
+    (job,) = objects("gpu", "Job")
+    assert job["spec"]["ttlSecondsAfterFinished"] <= 3600
+
 
 def test_what_the_script_asks_of_the_hub_is_what_the_library_takes():
     import inspect
