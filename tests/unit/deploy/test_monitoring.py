@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -131,3 +132,15 @@ def test_alerts_that_panels_name_exist():
     alerts = {rule["alert"] for rule in rules("alerts.yml")}
     assert told
     assert {word for word in told if word.isalpha()} <= alerts
+
+
+def test_panels_that_pages_name_exist():
+    titles = {panel["title"] for panel in generated_dashboard()["panels"]}
+    pages = [ROOT / "docs" / "operations.md", *(ROOT / "docs" / "runbooks").glob("*.md")]
+    named = {
+        name
+        for page in pages
+        for name in re.findall(r"(?<![*\w])\*([A-Z][^*]+)\*(?!\*)", page.read_text())
+    }
+    assert len(named) > 10
+    assert {" ".join(name.split()) for name in named} <= titles
