@@ -62,6 +62,7 @@ RUN apt-get update -qq \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp/home stepserve \
     && mkdir -p /models /results && chown 10001:10001 /models /results
 COPY --from=build /opt/stepserve /opt/stepserve
+# `ray start` wants a token; a service that runs alone makes one of its own.
 # All that is written lies below /tmp, /models and /results.
 ENV PATH=/opt/stepserve/bin:$PATH \
     HOME=/tmp/home \
@@ -69,15 +70,17 @@ ENV PATH=/opt/stepserve/bin:$PATH \
     HF_HUB_DISABLE_TELEMETRY=1 \
     TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
-    RAY_AUTH_MODE=disabled \
+    RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     STEPSERVE_RESULTS__ADDRESS=/results
 LABEL org.opencontainers.image.title="stepserve" \
       org.opencontainers.image.description="A diffusion-model server that batches at every denoising step" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 10001:10001
-WORKDIR /tmp
+# Workers of Ray import from it: nobody but root can put modules there.
+WORKDIR /srv
 VOLUME ["/models", "/results"]
 EXPOSE 8000 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \

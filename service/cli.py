@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from service.import_path import leave_out_current_folder
+
+if __name__ == "__main__":
+    # Before anything is imported that could be found in the current folder as well.
+    leave_out_current_folder()
+
+# isort: split
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -56,6 +63,7 @@ ModelOption = Annotated[
 
 def main() -> None:
     """Entry point: errors we foresee become one line on standard error and exit code 1."""
+    leave_out_current_folder()
     try:
         app()
     except (StepserveError, ConfigError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 from typing import Any
@@ -33,7 +34,8 @@ def run_until_stopped(application: Any, settings: PeerSettings) -> None:
     """Serve until SIGINT or SIGTERM."""
     stopped = threading.Event()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray asks for a token where a mode is not set, and would keep one of its own for ever.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         num_cpus=max(os.cpu_count() or 1, 3),
         include_dashboard=False,

@@ -31,6 +31,11 @@ from pydantic import (
 
 from service.domain.errors import InvalidRequestError, StepserveError
 from service.domain.requests import Priority
+from service.private_files import (
+    NotPrivateError,
+    check_not_writable_by_others,
+    write_private_file,
+)
 
 PREFIX = "sk-stepserve-"
 KEY_BYTES = 32
@@ -165,13 +170,15 @@ def add_key(path: Path, key: ApiKey) -> None:
     Readers see the file as it was or as it is then, never a part of it.
 
     Raises:
-        KeysUnreadableError: the file cannot be read or written, or holds a key of that name.
+        KeysUnreadableError: the file cannot be read or written, others may write to it or to its
+            folder, or it holds a key of that name.
     """
     try:
+        check_not_writable_by_others(path.parent)
         with _locked(path.parent):
             known = _read_file(path).keys if path.exists() else ()
             _replace(path, _with_key(path, KeyRing([*known, key])))
-    except OSError as error:
+    except (NotPrivateError, OSError) as error:
         raise KeysUnreadableError(f"cannot write API keys to {path}: {error}") from error
 
 
@@ -202,8 +209,7 @@ def _replace(path: Path, text: str) -> None:
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        partial.touch(mode=0o600)
-        partial.write_text(text, encoding="utf-8")
+        write_private_file(partial, text.encode())
         partial.chmod(mode)
         partial.replace(path)
     finally:
@@ -212,9 +218,10 @@ def _replace(path: Path, text: str) -> None:
 
 def _read_file(path: Path) -> KeysFile:
     try:
+        check_not_writable_by_others(path)
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         return KeysFile.model_validate(tree or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (NotPrivateError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise KeysUnreadableError(f"cannot read API keys from {path}: {error}") from error
     except ValidationError as error:
         # Without the values: a plain key written in place of a hash must not reach a log.

@@ -23,6 +23,13 @@ import fsspec
 
 from service.api.result_room import SPARE_BYTES, Trouble, probe, unavailable, write_whole
 from service.domain.errors import InvalidRequestError, StepserveError
+from service.private_files import (
+    NotPrivateError,
+    make_private_folder,
+    others_may_read,
+    read_private_file,
+    write_private_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +130,8 @@ class ResultStore:
         if left_s <= 0:
             raise LinkExpiredError("this link has expired; send the request again")
         try:
-            data = await asyncio.to_thread(self._files.cat_file, self._path(name))
-        except FileNotFoundError as error:
+            data = await asyncio.to_thread(self._read, name)
+        except (FileNotFoundError, NotPrivateError) as error:
             raise ResultNotFoundError("this result is gone; send the request again") from error
         except OSError as error:
             raise unavailable(error) from error
@@ -169,20 +176,27 @@ class ResultStore:
             self._files.pipe_file(self._path(name), data)
             return
         path = Path(self._path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever cleans temporary folders may have removed it, and somebody else made another.
+        make_private_folder(path.parent)
         partial = path.with_name(name + PARTIAL)
-        write_whole(partial, path, lambda partial: partial.write_bytes(data))
+        write_whole(partial, path, lambda partial: write_private_file(partial, data))
 
     def _probe(self, size_bytes: int) -> None:
         # Named as a result, so that the sweep finds it if it should stay behind.
         partial = Path(self._path(self._new_name("png") + PARTIAL))
-        partial.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(partial.parent)
         probe(partial, size_bytes)
 
     def _probe_remote(self) -> None:
         path = self._path(self._new_name("png") + PARTIAL)
         self._files.pipe_file(path, b"")
         self._files.rm_file(path)
+
+    def _read(self, name: str) -> bytes:
+        if self._is_local:
+            return read_private_file(Path(self._path(name)))
+        data: bytes = self._files.cat_file(self._path(name))
+        return data
 
     def _sweep(self) -> int:
         try:
@@ -212,25 +226,37 @@ def expired(names: Iterable[str], now: float) -> list[str]:
 def open_store(address: str, expires_s: float, secret: str | None = None) -> ResultStore:
     """A store as the settings describe it.
 
-    Without a secret one is made in the folder, readable by its owner alone, and shared by all
-    replicas that see the folder.
+    A local folder is made where there is none. It and the pictures in it are for its owner alone.
+    Without a secret one is made in the folder and shared by all replicas that see the folder.
 
     Raises:
         StoreUnusableError: there is no secret and no local folder to keep one in, the folder or the
-            secret in it belongs to another user, or the address is of a kind that is not known.
+            secret in it belongs to another user or is open to others, or the address is of a kind
+            that is not known.
     """
     try:
         files, root = _open(address)
     except (ImportError, ValueError) as error:
         raise StoreUnusableError(f"results cannot be kept at {address!r}: {error}") from error
-    if secret:
-        return ResultStore(address, expires_s, secret.encode())
-    if "file" not in _protocols(files):
+    if "file" in _protocols(files):
+        return ResultStore(address, expires_s, _local_secret(Path(root), secret))
+    if not secret:
         raise StoreUnusableError(
             f"results at {address!r} need results.secret or results.secret_file: all replicas must "
             "sign alike"
         )
-    return ResultStore(address, expires_s, _shared_secret(Path(root)))
+    return ResultStore(address, expires_s, secret.encode())
+
+
+def _local_secret(folder: Path, secret: str | None) -> bytes:
+    """The secret for a folder, which is made and seen to be this user's alone."""
+    try:
+        make_private_folder(folder)
+        return secret.encode() if secret else _shared_secret(folder)
+    except (NotPrivateError, OSError) as error:
+        raise StoreUnusableError(
+            f"results cannot be kept in {folder}: {error} (results.address)"
+        ) from error
 
 
 def _open(address: str) -> tuple[Any, str]:
@@ -241,34 +267,23 @@ def _open(address: str) -> tuple[Any, str]:
 
 
 def _shared_secret(folder: Path) -> bytes:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _require_ours(folder)
     path = folder / SECRET_FILE
-    if path.exists():
-        # Nothing is written, so that an ingress is replaced where the folder is full as well.
-        _require_ours(path)
-        return path.read_bytes()
-    partial = folder / f"{SECRET_FILE}.{secrets.token_hex(8)}"
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(SECRET_BYTES))
+    # Nothing is written, so that an ingress is replaced where the folder is full as well.
+    if not path.exists():
+        _make_secret(path)
+    secret = read_private_file(path)
+    if others_may_read(path):
+        raise NotPrivateError(f"other users may read {path}: remove it, and a new one is made")
+    return secret
+
+
+def _make_secret(path: Path) -> None:
+    partial = path.with_name(f"{SECRET_FILE}.{secrets.token_hex(8)}")
+    write_private_file(partial, secrets.token_bytes(SECRET_BYTES))
     # Whoever links first has made the secret of all.
     with contextlib.suppress(FileExistsError):
         os.link(partial, path)
     partial.unlink()
-    _require_ours(path)
-    return path.read_bytes()
-
-
-def _require_ours(path: Path) -> None:
-    """Whoever knows the secret forges links, and temporary folders are open to all users."""
-    owner = path.lstat().st_uid
-    # Mounted volumes often belong to root.
-    if owner not in (os.getuid(), 0):
-        raise StoreUnusableError(
-            f"{path} belongs to another user (uid {owner}): set results.address to a folder of "
-            "your own, or set results.secret"
-        )
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

@@ -30,15 +30,20 @@ class AddressTakenError(StepserveError):
 
 
 @contextmanager
-def held_door(host: str, port: int) -> Iterator[str]:
-    """Listen on an address. Yields the path where processes of this machine borrow the socket.
+def held_door(host: str, port: int, within: Path | None = None) -> Iterator[str]:
+    """Listen on an address. Yields the path where processes of this user borrow the socket.
+
+    Args:
+        host: the address.
+        port: of it.
+        within: a folder for that path; None: the one for temporary files.
 
     Raises:
         AddressTakenError: somebody listens there, or it is no address of this machine.
     """
     with (
         _listening(host, port) as door,
-        tempfile.TemporaryDirectory(prefix="stepserve-door-") as folder,
+        tempfile.TemporaryDirectory(prefix="door-", dir=within) as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lender,
     ):
         path = str(Path(folder) / "door")

@@ -26,6 +26,7 @@ from service.config import Settings
 from service.deployments.door import borrow_door
 from service.deployments.observing import count_retries, observe
 from service.deployments.remote_backend import RemoteBackend
+from service.deployments.replica_port import listen_on_node_address
 from service.deployments.shared_usage import SharedUsage
 
 # As Ray Serve's proxies have it: clients that ask every now and then keep their connection.
@@ -43,6 +44,7 @@ class ProxiedIngress:
     """
 
     def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
+        listen_on_node_address()
         # The proxies add the id to every answer.
         self.build = partial(build_app, settings, keys, counter, echo_request_id=False)
 
@@ -61,6 +63,7 @@ class OpenIngress:
     def __init__(
         self, settings: Settings, keys: KeyRing, counter: Any = None, *, door: str
     ) -> None:
+        listen_on_node_address()
         app = build_app(settings, keys, counter, echo_request_id=True)
         config = uvicorn.Config(
             app,

@@ -27,6 +27,7 @@ from service.deployments.load_attempts import LoadAttempts, folder_state
 from service.deployments.model_watch import unknown_status
 from service.deployments.observing import start_logging
 from service.deployments.replica_metrics import ReplicaMetrics, open_request_traces
+from service.deployments.replica_port import listen_on_node_address
 from service.deployments.request_desk import NOT_WATCHED, RequestDesk
 from service.deployments.watchdog import watch_interpreter
 from service.domain.batch import BatchView
@@ -70,6 +71,7 @@ class ModelReplica:
     """
 
     def __init__(self, spec: ReplicaSpec) -> None:
+        listen_on_node_address()
         self.spec = spec
         self.callers = Callers(time.monotonic)
         self._draining = False

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from service.api.results import StoreUnusableError, open_store
 from service.config import ResultSettings
+from service.private_files import NotPrivateError, check_not_writable_by_others
 
 SHORTEST_SECRET = 16
 
@@ -14,7 +15,8 @@ def with_secret(settings: ResultSettings) -> ResultSettings:
     """Return settings that hold the secret itself, as replicas may not see the file.
 
     Raises:
-        StoreUnusableError: the file cannot be read, or holds too short a secret.
+        StoreUnusableError: the file cannot be read, others may write to it, or it holds too short
+            a secret.
     """
     if settings.secret_file is None:
         return settings
@@ -33,8 +35,9 @@ def check_results(settings: ResultSettings) -> None:
 
 def _read(path: Path) -> str:
     try:
+        check_not_writable_by_others(path)
         secret = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (NotPrivateError, OSError, UnicodeDecodeError) as error:
         raise StoreUnusableError(f"cannot read results.secret_file {path}: {error}") from error
     if len(secret) < SHORTEST_SECRET:
         raise StoreUnusableError(

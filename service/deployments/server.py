@@ -36,6 +36,13 @@ from service.deployments.applications import (
 from service.deployments.door import held_door
 from service.deployments.exposure import check_exposure
 from service.deployments.failed_models import failed_models, failure_of
+from service.deployments.local_ray import (
+    job_config,
+    joined_address,
+    set_defaults,
+    start_local_ray,
+)
+from service.deployments.runtime_folder import RuntimeFolder, runtime_folder
 from service.domain.errors import StepserveError
 from service.models.catalogue import ModelNotFoundError, model_folder
 from service.telemetry.log_sink import log_sink
@@ -51,27 +58,6 @@ LOOK_AGAIN_S = 0.5
 MOST_LOOKS = 5
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4
-# On one machine Ray's processes share the cores with the model. Much of what they do is for large
-# clusters: at rest the service took 9 % of two cores, and takes 5 % with these.
-OF_A_LOCAL_CLUSTER = {
-    # Its control ports listen for local processes only.
-    "RAY_AUTH_MODE": "disabled",
-    # Nobody reads what its monitor of log files publishes: lines come through a socket.
-    "LOG_NAME_UPDATE_INTERVAL_S": "86400",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-    # Ray Serve records no events of its tasks.
-    "RAY_task_events_report_interval_ms": "0",
-    # There are as many workers as there are actors.
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_event_stats": "0",
-    "RAY_memory_monitor_refresh_ms": "1000",
-    "RAY_metrics_report_interval_ms": "5000",
-    "RAY_raylet_check_gc_period_milliseconds": "1000",
-    "RAY_raylet_report_resources_period_milliseconds": "1000",
-    "REPORTER_UPDATE_INTERVAL_MS": "30000",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-}
-OBJECT_STORE_BYTES = 256 * 1024 * 1024
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be replaced, not bound
 
 Tell = Callable[[str], None]
@@ -112,11 +98,16 @@ def serve_until_stopped(
     """
     check_exposure(settings)
     check_folders(settings)
-    with _door(settings) as door, _signals() as signals, _logs_come_here(settings):
+    with (
+        _signals() as signals,
+        runtime_folder() as folder,
+        _door(settings, folder) as door,
+        _logs_come_here(settings, folder),
+    ):
         ingress = ingress_target(settings, door)
         tell(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
-        start_ray(settings)
         try:
+            start_ray(settings, folder)
             # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
             _listen(signals)
             deploy([ingress, *(model_target(model_id, settings) for model_id in settings.models)])
@@ -150,28 +141,20 @@ def check_folders(settings: Settings) -> None:
 
 def joins_cluster() -> bool:
     """Whether the service joins a cluster that somebody else started, instead of one of its own."""
-    return "RAY_ADDRESS" in os.environ
+    return joined_address() is not None
 
 
-def start_ray(settings: Settings) -> None:
+def start_ray(settings: Settings, folder: RuntimeFolder) -> None:
     """Start a local Ray, or join the cluster that `RAY_ADDRESS` names."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    set_defaults({"RAY_USAGE_STATS_ENABLED": "0"})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     logging_config = LoggingConfig(enable_access_log=False)
-    if joins_cluster():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    if address := joined_address():
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, job_config=job_config())
         http = HTTPOptions(host=settings.http.host, port=settings.http.port)
         serve.start(http_options=http, logging_config=logging_config)
     else:
-        for name, value in OF_A_LOCAL_CLUSTER.items():
-            os.environ.setdefault(name, value)
-        ray.init(
-            num_cpus=math.ceil(2 * needed_cpus(settings) + ROOM_FOR_MODELS),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        start_local_ray(math.ceil(2 * needed_cpus(settings) + ROOM_FOR_MODELS), folder)
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=logging_config)
 
 
@@ -299,7 +282,7 @@ def _drain_model(model_id: str, drain_s: float) -> None:
 
 def stop_ray() -> None:
     """Take the application off a cluster that was joined, and leave Ray or end the local one."""
-    if joins_cluster():
+    if joins_cluster() and ray.is_initialized():
         for name in applications():
             if name == INGRESS_APPLICATION or name.startswith(MODEL_PREFIX):
                 serve.delete(name)
@@ -372,9 +355,9 @@ def _settled(read_settings: Callable[[], Settings], pause: Callable[[float], Non
 
 
 @contextmanager
-def _door(settings: Settings) -> Iterator[str | None]:
+def _door(settings: Settings, folder: RuntimeFolder) -> Iterator[str | None]:
     """Where the ingress borrows its listening socket; None if Ray Serve's proxies are to listen."""
-    with held_door(settings.http.host, settings.http.port) as door:
+    with held_door(settings.http.host, settings.http.port, folder.path) as door:
         if not joins_cluster():
             yield door
             return
@@ -383,12 +366,12 @@ def _door(settings: Settings) -> Iterator[str | None]:
 
 
 @contextmanager
-def _logs_come_here(settings: Settings) -> Iterator[None]:
+def _logs_come_here(settings: Settings, folder: RuntimeFolder) -> Iterator[None]:
     """Let the processes of a local service log to this one's stderr."""
     if joins_cluster():
         yield
         return
-    with log_sink(sys.stderr) as path:
+    with log_sink(sys.stderr, folder.path) as path:
         wanted = resolved_format(settings.telemetry.log_format, sys.stderr)
         os.environ |= {SINK_VARIABLE: path, FORMAT_VARIABLE: wanted}
         yield

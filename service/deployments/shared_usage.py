@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException
 
 from service.api.keys import ApiKey
 from service.api.usage import LEASE_S, RENEW_S, Answer, Grant, UsageLedger
+from service.deployments.replica_port import listen_on_node_address
 from service.domain.errors import NotReadyError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class UsageCounter:
     """
 
     def __init__(self, lease_s: float = LEASE_S) -> None:
+        listen_on_node_address()
         self._ledger = UsageLedger(time.monotonic, lease_s)
 
     async def take(self, key: ApiKey, lease: str) -> Answer:

@@ -3,4 +3,4 @@
 import os
 
 # Read when transformers is imported: it would tell every user that torchvision is missing.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY") or "error"

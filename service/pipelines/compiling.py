@@ -15,17 +15,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from service.domain.errors import StepserveError
 from service.pipelines.call_shapes import Example, UniformArguments, shape_of
+from service.private_files import make_private_folder
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 LOWEST_PRIORITY = 19
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 SWITCH_INTERVAL_S = 20e-6
 """How long the compiling thread may keep the interpreter's lock while others want it.
 
@@ -154,6 +157,7 @@ class BackgroundCompiler:
         # Beyond this number torch would quietly run eager code. Each thread has a limit of its own.
         torch._dynamo.config.recompile_limit = 2 * len(self._examples)
         try:
+            _make_cache_private()
             with _sharing_the_interpreter():
                 self._compile_all()
             self._check_not_stopped()
@@ -209,3 +213,18 @@ def _step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
     except (AttributeError, OSError) as error:
         logger.info("the compiling thread keeps its priority: %s", error)
+
+
+def _make_cache_private() -> None:
+    """Make sure that torch runs no code of other users.
+
+    It keeps compiled code, by default in a folder of a known name where all users may make one.
+
+    Raises:
+        NotPrivateError: another user could put code into it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = os.environ.get(CACHE_VARIABLE) or default_cache_dir()
+    os.environ[CACHE_VARIABLE] = folder
+    make_private_folder(Path(folder))

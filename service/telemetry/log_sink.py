@@ -42,10 +42,13 @@ class SinkHandler(logging.Handler):
 
 
 @contextmanager
-def log_sink(stream: TextIO) -> Iterator[str]:
-    """While inside, lines that are sent to the returned path are written to `stream`."""
+def log_sink(stream: TextIO, within: Path | None = None) -> Iterator[str]:
+    """While inside, lines that are sent to the returned path are written to `stream`.
+
+    The path lies in the folder `within`, or in the one for temporary files.
+    """
     with (
-        tempfile.TemporaryDirectory(prefix="stepserve-logs-") as folder,
+        tempfile.TemporaryDirectory(prefix="logs-", dir=within) as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver,
     ):
         path = str(Path(folder) / "lines")

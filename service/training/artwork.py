@@ -107,8 +107,13 @@ def fetch_package(package: ArtworkPackage, cache: Path) -> Path:
 
 def _download(package: ArtworkPackage, folder: Path) -> bytes:
     wanted = f"{package.name}@{package.version}"
+    # npm takes settings, such as the registry, from the project that it finds in a folder above the
+    # current one. Told that its project is here, it looks no further.
+    here = folder.absolute()
+    command = ["npm", "pack", "--silent", wanted, f"--prefix={here}", f"--pack-destination={here}"]
     result = subprocess.run(
-        ["npm", "pack", "--silent", wanted, f"--pack-destination={folder}"],
+        command,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,

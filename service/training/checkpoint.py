@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from service.private_files import check_own, read_private_file
 from service.training.errors import CheckpointError
 from service.training.files import write_atomically
 from service.training.fingerprint import Fingerprint, differences
@@ -26,11 +27,14 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: the file is no checkpoint, or damaged.
+        NotPrivateError: others wrote it, or may write to it or to its folder.
     """
     if not path.exists():
         return None
+    check_own(path.parent)
+    content = io.BytesIO(read_private_file(path))
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint; delete it to start over"

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from service.private_files import check_own
 from service.training.artwork import Artwork, load_artwork
 from service.training.captions import find_tokenizer, keep_tokenizer, train_tokenizer
 from service.training.denoiser import DenoiserConfig, DenoiserStage
@@ -158,8 +159,12 @@ def train_emoji(
 
     Raises:
         TrainingError: see `service.training.errors`.
+        NotPrivateError: other users may write to one of the folders.
         KeyboardInterrupt: Ctrl-C; the same call goes on where it stopped.
     """
+    for own in (folder, cache):
+        own.mkdir(parents=True, exist_ok=True)
+        check_own(own)
     torch.manual_seed(recipe.seed)
     start = None if recipe.start_from is None else load_start(Path(recipe.start_from))
     artwork = artwork or load_artwork(cache, 2 * recipe.vae.picture_px)

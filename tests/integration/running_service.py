@@ -14,6 +14,7 @@ from pathlib import Path
 READY_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
 WAITING_LIMIT = 24
+STEPSERVE = str(Path(sys.executable).with_name("stepserve"))
 
 
 def free_port() -> int:
@@ -31,6 +32,8 @@ class Service:
     process: subprocess.Popen[bytes] | None = None
     variables: dict[str, str] = field(default_factory=dict)
     limit_waiting: bool = True
+    stands_in: Path | None = None
+    """The folder it is started in; None: this one."""
 
     @property
     def url(self) -> str:
@@ -41,7 +44,7 @@ class Service:
         return (self.folder / "serve.log").read_text()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
+        command = [STEPSERVE, "serve", "--port", str(self.port)]
         command += ["--first-picture", str(self.folder / "out")]
         variable = "STEPSERVE_MODELS__EMOJI__ENGINE__MAX_WAITING_PICTURES"
         limit = {variable: str(WAITING_LIMIT)} if self.limit_waiting else {}
@@ -50,6 +53,7 @@ class Service:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                cwd=self.stands_in,
                 env=os.environ | limit | self.variables,
                 # Like a shell does: Ctrl-C reaches the whole group, Ray's processes included.
                 start_new_session=True,

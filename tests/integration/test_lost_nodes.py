@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -21,9 +22,9 @@ RAYLET = "raylet"
 # More than a request takes of what is left of the service.
 NOTICED_S = 5.0
 CLIENTS = 16
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 # As deploy/kubernetes/base sets them.
 CLUSTER = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -35,7 +36,7 @@ class Nodes:
     """A cluster of three nodes, and a service that joined it: one replica on each of two nodes."""
 
     def __init__(self, folder: Path) -> None:
-        variables = os.environ | CLUSTER
+        variables = os.environ | TOKEN | CLUSTER
         self.cluster = subprocess.Popen(
             [sys.executable, cluster_of_nodes.__file__],
             stdout=subprocess.PIPE,
@@ -47,9 +48,9 @@ class Nodes:
         address = self.cluster.stdout.readline().strip()
         self.service = Service(
             folder,
-            variables={
+            variables=TOKEN
+            | {
                 "RAY_ADDRESS": address,
-                "RAY_AUTH_MODE": "disabled",
                 "STEPSERVE_MODELS__EMOJI__REPLICAS": "2",
                 # More than half of a node: no two of them go to one.
                 "STEPSERVE_MODELS__EMOJI__NUM_CPUS": "1.5",

@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
     """The embedded model, or the one that STEPSERVE_TEST_MODEL names."""
-    folder = Path(os.environ.get(TEST_MODEL, EMBEDDED))
+    folder = Path(os.environ.get(TEST_MODEL) or EMBEDDED)
     if not (folder / "model_index.json").exists():
         pytest.fail(f"no model in {folder}; set {TEST_MODEL} to a diffusers folder")
     return folder

@@ -15,14 +15,18 @@ import pytest
 from api_fakes import FakeBackend
 
 from service.api import results
+from service.api.result_room import ResultsUnavailableError
 from service.api.results import (
     LinkExpiredError,
+    ResultNotFoundError,
     ResultStore,
     StoreUnusableError,
     WrongSignatureError,
     expired,
     open_store,
 )
+
+SECRET = "a secret of sixteen"
 
 URL = "/v1/images/generations"
 
@@ -198,7 +202,80 @@ def test_a_secret_that_another_user_could_know_is_not_used(
 
     with pytest.raises(StoreUnusableError, match="belongs to another user"):
         open_store(str(tmp_path), 60)
-    assert open_store(str(tmp_path), 60, "a secret of sixteen").sign("x")
+
+
+def test_a_secret_that_others_have_read_is_not_used(tmp_path: Path):
+    open_store(str(tmp_path), 60)
+    (tmp_path / "secret").chmod(0o644)
+    with pytest.raises(StoreUnusableError, match=r"other users may read .*secret: remove it"):
+        open_store(str(tmp_path), 60)
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_folder_of_another_user_is_refused_whatever_the_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str | None
+):
+    disown(tmp_path, monkeypatch)
+    with pytest.raises(StoreUnusableError, match=f"{tmp_path} belongs to another user"):
+        open_store(str(tmp_path), 60, secret)
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+@pytest.mark.parametrize("mode", [0o777, 0o772])
+def test_a_folder_that_others_write_to_is_refused_whatever_the_secret(
+    tmp_path: Path, secret: str | None, mode: int
+):
+    tmp_path.chmod(mode)
+    with pytest.raises(StoreUnusableError, match="other users may write to"):
+        open_store(str(tmp_path / "results"), 60, secret)
+    with pytest.raises(StoreUnusableError, match="other users may write to"):
+        open_store(str(tmp_path), 60, secret)
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+@pytest.mark.parametrize("there", [False, True])
+async def test_pictures_are_for_their_owner_alone(tmp_path: Path, secret: str | None, there: bool):
+    folder = tmp_path / "results"
+    if there:
+        folder.mkdir(mode=0o755)
+    store = open_store(str(folder), 60, secret)
+    await store.put(b"a picture", "image/png")
+
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = list(folder.iterdir())
+    assert files
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+async def test_a_folder_that_another_user_made_meanwhile_gets_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Temporary folders are cleaned by age while a service runs."""
+    folder = tmp_path / "results"
+    store = open_store(str(folder), 60, SECRET)
+    folder.rmdir()
+    folder.mkdir(mode=0o777)
+    disown(folder, monkeypatch)
+    with pytest.raises(ResultsUnavailableError):
+        await store.put(b"a picture", "image/png")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("forged", ["of another user", "a link"])
+async def test_what_another_user_put_there_is_not_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forged: str
+):
+    store = open_store(str(tmp_path), 60, SECRET)
+    link = await store.put(b"a picture", "image/png")
+    name, signature = link.removeprefix("/v1/results/").split("?signature=")
+    path = tmp_path / name
+    if forged == "a link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        disown(path, monkeypatch)
+    with pytest.raises(ResultNotFoundError):
+        await store.get(name, signature)
 
 
 def disown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
