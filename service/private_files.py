@@ -28,7 +28,8 @@ class NotPrivateError(StepserveError):
 def make_private_folder(path: Path) -> None:
     """Make a folder that nobody else can look into, or see to it that an existing one is that.
 
-    A folder of this user's is closed to all others (mode 0700). One of root's stays as it is, as volumes do.
+    A folder of this user's is closed to all others (mode 0700). One of root's, as volumes are,
+    stays as it is.
 
     Raises:
         NotPrivateError: it belongs to somebody else, or others could put another in its place.
