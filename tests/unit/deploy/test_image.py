@@ -29,6 +29,16 @@ def test_it_runs_as_a_number():
     assert "HEALTHCHECK" in DOCKERFILE
 
 
+def test_ray_wants_a_token_and_imports_nothing_that_others_can_write():
+    """A cluster made of the image does not start without one; a lone service makes its own."""
+    service = DOCKERFILE[DOCKERFILE.index(" AS service") :]
+    assert "RAY_AUTH_MODE=token" in service
+    assert "PYTHONSAFEPATH=1" in service
+    # Ray's workers import from the folder that they are started in.
+    assert re.search(r"^WORKDIR (\S+)$", service, re.MULTILINE)[1] == "/srv"
+    assert not re.search(r"chown.* /srv", service)
+
+
 def test_stages_that_are_built_exist_and_the_service_is_what_is_built_by_default():
     stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
     wanted = {s["build"]["target"] for s in COMPOSE["services"].values() if "build" in s}
