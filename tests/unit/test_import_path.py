@@ -47,6 +47,17 @@ def test_this_process_imports_nothing_from_there(folder: Path) -> None:
     assert import_path == [str(folder / "lib"), sys.prefix]
 
 
+def test_programs_and_libraries_are_not_looked_for_there(folder: Path) -> None:
+    environ = {"PATH": f":/bin:.:{folder}:lib", "LD_LIBRARY_PATH": ":/lib"}
+    leave_out_current_folder(environ, [])
+    # Whoever names it in full means it, such as one who stands in /usr/bin.
+    assert environ["PATH"] == f"/bin:{folder}"
+    assert environ["LD_LIBRARY_PATH"] == "/lib"
+    environ = {"LD_LIBRARY_PATH": ":"}
+    leave_out_current_folder(environ, [])
+    assert "LD_LIBRARY_PATH" not in environ
+
+
 def test_the_service_may_lie_in_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PACKAGE_PARENT)
     import_path = ["", sys.prefix]

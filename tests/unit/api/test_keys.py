@@ -166,6 +166,26 @@ def test_a_wrong_file_is_told(file: Path, content: str, problem: str):
     assert str(file) in wrong.value.message
 
 
+def test_a_file_that_others_may_write_to_is_refused(file: Path):
+    """They could add keys of their own."""
+    file.write_text("keys: []")
+    file.chmod(0o666)
+    with pytest.raises(KeysUnreadableError, match="other users may write to"):
+        read_keys(file, None)
+
+
+def test_a_key_is_added_through_no_link_and_in_no_folder_of_everybody(tmp_path: Path):
+    (tmp_path / "target").write_text("keys: []\n")
+    (tmp_path / "keys.yaml").symlink_to("target")
+    add_key(tmp_path / "keys.yaml", ApiKey(name="a", sha256=SHA))
+    assert (tmp_path / "target").read_text() == "keys: []\n"
+    assert not (tmp_path / "keys.yaml").is_symlink()
+
+    tmp_path.chmod(0o777)
+    with pytest.raises(KeysUnreadableError, match="other users may write to"):
+        add_key(tmp_path / "keys.yaml", ApiKey(name="b", sha256=SHA))
+
+
 def test_a_plain_key_in_place_of_its_hash_is_not_repeated(file: Path):
     file.write_text(yaml.safe_dump({"keys": [{"name": "a", "sha256": OWN_KEY}]}))
     with pytest.raises(KeysUnreadableError) as wrong:

@@ -37,6 +37,21 @@ def test_a_file_without_a_secret(tmp_path: Path, content: bytes | None, problem:
         with_secret(ResultSettings(secret_file=str(file)))
 
 
+def test_a_secret_that_others_may_write_is_refused(tmp_path: Path):
+    file = tmp_path / "secret.txt"
+    file.write_text("a secret of sixteen")
+    file.chmod(0o666)
+    with pytest.raises(StoreUnusableError, match="other users may write to"):
+        with_secret(ResultSettings(secret_file=str(file)))
+
+
+def test_a_folder_of_everybody_is_refused_before_anything_starts(tmp_path: Path):
+    tmp_path.chmod(0o777)
+    settings = ResultSettings(address=str(tmp_path), secret="a secret of sixteen")
+    with pytest.raises(StoreUnusableError, match=r"other users may write to .*results\.address"):
+        check_results(settings)
+
+
 def test_settings_without_a_file_are_left_as_they_are():
     settings = ResultSettings(secret="a secret of sixteen")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_model import tiny_unet
+from torch._inductor.runtime import cache_dir_utils
 
 from service.engine.parking import make_parkable
 from service.pipelines.call_shapes import (
@@ -168,6 +172,34 @@ def test_a_graph_that_does_not_fit_gives_way_to_eager_code_for_good(small: Small
     assert compiler.state is CompileState.FAILED
     assert "recompile" in compiler.reason
     assert forward.in_use == "eager"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_no_compiled_code_of_others_is_run(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Others may write to the folder where torch looks for it first."""
+    monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if named:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    forward = SwitchableForward(small)
+    compiler = compiler_of(forward, small_examples())
+    compiler.start()
+    assert compiler.wait(WAIT_S) is CompileState.FAILED
+    assert f"other users may write to {tmp_path}" in compiler.reason
+    assert forward.in_use == "eager"
+
+
+def test_an_empty_name_of_that_folder_is_as_if_there_was_none() -> None:
+    """Torch would look for compiled code in the current folder."""
+    code = "import os, service.pipelines; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "None\n"
 
 
 def test_an_error_of_the_forward_itself_is_passed_on(small: Small) -> None:

@@ -190,3 +190,16 @@ def test_real_package_comes_from_npm(tmp_path: Path) -> None:
     names = wanted_names(read_member(archive, "metadata.json"))
     assert {"pizza", "red-heart", "rocket"} <= set(names)
     assert not any("skin-tone" in name for name in names)
+
+
+def test_npm_takes_no_settings_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads `.npmrc` of the project it finds above: another registry, or programs to run."""
+    script = 'printf "%s\\n" "$PWD" "$@" > "$here/log"; cp "$here/archive" $to/a.tgz'
+    fake_npm(tmp_path / "bin", monkeypatch, script)
+    monkeypatch.chdir(tmp_path)
+    fetch_package(PACKAGE, Path("cache"))
+    stands_in, *arguments = (tmp_path / "bin" / "log").read_text().splitlines()
+    assert Path(stands_in).parent == tmp_path / "cache"
+    assert f"--prefix={stands_in}" in arguments

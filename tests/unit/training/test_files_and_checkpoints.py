@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from service.private_files import NotPrivateError
 from service.training.checkpoint import check_origin, load_checkpoint, save_checkpoint
 from service.training.errors import CheckpointError
 from service.training.files import fresh_sibling, replace_folder, write_atomically
@@ -73,6 +74,18 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("open_to_others", ["model.pt", "."])
+def test_a_checkpoint_that_others_may_have_written_is_not_read(
+    tmp_path: Path, open_to_others: str
+) -> None:
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, {"step": 1})
+    assert load_checkpoint(path) == {"step": 1}
+    (tmp_path / open_to_others).chmod(0o777)
+    with pytest.raises(NotPrivateError, match="other users may write to"):
+        load_checkpoint(path)
 
 
 def test_other_settings_are_listed() -> None:
