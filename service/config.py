@@ -122,6 +122,23 @@ class HttpSettings(_Section):
     max_body_bytes: PositiveInt = 1_048_576
     max_upload_bytes: PositiveInt = 20_971_520
     """As `max_body_bytes`, for requests that bring pictures along."""
+    max_bodies_bytes: PositiveInt = 268_435_456
+    """Of all bodies that one ingress replica receives at a time."""
+    max_url_bytes: PositiveInt = 8192
+    """Of path and query."""
+    max_header_bytes: PositiveInt = 32_768
+    """Of all headers of a request together."""
+    max_headers: PositiveInt = 100
+    max_connections: PositiveInt = 1000
+    """Of one ingress replica; fewer where it may not open as many descriptors."""
+    header_timeout_s: PositiveSeconds = 20.0
+    """Seconds in which URL and headers of a request must arrive."""
+    body_timeout_s: PositiveSeconds = 120.0
+    """Seconds in which its body must arrive."""
+    send_timeout_s: PositiveSeconds = 30.0
+    """Seconds for which a client may leave an answer unread."""
+    keep_alive_s: PositiveSeconds = 90.0
+    """Seconds for which a connection may be silent after an answer."""
     request_timeout_s: PositiveSeconds = 600.0
     ingress_replicas: PositiveInt = 1
     """Processes that answer HTTP."""
@@ -129,6 +146,16 @@ class HttpSettings(_Section):
     """Serve other machines without API keys."""
     cors_origins: tuple[str, ...] = ()
     """Pages from elsewhere that may call from a browser, such as `https://example.com`."""
+
+    @model_validator(mode="after")
+    def _room_for_a_body(self) -> HttpSettings:
+        largest = max(self.max_body_bytes, self.max_upload_bytes)
+        if self.max_bodies_bytes < largest:
+            raise ValueError(
+                f"max_bodies_bytes is {self.max_bodies_bytes}, less than one body may have "
+                f"({largest})"
+            )
+        return self
 
 
 class TelemetrySettings(_Section):

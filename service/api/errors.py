@@ -52,6 +52,30 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     """The request body is declared as something that this URL does not take."""
 
 
+class MalformedHttpError(InvalidRequestError):
+    """What arrived is not HTTP/1.1."""
+
+
+class UrlTooLongError(InvalidRequestError):
+    """The URL is longer than the limit."""
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    """The headers are more than the limit, or more bytes."""
+
+
+class SlowRequestError(InvalidRequestError):
+    """The request did not arrive in time."""
+
+
+class TooManyConnectionsError(RefusedError):
+    """As many connections as the server holds are open."""
+
+
+class TooManyBodiesError(RefusedError):
+    """As many bytes of bodies as the server holds are being received."""
+
+
 class UnknownRouteError(InvalidRequestError):
     """No such URL."""
 
@@ -109,6 +133,10 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     LinkExpiredError: ErrorKind(410, "invalid_request_error", "result_expired"),
     MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
     RequestIdInUseError: ErrorKind(409, "invalid_request_error", "request_id_in_use"),
+    SlowRequestError: ErrorKind(408, "invalid_request_error", "request_timeout"),
+    MalformedHttpError: ErrorKind(400, "invalid_request_error", "invalid_http"),
+    UrlTooLongError: ErrorKind(414, "invalid_request_error", "url_too_long"),
+    HeadersTooLargeError: ErrorKind(431, "invalid_request_error", "headers_too_large"),
     BodyTooLargeError: ErrorKind(413, "invalid_request_error", "body_too_large"),
     UnsupportedMediaTypeError: ErrorKind(415, "invalid_request_error", "unsupported_media_type"),
     KeyLimitError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
@@ -120,6 +148,8 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     GenerationFailedError: ErrorKind(500, "server_error", "generation_failed"),
     NotReadyError: ErrorKind(503, "server_error", "not_ready"),
     ResultsUnavailableError: ErrorKind(503, "server_error", "results_unavailable"),
+    TooManyConnectionsError: ErrorKind(503, "server_error", "too_many_connections"),
+    TooManyBodiesError: ErrorKind(503, "server_error", "too_many_bodies"),
     RefusedError: ErrorKind(503, "server_error", "refused"),
     StoppedError: ErrorKind(503, "server_error", "server_stopped"),
     ExpiredError: ErrorKind(504, "server_error", "deadline_exceeded"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from service.api.head_limits import HeadLimits
 from service.api.notes import ExchangeListener
 from service.api.uploads import UploadLimits
 from service.telemetry.tracing import HttpTraces
@@ -29,12 +30,15 @@ class ApiSettings:
     `default_model` serves requests that name no model. `echo_request_id` is turned off behind a
     proxy that already adds `X-Request-ID` to every answer, as Ray Serve's does. `public_url` begins
     links to results; empty: as the client addressed the server. Pages of `cors_origins` may call
-    from a browser.
+    from a browser. `max_bodies_bytes` may be received at a time, each body within `body_timeout_s`.
     """
 
     default_model: str
     max_body_bytes: int = 1_048_576
     max_upload_bytes: int = 20_971_520
+    max_bodies_bytes: int = 268_435_456
+    body_timeout_s: float = 120.0
+    head: HeadLimits = field(default_factory=HeadLimits)
     uploads: UploadLimits = field(default_factory=UploadLimits)
     request_timeout_s: float = 600.0
     echo_request_id: bool = True

@@ -11,26 +11,26 @@ import time
 from functools import partial
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from ray import serve
 
 from service.api.access import Access
 from service.api.app import create_app
+from service.api.head_limits import HeadLimits
+from service.api.http_protocol import ConnectionLimits
+from service.api.http_server import make_server
 from service.api.keys import KeyRing
+from service.api.open_connections import affordable_connections
 from service.api.results import open_store
 from service.api.settings import ApiSettings
 from service.api.uploads import UploadLimits
 from service.api.usage import LocalUsage
-from service.config import Settings
+from service.config import HttpSettings, Settings
 from service.deployments.door import borrow_door
 from service.deployments.observing import count_retries, observe
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.replica_port import listen_on_node_address
 from service.deployments.shared_usage import SharedUsage
-
-# As Ray Serve's proxies have it: clients that ask every now and then keep their connection.
-KEEP_ALIVE_S = 90
 
 
 @serve.ingress()
@@ -65,17 +65,10 @@ class OpenIngress:
     ) -> None:
         listen_on_node_address()
         app = build_app(settings, keys, counter, echo_request_id=True)
-        config = uvicorn.Config(
-            app,
-            lifespan="on",
-            ws="none",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
+        most = affordable_connections(settings.http.max_connections)
+        server = make_server(app, connection_limits(settings.http), most)
         # Ray Serve calls constructors inside the event loop that their replica's methods run in.
-        self.serving = asyncio.create_task(uvicorn.Server(config).serve([borrow_door(door)]))
+        self.serving = asyncio.create_task(server.serve([borrow_door(door)]))
 
     async def check_health(self) -> None:
         """Called by Ray Serve every now and then; an ingress that has given up is replaced."""
@@ -97,8 +90,23 @@ def build_app(settings: Settings, keys: KeyRing, counter: Any, *, echo_request_i
         request_timeout_s=http.request_timeout_s,
         echo_request_id=echo_request_id,
         max_upload_bytes=http.max_upload_bytes,
+        max_bodies_bytes=http.max_bodies_bytes,
+        body_timeout_s=http.body_timeout_s,
+        head=head_limits(http),
         cors_origins=http.cors_origins,
         public_url=results.public_url,
         uploads=UploadLimits(**settings.uploads.model_dump()),
     )
     return create_app(backend, api_settings, store, Access(keys, usage), observation)
+
+
+def head_limits(http: HttpSettings) -> HeadLimits:
+    """What is taken of URLs and headers."""
+    return HeadLimits(http.max_url_bytes, http.max_header_bytes, http.max_headers)
+
+
+def connection_limits(http: HttpSettings) -> ConnectionLimits:
+    """What one connection may take of a server of our own."""
+    return ConnectionLimits(
+        head_limits(http), http.header_timeout_s, http.send_timeout_s, http.keep_alive_s
+    )

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-import uvicorn
 from api_fakes import FakeBackend, client_for, make_app
+from served import served
+
+from service.api.http_protocol import ConnectionLimits
 
 
 @pytest.fixture
@@ -23,14 +23,6 @@ async def client(backend: FakeBackend) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def server_port(backend: FakeBackend) -> Iterator[int]:
-    """A real uvicorn server in a thread; its socket listens before the server runs."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    app = make_app(backend)
-    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield port
-    server.should_exit = True
-    thread.join(timeout=10)
-    assert not thread.is_alive()
+    """A real server with the limits that an operator would have it have."""
+    with served(make_app(backend), ConnectionLimits()) as port:
+        yield port

@@ -1,0 +1,363 @@
+"""HTTP/1.1 on one connection, as uvicorn speaks it, with limits for whoever is on its other side.
+
+uvicorn's parser takes URLs and headers of any length and has no time limit before the first byte of
+an answer; one client could so hold up all others, which share an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+from service.api.client_transport import ClientTransport
+from service.api.errors import (
+    HeadersTooLargeError,
+    MalformedHttpError,
+    MethodNotAllowedError,
+    SlowRequestError,
+    TooManyConnectionsError,
+    error_response,
+)
+from service.api.head_limits import HeadLimits, header_bytes
+from service.api.middleware import REQUEST_ID_HEADER
+from service.api.open_connections import OpenConnections
+from service.api.timers import Timers
+from service.domain.errors import StepserveError
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 4096
+"""What is parsed at a time: after each piece it is asked whether there may be more."""
+
+FIRST_PROBE_S = 0.2
+PROBE_FACTOR = 4
+RETRY_S = 1.0
+
+OF_AN_UPGRADE = (b"upgrade", b"http2-settings", b"connection")
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What one connection may take.
+
+    Args:
+        header_timeout_s: from its start, or the first byte of a request, to the end of the headers.
+        send_timeout_s: how long a client may leave an answer unread.
+        keep_alive_s: how long it may be silent after an answer.
+    """
+
+    head: HeadLimits = field(default_factory=HeadLimits)
+    header_timeout_s: float = 20.0
+    send_timeout_s: float = 30.0
+    keep_alive_s: float = 90.0
+
+
+ProtocolFactory = Callable[..., asyncio.Protocol]
+
+
+def limited_protocol(limits: ConnectionLimits, connections: OpenConnections) -> ProtocolFactory:
+    """What uvicorn's `Config(http=...)` takes: makes the protocol of each new connection."""
+
+    def make(**of_uvicorn: Any) -> asyncio.Protocol:
+        return LimitedHttpProtocol(limits, connections, **of_uvicorn)
+
+    return make
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """One connection.
+
+    A request that is over a limit is answered as soon as that is known, after the answers to
+    those before it, and the connection is closed.
+    """
+
+    def __init__(
+        self, limits: ConnectionLimits, connections: OpenConnections, **of_uvicorn: Any
+    ) -> None:
+        super().__init__(**of_uvicorn)
+        self._limits = limits
+        self._open = connections
+        self._client: ClientTransport
+        # Of the request that is being parsed. Before its first byte it is in its head, too.
+        self.url = b""
+        self._in_head = True
+        self._is_upgrade = False
+        self._head_bytes = self._header_count = 0
+        # What came since the parser last got on: a header, or what is around parts of a body.
+        self._loose_bytes = 0
+        # What arrived before it may be parsed.
+        self._held = b""
+        self._error: StepserveError | None = None
+        self._client_is_done = False
+        self._working: RequestResponseCycle | None = None
+        self._timers = Timers(self.loop)
+
+    # Called by the transport
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request, or refuse to."""
+        timeout_s = self._limits.send_timeout_s
+        self._client = ClientTransport(transport, self.loop, timeout_s, self._has_unread)
+        super().connection_made(cast(asyncio.Transport, self._client))
+        self._timers.start("head", self._limits.header_timeout_s, self._head_is_late)
+        if not self._open.add(self):
+            self._refuse(self._too_many())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Whatever was asked for is wanted no more."""
+        self._open.remove(self)
+        self._client.lost()
+        self._timers.stop_all()
+        self._held = b""
+        self.pipeline.clear()
+        # uvicorn tells the last of several that came at once, which may not be begun.
+        self._give_up_working()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what may be parsed now, and keep the rest."""
+        if self._error is None and not self.transport.is_closing():
+            self._held += data
+            self._parse_held()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answers that its client waits for, if it does."""
+        if self._error is not None or self.transport.is_closing() or not self._is_working():
+            return False
+        self._client_is_done = True
+        self._timers.stop("head")
+        self._probe(FIRST_PROBE_S)
+        return True
+
+    def pause_writing(self) -> None:
+        """The client does not take what it is sent; for a while that is all right."""
+        super().pause_writing()
+        self._timers.start("send", self._limits.send_timeout_s, self._client.abort)
+
+    def resume_writing(self) -> None:
+        """It goes on."""
+        super().resume_writing()
+        self._timers.stop("send")
+
+    # Called by the parser
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._is_upgrade = False
+        self._head_bytes = self._header_count = 0
+
+    def on_url(self, url: bytes) -> None:
+        """A part of its URL."""
+        super().on_url(url)
+        self._limits.head.check_url(len(self.url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; or a trailer, which counts but is dropped, as it comes after all checks."""
+        self._header_count += 1
+        self._head_bytes += header_bytes(name, value)
+        self._limits.head.check_headers(self._header_count, self._head_bytes)
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Its body begins, if it has one."""
+        self._loose_bytes = 0
+        self._is_upgrade = self.parser.should_upgrade()
+        if self._is_upgrade:
+            return
+        self._timers.stop("head")
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of its body."""
+        self._loose_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """It is whole."""
+        if self._is_upgrade:
+            return
+        self._loose_bytes = 0
+        self._in_head = True
+        super().on_message_complete()
+        self._open.work(self)
+
+    # Called by the request at work, and by others
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def closing_app(scope: Any, receive: Any, send: Any) -> None:
+            async def closing_send(message: Any) -> None:
+                if cycle.more_body:
+                    # Nobody will read the rest: it must not be taken for the next request.
+                    cycle.keep_alive = False
+                await send(message)
+
+            await app(scope, receive, closing_send)
+
+        self._working = cycle
+        super()._start_asgi_task(cycle, closing_app)
+
+    def on_response_complete(self) -> None:
+        """One answer is written: go on with what came meanwhile, or end the connection."""
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._go_on()
+        if not self._is_working():
+            self._open.await_client(self)
+
+    def give_way(self) -> None:
+        """Close for another connection's sake."""
+        if self._has_unread() and not self._is_answering() and not self.transport.is_closing():
+            self._client.write(self._answer_with(self._too_many()))
+        self._client.drop()
+
+    # Inside
+
+    def _go_on(self) -> None:
+        is_busy = self._working is not None and not self._working.response_complete
+        if is_busy or self._error is None:
+            self._parse_held()
+        else:
+            self._answer_error(self._error)
+        if self._client_is_done and not is_busy and not self._is_working():
+            self.transport.close()
+
+    def _parse_held(self) -> None:
+        """Parse until there is nothing more, or a request must wait for the one before it."""
+        if not self._held:
+            return
+        self._unset_keepalive_if_required()
+        if self._in_head:
+            self._timers.start_once("head", self._limits.header_timeout_s, self._head_is_late)
+        data, position = memoryview(self._held), 0
+        self._held = b""
+        while position < len(data) and self._may_parse():
+            piece = data[position : position + PIECE_BYTES]
+            position += len(piece)
+            self._parse(piece)
+        if position < len(data) and self._error is None:
+            self._held = bytes(data[position:])
+            self.flow.pause_reading()
+
+    def _may_parse(self) -> bool:
+        return self._error is None and not self.pipeline and not self.transport.is_closing()
+
+    def _parse(self, piece: memoryview) -> None:
+        self._loose_bytes += len(piece)
+        try:
+            self.parser.feed_data(piece)
+            # What may be of the URL, or of the request before, counts for neither.
+            loose_bytes = self._loose_bytes - len(self.url) - PIECE_BYTES
+            self._limits.head.check_headers(self._header_count, loose_bytes)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._parse_without_upgrade(piece[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            ours = error.__context__
+            malformed = MalformedHttpError(f"this is no request of HTTP/1.1: {error}")
+            self._refuse(ours if isinstance(ours, StepserveError) else malformed)
+        except HeadersTooLargeError as error:
+            self._refuse(error)
+
+    def _parse_without_upgrade(self, rest: memoryview) -> None:
+        """Parse again what asks for another protocol, as a request of this one.
+
+        The parser takes all after the headers for the other protocol; but servers may ignore that
+        they are asked, and some clients ask with every request that has a body.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(MethodNotAllowedError("cannot CONNECT: this is no proxy"))
+            return
+        head = [method + b" " + self.url + b" HTTP/1.1"]
+        head += [n + b": " + v for n, v in self.headers if n not in OF_AN_UPGRADE]
+        self.parser = httptools.HttpRequestParser(self)
+        self._parse(memoryview(b"\r\n".join([*head, b"", b""])))
+        if rest and self._error is None:
+            self._parse(rest)
+
+    def _is_working(self) -> bool:
+        """Whether there is a whole request that is not answered."""
+        working = self._working
+        return working is not None and not working.response_complete and not working.more_body
+
+    def _is_answering(self) -> bool:
+        working = self._working
+        return working is not None and working.response_started and not working.response_complete
+
+    def _has_unread(self) -> bool:
+        """Whether the client may still be sending a request, which it has begun."""
+        if self._client_is_done:
+            return False
+        is_within = not self._in_head or bool(self._held) or self._loose_bytes > 0
+        return is_within or self._error is not None
+
+    def _head_is_late(self) -> None:
+        if self._held or self.pipeline:
+            # Not the client's fault: it waits for its turn.
+            self._timers.start("head", self._limits.header_timeout_s, self._head_is_late)
+        elif self._loose_bytes:
+            limit_s = self._limits.header_timeout_s
+            message = f"URL and headers did not arrive within {limit_s:g} s, which is the limit"
+            self._refuse(SlowRequestError(message))
+        elif not self._is_working():
+            self.transport.close()
+
+    def _too_many(self) -> TooManyConnectionsError:
+        message = f"{self._open.most} connections are open, which is the limit; try again"
+        return TooManyConnectionsError(message, RETRY_S)
+
+    def _refuse(self, error: StepserveError) -> None:
+        """Parse nothing more, and answer with `error` once those before are answered."""
+        self._error = error
+        self._held = b""
+        self._timers.stop("head")
+        if self.pipeline and self.pipeline[0][0].more_body:
+            self.pipeline.popleft()
+        if not self._is_working():
+            self._answer_error(error)
+
+    def _answer_error(self, error: StepserveError) -> None:
+        logger.info("connection refused: %s", error)
+        self._open.await_client(self)
+        if self._is_answering():
+            self._client.abort()
+            return
+        self._give_up_working()
+        self._client.write(self._answer_with(error))
+        self._client.close()
+
+    def _answer_with(self, error: StepserveError) -> bytes:
+        request_id = uuid.uuid4().hex
+        response = error_response(error, request_id)
+        ours = [(REQUEST_ID_HEADER.encode(), request_id.encode()), (b"connection", b"close")]
+        headers = [*self.server_state.default_headers, *response.raw_headers, *ours]
+        lines = [name + b": " + value + b"\r\n" for name, value in headers]
+        return b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body])
+
+    def _give_up_working(self) -> None:
+        """Tell the request at work that its client is gone."""
+        if self._working is not None and not self._working.response_complete:
+            self._working.disconnected = True
+            self._working.message_event.set()
+
+    def _probe(self, next_s: float) -> None:
+        """Find out whether a client that will send no more still reads, and ask again later."""
+        working = self._working
+        if working is None or not self._is_working():
+            return
+        if not working.response_started or working.chunked_encoding:
+            self._client.probe(in_chunks=working.response_started)
+        self._timers.start("probe", next_s, lambda: self._probe(next_s * PROBE_FACTOR))

@@ -1,0 +1,362 @@
+"""What one client may do to a connection, on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from api_fakes import Blocking, FakeBackend, finish, make_app
+from served import HEALTH, answer_in, connect, is_closed, read_all, read_answer, served
+
+from service.api.head_limits import HeadLimits
+from service.api.http_protocol import ConnectionLimits
+from service.domain.events import Accepted, Event, Outcome
+from service.domain.requests import GenerationRequest
+
+LIMITS = ConnectionLimits(
+    HeadLimits(max_url_bytes=1000, max_header_bytes=4000, max_headers=20),
+    header_timeout_s=0.3,
+    send_timeout_s=0.5,
+    keep_alive_s=0.4,
+)
+MOST = 20
+GENERATIONS = (
+    b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+)
+MEGABYTE = b"a" * 2**20
+
+
+@pytest.fixture
+def port(backend: FakeBackend) -> Iterator[int]:
+    with served(make_app(backend), LIMITS, MOST) as port:
+        yield port
+
+
+def refused(port: int, *parts: bytes) -> tuple[int, str, str]:
+    """Status, code and message of the answer to these bytes, after which the connection ends."""
+    with connect(port) as client:
+        try:
+            for part in parts:
+                client.sendall(part)
+        except ConnectionError:
+            pass
+        answer = answer_in(read_all(client))
+    assert b"connection: close" in answer.head
+    assert b"x-request-id: " in answer.head
+    assert b"content-type: application/json" in answer.head
+    return answer.status, answer.error["code"], answer.error["message"]
+
+
+def is_well(port: int) -> bool:
+    with connect(port) as client:
+        client.sendall(HEALTH)
+        return read_answer(client).status == 200
+
+
+@pytest.mark.parametrize("megabytes", [0.001, 3])
+def test_a_long_url_is_refused_before_it_ends(port: int, megabytes: float):
+    url = MEGABYTE[: int(megabytes * 2**20)] * max(1, int(megabytes))
+    status, code, message = refused(port, b"GET /", url)
+
+    assert (status, code) == (414, "url_too_long")
+    assert "the limit is 1000 bytes" in message
+    assert is_well(port)
+
+
+def test_a_query_counts_in_the_url(port: int):
+    query = b"&".join(b"a=1" for _ in range(300))
+
+    assert refused(port, b"GET /healthz?" + query + b" HTTP/1.1\r\n")[0] == 414
+
+
+def test_an_endless_header_is_refused_before_it_ends(port: int):
+    status, code, message = refused(port, HEALTH[:-2] + b"X-A: ", *[MEGABYTE] * 3)
+
+    assert (status, code) == (431, "headers_too_large")
+    assert "the limit is 4000 bytes" in message
+
+
+def test_headers_of_too_many_bytes_are_refused(port: int):
+    lines = b"".join(b"x-%d: %s\r\n" % (i, b"b" * 500) for i in range(10))
+
+    assert refused(port, HEALTH[:-2] + lines + b"\r\n")[:2] == (431, "headers_too_large")
+
+
+def test_too_many_headers_are_refused(port: int):
+    lines = b"".join(b"x-%d: a\r\n" % i for i in range(20))
+    status, code, message = refused(port, HEALTH[:-2] + lines + b"\r\n")
+
+    assert (status, code) == (431, "headers_too_large")
+    assert "the limit is 20" in message
+
+
+def test_headers_at_the_limit_pass(port: int):
+    lines = b"".join(b"x-%d: %s\r\n" % (i, b"b" * 190) for i in range(19))
+    with connect(port) as client:
+        client.sendall(HEALTH[:-2] + lines + b"\r\n")
+
+        assert read_answer(client).status == 200
+
+
+def test_empty_lines_before_a_request_end(port: int):
+    assert refused(port, b"\r\n" * 2**20)[:2] == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /a b c HTTP/1.1\r\n\r\n",
+        GENERATIONS + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        GENERATIONS + b"Content-Length: 99999999999999999999999\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_is_told_so(port: int, garbage: bytes):
+    assert refused(port, garbage)[:2] == (400, "invalid_http")
+
+
+def test_a_tunnel_is_refused(port: int):
+    assert refused(port, b"CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n")[0] == 405
+
+
+def test_a_broken_chunk_ends_the_request(port: int, backend: FakeBackend):
+    chunked = GENERATIONS + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+
+    assert refused(port, chunked)[:2] == (400, "invalid_http")
+    assert backend.requests == []
+
+
+@pytest.mark.parametrize("rest", [b"1;x=", b"0\r\nX-Trailer: "])
+def test_what_is_around_chunks_is_limited(port: int, rest: bytes):
+    chunked = GENERATIONS + b"Transfer-Encoding: chunked\r\n\r\n"
+
+    assert refused(port, chunked + rest, *[MEGABYTE] * 2)[:2] == (431, "headers_too_large")
+
+
+def test_trailers_are_no_headers(port: int, backend: FakeBackend):
+    body = b'{"prompt": "cat"}'
+    chunk = b"%x\r\n%s\r\n0\r\nX-Request-ID: from-a-trailer\r\n\r\n" % (len(body), body)
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b"Transfer-Encoding: chunked\r\n\r\n" + chunk)
+        answer = read_answer(client)
+
+    assert answer.status == 200
+    assert backend.requests[0].prompt == "cat"
+    assert backend.requests[0].id != "from-a-trailer"
+
+
+def test_headers_that_do_not_arrive_are_answered_in_time(port: int):
+    status, code, message = refused(port, HEALTH[:-2])
+
+    assert (status, code) == (408, "request_timeout")
+    assert "0.3 s" in message
+
+
+def test_a_silent_connection_is_closed_without_a_word(port: int):
+    with connect(port) as client:
+        assert is_closed(client)
+
+
+@pytest.mark.parametrize("begun", [b"", HEALTH[:10]])
+def test_a_connection_that_was_kept_alive_ends_as_well(port: int, begun: bytes):
+    with connect(port) as client:
+        client.sendall(HEALTH)
+        assert read_answer(client).status == 200
+        client.sendall(begun)
+        received = read_all(client)
+
+    assert (answer_in(received).status == 408) if begun else (received == b"")
+
+
+def test_one_that_works_is_not_cut_off(port: int, backend: FakeBackend):
+    backend.generate_with = blocking = Blocking()
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
+        assert blocking.began.wait(10)
+
+        assert not is_closed(client, 3 * LIMITS.header_timeout_s)
+
+
+def test_the_longest_silent_connection_gives_way_to_a_new_one(backend: FakeBackend):
+    patient = ConnectionLimits(header_timeout_s=60)
+    with served(make_app(backend), patient, max_connections=3) as port:
+        first, half = connect(port), connect(port)
+        half.sendall(HEALTH[:20])
+        others = [connect(port) for _ in range(2)]
+        assert is_closed(first)
+        assert is_well(port)
+        received = read_all(half)
+        for client in (first, half, *others):
+            client.close()
+
+    assert answer_in(received).status == 503
+    assert answer_in(received).error["code"] == "too_many_connections"
+    assert b"retry-after: 1" in answer_in(received).head
+
+
+def test_those_at_work_do_not_give_way(backend: FakeBackend):
+    backend.generate_with = blocking = Blocking()
+    with served(make_app(backend), ConnectionLimits(), max_connections=1) as port:
+        with connect(port) as client:
+            client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
+            assert blocking.began.wait(10)
+
+            assert refused(port, HEALTH)[:2] == (503, "too_many_connections")
+            assert not blocking.cancelled.is_set()
+        assert blocking.cancelled.wait(10)
+
+
+def test_many_requests_at_once_are_answered_in_order(port: int):
+    count = 2000
+    with connect(port) as client:
+        sent = b"".join(HEALTH.replace(b"healthz", b"no-%04d" % i) for i in range(count))
+        client.sendall(sent + HEALTH.replace(b"Host: a", b"Connection: close"))
+        received = read_all(client)
+
+    places = [received.find(b"no-%04d" % i) for i in range(count)]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert received.count(b"HTTP/1.1 200") == 1
+
+
+def test_what_is_wrong_behind_a_good_request_is_answered_after_it(port: int):
+    with connect(port) as client:
+        client.sendall(HEALTH + b"garbage\r\n\r\n")
+        received = read_all(client)
+
+    assert received.startswith(b"HTTP/1.1 200")
+    assert received.count(b"HTTP/1.1 400") == 1
+
+
+def test_an_answer_before_the_body_is_not_lost(port: int):
+    """The client sends on: closing at once would make its kernel drop the answer."""
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b"Content-Length: 90000000\r\n\r\n")
+        for _ in range(20):
+            client.sendall(MEGABYTE)
+        answer = answer_in(read_all(client))
+
+    assert answer.status == 413
+    assert b"connection: close" in answer.head
+
+
+def test_a_client_that_never_reads_is_cut_off(port: int):
+    asks = HEALTH.replace(b"healthz", b"openapi.json") * 10
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(10)
+        client.connect(("127.0.0.1", port))
+
+        with pytest.raises(ConnectionError):
+            send_for_ever(client, asks)
+
+
+def send_for_ever(client: socket.socket, data: bytes) -> None:
+    while True:
+        client.sendall(data)
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_an_upgrade_is_ignored_and_the_body_is_read(
+    port: int, backend: FakeBackend, protocol: bytes
+):
+    """Java's client asks for HTTP/2 so with every request to an `http:` address."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + protocol + b"\r\n"
+    with connect(port) as client:
+        for word in (b"cat", b"dog"):
+            body = b'{"prompt": "%s"}' % word
+            client.sendall(GENERATIONS + upgrade + b"HTTP2-Settings: AA\r\n")
+            client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert read_answer(client).status == 200
+
+    assert [request.prompt for request in backend.requests] == ["cat", "dog"]
+
+
+def test_a_half_closed_connection_is_answered(port: int, backend: FakeBackend):
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
+        client.shutdown(socket.SHUT_WR)
+        answer = answer_in(read_all(client))
+
+    assert answer.status == 200
+    assert b'"b64_json"' in answer.body
+
+
+def test_a_half_closed_stream_goes_on(port: int):
+    body = b'{"prompt": "cat", "stream": true}'
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        client.shutdown(socket.SHUT_WR)
+        answer = answer_in(read_all(client))
+
+    assert answer.status == 200
+    assert b"event: image_generation.completed" in answer.body
+
+
+def test_a_half_closed_connection_is_answered_in_the_end(port: int, backend: FakeBackend):
+    """After the server has tried whether the client is there, which it does not see."""
+    answers = threading.Event()
+
+    async def slow(request: GenerationRequest) -> Outcome:
+        await asyncio.to_thread(answers.wait, 10)
+        return await finish(request)
+
+    backend.generate_with = slow
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
+        client.shutdown(socket.SHUT_WR)
+        begun = client.recv(9)
+        while len(begun) < 2:
+            begun += client.recv(9)
+        answers.set()
+        answer = answer_in(begun + read_all(client))
+
+    assert (begun, answer.status) == (b"HT", 200)
+    assert b'"b64_json"' in answer.body
+
+
+@pytest.mark.parametrize("first", [b"", HEALTH])
+def test_a_client_that_leaves_after_half_closing_is_gone(
+    port: int, backend: FakeBackend, first: bytes
+):
+    backend.generate_with = blocking = Blocking()
+    with connect(port) as client:
+        client.sendall(first + GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
+        client.shutdown(socket.SHUT_WR)
+        assert blocking.began.wait(10)
+        assert not blocking.cancelled.wait(0.5)
+
+    assert blocking.cancelled.wait(10)
+
+
+def test_a_client_that_leaves_a_silent_stream_is_gone(port: int, backend: FakeBackend):
+    gone = threading.Event()
+
+    async def silent(request: GenerationRequest) -> AsyncIterator[Event]:
+        try:
+            yield Accepted(request.id, 0, 0.5)
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+
+    backend.stream_with = silent
+    body = b'{"prompt": "cat", "stream": true}'
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        client.recv(100)
+        assert not gone.is_set()
+
+    assert gone.wait(8)
+
+
+def test_a_half_request_of_a_half_closed_connection_is_none(port: int):
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt"')
+        client.shutdown(socket.SHUT_WR)
+
+        assert read_all(client) == b""
