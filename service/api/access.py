@@ -1,4 +1,4 @@
-"""ASGI middleware: who calls, and whether it is their turn. Comes before any body is read."""
+"""ASGI middleware: who calls, and whether it is their turn."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Access:
 
 
 class AccessMiddleware:
-    """Lets in who has a key, and counts what they use. Without keys everybody is let in."""
+    """Lets in who has a key, before any body is read. Without keys everybody is let in."""
 
     def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or answer 401 or 429."""
+        """Serve one connection, or answer 401."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         scope["state"]["caller"] = ANYBODY
@@ -52,14 +52,26 @@ class AccessMiddleware:
         if key is None:
             return await _refuse(UnauthorizedError(_how_to_come_in(scope)), scope, receive, send)
         scope["state"]["caller"] = caller_of_key(key)
-        if not key.has_limits or not get_route_path(scope).startswith(COUNTED):
-            return await self._app(scope, receive, send)
-        return await self._count(key, scope, receive, send)
+        if key.has_limits and get_route_path(scope).startswith(COUNTED):
+            scope["state"]["limited_key"] = key
+        return await self._app(scope, receive, send)
 
-    async def _count(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
+
+class UsageMiddleware:
+    """Counts what keys with limits use, once a body has arrived: half of one takes no place."""
+
+    def __init__(self, app: ASGIApp, *, usage: Usage) -> None:
+        self._app = app
+        self._usage = usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or answer 429."""
+        key: ApiKey | None = scope.get("state", {}).get("limited_key")
+        if key is None:
+            return await self._app(scope, receive, send)
         lease = secrets.token_hex(16)
         try:
-            answer = await self._access.usage.take(key, lease)
+            answer = await self._usage.take(key, lease)
             if isinstance(answer, Refusal):
                 error = KeyLimitError(answer.message, answer.retry_after_s)
                 return await _refuse(error, scope, receive, _with_limits(send, answer.rate))
@@ -68,7 +80,7 @@ class AccessMiddleware:
             # Those of the app are answered inside it: nobody answers who counts.
             await _refuse(error, scope, receive, send)
         finally:
-            self._access.usage.give_back(key.name, lease)
+            self._usage.give_back(key.name, lease)
 
 
 def caller_in(scope: Scope) -> Caller:

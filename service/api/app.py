@@ -14,10 +14,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api.access import Access, AccessMiddleware
+from service.api.access import Access, AccessMiddleware, UsageMiddleware
 from service.api.backend import Backend
+from service.api.body_reading import BodyBudget, BodyReader
 from service.api.errors import UnauthorizedError
 from service.api.handlers import add_error_handlers
+from service.api.head_limits import HeadLimitMiddleware
 from service.api.middleware import (
     BodyLimitMiddleware,
     RequestIdMiddleware,
@@ -155,10 +157,13 @@ def _middleware(
         Middleware(ObservationMiddleware, observation=observation),
         Middleware(TimingMiddleware),
         Middleware(UnexpectedErrorMiddleware),
+        Middleware(HeadLimitMiddleware, limits=settings.head),
         Middleware(AccessMiddleware, access=access),
         Middleware(
             BodyLimitMiddleware,
             max_bytes=settings.max_body_bytes,
             max_upload_bytes=settings.max_upload_bytes,
+            reader=BodyReader(settings.body_timeout_s, BodyBudget(settings.max_bodies_bytes)),
         ),
+        Middleware(UsageMiddleware, usage=access.usage),
     ]

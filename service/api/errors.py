@@ -48,6 +48,14 @@ class MalformedFormError(InvalidRequestError):
     """The request body is not a valid form."""
 
 
+class MalformedBodyError(InvalidRequestError):
+    """The request body is not compressed as it says."""
+
+
+class UnknownCharsetError(InvalidRequestError):
+    """The texts of the request body are not in UTF-8."""
+
+
 class UnsupportedMediaTypeError(InvalidRequestError):
     """The request body is declared as something that this URL does not take."""
 
@@ -124,6 +132,8 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     InvalidRequestError: ErrorKind(400, "invalid_request_error", "invalid_value"),
     MalformedJsonError: ErrorKind(400, "invalid_request_error", "invalid_json"),
     MalformedFormError: ErrorKind(400, "invalid_request_error", "invalid_form"),
+    MalformedBodyError: ErrorKind(400, "invalid_request_error", "invalid_body"),
+    UnknownCharsetError: ErrorKind(400, "invalid_request_error", "unsupported_charset"),
     UnknownModelError: ErrorKind(404, "invalid_request_error", "model_not_found"),
     UnknownRequestError: ErrorKind(404, "invalid_request_error", "request_not_found"),
     UnauthorizedError: ErrorKind(401, "authentication_error", "invalid_api_key"),

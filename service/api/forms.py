@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
-from service.api.errors import MalformedFormError
+from service.api.body_reading import check_json
+from service.api.errors import MalformedFormError, MalformedJsonError
 from service.api.validation import invalid_request
 from service.domain.errors import InvalidRequestError
 from service.domain.limits import shown
@@ -38,37 +40,55 @@ async def read_form(request: Request) -> Form:
     """Read a multipart form.
 
     Raises:
-        MalformedFormError: it is none, or its texts are none in the charset that it says.
+        MalformedFormError: it is none, or its texts are not in UTF-8.
         InvalidRequestError: a text field occurs twice.
     """
     fields: dict[str, str] = {}
     files: dict[str, list[bytes]] = {}
     try:
-        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+        async with _parsed(request) as form:
             for name, value in form.multi_items():
-                _check_text(name)
                 if isinstance(value, UploadFile):
                     key = name.removesuffix(LIST_SUFFIX)
                     files.setdefault(key, []).append(await value.read())
                 elif name in fields:
                     raise InvalidRequestError(f"{shown(name)} is given twice", name)
                 else:
-                    _check_text(value)
                     fields[name] = value
-    except UnicodeError as error:
-        raise MalformedFormError("the form's texts are none in its charset; use UTF-8") from error
-    except HTTPException as error:
-        raise MalformedFormError(f"the form cannot be read: {error.detail}") from error
+    except UnicodeDecodeError as error:
+        raise MalformedFormError("the form's texts are not in UTF-8") from error
+    except MultiPartException as error:
+        raise MalformedFormError(f"the form cannot be read: {error.message}") from error
     return Form(fields, files)
 
 
-def _check_text(text: str) -> None:
-    """Return if it can be told again: some charsets have halves of characters.
+@asynccontextmanager
+async def _parsed(request: Request) -> AsyncIterator[FormData]:
+    parser = _Utf8Parser(
+        request.headers, request.stream(), max_files=MAX_FILES, max_fields=MAX_FIELDS
+    )
+    form = await parser.parse()
+    try:
+        yield form
+    finally:
+        await form.close()
 
-    Raises:
-        UnicodeError: it cannot.
+
+class _Utf8Parser(MultiPartParser):
+    """Raises UnicodeDecodeError where its base would take texts that are not UTF-8 for Latin-1.
+
+    The form as a whole has been found not to name another charset, and nothing else may: parts
+    cannot, nor a field `_charset_`, nor names written as RFC 2231 or 2047 have it.
     """
-    text.encode()
+
+    def on_headers_finished(self) -> None:
+        (self._current_part.content_disposition or b"").decode("utf-8")
+        super().on_headers_finished()
+
+    def on_part_end(self) -> None:
+        if self._current_part.file is None:
+            self._current_part.data.decode("utf-8")
+        super().on_part_end()
 
 
 def parse_fields(fields: dict[str, str], model: type[Model]) -> Model:
@@ -108,7 +128,8 @@ def _holds_text(annotation: Any) -> bool:
 
 def _as_json(text: str) -> Any:
     try:
+        check_json(text.encode())
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, MalformedJsonError):
         # Left as it is, so that the message shows what was sent.
         return text

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
-from collections.abc import Iterator
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import error_response
-from service.domain.errors import BodyTooLargeError
+from service.api.body_reading import JSON, BodyReader, check_json, check_length, media_type_of
+from service.api.content_coding import CODINGS, decoder_of
+from service.api.errors import UnsupportedMediaTypeError, error_response
+from service.domain.errors import StepserveError
 
 REQUEST_ID_HEADER = "X-Request-ID"
 TIMING_HEADER = "Server-Timing"
+PART_BYTES = 65_536
 UPLOADS = ("/v1/images/edits", "/v1/images/variations")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -97,49 +100,69 @@ class _Answer:
 
 
 class BodyLimitMiddleware:
-    """Reads the whole body before anything else runs, and refuses one over the limit.
+    """Reads the whole body before anything else runs, and refuses one over the limits.
 
-    The limit is `max_upload_bytes` for URLs that take pictures, `max_bytes` for all others.
+    Its length is limited to `max_upload_bytes` for URLs that take pictures, `max_bytes` for all
+    others. What the app sees of it is never compressed.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int, reader: BodyReader
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._max_upload_bytes = max_upload_bytes
+        self._reader = reader
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or answer 413."""
+        """Serve one connection, or answer 400, 408, 413, 415 or 503."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
         try:
-            _check_bytes(_declared_bytes(scope), limit_bytes)
-            body = await _read_body(receive, limit_bytes)
-        except BodyTooLargeError as error:
-            return await error_response(error, request_id_of(scope))(scope, receive, send)
+            body = await self._read(scope, receive)
+        except StepserveError as error:
+            response = error_response(error, request_id_of(scope))
+            if isinstance(error, UnsupportedMediaTypeError):
+                response.headers["Accept-Encoding"] = ", ".join(CODINGS)
+            return await response(scope, receive, send)
         except ClientDisconnect:
             return None
-        return await self._app(scope, _replay(body, receive), send)
+        return await self._app(scope, self._replay(body, receive), send)
 
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        headers = Headers(scope=scope)
+        limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
+        media_type = media_type_of(headers)
+        decoder = decoder_of(headers, limit_bytes)
+        check_length(_declared_bytes(headers), limit_bytes)
+        body = await self._reader.read(receive, decoder, limit_bytes)
+        if media_type == JSON:
+            check_json(body)
+        return body
 
-async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
-    """Count what arrives: the declared length is only a hint, and chunks declare none."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        body += message.get("body", b"")
-        _check_bytes(len(body), limit_bytes)
-        if not message.get("more_body", False):
-            return bytes(body)
+    def _replay(self, body: bytes, receive: Receive) -> Receive:
+        """Return a `receive` that gives the body once, then whatever else comes (a disconnect).
 
+        A long one comes in parts, as forms are read part by part, and its last part waits its turn:
+        what is done at once with many of them, such as reading JSON, would hold up all others.
+        """
+        parts = [body[i : i + PART_BYTES] for i in range(0, len(body), PART_BYTES)] or [b""]
+        parts.reverse()
+        was_long = len(parts) > 1
 
-def _check_bytes(size_bytes: int, limit_bytes: int) -> None:
-    if size_bytes > limit_bytes:
-        raise BodyTooLargeError(
-            f"the body is {size_bytes} bytes long or more; the limit is {limit_bytes} bytes"
-        )
+        async def replay() -> Message:
+            if not parts:
+                return await receive()
+            part = parts.pop()
+            if parts:
+                await asyncio.sleep(0)
+            elif was_long:
+                async with self._turn:
+                    await asyncio.sleep(0)
+            return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+        return replay
 
 
 def _choose_id(given: str) -> str:
@@ -155,16 +178,6 @@ def _with_header(send: Send, name: str, value: str) -> Send:
     return send_with_header
 
 
-def _declared_bytes(scope: Scope) -> int:
-    declared = Headers(scope=scope).get("content-length", "")
+def _declared_bytes(headers: Headers) -> int:
+    declared = headers.get("content-length", "")
     return int(declared) if re.fullmatch(r"[0-9]{1,18}", declared) else 0
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body once, then whatever else comes (a disconnect)."""
-    first: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def replay() -> Message:
-        return next(first, None) or await receive()
-
-    return replay

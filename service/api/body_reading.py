@@ -1,0 +1,191 @@
+"""The bodies of requests: how long one may be and may take, and how many bytes all may be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from service.api.content_coding import Decoder
+from service.api.errors import (
+    MalformedJsonError,
+    SlowRequestError,
+    TooManyBodiesError,
+    UnknownCharsetError,
+    UnsupportedMediaTypeError,
+)
+from service.domain.errors import BodyTooLargeError
+from service.domain.limits import shown
+
+SMALL_BYTES = 65_536
+"""Of a body; so much of each is not counted, so that small ones always get in."""
+
+RETRY_S = 1.0
+UTF_8 = ("utf-8", "utf8")
+JSON = b"application/json"
+MAX_CONTENT_TYPE_BYTES = 1000
+MAX_JSON_VALUES = 50_000
+"""Lists and objects and what is in them: each costs many times its length in memory."""
+
+
+class Held:
+    """What is held of one body, and until when it may arrive."""
+
+    def __init__(self, budget: BodyBudget, deadline: asyncio.Timeout) -> None:
+        self._budget = budget
+        self._deadline = deadline
+        self.size_bytes = 0
+        self.gave_way = False
+
+    def grow(self, size_bytes: int) -> None:
+        """The body is so long by now. Others may have to give way."""
+        self._budget.grow(self, size_bytes)
+
+    def give_way(self) -> None:
+        """Stop receiving it."""
+        self.gave_way = True
+        self._deadline.reschedule(asyncio.get_running_loop().time())
+
+
+class BodyBudget:
+    """At most `most_bytes` of bodies that are being received; longest held gives way first.
+
+    Those that have arrived count no more: what becomes of them has limits of its own.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._held: dict[Held, None] = {}
+        self._sum_bytes = 0
+
+    @contextmanager
+    def hold(self, deadline: asyncio.Timeout) -> Iterator[Held]:
+        """Count one body until the block is left."""
+        held = Held(self, deadline)
+        try:
+            yield held
+        finally:
+            self._release(held)
+
+    def grow(self, held: Held, size_bytes: int) -> None:
+        """Count `held` as so many bytes."""
+        counted_bytes = max(0, size_bytes - SMALL_BYTES)
+        if counted_bytes == held.size_bytes:
+            return
+        self._held.setdefault(held)
+        self._sum_bytes += counted_bytes - held.size_bytes
+        held.size_bytes = counted_bytes
+        while self._sum_bytes > self._most_bytes:
+            longest = next(iter(self._held))
+            self._release(longest)
+            longest.give_way()
+
+    def _release(self, held: Held) -> None:
+        self._held.pop(held, None)
+        self._sum_bytes -= held.size_bytes
+        held.size_bytes = 0
+
+
+@dataclass(frozen=True)
+class BodyReader:
+    """Reads whole bodies.
+
+    Args:
+        timeout_s: in which a body must arrive.
+        budget: of all bodies together.
+    """
+
+    timeout_s: float
+    budget: BodyBudget
+
+    async def read(self, receive: Receive, decoder: Decoder, limit_bytes: int) -> bytes:
+        """Return the body, unfolded.
+
+        Raises:
+            BodyTooLargeError: it is longer than `limit_bytes`.
+            MalformedBodyError: it is not compressed as it says.
+            SlowRequestError: it did not arrive in time.
+            TooManyBodiesError: others were given its room.
+            ClientDisconnect: the client left.
+        """
+        timeout = asyncio.timeout(self.timeout_s)
+        with self.budget.hold(timeout) as held:
+            try:
+                async with timeout:
+                    return await _read(receive, decoder, limit_bytes, held)
+            except TimeoutError:
+                if held.gave_way:
+                    message = "too many bytes of bodies are being received; try again"
+                    raise TooManyBodiesError(message, RETRY_S) from None
+                message = f"the body did not arrive within {self.timeout_s:g} s, which is the limit"
+                raise SlowRequestError(message) from None
+
+
+async def _read(receive: Receive, decoder: Decoder, limit_bytes: int, held: Held) -> bytes:
+    """Count what arrives: the declared length is only a hint, and chunks declare none."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += decoder.feed(message.get("body", b""))
+        check_length(len(body), limit_bytes)
+        held.grow(len(body))
+        if not message.get("more_body", False):
+            decoder.check_end()
+            return bytes(body)
+
+
+def check_length(size_bytes: int, limit_bytes: int) -> None:
+    """Return if a body may be that long.
+
+    Raises:
+        BodyTooLargeError: it may not.
+    """
+    if size_bytes > limit_bytes:
+        raise BodyTooLargeError(
+            f"the body is {size_bytes} bytes long or more; the limit is {limit_bytes} bytes"
+        )
+
+
+def media_type_of(headers: Headers) -> bytes:
+    """What a body says it is; its texts are in UTF-8.
+
+    Raises:
+        UnknownCharsetError: they are in another charset. Some of those that Python knows take time
+            that grows with the square of the length.
+        UnsupportedMediaTypeError: it says far too much.
+    """
+    given = headers.get("content-type", "")
+    if len(given) > MAX_CONTENT_TYPE_BYTES:
+        raise UnsupportedMediaTypeError(
+            f"Content-Type is {len(given)} bytes long; the limit is {MAX_CONTENT_TYPE_BYTES} bytes"
+        )
+    # As the reader of forms reads it: if it were read otherwise, some charsets would get in.
+    media_type, options = parse_options_header(given)
+    charset = options.get(b"charset", b"utf-8").decode("latin-1").strip().lower()
+    if charset not in UTF_8:
+        raise UnknownCharsetError(f"charset must be 'utf-8', got {shown(charset)}")
+    return media_type
+
+
+def check_json(body: bytes) -> None:
+    """Return if `body` may be read as JSON: in UTF-8, and not very many values.
+
+    Raises:
+        MalformedJsonError: it is not.
+    """
+    if b"\0" in body:
+        # Python's reader would take UTF-16 and UTF-32 as well.
+        raise MalformedJsonError("the body is not valid JSON in UTF-8")
+    values = sum(body.count(sign) for sign in (b",", b"[", b"{"))
+    if values > MAX_JSON_VALUES:
+        raise MalformedJsonError(
+            f"the body has {values} values or more; the limit is {MAX_JSON_VALUES}"
+        )
