@@ -13,7 +13,7 @@ import httpx
 import pytest
 from api_fakes import SETTINGS, FakeBackend, client_for, make_app
 
-from service.api.bodies import MAX_JSON_VALUES, BodyBudget, BodyReader
+from service.api.body_reading import MAX_JSON_VALUES, BodyBudget, BodyReader
 from service.api.content_coding import Plain
 from service.api.errors import SlowRequestError, TooManyBodiesError
 from service.api.head_limits import HeadLimits
