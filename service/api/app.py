@@ -11,15 +11,16 @@ from fastapi import FastAPI, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api.access import Access, AccessMiddleware, UsageMiddleware
 from service.api.backend import Backend
 from service.api.body_reading import BodyBudget, BodyReader
+from service.api.cross_origin import CrossOriginMiddleware
 from service.api.errors import UnauthorizedError
 from service.api.handlers import add_error_handlers
 from service.api.head_limits import HeadLimitMiddleware
+from service.api.methods import HeadMiddleware
 from service.api.middleware import (
     BodyLimitMiddleware,
     RequestIdMiddleware,
@@ -145,9 +146,11 @@ def _middleware(
     settings: ApiSettings, access: Access, observation: Observation
 ) -> list[Middleware]:
     cors = Middleware(
-        CORSMiddleware,
+        CrossOriginMiddleware,
         allow_origins=settings.cors_origins,
-        allow_methods=("GET", "POST", "DELETE"),
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
+        # A public page that calls a server of a private network: the operator named the page.
+        allow_private_network=True,
         allow_headers=("*",),
         expose_headers=EXPOSED_HEADERS,
     )
@@ -166,4 +169,5 @@ def _middleware(
             reader=BodyReader(settings.body_timeout_s, BodyBudget(settings.max_bodies_bytes)),
         ),
         Middleware(UsageMiddleware, usage=access.usage),
+        Middleware(HeadMiddleware),
     ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service.api.errors import (
@@ -13,11 +12,15 @@ from service.api.errors import (
     UnknownRouteError,
     error_response,
 )
+from service.api.methods import allowed_methods
 from service.api.middleware import request_id_of
 from service.api.schemas import ImageRequest
 from service.api.validation import invalid_request
 from service.domain.errors import InvalidRequestError, StepserveError
 from service.domain.limits import shown
+
+PREFLIGHT = "Access-Control-Request-Method"
+"""A browser asks whether a page from elsewhere may call. Where it gets here, no page may."""
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -26,11 +29,25 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(error_class, _answer)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
-    ours = _translate(request, error)
-    response = error_response(ours, request_id_of(request.scope))
+async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return _answer_method(request)
+    response = error_response(_translate(request, error), request_id_of(request.scope))
     if isinstance(error, HTTPException):
-        response.headers.update(error.headers or {})  # "Allow" of a 405
+        response.headers.update(error.headers or {})
+    return response
+
+
+def _answer_method(request: Request) -> Response:
+    """Tell the methods of a path: as an error, unless that was the question."""
+    allowed = allowed_methods(request.app, request.scope)
+    if request.method == "OPTIONS" and PREFLIGHT not in request.headers:
+        return Response(status_code=204, headers={"Allow": ", ".join([*allowed, "OPTIONS"])})
+    told = ", ".join(allowed)
+    url = f"{request.method} {shown(request.url.path)}"
+    error = MethodNotAllowedError(f"cannot {url}; use {told}")
+    response = error_response(error, request_id_of(request.scope))
+    response.headers["Allow"] = told
     return response
 
 
@@ -47,9 +64,6 @@ def _translate_routing(request: Request, error: HTTPException) -> InvalidRequest
     match error.status_code:
         case 404:
             return UnknownRouteError(f"no such URL: {url}; see /docs for those there are")
-        case 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            return MethodNotAllowedError(f"cannot {url}; use {allowed}")
         case 400:
             # FastAPI's word for JSON that fails otherwise: not UTF-8, too deep, endless digits.
             return MalformedJsonError("the body is not valid JSON in UTF-8")
