@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
@@ -32,6 +32,9 @@ JSON = b"application/json"
 MAX_CONTENT_TYPE_BYTES = 1000
 MAX_JSON_VALUES = 50_000
 """Lists and objects and what is in them: each costs many times its length in memory."""
+
+PART_BYTES = 65_536
+"""Of a body: what is not put together with what follows."""
 
 
 class Held:
@@ -75,7 +78,7 @@ class BodyBudget:
 
     def grow(self, held: Held, size_bytes: int) -> None:
         """Count `held` as so many bytes."""
-        counted_bytes = max(0, size_bytes - SMALL_BYTES)
+        counted_bytes = 0 if held.gave_way else max(0, size_bytes - SMALL_BYTES)
         if counted_bytes == held.size_bytes:
             return
         self._held.setdefault(held)
@@ -92,6 +95,32 @@ class BodyBudget:
         held.size_bytes = 0
 
 
+@dataclass
+class Body:
+    """What has arrived of a body, in parts, and what is told of it."""
+
+    limit_bytes: int
+    is_json: bool = False
+    parts: list[bytearray] = field(default_factory=list)
+    size_bytes: int = 0
+    values: int = 0
+
+    def add(self, data: bytes) -> None:
+        """Another part of it. Short ones become one, as each costs memory of its own.
+
+        Raises:
+            BodyTooLargeError: it is longer than the limit.
+            MalformedJsonError: it cannot be JSON, or would be very many values.
+        """
+        self.size_bytes += len(data)
+        check_length(self.size_bytes, self.limit_bytes)
+        if self.is_json:
+            self.values = check_json(data, self.values)
+        if not self.parts or len(self.parts[-1]) >= PART_BYTES:
+            self.parts.append(bytearray())
+        self.parts[-1] += data
+
+
 @dataclass(frozen=True)
 class BodyReader:
     """Reads whole bodies.
@@ -104,12 +133,13 @@ class BodyReader:
     timeout_s: float
     budget: BodyBudget
 
-    async def read(self, receive: Receive, decoder: Decoder, limit_bytes: int) -> bytes:
-        """Return the body, unfolded.
+    async def read(self, receive: Receive, decoder: Decoder, body: Body) -> None:
+        """Read `body` to its end, unfolded.
 
         Raises:
-            BodyTooLargeError: it is longer than `limit_bytes`.
+            BodyTooLargeError: it is too long.
             MalformedBodyError: it is not compressed as it says.
+            MalformedJsonError: it is no JSON, but says so.
             SlowRequestError: it did not arrive in time.
             TooManyBodiesError: others were given its room.
             ClientDisconnect: the client left.
@@ -118,7 +148,7 @@ class BodyReader:
         with self.budget.hold(timeout) as held:
             try:
                 async with timeout:
-                    return await _read(receive, decoder, limit_bytes, held)
+                    await _read(receive, decoder, body, held)
             except TimeoutError:
                 if held.gave_way:
                     message = "too many bytes of bodies are being received; try again"
@@ -127,19 +157,17 @@ class BodyReader:
                 raise SlowRequestError(message) from None
 
 
-async def _read(receive: Receive, decoder: Decoder, limit_bytes: int, held: Held) -> bytes:
+async def _read(receive: Receive, decoder: Decoder, body: Body, held: Held) -> None:
     """Count what arrives: the declared length is only a hint, and chunks declare none."""
-    body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        body += decoder.feed(message.get("body", b""))
-        check_length(len(body), limit_bytes)
-        held.grow(len(body))
+        body.add(decoder.feed(message.get("body", b"")))
+        held.grow(body.size_bytes)
         if not message.get("more_body", False):
             decoder.check_end()
-            return bytes(body)
+            return
 
 
 def check_length(size_bytes: int, limit_bytes: int) -> None:
@@ -175,17 +203,18 @@ def media_type_of(headers: Headers) -> bytes:
     return media_type
 
 
-def check_json(body: bytes) -> None:
-    """Return if `body` may be read as JSON: in UTF-8, and not very many values.
+def check_json(data: bytes, values: int = 0) -> int:
+    """Return how many values there are, with `values` before: lists, objects, what is in them.
 
     Raises:
-        MalformedJsonError: it is not.
+        MalformedJsonError: there are very many, or it is not in UTF-8.
     """
-    if b"\0" in body:
+    if b"\0" in data:
         # Python's reader would take UTF-16 and UTF-32 as well.
         raise MalformedJsonError("the body is not valid JSON in UTF-8")
-    values = sum(body.count(sign) for sign in (b",", b"[", b"{"))
+    values += sum(data.count(sign) for sign in (b",", b"[", b"{"))
     if values > MAX_JSON_VALUES:
         raise MalformedJsonError(
             f"the body has {values} values or more; the limit is {MAX_JSON_VALUES}"
         )
+    return values

@@ -38,7 +38,7 @@ from service.domain.errors import StepserveError
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 4096
-"""What is parsed at a time: after each piece it is asked whether there may be more."""
+"""What is parsed at a time, but for bodies: then it is asked whether there may be more."""
 
 FIRST_PROBE_S = 0.2
 PROBE_FACTOR = 4
@@ -94,6 +94,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_head = True
         self._is_upgrade = False
         self._head_bytes = self._header_count = 0
+        self._body_left_bytes = 0
         # What came since the parser last got on: a header, or what is around parts of a body.
         self._loose_bytes = 0
         # What arrived before it may be parsed.
@@ -156,7 +157,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """A request begins."""
         super().on_message_begin()
         self._is_upgrade = False
-        self._head_bytes = self._header_count = 0
+        self._head_bytes = self._header_count = self._body_left_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """A part of its URL."""
@@ -170,6 +171,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._limits.head.check_headers(self._header_count, self._head_bytes)
         if self._in_head:
             super().on_header(name, value)
+            if name.lower() == b"content-length":
+                self._body_left_bytes = int(value)
 
     def on_headers_complete(self) -> None:
         """Its body begins, if it has one."""
@@ -184,6 +187,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of its body."""
         self._loose_bytes = 0
+        self._body_left_bytes -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -245,7 +249,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         data, position = memoryview(self._held), 0
         self._held = b""
         while position < len(data) and self._may_parse():
-            piece = data[position : position + PIECE_BYTES]
+            size = PIECE_BYTES if self._in_head else max(PIECE_BYTES, self._body_left_bytes)
+            piece = data[position : position + size]
             position += len(piece)
             self._parse(piece)
         if position < len(data) and self._error is None:

@@ -11,14 +11,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.body_reading import JSON, BodyReader, check_json, check_length, media_type_of
+from service.api.body_reading import JSON, Body, BodyReader, check_length, media_type_of
 from service.api.content_coding import CODINGS, decoder_of
 from service.api.errors import UnsupportedMediaTypeError, error_response
 from service.domain.errors import StepserveError
 
 REQUEST_ID_HEADER = "X-Request-ID"
 TIMING_HEADER = "Server-Timing"
-PART_BYTES = 65_536
+TURNS = 10
+"""Of the event loop between two long bodies: a short request takes no more."""
+
 UPLOADS = ("/v1/images/edits", "/v1/images/variations")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -130,26 +132,24 @@ class BodyLimitMiddleware:
             return None
         return await self._app(scope, self._replay(body, receive), send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive) -> Body:
         headers = Headers(scope=scope)
         limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
-        media_type = media_type_of(headers)
+        body = Body(limit_bytes, is_json=media_type_of(headers) == JSON)
         decoder = decoder_of(headers, limit_bytes)
         check_length(_declared_bytes(headers), limit_bytes)
-        body = await self._reader.read(receive, decoder, limit_bytes)
-        if media_type == JSON:
-            check_json(body)
+        await self._reader.read(receive, decoder, body)
         return body
 
-    def _replay(self, body: bytes, receive: Receive) -> Receive:
+    def _replay(self, body: Body, receive: Receive) -> Receive:
         """Return a `receive` that gives the body once, then whatever else comes (a disconnect).
 
         A long one comes in parts, as forms are read part by part, and its last part waits its turn:
         what is done at once with many of them, such as reading JSON, would hold up all others.
         """
-        parts = [body[i : i + PART_BYTES] for i in range(0, len(body), PART_BYTES)] or [b""]
-        parts.reverse()
-        was_long = len(parts) > 1
+        parts = body.parts[::-1] or [bytearray()]
+        body.parts.clear()
+        is_long = len(parts) > 1
 
         async def replay() -> Message:
             if not parts:
@@ -157,12 +157,17 @@ class BodyLimitMiddleware:
             part = parts.pop()
             if parts:
                 await asyncio.sleep(0)
-            elif was_long:
-                async with self._turn:
-                    await asyncio.sleep(0)
-            return {"type": "http.request", "body": part, "more_body": bool(parts)}
+            elif is_long:
+                await self._take_turn()
+            return {"type": "http.request", "body": bytes(part), "more_body": bool(parts)}
 
         return replay
+
+    async def _take_turn(self) -> None:
+        """Return once all others have had some turns of the event loop."""
+        async with self._turn:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
 
 
 def _choose_id(given: str) -> str:

@@ -7,13 +7,14 @@ import gzip
 import json
 import zlib
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
 import pytest
 from api_fakes import SETTINGS, FakeBackend, client_for, make_app
 
-from service.api.body_reading import MAX_JSON_VALUES, BodyBudget, BodyReader
+from service.api.body_reading import MAX_JSON_VALUES, SMALL_BYTES, Body, BodyBudget, BodyReader
 from service.api.content_coding import Plain
 from service.api.errors import SlowRequestError, TooManyBodiesError
 from service.api.head_limits import HeadLimits
@@ -244,7 +245,7 @@ class Endless:
 
 async def test_a_body_that_does_not_arrive_is_given_up():
     with pytest.raises(SlowRequestError, match=r"within 0\.01 s"):
-        await BodyReader(0.01, BodyBudget(10**6)).read(Endless(5).receive, Plain(), 100)
+        await BodyReader(0.01, BodyBudget(10**6)).read(Endless(5).receive, Plain(), Body(100))
 
 
 async def test_a_slow_body_is_answered(backend: FakeBackend):
@@ -265,17 +266,38 @@ async def test_a_slow_body_is_answered(backend: FakeBackend):
 async def test_the_body_that_is_awaited_longest_gives_way():
     reader = BodyReader(60, BodyBudget(250_000))
     first, second, small, third = Endless(150_000), Endless(150_000), Endless(9), Endless(200_000)
-    reading = []
-    for body in (first, small, second, third):
-        read = reader.read(body.receive, Plain(), 10**6)
+    reading, bodies = [], []
+    for sender in (first, small, second, third):
+        bodies.append(Body(10**6))
+        read = reader.read(sender.receive, Plain(), bodies[-1])
         reading.append(asyncio.create_task(read))
-        await body.asked.wait()
+        await sender.asked.wait()
     with pytest.raises(TooManyBodiesError):
         await reading[0]
-    for body in (small, second, third):
-        body.goes_on.set()
+    for sender in (small, second, third):
+        sender.goes_on.set()
+    await asyncio.gather(*reading[1:])
 
-    assert [len(await task) for task in reading[1:]] == [9, 150_000, 200_000]
+    assert [body.size_bytes for body in bodies[1:]] == [9, 150_000, 200_000]
+
+
+async def test_a_body_that_gave_way_counts_no_more():
+    """It goes on for a moment, with what it has received."""
+    budget = BodyBudget(100_000)
+    timeouts = [asyncio.Timeout(None) for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        for timeout in timeouts:
+            await stack.enter_async_context(timeout)
+        first, second, third = [stack.enter_context(budget.hold(t)) for t in timeouts]
+        first.grow(SMALL_BYTES + 90_000)
+        second.grow(SMALL_BYTES + 50_000)
+        first.grow(SMALL_BYTES + 95_000)
+        third.grow(SMALL_BYTES + 40_000)
+
+        told = [held.gave_way for held in (first, second, third)]
+        timeouts[0].reschedule(None)
+
+    assert told == [True, False, False]
 
 
 async def test_half_a_body_holds_no_place_of_a_key(backend: FakeBackend):
