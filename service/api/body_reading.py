@@ -28,10 +28,10 @@ SMALL_BYTES = 65_536
 
 RETRY_S = 1.0
 UTF_8 = ("utf-8", "utf8")
-JSON = b"application/json"
+JSON = "application/json"
 MAX_CONTENT_TYPE_BYTES = 1000
-MAX_JSON_VALUES = 50_000
-"""Lists and objects and what is in them: each costs many times its length in memory."""
+MAX_JSON_VALUES = 5_000
+"""Lists and objects and what is in them: each costs many times its length, and may be wrong."""
 
 PART_BYTES = 65_536
 """Of a body: what is not put together with what follows."""
@@ -182,7 +182,7 @@ def check_length(size_bytes: int, limit_bytes: int) -> None:
         )
 
 
-def media_type_of(headers: Headers) -> bytes:
+def media_type_of(headers: Headers) -> str:
     """What a body says it is; its texts are in UTF-8.
 
     Raises:
@@ -200,7 +200,7 @@ def media_type_of(headers: Headers) -> bytes:
     charset = options.get(b"charset", b"utf-8").decode("latin-1").strip().lower()
     if charset not in UTF_8:
         raise UnknownCharsetError(f"charset must be 'utf-8', got {shown(charset)}")
-    return media_type
+    return media_type.decode("latin-1")
 
 
 def check_json(data: bytes, values: int = 0) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from email.message import Message
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from service.api.access import caller_in
 from service.api.backend import Backend, ModelStatus
+from service.api.body_reading import JSON, media_type_of
 from service.api.errors import UnsupportedMediaTypeError
 from service.api.keys import Caller
 from service.api.middleware import request_id_of
@@ -19,7 +19,6 @@ from service.domain.errors import NotReadyError, UnknownModelError
 from service.domain.events import EncodedImage
 from service.domain.limits import did_you_mean, shown
 
-JSON = "application/json"
 FORM = "multipart/form-data"
 
 NO_REASON = "no reason given"
@@ -91,9 +90,7 @@ def declared_type(request: Request, *known: str) -> str:
         UnsupportedMediaTypeError: the `Content-Type` is missing or none of the known.
     """
     given = request.headers.get("content-type", "")
-    header = Message()
-    header["content-type"] = given
-    media_type = header.get_content_type()
+    media_type = media_type_of(request.headers)
     if not given or media_type not in known:
         wanted = " or ".join(map(repr, known))
         got = shown(given) if given else "none"

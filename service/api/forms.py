@@ -24,6 +24,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MAX_FILES = 20
 MAX_FIELDS = 100
+MAX_DISPOSITION_BYTES = 1024
+"""Of what names a field and its file; reading it takes time that grows with the square."""
+
 LIST_SUFFIX = "[]"
 """OpenAI's clients name the files of a list so."""
 
@@ -82,7 +85,13 @@ class _Utf8Parser(MultiPartParser):
     """
 
     def on_headers_finished(self) -> None:
-        (self._current_part.content_disposition or b"").decode("utf-8")
+        disposition = self._current_part.content_disposition or b""
+        if len(disposition) > MAX_DISPOSITION_BYTES:
+            raise MultiPartException(
+                f"a Content-Disposition is {len(disposition)} bytes long; the limit is "
+                f"{MAX_DISPOSITION_BYTES} bytes"
+            )
+        disposition.decode("utf-8")
         super().on_headers_finished()
 
     def on_part_end(self) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import json
 from dataclasses import dataclass, replace
 
-from service.api.dependencies import FORM, JSON, Incoming, declared_type
+from service.api.body_reading import JSON
+from service.api.dependencies import FORM, Incoming, declared_type
 from service.api.errors import MalformedJsonError
 from service.api.fetch import fetch_picture
 from service.api.forms import parse_body, parse_fields, read_form

@@ -175,6 +175,18 @@ async def test_texts_of_forms_that_are_not_utf_8_are_refused(
     assert "UTF-8" in answer.json()["error"]["message"]
 
 
+async def test_forms_have_limits_of_their_own(backend: FakeBackend):
+    many = b"".join(form(b'name="k%d"' % i, b"")[:-7] for i in range(101)) + b"--x--\r\n"
+    long_name = form(b'name="a"' + b";" * 2000, b"")
+    async with client_for(backend, LARGE) as client:
+        fields = await client.post(EDITS, content=many, headers=FORM)
+        name = await client.post(EDITS, content=long_name, headers=FORM)
+
+    assert error_of(fields) == error_of(name) == (400, "invalid_form")
+    assert "Maximum number of fields is 100" in fields.json()["error"]["message"]
+    assert "the limit is 1024 bytes" in name.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "headers",
     [
