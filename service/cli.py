@@ -57,7 +57,7 @@ ConfigOption = Annotated[
     typer.Option("--config", "-c", help="YAML file; STEPSERVE_ variables win over it."),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Model id from the configuration.")
+    str | None, typer.Option("--model", "-m", help="Model id or alias from the configuration.")
 ]
 
 
@@ -203,7 +203,8 @@ def models(config: ConfigOption = None) -> None:
             source = f"{model.path} at {model.revision}"
         else:
             source = str(model_folder(model.path))
-        typer.echo(f"{mark} {model_id:20} {model.dtype:10} {source}")
+        also = f"  (also {', '.join(model.aliases)})" if model.aliases else ""
+        typer.echo(f"{mark} {model_id:20} {model.dtype:10} {source}{also}")
 
 
 @app.command()
@@ -372,9 +373,10 @@ def _settings(config: Path | None) -> Settings:
 
 
 def _model_id(settings: Settings, model: str | None) -> str:
-    model_id = model or settings.default_model
-    if model_id not in settings.models:
-        raise ConfigError(f"no model {model_id!r}: there are {', '.join(settings.models)}")
+    name = model or settings.default_model
+    model_id = settings.model_id(name)
+    if model_id is None:
+        raise ConfigError(f"no model {name!r}: there are {', '.join(settings.models)}")
     return model_id
 
 

@@ -105,6 +105,14 @@ ByteCount = Annotated[int, _Number, Field(ge=0)]
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
+def _split_at_commas(value: Any) -> Any:
+    """Read a list as a variable holds it: `a,b`."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+_Listed = BeforeValidator(_split_at_commas)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -144,7 +152,7 @@ class HttpSettings(_Section):
     """Processes that answer HTTP."""
     allow_anonymous: bool = False
     """Serve other machines without API keys."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Annotated[tuple[str, ...], _Listed] = ()
     """Pages from elsewhere that may call from a browser, such as `https://example.com`."""
 
     @model_validator(mode="after")
@@ -295,6 +303,8 @@ class ModelSettings(SpeedSettings):
     """Local folder, or with `revision` a Hugging Face hub id; None means the embedded model."""
     revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Commit of the hub's repository: a model does not change under a running service."""
+    aliases: Annotated[tuple[ModelId, ...], _Listed] = ()
+    """Other names that requests may give it, such as those that OpenAI's clients send."""
     replicas: PositiveInt = 1
     routing: Literal["expected-finish", "power-of-two"] = "expected-finish"
     """Which replica gets a request: the one that should finish it first, or Ray Serve's own way."""
@@ -342,6 +352,20 @@ class Settings(_Section):
     default_model: str = Field(default="", validate_default=True)
     """Serves the requests that name no model; the first model where it is not set."""
 
+    @field_validator("models")
+    @classmethod
+    def _names_are_told_apart(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+        owners = {model_id: model_id for model_id in models}
+        for model_id, model in models.items():
+            for alias in model.aliases:
+                if alias in owners:
+                    what = (
+                        "a model's id" if owners[alias] == alias else f"of {owners[alias]!r}, too"
+                    )
+                    raise ValueError(f"alias {alias!r} of {model_id!r} is {what}; names are unique")
+                owners[alias] = model_id
+        return models
+
     @field_validator("default_model", mode="before")
     @classmethod
     def _default_to_the_first_model(cls, value: Any, info: ValidationInfo) -> Any:
@@ -355,6 +379,11 @@ class Settings(_Section):
             hint = _did_you_mean(value, models)
             raise ValueError(f"no model {value!r} among {', '.join(models)}{hint}")
         return value
+
+    def model_id(self, name: str) -> str | None:
+        """Return the id of the model with this id or alias, or None."""
+        named = (model_id for model_id, model in self.models.items() if name in model.aliases)
+        return name if name in self.models else next(named, None)
 
     def describe(self) -> str:
         """Return every setting in effect as YAML as `load_settings` reads it, but for secrets."""

@@ -165,6 +165,7 @@ class ModelAnswer(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    aliases: list[str] = Field(description="Other names that requests may give it.")
     description: str
     ready: bool
     detail: str = Field(description="Why the model is not ready; empty where it is.")

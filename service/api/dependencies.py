@@ -104,17 +104,19 @@ StoreDep = Annotated[ResultStore, Depends(get_store)]
 IncomingDep = Annotated[Incoming, Depends(get_incoming)]
 
 
-async def find_model(backend: Backend, model_id: str) -> ModelStatus:
-    """Return the status of one model.
+async def find_model(backend: Backend, name: str) -> ModelStatus:
+    """Return the status of the model with this id or alias.
 
     Raises:
         UnknownModelError: no such model; the message lists those there are.
     """
-    status = await backend.model(model_id)
+    models = [status.capabilities for status in await backend.models()]
+    ids = {alias: model.id for model in models for alias in model.aliases}
+    status = await backend.model(ids.get(name, name))
     if status is None:
-        served = [status.capabilities.id for status in await backend.models()]
+        served = [*(model.id for model in models), *ids]
         raise UnknownModelError(
-            f"no model {shown(model_id)}{did_you_mean(model_id, served)} "
+            f"no model {shown(name)}{did_you_mean(name, served)} "
             f"(served: {', '.join(served) or 'none'})",
             "model",
         )

@@ -79,7 +79,8 @@ class OpenIngress:
 def build_app(settings: Settings, keys: KeyRing, counter: Any, *, echo_request_id: bool) -> FastAPI:
     """The application, with everything that it needs of this process."""
     observation = observe(settings.telemetry)
-    backend = RemoteBackend(count_retries())
+    aliases = {model_id: model.aliases for model_id, model in settings.models.items()}
+    backend = RemoteBackend(count_retries(), aliases)
     usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
     results = settings.results
     store = open_store(results.address, results.expires_s, results.secret)

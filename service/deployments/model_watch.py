@@ -100,9 +100,13 @@ class ModelWatch:
         ask: asks a model, by its id, how it is; None while no replica of it is there to answer. It
             must not wait for one: that would wake a model that sleeps.
         wake: asks it as well, and waits for a replica, which wakes a model that sleeps.
+        aliases: other names of models, by id, until they tell theirs.
     """
 
-    def __init__(self, list_models: List, ask: Ask, wake: Ask) -> None:
+    def __init__(
+        self, list_models: List, ask: Ask, wake: Ask, aliases: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        self._aliases = aliases
         self._list_models = list_models
         self._ask = ask
         self._wake = wake
@@ -174,7 +178,8 @@ class ModelWatch:
             if known is not None:
                 known.listed = listed
                 continue
-            watched = Watched(listed, unknown_status(model_id, LOADING))
+            aliases = self._aliases.get(model_id, ())
+            watched = Watched(listed, unknown_status(model_id, LOADING, aliases))
             self._watched[model_id] = watched
             self._tasks[model_id] = asyncio.create_task(self._watch(model_id, watched))
 
@@ -239,7 +244,7 @@ def _asleep(status: ModelStatus) -> str:
     return "asleep" if load_s is None else f"asleep: the next request waits {load_s:.0f} s for it"
 
 
-def unknown_status(model_id: str, detail: str) -> ModelStatus:
+def unknown_status(model_id: str, detail: str, aliases: tuple[str, ...] = ()) -> ModelStatus:
     """Of a model whose limits are not known, as it is not loaded."""
     capabilities = ModelCapabilities(
         id=model_id,
@@ -247,5 +252,6 @@ def unknown_status(model_id: str, detail: str) -> ModelStatus:
         sizes=SizeRange(0, 0, 1, 0),
         schedulers=(),
         default_scheduler="",
+        aliases=aliases,
     )
     return ModelStatus(capabilities, ready=False, detail=detail)

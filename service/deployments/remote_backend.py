@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
@@ -31,14 +31,17 @@ class RemoteBackend:
 
     Args:
         retried: called with a model's id whenever a request of it goes to another replica.
+        aliases: other names of models, by id, until they tell theirs.
     """
 
-    def __init__(self, retried: Callable[[str], None]) -> None:
+    def __init__(
+        self, retried: Callable[[str], None], aliases: Mapping[str, tuple[str, ...]]
+    ) -> None:
         self._retried = retried
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
         self._asking: set[asyncio.Task[list[Any]]] = set()
-        self._watch = ModelWatch(list_models, self._status, self._status_once_awake)
+        self._watch = ModelWatch(list_models, self._status, self._status_once_awake, aliases)
 
     async def start(self) -> None:
         """Begin to watch the models."""

@@ -142,9 +142,11 @@ class ModelReplica:
         """
         if caller:
             self.callers.hear(caller)
+        aliases = self.spec.settings.aliases
         if self._failure:
-            return unknown_status(self.spec.model_id, self._failure)
-        capabilities = replace(self.runner.capabilities(), load_s=round(self.load_s, 1))
+            return unknown_status(self.spec.model_id, self._failure, aliases)
+        load_s = round(self.load_s, 1)
+        capabilities = replace(self.runner.capabilities(), load_s=load_s, aliases=aliases)
         if self._draining:
             return ModelStatus(capabilities, ready=False, detail="draining")
         return ModelStatus(capabilities, ready=True)

@@ -45,6 +45,7 @@ class ModelCapabilities:
     """Limits and defaults of one model, as `GET /v1/models` tells them.
 
     Args:
+        aliases: other names that requests may give it.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether a picture is the same in every bit whatever the load, on the device that
             serves it. Where it is not, `reproducible` requests give that.
@@ -72,6 +73,7 @@ class ModelCapabilities:
     max_adapters: int = 0
     created: int = 0
     owned_by: str = "stepserve"
+    aliases: tuple[str, ...] = ()
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     guidance_interval: bool = True
     same_bytes: bool = True

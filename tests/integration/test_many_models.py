@@ -44,7 +44,7 @@ class Many:
         self.folder = folder
         self.config = folder / "stepserve.yaml"
         self.models: dict[str, Any] = {
-            "steady": deepcopy(LIGHT),
+            "steady": deepcopy(LIGHT) | {"aliases": ["gpt-image-1"]},
             "broken": deepcopy(LIGHT) | {"path": str(folder / "nowhere")},
         }
         self.write()
@@ -161,7 +161,8 @@ def test_one_that_failed_is_tried_again_at_a_reload_and_once_its_folder_changes(
 def test_models_are_mended_added_and_removed_beside_the_traffic_of_others(many: Many) -> None:
     with Traffic(many, "steady") as traffic:
         many.models["broken"]["engine"]["max_waiting_pictures"] = 8
-        many.models["fetched"] = deepcopy(LIGHT) | {"path": HUB_ID, "revision": REVISION}
+        fetched = {"path": HUB_ID, "revision": REVISION, "aliases": ["dall-e-3"]}
+        many.models["fetched"] = deepcopy(LIGHT) | fetched
         many.apply()
         many.wait(lambda told: told["broken"]["ready"] and told.get("fetched", {}).get("ready"))
         assert many.draw("broken").status_code == 200
@@ -172,6 +173,10 @@ def test_models_are_mended_added_and_removed_beside_the_traffic_of_others(many: 
         many.apply()
         many.wait(lambda told: "broken" not in told and "sleepy" in told)
         assert many.draw("broken").status_code == 404
+        for alias, model in (("gpt-image-1", "steady"), ("dall-e-3", "fetched")):
+            assert many.draw(alias).json()["model"] == model
+            shown = httpx.get(f"{many.service.url}/v1/models/{alias}").json()
+            assert (shown["id"], shown["aliases"]) == (model, [alias])
     assert set(traffic.statuses) == {200}
     assert len(traffic.statuses) > 10
     assert "added: fetched\nupdated: broken\n" in many.service.log

@@ -328,6 +328,39 @@ def test_wrong_knobs(file: Path, content: str, problem: str):
     assert problem in problems_of(file)
 
 
+def test_aliases(file: Path):
+    file.write_text("models: {a: {aliases: [gpt-image-1, dall-e-3]}, b: {}}")
+    settings = load_settings(file, {"STEPSERVE_MODELS__B__ALIASES": "flux, x-1"})
+
+    assert settings.models["a"].aliases == ("gpt-image-1", "dall-e-3")
+    assert settings.models["b"].aliases == ("flux", "x-1")
+    found = [settings.model_id(name) for name in ("a", "dall-e-3", "x-1", "gpt")]
+    assert found == ["a", "a", "b", None]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{a: {aliases: [b]}, b: {}}", "alias 'b' of 'a' is a model's id; names are unique"),
+        ("{a: {aliases: [a]}}", "alias 'a' of 'a' is a model's id"),
+        ("{a: {aliases: [x]}, b: {aliases: [x]}}", "alias 'x' of 'b' is of 'a', too"),
+        ("{a: {aliases: [x, x]}}", "alias 'x' of 'a' is of 'a', too"),
+        ("{a: {aliases: [a/b]}}", "models.a.aliases.0: String should match pattern"),
+        ("{a: {alias: [x]}}", "did you mean 'models.a.aliases'?"),
+    ],
+)
+def test_wrong_aliases(file: Path, content: str, problem: str):
+    file.write_text(f"models: {content}")
+
+    assert problem in problems_of(file)
+
+
+def test_lists_are_set_by_variables_too():
+    settings = load_settings(None, {"STEPSERVE_HTTP__CORS_ORIGINS": "https://a.example,http://b"})
+
+    assert settings.http.cors_origins == ("https://a.example", "http://b")
+
+
 KEY = "an-operators-own-key-of-some-length"
 
 

@@ -155,9 +155,8 @@ def _ignored(incoming: Incoming, body: PictureRequest) -> tuple[str, ...]:
 
 async def _chosen_model(incoming: Incoming, body: PictureRequest) -> ModelStatus:
     default = incoming.settings.default_model
-    model_id = default if body.model is None else body.model
-    model = await find_model(incoming.backend, model_id)
-    notes_of(incoming.http.scope).model = model_id
+    model = await find_model(incoming.backend, default if body.model is None else body.model)
+    notes_of(incoming.http.scope).model = model.capabilities.id
     return model
 
 

@@ -1,4 +1,4 @@
-"""`GET /v1/models`, `/v1/models/{id}` and `/v1/models/{id}/batch`."""
+"""`GET /v1/models`, `/v1/models/{id}` and `/v1/models/{id}/batch`; an alias is as good as an id."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ async def show_model(id: str, backend: BackendDep) -> ModelAnswer:  # noqa: A002
 )
 async def show_batch(id: str, incoming: IncomingDep) -> BatchAnswer:  # noqa: A002
     """Which requests each replica has in hand, and which of them shared its latest forwards."""
-    await find_model(incoming.backend, id)
-    views = await incoming.backend.batch(id)
-    return batch_answer(id, views, incoming.caller.name)
+    model_id = (await find_model(incoming.backend, id)).capabilities.id
+    views = await incoming.backend.batch(model_id)
+    return batch_answer(model_id, views, incoming.caller.name)

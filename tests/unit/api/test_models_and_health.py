@@ -3,11 +3,13 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import httpx
+import pytest
 from api_fakes import EMOJI, FINGERPRINT, FakeBackend
 
 from service import __version__
 from service.api import ModelStatus
 
+GENERATIONS = "/v1/images/generations"
 LOADING = ModelStatus(replace(EMOJI, id="sd"), ready=False, detail="loading weights")
 
 
@@ -43,6 +45,47 @@ async def test_one_model(client: httpx.AsyncClient, backend: FakeBackend):
     everything = (await client.get("/v1/models")).json()["data"]
 
     assert (await client.get("/v1/models/sd")).json() == everything[1]
+
+
+async def test_an_alias_is_as_good_as_an_id(client: httpx.AsyncClient, backend: FakeBackend):
+    aliased = replace(EMOJI, aliases=("gpt-image-1", "dall-e-3"))
+    backend.statuses = [ModelStatus(aliased, ready=True)]
+    shown = (await client.get("/v1/models/gpt-image-1")).json()
+    drawn = await client.post(GENERATIONS, json={"prompt": "cat", "model": "gpt-image-1"})
+    batch = await client.get("/v1/models/dall-e-3/batch")
+
+    assert (shown["id"], shown["aliases"]) == ("emoji", ["gpt-image-1", "dall-e-3"])
+    assert (await client.get("/v1/models/emoji")).json() == shown
+    assert (drawn.json()["model"], backend.requests[0].model) == ("emoji", "emoji")
+    assert "b64_json" in drawn.json()["data"][0]
+    assert batch.json()["model"] == "emoji"
+
+
+async def test_no_name_is_an_alias_by_itself(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.statuses = [ModelStatus(replace(EMOJI, aliases=("dall-e-3",)), ready=True)]
+    answer = await client.post(GENERATIONS, json={"prompt": "cat", "model": "dall-e-2"})
+
+    assert answer.status_code == 404
+    message = answer.json()["error"]["message"]
+    assert message == "no model 'dall-e-2'; did you mean 'dall-e-3'? (served: emoji, dall-e-3)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({}, "url"),
+        ({"response_format": None}, "url"),
+        ({"response_format": "b64_json"}, "b64_json"),
+    ],
+)
+async def test_dall_e_answers_with_links(
+    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, str], key: str
+):
+    backend.statuses = [ModelStatus(replace(EMOJI, aliases=("dall-e-3",)), ready=True)]
+    body = {"prompt": "cat", "model": "dall-e-3"} | fields
+    [picture] = (await client.post(GENERATIONS, json=body)).json()["data"]
+
+    assert set(picture) == {key, "seed"}
 
 
 async def test_unknown_model(client: httpx.AsyncClient):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from dataclasses import replace
 
 import httpx
 import pytest
-from api_fakes import SETTINGS, Blocking, FakeBackend, make_store, raising
+from api_fakes import EMOJI, SETTINGS, Blocking, FakeBackend, make_store, raising
 
-from service.api import create_app
+from service.api import ModelStatus, create_app
 from service.api.access import Access
 from service.api.access_log import AccessLog
 from service.api.keys import ApiKey, KeyRing, hash_key
@@ -53,6 +54,15 @@ async def test_a_picture_that_was_made():
     assert (told.request_id, told.trace_id, told.notes.model) == ("mine", TRACE, "emoji")
     assert told.notes.timings.denoise_s == 0.25
     assert told.duration_s > 0
+
+
+async def test_an_alias_counts_for_its_model():
+    watched = Watched()
+    aliased = replace(EMOJI, aliases=("gpt-image-1",))
+    watched.backend.statuses = [ModelStatus(aliased, ready=True)]
+    told = await watched.post(model="gpt-image-1")
+
+    assert (told.status, told.notes.model, told.notes.generation.model) == (200, "emoji", "emoji")
 
 
 @pytest.mark.parametrize(

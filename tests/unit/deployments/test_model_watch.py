@@ -71,7 +71,7 @@ async def until(watch: ModelWatch, **wanted: object) -> ModelStatus:
 
 
 async def started(models: Models) -> ModelWatch:
-    watch = ModelWatch(models.list_models, models.ask, models.wake)
+    watch = ModelWatch(models.list_models, models.ask, models.wake, {"emoji": ("dall-e-2",)})
     await watch.start()
     return watch
 
@@ -83,6 +83,19 @@ async def test_who_is_there_is_known_once_it_started() -> None:
     assert watch.statuses() == [READY]
     assert await watch.status("emoji") == READY
     assert await watch.status("pizza") is None
+
+
+async def test_aliases_are_those_of_the_start_until_the_model_tells_its_own() -> None:
+    models = Models()
+    models.listed["added later"] = Listed()
+    models.answer = ModelStatus(replace(EMOJI, aliases=("gpt-image-1",)), ready=True)
+    watch = await started(models)
+    loading = [status.capabilities.aliases for status in watch.statuses()]
+    models.loaded.set()
+
+    assert loading == [("dall-e-2",), ()]
+    told = await until(watch, ready=True)
+    assert told.capabilities.aliases == ("gpt-image-1",)
 
 
 async def test_models_are_seldom_listed_while_nothing_changes(
