@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from running_clients import install_from_npm
 
 # No deadlines: these tests are about what happens, and they also run on busy machines.
 settings.register_profile(
@@ -35,3 +37,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the clients of npm are installed."""
+    return install_from_npm(tmp_path_factory.mktemp("javascript"))

@@ -11,7 +11,8 @@ from running_service import Service
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    running = Service(tmp_path_factory.mktemp("service"))
+    aliases = {"STEPSERVE_MODELS__EMOJI__ALIASES": "dall-e-2,dall-e-3,gpt-image-1"}
+    running = Service(tmp_path_factory.mktemp("service"), variables=aliases)
     running.start()
     yield running
     running.kill()
