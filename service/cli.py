@@ -231,7 +231,10 @@ def doctor(
 
 @app.command()
 def explain(
-    prompt: Annotated[str, typer.Argument(help="What to draw while explaining.")] = "red heart",
+    wanted: Annotated[
+        str, typer.Argument(metavar="[PROMPT]", help="What to draw while explaining.")
+    ] = "red heart",
+    prompt: Annotated[str | None, typer.Option(help="The same as an option.")] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the picture strips.")
     ] = Path("out"),
@@ -250,7 +253,7 @@ def explain(
 
     settings = _settings(config)
     folder = find_model(settings.models[_model_id(settings, model)])
-    for path in draw(folder, output, prompt, seed, steps):
+    for path in draw(folder, output, prompt or wanted, seed, steps):
         typer.echo(str(path))
 
 
