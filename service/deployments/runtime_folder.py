@@ -20,10 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from service.private_files import write_private_file
+from service.private_files import check_way, write_private_file
 
-PREFIX = "stepserve-run-"
-LOCK, NEW_LOCK = "lock", "lock.new"
+PREFIX, NEW_PREFIX = "stepserve-run-", "stepserve-new-"
 TOKEN_BYTES = 32
 # Names of Unix sockets have 107 bytes at most.
 LONGEST_BASE = (
@@ -54,16 +53,21 @@ class RuntimeFolder:
 
 @contextmanager
 def runtime_folder() -> Iterator[RuntimeFolder]:
-    """Make the folder, with a fresh token in it, and remove it at the end."""
+    """Make the folder, with a fresh token in it, and remove it at the end.
+
+    Raises:
+        NotPrivateError: others could put one of theirs in its place.
+    """
     base = _base()
+    check_way(base)
     _remove_leftovers(base)
     # Of mode 0700: nobody else reaches what is below, whatever its mode.
-    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    folder = RuntimeFolder(path)
+    path = Path(tempfile.mkdtemp(prefix=NEW_PREFIX, dir=base))
     try:
-        with _held(path / NEW_LOCK):
+        with _held(path):
             # Under its own name it is held already: an unheld one is a killed service's.
-            (path / NEW_LOCK).rename(path / LOCK)
+            path = path.rename(base / (PREFIX + path.name.removeprefix(NEW_PREFIX)))
+            folder = RuntimeFolder(path)
             folder.ray.mkdir(mode=0o700)
             write_private_file(folder.token, secrets.token_hex(TOKEN_BYTES).encode())
             yield folder
@@ -78,13 +82,15 @@ def _base() -> Path:
 
 
 @contextmanager
-def _held(path: Path, flags: int = os.O_CREAT | os.O_EXCL) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends.
+def _held(path: Path) -> Iterator[None]:
+    """Lock a folder until this process ends, however it ends.
+
+    Whoever cleans temporary folders by age (systemd-tmpfiles) leaves locked ones alone as well.
 
     Raises:
-        OSError: another process holds it, or it is not there.
+        OSError: another process holds it, or it is no folder.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o600)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -107,9 +113,9 @@ def _remove_leftovers(base: Path) -> None:
     for path in base.glob(f"{PREFIX}*"):
         # Others may remove it at the same time, and those of other users are not ours to touch.
         with contextlib.suppress(OSError):
-            if path.lstat().st_uid != os.getuid() or path.is_symlink():
+            if path.lstat().st_uid != os.getuid():
                 continue
-            with _held(path / LOCK, flags=0):
+            with _held(path):
                 if not _is_used(path):
                     _remove(path)
 

@@ -94,6 +94,7 @@ def serve_until_stopped(
         KeysUnreadableError: the API keys are not written as they should be.
         StoreUnusableError: results cannot be kept where the settings say.
         AddressTakenError: the service cannot listen at its address.
+        NotPrivateError: the folder for temporary files is open to others.
         StartError: no model could be loaded, or none was ready in time.
     """
     check_exposure(settings)

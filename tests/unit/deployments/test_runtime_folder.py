@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from service.deployments.runtime_folder import LONGEST_BASE, runtime_folder
+from service.private_files import NotPrivateError
 
 # Holds a folder; a child of its own has a log file there open, as Ray's processes have.
 HOLDER = """
@@ -43,6 +44,7 @@ def test_it_is_this_users_alone_and_goes_with_all_in_it(base: Path) -> None:
         assert folder.path.parent == base
         assert mode_of(folder.path) == 0o700
         assert mode_of(folder.token) == 0o600
+        assert [path.name[:14] for path in base.iterdir()] == ["stepserve-run-"]
         (folder.ray / "session" / "logs").mkdir(parents=True)
     assert list(base.iterdir()) == []
 
@@ -51,6 +53,15 @@ def test_it_goes_when_the_start_fails(base: Path) -> None:
     with pytest.raises(RuntimeError, match="no start"), runtime_folder():
         raise RuntimeError("no start")
     assert list(base.iterdir()) == []
+
+
+def test_it_is_made_in_no_folder_where_others_could_move_it(base: Path) -> None:
+    base.chmod(0o777)
+    with pytest.raises(NotPrivateError, match=f"other users may write to {base}"):
+        runtime_folder().__enter__()
+    base.chmod(0o1777)
+    with runtime_folder() as folder:
+        assert folder.path.exists()
 
 
 def test_each_service_has_a_token_of_its_own(base: Path) -> None:
@@ -80,7 +91,7 @@ def test_what_a_killed_service_left_is_removed_once_its_processes_are_gone(base:
 
 def test_folders_of_others_and_other_folders_stay(base: Path) -> None:
     (base / "stepserve-results-0").mkdir()
-    (base / "stepserve-run-unfinished").mkdir()
+    (base / "stepserve-run-file").touch()
     (base / "stepserve-run-link").symlink_to(base / "stepserve-results-0")
     with runtime_folder():
         pass
