@@ -7,18 +7,11 @@ an answer; one client could so hold up all others, which share an event loop.
 from __future__ import annotations
 
 import asyncio
-import logging
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.client_transport import ClientTransport
 from service.api.errors import (
@@ -27,15 +20,12 @@ from service.api.errors import (
     MethodNotAllowedError,
     SlowRequestError,
     TooManyConnectionsError,
-    error_response,
 )
 from service.api.head_limits import HeadLimits, header_bytes
-from service.api.middleware import REQUEST_ID_HEADER
 from service.api.open_connections import OpenConnections
+from service.api.refusals import Refusals
 from service.api.timers import Timers
 from service.domain.errors import StepserveError
-
-logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 4096
 """What is parsed at a time, but for bodies: then it is asked whether there may be more."""
@@ -63,18 +53,6 @@ class ConnectionLimits:
     keep_alive_s: float = 90.0
 
 
-ProtocolFactory = Callable[..., asyncio.Protocol]
-
-
-def limited_protocol(limits: ConnectionLimits, connections: OpenConnections) -> ProtocolFactory:
-    """What uvicorn's `Config(http=...)` takes: makes the protocol of each new connection."""
-
-    def make(**of_uvicorn: Any) -> asyncio.Protocol:
-        return LimitedHttpProtocol(limits, connections, **of_uvicorn)
-
-    return make
-
-
 class LimitedHttpProtocol(HttpToolsProtocol):
     """One connection.
 
@@ -83,11 +61,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     def __init__(
-        self, limits: ConnectionLimits, connections: OpenConnections, **of_uvicorn: Any
+        self,
+        limits: ConnectionLimits,
+        connections: OpenConnections,
+        refusals: Refusals,
+        **of_uvicorn: Any,
     ) -> None:
         super().__init__(**of_uvicorn)
         self._limits = limits
         self._open = connections
+        self._refusals = refusals
         self._client: ClientTransport
         # Of the request that is being parsed. Before its first byte it is in its head, too.
         self.url = b""
@@ -335,7 +318,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._answer_error(error)
 
     def _answer_error(self, error: StepserveError) -> None:
-        logger.info("connection refused: %s", error)
         self._open.await_client(self)
         if self._is_answering():
             self._client.abort()
@@ -345,12 +327,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._client.close()
 
     def _answer_with(self, error: StepserveError) -> bytes:
-        request_id = uuid.uuid4().hex
-        response = error_response(error, request_id)
-        ours = [(REQUEST_ID_HEADER.encode(), request_id.encode()), (b"connection", b"close")]
-        headers = [*self.server_state.default_headers, *response.raw_headers, *ours]
-        lines = [name + b": " + value + b"\r\n" for name, value in headers]
-        return b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body])
+        return self._refusals.answer(error, self.server_state.default_headers)
 
     def _give_up_working(self) -> None:
         """Tell the request at work that its client is gone."""

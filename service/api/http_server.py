@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
-from service.api.http_protocol import ConnectionLimits, limited_protocol
+from service.api.http_protocol import ConnectionLimits, LimitedHttpProtocol
 from service.api.open_connections import OpenConnections
+from service.api.refusals import Refusals
 
 
-def make_server(app: ASGIApp, limits: ConnectionLimits, max_connections: int) -> uvicorn.Server:
-    """Return a server of `app`; its `serve` takes the sockets to listen on.
+def make_server(app: FastAPI, limits: ConnectionLimits, max_connections: int) -> uvicorn.Server:
+    """Return a server of an app that `create_app` made; its `serve` takes the sockets to listen on.
 
     Args:
         max_connections: how many may be open at once.
     """
-    protocol = limited_protocol(limits, OpenConnections(max_connections))
+    refusals = Refusals(app.state.observation.listeners)
+    connections = OpenConnections(max_connections)
+    protocol = partial(LimitedHttpProtocol, limits, connections, refusals)
     config = uvicorn.Config(
         app,
         # uvicorn only ever calls it.

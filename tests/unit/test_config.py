@@ -180,6 +180,10 @@ def test_empty_sections_mean_defaults(file: Path, content: str):
             "http.request_timeout_s: Input should be greater than or equal to 0.001",
         ),
         ("http: {request_timeout_s: .inf}", "http.request_timeout_s: Input should be a finite"),
+        (
+            "http: {max_bodies_bytes: 1000000}",
+            "http: max_bodies_bytes is 1000000, less than one body may have (20971520)",
+        ),
         ("http: 5", "http: Input should be a valid dictionary"),
         ("models: {}", "models: Dictionary should have at least 1 item"),
         ("models: [a]", "models: Input should be a valid dictionary"),

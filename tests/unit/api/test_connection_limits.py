@@ -13,6 +13,8 @@ from served import HEALTH, answer_in, connect, is_closed, read_all, read_answer,
 
 from service.api.head_limits import HeadLimits
 from service.api.http_protocol import ConnectionLimits
+from service.api.notes import Exchange
+from service.api.settings import Observation
 from service.domain.events import Accepted, Event, Outcome
 from service.domain.requests import GenerationRequest
 
@@ -171,6 +173,18 @@ def test_a_connection_that_was_kept_alive_ends_as_well(port: int, begun: bytes):
         received = read_all(client)
 
     assert (answer_in(received).status == 408) if begun else (received == b"")
+
+
+def test_what_is_refused_is_told_like_any_other_answer(backend: FakeBackend):
+    told: list[Exchange] = []
+    app = make_app(backend)
+    app.state.observation = Observation(listeners=(told.append,))
+    with served(app, LIMITS) as port:
+        refused(port, b"GET /", MEGABYTE)
+
+    (exchange,) = told
+    assert (exchange.route, exchange.status, exchange.outcome) == ("unmatched", 414, "url_too_long")
+    assert not exchange.asks_for_work
 
 
 def test_one_that_works_is_not_cut_off(port: int, backend: FakeBackend):

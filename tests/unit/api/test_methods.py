@@ -5,11 +5,16 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from api_fakes import FakeBackend, client_for, make_app
+from api_fakes import SETTINGS, FakeBackend, client_for, make_app, make_store
 from served import connect, read_all, served
 
-from service.api import ApiSettings
+from service.api import ApiSettings, create_app
+from service.api.access import Access
 from service.api.http_protocol import ConnectionLimits
+from service.api.keys import KeyRing
+from service.api.notes import Exchange
+from service.api.settings import Observation
+from service.api.usage import LocalUsage
 from service.domain.events import Accepted, Event
 from service.domain.requests import GenerationRequest
 
@@ -44,6 +49,18 @@ async def test_head_is_get_without_its_body(client: httpx.AsyncClient, path: str
     assert head.content == b""
     for name in ("content-type", "content-length", "etag", "cache-control"):
         assert head.headers.get(name) == got.headers.get(name)
+
+
+async def test_head_is_told_with_its_route(backend: FakeBackend):
+    told: list[Exchange] = []
+    observation = Observation(listeners=(told.append,))
+    access = Access(KeyRing(), LocalUsage(lambda: 0.0))
+    app = create_app(backend, SETTINGS, make_store(), access, observation)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.head("/v1/models/emoji")
+
+    assert (told[0].method, told[0].route) == ("HEAD", "/v1/models/{id}")
 
 
 def test_head_on_a_real_connection(backend: FakeBackend):
