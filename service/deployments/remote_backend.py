@@ -20,7 +20,7 @@ from service.domain.batch import BatchView
 from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 
 # Answered from memory between two awaits; a replica that takes longer is as good as gone.
 ASK_TIMEOUT_S = 5.0
@@ -105,24 +105,25 @@ class RemoteBackend:
 
     def _make_sure_it_ends(self, request: GenerationRequest) -> None:
         """Nobody waits any more. Ray's own cancelling of a call is a wish that may get lost."""
-        cancelling = self._ask_replicas(request.model, "cancel", request.id, request.owner)
+        cancelling = self._ask_replicas(request.model, "cancel", request.key)
         asking = asyncio.create_task(cancelling)
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
 
     async def progress(self, request_id: str, owner: str) -> Progress | None:
         """Where a request of `owner` stands, whichever replica has it; None if none does."""
-        return _first_at_work(await self._ask_all("progress", request_id, owner))
+        return _first_at_work(await self._ask_all("progress", RequestKey(request_id, owner)))
 
     async def cancel(self, request_id: str, owner: str) -> Progress | None:
         """End a request at its next step, whichever replica has it; None if none does."""
-        return _first_at_work(await self._ask_all("cancel", request_id, owner))
+        return _first_at_work(await self._ask_all("cancel", RequestKey(request_id, owner)))
 
     async def events(
         self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """Events of a request from `number` on, as soon as there are any; None if it is unknown."""
-        told = await self._ask_all("events", request_id, owner, number, wait_s, slack_s=wait_s)
+        key = RequestKey(request_id, owner)
+        told = await self._ask_all("events", key, number, wait_s, slack_s=wait_s)
         known: list[Sequence[NumberedEvent]] = [events for events in told if events is not None]
         return max(known, key=len) if known else None
 

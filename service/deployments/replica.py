@@ -40,7 +40,7 @@ from service.domain.errors import (
 from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 from service.models.catalogue import ModelNotFoundError
 from service.telemetry.flusher import Flusher
 
@@ -75,7 +75,7 @@ class ModelReplica:
         self.spec = spec
         self.callers = Callers(time.monotonic)
         self._draining = False
-        self._orphaned: set[str] = set()
+        self._orphaned: set[RequestKey] = set()
         self._attempts = LoadAttempts(partial(folder_state, _own_folder(spec)), time.monotonic)
         start_logging(spec.telemetry)
         if not self._load():
@@ -178,30 +178,31 @@ class ModelReplica:
         except RequestIdInUseError as error:
             yield Failed(request.id, error)
             return
-        self.callers.begin(request.id, caller)
+        key = request.key
+        self.callers.begin(key, caller)
         try:
             while True:
                 event = await events.get()
-                if isinstance(event, Failed) and request.id in self._orphaned:
+                if isinstance(event, Failed) and key in self._orphaned:
                     event = Failed(request.id, StoppedError("its ingress was not heard from"))
                 yield event
                 if isinstance(event, Finished | Failed):
                     return
         finally:
-            self.callers.end(request.id)
-            self._orphaned.discard(request.id)
-            self.desk.give_up(request.id)
+            self.callers.end(key)
+            self._orphaned.discard(key)
+            self.desk.give_up(key)
 
-    async def progress(self, request_id: str, owner: str) -> Progress | None:
+    async def progress(self, key: RequestKey) -> Progress | None:
         """Where a request stands, or None if this replica knows none such of that owner."""
-        return None if self._failure else self.desk.progress(request_id, owner)
+        return None if self._failure else self.desk.progress(key)
 
-    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+    async def cancel(self, key: RequestKey) -> Progress | None:
         """End a request at its next step; None if this replica knows none such of that owner."""
-        return None if self._failure else self.desk.cancel(request_id, owner)
+        return None if self._failure else self.desk.cancel(key)
 
     async def events(
-        self, request_id: str, owner: str, number: int, wait_s: float
+        self, key: RequestKey, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """The events of a request from `number` on, as soon as there are any, or after `wait_s`.
 
@@ -209,7 +210,7 @@ class ModelReplica:
         """
         if self._failure:
             return None
-        return await self.desk.events(request_id, owner, number, wait_s)
+        return await self.desk.events(key, number, wait_s)
 
     async def batch(self) -> BatchView | None:
         """What the engine has in hand, and its latest forwards; None where there is no engine."""
@@ -239,11 +240,11 @@ class ModelReplica:
         """Called by Ray Serve every now and then."""
         if self._failure:
             return
-        for request_id in self.callers.orphans():
-            logger.warning("request %s is given up: its ingress is gone", request_id)
-            self.callers.end(request_id)
-            self._orphaned.add(request_id)
-            self.desk.give_up(request_id)
+        for key in self.callers.orphans():
+            logger.warning("request %s is given up: its ingress is gone", key.id)
+            self.callers.end(key)
+            self._orphaned.add(key)
+            self.desk.give_up(key)
         # One that drained has no engine any more.
         silent_s = 0.0 if self._draining else self.runner.engine.silent_s()
         if silent_s > self.spec.settings.engine.stuck_after_s:

@@ -1,4 +1,4 @@
-"""The requests of one replica by id: handed in, followed, asked after, given up."""
+"""The requests of one replica by id and owner: handed in, followed, asked after, given up."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from service.domain.errors import GenerationFailedError
 from service.domain.events import Event, Failed
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent, RequestLog
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 from service.routing.reports import Job, Report, StepCost, job_of, size_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Watcher(Protocol):
         """A request is about to be handed in."""
         ...
 
-    def hear(self, event: Event) -> None:
+    def hear(self, key: RequestKey, event: Event) -> None:
         """Something happened to a request."""
         ...
 
@@ -46,7 +47,7 @@ class NotWatched:
     def begin(self, request: GenerationRequest) -> None:
         """Ignored."""
 
-    def hear(self, event: Event) -> None:
+    def hear(self, key: RequestKey, event: Event) -> None:
         """Ignored."""
 
 
@@ -60,59 +61,54 @@ class RequestDesk:
         self._runner = runner
         self._watcher = watcher
         self._log = RequestLog(time.monotonic, time.time)
-        self._queues: dict[str, EventQueue] = {}
-        self._given_up: set[str] = set()
-        self._jobs: dict[str, Job] = {}
+        self._queues: dict[RequestKey, EventQueue] = {}
+        self._given_up: set[RequestKey] = set()
+        self._jobs: dict[RequestKey, Job] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._posted: deque[Event] = deque()
+        self._posted: deque[tuple[RequestKey, Event]] = deque()
         self._collecting = False
         # Replaced at every event: whoever waits for news waits for the one there is now.
-        self._news: dict[str, asyncio.Event] = {}
+        self._news: dict[RequestKey, asyncio.Event] = {}
 
     async def submit(self, request: GenerationRequest) -> EventQueue:
         """Hand a request in; its events come in order, the last one is its end.
 
         Raises:
-            RequestIdInUseError: a request of that id is still at work.
+            RequestIdInUseError: a request of that id and owner is still at work.
         """
-        await self._let_step_back(request.id)
+        key = request.key
+        await self._let_step_back(key)
         self._log.open(request)
-        queue = self._queues[request.id] = EventQueue()
-        self._jobs[request.id] = job_of(request)
+        queue = self._queues[key] = EventQueue()
+        self._jobs[key] = job_of(request)
         self._loop = asyncio.get_running_loop()
         try:
             self._watcher.begin(request)
-            self._runner.submit(request, self._post)
+            self._runner.submit(request, partial(self._post, key))
         except Exception as error:
             # Else its id would be at work for ever, and whoever waits would never hear of an end.
             logger.exception("request %s cannot be handed in", request.id)
             message = f"request {request.id} cannot be handed in: {error!r}"
-            self._post(Failed(request.id, GenerationFailedError(message)))
+            self._post(key, Failed(request.id, GenerationFailedError(message)))
         return queue
 
-    def give_up(self, request_id: str) -> None:
+    def give_up(self, key: RequestKey) -> None:
         """End a request at its next step. Does nothing if it has ended or is not known."""
-        if self._log.is_running(request_id):
-            self._given_up.add(request_id)
-            self._runner.cancel(request_id)
+        if self._log.is_running(key):
+            self._given_up.add(key)
+            self._runner.cancel(key)
 
-    def cancel(self, request_id: str, owner: str) -> Progress | None:
-        """Give up a request of `owner`, and tell where it stands; None if there is none such."""
-        if self._log.belongs_to(owner, request_id):
-            self.give_up(request_id)
-        return self.progress(request_id, owner)
+    def cancel(self, key: RequestKey) -> Progress | None:
+        """Give up a request, and tell where it stands; None if there is none such."""
+        self.give_up(key)
+        return self.progress(key)
 
-    def progress(self, request_id: str, owner: str) -> Progress | None:
-        """Where a request stands now, or None if `owner` has none such.
-
-        Callers choose ids: the same one may be another caller's, here or on another replica.
-        """
-        if not self._log.belongs_to(owner, request_id):
-            return None
-        progress = self._log.progress(request_id)
+    def progress(self, key: RequestKey) -> Progress | None:
+        """Where a request stands now, or None if its owner has none of that id."""
+        progress = self._log.progress(key)
         if progress is None or progress.ended:
             return progress
-        outlook = self._runner.outlook_of(request_id)
+        outlook = self._runner.outlook_of(key)
         if outlook is None:
             return progress
         position, expected_s = outlook
@@ -124,37 +120,31 @@ class RequestDesk:
         steps = engine.steps_left()
         return Report(
             jobs=tuple(
-                replace(job, steps=steps[name]) for name, job in self._jobs.items() if name in steps
+                replace(job, steps=steps[key]) for key, job in self._jobs.items() if key in steps
             ),
             costs={_size(size): StepCost(*cost) for size, cost in engine.step_costs().items()},
             picture_limit=engine.options.max_waiting_pictures,
         )
 
     async def events(
-        self, request_id: str, owner: str, number: int, wait_s: float
+        self, key: RequestKey, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """Events from `number` on: at once if there are any, else the next, or none in time.
 
-        None if `owner` has no such request.
+        None if its owner has no such request.
         """
-        events = self._events_since(request_id, owner, number)
-        if events or events is None or not self._log.is_running(request_id):
+        events = self._log.events_since(key, number)
+        if events or events is None or not self._log.is_running(key):
             return events
-        await self._wait_for_news(request_id, wait_s)
-        return self._events_since(request_id, owner, number)
+        await self._wait_for_news(key, wait_s)
+        return self._log.events_since(key, number)
 
-    def _events_since(
-        self, request_id: str, owner: str, number: int
-    ) -> Sequence[NumberedEvent] | None:
-        known = self._log.belongs_to(owner, request_id)
-        return self._log.events_since(request_id, number) if known else None
-
-    def _post(self, event: Event) -> None:
+    def _post(self, key: RequestKey, event: Event) -> None:
         """Called by the engine's threads at every step of every request: must cost next to nothing.
 
         Waking the loop takes a system call, so it is woken once for all that has come meanwhile.
         """
-        self._posted.append(event)
+        self._posted.append((key, event))
         if not self._collecting:
             self._collecting = True
             assert self._loop is not None
@@ -164,31 +154,30 @@ class RequestDesk:
         # First of all: what is posted from now on wakes the loop again.
         self._collecting = False
         while self._posted:
-            self._hear(self._posted.popleft())
+            self._hear(*self._posted.popleft())
 
-    def _hear(self, event: Event) -> None:
-        request_id = event.request_id
-        self._log.add(event)
-        self._watcher.hear(event)
-        queue = self._queues.get(request_id)
+    def _hear(self, key: RequestKey, event: Event) -> None:
+        self._log.add(key, event)
+        self._watcher.hear(key, event)
+        queue = self._queues.get(key)
         if queue is not None:
             queue.put_nowait(event)
-        if not self._log.is_running(request_id):
-            self._queues.pop(request_id, None)
-            self._jobs.pop(request_id, None)
-            self._given_up.discard(request_id)
-        news = self._news.pop(request_id, None)
+        if not self._log.is_running(key):
+            self._queues.pop(key, None)
+            self._jobs.pop(key, None)
+            self._given_up.discard(key)
+        news = self._news.pop(key, None)
         if news is not None:
             news.set()
 
-    async def _let_step_back(self, request_id: str) -> None:
+    async def _let_step_back(self, key: RequestKey) -> None:
         """A client that left and comes again must not be told that it is still here."""
         deadline_s = time.monotonic() + STEP_BACK_S
-        while request_id in self._given_up and time.monotonic() < deadline_s:
-            await self._wait_for_news(request_id, STEP_BACK_S)
+        while key in self._given_up and time.monotonic() < deadline_s:
+            await self._wait_for_news(key, STEP_BACK_S)
 
-    async def _wait_for_news(self, request_id: str, wait_s: float) -> None:
-        news = self._news.setdefault(request_id, asyncio.Event())
+    async def _wait_for_news(self, key: RequestKey, wait_s: float) -> None:
+        news = self._news.setdefault(key, asyncio.Event())
         try:
             await asyncio.wait_for(news.wait(), wait_s)
         except TimeoutError:

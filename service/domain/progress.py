@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from service.domain.errors import CancelledError, ExpiredError, StepserveError, StoppedError
 from service.domain.events import Accepted, Event, Failed, Finished, Preview, Started, StepFinished
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 from service.domain.states import RequestState, is_terminal
 from service.domain.timings import Timings
 
@@ -30,6 +30,11 @@ class Progress:
     expected_s: float | None = None
     error: StepserveError | None = None
     timings: Timings | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        """Of the request."""
+        return RequestKey(self.request_id, self.owner)
 
     @property
     def ended(self) -> bool:

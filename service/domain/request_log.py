@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from service.domain.errors import RequestIdInUseError
 from service.domain.events import EncodedImage, Event, Finished, Preview, StepFinished
 from service.domain.progress import Progress, advance, new_progress
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 
 MOST_ENDED = 1000
 """So many ended requests are remembered."""
@@ -53,7 +53,7 @@ class Record:
 
 
 class RequestLog:
-    """Remembers requests by id. Not thread-safe: for one event loop.
+    """Remembers requests by id and owner. Not thread-safe: for one event loop.
 
     Args:
         clock: seconds, monotonic.
@@ -69,7 +69,7 @@ class RequestLog:
     ) -> None:
         self._clock = clock
         self._wall_clock = wall_clock
-        self._records: dict[str, Record] = {}
+        self._records: dict[RequestKey, Record] = {}
         self._ended: deque[Record] = deque()
         self._previews: deque[tuple[Record, int, int]] = deque()
         self._previews_bytes = 0
@@ -80,32 +80,27 @@ class RequestLog:
         """Begin a record. The id of a request that has ended may be used again.
 
         Raises:
-            RequestIdInUseError: a request of that id is still at work.
+            RequestIdInUseError: a request of that id and owner is still at work.
         """
-        if self.is_running(request.id):
+        if self.is_running(request.key):
             raise RequestIdInUseError(
                 f"X-Request-ID {request.id!r} names a request that is still at work; "
                 "send another, or none",
                 "X-Request-ID",
             )
         created = int(self._wall_clock())
-        self._records[request.id] = Record(new_progress(request, created))
+        self._records[request.key] = Record(new_progress(request, created))
 
-    def belongs_to(self, owner: str, request_id: str) -> bool:
-        """Whether a request of that id is known and `owner` sent it."""
-        record = self._records.get(request_id)
-        return record is not None and record.progress.owner == owner
-
-    def is_running(self, request_id: str) -> bool:
-        """Whether a request of that id is known and has not ended."""
-        record = self._records.get(request_id)
+    def is_running(self, key: RequestKey) -> bool:
+        """Whether a request is known and has not ended."""
+        record = self._records.get(key)
         return record is not None and not record.progress.ended
 
-    def add(self, event: Event) -> None:
+    def add(self, key: RequestKey, event: Event) -> None:
         """Note what happened to a request that is at work. Anything else is ignored."""
-        if not self.is_running(event.request_id):
+        if not self.is_running(key):
             return
-        record = self._records[event.request_id]
+        record = self._records[key]
         record.progress = advance(record.progress, event)
         if record.progress.expected_s is not None and record.expected_at_s is None:
             record.expected_at_s = self._clock() + record.progress.expected_s
@@ -115,9 +110,9 @@ class RequestLog:
         if record.progress.ended:
             self._retire(record)
 
-    def progress(self, request_id: str) -> Progress | None:
+    def progress(self, key: RequestKey) -> Progress | None:
         """Where a request stands now, or None if it is not known."""
-        record = self._records.get(request_id)
+        record = self._records.get(key)
         if record is None:
             return None
         if record.progress.ended or record.expected_at_s is None:
@@ -125,12 +120,12 @@ class RequestLog:
         left_s = max(record.expected_at_s - self._clock(), 0.0)
         return replace(record.progress, expected_s=left_s)
 
-    def events_since(self, request_id: str, number: int) -> list[NumberedEvent] | None:
+    def events_since(self, key: RequestKey, number: int) -> list[NumberedEvent] | None:
         """The events of a request from `number` on, or None if it is not known.
 
         Previews whose pictures were dropped to save memory have none.
         """
-        record = self._records.get(request_id)
+        record = self._records.get(key)
         if record is None:
             return None
         return [NumberedEvent(n, event) for n, event in record.events.items() if n >= number]
@@ -153,8 +148,8 @@ class RequestLog:
         if len(self._ended) > self._most_ended:
             oldest = self._ended.popleft()
             # Its id may have been used again meanwhile.
-            if self._records.get(oldest.progress.request_id) is oldest:
-                del self._records[oldest.progress.request_id]
+            if self._records.get(oldest.progress.key) is oldest:
+                del self._records[oldest.progress.key]
 
 
 def _without_pictures(finished: Finished) -> Finished:

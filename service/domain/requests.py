@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 
 class OutputFormat(StrEnum):
@@ -36,6 +37,16 @@ class AdapterUse:
 
     name: str
     scale: float = 1.0
+
+
+class RequestKey(NamedTuple):
+    """What names a request: its id and who sent it.
+
+    Callers choose ids, so that the same one may be at work for another owner.
+    """
+
+    id: str
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,11 @@ class GenerationRequest:
     previews: int = 0
     owner: str = ""
     trace_context: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> RequestKey:
+        """What names it on a replica."""
+        return RequestKey(self.id, self.owner)
 
     @property
     def rows(self) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from service.domain.batch import BatchView, RequestInBatch, SharedForward
 from service.domain.errors import ExpiredError, StoppedError
+from service.domain.requests import RequestKey
 from service.engine.aside import Aside
 from service.engine.call import Call, CallKey
 from service.engine.coalesce import split, stack
@@ -149,12 +150,18 @@ class Batcher:
         self.row_limit = rows
         self.row_limits.denoiser_rows = rows
 
-    def stop_track(self, request_id: str, error: BaseException) -> None:
-        """End a track by raising `error` from the call it is parked at. Unknown ids are ignored."""
+    def stop_track(self, key: RequestKey, error: BaseException) -> None:
+        """End a track by raising `error` from the call it is parked at, if it is there."""
         for track in [*self.active, *self.queued]:
-            if track.work.id == request_id:
+            if track.work.key == key:
                 track.stop(error)
         self._forget_ended()
+
+    def release(self, key: RequestKey) -> None:
+        """Let a held track start, if it is there."""
+        for track in self.queued:
+            if track.work.key == key:
+                track.held = False
 
     def stop_all(self, make_error: Callable[[str], BaseException]) -> None:
         """End every track with the error that `make_error` makes for its request id."""
@@ -225,18 +232,19 @@ class Batcher:
 
     def _next_to_start(self) -> Track | None:
         """The queued track that is next in line, if there is room for it."""
-        if not self.queued or (self.one_at_a_time and self.active):
+        queued = [track for track in self.queued if not track.held]
+        if not queued or (self.one_at_a_time and self.active):
             return None
         running = [_as_running(other) for other in self.active]
-        if not self._room_for_any(running):
+        if not self._room_for_any(queued, running):
             return None
-        line = {self.outlook.as_queued(track): track for track in self.queued}
+        line = {self.outlook.as_queued(track): track for track in queued}
         first = next_to_start(list(line), running, self.row_limit, self._policy)
         return None if first is None else line[first]
 
-    def _room_for_any(self, running: Sequence[Running]) -> bool:
+    def _room_for_any(self, queued: Sequence[Track], running: Sequence[Running]) -> bool:
         """Asked at every tick, and at saturation there is none: so when each is due comes later."""
-        sizes = {_as_running(track) for track in self.queued}
+        sizes = {_as_running(track) for track in queued}
         return any(self._policy.has_room(size, running, self.row_limit) for size in sizes)
 
     def _decide(self) -> list[Track]:
@@ -489,7 +497,7 @@ def _in_batch(track: Track) -> RequestInBatch:
 def _ending(track: Track, now_s: float) -> WorkReport:
     work = track.work
     return WorkReport(
-        id=work.id,
+        key=work.key,
         ended_s=now_s,
         state=track.state,
         timings=track.clockwork.timings(now_s),

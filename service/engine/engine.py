@@ -23,6 +23,7 @@ from service.domain.errors import (
     NotReadyError,
     StoppedError,
 )
+from service.domain.requests import RequestKey
 from service.engine.admission import (
     Ending,
     Load,
@@ -149,17 +150,25 @@ class Engine:
             self._let_in(in_hand, track, prospect)
         return len(in_hand)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, key: RequestKey) -> None:
         """End a request at its next park; does nothing if it is unknown or ended already."""
-        error = CancelledError(f"request {request_id} was cancelled")
-        self._commands.put(partial(self.batcher.stop_track, request_id, error))
+        error = CancelledError(f"request {key.id} was cancelled")
+        self._commands.put(partial(self.batcher.stop_track, key, error))
+
+    def release(self, key: RequestKey) -> None:
+        """Let held work start; does nothing if it is unknown or ended already."""
+        self._commands.put(partial(self.batcher.release, key))
+
+    def fail(self, key: RequestKey, error: BaseException) -> None:
+        """End work with an error; does nothing if it is unknown or ended already."""
+        self._commands.put(partial(self.batcher.stop_track, key, error))
 
     def load(self) -> Load:
         """Work in hand: everything accepted and not yet ended."""
         with self._lock:
             return load_of(self._endings(self._not_ended()))
 
-    def outlook_of(self, request_id: str) -> tuple[int, float] | None:
+    def outlook_of(self, key: RequestKey) -> tuple[int, float] | None:
         """How many requests in hand came before this one, and when it should end, in seconds.
 
         None if it is not in hand.
@@ -168,14 +177,14 @@ class Engine:
             tracks = self._not_ended()
             seconds = self.batcher.finish_times_s(tracks)
         for position, (track, expected_s) in enumerate(zip(tracks, seconds, strict=True)):
-            if track.work.id == request_id:
+            if track.work.key == key:
                 return position, expected_s
         return None
 
-    def steps_left(self) -> dict[str, int]:
-        """Denoising steps left to everything in hand, by request id."""
+    def steps_left(self) -> dict[RequestKey, int]:
+        """Denoising steps left to everything in hand."""
         with self._lock:
-            return {track.work.id: track.steps_left for track in self._not_ended()}
+            return {track.work.key: track.steps_left for track in self._not_ended()}
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
         """What was learned of steps; see `Outlook.step_costs`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from service.domain.requests import RequestKey
 from service.domain.states import RequestState
 from service.domain.timings import Timings
 
@@ -32,7 +33,7 @@ class ForwardReport(NamedTuple):
 class WorkReport(NamedTuple):
     """One piece of work that ended, at `ended_s` on the engine's clock."""
 
-    id: str
+    key: RequestKey
     ended_s: float
     state: RequestState
     timings: Timings

@@ -18,9 +18,11 @@ from service.domain.errors import (
     CancelledError,
     ExpiredError,
     GenerationFailedError,
+    InvalidRequestError,
     StepserveError,
     StoppedError,
 )
+from service.domain.requests import RequestKey
 from service.domain.states import RequestState, is_terminal, move
 from service.domain.timings import Timings
 from service.engine.call import Call
@@ -51,7 +53,7 @@ class Work:
     """What the engine is asked to do.
 
     Args:
-        id: names the work in messages and for cancelling.
+        id: names the work in messages, and among the works of its owner.
         rows: rows that each denoiser call will take, unless it is narrowed.
         steps: denoiser calls expected, for estimates.
         pictures: pictures it makes, counted against the limit on waiting work.
@@ -65,7 +67,9 @@ class Work:
         size: what decides the cost of its steps, such as width and height. Requests of equal size
             are expected to take equally long for a row.
         narrowing: which denoiser calls need only half of their rows, or None.
-        owner: who it is for; told to those who watch the batch.
+        owner: who it is for. Works of several owners may have the same id.
+        held: it may not start before `Engine.release` is told that what it needs is there. Until
+            then it waits in line as any other.
     """
 
     id: str
@@ -81,6 +85,12 @@ class Work:
     size: Hashable = None
     narrowing: Narrowing | None = None
     owner: str = ""
+    held: bool = False
+
+    @property
+    def key(self) -> RequestKey:
+        """What names it among all that is in hand."""
+        return RequestKey(self.id, self.owner)
 
 
 @dataclass
@@ -124,6 +134,7 @@ class Track:
         self.state = RequestState.QUEUED
         self.clockwork = Clockwork(submitted_s=clock())
         self.call: Call | None = None
+        self.held = work.held
         self.parked_s = 0.0
         self.steps_done = 0
         # Orders tracks by their submission.
@@ -145,7 +156,7 @@ class Track:
     @property
     def variant(self) -> Hashable:
         """What keeps its calls apart from others': its adapters, and itself if it is isolated."""
-        return (self.work.variant, self.work.id) if self.work.isolated else self.work.variant
+        return (self.work.variant, self.work.key) if self.work.isolated else self.work.variant
 
     @property
     def kind(self) -> Hashable:
@@ -251,7 +262,8 @@ class Track:
             self._end(RequestState.EXPIRED)
         else:
             self._end(RequestState.FAILED)
-            logger.warning("request %s failed", self.work.id, exc_info=error)
+            if not isinstance(error, InvalidRequestError):
+                logger.warning("request %s failed", self.work.id, exc_info=error)
         forget_frames(error)
         tell(self.work.id, self.work.listener.failed, error, self.clockwork.timings(self._clock()))
 

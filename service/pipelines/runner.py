@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from service.domain.errors import InvalidRequestError, RefusedError
 from service.domain.events import Accepted, Event, Failed, Finished, Preview, Started, StepFinished
 from service.domain.limits import check_request
 from service.domain.models import ModelCapabilities
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 from service.domain.timings import Timings
 from service.engine.aside import CudaAside
 from service.engine.engine import Engine, EngineOptions
@@ -30,13 +29,14 @@ from service.pipelines.attach import PROMPTS_BYTES, ParkingOptions, attach
 from service.pipelines.compiling import row_buckets
 from service.pipelines.decodings import decoding_rules
 from service.pipelines.denoiser_code import Code, DenoiserCode
+from service.pipelines.encoding import PictureEncoder
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.graphs import CudaRecorder, GraphedForward, graph_denoisers
 from service.pipelines.guidance import narrow_to_interval
 from service.pipelines.guided_steps import CLASSIC, measure_guided_step
 from service.pipelines.host_numbers import can_keep_on_host
 from service.pipelines.images import encode_image, encode_preview
-from service.pipelines.inputs import decode_inputs
+from service.pipelines.input_decoding import InputDecoder, Inputs
 from service.pipelines.load import LoadedModel
 from service.pipelines.memory import memory_bytes
 from service.pipelines.offers import tried_offer
@@ -76,12 +76,13 @@ class RequestListener:
 
     request: GenerationRequest
     sink: Sink
-    encoder: ThreadPoolExecutor
+    encoder: PictureEncoder
+    inputs: Inputs
     fingerprint: Callable[[], str] = str
 
     def accepted(self, position: int, expected_s: float) -> None:
-        """The request was let in."""
-        self.sink(Accepted(self.request.id, position, expected_s))
+        """The request was let in. Told once its images are known to be fine."""
+        self.inputs.then(partial(self.sink, Accepted(self.request.id, position, expected_s)))
 
     def started(self) -> None:
         """The pipeline call begins."""
@@ -97,18 +98,19 @@ class RequestListener:
         Previews and the pictures themselves are encoded by one thread, so they stay in order.
         """
         told = partial(self._tell_preview, index, step, steps, images)
-        tell(self.request.id, partial(self.encoder.submit, told))
+        tell(self.request.id, self.encoder.submit, len(images), told)
 
     def finished(self, result: list[Image.Image], timings: Timings) -> None:
         """Encode off the engine thread: the next forward must not wait for it."""
         try:
-            self.encoder.submit(self._encode, result, timings)
+            self.encoder.submit(len(result), partial(self._encode, result, timings))
         except RuntimeError as error:
             # The interpreter is shutting down.
             self.failed(error, timings)
 
     def failed(self, error: BaseException, timings: Timings) -> None:
-        """Cancelled, or the pipeline raised."""
+        """Cancelled, or the pipeline raised, or an image cannot be read."""
+        self.inputs.forget()
         self.sink(Failed(self.request.id, as_stepserve_error(error, self.request.id)))
 
     def _tell_preview(self, index: int, step: int, steps: int, images: list[Image.Image]) -> None:
@@ -155,7 +157,8 @@ class PipelineRunner:
         self.guided_step = CLASSIC
         self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
-        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._encoder = PictureEncoder(options.max_waiting_pictures)
+        self._decoder = InputDecoder(self.engine)
         self._threads = 0
         self.denoiser_code: DenoiserCode | None = None
         self.graphs: list[GraphedForward] = []
@@ -209,16 +212,19 @@ class PipelineRunner:
         try:
             check_request(request, self._limits)
             self.model.prompt_meter.check(request)
-            self.engine.submit(self._work(request, sink))
+            self._encoder.check_room()
+            inputs = Inputs(request)
+            self.engine.submit(self._work(request, sink, inputs))
+            self._decoder.submit(inputs)
         except (InvalidRequestError, RefusedError) as error:
             sink(Failed(request.id, error))
         except Exception as error:
             logger.exception("request %s could not be handed to the engine", request.id)
             sink(Failed(request.id, as_stepserve_error(error, request.id)))
 
-    def outlook_of(self, request_id: str) -> tuple[int, float] | None:
+    def outlook_of(self, key: RequestKey) -> tuple[int, float] | None:
         """Requests in hand that came before this one, and seconds until it should end, or None."""
-        return self.engine.outlook_of(request_id)
+        return self.engine.outlook_of(key)
 
     def view(self) -> BatchView:
         """What is in hand, and the latest forwards."""
@@ -228,16 +234,17 @@ class PipelineRunner:
         """Memory that the model's device holds, by kind."""
         return memory_bytes(self._device)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, key: RequestKey) -> None:
         """End a request at its next park."""
-        self.engine.cancel(request_id)
+        self.engine.cancel(key)
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Finish what is in hand within `drain_s` seconds, cancel the rest, and end."""
         if self.denoiser_code is not None:
             self.denoiser_code.stop()
         self.engine.stop(drain_s)
-        self._encoder.shutdown(wait=True)
+        self._decoder.stop()
+        self._encoder.shutdown()
         self._detach()
         self.adapters.close()
 
@@ -289,15 +296,17 @@ class PipelineRunner:
             rules = decoding_rules(pipeline, trial, self.plan)
             batcher.adjust = rules if rules.rows else None
 
-    def _work(self, request: GenerationRequest, sink: Sink) -> Work:
+    def _work(self, request: GenerationRequest, sink: Sink, inputs: Inputs) -> Work:
         code = self.denoiser_code.in_use if self.denoiser_code else None
-        listener = RequestListener(request, sink, self._encoder, partial(self._fingerprint, code))
-        inputs = decode_inputs(request)
+        fingerprint = partial(self._fingerprint, code)
+        listener = RequestListener(request, sink, self._encoder, inputs, fingerprint)
         calls = denoiser_calls(self.model, request)
         variant = self.adapters.resolve(request.adapters)
-        make = partial(
-            make_pictures, self.model, request, inputs, listener.step_ended, listener.foretold
-        )
+
+        def make() -> list[Image.Image]:
+            steps, previews = listener.step_ended, listener.foretold
+            return make_pictures(self.model, request, inputs.pictures, steps, previews)
+
         return Work(
             id=request.id,
             rows=self.guided_step.rows_of(request),
@@ -313,6 +322,7 @@ class PipelineRunner:
             variant=code or variant,
             narrowing=narrow_to_interval(request, calls),
             owner=request.owner,
+            held=inputs.are_needed,
         )
 
     def _usual_request_s(self) -> float | None:
@@ -329,7 +339,7 @@ class PipelineRunner:
             seed=0,
             scheduler=limits.default_scheduler,
         )
-        return self.engine.alone_s(self._work(usual, lambda event: None)) or None
+        return self.engine.alone_s(self._work(usual, lambda event: None, Inputs(usual))) or None
 
     def _fingerprint(self, code: Code | None) -> str:
         """Of a picture that was made since `code` was in use; None without a choice of code."""

@@ -25,7 +25,7 @@ class Job:
     """A request as routing sees it.
 
     Args:
-        id: as the client knows it.
+        id: of the request, with its owner before it: callers choose ids.
         size: what decides the cost of its steps, such as `64x64`.
         group: requests of one size and one set of adapters; they share forwards.
         rows: rows that each of its steps takes.
@@ -71,7 +71,7 @@ def job_of(request: GenerationRequest) -> Job:
     """What a request asks of a replica, as far as can be told without the model."""
     strength = 1.0 if request.image is None else request.strength
     return Job(
-        id=request.id,
+        id=f"{request.owner}/{request.id}",
         size=size_of(request.width, request.height),
         group=group_of(request),
         rows=request.rows,

@@ -20,7 +20,7 @@ from opentelemetry.trace.propagation import set_span_in_context
 
 from service import __version__
 from service.domain.events import Accepted, Event, Failed, Finished
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 from service.domain.timings import Timings
 from service.telemetry.engine_metrics import DENOISE
 from service.telemetry.tracing import NAME, carried_context
@@ -53,7 +53,7 @@ class Ending(Protocol):
     """One piece of work that ended."""
 
     @property
-    def id(self) -> str: ...  # noqa: D102
+    def key(self) -> RequestKey: ...  # noqa: D102
     @property
     def ended_s(self) -> float: ...  # noqa: D102
     @property
@@ -64,7 +64,7 @@ class Ending(Protocol):
 class Company:
     """Denoising forwards in a row that a request had with the same companions."""
 
-    companions: set[str]
+    companions: set[RequestKey]
     began_s: float
     ended_s: float
     first_step: int
@@ -121,7 +121,7 @@ class RequestTraces:
         # Appending and popping at the ends is safe between threads.
         self._heard: deque[Callable[[], None]] = deque()
         # Those at work; touched by `flush` alone, but for the question whether there are any.
-        self._requests: dict[str, TracedRequest] = {}
+        self._requests: dict[RequestKey, TracedRequest] = {}
 
     def begin(self, request: GenerationRequest) -> None:
         """A request is about to be handed to the engine."""
@@ -132,15 +132,16 @@ class RequestTraces:
             start_time=self._ns(self._clock()),
         )
         if span.is_recording():
-            self._heard.append(partial(self._requests.__setitem__, request.id, TracedRequest(span)))
+            traced = TracedRequest(span)
+            self._heard.append(partial(self._requests.__setitem__, request.key, traced))
 
-    def hear(self, event: Event) -> None:
+    def hear(self, key: RequestKey, event: Event) -> None:
         """Something happened to a request."""
         match event:
-            case Accepted(request_id=request_id):
-                self._heard.append(partial(self._accepted, request_id))
+            case Accepted():
+                self._heard.append(partial(self._accepted, key))
             case Finished() | Failed():
-                self._heard.append(partial(self._ended, event, self._clock()))
+                self._heard.append(partial(self._ended, key, event, self._clock()))
 
     def forward_ended(self, report: Forward) -> None:
         """A shared forward succeeded."""
@@ -167,16 +168,16 @@ class RequestTraces:
         self._requests.clear()
         self._provider.shutdown()
 
-    def _accepted(self, request_id: str) -> None:
-        if traced := self._requests.get(request_id):
+    def _accepted(self, key: RequestKey) -> None:
+        if traced := self._requests.get(key):
             traced.is_accepted = True
 
     def _forward(self, report: Forward) -> None:
-        names = {request_id for request_id, _, _ in report.requests}
-        for request_id in names & self._requests.keys():
-            traced = self._requests[request_id]
+        names = {RequestKey(request_id, owner) for request_id, owner, _ in report.requests}
+        for key in names & self._requests.keys():
+            traced = self._requests[key]
             if report.stage in DENOISING:
-                self._denoise(traced, names - {request_id}, report)
+                self._denoise(traced, names - {key}, report)
             else:
                 self._end_company(traced)
                 began_s = report.ended_s - report.seconds
@@ -186,7 +187,7 @@ class RequestTraces:
                 }
                 self._child(traced, _span_name(report), (began_s, report.ended_s), module)
 
-    def _denoise(self, traced: TracedRequest, companions: set[str], report: Forward) -> None:
+    def _denoise(self, traced: TracedRequest, companions: set[RequestKey], report: Forward) -> None:
         company = traced.company
         changed = company is None or company.companions != companions
         if company is None or (changed and traced.spans < MOST_SPANS):
@@ -205,10 +206,10 @@ class RequestTraces:
         if changed:
             self._link(company, companions)
 
-    def _link(self, company: Company, companions: set[str]) -> None:
-        for request_id in companions & self._requests.keys():
-            context = self._requests[request_id].span.get_span_context()
-            attributes = {"stepserve.request_id": request_id}
+    def _link(self, company: Company, companions: set[RequestKey]) -> None:
+        for key in companions & self._requests.keys():
+            context = self._requests[key].span.get_span_context()
+            attributes = {"stepserve.request_id": key.id}
             company.links.setdefault(context.span_id, Link(context, attributes))
 
     def _end_company(self, traced: TracedRequest) -> None:
@@ -225,21 +226,21 @@ class RequestTraces:
         self._child(traced, "denoising", times, attributes, list(company.links.values()))
 
     def _work_ended(self, report: Ending) -> None:
-        traced = self._requests.get(report.id)
+        traced = self._requests.get(report.key)
         if traced is None:
             return
         self._end_company(traced)
         accepted_s = report.ended_s - report.timings.total_s
         self._child(traced, "queue", (accepted_s, accepted_s + report.timings.queue_s))
         traced.work_ended_s = report.ended_s
-        self._end_if_over(report.id, traced)
+        self._end_if_over(report.key, traced)
 
-    def _ended(self, event: Finished | Failed, now_s: float) -> None:
-        if traced := self._requests.get(event.request_id):
+    def _ended(self, key: RequestKey, event: Finished | Failed, now_s: float) -> None:
+        if traced := self._requests.get(key):
             traced.ending, traced.ended_s = event, now_s
-            self._end_if_over(event.request_id, traced)
+            self._end_if_over(key, traced)
 
-    def _end_if_over(self, request_id: str, traced: TracedRequest) -> None:
+    def _end_if_over(self, key: RequestKey, traced: TracedRequest) -> None:
         if not traced.is_over:
             return
         if isinstance(traced.ending, Finished) and traced.work_ended_s is not None:
@@ -247,7 +248,7 @@ class RequestTraces:
             self._child(traced, "picture encoding", times)
         _tell_ending(traced.span, traced.ending)
         traced.span.end(self._ns(traced.ended_s))
-        del self._requests[request_id]
+        del self._requests[key]
 
     def _child(
         self,

@@ -26,7 +26,7 @@ from torch import nn
 
 from service.domain.errors import CancelledError
 from service.domain.events import Event, Failed, Finished
-from service.domain.requests import AdapterUse, GenerationRequest, Priority, Task
+from service.domain.requests import AdapterUse, GenerationRequest, Priority, RequestKey, Task
 from service.engine.engine import EngineOptions
 from service.engine.leaves import content_digest
 from service.engine.track import TrackGreenlet
@@ -225,7 +225,7 @@ class RandomLoad:
             for _ in range(burst):
                 self._submit(chance)
             if self._in_hand and chance.random() < 0.1:
-                self.runner.cancel(chance.choice(list(self._in_hand)))
+                self.runner.cancel(RequestKey(chance.choice(list(self._in_hand))))
             self._hear(chance.choice((1, 2, 5, 12)))
 
     def _submit(self, chance: random.Random) -> None:

@@ -33,7 +33,7 @@ from service.domain.fingerprint import Fingerprint
 from service.domain.models import ModelCapabilities, SizeRange
 from service.domain.progress import Progress
 from service.domain.request_log import NumberedEvent, RequestLog
-from service.domain.requests import GenerationRequest, Task
+from service.domain.requests import GenerationRequest, RequestKey, Task
 from service.domain.timings import Timings
 
 FINGERPRINT = Fingerprint(
@@ -106,9 +106,9 @@ class FakeBackend:
         try:
             outcome = await self.generate_with(request)
         except asyncio.CancelledError:
-            self.log.add(Failed(request.id, CancelledError("gone")))
+            self.log.add(request.key, Failed(request.id, CancelledError("gone")))
             raise
-        self.log.add(outcome)
+        self.log.add(request.key, outcome)
         return outcome
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
@@ -116,29 +116,29 @@ class FakeBackend:
         self.log.open(request)
         try:
             async for event in self.stream_with(request):
-                self.log.add(event)
+                self.log.add(request.key, event)
                 yield event
         finally:
-            self.log.add(Failed(request.id, CancelledError("gone")))
+            self.log.add(request.key, Failed(request.id, CancelledError("gone")))
 
     async def progress(self, request_id: str, owner: str) -> Progress | None:
-        known = self.log.belongs_to(owner, request_id)
-        return self.log.progress(request_id) if known else None
+        return self.log.progress(RequestKey(request_id, owner))
 
     async def cancel(self, request_id: str, owner: str) -> Progress | None:
-        if self.log.belongs_to(owner, request_id):
-            self.log.add(Failed(request_id, CancelledError(f"request {request_id} was cancelled")))
+        error = CancelledError(f"request {request_id} was cancelled")
+        self.log.add(RequestKey(request_id, owner), Failed(request_id, error))
         return await self.progress(request_id, owner)
 
     async def events(
         self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
-        if next(self.unheard, False) or not self.log.belongs_to(owner, request_id):
+        key = RequestKey(request_id, owner)
+        if next(self.unheard, False):
             return None
-        events = self.log.events_since(request_id, number)
-        if not events and self.log.is_running(request_id):
+        events = self.log.events_since(key, number)
+        if not events and self.log.is_running(key):
             await asyncio.sleep(min(wait_s, 0.01))
-            events = self.log.events_since(request_id, number)
+            events = self.log.events_since(key, number)
         return events
 
     async def batch(self, model_id: str) -> Sequence[BatchView]:

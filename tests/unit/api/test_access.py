@@ -28,7 +28,7 @@ from service.api.keys import ApiKey, KeyRing, hash_key, new_key
 from service.api.usage import Answer, LocalUsage
 from service.domain.errors import GenerationFailedError, NotReadyError
 from service.domain.events import Event
-from service.domain.requests import GenerationRequest, Priority
+from service.domain.requests import GenerationRequest, Priority, RequestKey
 
 GENERATIONS = "/v1/images/generations"
 KEY, OTHER_KEY = new_key(), new_key()
@@ -179,7 +179,7 @@ async def test_who_knows_the_id_of_anothers_request_cannot_end_it(backend: FakeB
     async with client_of(app) as client, client_of(app, OTHER_KEY) as other:
         body, headers = {"prompt": "cat"}, {"X-Request-ID": "mine"}
         drawing = asyncio.create_task(client.post(GENERATIONS, json=body, headers=headers))
-        while not backend.log.is_running("mine"):
+        while not backend.log.is_running(RequestKey("mine", "app")):
             await asyncio.sleep(0)
         refused = await other.delete("/v1/requests/mine")
         told = await client.get("/v1/requests/mine")
@@ -424,3 +424,25 @@ def test_the_document_says_that_keys_are_sent_as_bearer(backend: FakeBackend):
 
 def test_the_document_asks_for_no_keys_where_there_are_none(backend: FakeBackend):
     assert "securitySchemes" not in make_app(backend).openapi()["components"]
+
+
+async def test_two_keys_work_under_one_id_and_neither_sees_or_ends_the_others(
+    backend: FakeBackend,
+):
+    backend.generate_with = Blocking()
+    app = guarded(backend, entry(), entry(OTHER_KEY, "other"))
+    async with client_of(app) as client, client_of(app, OTHER_KEY) as other:
+        body, headers = {"prompt": "cat"}, {"X-Request-ID": "order"}
+        drawing = [
+            asyncio.create_task(c.post(GENERATIONS, json=body, headers=headers))
+            for c in (client, other)
+        ]
+        while not backend.log.is_running(RequestKey("order", "other")):
+            await asyncio.sleep(0)
+        ended = await other.delete("/v1/requests/order")
+        told = await client.get("/v1/requests/order")
+        for task in drawing:
+            task.cancel()
+
+    assert len(backend.requests) == 2
+    assert (ended.json()["state"], told.json()["state"]) == ("cancelled", "queued")

@@ -15,6 +15,7 @@ from api_fakes import Blocking, FakeBackend
 from service.api.routes import requests
 from service.domain.batch import BatchView, RequestInBatch, SharedForward
 from service.domain.events import Accepted, StepFinished
+from service.domain.requests import RequestKey
 from service.domain.states import RequestState
 
 URL = "/v1/images/generations"
@@ -49,11 +50,11 @@ async def test_a_running_request_is_told_and_cancelled(
 ):
     backend.generate_with = Blocking()
     making = asyncio.create_task(make(client, "slow"))
-    while not backend.log.is_running("slow"):
+    while not backend.log.is_running(RequestKey("slow")):
         await asyncio.sleep(0)
-    backend.log.add(Accepted("slow", 3, 9.0))
+    backend.log.add(RequestKey("slow"), Accepted("slow", 3, 9.0))
     queued = (await client.get("/v1/requests/slow")).json()
-    backend.log.add(StepFinished("slow", 2, 20))
+    backend.log.add(RequestKey("slow"), StepFinished("slow", 2, 20))
     running = (await client.get("/v1/requests/slow")).json()
     cancelled = await client.delete("/v1/requests/slow")
     again = await client.delete("/v1/requests/slow")
@@ -124,7 +125,7 @@ async def test_an_id_at_work_is_refused_and_one_that_ended_is_not(
     assert (await make(client, "twice")).status_code == 200
     backend.generate_with = Blocking()
     making = asyncio.create_task(make(client, "twice"))
-    while not backend.log.is_running("twice"):
+    while not backend.log.is_running(RequestKey("twice")):
         await asyncio.sleep(0)
     answer = await make(client, "twice")
     making.cancel()

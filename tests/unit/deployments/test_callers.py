@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from service.deployments.callers import Callers
+from service.domain.requests import RequestKey
 
 
 class Clock:
@@ -16,14 +17,14 @@ def test_requests_of_a_caller_that_falls_silent_are_orphans() -> None:
     clock = Clock()
     callers = Callers(clock, orphaned_after_s=10)
     for request, caller in (("a", "one"), ("b", "two"), ("c", "one"), ("d", "")):
-        callers.begin(request, caller)
-    callers.end("c")
+        callers.begin(RequestKey(request), caller)
+    callers.end(RequestKey("c"))
     clock.now_s += 9
     callers.hear("two")
     assert callers.orphans() == []
     clock.now_s += 2
-    assert callers.orphans() == ["a"]
-    callers.end("a")
+    assert callers.orphans() == [RequestKey("a")]
+    callers.end(RequestKey("a"))
     assert callers.orphans() == []
 
 
@@ -32,5 +33,5 @@ def test_who_begins_a_request_was_heard() -> None:
     callers = Callers(clock, orphaned_after_s=10)
     callers.hear("one")
     clock.now_s += 20
-    callers.begin("a", "one")
+    callers.begin(RequestKey("a"), "one")
     assert callers.orphans() == []

@@ -13,7 +13,7 @@ import pytest
 from service.deployments.request_desk import RequestDesk
 from service.domain.errors import CancelledError, GenerationFailedError, RequestIdInUseError
 from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 from service.domain.states import RequestState
 from service.domain.timings import Timings
 
@@ -23,7 +23,7 @@ class ThreadedRunner:
 
     def __init__(self) -> None:
         self.sinks: dict[str, Callable[[Event], None]] = {}
-        self.cancelled: list[str] = []
+        self.cancelled: list[RequestKey] = []
         self.error: Exception | None = None
 
     def submit(self, request: GenerationRequest, sink: Callable[[Event], None]) -> None:
@@ -32,10 +32,10 @@ class ThreadedRunner:
         self.sinks[request.id] = sink
         sink(Accepted(request.id, 0, 1.0))
 
-    def cancel(self, request_id: str) -> None:
-        self.cancelled.append(request_id)
+    def cancel(self, key: RequestKey) -> None:
+        self.cancelled.append(key)
 
-    def outlook_of(self, request_id: str) -> tuple[int, float] | None:
+    def outlook_of(self, key: RequestKey) -> tuple[int, float] | None:
         return (2, 5.0)
 
     def tell(self, *events: Event) -> None:
@@ -81,22 +81,22 @@ async def test_the_engine_is_asked_how_long_it_takes(desk: RequestDesk, runner: 
     await desk.submit(request())
     runner.tell(Started("a"))
     await asyncio.sleep(0)
-    running = desk.progress("a", "")
+    running = desk.progress(RequestKey("a"))
     runner.tell(finished())
     await asyncio.sleep(0)
-    ended = desk.progress("a", "")
+    ended = desk.progress(RequestKey("a"))
 
     assert running is not None
     assert ended is not None
     assert (running.position, running.expected_s) == (2, 5.0)
     assert (ended.position, ended.expected_s) == (0, None)
-    assert desk.progress("b", "") is None
+    assert desk.progress(RequestKey("b")) is None
 
 
 async def test_news_wakes_those_who_wait(desk: RequestDesk, runner: ThreadedRunner):
     await desk.submit(request())
     await asyncio.sleep(0)
-    waiting = asyncio.create_task(desk.events("a", "", 1, 30.0))
+    waiting = asyncio.create_task(desk.events(RequestKey("a"), 1, 30.0))
     await asyncio.sleep(0)
     runner.tell(Started("a"))
     news = await waiting
@@ -109,22 +109,22 @@ async def test_without_news_the_wait_ends(desk: RequestDesk):
     await desk.submit(request())
     await asyncio.sleep(0)
 
-    assert await desk.events("a", "", 1, 0.01) == []
-    assert await desk.events("unknown", "", 0, 30.0) is None
+    assert await desk.events(RequestKey("a"), 1, 0.01) == []
+    assert await desk.events(RequestKey("unknown"), 0, 30.0) is None
 
 
 async def test_giving_up_reaches_the_engine_once_it_is_at_work(
     desk: RequestDesk, runner: ThreadedRunner
 ):
-    desk.give_up("a")
+    desk.give_up(RequestKey("a"))
     await desk.submit(request())
-    desk.give_up("a")
+    desk.give_up(RequestKey("a"))
     runner.tell(Failed("a", CancelledError("gone")))
     await asyncio.sleep(0)
-    desk.give_up("a")
+    desk.give_up(RequestKey("a"))
 
-    assert runner.cancelled == ["a"]
-    progress = desk.progress("a", "")
+    assert runner.cancelled == [RequestKey("a")]
+    progress = desk.progress(RequestKey("a"))
     assert progress is not None
     assert progress.state is RequestState.CANCELLED
 
@@ -133,7 +133,7 @@ async def test_a_client_that_left_may_come_again(desk: RequestDesk, runner: Thre
     await desk.submit(request())
     with pytest.raises(RequestIdInUseError):
         await desk.submit(request())
-    desk.give_up("a")
+    desk.give_up(RequestKey("a"))
     again = asyncio.create_task(desk.submit(request()))
     await asyncio.sleep(0)
     runner.tell(Failed("a", CancelledError("gone")))
@@ -149,13 +149,17 @@ async def test_a_request_of_another_owner_is_unknown_and_not_ended(
     await desk.submit(request(owner="team-a"))
     await asyncio.sleep(0)
 
-    assert desk.progress("a", "team-b") is None
-    assert desk.cancel("a", "team-b") is None
-    assert await desk.events("a", "team-b", 0, 30.0) is None
+    assert desk.progress(RequestKey("a", "team-b")) is None
+    assert desk.cancel(RequestKey("a", "team-b")) is None
+    assert await desk.events(RequestKey("a", "team-b"), 0, 30.0) is None
     assert runner.cancelled == []
 
-    assert desk.cancel("a", "team-a") == desk.progress("a", "team-a") is not None
-    assert runner.cancelled == ["a"]
+    assert (
+        desk.cancel(RequestKey("a", "team-a"))
+        == desk.progress(RequestKey("a", "team-a"))
+        is not None
+    )
+    assert runner.cancelled == [RequestKey("a", "team-a")]
 
 
 async def test_one_that_the_runner_cannot_take_ends_and_its_id_is_free_again(
@@ -166,10 +170,35 @@ async def test_one_that_the_runner_cannot_take_ends_and_its_id_is_free_again(
     event = await asyncio.wait_for(queue.get(), 5)
     assert isinstance(event, Failed)
     assert isinstance(event.error, GenerationFailedError)
-    progress = desk.progress("a", "")
+    progress = desk.progress(RequestKey("a"))
     assert progress is not None
     assert progress.state is RequestState.FAILED
 
     runner.error = None
     again = await desk.submit(request())
     assert isinstance(await again.get(), Accepted)
+
+
+async def test_two_owners_work_under_one_id_and_neither_ends_or_hides_the_others(
+    desk: RequestDesk, runner: ThreadedRunner
+):
+    alice, bob = RequestKey("a", "alice"), RequestKey("a", "bob")
+    queues = {}
+    sinks = {}
+    for key in (alice, bob):
+        queues[key] = await desk.submit(request(owner=key.owner))
+        sinks[key] = runner.sinks["a"]
+    desk.give_up(bob)
+    sinks[bob](Failed("a", CancelledError("gone")))
+    sinks[alice](finished())
+    ends = {key: [await queue.get() for _ in range(2)][-1] for key, queue in queues.items()}
+    states = {key: progress.state for key in queues if (progress := desk.progress(key))}
+
+    assert runner.cancelled == [bob]
+    assert (type(ends[alice]), type(ends[bob])) == (Finished, Failed)
+    assert states == {alice: RequestState.FINISHED, bob: RequestState.CANCELLED}
+    # An id that bob uses again hides nothing of alice's.
+    await desk.submit(request(owner="bob"))
+    progress = desk.progress(alice)
+    assert progress is not None
+    assert progress.state is RequestState.FINISHED

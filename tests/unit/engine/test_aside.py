@@ -10,6 +10,7 @@ import torch
 from engine_fakes import WIDTH, Bench, FakeClock, Job, PoisonedError, alone, make_work
 
 from service.domain.errors import CancelledError
+from service.domain.requests import RequestKey
 
 DECODE_S = 0.2
 
@@ -101,7 +102,7 @@ def test_who_ends_while_it_is_decoded_is_not_woken(bench: Bench, device: TwoQueu
     ear = bench.add(Job(seed=1, steps=1))
     while not device.log:
         bench.batcher.tick()
-    bench.batcher.stop_track("1", CancelledError("request 1 was cancelled"))
+    bench.batcher.stop_track(RequestKey("1"), CancelledError("request 1 was cancelled"))
     assert ear.ends == ["failed"]
     bench.run()
     assert ear.ends == ["failed"]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.errors import CancelledError
+from service.domain.requests import RequestKey
 from service.engine.engine import EngineOptions
 from service.engine.narrowing import Narrowing
 
@@ -74,7 +75,7 @@ def test_cancelling_at_every_park_leaves_the_others_alone() -> None:
         victim_ear, *ears = [bench.add(job) for job in (victim, *others)]
         bench.run(ticks)
         ended_before = bool(victim_ear.ends)
-        bench.batcher.stop_track("7", CancelledError("gone"))
+        bench.batcher.stop_track(RequestKey("7"), CancelledError("gone"))
         bench.run()
         assert victim_ear.ends == (["finished"] if ended_before else ["failed"])
         assert ended_before or isinstance(victim_ear.error, CancelledError)
@@ -89,8 +90,8 @@ def test_cancelling_unknown_or_ended_requests_does_nothing() -> None:
     bench = Bench()
     ear = bench.add(Job(seed=1))
     bench.run()
-    bench.batcher.stop_track("1", CancelledError("late"))
-    bench.batcher.stop_track("nobody", CancelledError("who"))
+    bench.batcher.stop_track(RequestKey("1"), CancelledError("late"))
+    bench.batcher.stop_track(RequestKey("nobody"), CancelledError("who"))
     assert ear.news == ["started", "finished"]
     assert bench.ended == ["1"]
 
@@ -98,7 +99,7 @@ def test_cancelling_unknown_or_ended_requests_does_nothing() -> None:
 def test_cancelling_a_queued_request_never_starts_it() -> None:
     bench = Bench()
     ear = bench.add(Job(seed=1))
-    bench.batcher.stop_track("1", CancelledError("gone"))
+    bench.batcher.stop_track(RequestKey("1"), CancelledError("gone"))
     assert ear.news == ["failed"]
     assert not bench.batcher.tick()
     assert ear.timings is not None
@@ -280,3 +281,28 @@ def test_forwards_are_filled_up_to_buckets_and_the_rest_belongs_to_nobody() -> N
     for seed, ear in enumerate(ears):
         assert torch.equal(ear.result, alone(Job(seed)))
     assert bench.batcher.counters.padded_rows == 3 * 2 + 2 * 2
+
+
+def test_of_two_owners_with_one_id_the_right_one_is_ended() -> None:
+    bench = Bench()
+    jobs = {"alice": Job(seed=7, steps=4), "bob": Job(seed=8, steps=4)}
+    ears = {
+        owner: bench.add_work(replace(job_work(bench.modules, job), id="order", owner=owner))
+        for owner, job in jobs.items()
+    }
+    bench.run(2)
+    bench.batcher.stop_track(RequestKey("order", "bob"), CancelledError("gone"))
+    bench.run()
+
+    assert ears["bob"].ends == ["failed"]
+    assert_same(ears["alice"], jobs["alice"])
+
+
+def test_isolated_requests_of_two_owners_with_one_id_share_nothing() -> None:
+    bench = Bench()
+    for owner in ("alice", "bob"):
+        work = job_work(bench.modules, Job(seed=1, steps=4))
+        bench.add_work(replace(work, id="order", owner=owner, isolated=True))
+    bench.run()
+
+    assert bench.modules.denoiser.rows == [2] * 8

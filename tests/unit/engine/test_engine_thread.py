@@ -20,6 +20,7 @@ from service.domain.errors import (
     ServerFullError,
     StoppedError,
 )
+from service.domain.requests import RequestKey
 from service.domain.timings import Timings
 from service.engine.engine import Engine, EngineOptions
 from service.engine.parking import make_parkable
@@ -259,7 +260,7 @@ def test_stopping_at_once_cancels_the_rest(
     assert all(isinstance(ear.error, StoppedError) for ear in ears)
     assert engine.load().requests == 0
     engine.stop()
-    engine.cancel("0")
+    engine.cancel(RequestKey("0"))
 
 
 def test_an_engine_that_never_started_answers_when_it_stops(
@@ -305,7 +306,7 @@ def test_cancelling_ends_running_queued_and_nothing_else(
     queued = submit(engine, modules, Job(seed=2))
     last = submit(engine, modules, Job(seed=3))
     for request_id in ("nobody", "2", "1", "1"):
-        engine.cancel(request_id)
+        engine.cancel(RequestKey(request_id))
     assert queued.wait().news == ["accepted", "failed"]
     assert running.wait().news == ["accepted", "started", "failed"]
     assert last.wait().ends == ["finished"]
@@ -373,7 +374,8 @@ class Crowd:
         for index in range(125):
             self.submit(self.random_job(chance, number * 1000 + index))
             for _ in range(chance.choice([0, 0, 1, 2])):
-                self.engine.cancel(str(number * 1000 + chance.randint(0, index)))
+                name = str(number * 1000 + chance.randint(0, index))
+                self.engine.cancel(RequestKey(name))
             if index == 100:
                 self.many_submitted.set()
 

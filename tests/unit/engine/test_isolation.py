@@ -14,6 +14,7 @@ import torch
 from engine_fakes import Bench, Ear, FakeClock, Job, Modules, PoisonedError, alone, make_work
 
 from service.domain.errors import CancelledError, GenerationFailedError
+from service.domain.requests import RequestKey
 from service.domain.states import RequestState
 from service.engine.batcher import Batcher
 from service.engine.parking import make_parkable
@@ -135,7 +136,7 @@ def test_a_pipeline_that_catches_its_cancellation_ends_all_the_same(
     ear = bench.add_work(make_work(run, name="stubborn"))
     bench.run(3)
     error = CancelledError("gone")
-    bench.batcher.stop_track("stubborn", error)
+    bench.batcher.stop_track(RequestKey("stubborn"), error)
     assert ear.ends == ["failed"]
     assert ear.error is error
     assert calls == 3
@@ -292,10 +293,10 @@ def test_nothing_is_kept_of_a_request_that_ended(
         batcher.add(Track(make_work(lambda: Job(seed=2).run(modules), name="2"), modules.clock))
         del track
         if ending == "queued":
-            batcher.stop_track("1", CancelledError("gone"))
+            batcher.stop_track(RequestKey("1"), CancelledError("gone"))
         elif ending == "cancelled":
             batcher.tick()
-            batcher.stop_track("1", CancelledError("gone"))
+            batcher.stop_track(RequestKey("1"), CancelledError("gone"))
         while batcher.tick():
             pass
         assert sorted(ended) == ["1", "2"]

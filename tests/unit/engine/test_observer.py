@@ -55,7 +55,7 @@ def test_each_end_is_told_once(bench: Bench, watcher: Watcher):
     ear = bench.add(Job(seed=2, steps=50))
     bench.run(10)
     left = next(track for track in bench.batcher.active)
-    bench.batcher.stop_track(left.work.id, CancelledError("gone"))
+    bench.batcher.stop_track(left.work.key, CancelledError("gone"))
     bench.run()
 
     finished, cancelled = watcher.endings

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.domain.errors import CancelledError, ExpiredError
+from service.domain.requests import RequestKey
 from service.engine.batcher import Batcher
 from service.engine.policy import POLICIES
 from service.engine.track import Track, Work
@@ -103,7 +104,7 @@ class Lives(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.jobs)))
         self.cancelled.add(name)
-        self.batcher.stop_track(name, CancelledError("gone"))
+        self.batcher.stop_track(RequestKey(name), CancelledError("gone"))
         assert len(self.ears[name].ends) == 1
         ACTIONS["total"] += 1
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.errors import CancelledError, StoppedError
+from service.domain.requests import RequestKey
 from service.engine.call import ParkableMethod
 from service.engine.device_loss import is_device_lost
 from service.engine.parking import make_parkable
@@ -223,7 +224,7 @@ def test_a_cancel_at_every_park_leaves_no_trace(
         (track,) = (track for track in bench.batcher.active if track.work.id == "7")
         assert track.call is not None
         del track
-        bench.batcher.stop_track("7", CancelledError("gone"))
+        bench.batcher.stop_track(RequestKey("7"), CancelledError("gone"))
         assert [reference() for reference in kept] == [None, None]
     finally:
         gc.enable()
@@ -262,7 +263,7 @@ def test_callbacks_that_raise_harm_nobody(ending: str) -> None:
     ear = bench.add_work(make_work(lambda: job.run(bench.modules), name="1", ear=Broken()))
     bench.run(2)
     if ending == "cancelled":
-        bench.batcher.stop_track("1", CancelledError("gone"))
+        bench.batcher.stop_track(RequestKey("1"), CancelledError("gone"))
     bench.run()
     assert len(ear.ends) == 1
     assert torch.equal(other.result, alone(neighbour))

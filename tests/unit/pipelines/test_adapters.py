@@ -30,7 +30,7 @@ from tiny_model import UNTRIED, Inbox, a_request, pixels
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.events import Failed, Finished
-from service.domain.requests import AdapterUse, GenerationRequest
+from service.domain.requests import AdapterUse, GenerationRequest, RequestKey
 from service.domain.timings import Timings
 from service.engine.engine import EngineOptions
 from service.engine.track import Work
@@ -541,7 +541,7 @@ def test_a_cancelled_request_gives_its_adapters_back(make: Make) -> None:
     def cancel_when_started(event: Any) -> None:
         inbox(event)
         if len(inbox.events) == 3:
-            runner.cancel("r")
+            runner.cancel(RequestKey("r"))
 
     runner.submit(a_request(adapters=use("plain"), num_inference_steps=900), cancel_when_started)
     assert isinstance(inbox.wait(), Failed)

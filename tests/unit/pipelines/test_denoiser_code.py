@@ -15,6 +15,7 @@ from tiny_model import UNTRIED, Inbox, a_request, pixels
 from service.config import SpeedSettings
 from service.domain.events import Event, Failed, Finished, StepFinished
 from service.domain.models import Compilation
+from service.domain.requests import RequestKey
 from service.engine.engine import EngineOptions
 from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.denoiser_code import Code
@@ -349,6 +350,6 @@ def test_a_cancelled_request_leaves_the_code_as_it_was(model: LoadedModel) -> No
         runner.wait_until_compiled(WAIT_S)
         inbox = Inbox()
         runner.submit(a_request(id="gone", num_inference_steps=1000), inbox)
-        runner.cancel("gone")
+        runner.cancel(RequestKey("gone"))
         assert isinstance(inbox.wait(), Failed)
         assert make(runner).fingerprint == told_fingerprint(runner)

@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_model import a_request
 
 from service.domain.errors import InvalidRequestError
+from service.domain.image_files import FORMATS
 from service.domain.requests import Task
-from service.pipelines.inputs import FORMATS, MAX_PIXELS, decode_inputs
+from service.pipelines.inputs import MAX_PIXELS, decode_inputs
 
 
 def file_of(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
@@ -75,7 +76,7 @@ def test_photos_are_turned_upright() -> None:
     assert inputs.image.getpixel((4, 4))[0] < 50
 
 
-@pytest.mark.parametrize("field", ["image", "mask_image"])
+@pytest.mark.parametrize(("field", "told"), [("image", "image"), ("mask_image", "mask")])
 @pytest.mark.parametrize(
     "file",
     [
@@ -89,16 +90,17 @@ def test_photos_are_turned_upright() -> None:
     ],
     ids=["empty", "text", "header only", "cut jpeg", "cut png", "bmp", "tiff"],
 )
-def test_what_cannot_be_read_is_refused_by_name(field: str, file: bytes) -> None:
-    error = refusal(**{field: file})
-    assert error.field == field
+def test_what_cannot_be_read_is_refused_by_name(field: str, told: str, file: bytes) -> None:
+    fine = file_of(Image.new("L", (64, 64), 255))
+    error = refusal(**{"image": fine, field: file})
+    assert error.field == told
     assert error.message == (
-        f"{field} of {len(file)} bytes cannot be read as a picture (known: PNG, JPEG, WEBP)"
+        f"{told} of {len(file)} bytes cannot be read as a picture (known: PNG, JPEG, WEBP)"
     )
 
 
 @pytest.mark.parametrize("side", [4097, 10_000, 100_000])
 def test_too_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
-    error = refusal(image=png_header(side, side))
+    error = refusal(image=png_header(side, side) + bytes(1004))
     assert error.field == "image"
     assert f"{MAX_PIXELS}" in error.message

@@ -4,7 +4,6 @@ import logging
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,11 +19,14 @@ from service.domain.errors import (
     ServerFullError,
 )
 from service.domain.events import Event, Failed, Finished, StepFinished
+from service.domain.requests import RequestKey
 from service.domain.timings import Timings
 from service.engine.engine import EngineOptions
 from service.pipelines import runner as runner_module
 from service.pipelines import warm_up as warm_up_module
 from service.pipelines.attach import ParkingOptions, attach, parkable_methods
+from service.pipelines.encoding import PictureEncoder
+from service.pipelines.input_decoding import Inputs
 from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, RequestListener
 from service.pipelines.tasks import denoiser_calls, make_pictures
@@ -102,7 +104,7 @@ def test_cancelling_answers_with_cancelled(tiny: LoadedModel) -> None:
     runner = PipelineRunner(tiny, sharing=UNTRIED)
     inbox = Inbox()
     runner.submit(a_request(id="7", num_inference_steps=1000), inbox)
-    runner.cancel("7")
+    runner.cancel(RequestKey("7"))
     runner.start()
     outcome = inbox.wait()
     assert isinstance(outcome, Failed)
@@ -142,10 +144,11 @@ def test_a_picture_that_cannot_be_written_is_a_failure(
 
 
 def test_an_encoder_that_is_gone_is_a_failure() -> None:
-    pool = ThreadPoolExecutor(1)
-    pool.shutdown()
-    inbox = Inbox()
-    RequestListener(a_request(), inbox, pool).finished([Image.new("RGB", (8, 8))], Timings())
+    encoder = PictureEncoder(8)
+    encoder.shutdown()
+    inbox, request = Inbox(), a_request()
+    listener = RequestListener(request, inbox, encoder, Inputs(request))
+    listener.finished([Image.new("RGB", (8, 8))], Timings())
     assert inbox.kinds == ["Failed"]
 
 

@@ -91,7 +91,7 @@ def test_who_steps_that_size_already_is_better_than_who_steps_another() -> None:
 def test_adapters_are_groups_of_their_own_and_reproducible_requests_are_alone() -> None:
     request = GenerationRequest("r", "m", "p", 64, 48, 4, 4.0, 1, "s", n=3)
     one, other = AdapterUse("a", 0.5), AdapterUse("b")
-    assert job_of(request) == Job("r", "64x48", "64x48", 6, 4, 3)
+    assert job_of(request) == Job("/r", "64x48", "64x48", 6, 4, 3)
     groups = {job_of(replace(request, adapters=used)).group for used in ((one,), (other,), ())}
     assert len(groups) == 3
     assert (
@@ -237,3 +237,15 @@ def test_a_decision_among_a_thousand_replicas_takes_less_than_100_microseconds()
         ledger.note_sent(chosen[0], job)
         took_s.append(time.perf_counter() - began_s)
     assert np.median(took_s) < 100e-6
+
+
+def test_one_id_of_two_owners_is_two_jobs() -> None:
+    request = GenerationRequest("order", "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim", owner="a")
+    ledger = a_ledger(())
+    alice, bob = job_of(request), job_of(replace(request, owner="b"))
+    ledger.note_sent(0, alice)
+    ledger.note_sent(0, bob)
+    ledger.note_ended(0, alice.id)
+
+    assert not ledger.has_in_hand(0, alice.id)
+    assert ledger.has_in_hand(0, bob.id)

@@ -5,6 +5,7 @@ import time
 import pytest
 from recording import PrometheusInstruments
 
+from service.domain.requests import RequestKey
 from service.domain.states import RequestState
 from service.domain.timings import Timings
 from service.engine.observer import ForwardReport, WorkReport
@@ -40,7 +41,7 @@ def forward(stage: str = "denoise", expected_s: float | None = 0.03, rows: int =
 
 
 def ending(state: RequestState, steps_left: int = 0, has_deadline: bool = False):
-    return WorkReport("a", 9.0, state, TIMINGS, 2, steps_left, has_deadline)
+    return WorkReport(RequestKey("a"), 9.0, state, TIMINGS, 2, steps_left, has_deadline)
 
 
 def test_forwards_are_added_up(metrics: EngineMetrics, recorded: PrometheusInstruments):

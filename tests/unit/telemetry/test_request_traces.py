@@ -13,7 +13,7 @@ from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
 
 from service.domain.errors import CancelledError, ServerFullError
 from service.domain.events import Accepted, Failed, Finished
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, RequestKey
 from service.domain.states import RequestState
 from service.domain.timings import Timings
 from service.engine.observer import ForwardReport, WorkReport
@@ -44,7 +44,7 @@ class Traced:
             name, "emoji", "a secret wish", 64, 64, 20, 4.0, 0, "ddim", trace_context=context
         )
         self.traces.begin(request)
-        self.traces.hear(Accepted(name, 0, 1.0))
+        self.traces.hear(RequestKey(name), Accepted(name, 0, 1.0))
 
     def forward(self, *names: str, stage: str = "denoise", module: str = "unet.forward") -> None:
         self.now_s += 1.0
@@ -57,10 +57,10 @@ class Traced:
     def finish(self, name: str, total_s: float, queue_s: float = 0.5) -> None:
         timings = Timings(queue_s=queue_s, total_s=total_s, batch_share=0.5)
         self.traces.work_ended(
-            WorkReport(name, self.now_s, RequestState.FINISHED, timings, 1, 0, False)
+            WorkReport(RequestKey(name), self.now_s, RequestState.FINISHED, timings, 1, 0, False)
         )
         self.now_s += 0.25
-        self.traces.hear(Finished(name, (), timings))
+        self.traces.hear(RequestKey(name), Finished(name, (), timings))
 
     def spans(self, name: str) -> list[ReadableSpan]:
         self.traces.flush()
@@ -163,10 +163,10 @@ def test_the_end_may_be_heard_before_the_engine_has_told_its_own(traced: Traced)
     traced.begin("a")
     traced.forward("a")
     timings = Timings(total_s=1.0)
-    traced.traces.hear(Finished("a", (), timings))
+    traced.traces.hear(RequestKey("a"), Finished("a", (), timings))
     assert traced.spans("generate") == []
     traced.traces.work_ended(
-        WorkReport("a", traced.now_s, RequestState.FINISHED, timings, 1, 0, False)
+        WorkReport(RequestKey("a"), traced.now_s, RequestState.FINISHED, timings, 1, 0, False)
     )
     assert len(traced.spans("generate")) == 1
     assert len(traced.spans("queue")) == 1
@@ -175,13 +175,17 @@ def test_the_end_may_be_heard_before_the_engine_has_told_its_own(traced: Traced)
 def test_refused_and_cancelled_requests_end_with_an_error(traced: Traced) -> None:
     request = GenerationRequest("no", "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim")
     traced.traces.begin(request)
-    traced.traces.hear(Failed("no", ServerFullError("full", 1.0)))
+    traced.traces.hear(RequestKey("no"), Failed("no", ServerFullError("full", 1.0)))
     traced.begin("gone")
     traced.forward("gone")
     traced.traces.work_ended(
-        WorkReport("gone", 1.0, RequestState.CANCELLED, Timings(total_s=1.0), 1, 19, False)
+        WorkReport(
+            RequestKey("gone"), 1.0, RequestState.CANCELLED, Timings(total_s=1.0), 1, 19, False
+        )
     )
-    traced.traces.hear(Failed("gone", CancelledError("request gone was cancelled")))
+    traced.traces.hear(
+        RequestKey("gone"), Failed("gone", CancelledError("request gone was cancelled"))
+    )
 
     told = {s.attributes["stepserve.request_id"]: s for s in traced.spans("generate")}
     assert told["no"].attributes["stepserve.outcome"] == "ServerFullError"
@@ -208,3 +212,16 @@ def test_closing_ends_what_is_open(traced: Traced) -> None:
     traced.traces.close()
     assert len(traced.spans("generate")) == 1
     assert steps(traced.spans("denoising")) == [(1, 1, 0)]
+
+
+def test_two_owners_with_one_id_have_a_span_each(traced: Traced) -> None:
+    for owner in ("alice", "bob"):
+        request = GenerationRequest(
+            "order", "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim", owner=owner
+        )
+        traced.traces.begin(request)
+    traced.traces.hear(RequestKey("order", "bob"), Failed("order", CancelledError("gone")))
+    traced.traces.hear(RequestKey("order", "alice"), Failed("order", ServerFullError("full", 1.0)))
+
+    outcomes = [s.attributes["stepserve.outcome"] for s in traced.spans("generate")]
+    assert sorted(outcomes) == ["CancelledError", "ServerFullError"]
