@@ -18,6 +18,7 @@ from service.api.backend import Backend
 from service.api.body_reading import BodyBudget, BodyReader
 from service.api.cross_origin import CrossOriginMiddleware
 from service.api.errors import UnauthorizedError
+from service.api.fetch import FetchTurns
 from service.api.handlers import add_error_handlers
 from service.api.head_limits import HeadLimitMiddleware
 from service.api.methods import HeadMiddleware
@@ -106,6 +107,7 @@ def create_app(
     app.state.backend = backend
     app.state.settings = settings
     app.state.store = store
+    app.state.fetches = FetchTurns()
     app.state.observation = observation
     add_error_handlers(app)
     keys = _told_of_keys() if access.keys.keys else {}

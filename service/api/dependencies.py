@@ -11,6 +11,7 @@ from service.api.access import caller_in
 from service.api.backend import Backend, ModelStatus
 from service.api.body_reading import JSON, media_type_of
 from service.api.errors import UnsupportedMediaTypeError
+from service.api.fetch import FetchTurns
 from service.api.keys import Caller
 from service.api.middleware import request_id_of
 from service.api.results import ResultStore
@@ -49,6 +50,7 @@ class Incoming:
     store: ResultStore
     caller: Caller
     request_id: str
+    fetches: FetchTurns
 
     async def link(self, image: EncodedImage) -> str:
         """Keep a picture for a while, and return where it is."""
@@ -66,6 +68,7 @@ def get_incoming(request: Request) -> Incoming:
         store=get_store(request),
         caller=caller_in(request.scope),
         request_id=request_id_of(request.scope),
+        fetches=request.app.state.fetches,
     )
 
 

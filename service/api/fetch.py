@@ -1,4 +1,4 @@
-"""Pictures by address: `data:` always, `http(s):` where the operator allows it, and then guarded.
+"""Images by address: `data:` always, `http(s):` where the operator allows it, and then guarded.
 
 A server that fetches what it is told to may be led to places that only it can reach. So every
 address that a name stands for must be a public one, it is checked when the connection is made (a
@@ -8,27 +8,35 @@ name may mean something else a moment later), and so is every address that a red
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import ipaddress
-import re
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
 
 from service import __version__
+from service.api.data_urls import is_address, is_data_url, read_base64, read_data_url
 from service.api.uploads import UploadLimits
-from service.domain.errors import InvalidRequestError
+from service.domain.errors import InvalidRequestError, ServerFullError
 from service.domain.limits import shown
 
 MAX_REDIRECTS = 3
 USER_AGENT = f"stepserve/{__version__}"
 REDIRECTS = (301, 302, 303, 307, 308)
-DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,", re.ASCII)
+MAX_ADDRESS_CHARACTERS = 8192
+
+MAX_FETCHING = 8
+"""Requests that fetch at the same time."""
+
+RETRY_S = 2.0
+
+RESOLVERS = ThreadPoolExecutor(MAX_FETCHING, thread_name_prefix="resolve")
+"""Names may take long to be found: nobody else must wait for these threads."""
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
@@ -42,8 +50,8 @@ class AddressNotAllowedError(Exception):
 
 async def resolve(host: str, port: int) -> list[str]:
     """Return every IP address that a name stands for now."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(RESOLVERS, look_up)
     return [str(entry[4][0]) for entry in found]
 
 
@@ -59,6 +67,34 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         return parsed.is_global and parsed in GLOBAL_UNICAST
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
+
+
+class FetchTurns:
+    """Lets so many requests fetch at a time, whoever they are of."""
+
+    def __init__(self, most: int = MAX_FETCHING) -> None:
+        self._most = most
+        self._free = asyncio.Semaphore(most)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, wait_s: float) -> AsyncIterator[None]:
+        """Wait for a turn, and keep it until the block is left.
+
+        Raises:
+            ServerFullError: there was none within `wait_s` seconds.
+        """
+        try:
+            await asyncio.wait_for(self._free.acquire(), wait_s)
+        except TimeoutError:
+            raise ServerFullError(
+                f"the server is full: {self._most} requests are fetching images, which is the "
+                "limit; send the image itself, or try again",
+                RETRY_S,
+            ) from None
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):
@@ -87,6 +123,12 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         return await self._network.connect_tcp(addresses[-1], port, timeout, local_address)
 
 
+def is_elsewhere(address: str) -> bool:
+    """Whether an image is not in its address itself."""
+    address = address.strip()
+    return is_address(address) and not is_data_url(address)
+
+
 async def fetch_picture(
     address: str,
     field: str,
@@ -97,7 +139,7 @@ async def fetch_picture(
     """Return the file at an address.
 
     Args:
-        address: a `data:`, `http:` or `https:` URL.
+        address: a `data:`, `http:` or `https:` URL; or the file itself in base64.
         field: what messages call it.
         resolver: finds the IP addresses of a name.
         allow: whether an IP address may be connected to.
@@ -105,8 +147,11 @@ async def fetch_picture(
     Raises:
         InvalidRequestError: the address is not allowed, or gives no file within the limits.
     """
-    if address.startswith("data:"):
-        return _read_data_url(address, field)
+    address = address.strip()
+    if is_data_url(address):
+        return read_data_url(address, field)
+    if not is_elsewhere(address):
+        return read_base64(address, field)
     if not limits.urls:
         raise InvalidRequestError(
             f"{field} must be a file or a 'data:' URL; this server fetches no addresses, "
@@ -157,21 +202,13 @@ async def _read(response: httpcore.Response, field: str, address: str, max_bytes
     return bytes(content)
 
 
-def _read_data_url(address: str, field: str) -> bytes:
-    head = DATA_URL.match(address)
-    if head is None:
+def _check_address(address: str, field: str) -> None:
+    if len(address) > MAX_ADDRESS_CHARACTERS:
         raise InvalidRequestError(
-            f"{field} must begin with 'data:image/png;base64,' or another picture type, "
-            f"got {shown(address)}",
+            f"{field} is at an address of {len(address)} characters; the limit is "
+            f"{MAX_ADDRESS_CHARACTERS}, got {shown(address)}",
             field,
         )
-    try:
-        return base64.b64decode(address[head.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequestError(f"{field} is a 'data:' URL with wrong base64", field) from error
-
-
-def _check_address(address: str, field: str) -> None:
     if not address.isascii():
         raise InvalidRequestError(
             f"{field} must be at an address in ASCII, other signs as %XX, got {shown(address)}",

@@ -33,7 +33,7 @@ LIST_SUFFIX = "[]"
 
 @dataclass(frozen=True)
 class Form:
-    """What a form holds: text fields, and the content of its files by field."""
+    """What a form holds: text fields, and the content of its files by field; nothing empty."""
 
     fields: dict[str, str]
     files: dict[str, list[bytes]]
@@ -51,6 +51,8 @@ async def read_form(request: Request) -> Form:
     try:
         async with _parsed(request) as form:
             for name, value in form.multi_items():
+                if _is_left_empty(value):
+                    continue
                 if isinstance(value, UploadFile):
                     key = name.removesuffix(LIST_SUFFIX)
                     files.setdefault(key, []).append(await value.read())
@@ -75,6 +77,13 @@ async def _parsed(request: Request) -> AsyncIterator[FormData]:
         yield form
     finally:
         await form.close()
+
+
+def _is_left_empty(value: UploadFile | str) -> bool:
+    """Whether a field counts as absent: browsers send texts and files that nobody filled in."""
+    if isinstance(value, UploadFile):
+        return not value.filename and not value.size
+    return not value
 
 
 class _Utf8Parser(MultiPartParser):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from service.api.body_reading import JSON
 from service.api.dependencies import FORM, Incoming, declared_type
 from service.api.errors import MalformedJsonError
-from service.api.fetch import fetch_picture
+from service.api.fetch import fetch_picture, is_elsewhere
 from service.api.forms import parse_body, parse_fields, read_form
 from service.api.keys import Caller
 from service.api.schemas import EditRequest, PictureReference, VariationRequest
-from service.api.uploads import Upload, prepare_image, prepare_mask
+from service.api.uploads import read_upload
 from service.domain.errors import InvalidRequestError
+from service.domain.image_files import ImageFile
 from service.domain.models import ModelCapabilities, SizeRange
 from service.domain.requests import GenerationRequest, Task
 
 InputBody = EditRequest | VariationRequest
+IMAGE_FIELDS = {"image", "images", "mask"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Inputs:
     """The body of a request, the picture it begins with, and where to repaint that, or None."""
 
     body: InputBody
-    image: Upload
-    mask: Upload | None = None
+    image: ImageFile
+    mask: ImageFile | None = None
 
     def to_generation(
         self, request_id: str, caller: Caller, model: ModelCapabilities
@@ -48,8 +51,8 @@ class Inputs:
             filled,
             prompt=prompt,
             task=Task.IMAGE_TO_IMAGE if self.mask is None else Task.INPAINTING,
-            image=self.image.file,
-            mask_image=None if self.mask is None else self.mask.file,
+            image=self.image.content,
+            mask_image=None if self.mask is None else self.mask.content,
             strength=filled.strength if self.body.strength is None else self.body.strength,
         )
 
@@ -73,11 +76,12 @@ def _nearest_side(side_px: float, sizes: SizeRange) -> int:
 
 
 async def read_inputs(incoming: Incoming, body_class: type[InputBody]) -> Inputs:
-    """Read a form with files, or JSON with addresses, and make the pictures safe.
+    """Read a form with files, or JSON with addresses, and look at what the images are.
 
     Raises:
         UnsupportedMediaTypeError: it is neither.
         InvalidRequestError: names the field that is wrong or missing.
+        ServerFullError: too many images are being fetched.
     """
     if declared_type(incoming.http, FORM, JSON) == FORM:
         form = await read_form(incoming.http)
@@ -86,33 +90,60 @@ async def read_inputs(incoming: Incoming, body_class: type[InputBody]) -> Inputs
     else:
         body = parse_body(await _json(incoming), body_class)
         files = {}
-    images = [*files.pop("image", []), *files.pop("images", [])]
-    masks = files.pop("mask", [])
+    images: list[Source] = [*files.pop("image", []), *files.pop("images", [])]
+    images += _image_addresses(body)
+    masks: list[Source] = [*files.pop("mask", []), *_mask_addresses(body)]
     if files:
         raise InvalidRequestError(f"unknown file {min(files)!r} (known: image, mask)", min(files))
-    images += [await _fetch(incoming, "image", address) for address in _image_addresses(body)]
-    masks += [await _fetch(incoming, "mask", address) for address in _mask_addresses(body)]
+    # Counted before any is decoded or fetched: each may take seconds.
     image, mask = _only("image", images), _only("mask", masks)
     if image is None:
         raise InvalidRequestError("image is required", "image")
-    return await _prepared(incoming, body, image, mask)
+    return _checked(incoming, body, await _files(incoming, image, mask))
 
 
-async def _prepared(
-    incoming: Incoming, body: InputBody, image: bytes, mask: bytes | None
-) -> Inputs:
+Source = bytes | str
+"""A file, or where it is."""
+
+
+async def _files(incoming: Incoming, image: Source, mask: Source | None) -> dict[str, bytes]:
+    """The files by field, fetched where they are elsewhere: all at once, and in one turn."""
+    sources = {"image": image} | ({} if mask is None else {"mask": mask})
+    files = {field: source for field, source in sources.items() if isinstance(source, bytes)}
+    addresses = {field: source for field, source in sources.items() if isinstance(source, str)}
+    if not any(map(is_elsewhere, addresses.values())):
+        return files | await _fetch_all(incoming, addresses)
+    async with incoming.fetches.turn(incoming.settings.uploads.fetch_timeout_s):
+        return files | await _fetch_all(incoming, addresses)
+
+
+async def _fetch_all(incoming: Incoming, addresses: dict[str, str]) -> dict[str, bytes]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            fetching = {
+                field: group.create_task(_fetch(incoming, field, address))
+                for field, address in addresses.items()
+            }
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return {field: task.result() for field, task in fetching.items()}
+
+
+def _checked(incoming: Incoming, body: InputBody, files: dict[str, bytes]) -> Inputs:
     limits = incoming.settings.uploads
-    picture = await asyncio.to_thread(prepare_image, image, "image", limits)
-    if mask is None:
-        return Inputs(body, picture)
-    repainted = await asyncio.to_thread(prepare_mask, mask, "mask", limits)
-    if (repainted.width, repainted.height) != (picture.width, picture.height):
+    image = read_upload(files["image"], "image", limits)
+    # The texts that stood for the files are as long as these.
+    bare = body.model_copy(update=dict.fromkeys(IMAGE_FIELDS & body.model_fields_set))
+    if "mask" not in files:
+        return Inputs(bare, image)
+    mask = read_upload(files["mask"], "mask", limits)
+    if (mask.width, mask.height) != (image.width, image.height):
         raise InvalidRequestError(
-            f"mask is {repainted.width}x{repainted.height} pixels and image "
-            f"{picture.width}x{picture.height}: they must be equal",
+            f"mask is {mask.width}x{mask.height} pixels and image "
+            f"{image.width}x{image.height}: they must be equal",
             "mask",
         )
-    return Inputs(body, picture, repainted)
+    return Inputs(bare, image, mask)
 
 
 async def _json(incoming: Incoming) -> object:
@@ -120,6 +151,9 @@ async def _json(incoming: Incoming) -> object:
         return json.loads(await incoming.http.body())
     except (ValueError, RecursionError) as error:
         raise MalformedJsonError("the body is not valid JSON in UTF-8") from error
+    finally:
+        # Kept by Starlette as long as the request else, beside the files that it holds.
+        incoming.http._body = b""
 
 
 async def _fetch(incoming: Incoming, field: str, address: str) -> bytes:
@@ -138,7 +172,7 @@ def _mask_addresses(body: InputBody) -> list[str]:
     return [mask.image_url if isinstance(mask, PictureReference) else mask]
 
 
-def _only(field: str, files: list[bytes]) -> bytes | None:
-    if len(files) > 1:
-        raise InvalidRequestError(f"{field} must be one picture, got {len(files)}", field)
-    return files[0] if files else None
+def _only(field: str, sources: Sequence[Source]) -> Source | None:
+    if len(sources) > 1:
+        raise InvalidRequestError(f"{field} must be one picture, got {len(sources)}", field)
+    return sources[0] if sources else None

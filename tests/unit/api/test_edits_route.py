@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import AsyncGenerator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -13,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.api import ApiSettings, ModelStatus
+from service.api import ApiSettings, ModelStatus, inputs
 from service.api.inputs import nearest_size
 from service.api.uploads import UploadLimits
+from service.domain.errors import InvalidRequestError
+from service.domain.events import Event, Failed
 from service.domain.models import SizeRange
-from service.domain.requests import Task
+from service.domain.requests import GenerationRequest, Task
 
 EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
@@ -86,7 +90,7 @@ async def test_an_edit_with_mask_is_inpainting(
     assert answer.status_code == 200, answer.text
     [request] = backend.requests
     assert request.task is Task.INPAINTING
-    assert opened(request.mask_image).getextrema() == (255, 255)
+    assert (request.image, request.mask_image) == (picture(), mask)
 
 
 @pytest.mark.parametrize("name", ["image", "image[]", "images"])
@@ -124,7 +128,7 @@ async def test_streamed_edits_have_names_of_their_own(client: httpx.AsyncClient)
     assert "event: image_edit.completed" in answer.text
 
 
-async def test_pictures_are_made_upright_and_lose_all_but_their_pixels(
+async def test_pictures_lose_all_but_their_pixels_and_how_to_turn_them(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
     exif = Image.Exif()
@@ -133,22 +137,11 @@ async def test_pictures_are_made_upright_and_lose_all_but_their_pixels(
     file = picture((64, 48), kind="JPEG", exif=exif)
     await client.post(EDITS, data={"prompt": "blue"}, files={"image": file})
 
-    kept = opened(backend.requests[0].image)
-    assert kept.size == (48, 64)
-    assert kept.format == "PNG"
-    assert not kept.info
-    assert not kept.getexif()
+    request = backend.requests[0]
+    assert (request.width, request.height) == (48, 64)
+    assert dict(opened(request.image).getexif()) == {0x0112: 6}
     assert b"Camera" in file
     assert b"Camera" not in (backend.requests[0].image or b"")
-
-
-async def test_transparent_pictures_are_laid_on_white(
-    client: httpx.AsyncClient, backend: FakeBackend
-):
-    file = picture(mode="RGBA", color=(255, 0, 0, 0))
-    await client.post(EDITS, data={"prompt": "blue"}, files={"image": file})
-
-    assert opened(backend.requests[0].image).getpixel((0, 0)) == (255, 255, 255)
 
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
@@ -172,7 +165,8 @@ WRONG: list[tuple[dict[str, str], dict[str, bytes], str, str]] = [
     ({"prompt": "x", "strength": "much"}, {"image": picture()}, "strength", "valid number"),
     ({"prompt": "x", "stepz": "2"}, {"image": picture()}, "stepz", "unknown field"),
     ({"prompt": "x", "image": "http://10.0.0.1/"}, {}, "image", "fetches no addresses"),
-    ({"prompt": "x", "image": "data:text/html;base64,aaaa"}, {}, "image", "must begin with"),
+    ({"prompt": "x", "image": "data:text/html;base64,aaaa"}, {}, "image", "cannot be read"),
+    ({"prompt": "x", "image": "data:image/png"}, {}, "image", "must be written as"),
     ({"prompt": "x", "image": "data:image/png;base64,%%"}, {}, "image", "wrong base64"),
 ]
 
@@ -255,12 +249,112 @@ def test_the_nearest_size_is_one_that_the_model_has(width: int, height: int):
     assert (found[0] >= found[1]) == (width >= height) or found[0] == found[1]
 
 
-@pytest.mark.parametrize(
-    "mask", [picture(mode="RGBA", color=(0, 0, 0, 255)), picture(color=(0, 0, 0))]
-)
-async def test_a_mask_that_marks_nothing_is_a_mistake(client: httpx.AsyncClient, mask: bytes):
-    files = {"image": picture(), "mask": mask}
-    answer = await client.post(EDITS, data={"prompt": "blue"}, files=files)
+@pytest.mark.parametrize("stream", ["false", "true"])
+async def test_what_decoding_finds_wrong_is_told_as_what_the_header_says(
+    client: httpx.AsyncClient, backend: FakeBackend, stream: str
+):
+    error = InvalidRequestError("mask marks nothing to repaint", "mask")
+
+    async def refuse(request: GenerationRequest) -> Failed:
+        return Failed(request.id, error)
+
+    async def refuse_in_a_stream(request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Failed(request.id, error)
+
+    backend.generate_with, backend.stream_with = refuse, refuse_in_a_stream
+    fields = {"prompt": "blue", "stream": stream}
+    answer = await client.post(EDITS, data=fields, files={"image": picture(), "mask": picture()})
 
     assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "mask"
     assert "marks nothing to repaint" in answer.json()["error"]["message"]
+
+
+async def test_what_a_browser_sends_of_what_nobody_filled_in_counts_as_absent(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    texts = ("seed", "size", "n", "strength", "negative_prompt", "quality", "stream")
+    fields = "".join(part(f'name="{name}"', b"") for name in texts)
+    unchosen = "".join(
+        part(f'name="{name}"; filename=""\r\nContent-Type: application/octet-stream', b"")
+        for name in ("mask", "image[]", "other")
+    )
+    chosen = part('name="image"; filename="a.png"', picture())
+    body = fields + unchosen + part('name="prompt"', b"blue") + chosen + "--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    answer = await client.post(EDITS, content=body.encode("latin-1"), headers=headers)
+
+    assert answer.status_code == 200, answer.text
+    [request] = backend.requests
+    assert request.task is Task.IMAGE_TO_IMAGE
+    assert "ignored_fields" not in answer.json()
+
+
+async def test_a_file_that_was_chosen_and_is_empty_is_told(client: httpx.AsyncClient):
+    answer = await client.post(EDITS, data={"prompt": "x"}, files={"image": ("a.png", b"")})
+
+    assert answer.status_code == 400
+    assert "image of 0 bytes cannot be read" in answer.json()["error"]["message"]
+
+
+def part(disposition: str, content: bytes) -> str:
+    head = f"--x\r\nContent-Disposition: form-data; {disposition}\r\n\r\n"
+    return head + content.decode("latin-1") + "\r\n"
+
+
+PNG = base64.b64encode(picture()).decode()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"data:image/PNG;base64,{PNG}",
+        f"data:image/png;name=x.png;base64,{PNG}",
+        f"data:image/png;charset=utf-8;BASE64,{PNG}",
+        f"Data:image/png;base64,{PNG}",
+        f"data:;base64,{PNG}",
+        f"data:application/octet-stream;base64,{PNG}",
+        f"  data:image/png;base64, {PNG}\n",
+        "data:image/png;base64," + "\r\n".join(PNG[i : i + 76] for i in range(0, len(PNG), 76)),
+        f"data:image/png;base64,{quote(PNG, safe='')}",
+        "data:image/png;base64," + PNG.replace("+", "-").replace("/", "_").rstrip("="),
+        f"data:image/png,{quote(picture())}",
+        PNG,
+        PNG.rstrip("="),
+    ],
+)
+async def test_pictures_as_text_however_they_are_written(
+    client: httpx.AsyncClient, backend: FakeBackend, address: str
+):
+    bodies = [
+        {"prompt": "x", "image": address, "mask": address},
+        {"prompt": "x", "images": [{"image_url": address}], "mask": {"image_url": address}},
+    ]
+    for body in bodies:
+        answer = await client.post(EDITS, json=body)
+        assert answer.status_code == 200, answer.text
+        assert backend.requests[-1].image == backend.requests[-1].mask_image == picture()
+
+
+@pytest.mark.parametrize("field", ["image", "mask"])
+async def test_addresses_are_counted_before_any_is_fetched(
+    field: str, monkeypatch: pytest.MonkeyPatch
+):
+    fetched: list[str] = []
+
+    async def fetch(address: str, field: str, limits: UploadLimits) -> bytes:
+        fetched.append(address)
+        return picture()
+
+    monkeypatch.setattr(inputs, "fetch_picture", fetch)
+    settings = ApiSettings("emoji", uploads=UploadLimits(urls=True))
+    urls = [{"image_url": f"https://example.com/{i}"} for i in range(300)]
+    body: dict[str, Any] = {"prompt": "x", "images": urls}
+    if field == "mask":
+        body = {"prompt": "x", "image": "https://example.com/", "images": urls[:1]}
+        body |= {"mask": urls[0]}
+    answer = await client_for(FakeBackend(), settings).post(EDITS, json=body)
+
+    count = len(body["images"]) + (field == "mask")
+    assert answer.json()["error"]["message"] == f"image must be one picture, got {count}"
+    assert fetched == []

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
 from tiny_model import a_request
 
 from service.domain.errors import InvalidRequestError
@@ -104,3 +109,132 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
     error = refusal(image=png_header(side, side) + bytes(1004))
     assert error.field == "image"
     assert f"{MAX_PIXELS}" in error.message
+
+
+def plain(mode: str = "RGB", color: Any = "red", size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new(mode, size, color)
+
+
+def decoded(file: bytes, side: int = 64) -> Image.Image:
+    image = decode_inputs(a_request(image=file, width=side, height=side)).image
+    assert image is not None
+    return image
+
+
+def decoded_mask(mask: bytes) -> Image.Image:
+    request = a_request(task=Task.INPAINTING, image=file_of(plain()), mask_image=mask)
+    decoded = decode_inputs(replace(request, width=64, height=64)).mask_image
+    assert decoded is not None
+    return decoded
+
+
+@pytest.mark.parametrize(
+    ("image", "seen"),
+    [
+        (plain("RGBA", (255, 0, 0, 0)), (255, 255, 255)),
+        (plain("RGBA", (255, 0, 0, 255)), (255, 0, 0)),
+        (plain("RGBA", (255, 0, 0, 128)), (255, 127, 127)),
+        (plain("LA", (0, 0)), (255, 255, 255)),
+        (plain("L", 90), (90, 90, 90)),
+        (plain("1", 1), (255, 255, 255)),
+        (plain("I;16", 0x8000), (128, 128, 128)),
+        (plain("RGB", "red").quantize(4), (255, 0, 0)),
+    ],
+)
+def test_every_kind_of_png_is_seen_as_it_looks(
+    image: Image.Image, seen: tuple[int, int, int]
+) -> None:
+    assert decoded(file_of(image)).getpixel((0, 0)) == seen
+
+
+@pytest.mark.parametrize(
+    ("image", "transparent"), [(plain().quantize(4), 0), (plain(), (255, 0, 0))]
+)
+def test_transparency_by_colour_is_laid_on_white(image: Image.Image, transparent: Any) -> None:
+    assert decoded(file_of(image, transparency=transparent)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_print_colours_are_converted() -> None:
+    file = file_of(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=95)
+    red, green, blue = decoded(file).getpixel((0, 0))
+
+    assert (red > 240, green < 15, blue < 15) == (True, True, True)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_moving_pictures_the_first_is_taken(kind: str) -> None:
+    frames = [plain(color=color) for color in ("blue", "red")]
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    file = file_of(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+
+    assert decoded(file).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", FORMATS)
+def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+    marked = plain(color="white", size=(64, 64))
+    marked.paste("black", (0, 0, 32, 16))
+    turned = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+    turned |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    stored = marked
+    if orientation > 1:
+        stored = marked.transpose(Image.Transpose[turned[orientation]])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {})
+    seen = decoded(file_of(stored, kind, exif=exif, **options)).convert("L")
+
+    assert seen.point(lambda value: 255 * (value > 127)).tobytes() == marked.convert("L").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "seen"),
+    [
+        (plain("RGBA", (0, 0, 0, 0)), 255),
+        (plain("RGBA", (255, 255, 255, 254)), 1),
+        (plain("RGBA", (255, 255, 255, 255)), 255),
+        (plain("LA", (255, 0)), 255),
+        (plain("L", 200), 200),
+        (plain("RGB", "white"), 255),
+        (plain("1", 1), 255),
+        (plain("I;16", 0xFFFF), 255),
+    ],
+)
+def test_white_is_repainted(image: Image.Image, seen: int) -> None:
+    mask = decoded_mask(file_of(image))
+
+    assert (mask.mode, mask.getpixel((0, 0))) == ("L", seen)
+
+
+@pytest.mark.parametrize("mask", [plain("RGBA", (0, 0, 0, 255)), plain(color="black")])
+def test_a_mask_that_marks_nothing_is_a_mistake(mask: Image.Image) -> None:
+    error = refusal(image=file_of(plain()), mask_image=file_of(mask))
+
+    assert error.field == "mask"
+    assert "marks nothing to repaint" in error.message
+
+
+def test_metadata_that_decoders_choke_on_is_not_read() -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * 70_000_000, zip=True)
+    info.add_itxt("more", "x" * 2_000_000, zip=True)
+    file = file_of(plain(), pnginfo=info, icc_profile=bytes(2_000_000))
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(io.BytesIO(file))
+
+    assert decoded(file).getpixel((0, 0)) == (255, 0, 0)
+
+
+@given(st.binary(max_size=200), st.sampled_from(FORMATS), st.data())
+def test_whatever_is_sent_is_a_picture_or_told_to_be_none(
+    content: bytes, kind: str, data: st.DataObject
+) -> None:
+    file = bytearray(file_of(plain(size=(8, 6)), kind))
+    position = data.draw(st.integers(0, len(file)))
+    file[position : position + len(content)] = content
+    request = a_request(task=Task.INPAINTING, image=bytes(file), mask_image=bytes(file))
+    with contextlib.suppress(InvalidRequestError):
+        inputs = decode_inputs(request)
+        assert inputs.image is not None
+        assert inputs.image.mode == "RGB"
