@@ -198,6 +198,9 @@ class UploadSettings(_Section):
     urls: bool = False
     """Whether pictures are fetched from public `http:` and `https:` addresses."""
     fetch_timeout_s: PositiveSeconds = 10.0
+    """For those of one request together."""
+    max_pending_bytes: PositiveInt = 134_217_728
+    """Of bodies with images that one ingress holds until their answers; more get 429."""
 
 
 class ResultSettings(_Section):

@@ -30,6 +30,7 @@ from service.api.middleware import (
 )
 from service.api.observation import ObservationMiddleware
 from service.api.openapi import add_schemas, error_responses
+from service.api.pending_bytes import PendingBytes, PendingBytesMiddleware
 from service.api.results import ResultStore
 from service.api.routes import (
     docs,
@@ -169,6 +170,9 @@ def _middleware(
             max_bytes=settings.max_body_bytes,
             max_upload_bytes=settings.max_upload_bytes,
             reader=BodyReader(settings.body_timeout_s, BodyBudget(settings.max_bodies_bytes)),
+        ),
+        Middleware(
+            PendingBytesMiddleware, pending=PendingBytes(settings.uploads.max_pending_bytes)
         ),
         Middleware(UsageMiddleware, usage=access.usage),
         Middleware(HeadMiddleware),

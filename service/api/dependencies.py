@@ -14,6 +14,7 @@ from service.api.errors import UnsupportedMediaTypeError
 from service.api.fetch import FetchTurns
 from service.api.keys import Caller
 from service.api.middleware import request_id_of
+from service.api.pending_bytes import Hold, hold_of
 from service.api.results import ResultStore
 from service.api.settings import ApiSettings
 from service.domain.errors import NotReadyError, UnknownModelError
@@ -51,6 +52,7 @@ class Incoming:
     caller: Caller
     request_id: str
     fetches: FetchTurns
+    hold: Hold
 
     async def link(self, image: EncodedImage) -> str:
         """Keep a picture for a while, and return where it is."""
@@ -69,6 +71,7 @@ def get_incoming(request: Request) -> Incoming:
         caller=caller_in(request.scope),
         request_id=request_id_of(request.scope),
         fetches=request.app.state.fetches,
+        hold=hold_of(request.scope),
     )
 
 

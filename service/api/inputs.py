@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from service.api.body_reading import JSON
 from service.api.dependencies import FORM, Incoming, declared_type
@@ -21,7 +22,6 @@ from service.domain.models import ModelCapabilities, SizeRange
 from service.domain.requests import GenerationRequest, Task
 
 InputBody = EditRequest | VariationRequest
-IMAGE_FIELDS = {"image", "images", "mask"}
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,12 @@ async def _files(incoming: Incoming, image: Source, mask: Source | None) -> dict
     addresses = {field: source for field, source in sources.items() if isinstance(source, str)}
     if not any(map(is_elsewhere, addresses.values())):
         return files | await _fetch_all(incoming, addresses)
-    async with incoming.fetches.turn(incoming.settings.uploads.fetch_timeout_s):
-        return files | await _fetch_all(incoming, addresses)
+    limits = incoming.settings.uploads
+    async with incoming.fetches.turn(limits.fetch_timeout_s):
+        incoming.hold.grow(limits.max_bytes * len(addresses))
+        fetched = await _fetch_all(incoming, addresses)
+    incoming.hold.change(sum(map(len, fetched.values())) - limits.max_bytes * len(addresses))
+    return files | fetched
 
 
 async def _fetch_all(incoming: Incoming, addresses: dict[str, str]) -> dict[str, bytes]:
@@ -132,8 +136,7 @@ async def _fetch_all(incoming: Incoming, addresses: dict[str, str]) -> dict[str,
 def _checked(incoming: Incoming, body: InputBody, files: dict[str, bytes]) -> Inputs:
     limits = incoming.settings.uploads
     image = read_upload(files["image"], "image", limits)
-    # The texts that stood for the files are as long as these.
-    bare = body.model_copy(update=dict.fromkeys(IMAGE_FIELDS & body.model_fields_set))
+    bare = _without_files(body)
     if "mask" not in files:
         return Inputs(bare, image)
     mask = read_upload(files["mask"], "mask", limits)
@@ -144,6 +147,21 @@ def _checked(incoming: Incoming, body: InputBody, files: dict[str, bytes]) -> In
             "mask",
         )
     return Inputs(bare, image, mask)
+
+
+def _without_files(body: InputBody) -> InputBody:
+    """The body with nothing where it had files as texts: these are as long, and kept else."""
+    kept = {"image": body.image, "images": body.images, "mask": getattr(body, "mask", None)}
+    emptied = {field: _emptied(value) for field, value in kept.items() if value is not None}
+    return body.model_copy(update=emptied)
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_emptied(item) for item in value]
+    if isinstance(value, PictureReference):
+        return value.model_copy(update={"image_url": ""})
+    return ""
 
 
 async def _json(incoming: Incoming) -> object:

@@ -130,6 +130,7 @@ class BodyLimitMiddleware:
             return await response(scope, receive, send)
         except ClientDisconnect:
             return None
+        scope["state"]["body_bytes"] = body.size_bytes
         return await self._app(scope, self._replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> Body:

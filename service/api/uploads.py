@@ -21,12 +21,14 @@ class UploadLimits:
         max_pixels: of one image; known before it is decoded.
         urls: whether images may be fetched from `http` and `https` addresses.
         fetch_timeout_s: how long fetching those of one request may take.
+        max_pending_bytes: of all requests of one process that are not answered yet.
     """
 
     max_bytes: int = 10 * 2**20
     max_pixels: int = 4096 * 4096
     urls: bool = False
     fetch_timeout_s: float = 10.0
+    max_pending_bytes: int = 128 * 2**20
 
 
 def read_upload(file: bytes, field: str, limits: UploadLimits) -> ImageFile:

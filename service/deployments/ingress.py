@@ -27,10 +27,16 @@ from service.api.uploads import UploadLimits
 from service.api.usage import LocalUsage
 from service.config import HttpSettings, Settings
 from service.deployments.door import borrow_door
+from service.deployments.heap import (
+    INGRESS_TRIM_INTERVAL_S,
+    heap_trimmer,
+    keep_large_blocks_apart,
+)
 from service.deployments.observing import count_retries, observe
 from service.deployments.remote_backend import RemoteBackend
 from service.deployments.replica_port import listen_on_node_address
 from service.deployments.shared_usage import SharedUsage
+from service.telemetry.flusher import Flusher
 
 
 @serve.ingress()
@@ -78,6 +84,9 @@ class OpenIngress:
 
 def build_app(settings: Settings, keys: KeyRing, counter: Any, *, echo_request_id: bool) -> FastAPI:
     """The application, with everything that it needs of this process."""
+    keep_large_blocks_apart()
+    if (trim := heap_trimmer()) is not None:
+        Flusher(trim, INGRESS_TRIM_INTERVAL_S, "heap").start()
     observation = observe(settings.telemetry)
     aliases = {model_id: model.aliases for model_id, model in settings.models.items()}
     backend = RemoteBackend(count_retries(), aliases)

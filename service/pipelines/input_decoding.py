@@ -6,6 +6,7 @@ small file may unfold to 64 MB.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -83,7 +84,9 @@ class InputDecoder:
     def submit(self, inputs: Inputs) -> None:
         """Decode when it is their turn; then the work is released, or ended with what is wrong."""
         if inputs.are_needed:
-            self._threads.submit(self._decode, inputs)
+            # Once it has ended, so has the engine, which answers what it holds.
+            with contextlib.suppress(RuntimeError):
+                self._threads.submit(self._decode, inputs)
 
     def stop(self) -> None:
         """End; what was not begun is not decoded."""

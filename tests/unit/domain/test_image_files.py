@@ -76,13 +76,16 @@ def refusal(file: bytes) -> str:
     return refused.value.message
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1", "LA", "I;16"])
+MODES = {
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
+    "JPEG": ("RGB", "L", "CMYK"),
+    "WEBP": ("RGB", "RGBA"),
+}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(k, m) for k, modes in MODES.items() for m in modes])
 def test_pixels_are_the_same_without_metadata(kind: str, mode: str):
-    try:
-        file = file_of(noise("L" if mode == "I;16" else mode), kind)
-    except OSError:
-        pytest.skip(f"{kind} has no {mode}")
+    file = file_of(noise("L").convert(mode) if mode == "I;16" else noise(mode), kind)
     found = read(file)
 
     assert (found.width, found.height) == SIZE

@@ -1,0 +1,100 @@
+"""Bytes of bodies that are held until their answers."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import httpx
+import pytest
+from api_fakes import EMOJI, Blocking, FakeBackend, client_for
+from hypothesis import given
+from hypothesis import strategies as st
+from test_edits_route import EDITS, picture
+
+from service.api import ApiSettings, ModelStatus
+from service.api.pending_bytes import PendingBytes
+from service.api.uploads import UploadLimits
+from service.domain.errors import ServerFullError
+from service.domain.requests import Task
+
+LARGE = 100_000
+
+
+def test_there_is_room_up_to_the_limit_and_again_after_the_end():
+    pending = PendingBytes(100)
+    with pending.hold() as first:
+        first.grow(60)
+        with pending.hold() as second:
+            with pytest.raises(ServerFullError, match="hold 60 bytes of images and the limit is"):
+                second.grow(41)
+            second.grow(40)
+        assert pending.held_bytes == 60
+        first.change(-60)
+        first.grow(101)
+    assert pending.held_bytes == 0
+
+
+@given(st.lists(st.integers(0, 60), max_size=20))
+def test_never_more_than_the_limit_is_held(sizes: list[int]):
+    pending = PendingBytes(100)
+    with pending.hold() as hold:
+        for size in sizes:
+            try:
+                hold.grow(size)
+            except ServerFullError:
+                assert pending.held_bytes + size > 100
+            assert pending.held_bytes <= 100
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    backend = FakeBackend()
+    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE)
+    backend.statuses = [ModelStatus(replace(EMOJI, tasks=tasks), ready=True)]
+    return backend
+
+
+def settings(most_bytes: int) -> ApiSettings:
+    return ApiSettings("emoji", uploads=UploadLimits(max_pending_bytes=most_bytes))
+
+
+def padded(size_bytes: int) -> bytes:
+    file = picture()
+    return file + b"\0" * (size_bytes - len(file))
+
+
+async def edit(client: httpx.AsyncClient, size_bytes: int) -> httpx.Response:
+    return await client.post(EDITS, data={"prompt": "x"}, files={"image": padded(size_bytes)})
+
+
+async def test_a_body_for_which_there_is_no_room_is_refused_and_small_ones_get_in(
+    backend: FakeBackend,
+):
+    backend.generate_with = Blocking()
+    async with client_for(backend, settings(3 * LARGE)) as client:
+        waiting = [asyncio.create_task(edit(client, LARGE)) for _ in range(2)]
+        while len(backend.requests) < 2:
+            await asyncio.sleep(0)
+        refused = await edit(client, LARGE)
+        small = asyncio.create_task(edit(client, 50_000))
+        while len(backend.requests) < 3:
+            await asyncio.sleep(0)
+        for task in [*waiting, small]:
+            task.cancel()
+
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "server_full"
+    assert "bytes of images" in refused.json()["error"]["message"]
+    assert int(refused.headers["Retry-After"]) >= 1
+
+
+async def test_answers_give_room(backend: FakeBackend):
+    async with client_for(backend, settings(LARGE)) as client:
+        answers = [await edit(client, LARGE) for _ in range(3)]
+        mistakes = [await client.post(EDITS, content=bytes(2 * LARGE)) for _ in range(3)]
+        last = await edit(client, LARGE)
+
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert [answer.status_code for answer in mistakes] == [415] * 3
+    assert last.status_code == 200
