@@ -21,6 +21,7 @@ from service.api.errors import UnauthorizedError
 from service.api.fetch import FetchTurns
 from service.api.handlers import add_error_handlers
 from service.api.head_limits import HeadLimitMiddleware
+from service.api.in_flight import InFlight, InFlightMiddleware
 from service.api.methods import HeadMiddleware
 from service.api.middleware import (
     BodyLimitMiddleware,
@@ -91,6 +92,7 @@ def create_app(
 
     Results that are answered as links are kept in `store`.
     """
+    in_flight = InFlight()
     app = FastAPI(
         title="Stepserve",
         version=__version__,
@@ -102,7 +104,10 @@ def create_app(
         generate_unique_id_function=_operation_id,
         # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
         redirect_slashes=False,
-        middleware=_middleware(settings, access, observation),
+        middleware=[
+            Middleware(InFlightMiddleware, in_flight=in_flight),
+            *_middleware(settings, access, observation),
+        ],
         lifespan=_lifespan,
     )
     app.state.backend = backend
@@ -110,6 +115,7 @@ def create_app(
     app.state.store = store
     app.state.fetches = FetchTurns()
     app.state.observation = observation
+    app.state.in_flight = in_flight
     add_error_handlers(app)
     keys = _told_of_keys() if access.keys.keys else {}
     for part in (images, requests, models):

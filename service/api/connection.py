@@ -9,15 +9,22 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from service.api.errors import RequestTimedOutError
-from service.domain.errors import CancelledError
+from service.domain.errors import CancelledError, StoppedError
 
 T = TypeVar("T")
+
+STOPPED = "the server stopped before the request was finished; send it again"
 
 CANCEL_GRACE_S = 1.0
 """How long cancelled work may hold up the answer while it cleans up."""
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+async def while_connected(
+    receive: Receive,
+    work: Coroutine[Any, Any, T],
+    timeout_s: float,
+    stopped: asyncio.Event | None = None,
+) -> T:
     """Return the result of `work`, which is cancelled as soon as nobody waits for it any more.
 
     Two signs tell that: `receive` gives a disconnect (plain ASGI servers), or the calling task
@@ -25,12 +32,15 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeou
 
     Raises:
         CancelledError: the client left, or `work` was cancelled from elsewhere.
+        StoppedError: `stopped` was set, as the server stops.
         RequestTimedOutError: `work` took more than `timeout_s` seconds.
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_until_disconnect(receive))
+    stopping = asyncio.create_task(_until_stopped(stopped))
     try:
-        await asyncio.wait({working, leaving}, timeout=timeout_s, return_when="FIRST_COMPLETED")
+        waiting = {working, leaving, stopping}
+        await asyncio.wait(waiting, timeout=timeout_s, return_when="FIRST_COMPLETED")
         if working.cancelled():
             # Passed on as it is, it would look like our own cancellation and go unanswered.
             raise CancelledError("the request was cancelled")
@@ -38,13 +48,19 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeou
             return working.result()
         if leaving.done():
             raise CancelledError("the client left before the request was finished")
+        if stopping.done():
+            raise StoppedError(STOPPED)
         raise RequestTimedOutError(f"the request was not finished within {timeout_s:g} s")
     finally:
-        await _stop(working, leaving)
+        await _stop(working, leaving, stopping)
 
 
 async def stream_while_connected(
-    receive: Receive, items: AsyncGenerator[T, None], quiet_s: float, timeout_s: float
+    receive: Receive,
+    items: AsyncGenerator[T, None],
+    quiet_s: float,
+    timeout_s: float,
+    stopped: asyncio.Event | None = None,
 ) -> AsyncGenerator[T | None, None]:
     """Yield `items`, and None after every `quiet_s` seconds without one; then close them.
 
@@ -52,16 +68,19 @@ async def stream_while_connected(
 
     Raises:
         CancelledError: the client left.
+        StoppedError: `stopped` was set, as the server stops.
         RequestTimedOutError: `items` went on for more than `timeout_s` seconds.
     """
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + timeout_s
     leaving = asyncio.create_task(_until_disconnect(receive))
+    stopping = asyncio.create_task(_until_stopped(stopped))
     following = asyncio.create_task(_next(items))
     try:
         while True:
             wait_s = min(quiet_s, deadline_s - loop.time())
-            await asyncio.wait({following, leaving}, timeout=wait_s, return_when="FIRST_COMPLETED")
+            waiting = {following, leaving, stopping}
+            await asyncio.wait(waiting, timeout=wait_s, return_when="FIRST_COMPLETED")
             if following.done():
                 if not (item := following.result()):
                     return
@@ -69,12 +88,14 @@ async def stream_while_connected(
                 yield item[0]
             elif leaving.done():
                 raise CancelledError("the client left before the request was finished")
+            elif stopping.done():
+                raise StoppedError(STOPPED)
             elif loop.time() >= deadline_s:
                 raise RequestTimedOutError(f"the request was not finished within {timeout_s:g} s")
             else:
                 yield None
     finally:
-        await _stop(following, leaving)
+        await _stop(following, leaving, stopping)
         await items.aclose()
 
 
@@ -88,6 +109,10 @@ async def _next(items: AsyncGenerator[T, None]) -> tuple[T] | None:
 async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _until_stopped(stopped: asyncio.Event | None) -> None:
+    await (stopped or asyncio.Event()).wait()
 
 
 async def _stop(*tasks: asyncio.Task[Any]) -> None:

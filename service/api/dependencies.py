@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -12,6 +13,7 @@ from service.api.backend import Backend, ModelStatus
 from service.api.body_reading import JSON, media_type_of
 from service.api.errors import UnsupportedMediaTypeError
 from service.api.fetch import FetchTurns
+from service.api.in_flight import InFlight
 from service.api.keys import Caller
 from service.api.middleware import request_id_of
 from service.api.pending_bytes import Hold, hold_of
@@ -53,6 +55,11 @@ class Incoming:
     request_id: str
     fetches: FetchTurns
     hold: Hold
+
+    @property
+    def stopped(self) -> asyncio.Event:
+        """Set when the server stops, and waits for nothing any longer."""
+        return cast(InFlight, self.http.app.state.in_flight).stopped
 
     async def link(self, image: EncodedImage) -> str:
         """Keep a picture for a while, and return where it is."""

@@ -38,6 +38,8 @@ from service.domain.errors import (
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 3600
+STOPPED_RETRY_S = 5.0
+"""When another server may be up in the place of one that stopped."""
 
 
 class MalformedJsonError(InvalidRequestError):
@@ -225,8 +227,9 @@ def _public_message(error: Exception, kind: ErrorKind, request_id: str) -> str:
 
 
 def _headers(error: Exception) -> dict[str, str]:
-    if not isinstance(error, RefusedError):
+    if not isinstance(error, RefusedError | StoppedError):
         return {}
+    after_s = error.retry_after_s if isinstance(error, RefusedError) else STOPPED_RETRY_S
     # HTTP knows whole seconds only, and 0 would invite a tight loop.
-    seconds = math.ceil(min(max(error.retry_after_s, 1), MAX_RETRY_AFTER_S))
+    seconds = math.ceil(min(max(after_s, 1), MAX_RETRY_AFTER_S))
     return {"Retry-After": str(seconds)}

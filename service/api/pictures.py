@@ -65,6 +65,7 @@ async def answer_pictures(call: PictureCall, response: Response) -> ImagesAnswer
         call.incoming.http.receive,
         call.incoming.backend.generate(call.generation),
         call.incoming.settings.request_timeout_s,
+        call.incoming.stopped,
     )
     if isinstance(outcome, Failed):
         raise outcome.error
@@ -87,6 +88,7 @@ async def _begin_stream(call: PictureCall) -> Response:
         call.incoming.backend.stream(call.generation),
         KEEP_ALIVE_S,
         call.incoming.settings.request_timeout_s,
+        call.incoming.stopped,
     )
     try:
         first = await anext(events)

@@ -14,6 +14,7 @@ from service.config import ModelSettings, Settings
 from service.deployments import METRIC_VARIABLES
 from service.deployments.applications import (
     INGRESS_APPLICATION,
+    INGRESS_DEPLOYMENT,
     deployment_name,
     model_application,
 )
@@ -57,7 +58,7 @@ def ingress_target(settings: Settings, door: str | None = None) -> serve.RunTarg
     check_results(settings.results)
     ingress = serve.deployment(
         ProxiedIngress if door is None else OpenIngress,
-        name="ingress",
+        name=INGRESS_DEPLOYMENT,
         num_replicas=settings.http.ingress_replicas,
         **OF_EVERY_DEPLOYMENT,
         ray_actor_options={

@@ -16,6 +16,7 @@ from ray.serve.schema import ApplicationStatusOverview
 from service.deployments.model_watch import Listed
 
 INGRESS_APPLICATION = "stepserve"
+INGRESS_DEPLOYMENT = "ingress"
 MODEL_PREFIX = "stepserve-model-"
 GIVEN_UP = "failed: its processes end while they start; the log says why"
 NO_ROOM = re.compile(

@@ -7,6 +7,7 @@ answers HTTP itself, as a proxy took 10 ms of CPU time a request there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from service.api.app import create_app
 from service.api.head_limits import HeadLimits
 from service.api.http_protocol import ConnectionLimits
 from service.api.http_server import make_server
+from service.api.in_flight import InFlight
 from service.api.keys import KeyRing
 from service.api.open_connections import affordable_connections
 from service.api.results import open_store
@@ -38,6 +40,11 @@ from service.deployments.replica_port import listen_on_node_address
 from service.deployments.shared_usage import SharedUsage
 from service.telemetry.flusher import Flusher
 
+# How long clients may take to fetch the last bytes.
+LEAVE_S = 4.0
+
+logger = logging.getLogger(__name__)
+
 
 @serve.ingress()
 class ProxiedIngress:
@@ -56,7 +63,13 @@ class ProxiedIngress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return self.build()
+        app = self.build()
+        self.in_flight: InFlight = app.state.in_flight
+        return app
+
+    async def drain(self, within_s: float) -> None:
+        """Return once all that is in flight is answered; who is late is told of the stop."""
+        await self.in_flight.settle(within_s)
 
 
 class OpenIngress:
@@ -71,14 +84,29 @@ class OpenIngress:
     ) -> None:
         listen_on_node_address()
         app = build_app(settings, keys, counter, echo_request_id=True)
+        self.in_flight: InFlight = app.state.in_flight
+        self.drained = False
         most = affordable_connections(settings.http.max_connections)
-        server = make_server(app, connection_limits(settings.http), most)
+        self.server = make_server(app, connection_limits(settings.http), most)
         # Ray Serve calls constructors inside the event loop that their replica's methods run in.
-        self.serving = asyncio.create_task(server.serve([borrow_door(door)]))
+        self.serving = asyncio.create_task(self.server.serve([borrow_door(door)]))
+
+    async def drain(self, within_s: float) -> None:
+        """Take no more connections once all that is in flight is answered.
+
+        What is not answered within `within_s` is told that the service stops. Returns when the last
+        bytes are handed over, or after a while.
+        """
+        self.drained = True
+        late = await self.in_flight.settle(within_s)
+        if late:
+            logger.warning("%d requests were told that the service stops", late)
+        self.server.should_exit = True
+        await asyncio.wait({self.serving}, timeout=LEAVE_S)
 
     async def check_health(self) -> None:
         """Called by Ray Serve every now and then; an ingress that has given up is replaced."""
-        if self.serving.done():
+        if self.serving.done() and not self.drained:
             raise RuntimeError("HTTP is not served any more") from self.serving.exception()
 
 

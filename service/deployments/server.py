@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -34,6 +33,7 @@ from service.deployments.applications import (
     model_handle,
 )
 from service.deployments.door import held_door
+from service.deployments.draining import drain
 from service.deployments.exposure import check_exposure
 from service.deployments.failed_models import failed_models, failure_of
 from service.deployments.local_ray import (
@@ -52,7 +52,8 @@ READY_TIMEOUT_S = 600.0
 READY_POLL_S = 0.25
 # Before there is an ingress, connections wait for one.
 READY_ANSWER_S = 2.0
-FLUSH_S = 1.0
+# Programs that start this one may hand on a signal that it got as well.
+ONE_WISH_S = 1.0
 # At SIGHUP the file may still be written to.
 LOOK_AGAIN_S = 0.5
 MOST_LOOKS = 5
@@ -116,8 +117,8 @@ def serve_until_stopped(
                 when_ready(base_url(settings))
                 for _ in signals.reloads():
                     settings = _reload(settings, read_settings, tell)
-                tell("stopping: new work is refused, and what is in hand is finished ...")
-                drain(settings)
+            tell("stopping: new work is refused, and what is in hand is finished ...")
+            drain(settings, signals.hurried)
         finally:
             stop_ray()
 
@@ -255,32 +256,6 @@ class Starting:
         return "" if status.ready else status.detail
 
 
-def drain(settings: Settings) -> None:
-    """Let every replica finish what it accepted, refusing new work meanwhile.
-
-    All models at once: one that still takes requests while another drains would be cut off in the
-    middle of them.
-    """
-    draining = [
-        threading.Thread(target=_drain_model, args=(model_id, model.engine.drain_s))
-        for model_id, model in settings.models.items()
-    ]
-    for thread in draining:
-        thread.start()
-    for thread in draining:
-        thread.join()
-    # The last answers are on their way through the ingress.
-    time.sleep(FLUSH_S)
-
-
-def _drain_model(model_id: str, drain_s: float) -> None:
-    # It may have no replica: asleep, given up, not there yet. Then nothing of it is in hand.
-    with contextlib.suppress(TimeoutError, RayError, RayServeException):
-        reply = model_handle(model_id).broadcast("drain")
-        # Nothing is sent before somebody asks for the results.
-        reply.results(timeout_s=drain_s + FLUSH_S, return_exceptions=True)
-
-
 def stop_ray() -> None:
     """Take the application off a cluster that was joined, and leave Ray or end the local one."""
     if joins_cluster() and ray.is_initialized():
@@ -299,17 +274,25 @@ def _ready_models(client: httpx.Client) -> set[str]:
 
 
 class _Signals:
-    """What the operator wants."""
+    """What the operator wants: `hurried` that nothing more is waited for, asked for twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.stopped = threading.Event()
+        self.hurried = threading.Event()
+        self._clock = clock
+        self._stopped_s = 0.0
         self._reload = threading.Event()
         self._any = threading.Event()
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """In place of what signals usually do."""
-        wanted = self._reload if number == signal.SIGHUP else self.stopped
-        wanted.set()
+        if number == signal.SIGHUP:
+            self._reload.set()
+        elif not self.stopped.is_set():
+            self._stopped_s = self._clock()
+            self.stopped.set()
+        elif self._clock() - self._stopped_s > ONE_WISH_S:
+            self.hurried.set()
         self._any.set()
 
     def reloads(self) -> Iterator[None]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from running_service import Service
+from running_service import Service, free_port
 
 
 def test_accepted_work_is_finished_at_ctrl_c_and_the_exit_code_is_0(tmp_path: Path) -> None:
@@ -60,6 +64,92 @@ def test_at_sigterm_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
             assert answer.result().status_code == 503, answer.result().text
             assert answer.result().json()["error"]["code"] == "server_stopped"
     assert service.log.rstrip().endswith("stopped")
+
+
+@contextmanager
+def starved() -> Iterator[None]:
+    """Others want every core several times over, and do not step back."""
+    command = [sys.executable, "-c", "while True: pass"]
+    burners = [subprocess.Popen(command) for _ in range(4 * (os.cpu_count() or 1))]
+    try:
+        yield
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+def ask(service: Service, number: int) -> tuple[str, str]:
+    """What a client hears at the end: of an answer, a stream, or of somebody else's request."""
+    url, name = f"{service.url}/v1/images/generations", f"long-{number}"
+    body = {"prompt": "house", "num_inference_steps": 1000, "seed": number}
+    headers = {"X-Request-ID": name}
+    with httpx.Client(timeout=90, trust_env=False) as client:
+        if number % 3 == 0:
+            answer = client.post(url, json=body, headers=headers)
+            return "answer", f"{answer.status_code} {answer.json()['error']['code']}"
+        if number % 3 == 1:
+            answer = client.post(url, json=body | {"stream": True}, headers=headers)
+            return "stream", answer.text.strip().split("\n\n")[-1]
+        followed = f"{service.url}/v1/requests/long-{number - 2}"
+        while client.get(followed).status_code == 404:
+            time.sleep(0.1)
+        return "follower", client.get(f"{followed}/events").text.strip().split("\n\n")[-1]
+
+
+def test_every_client_hears_of_the_end_although_the_machine_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPSERVE_MODELS__EMOJI__ENGINE__DRAIN_S", "1")
+    service = Service(tmp_path)
+    service.start()
+    with ThreadPoolExecutor(9) as pool:
+        asking = [pool.submit(ask, service, number) for number in range(9)]
+        time.sleep(3)
+        with starved():
+            assert service.terminate() == 0, service.log
+            heard = [one.result() for one in asking]
+    ends = {"answer": "503 server_stopped", "stream": "event: error", "follower": "event: failed"}
+    for kind, said in heard:
+        assert said.startswith(ends[kind]), (kind, said)
+        assert "server_stopped" in said
+
+
+def test_asked_twice_it_waits_for_nothing_and_still_tells_everybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPSERVE_MODELS__EMOJI__ENGINE__DRAIN_S", "55")
+    service = Service(tmp_path)
+    service.start()
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(ask, service, number) for number in range(3)]
+        time.sleep(3)
+        began_s = time.monotonic()
+        assert service.process is not None
+        service.process.terminate()
+        time.sleep(2)
+        assert service.terminate() == 0, service.log
+        assert time.monotonic() - began_s < 30
+        assert all("server_stopped" in one.result()[1] for one in asking)
+    assert service.log.endswith("stopped\n")
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("after_s", [1.0, 4.0, 8.0])
+def test_a_signal_while_it_starts_ends_it_without_a_word_of_python(
+    tmp_path: Path, number: signal.Signals, after_s: float
+) -> None:
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(free_port())]
+    log = tmp_path / "serve.log"
+    with log.open("wb") as out:
+        starting = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        time.sleep(after_s)
+        # As a terminal does with Ctrl-C, and a container runtime with SIGTERM.
+        target = os.killpg if number is signal.SIGINT else os.kill
+        target(starting.pid, number)
+        assert starting.wait(60) in (0, 128 + number, -number), log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def readiness_until(service: Service, status: int) -> str:

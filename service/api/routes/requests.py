@@ -13,10 +13,15 @@ from fastapi import APIRouter, Header, Response
 from service.api.answers import ProgressAnswer, base64_of, progress_answer, timings_answer
 from service.api.connection import stream_while_connected
 from service.api.dependencies import Incoming, IncomingDep
-from service.api.errors import error_detail
+from service.api.errors import RequestTimedOutError, error_detail
 from service.api.events import KEEP_ALIVE, KEEP_ALIVE_S, EventStreamResponse, sse
 from service.api.openapi import error_responses, event_stream
-from service.domain.errors import CancelledError, InvalidRequestError, UnknownRequestError
+from service.domain.errors import (
+    CancelledError,
+    InvalidRequestError,
+    StoppedError,
+    UnknownRequestError,
+)
 from service.domain.events import Accepted, Event, Failed, Finished, Preview, Started, StepFinished
 from service.domain.limits import shown
 from service.domain.progress import Progress
@@ -86,8 +91,9 @@ async def follow_request(
         _events(incoming, id, number),
         KEEP_ALIVE_S,
         incoming.settings.request_timeout_s,
+        incoming.stopped,
     )
-    return EventStreamResponse(_stream(events))
+    return EventStreamResponse(_stream(id, events))
 
 
 async def _find(incoming: Incoming, request_id: str) -> Progress:
@@ -135,14 +141,20 @@ async def _has_ended(incoming: Incoming, request_id: str) -> bool:
     return progress is not None and progress.ended
 
 
-async def _stream(events: AsyncGenerator[NumberedEvent | None, None]) -> AsyncIterator[bytes]:
+async def _stream(
+    request_id: str, events: AsyncGenerator[NumberedEvent | None, None]
+) -> AsyncIterator[bytes]:
     try:
         async with aclosing(events):
             async for event in events:
                 yield KEEP_ALIVE if event is None else _told(event)
-    except CancelledError:
-        # The client left.
+    except (CancelledError, RequestTimedOutError):
+        # The client left, or has followed for as long as it may: it can come again.
         return
+    except StoppedError as error:
+        # Without a number, as the server that numbers what happens has not told it.
+        detail = error_detail(error, request_id).model_dump()
+        yield sse("failed", {"id": request_id, "error": detail})
 
 
 def _told(numbered: NumberedEvent) -> bytes:
