@@ -32,6 +32,15 @@ PAGES = sorted(
     ]
 )
 SHELL = ("bash", "console", "sh", "shell")
+KUBECTL = {
+    *("apply", "create", "delete", "describe", "diff", "exec", "get", "kustomize"),
+    *("label", "logs", "port-forward", "rollout", "scale", "wait"),
+}
+OF_THE_SYSTEM = ("base64", "cat", "curl", "grep", "head", "helm", "kill", "openssl", "pgrep")
+OF_RAY = ("ray", "serve")
+UNFINISHED = ("MissingParameter", "BadOptionUsage")
+"""Errors of commands that are named without what they need."""
+
 KUBERNETES = REPOSITORY / "deploy" / "kubernetes"
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -39,7 +48,9 @@ _INDENTED = re.compile(r"(?:^\n)((?: {4}\S.*\n)+)", re.MULTILINE)
 _HEREDOC = re.compile(r"<<'?(\w+)'?.*?\n\1\n", re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 _INNER = re.compile(r"\$\(([^)]*)\)")
-_ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
+_ASSIGNMENT = re.compile(r"[A-Za-z_]+=.*")
+_NAME = re.compile(r"[a-z][a-z0-9-]*")
+_OBJECT = re.compile(r"([a-z]+)/([a-z][a-z0-9-]*)")
 _BETWEEN = {";", "&&", "||", "|", "&"}
 
 
@@ -113,7 +124,7 @@ def _known(text: str, place: str, *, is_mention: bool) -> Iterator[Command]:
 def _split(line: str, place: str, *, is_mention: bool) -> Iterator[Command]:
     for inner in _INNER.findall(line):
         yield from _split(inner, place, is_mention=is_mention)
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+    lexer = shlex.shlex(_INNER.sub("INNER", line), posix=True, punctuation_chars=";&|")
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, ";"]:
@@ -157,7 +168,7 @@ def parse_stepserve(arguments: list[str], *, is_mention: bool = False) -> None:
         group.make_context(group.name, list(arguments))
     except Exception as error:
         # Typer has a copy of click of its own, so that its errors are known by name.
-        is_missing = is_mention and type(error).__name__ == "MissingParameter"
+        is_missing = is_mention and type(error).__name__ in UNFINISHED
         if not is_missing:
             raise ValueError(getattr(error, "message", error)) from error
 
@@ -176,35 +187,34 @@ def _python(command: Command) -> None:
         case ("-m", "venv", *_) | ("-c" | "-", *_) | ():
             pass
         case ("-m", module, *arguments):
-            _check_options(_help("-m", module), arguments)
+            found = importlib.util.find_spec(module)
+            assert found is not None, f"there is no module {module}"
+            _check_options(_options_in(Path(found.origin or "")), arguments)
         case (script, *_):
             assert (REPOSITORY / script).is_file(), f"there is no {script}"
 
 
 def _locust(command: Command) -> None:
-    assert importlib.util.find_spec("locust") is not None
     arguments = list(command.words[1:])
     if "-f" in arguments:
         file = REPOSITORY / arguments[arguments.index("-f") + 1]
         assert file.is_file(), f"there is no {file}"
-        own = re.findall(r'add_argument\(\s*"(--[\w-]+)"', file.read_text(encoding="utf-8"))
-        _check_options(_help("-m", "locust") + " ".join(own), arguments)
+        _check_options(_options_of_locust() | _options_in(file), arguments)
 
 
 @functools.cache
-def _help(*arguments: str) -> str:
-    module = arguments[1]
-    assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
-    source = Path(importlib.util.find_spec(module).origin or "").read_text(encoding="utf-8")
-    if module != "locust" and "argparse" not in source:
-        return ""
-    told = _run(sys.executable, *arguments, "--help")
+def _options_of_locust() -> set[str]:
+    told = _run(sys.executable, "-m", "locust", "--help")
     assert told.returncode == 0, told.stderr
-    return told.stdout
+    return set(re.findall(r"(?<!\w)--?[\w-]+", told.stdout))
 
 
-def _check_options(text: str, arguments: list[str]) -> None:
-    known = set(re.findall(r"(?<!\w)--?[\w-]+", text))
+def _options_in(file: Path) -> set[str]:
+    """The options that a program adds to its parser: to ask it would import half of the world."""
+    return set(re.findall(r'add_argument\(\s*"(--?[\w-]+)"', file.read_text(encoding="utf-8")))
+
+
+def _check_options(known: set[str], arguments: list[str]) -> None:
     for argument in arguments:
         option = argument.partition("=")[0]
         assert not option.startswith("-") or option in known, f"there is no option {option}"
@@ -240,19 +250,17 @@ def _kubectl(command: Command) -> None:
         at = words.index("-n")
         assert words[at + 1] in _names("namespace"), f"there is no namespace {words[at + 1]}"
         del words[at : at + 2]
+    assert words[0] in KUBECTL, f"kubectl has no {words[0]!r}"
     match words:
-        case ["apply", "-k", folder]:
+        case ["apply" | "delete" | "kustomize" | "diff", "-k", folder, *_]:
             _check_kustomization(REPOSITORY / folder)
-        case ["wait", _, named, *_] | ["port-forward", named, _]:
-            _check_object(*named.split("/"))
-        case ["get", kind, name, "-o", "yaml"]:
-            _check_object(kind, name)
         case ["create", "secret", "generic", name, *rest]:
             _check_secret(name, rest)
-        case ["get" | "describe", kinds, *_]:
-            assert set(kinds.split(",")) <= {"rayservice", "pods", "pod"}, kinds
-        case _:
-            raise AssertionError("nobody checks this form")
+        case ["get" | "describe" | "delete", kind, name, *_] if _NAME.fullmatch(name):
+            _check_object(kind, name)
+    for word in words[1:]:
+        if match := _OBJECT.fullmatch(word):
+            _check_object(match[1], match[2])
 
 
 def _check_secret(name: str, options: list[str]) -> None:
@@ -265,7 +273,7 @@ def _check_secret(name: str, options: list[str]) -> None:
 def _check_object(kind: str, name: str) -> None:
     if kind == "svc":
         # KubeRay makes it of the RayService's name.
-        kind, name = "rayservice", name.removesuffix("-serve-svc")
+        kind, name = "rayservice", re.sub("-(serve|head)-svc$", "", name)
     assert name in _names(kind), f"there is no {kind} {name}"
 
 
@@ -329,7 +337,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     "kubectl": _kubectl,
     "docker": _docker,
     "check_image.sh": _image_check,
-    **dict.fromkeys(("curl", "grep", "head", "kill", "openssl", "pgrep", "ray"), _nothing),
+    **dict.fromkeys((*OF_THE_SYSTEM, *OF_RAY), _nothing),
 }
 
 

@@ -1,41 +1,147 @@
-"""Every example of the API page, run as it stands against a real service."""
+"""What the documentation shows, run as it stands, and in its order, against a real service.
+
+What cannot be run here is named below with the reason; whether its commands are written rightly is
+seen to in `tests/unit/test_docs_commands.py`.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from doc_commands import (
+    PAGES,
+    REPOSITORY,
+    SHELL,
+    Block,
+    blocks,
+    check_python,
+    commands_of,
+    mentions,
+    parse_stepserve,
+)
 from running_service import Service
 
-PAGE = Path(__file__).parents[2] / "docs" / "api.md"
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+from service.models.catalogue import EMBEDDED
+
 ADDRESS = "http://127.0.0.1:8000"
+LONG = "takes minutes to hours; its suites run the same programs with less to do"
+CONTAINERS = "needs docker, or a cluster with KubeRay; deploy's own suites check what they start"
+
+# Page, how the block begins, and why it is not run.
+NOT_RUN = {
+    ("README.md", "make run"): "serves until it is stopped, as the `service` of these tests does",
+    ("README.md", "docker compose"): CONTAINERS,
+    ("README.md", ".venv/bin/stepserve train"): "trains for two hours; test_training_loop.py",
+    ("README.md", ".venv/bin/locust"): "loads for two minutes; test_load.py",
+    ("README.md", "make test"): "runs these tests",
+    ("docs/benchmarks.md", "python -m loadtests.race"): LONG,
+    ("docs/load-testing.md", ".venv/bin/locust"): "loads for two minutes; test_load.py",
+    ("docs/load-testing.md", ".venv/bin/python -m loadtests.bench"): LONG,
+    ("docs/load-testing.md", ".venv/bin/python -m loadtests.endurance"): "test_endurance.py",
+    ("docs/load-testing.md", "python3.11 -m venv"): LONG,
+    ("docs/models.md", "kill -HUP"): "signals the oldest service of the machine, whosever it is",
+    ("docs/models.md", "# torchrun"): "needs two GPUs",
+    ("docs/operations.md", "docker build"): CONTAINERS,
+    ("docs/operations.md", "docker compose"): CONTAINERS,
+    ("docs/operations.md", "helm install"): CONTAINERS,
+    ("docs/operations.md", "cluster=$(kubectl"): CONTAINERS,
+    ("docs/operations.md", "stepserve keys create"): CONTAINERS,
+    ("docs/security.md", ".venv/bin/stepserve keys"): "serves until it is stopped, for HOST",
+    ("docs/traces.md", "OTEL_EXPORTER"): "serves until it is stopped; test_traces.py",
+}
+# Of these subcommands every use is run, wherever it stands.
+SHORT = ("config", "doctor", "explain", "generate", "keys", "models")
 
 
-def test_the_examples_run_in_their_order(service: Service, tmp_path: Path):
-    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
-    # `python3` of the examples is the one that the tests run with.
+def is_run(block: Block) -> bool:
+    page = str(block.page.relative_to(REPOSITORY))
+    named = [key for key in NOT_RUN if key[0] == page and block.text.startswith(key[1])]
+    return not named and block.language in (*SHELL, "python")
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Path:
+    """A folder that looks like the repository; what commands write stays in it."""
+    for path in REPOSITORY.iterdir():
+        if path.name not in (".venv", ".git", "out"):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> None:
+    # `stepserve` and `python3` of the examples are the ones that the tests run with.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for language, text in blocks:
-        code = text.replace(ADDRESS, service.url)
-        command = (
-            ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
-        )
-        ran = subprocess.run(
-            [*command, code],
-            cwd=tmp_path,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert ran.returncode == 0, f"{code}\n{ran.stdout}{ran.stderr}"
+    ran = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, f"{command[-1]}\n{ran.stdout}{ran.stderr}"
 
-    made = {path.name for path in tmp_path.iterdir()}
-    assert len(blocks) >= 11
-    assert {"heart.png", "sunflower-7.webp", "sunflower-8.webp", "completed.png"} <= made
-    assert {"edited.json", "variations.json", "events.txt", "batch.json"} <= made
+
+PAGES_THAT_RUN = [page for page in PAGES if any(map(is_run, blocks(page)))]
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
+def test_the_examples_run_in_their_order(page: Path, service: Service, sandbox: Path):
+    for block in filter(is_run, blocks(page)):
+        code = block.text.replace(ADDRESS, service.url)
+        code = code.replace("path/to/this/folder", str(EMBEDDED))
+        in_shell = block.language in SHELL
+        shell = ["bash", "-euo", "pipefail", "-c"]
+        run([*(shell if in_shell else [sys.executable, "-c"]), code], sandbox)
+
+    made = {path.name for path in sandbox.iterdir()}
+    if page.name == "api.md":
+        assert {"heart.png", "sunflower-7.webp", "sunflower-8.webp", "completed.png"} <= made
+        assert {"edited.json", "variations.json", "events.txt", "batch.json"} <= made
+    if page == REPOSITORY / "README.md":
+        assert {"rocket.png", "heart.png", "blue.png", "sunflower-7.png"} <= made
+
+
+def short_commands() -> list[tuple[str, ...]]:
+    """The uses of `stepserve` that end by themselves, in prose and in blocks that are not run."""
+    found = [command for page in PAGES for command in mentions(page)]
+    not_run = [b for page in PAGES for b in blocks(page) if b.language in SHELL and not is_run(b)]
+    found += [command for block in not_run for command in commands_of(block)]
+    words = {c.words[1:] for c in found if c.program == "stepserve" and c.words[1] in SHORT}
+    return sorted(filter(_is_whole, words))
+
+
+def _is_whole(words: tuple[str, ...]) -> bool:
+    """Whether it could be run: prose may name a command without what it needs."""
+    try:
+        parse_stepserve(list(words))
+    except ValueError:
+        return False
+    return True
+
+
+def test_commands_that_end_by_themselves(service: Service, sandbox: Path):
+    short = short_commands()
+    for words in short:
+        here = [word.replace("http://HOST:8000", service.url) for word in words]
+        run(["stepserve", *(["doctor", service.url] if here == ["doctor"] else here)], sandbox)
+
+    assert {words[0] for words in short} >= {"config", "doctor", "explain", "keys"}
+    assert any("--prompt" in words for words in short)
+    assert (sandbox / "keys.yaml").is_file()
+    assert (sandbox / "out" / "explain-reverse.png").is_file()
+
+
+def test_what_is_not_run_is_there_and_can_be_read():
+    written = {(str(b.page.relative_to(REPOSITORY)), b) for page in PAGES for b in blocks(page)}
+    for page, beginning in NOT_RUN:
+        assert any(p == page and b.text.startswith(beginning) for p, b in written), beginning
+    for _, block in written:
+        if block.language == "python" and not is_run(block):
+            check_python(block)

@@ -40,7 +40,7 @@ def test_settings_are_such(page: Path):
 
 def test_blocks_say_their_language():
     named = {block.language for page in PAGES for block in blocks(page)}
-    assert named <= {*SHELL, "python", "yaml", "json", ""}, named
+    assert named <= {*SHELL, "python", "yaml", "json", "nginx", ""}, named
 
 
 @pytest.mark.parametrize(
