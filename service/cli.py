@@ -392,7 +392,9 @@ def _load(settings: Settings, model: str | None) -> LoadedModel:
     # It would be at an end before anything were compiled.
     speed = chosen.model_copy(update={"compile": False})
     folder, trust = find_model(chosen), trust_of(chosen)
-    return load_model(model_id, folder, chosen.dtype, chosen.device, speed, trust)
+    return load_model(
+        model_id, folder, chosen.dtype, chosen.device, speed, trust, chosen.safety_checker
+    )
 
 
 def _adapters(
@@ -451,6 +453,9 @@ def _read(option: str, path: Path | None) -> bytes | None:
 
 def _write(images: Sequence[EncodedImage], output: Path) -> None:
     for index, image in enumerate(images):
+        if image.content_filtered:
+            typer.echo(f"withheld by the model's safety checker  seed {image.seed}", err=True)
+            continue
         path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{index}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image.data)

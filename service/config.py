@@ -328,6 +328,8 @@ class ModelSettings(SpeedSettings):
     """Run Python code that lies in the model's folder."""
     allow_pickle: bool = False
     """Read weights from pickle files where there are no safetensors; they may hold code to run."""
+    safety_checker: Literal["keep", "drop"] = "keep"
+    """Whether images that the folder's own safety checker flags are withheld, where it has one."""
     max_loaded_adapters: PositiveInt = 4
     """Adapters that stay loaded while idle, and most of one request."""
     engine: EngineSettings = EngineSettings()

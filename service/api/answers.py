@@ -27,6 +27,10 @@ class ImageData(BaseModel):
     b64_json: str | None = Field(default=None, description="The picture file, base64.")
     url: str | None = Field(default=None, description="Where the file is, until the link expires.")
     seed: int = Field(description="With `n` of 1, this seed makes this picture again.")
+    content_filtered: Literal[True] | None = Field(
+        default=None,
+        description="The model's own safety checker withheld the picture: there is no file.",
+    )
 
 
 class AdapterAnswer(BaseModel):
@@ -184,6 +188,9 @@ class ModelAnswer(BaseModel):
     tasks: list[Task]
     guidance_interval: bool = Field(
         description="Whether `guidance_start` and `guidance_end` may be set."
+    )
+    safety_checker: bool = Field(
+        description="Whether the model's own checker looks at images, and may withhold them."
     )
     same_bytes: bool = Field(
         description="Whether a picture has the same bytes at any load, on the device at hand."

@@ -20,6 +20,7 @@ from service.api.results import LinkExpiredError, ResultNotFoundError, WrongSign
 from service.domain.errors import (
     BodyTooLargeError,
     CancelledError,
+    ContentFilteredError,
     EndedError,
     ExpiredError,
     GenerationFailedError,
@@ -157,6 +158,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     # The client has left, so nobody reads it; the status is for logs (nginx's "client closed").
     CancelledError: ErrorKind(499, "cancelled", "request_cancelled"),
     StepserveError: ErrorKind(500, "server_error", "internal_error"),
+    ContentFilteredError: ErrorKind(400, "image_generation_user_error", "moderation_blocked"),
     GenerationFailedError: ErrorKind(500, "server_error", "generation_failed"),
     NotReadyError: ErrorKind(503, "server_error", "not_ready"),
     ResultsUnavailableError: ErrorKind(503, "server_error", "results_unavailable"),

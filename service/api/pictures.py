@@ -76,6 +76,8 @@ async def answer_pictures(call: PictureCall, response: Response) -> ImagesAnswer
 
 
 async def _image_data(call: PictureCall, image: EncodedImage) -> ImageData:
+    if image.content_filtered:
+        return ImageData(seed=image.seed, content_filtered=True)
     if call.body.wants_urls:
         return ImageData(url=await call.incoming.link(image), seed=image.seed)
     return ImageData(b64_json=base64_of(image), seed=image.seed)
@@ -124,7 +126,8 @@ async def _chunks(call: PictureCall, event: Event | None) -> AsyncIterator[bytes
             yield KEEP_ALIVE
         case Preview(images=images):
             for index, image in enumerate(images):
-                yield _partial_event(call, event, index, image)
+                if not image.content_filtered:
+                    yield _partial_event(call, event, index, image)
         case Finished(images=images, timings=timings):
             notes_of(call.incoming.http.scope).timings = timings
             for index, image in enumerate(images):

@@ -275,6 +275,7 @@ def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
         settings.device,
         settings,
         trust_of(settings),
+        settings.safety_checker,
     )
     sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
     adapters = adapter_options(settings)

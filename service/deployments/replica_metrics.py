@@ -62,6 +62,7 @@ class ReplicaMetrics:
             now.retries - before.retries,
             now.out_of_memory - before.out_of_memory,
             now.busy_s - before.busy_s,
+            now.images_withheld - before.images_withheld,
         )
         self._metrics.flush(totals, self._standing())
         labels = {"version": __version__, "process": "replica"}
@@ -71,7 +72,8 @@ class ReplicaMetrics:
 
     def _totals(self) -> Totals:
         counters = self._runner.engine.counters
-        return Totals(counters.retries, counters.out_of_memory, counters.busy_s)
+        withheld = self._runner.images_withheld
+        return Totals(counters.retries, counters.out_of_memory, counters.busy_s, withheld)
 
     def _standing(self) -> Standing:
         engine = self._runner.engine

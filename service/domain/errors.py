@@ -12,6 +12,7 @@ StepserveError
 │   └── NotReadyError            loading or draining
 └── EndedError                   accepted, then ended without a picture
     ├── GenerationFailedError
+    ├── ContentFilteredError     the model's own safety checker withheld every picture
     ├── StoppedError             the server stopped first
     ├── CancelledError
     └── ExpiredError             its deadline passed
@@ -110,6 +111,10 @@ class EndedError(StepserveError):
 
 class GenerationFailedError(EndedError):
     """The pipeline raised; the message says what."""
+
+
+class ContentFilteredError(EndedError):
+    """The model's own safety checker withheld every image; another seed or prompt may pass."""
 
 
 class StoppedError(EndedError):

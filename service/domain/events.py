@@ -10,11 +10,15 @@ from service.domain.timings import Timings
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One finished picture as a file, with the seed that it alone can be made from again."""
+    """One finished picture as a file, with the seed that it alone can be made from again.
+
+    `content_filtered` says that the model's own safety checker withheld it: there is no data.
+    """
 
     data: bytes
     media_type: str
     seed: int
+    content_filtered: bool = False
 
 
 @dataclass(frozen=True)

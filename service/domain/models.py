@@ -54,6 +54,7 @@ class ModelCapabilities:
         expected_s: how long a request with the defaults should take on an idle replica, in seconds,
             or None while nothing is learned.
         load_s: how long loading and warming took, in seconds, or None where it was not measured.
+        safety_checker: whether images are looked at before they are given out, and may be withheld.
         compilation_remark: how far it is, or why it is not; empty: nothing to say.
     """
 
@@ -76,6 +77,7 @@ class ModelCapabilities:
     aliases: tuple[str, ...] = ()
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     guidance_interval: bool = True
+    safety_checker: bool = False
     same_bytes: bool = True
     sharing_remark: str = ""
     compilation: Compilation = Compilation.OFF

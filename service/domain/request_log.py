@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from service.domain.errors import RequestIdInUseError
-from service.domain.events import EncodedImage, Event, Finished, Preview, StepFinished
+from service.domain.events import Event, Finished, Preview, StepFinished
 from service.domain.progress import Progress, advance, new_progress
 from service.domain.requests import GenerationRequest, RequestKey
 
@@ -154,5 +154,4 @@ class RequestLog:
 
 def _without_pictures(finished: Finished) -> Finished:
     """The pictures themselves go to whoever asked for them, and nobody keeps them."""
-    images = tuple(EncodedImage(b"", image.media_type, image.seed) for image in finished.images)
-    return replace(finished, images=images)
+    return replace(finished, images=tuple(replace(image, data=b"") for image in finished.images))

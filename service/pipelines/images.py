@@ -52,8 +52,13 @@ def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
     return {"software": f"stepserve {__version__}", **alone}
 
 
-def encode_image(image: Image.Image, request: GenerationRequest, index: int) -> EncodedImage:
-    """Write one picture in the wanted format. Same picture and parameters: same bytes."""
+def encode_image(image: Image.Image | None, request: GenerationRequest, index: int) -> EncodedImage:
+    """Write one picture in the wanted format. Same picture and parameters: same bytes.
+
+    None stands for one that the model's own safety checker withheld.
+    """
+    if image is None:
+        return _withheld(request, index)
     parameters = json.dumps(parameters_of(request, index))
     if request.output_format is OutputFormat.PNG:
         info = PngInfo()
@@ -64,9 +69,18 @@ def encode_image(image: Image.Image, request: GenerationRequest, index: int) -> 
     return _encode(image, request, index, exif=exif)
 
 
-def encode_preview(image: Image.Image, request: GenerationRequest, index: int) -> EncodedImage:
+def encode_preview(
+    image: Image.Image | None, request: GenerationRequest, index: int
+) -> EncodedImage:
     """Write what a picture will roughly be in the wanted format."""
+    if image is None:
+        return _withheld(request, index)
     return _encode(image, request, index)
+
+
+def _withheld(request: GenerationRequest, index: int) -> EncodedImage:
+    media_type = MEDIA_TYPES[request.output_format]
+    return EncodedImage(b"", media_type, request.seed + index, content_filtered=True)
 
 
 def _encode(

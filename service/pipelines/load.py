@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -35,6 +35,7 @@ from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
 from service.pipelines.speed import can_record, check_speed, loading_arguments, settle
 from service.pipelines.trust import Trust, check_trust, find_pipeline_class
+from service.pipelines.verdicts import CHECKER, has_checker, names_checker
 from service.pipelines.weights import check_finite_weights, check_heard
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,11 +69,12 @@ def load_model(
     device: str = "auto",
     speed: SpeedSettings | None = None,
     trust: Trust | None = None,
+    safety_checker: Literal["keep", "drop"] = "keep",
 ) -> LoadedModel:
     """Load a text-to-image pipeline from a local diffusers folder.
 
     Without `trust`, weights are read from safetensors only, and no code that lies in the folder is
-    run.
+    run. With a `safety_checker` of `drop`, the folder's own is left out.
 
     Raises:
         ModelLoadError: the folder is missing or is no such pipeline, a setting does not fit it, or
@@ -87,7 +89,8 @@ def load_model(
     trust = trust or Trust()
     try:
         check_trust(folder, trust)
-        return _load(model_id, folder, DTYPES[dtype], device, speed or SpeedSettings(), trust)
+        knobs = Knobs(DTYPES[dtype], device, speed or SpeedSettings(), trust, safety_checker)
+        return _load(model_id, folder, knobs)
     except ModelLoadError as error:
         message = f"model {model_id}: cannot be loaded: {error.message}"
         raise ModelLoadError(message, error.reason) from error
@@ -97,31 +100,25 @@ def load_model(
         raise ModelLoadError(message, reason_of(error)) from error
 
 
-def _load(
-    model_id: str,
-    folder: Path,
-    dtype: torch.dtype,
-    device: str,
-    speed: SpeedSettings,
-    trust: Trust,
-) -> LoadedModel:
-    chosen = choose_device(device)
+@dataclass(frozen=True)
+class Knobs:
+    """How an operator wants a model to be loaded."""
+
+    dtype: torch.dtype
+    device: str
+    speed: SpeedSettings
+    trust: Trust
+    safety_checker: Literal["keep", "drop"]
+
+
+def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
+    chosen, speed = choose_device(knobs.device), knobs.speed
     check_speed(speed, chosen)
     manifest = read_manifest(folder)
     pipeline_class = find_pipeline_class(folder)
     signature = read_signature(pipeline_class)
     check_serves_prompts(pipeline_class, signature)
-    with heard_libraries() as heard:
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder,
-            dtype=dtype,
-            # None: safetensors where there are any.
-            use_safetensors=None if trust.pickle else True,
-            local_files_only=True,
-            trust_remote_code=trust.remote_code,
-            **loading_arguments(speed, folder),
-        )
-    check_heard(heard)
+    pipeline = _read_pipeline(folder, knobs)
     settle(pipeline, chosen, speed)
     check_finite_weights(pipeline)
     schedulers = usable_schedulers(pipeline.scheduler)
@@ -141,7 +138,8 @@ def _load(
         describe_model(model_id, folder, pipeline, facts, manifest),
         tasks=lender.tasks,
         guidance_interval=can_limit_guidance(pipeline),
-        fingerprint=take_fingerprint(folder, dtype, pipeline.device),
+        fingerprint=take_fingerprint(folder, knobs.dtype, pipeline.device),
+        safety_checker=has_checker(pipeline),
     )
     return LoadedModel(
         pipeline,
@@ -153,6 +151,25 @@ def _load(
         cuda_graphs=can_record(speed, chosen),
         sizes_are_said="sizes" in manifest,
     )
+
+
+def _read_pipeline(folder: Path, knobs: Knobs) -> Any:
+    left_out: dict[str, Any] = {}
+    if knobs.safety_checker == "drop" and names_checker(folder):
+        left_out = {CHECKER: None}
+    with heard_libraries() as heard:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder,
+            dtype=knobs.dtype,
+            # None: safetensors where there are any.
+            use_safetensors=None if knobs.trust.pickle else True,
+            local_files_only=True,
+            trust_remote_code=knobs.trust.remote_code,
+            **loading_arguments(knobs.speed, folder),
+            **left_out,
+        )
+    check_heard(heard)
+    return pipeline
 
 
 def _denoiser(pipeline: Any) -> Any:

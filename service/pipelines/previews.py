@@ -15,8 +15,9 @@ from PIL import Image
 
 from service.domain.requests import GenerationRequest
 from service.pipelines.step_watch import after_steps
+from service.pipelines.verdicts import flagged_previews
 
-OnPreview = Callable[[int, int, int, list[Image.Image]], None]
+OnPreview = Callable[[int, int, int, list[Image.Image | None]], None]
 """Hears index, step, steps and pictures."""
 
 IMAGE_LATENT_DIMENSIONS = 4
@@ -153,7 +154,7 @@ class Previewer:
             self._on_preview(self._told, step, steps, pictures)
             self._told += 1
 
-    def _decode(self, latents: torch.Tensor) -> list[Image.Image] | None:
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image | None] | None:
         pipeline, config = self._pipeline, self._pipeline.vae.config
         if hasattr(pipeline, "_unpack_latents"):
             latents = pipeline._unpack_latents(
@@ -166,4 +167,6 @@ class Previewer:
         pictures: list[Image.Image] = pipeline.image_processor.postprocess(
             decoded.detach(), output_type="pil"
         )
-        return pictures
+        # What the checker would withhold in the end is not to be seen on the way.
+        flagged = flagged_previews(pipeline, decoded.detach())
+        return [None if index in flagged else image for index, image in enumerate(pictures)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from service.domain.batch import BatchView
-from service.domain.errors import InvalidRequestError, RefusedError
+from service.domain.errors import ContentFilteredError, InvalidRequestError, RefusedError
 from service.domain.events import Accepted, Event, Failed, Finished, Preview, Started, StepFinished
 from service.domain.limits import check_request
 from service.domain.models import ModelCapabilities
@@ -49,6 +49,8 @@ from service.pipelines.trials import make_trials
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Event], None]
+Images = Sequence[Image.Image | None]
+"""None in place of one that the pipeline's own safety checker withheld."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class RequestListener:
     encoder: PictureEncoder
     inputs: Inputs
     fingerprint: Callable[[], str] = str
+    withheld: Callable[[int], None] = lambda images: None
 
     def accepted(self, position: int, expected_s: float) -> None:
         """The request was let in. Told once its images are known to be fine."""
@@ -92,7 +95,7 @@ class RequestListener:
         """The pipeline call got one step further. Called inside it, where raising would end it."""
         tell(self.request.id, self.sink, StepFinished(self.request.id, step, steps))
 
-    def foretold(self, index: int, step: int, steps: int, images: list[Image.Image]) -> None:
+    def foretold(self, index: int, step: int, steps: int, images: Images) -> None:
         """What the pictures will roughly be. Called inside the pipeline call, as `step_ended` is.
 
         Previews and the pictures themselves are encoded by one thread, so they stay in order.
@@ -100,8 +103,9 @@ class RequestListener:
         told = partial(self._tell_preview, index, step, steps, images)
         tell(self.request.id, self.encoder.submit, len(images), told)
 
-    def finished(self, result: list[Image.Image], timings: Timings) -> None:
+    def finished(self, result: Images, timings: Timings) -> None:
         """Encode off the engine thread: the next forward must not wait for it."""
+        self.withheld(sum(image is None for image in result))
         try:
             self.encoder.submit(len(result), partial(self._encode, result, timings))
         except RuntimeError as error:
@@ -111,14 +115,16 @@ class RequestListener:
     def failed(self, error: BaseException, timings: Timings) -> None:
         """Cancelled, or the pipeline raised, or an image cannot be read."""
         self.inputs.forget()
+        if isinstance(error, ContentFilteredError):
+            self.withheld(self.request.n)
         self.sink(Failed(self.request.id, as_stepserve_error(error, self.request.id)))
 
-    def _tell_preview(self, index: int, step: int, steps: int, images: list[Image.Image]) -> None:
+    def _tell_preview(self, index: int, step: int, steps: int, images: Images) -> None:
         files = tuple(encode_preview(image, self.request, i) for i, image in enumerate(images))
         preview = Preview(self.request.id, index, step, steps, files)
         tell(self.request.id, self.sink, preview)
 
-    def _encode(self, images: list[Image.Image], timings: Timings) -> None:
+    def _encode(self, images: Images, timings: Timings) -> None:
         try:
             encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
             finished = Finished(self.request.id, encoded, timings, self.fingerprint())
@@ -155,6 +161,8 @@ class PipelineRunner:
         self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
         self.plan = SharingPlan()
         self.guided_step = CLASSIC
+        # By the model's own safety checker, since the start.
+        self.images_withheld = 0
         self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
         self._encoder = PictureEncoder(options.max_waiting_pictures)
@@ -299,11 +307,13 @@ class PipelineRunner:
     def _work(self, request: GenerationRequest, sink: Sink, inputs: Inputs) -> Work:
         code = self.denoiser_code.in_use if self.denoiser_code else None
         fingerprint = partial(self._fingerprint, code)
-        listener = RequestListener(request, sink, self._encoder, inputs, fingerprint)
+        listener = RequestListener(
+            request, sink, self._encoder, inputs, fingerprint, self._note_withheld
+        )
         calls = denoiser_calls(self.model, request)
         variant = self.adapters.resolve(request.adapters)
 
-        def make() -> list[Image.Image]:
+        def make() -> Images:
             steps, previews = listener.step_ended, listener.foretold
             return make_pictures(self.model, request, inputs.pictures, steps, previews)
 
@@ -324,6 +334,10 @@ class PipelineRunner:
             owner=request.owner,
             held=inputs.are_needed,
         )
+
+    def _note_withheld(self, images: int) -> None:
+        """On the engine's thread."""
+        self.images_withheld += images
 
     def _usual_request_s(self) -> float | None:
         """Seconds that a request with the defaults should take on an idle replica."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from service.domain.errors import GenerationFailedError, InvalidRequestError
+from service.domain.errors import ContentFilteredError, GenerationFailedError, InvalidRequestError
 from service.domain.requests import GenerationRequest, Task
 from service.engine.parking import parameter_names
 from service.pipelines.inputs import InputPictures
@@ -17,6 +17,7 @@ from service.pipelines.previews import OnPreview, Previewer, can_preview
 from service.pipelines.schedulers import set_steps
 from service.pipelines.signature import accepted_arguments
 from service.pipelines.step_watch import watch_images, watch_steps
+from service.pipelines.verdicts import guardrail, remove_checker, withheld_images
 
 OnStep = Callable[[int, int], None]
 NO_PICTURES = InputPictures()
@@ -35,29 +36,52 @@ def make_pictures(
     inputs: InputPictures = NO_PICTURES,
     on_step: OnStep | None = None,
     on_preview: OnPreview | None = None,
-) -> list[Image.Image]:
+) -> list[Image.Image | None]:
     """Make the pictures of a request. `on_step(i, n)` is called after each scheduler step.
 
+    In place of a picture that the pipeline's own safety checker withheld there is None.
+
     Raises:
+        ContentFilteredError: it withheld all.
         GenerationFailedError: the denoiser's or the VAE's numbers overflowed.
     """
-    images: list[Image.Image] = call_pipeline(
-        model, request, inputs, on_step, on_preview=on_preview
-    )
-    return images
+    output = run_pipeline(model, request, inputs, on_step, on_preview=on_preview)
+    images, withheld = list(output[0]), withheld_images(output)
+    if withheld and len(withheld) == len(images):
+        raise ContentFilteredError(
+            f"the safety checker of model {request.model} withheld all images of the request; "
+            "try another prompt or seed"
+        )
+    return [None if index in withheld else image for index, image in enumerate(images)]
 
 
 def call_pipeline(
     model: LoadedModel,
     request: GenerationRequest,
     inputs: InputPictures = NO_PICTURES,
+    output_type: str = "pil",
+) -> Any:
+    """What a pipeline draws for a request, whatever its safety checker would say of it."""
+    return run_pipeline(model, request, inputs, output_type=output_type, is_checked=False)[0]
+
+
+def run_pipeline(
+    model: LoadedModel,
+    request: GenerationRequest,
+    inputs: InputPictures = NO_PICTURES,
     on_step: OnStep | None = None,
     output_type: str = "pil",
     on_preview: OnPreview | None = None,
+    is_checked: bool = True,
 ) -> Any:
-    """Call a borrowed pipeline with those of a request's arguments that it takes."""
+    """Call a borrowed pipeline with those of a request's arguments that it takes.
+
+    Raises:
+        ContentFilteredError: the pipeline's own checker refuses the prompt.
+    """
     borrowed = model.lender.lend(request.scheduler, request.task)
     signature = model.lender.signature(request.task)
+    remove_checker(borrowed, unless=is_checked)
     previewer = _previewer(borrowed, request, on_preview)
     expected = denoiser_calls(model, request)
 
@@ -92,7 +116,8 @@ def call_pipeline(
     # Pipelines differ in what stands for none.
     if request.negative_prompt:
         wanted["negative_prompt"] = request.negative_prompt
-    return borrowed(**accepted_arguments(signature, wanted))[0]
+    with guardrail(request.model):
+        return borrowed(**accepted_arguments(signature, wanted))
 
 
 def _previewer(

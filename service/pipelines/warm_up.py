@@ -19,7 +19,12 @@ from typing import Any
 import psutil
 import torch
 
-from service.domain.errors import CancelledError, GenerationFailedError, StepserveError
+from service.domain.errors import (
+    CancelledError,
+    ContentFilteredError,
+    GenerationFailedError,
+    StepserveError,
+)
 from service.domain.events import Event, Failed, Finished
 from service.domain.requests import GenerationRequest
 from service.domain.timings import Timings
@@ -256,6 +261,9 @@ def _run(runner: PipelineRunner, request: GenerationRequest) -> None:
 
     runner.submit(request, sink)
     result = outcome.get()
+    if isinstance(result, ContentFilteredError):
+        # It draws, and its checker looks at what it draws.
+        return
     if isinstance(result, GenerationFailedError):
         # Rather than what a request is told: that its scheduler or its guidance is to blame.
         check_all_weights(runner.model.pipeline)

@@ -78,6 +78,11 @@ REQUESTS = _counter(
     *("model", "outcome"),
 )
 PICTURES = _counter("pictures", "Pictures of finished requests.", "model")
+CONTENT_FILTERED = _counter(
+    "content_filtered_pictures",
+    "Pictures that the model's own safety checker withheld.",
+    "model",
+)
 QUEUE_SECONDS = _histogram(
     "queue_wait_seconds",
     LATENCY_BUCKETS_S,

@@ -58,6 +58,7 @@ class Totals:
     retries: int = 0
     out_of_memory: int = 0
     busy_s: float = 0.0
+    images_withheld: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ class EngineMetrics:
         self._to.count(c.RETRIES, totals.retries - told.retries, self._model)
         self._to.count(c.OUT_OF_MEMORY, totals.out_of_memory - told.out_of_memory, self._model)
         self._to.count(c.BUSY_SECONDS, totals.busy_s - told.busy_s, self._model)
+        withheld = totals.images_withheld - told.images_withheld
+        self._to.count(c.CONTENT_FILTERED, withheld, self._model)
 
     def _record_standing(self, standing: Standing) -> None:
         values = {

@@ -74,6 +74,7 @@ async function run(card) {
     const asked = { ...entry.body, previews: PREVIEWS };
     for await (const [name, data] of stream(entry.id, asked, entry.files, card.abort.signal)) take(card, name, data);
     if (!entry.pictures.length) throw new Error("the service ended without a picture");
+    if (entry.withheld) entry.news += ` · ${entry.withheld} withheld by the safety checker`;
     card.end();
     announce(`finished: ${entry.body.prompt}`);
     await gallery.keep(entry);
@@ -87,15 +88,20 @@ async function run(card) {
 
 function take(card, name, data) {
   if (name === "error") throw new ServiceError(0, data.error, null);
+  const { entry } = card;
+  if (data.content_filtered) {
+    entry.withheld = (entry.withheld ?? 0) + 1;
+    return;
+  }
   const source = `data:image/${data.output_format};base64,${data.b64_json}`;
   card.picture(data.image_index, source);
   if (name.endsWith("partial_image")) {
     card.step(data.step, data.steps);
     return;
   }
-  card.entry.pictures[data.image_index] = source;
+  entry.pictures[data.image_index] = source;
   const { total_s, batch_share } = data.timings;
-  card.entry.news = `${total_s.toFixed(2)} s · ${Math.round(batch_share * 100)} % of the batch`;
+  entry.news = `${total_s.toFixed(2)} s · ${Math.round(batch_share * 100)} % of the batch`;
 }
 
 function fail(card, error) {

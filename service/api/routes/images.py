@@ -39,6 +39,7 @@ from service.api.result_room import ResultsUnavailableError, needed_bytes
 from service.api.schemas import EditRequest, ImageRequest, PictureRequest, VariationRequest
 from service.domain.errors import (
     BodyTooLargeError,
+    ContentFilteredError,
     ExpiredError,
     GenerationFailedError,
     InvalidRequestError,
@@ -61,6 +62,7 @@ _ERRORS = error_responses(
     UnsupportedMediaTypeError,
     ServerFullError,
     UnmeetableDeadlineError,
+    ContentFilteredError,
     GenerationFailedError,
     NotReadyError,
     ResultsUnavailableError,

@@ -174,8 +174,14 @@ def _describe(event: Event) -> tuple[str, dict[str, Any]]:
         case Preview():
             return "preview", _describe_preview(event)
         case Finished(timings=timings):
-            seeds = [image.seed for image in event.images]
-            return "finished", {"seeds": seeds, "timings": timings_answer(timings).model_dump()}
+            told = {
+                "seeds": [image.seed for image in event.images],
+                "content_filtered": [
+                    image.seed for image in event.images if image.content_filtered
+                ],
+                "timings": timings_answer(timings).model_dump(),
+            }
+            return "finished", told
         case Failed(error=error):
             return "failed", {"error": error_detail(error, event.request_id).model_dump()}
 
@@ -188,5 +194,6 @@ def _describe_preview(preview: Preview) -> dict[str, Any]:
         "images": [
             {"b64_json": base64_of(image), "media_type": image.media_type}
             for image in preview.images
+            if not image.content_filtered
         ],
     }

@@ -69,13 +69,14 @@ def test_what_was_flushed_is_not_counted_again(
     metrics: EngineMetrics, recorded: PrometheusInstruments
 ):
     metrics.forward_ended(forward())
-    metrics.flush(Totals(retries=2, out_of_memory=1, busy_s=1.0), STANDING)
-    metrics.flush(Totals(retries=3, out_of_memory=1, busy_s=1.5), STANDING)
+    metrics.flush(Totals(retries=2, out_of_memory=1, busy_s=1.0, images_withheld=1), STANDING)
+    metrics.flush(Totals(retries=3, out_of_memory=1, busy_s=1.5, images_withheld=4), STANDING)
 
     assert recorded.value("stepserve_forwards_total", model="emoji", stage="denoise") == 1
     assert recorded.value("stepserve_forward_retries_total", model="emoji") == 3
     assert recorded.value("stepserve_out_of_memory_total", model="emoji") == 1
     assert recorded.value("stepserve_engine_busy_seconds_total", model="emoji") == 1.5
+    assert recorded.value("stepserve_content_filtered_pictures_total", model="emoji") == 4
 
 
 def test_endings_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstruments):
