@@ -186,6 +186,9 @@ def generate(
     }
     pictures = _pictures(image, mask, strength)
     finished = generate_locally(loaded, _request(wanted, capabilities, pictures), adapters)
+    for cut in finished.cut_prompts:
+        told = f"{cut.encoder} reads {cut.limit} of the {cut.tokens} tokens of {cut.field} only"
+        typer.echo(told, err=True)
     _write(finished.images, output)
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.api.backend import ModelStatus
 from service.api.errors import ErrorDetail, error_detail
 from service.domain.batch import BatchView
-from service.domain.events import EncodedImage, Finished
+from service.domain.events import CutPrompt, EncodedImage, Finished
 from service.domain.models import Compilation
 from service.domain.progress import Progress
 from service.domain.requests import GenerationRequest, Task
@@ -132,6 +132,12 @@ class ImagesAnswer(BaseModel):
     timings: TimingsAnswer
     ignored_fields: list[str] | None = Field(
         default=None, description="Fields that were sent and changed nothing; absent without any."
+    )
+    prompt_truncated: dict[str, dict[str, int]] | None = Field(
+        default=None,
+        description="By field (`prompt`, `negative_prompt`) and text encoder, how many tokens that "
+        "one read of a longer text, which another encoder read whole; absent where all did.",
+        examples=[{"prompt": {"text_encoder": 77}}],
     )
 
 
@@ -326,7 +332,16 @@ def images_answer(
         fingerprint=finished.fingerprint,
         timings=timings_answer(finished.timings),
         ignored_fields=list(ignored_fields) or None,
+        prompt_truncated=truncation_answer(finished.cut_prompts),
     )
+
+
+def truncation_answer(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str, int]] | None:
+    """Return which text encoders read how many tokens only, by field, or None."""
+    told: dict[str, dict[str, int]] = {}
+    for cut in cut_prompts:
+        told.setdefault(cut.field, {})[cut.encoder] = cut.limit
+    return told or None
 
 
 def model_answer(status: ModelStatus) -> ModelAnswer:

@@ -17,6 +17,7 @@ from service.api.answers import (
     images_answer,
     parameters_answer,
     timings_answer,
+    truncation_answer,
 )
 from service.api.connection import stream_while_connected, while_connected
 from service.api.dependencies import Incoming
@@ -161,6 +162,8 @@ async def _completed_event(
     }
     if call.ignored_fields:
         told["ignored_fields"] = call.ignored_fields
+    if finished.cut_prompts:
+        told["prompt_truncated"] = truncation_answer(finished.cut_prompts)
     return sse(name, {"type": name, **_described(call, index, image), **told})
 
 

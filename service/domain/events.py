@@ -64,6 +64,19 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class CutPrompt:
+    """A text encoder that read the first `limit` of the `tokens` of a request's field only.
+
+    Another encoder read all of it.
+    """
+
+    field: str
+    encoder: str
+    tokens: int
+    limit: int
+
+
+@dataclass(frozen=True)
 class Finished:
     """All pictures are made; `fingerprint` is the short one of the model that made them."""
 
@@ -71,6 +84,7 @@ class Finished:
     images: tuple[EncodedImage, ...]
     timings: Timings
     fingerprint: str = ""
+    cut_prompts: tuple[CutPrompt, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ MANIFEST = "stepserve.json"
 # The side that pipelines use which know no sample size.
 USUAL_NATIVE_PX = 1024
 USUAL_STEP_PX = 64
+# Hardly any text has more in the mean; what decides is how many tokens there are.
+TOKEN_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def check_serves_prompts(pipeline_class: type, signature: CallSignature) -> None
     name = pipeline_class.__name__
     if not signature.accepts("prompt"):
         needed = f" (it needs: {', '.join(sorted(signature.needed))})" if signature.needed else ""
-        raise ModelLoadError(f"{name} takes no prompt{needed}")
+        raise ModelLoadError(
+            f"{name} takes no prompt{needed}; served are pipelines that make images from a prompt"
+        )
     others = ", ".join(sorted(signature.needed - {"prompt"}))
     if others:
         raise ModelLoadError(f"{name} needs more than a prompt: {others}")
@@ -77,6 +81,8 @@ def describe_model(
         derived["max_prompt_tokens"] = characters
     else:
         derived["max_prompt_tokens"] = facts.prompt_tokens
+        usual = ModelCapabilities.max_prompt_characters
+        derived["max_prompt_characters"] = max(usual, TOKEN_CHARACTERS * facts.prompt_tokens)
     capabilities = ModelCapabilities(
         id=model_id,
         sizes=SizeRange(**sizes) if sizes else derive_sizes(pipeline, facts.signature),

@@ -30,7 +30,7 @@ from service.pipelines.heard import heard_libraries
 from service.pipelines.host_numbers import bring_arguments, can_keep_on_host
 from service.pipelines.lending import PipelineLender
 from service.pipelines.load_reasons import NO_FOLDER, reason_of
-from service.pipelines.prompts import PromptMeter, measure_prompts, tokenizers_of
+from service.pipelines.prompts import PromptMeter, measure_prompts
 from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
 from service.pipelines.speed import can_record, check_speed, loading_arguments, settle
@@ -123,7 +123,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     check_finite_weights(pipeline)
     schedulers = usable_schedulers(pipeline.scheduler)
     meter = measure_prompts(
-        tokenizers_of(pipeline),
+        pipeline,
         signature.default("max_sequence_length", int),
         manifest.get("max_prompt_tokens"),
     )

@@ -13,7 +13,16 @@ from PIL import Image
 
 from service.domain.batch import BatchView
 from service.domain.errors import ContentFilteredError, InvalidRequestError, RefusedError
-from service.domain.events import Accepted, Event, Failed, Finished, Preview, Started, StepFinished
+from service.domain.events import (
+    Accepted,
+    CutPrompt,
+    Event,
+    Failed,
+    Finished,
+    Preview,
+    Started,
+    StepFinished,
+)
 from service.domain.limits import check_request
 from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest, RequestKey
@@ -82,6 +91,7 @@ class RequestListener:
     inputs: Inputs
     fingerprint: Callable[[], str] = str
     withheld: Callable[[int], None] = lambda images: None
+    cut_prompts: tuple[CutPrompt, ...] = ()
 
     def accepted(self, position: int, expected_s: float) -> None:
         """The request was let in. Told once its images are known to be fine."""
@@ -127,7 +137,9 @@ class RequestListener:
     def _encode(self, images: Images, timings: Timings) -> None:
         try:
             encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
-            finished = Finished(self.request.id, encoded, timings, self.fingerprint())
+            finished = Finished(
+                self.request.id, encoded, timings, self.fingerprint(), self.cut_prompts
+            )
         except Exception as error:
             tell(self.request.id, self.failed, error, timings)
         else:
@@ -219,10 +231,10 @@ class PipelineRunner:
         """Accept a request, or answer at once with Failed if it is refused."""
         try:
             check_request(request, self._limits)
-            self.model.prompt_meter.check(request)
+            cut_prompts = self.model.prompt_meter.check(request)
             self._encoder.check_room()
             inputs = Inputs(request)
-            self.engine.submit(self._work(request, sink, inputs))
+            self.engine.submit(self._work(request, sink, inputs, cut_prompts))
             self._decoder.submit(inputs)
         except (InvalidRequestError, RefusedError) as error:
             sink(Failed(request.id, error))
@@ -304,11 +316,18 @@ class PipelineRunner:
             rules = decoding_rules(pipeline, trial, self.plan)
             batcher.adjust = rules if rules.rows else None
 
-    def _work(self, request: GenerationRequest, sink: Sink, inputs: Inputs) -> Work:
+    def _work(
+        self,
+        request: GenerationRequest,
+        sink: Sink,
+        inputs: Inputs,
+        cut_prompts: tuple[CutPrompt, ...] = (),
+    ) -> Work:
         code = self.denoiser_code.in_use if self.denoiser_code else None
         fingerprint = partial(self._fingerprint, code)
+        withheld = self._note_withheld
         listener = RequestListener(
-            request, sink, self._encoder, inputs, fingerprint, self._note_withheld
+            request, sink, self._encoder, inputs, fingerprint, withheld, cut_prompts
         )
         calls = denoiser_calls(self.model, request)
         variant = self.adapters.resolve(request.adapters)

@@ -29,19 +29,20 @@ class CallSignature:
         names: all that may be passed by name.
         needed: those that no call can do without, `prompt` included where it is taken.
         defaults: the default of every other one.
-        takes_any: whether further names are let through, by way of `**kwargs`.
         makes: what comes out, in the plural.
     """
 
     names: frozenset[str]
     needed: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    takes_any: bool = False
     makes: str = "pictures"
 
     def accepts(self, name: str) -> bool:
-        """Whether a call may pass this argument."""
-        return self.takes_any or name in self.names
+        """Whether a call that passes this argument is heard.
+
+        What a `**kwargs` takes besides is none: pipelines leave it lying, a prompt as well.
+        """
+        return name in self.names
 
     def default(self, name: str, kind: type | UnionType) -> Any:
         """The default of an argument where it is one of that kind, else None."""
@@ -57,7 +58,6 @@ def read_signature(pipeline_class: type) -> CallSignature:
         names=frozenset(named),
         needed=frozenset(name for name, p in named.items() if _is_needed(p)),
         defaults={n: p.default for n, p in named.items() if p.default is not Parameter.empty},
-        takes_any=any(p.kind is Parameter.VAR_KEYWORD for p in parameters),
         makes=_product(pipeline_class, named),
     )
 

@@ -10,7 +10,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Response
 
-from service.api.answers import ProgressAnswer, base64_of, progress_answer, timings_answer
+from service.api.answers import (
+    ProgressAnswer,
+    base64_of,
+    progress_answer,
+    timings_answer,
+    truncation_answer,
+)
 from service.api.connection import stream_while_connected
 from service.api.dependencies import Incoming, IncomingDep
 from service.api.errors import RequestTimedOutError, error_detail
@@ -174,13 +180,15 @@ def _describe(event: Event) -> tuple[str, dict[str, Any]]:
         case Preview():
             return "preview", _describe_preview(event)
         case Finished(timings=timings):
-            told = {
+            told: dict[str, Any] = {
                 "seeds": [image.seed for image in event.images],
                 "content_filtered": [
                     image.seed for image in event.images if image.content_filtered
                 ],
                 "timings": timings_answer(timings).model_dump(),
             }
+            if event.cut_prompts:
+                told["prompt_truncated"] = truncation_answer(event.cut_prompts)
             return "finished", told
         case Failed(error=error):
             return "failed", {"error": error_detail(error, event.request_id).model_dump()}

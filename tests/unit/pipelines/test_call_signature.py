@@ -8,9 +8,15 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    KarrasVePipeline,
+    LDMPipeline,
+    PNDMPipeline,
+    ScoreSdeVePipeline,
     StableDiffusionPipeline,
 )
 
+from service.pipelines.capabilities import check_serves_prompts
+from service.pipelines.errors import ModelLoadError
 from service.pipelines.signature import CallSignature, accepted_arguments, read_signature
 
 
@@ -58,8 +64,21 @@ def test_the_callback_goes_with_its_inputs() -> None:
     assert accepted_arguments(signature, WANTED) == {"prompt": "heart"}
 
 
-def test_a_pipeline_that_takes_any_name_is_given_all() -> None:
-    assert accepted_arguments(read_signature(Open), WANTED) == WANTED
+def test_a_pipeline_that_takes_any_name_is_given_what_it_names() -> None:
+    """It would leave the rest lying, so that nobody were told that it is not heard."""
+    assert accepted_arguments(read_signature(Open), WANTED) == {"prompt": "heart"}
+
+
+@pytest.mark.parametrize(
+    "pipeline_class", [PNDMPipeline, LDMPipeline, ScoreSdeVePipeline, KarrasVePipeline]
+)
+def test_a_pipeline_that_takes_any_name_but_no_prompt_is_refused(pipeline_class: type) -> None:
+    with pytest.raises(ModelLoadError) as refused:
+        check_serves_prompts(pipeline_class, read_signature(pipeline_class))
+    assert refused.value.message == (
+        f"{pipeline_class.__name__} takes no prompt; served are pipelines that make images from a "
+        "prompt"
+    )
 
 
 def test_wanted_arguments_are_left_as_they_are() -> None:

@@ -9,14 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_families import CLIP_TOKENS, T5_TOKENS, save_tiny_dit, save_tiny_flux, save_tiny_sd3
-from tiny_model import a_request
+from tiny_families import (
+    CLIP_TOKENS,
+    T5_TOKENS,
+    save_tiny_dit,
+    save_tiny_flux,
+    save_tiny_sd3,
+    word_tokenizer,
+)
+from tiny_model import UNTRIED, a_request, submit_all
 
 from service.domain.errors import InvalidRequestError
+from service.domain.events import CutPrompt, Finished
 from service.domain.models import SizeRange
 from service.domain.requests import Task
+from service.engine.engine import EngineOptions
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.load import LoadedModel, load_model
+from service.pipelines.prompts import measure_prompts
+from service.pipelines.runner import PipelineRunner
 from service.pipelines.signature import accepted_arguments
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -79,15 +90,71 @@ def test_a_lent_pipeline_of_another_family_makes_pictures(
     assert picture(sd3, 24).size == (24, 24)
 
 
-def test_the_strictest_of_several_tokenizers_decides(flux: LoadedModel, sd3: LoadedModel) -> None:
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_prompt_is_taken_that_one_of_several_encoders_reads_whole(
+    flux: LoadedModel, sd3: LoadedModel, field: str
+) -> None:
+    clips = {"flux": ["text_encoder"], "sd3": ["text_encoder", "text_encoder_2"]}
     for model in (flux, sd3):
-        assert model.capabilities.max_prompt_tokens == T5_TOKENS < CLIP_TOKENS
-        model.prompt_meter.check(a_request(prompt="red " * (T5_TOKENS - 1)))
-        with pytest.raises(InvalidRequestError, match=f"{T5_TOKENS + 1} tokens long"):
-            model.prompt_meter.check(a_request(prompt="red " * T5_TOKENS))
-        # Many letters in few words: CLIP's tokenizer counts letters here.
-        with pytest.raises(InvalidRequestError, match=f"limit of model tiny is {CLIP_TOKENS}"):
-            model.prompt_meter.check(a_request(prompt="heart" * 16))
+        own = model.capabilities
+        assert own.max_prompt_tokens == CLIP_TOKENS > T5_TOKENS
+        assert model.prompt_meter.check(a_request(**{field: "red " * (T5_TOKENS - 1)})) == ()
+        # Here CLIP's tokenizer counts letters, and T5's counts words.
+        (cut,) = model.prompt_meter.check(a_request(**{field: "red " * T5_TOKENS}))
+        t5 = "text_encoder_2" if own.id == "flux" else "text_encoder_3"
+        assert cut == CutPrompt(field, t5, T5_TOKENS + 1, T5_TOKENS)
+        cuts = model.prompt_meter.check(a_request(**{field: "heart" * 16}))
+        assert cuts == tuple(CutPrompt(field, e, 82, CLIP_TOKENS) for e in clips[own.id])
+        with pytest.raises(InvalidRequestError) as refused:
+            model.prompt_meter.check(a_request(**{field: "heart " * 16}))
+        assert f"{field} is 82 tokens long and the limit" in refused.value.message
+
+
+def test_what_an_encoder_cut_is_told_with_the_pictures(flux: LoadedModel) -> None:
+    runner = PipelineRunner(flux, EngineOptions(max_rows=4), sharing=UNTRIED)
+    runner.start()
+    sizes, scheduler = flux.capabilities.sizes, flux.capabilities.default_scheduler
+    wanted = {"width": sizes.minimum, "height": sizes.minimum, "scheduler": scheduler}
+    prompts = ("heart" * 16, "heart")
+    inboxes = submit_all(runner, [a_request(id=p, prompt=p, **wanted) for p in prompts])
+    long, short = (inbox.wait() for inbox in inboxes)
+    runner.stop()
+    assert isinstance(long, Finished), long
+    assert isinstance(short, Finished), short
+    assert long.cut_prompts == (CutPrompt("prompt", "text_encoder", 82, CLIP_TOKENS),)
+    assert short.cut_prompts == ()
+
+
+def test_the_pipelines_own_argument_limits_its_t5(tmp_path: Path, flux_folder: Path) -> None:
+    """512 of FLUX; T5's tokenizer itself may have no limit."""
+    folder = Path(shutil.copytree(flux_folder, tmp_path / "copied"))
+    path = folder / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 10**30}))
+    model = load_model("flux", folder, dtype="float32", device="cpu")
+    assert model.capabilities.max_prompt_tokens == 512
+    assert model.capabilities.max_prompt_characters > 4000
+    cuts = model.prompt_meter.check(a_request(prompt="red " * 511))
+    assert [cut.encoder for cut in cuts] == ["text_encoder"]
+    with pytest.raises(InvalidRequestError, match=r"513 tokens long and the limit .* is 512"):
+        model.prompt_meter.check(a_request(prompt="red " * 512))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "limits"),
+    [
+        ("HunyuanDiTPipeline", {"text_encoder": 77, "text_encoder_2": 256}),
+        ("IFPipeline", {"text_encoder": 77}),
+        ("Kandinsky3Pipeline", {"text_encoder": 128}),
+        ("KandinskyCombinedPipeline", {"text_encoder": 77}),
+    ],
+)
+def test_limits_in_the_code_of_pipelines_are_known(pipeline: str, limits: dict[str, int]) -> None:
+    tokenizers = {e.replace("text_encoder", "tokenizer"): word_tokenizer(1000) for e in limits}
+    made = type(pipeline, (), {"components": tokenizers})()
+    meter = measure_prompts(made)
+    assert meter.limit == max(limits.values())
+    cuts = meter.check(a_request(prompt="red " * (max(limits.values()) - 1)))
+    assert {cut.encoder for cut in cuts} == {e for e in limits if limits[e] < meter.limit}
 
 
 def test_an_operator_may_accept_that_an_encoder_cuts(flux_folder: Path, tmp_path: Path) -> None:
@@ -124,7 +191,7 @@ def test_a_class_conditional_model_is_refused(tmp_path: Path) -> None:
         ("SanaVideoPipeline", "makes videos, not pictures"),
         ("StableAudioPipeline", "makes sound, not pictures"),
         ("KandinskyV22PriorPipeline", "makes embeddings, not pictures"),
-        ("DDPMPipeline", "takes no prompt$"),
+        ("DDPMPipeline", "takes no prompt; served are pipelines"),
         ("NoSuchPipeline", "diffusers has no pipeline 'NoSuchPipeline'"),
         (["own_code", "OwnPipeline"], "no code of a folder is run"),
     ],
