@@ -204,6 +204,8 @@ def _settle(adapter: str, layer: FileLayer, module: nn.Module) -> bool:
         other = getattr(factors[adapter], kind) if adapter in factors else None
         if other is None or not torch.equal(other, tensor.to(other.device, other.dtype)):
             raise AdapterFileError(f"the {part} of the {place} is not as the file has it")
+        if not bool(torch.isfinite(other).all()):
+            raise AdapterFileError(f"the {part} of the {place} is too large for {other.dtype}")
     if abs(loaded.scaling[adapter] - layer.scaling) <= SCALING_TOLERANCE * abs(layer.scaling):
         return False
     # By its alpha, from which PEFT works out any other scale.

@@ -201,9 +201,10 @@ def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int
 def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:
     """A picture of numbers that are none would be black, and look like an answer."""
     if not bool(torch.isfinite(latents).all()):
+        adapters = "".join(f", adapter {use.name} at {use.scale:g}" for use in request.adapters)
         raise GenerationFailedError(
             f"request {request.id} failed: the denoiser's output is not finite "
-            f"(scheduler {request.scheduler}, guidance_scale {request.guidance_scale:g})"
+            f"(scheduler {request.scheduler}, guidance_scale {request.guidance_scale:g}{adapters})"
         )
 
 

@@ -295,6 +295,19 @@ def test_numbers_that_are_none_are_refused_with_their_tensor(
     assert f"its tensor {name!r} holds numbers that are NaN or infinite" in message
 
 
+def test_numbers_too_large_for_the_models_dtype_are_refused(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    half = load_plain(tiny_folder, torch.float16)
+    parts = parts_of(half)
+    tensors = kohya(parts)
+    name = next(n for n in tensors if "lora_up" in n and "unet" in n)
+    tensors[name][0, 0] = 1e6
+    message = refusal(half, write(tensors, tmp_path / "a.safetensors"))
+    assert "the lora_B.weight of the layer unet." in message
+    assert "is too large for torch.float16" in message
+
+
 @pytest.mark.parametrize("name", ["lora_te_text_model_encoder_layers_7_mlp_fc1", "lora_unet_x_y"])
 def test_a_layer_that_the_model_lacks_is_refused_by_name(
     sd: Any, tmp_path: Path, name: str

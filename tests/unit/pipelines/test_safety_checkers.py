@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +16,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_model import NATIVE_PX, UNTRIED, Inbox, a_request, submit_all
 from transformers import CLIPConfig, CLIPImageProcessor
+from typer.testing import CliRunner
 
+from service import cli
 from service.domain.errors import ContentFilteredError
 from service.domain.events import Failed, Finished, Preview
 from service.engine.engine import EngineOptions
@@ -221,5 +225,39 @@ def test_cosmos_refuses_prompts_by_raising() -> None:
         raise ValueError("other")
 
 
-def test_the_index_still_names_the_checker(folder: Path) -> None:
-    assert json.loads((folder / "model_index.json").read_text())["safety_checker"][1]
+def generate(folder: Path, config: Path, **model: str) -> Any:
+    settings = {"models": {"tiny": {"path": str(folder), "dtype": "float32", **model}}}
+    config.write_text(json.dumps(settings))
+    seed = ["--seed", str(SEED), "-n", str(N), "--steps", "2", "--size", f"{NATIVE_PX}x{NATIVE_PX}"]
+    output = ["-o", str(config.with_name("a.png")), "--scheduler", "DDIMScheduler"]
+    prompt = a_request().prompt
+    return CliRunner().invoke(
+        cli.app, ["generate", prompt, *seed, *output, "--guidance", "4", "--config", str(config)]
+    )
+
+
+def test_the_command_line_says_it_as_well(model: LoadedModel, folder: Path, tmp_path: Path) -> None:
+    flagged = flag_some(model)
+    threshold = model.pipeline.safety_checker.concept_embeds_weights[0].item()
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    weights = copied / "safety_checker" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["concept_embeds_weights"][0] = threshold
+    save_file(tensors, weights, {"format": "pt"})
+
+    told = generate(copied, tmp_path / "config.yaml")
+    assert told.exit_code == 0, told.output
+    for index in range(N):
+        is_flagged = SEED + index in flagged
+        assert (tmp_path / f"a-{index}.png").exists() != is_flagged
+        assert (f"withheld by the model's safety checker  seed {SEED + index}" in told.stderr) == (
+            is_flagged
+        )
+
+    tensors["concept_embeds_weights"][0] = -2.0
+    save_file(tensors, weights, {"format": "pt"})
+    refused = generate(copied, tmp_path / "config.yaml")
+    assert isinstance(refused.exception, ContentFilteredError)
+    dropped = generate(copied, tmp_path / "config.yaml", safety_checker="drop")
+    assert dropped.exit_code == 0, dropped.output
+    assert all((tmp_path / f"a-{index}.png").exists() for index in range(N))
