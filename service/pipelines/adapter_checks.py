@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from service.pipelines.adapter_contents import AdapterContents, module_path
 from service.pipelines.adapter_files import FACTOR, AdapterFileError
 
-_PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_[AB]\.(weight|bias))")
+_PART = re.compile(
+    r"(?P<path>.+)\.(?P<part>lora_[AB]\.(weight|bias)|lora_magnitude_vector|lokr_w[12](_[ab])?)"
+)
 # Factors in half precision are scaled by converters, which rounds.
 STRENGTH_TOLERANCE = 0.01
 SCALING_TOLERANCE = 1e-5
@@ -32,7 +34,8 @@ class FileLayer:
 
     Args:
         path: of the layer in its component.
-        parts: its tensors by PEFT's names: `lora_A.weight`, `lora_B.weight`, `lora_B.bias`.
+        parts: its tensors by PEFT's names: `lora_A.weight`, `lora_B.weight`, `lora_B.bias`,
+            `lora_magnitude_vector` of DoRA, or those of LoKr, such as `lokr_w1` and `lokr_w2`.
         names: what the tensors are called where they were read, by part.
         scaling: what the product of the factors is multiplied with at a scale of 1.
     """
@@ -44,8 +47,15 @@ class FileLayer:
     scaling: float
 
     @property
+    def is_lokr(self) -> bool:
+        """Whether it is a Kronecker product of two factors, and not a product."""
+        return any(part.startswith("lokr") for part in self.parts)
+
+    @property
     def strength(self) -> float:
         """Sum of the squares of all that it adds to the layer's weight."""
+        if self.is_lokr:
+            return _lokr_strength(self.parts) * self.scaling**2
         first, second = self.parts["lora_A.weight"], self.parts["lora_B.weight"]
         return _strength(first, second, self.scaling)
 
@@ -177,13 +187,17 @@ def _layer(
     told: tuple[Mapping[str, Tensor], Mapping[str, Any], AdapterContents],
 ) -> FileLayer:
     read, alphas, contents = told
+    parts = {part: read[name] for part, name in names.items()}
+    if not parts.keys() & {"lora_A.weight", "lora_B.weight"}:
+        # Diffusers has put its alpha into the first factor.
+        return FileLayer(component, path, parts, names, scaling=1.0)
     for part in ("lora_A.weight", "lora_B.weight"):
         if part not in names:
             raise AdapterFileError(f"it has no {part} of the layer {component}.{path}")
     rank = read[names["lora_A.weight"]].shape[0]
     alpha = _alpha(names["lora_A.weight"], alphas)
     scaling = contents.scaling(component, path, rank, alpha)
-    return FileLayer(component, path, {p: read[n] for p, n in names.items()}, names, scaling)
+    return FileLayer(component, path, parts, names, scaling)
 
 
 def _alpha(name: str, alphas: Mapping[str, Any]) -> float | None:
@@ -199,9 +213,7 @@ def _settle(adapter: str, layer: FileLayer, module: nn.Module) -> bool:
     if not isinstance(loaded, BaseTunerLayer):
         raise AdapterFileError(f"the {place} was not loaded")
     for part, tensor in layer.parts.items():
-        factor, kind = part.split(".")
-        factors = getattr(loaded, factor)
-        other = getattr(factors[adapter], kind) if adapter in factors else None
+        other = _loaded_part(loaded, part, adapter)
         if other is None or not torch.equal(other, tensor.to(other.device, other.dtype)):
             raise AdapterFileError(f"the {part} of the {place} is not as the file has it")
         if not bool(torch.isfinite(other).all()):
@@ -209,21 +221,41 @@ def _settle(adapter: str, layer: FileLayer, module: nn.Module) -> bool:
     if abs(loaded.scaling[adapter] - layer.scaling) <= SCALING_TOLERANCE * abs(layer.scaling):
         return False
     # By its alpha, from which PEFT works out any other scale.
-    loaded.lora_alpha[adapter] *= layer.scaling / loaded.scaling[adapter]
+    alphas = loaded.alpha if layer.is_lokr else loaded.lora_alpha
+    alphas[adapter] *= layer.scaling / loaded.scaling[adapter]
     loaded.set_scale(adapter, 1.0)
     return True
+
+
+def _loaded_part(loaded: Any, part: str, adapter: str) -> Tensor | None:
+    factor, _, kind = part.partition(".")
+    factors = getattr(loaded, factor)
+    if adapter not in factors:
+        return None
+    # A magnitude is in a module that knows the weight that it is of.
+    is_module = isinstance(factors[adapter], nn.Module)
+    found: Tensor = getattr(factors[adapter], kind or "weight") if is_module else factors[adapter]
+    return found
 
 
 def _file_strengths(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """By what each layer of the file is called there."""
     pairs: dict[str, dict[str, Tensor]] = {}
+    kroneckers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part.startswith("lokr_"):
+            kroneckers.setdefault(layer, {})[part] = tensor
         factor = FACTOR.search(name)
         if factor is not None:
             side = "A" if factor[2] in ("A", "down") else "B"
             pairs.setdefault(name[: factor.start()].rstrip("._"), {})[side] = tensor
-    _check_alphas(tensors, pairs)
-    return {
+    _check_alphas(tensors, [*pairs, *kroneckers])
+    lokr = {
+        layer: _lokr_strength(parts) * _lokr_scaling(tensors.get(f"{layer}.alpha"), parts) ** 2
+        for layer, parts in kroneckers.items()
+    }
+    return lokr | {
         layer: _strength(pair["A"], pair["B"], _file_scaling(tensors, layer, pair["A"].shape[0]))
         for layer, pair in pairs.items()
     }
@@ -245,6 +277,23 @@ def _strength(first: Tensor, second: Tensor, scaling: float) -> float:
     """The squared Frobenius norm of the product of two factors, without working that out."""
     a, b = first.flatten(1).double(), second.flatten(1).double()
     return float(((a @ a.T) * (b.T @ b)).sum()) * scaling**2
+
+
+def _lokr_strength(parts: Mapping[str, Tensor]) -> float:
+    """The squared Frobenius norm of a Kronecker product is the product of those of its factors."""
+    strength = 1.0
+    for factor in ("lokr_w1", "lokr_w2"):
+        if factor in parts:
+            strength *= float(parts[factor].double().square().sum())
+        else:
+            strength *= _strength(parts[f"{factor}_b"], parts[f"{factor}_a"], 1.0)
+    return strength
+
+
+def _lokr_scaling(alpha: Tensor | None, parts: Mapping[str, Tensor]) -> float:
+    """LyCORIS scales only where a factor is a product itself."""
+    ranks = [parts[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
+    return 1.0 if alpha is None or not ranks else float(alpha) / ranks[0]
 
 
 def _is_close(one: float, other: float) -> bool:

@@ -13,10 +13,13 @@ SUFFIX = ".safetensors"
 WEIGHTS = f"pytorch_lora_weights{SUFFIX}"
 # How the tensors of adapters are called by diffusers, PEFT and Kohya's trainer.
 FACTOR = re.compile(r"(lora\w*[._])(A|B|down|up)((\.\w+)?\.weight)$")
-_OTHER = re.compile(r"(lora\w*[._](B|up)(\.\w+)?\.bias|\.lokr_\w+|\.alpha)$")
+_OTHER = re.compile(
+    r"(lora\w*[._](B|up)(\.\w+)?\.bias|\.lokr_\w+|\.lora_magnitude_vector|\.alpha)$"
+)
 # What else people keep under the name of adapters, by what the tensors of it are called.
 _OTHER_KINDS = {
-    "a DoRA adapter": r"dora_scale|lora_magnitude_vector",
+    # Diffusers leaves these out, and reads those that it saved itself.
+    "a DoRA adapter of kohya's or LyCORIS": r"\.dora_scale$",
     "a LoHa adapter (LyCORIS)": r"\.hada_w|\.hada_t",
     "a LoCon adapter with core tensors (LyCORIS, Tucker decomposition)": r"\.lora_mid\.",
     "a GLoRA adapter (LyCORIS)": r"\.[ab][12]\.weight$",

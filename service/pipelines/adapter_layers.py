@@ -87,6 +87,9 @@ def check_fits(layers: Iterable[FileLayer], components: Mapping[str, torch.nn.Mo
         AdapterFileError: names the layer that has another size.
     """
     for layer in layers:
+        if layer.is_lokr:
+            # PEFT takes no other sizes.
+            continue
         module: Any = components[layer.component].get_submodule(layer.path)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         first, second = layer.parts["lora_A.weight"], layer.parts["lora_B.weight"]
@@ -125,7 +128,9 @@ def check_complete(
 
 
 def _count_tensors(layer: Any, name: str) -> int:
-    containers = [getattr(layer, attribute) for attribute in layer.adapter_layer_names]
+    # PEFT names what DoRA adds twice.
+    names = dict.fromkeys(layer.adapter_layer_names)
+    containers = [getattr(layer, attribute) for attribute in names]
     parts = [container[name] for container in containers if name in container]
     return sum(
         1 if isinstance(part, torch.Tensor) else len(list(part.parameters())) for part in parts

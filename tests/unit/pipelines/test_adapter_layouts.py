@@ -18,11 +18,22 @@ from adapter_writers import (
     difference_by_hand,
     diffusers_saved,
     kohya,
+    layers_of,
     make_factors,
     peft_saved,
 )
-from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusionXLPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from test_adapter_families import sdxl as sdxl_denoiser
 from tiny_adapters import load_plain
@@ -266,6 +277,38 @@ def test_flux_of_diffusers_and_of_kohya(flux: Any, tmp_path: Path) -> None:
     assert_same(seen, dict(zip(names, rows, strict=True)))
 
 
+@pytest.mark.parametrize("is_low_rank", [False, True])
+def test_lokr_is_read_where_diffusers_reads_it(tmp_path: Path, is_low_rank: bool) -> None:
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    pipeline = ZImagePipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, transformer)
+    tensors, wanted = dict[str, Tensor](), dict[str, Tensor]()
+    for path in layers_of(transformer, "attention.to_q"):
+        first, second = torch.randn(4, 4), (torch.randn(8, 2), torch.randn(2, 8))
+        tensors[f"{path}.lokr_w1"] = first
+        tensors[f"{path}.alpha"] = torch.tensor(3.0)
+        product = second[0] @ second[1]
+        if is_low_rank:
+            tensors |= {f"{path}.lokr_w2_{s}": t for s, t in zip("ab", second, strict=True)}
+        else:
+            tensors[f"{path}.lokr_w2"] = product
+        # LyCORIS has no use for alpha where both factors are whole.
+        wanted[f"transformer.{path}"] = torch.kron(first, product) * (1.5 if is_low_rank else 1)
+    tensors = {f"diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    seen = loaded_differences(pipeline, write(tensors, tmp_path / "a.safetensors"))
+    assert_same(seen, wanted)
+
+
 def test_what_a_converter_loses_is_told(
     sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +365,6 @@ def test_a_layer_that_the_model_lacks_is_refused_by_name(
     ("tensor", "kind"),
     [
         ("lora_unet_mid.dora_scale", "a DoRA adapter"),
-        ("unet.mid_block.x.lora_magnitude_vector", "a DoRA adapter"),
         ("lora_unet_mid.hada_w1_a", "a LoHa adapter (LyCORIS)"),
         ("lora_unet_mid.lora_mid.weight", "a LoCon adapter with core tensors"),
         ("lora_unet_mid.oft_blocks", "an OFT adapter"),
@@ -343,3 +385,42 @@ def test_other_kinds_of_adapters_are_refused_by_their_kind(
     message = refusal(sd, write(tensors, tmp_path / "a.safetensors"))
     assert f"cannot be used: it is {kind}" in message
     assert "convert it to a LoRA, or merge it into the model's weights" in message
+
+
+def test_dora_that_diffusers_saved_is_as_plain_diffusers_has_it(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    trained = load_plain(tiny_folder)
+    torch.manual_seed(1)
+    trained.unet.add_adapter(
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=list(ATTENTION),
+            init_lora_weights=False,
+            use_dora=True,
+        )
+    )
+    with torch.no_grad():
+        for name, weight in trained.unet.named_parameters():
+            weight.mul_(1.3 if "magnitude" in name else 1)
+    trained.save_lora_weights(
+        tmp_path,
+        weight_name="a.safetensors",
+        unet_lora_layers=get_peft_model_state_dict(trained.unet),
+        **_collate_lora_metadata({"unet": trained.unet}),
+    )
+    arguments = {"sample": torch.randn(1, 4, 8, 8), "timestep": 5}
+    arguments["encoder_hidden_states"] = torch.randn(1, 4, 16)
+
+    def draw(pipeline: Any) -> Tensor:
+        with torch.no_grad():
+            drawn: Tensor = pipeline.unet(**arguments).sample
+        return drawn
+
+    served = load_plain(tiny_folder)
+    before = draw(served)
+    drawn = with_loaded(served, tmp_path / "a.safetensors", lambda name: draw(served))
+    assert torch.equal(drawn, draw(trained))
+    assert not torch.equal(drawn, before)
+    assert torch.equal(draw(served), before)
