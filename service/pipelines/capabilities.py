@@ -19,6 +19,8 @@ USUAL_NATIVE_PX = 1024
 USUAL_STEP_PX = 64
 # Hardly any text has more in the mean; what decides is how many tokens there are.
 TOKEN_CHARACTERS = 8
+# Language models read whole books, at a price that grows with the square of their length.
+MOST_PROMPT_CHARACTERS = 8192
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ def describe_model(
         derived["max_prompt_tokens"] = characters
     else:
         derived["max_prompt_tokens"] = facts.prompt_tokens
-        usual = ModelCapabilities.max_prompt_characters
-        derived["max_prompt_characters"] = max(usual, TOKEN_CHARACTERS * facts.prompt_tokens)
+        derived["max_prompt_characters"] = _most_characters(facts.prompt_tokens)
     capabilities = ModelCapabilities(
         id=model_id,
         sizes=SizeRange(**sizes) if sizes else derive_sizes(pipeline, facts.signature),
@@ -95,6 +96,11 @@ def describe_model(
             f"{', '.join(facts.schedulers)}"
         )
     return capabilities
+
+
+def _most_characters(prompt_tokens: int) -> int:
+    usual = ModelCapabilities.max_prompt_characters
+    return max(usual, min(TOKEN_CHARACTERS * prompt_tokens, MOST_PROMPT_CHARACTERS))
 
 
 def derive_sizes(pipeline: Any, signature: CallSignature) -> SizeRange:
