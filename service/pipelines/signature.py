@@ -52,7 +52,7 @@ class CallSignature:
 
 def read_signature(pipeline_class: type) -> CallSignature:
     """Read the arguments of the class's `__call__`."""
-    parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
+    parameters = _parameters(pipeline_class)
     named = {p.name: p for p in parameters if p.kind not in _COLLECTING}
     return CallSignature(
         names=frozenset(named),
@@ -71,6 +71,19 @@ def accepted_arguments(signature: CallSignature, wanted: Mapping[str, Any]) -> d
     if "callback_on_step_end" not in accepted:
         accepted.pop("callback_on_step_end_tensor_inputs", None)
     return accepted
+
+
+def _parameters(pipeline_class: type) -> list[Parameter]:
+    """Of the first `__call__` that does not merely pass on whatever it is given."""
+    found: list[Parameter] = []
+    for cls in pipeline_class.__mro__:
+        call = vars(cls).get("__call__")
+        if call is None:
+            continue
+        found = list(inspect.signature(call).parameters.values())[1:]
+        if not {p.kind for p in found}.issuperset(_COLLECTING):
+            break
+    return found
 
 
 _COLLECTING = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)

@@ -81,6 +81,15 @@ def test_a_pipeline_that_takes_any_name_but_no_prompt_is_refused(pipeline_class:
     )
 
 
+class PassingOn(Older):
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        super().__call__(*args, **kwargs)
+
+
+def test_a_call_that_passes_everything_on_takes_what_the_next_one_takes() -> None:
+    assert read_signature(PassingOn) == read_signature(Older)
+
+
 def test_wanted_arguments_are_left_as_they_are() -> None:
     wanted = dict(WANTED)
     accepted_arguments(read_signature(Older), wanted)
