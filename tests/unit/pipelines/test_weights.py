@@ -22,7 +22,7 @@ from service.pipelines.errors import ModelLoadError
 from service.pipelines.load import load_model
 from service.pipelines.runner import PipelineRunner
 from service.pipelines.warm_up import warm_up
-from service.pipelines.weights import check_finite_weights
+from service.pipelines.weights import check_finite_weights, check_heard
 
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -58,6 +58,13 @@ def test_a_weight_that_the_files_lack_is_named(copied: Path, component: str) -> 
     change(copied, component, lambda tensors: tensors.pop(WEIGHTS[component]))
     with pytest.raises(ModelLoadError, match=f"lack weights: {WEIGHTS[component]}"):
         load_model("x", copied, dtype="float32", device="cpu")
+
+
+def test_what_the_libraries_say_is_read() -> None:
+    check_heard(["Some weights were not used: ['x']", "y.weight | UNEXPECTED | "])
+    check_heard(["pooler.dense.weight | MISSING | \npooler.dense.bias | MISSING | "])
+    with pytest.raises(ModelLoadError, match=r"lack weights: a\.b, c\.d, e\.f$"):
+        check_heard(["and are newly initialized: ['a.b', 'c.d']\nTrain", "Key\ne.f | MISSING | \n"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
