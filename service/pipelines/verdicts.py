@@ -61,5 +61,7 @@ def flagged_previews(pipeline: Any, decoded: torch.Tensor) -> frozenset[int]:
     """Which images the checker flags of those that are foretold, of values -1 to 1."""
     if not has_checker(pipeline) or not hasattr(pipeline, "run_safety_checker"):
         return frozenset()
-    checked = pipeline.run_safety_checker(decoded.clone(), decoded.device, decoded.dtype)
+    # A VAE may be kept in another precision than the checker.
+    dtype = getattr(pipeline.safety_checker, "dtype", decoded.dtype)
+    checked = pipeline.run_safety_checker(decoded.clone(), decoded.device, dtype)
     return frozenset(i for flags in checked[1:] for i, flag in enumerate(flags or ()) if flag)
