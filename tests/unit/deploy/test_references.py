@@ -190,6 +190,33 @@ def test_no_argument_is_overruled_by_the_image_unsaid(overlay: str):
                 assert settings_from(args, {}) == settings_from(args, {name: value}), name
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_folder_for_results_can_be_written_where_it_is_checked_and_where_it_is_used(overlay: str):
+    address = settings_of(overlay).results.address
+    if address.startswith("s3://"):
+        return
+    for group in groups(overlay):
+        container = group["template"]["spec"]["containers"][0]
+        mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
+        assert not mounts[address].get("readOnly")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_files_that_settings_name_are_mounted(overlay: str):
+    settings = settings_of(overlay)
+    spec = groups(overlay)[0]["template"]["spec"]
+    volumes = {v["name"]: v for v in spec["volumes"]}
+    files = {
+        f"{mount['mountPath']}/{item['path']}"
+        for mount in spec["containers"][0]["volumeMounts"]
+        if "secret" in volumes[mount["name"]]
+        for item in volumes[mount["name"]]["secret"]["items"]
+    }
+    assert {settings.auth.keys_file, settings.results.secret_file} == files
+    # Environments of processes are shown in more places than files.
+    assert settings.results.secret is None
+
+
 def test_results_are_where_every_replica_sees_them():
     for overlay in PRODUCTION:
         settings = settings_of(overlay)
