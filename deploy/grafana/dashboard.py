@@ -83,8 +83,11 @@ SERVED = (
     Panel(
         "Refusals by reason",
         "server_full: more replicas are needed. not_ready: none is warm. rate_limit_exceeded: "
-        "an API key is used up.",
-        {"{{model}} {{reason}}": rate("refusals", "model", "reason", labels='model=~"$model|"')},
+        "an API key is used up. Withheld: images that the model's own safety checker flagged.",
+        {
+            "{{model}} {{reason}}": rate("refusals", "model", "reason", labels='model=~"$model|"'),
+            "{{model}} withheld": rate("content_filtered_pictures", "model"),
+        },
         "reqps",
         stacked=True,
     ),
