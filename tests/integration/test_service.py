@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -222,3 +224,27 @@ def test_full_server_refuses_and_a_client_that_leaves_frees_its_place(service, c
     while client.post(GENERATIONS, json={"prompt": "house", "n": 8}).status_code != 200:
         assert time.monotonic() < deadline_s, "the work of clients that left goes on"
         time.sleep(0.2)
+
+
+def test_the_door_has_limits(client: httpx.Client) -> None:
+    too_long = client.get("/" + "a" * 10_000)
+    too_many = client.get("/healthz", headers={f"X-{i}": "a" for i in range(200)})
+    body = gzip.compress(json.dumps({"prompt": "red heart", "num_inference_steps": 4}).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    compressed = client.post(GENERATIONS, content=body, headers=headers)
+
+    assert [too_long.status_code, too_many.status_code, compressed.status_code] == [414, 431, 200]
+    assert too_long.json()["error"]["code"] == "url_too_long"
+
+
+def test_a_half_closed_connection_gets_its_picture(client: httpx.Client) -> None:
+    body = json.dumps({"prompt": "red heart", "num_inference_steps": 30}).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    address = (client.base_url.host, client.base_url.port)
+    with socket.create_connection(address, timeout=60) as half:
+        half.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        half.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: half.recv(65536), b""))
+
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b'"b64_json"' in received
