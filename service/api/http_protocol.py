@@ -7,6 +7,7 @@ an answer; one client could so hold up all others, which share an event loop.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -82,6 +83,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._loose_bytes = 0
         # What arrived before it may be parsed.
         self._held = b""
+        self._wrong: StepserveError | None = None
         self._error: StepserveError | None = None
         self._client_is_done = False
         self._working: RequestResponseCycle | None = None
@@ -145,13 +147,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         """A part of its URL."""
         super().on_url(url)
-        self._limits.head.check_url(len(self.url))
+        self._check(self._limits.head.check_url, len(self.url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; or a trailer, which counts but is dropped, as it comes after all checks."""
         self._header_count += 1
         self._head_bytes += header_bytes(name, value)
-        self._limits.head.check_headers(self._header_count, self._head_bytes)
+        self._check(self._limits.head.check_headers, self._header_count, self._head_bytes)
         if self._in_head:
             super().on_header(name, value)
             if name.lower() == b"content-length":
@@ -244,6 +246,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         return self._error is None and not self.pipeline and not self.transport.is_closing()
 
     def _parse(self, piece: memoryview) -> None:
+        rest = self._feed(piece)
+        if rest is not None:
+            self._parse_without_upgrade(rest)
+
+    def _feed(self, piece: memoryview) -> memoryview | None:
+        """Parse; returns what follows a request that asks for another protocol."""
         self._loose_bytes += len(piece)
         try:
             self.parser.feed_data(piece)
@@ -251,13 +259,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             loose_bytes = self._loose_bytes - len(self.url) - PIECE_BYTES
             self._limits.head.check_headers(self._header_count, loose_bytes)
         except httptools.HttpParserUpgrade as upgrade:
-            self._parse_without_upgrade(piece[upgrade.args[0] :])
+            return piece[upgrade.args[0] :]
         except httptools.HttpParserError as error:
-            ours = error.__context__
             malformed = MalformedHttpError(f"this is no request of HTTP/1.1: {error}")
-            self._refuse(ours if isinstance(ours, StepserveError) else malformed)
+            self._refuse(self._wrong or malformed)
         except HeadersTooLargeError as error:
             self._refuse(error)
+        return None
 
     def _parse_without_upgrade(self, rest: memoryview) -> None:
         """Parse again what asks for another protocol, as a request of this one.
@@ -275,6 +283,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._parse(memoryview(b"\r\n".join([*head, b"", b""])))
         if rest and self._error is None:
             self._parse(rest)
+
+    def _check(self, check: Callable[..., None], *args: int) -> None:
+        """The parser stops at any error, and does not tell which one it was."""
+        try:
+            check(*args)
+        except StepserveError as error:
+            self._wrong = error
+            raise
 
     def _is_working(self) -> bool:
         """Whether there is a whole request that is not answered."""
