@@ -7,35 +7,23 @@ an answer; one client could so hold up all others, which share an event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.api.client_transport import ClientTransport
-from service.api.errors import (
-    HeadersTooLargeError,
-    MalformedHttpError,
-    MethodNotAllowedError,
-    SlowRequestError,
-    TooManyConnectionsError,
-)
-from service.api.head_limits import HeadLimits, header_bytes
+from service.api.errors import SlowRequestError, TooManyConnectionsError
+from service.api.head_limits import HeadLimits
+from service.api.http_parsing import LimitedParsing
 from service.api.open_connections import OpenConnections
 from service.api.refusals import Refusals
 from service.api.timers import Timers
 from service.domain.errors import StepserveError
 
-PIECE_BYTES = 4096
-"""What is parsed at a time, but for bodies: then it is asked whether there may be more."""
-
 FIRST_PROBE_S = 0.2
 PROBE_FACTOR = 4
 RETRY_S = 1.0
-
-OF_AN_UPGRADE = (b"upgrade", b"http2-settings", b"connection")
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class ConnectionLimits:
     keep_alive_s: float = 90.0
 
 
-class LimitedHttpProtocol(HttpToolsProtocol):
+class LimitedHttpProtocol(LimitedParsing):
     """One connection.
 
     A request that is over a limit is answered as soon as that is known, after the answers to
@@ -68,22 +56,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         refusals: Refusals,
         **of_uvicorn: Any,
     ) -> None:
-        super().__init__(**of_uvicorn)
+        super().__init__(limits.head, **of_uvicorn)
         self._limits = limits
         self._open = connections
         self._refusals = refusals
         self._client: ClientTransport
-        # Of the request that is being parsed. Before its first byte it is in its head, too.
-        self.url = b""
-        self._in_head = True
-        self._is_upgrade = False
-        self._head_bytes = self._header_count = 0
-        self._body_left_bytes = 0
-        # What came since the parser last got on: a header, or what is around parts of a body.
-        self._loose_bytes = 0
         # What arrived before it may be parsed.
         self._held = b""
-        self._wrong: StepserveError | None = None
         self._error: StepserveError | None = None
         self._client_is_done = False
         self._working: RequestResponseCycle | None = None
@@ -98,7 +77,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, self._client))
         self._timers.start("head", self._limits.header_timeout_s, self._head_is_late)
         if not self._open.add(self):
-            self._refuse(self._too_many())
+            self.refuse(self._too_many())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Whatever was asked for is wanted no more."""
@@ -138,51 +117,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     # Called by the parser
 
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
-        self._is_upgrade = False
-        self._head_bytes = self._header_count = self._body_left_bytes = 0
-
-    def on_url(self, url: bytes) -> None:
-        """A part of its URL."""
-        super().on_url(url)
-        self._check(self._limits.head.check_url, len(self.url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; or a trailer, which counts but is dropped, as it comes after all checks."""
-        self._header_count += 1
-        self._head_bytes += header_bytes(name, value)
-        self._check(self._limits.head.check_headers, self._header_count, self._head_bytes)
-        if self._in_head:
-            super().on_header(name, value)
-            if name.lower() == b"content-length":
-                self._body_left_bytes = int(value)
-
     def on_headers_complete(self) -> None:
-        """Its body begins, if it has one."""
-        self._loose_bytes = 0
-        self._is_upgrade = self.parser.should_upgrade()
-        if self._is_upgrade:
-            return
-        self._timers.stop("head")
-        self._in_head = False
+        """The body of a request begins, if it has one."""
         super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """A part of its body."""
-        self._loose_bytes = 0
-        self._body_left_bytes -= len(body)
-        super().on_body(body)
+        if not self.in_head:
+            self._timers.stop("head")
 
     def on_message_complete(self) -> None:
-        """It is whole."""
-        if self._is_upgrade:
-            return
-        self._loose_bytes = 0
-        self._in_head = True
+        """A request is whole, unless it will be parsed again."""
         super().on_message_complete()
-        self._open.work(self)
+        if not self._is_upgrade:
+            self._open.work(self)
 
     # Called by the request at work, and by others
 
@@ -229,68 +174,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self._held:
             return
         self._unset_keepalive_if_required()
-        if self._in_head:
+        if self.in_head:
             self._timers.start_once("head", self._limits.header_timeout_s, self._head_is_late)
         data, position = memoryview(self._held), 0
         self._held = b""
         while position < len(data) and self._may_parse():
-            size = PIECE_BYTES if self._in_head else max(PIECE_BYTES, self._body_left_bytes)
-            piece = data[position : position + size]
+            piece = data[position : position + self.next_bytes()]
             position += len(piece)
-            self._parse(piece)
+            self.parse(piece)
         if position < len(data) and self._error is None:
             self._held = bytes(data[position:])
             self.flow.pause_reading()
 
     def _may_parse(self) -> bool:
         return self._error is None and not self.pipeline and not self.transport.is_closing()
-
-    def _parse(self, piece: memoryview) -> None:
-        rest = self._feed(piece)
-        if rest is not None:
-            self._parse_without_upgrade(rest)
-
-    def _feed(self, piece: memoryview) -> memoryview | None:
-        """Parse; returns what follows a request that asks for another protocol."""
-        self._loose_bytes += len(piece)
-        try:
-            self.parser.feed_data(piece)
-            # What may be of the URL, or of the request before, counts for neither.
-            loose_bytes = self._loose_bytes - len(self.url) - PIECE_BYTES
-            self._limits.head.check_headers(self._header_count, loose_bytes)
-        except httptools.HttpParserUpgrade as upgrade:
-            return piece[upgrade.args[0] :]
-        except httptools.HttpParserError as error:
-            malformed = MalformedHttpError(f"this is no request of HTTP/1.1: {error}")
-            self._refuse(self._wrong or malformed)
-        except HeadersTooLargeError as error:
-            self._refuse(error)
-        return None
-
-    def _parse_without_upgrade(self, rest: memoryview) -> None:
-        """Parse again what asks for another protocol, as a request of this one.
-
-        The parser takes all after the headers for the other protocol; but servers may ignore that
-        they are asked, and some clients ask with every request that has a body.
-        """
-        method = self.parser.get_method()
-        if method == b"CONNECT":
-            self._refuse(MethodNotAllowedError("cannot CONNECT: this is no proxy"))
-            return
-        head = [method + b" " + self.url + b" HTTP/1.1"]
-        head += [n + b": " + v for n, v in self.headers if n not in OF_AN_UPGRADE]
-        self.parser = httptools.HttpRequestParser(self)
-        self._parse(memoryview(b"\r\n".join([*head, b"", b""])))
-        if rest and self._error is None:
-            self._parse(rest)
-
-    def _check(self, check: Callable[..., None], *args: int) -> None:
-        """The parser stops at any error, and does not tell which one it was."""
-        try:
-            check(*args)
-        except StepserveError as error:
-            self._wrong = error
-            raise
 
     def _is_working(self) -> bool:
         """Whether there is a whole request that is not answered."""
@@ -305,17 +202,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Whether the client may still be sending a request, which it has begun."""
         if self._client_is_done:
             return False
-        is_within = not self._in_head or bool(self._held) or self._loose_bytes > 0
+        is_within = not self.in_head or bool(self._held) or self.loose_bytes > 0
         return is_within or self._error is not None
 
     def _head_is_late(self) -> None:
         if self._held or self.pipeline:
             # Not the client's fault: it waits for its turn.
             self._timers.start("head", self._limits.header_timeout_s, self._head_is_late)
-        elif self._loose_bytes:
+        elif self.loose_bytes:
             limit_s = self._limits.header_timeout_s
             message = f"URL and headers did not arrive within {limit_s:g} s, which is the limit"
-            self._refuse(SlowRequestError(message))
+            self.refuse(SlowRequestError(message))
         elif not self._is_working():
             self.transport.close()
 
@@ -323,8 +220,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         message = f"{self._open.most} connections are open, which is the limit; try again"
         return TooManyConnectionsError(message, RETRY_S)
 
-    def _refuse(self, error: StepserveError) -> None:
+    def refuse(self, error: StepserveError) -> None:
         """Parse nothing more, and answer with `error` once those before are answered."""
+        if self._error is not None:
+            return
         self._error = error
         self._held = b""
         self._timers.stop("head")

@@ -39,6 +39,7 @@ BAD = {
     b"GET / HTTP/1.1\r\nX: " + b"a" * 300 + b"\r\n\r\n": b"431",
     b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 9 + b"\r\n": b"431",
     b"no HTTP at all\r\n\r\n": b"400",
+    UPGRADE.replace(b"h2c", b"h2c" + b"\r\nX: a" * 9): b"431",
 }
 
 
