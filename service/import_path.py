@@ -23,9 +23,13 @@ def leave_out_current_folder(
 
     It stays for this process if the service itself was imported from there.
     """
-    here = Path.cwd().resolve()
     # Python adds the folder again where it is started with `-c` or `-m`, as its own helpers are.
     environ["PYTHONSAFEPATH"] = "1"
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:
+        # Nothing is found in a folder that has been removed.
+        return
     modules = [str(Path(entry).resolve()) for entry in _entries(environ, "PYTHONPATH")]
     _set(environ, "PYTHONPATH", [entry for entry in modules if Path(entry) != here])
     for programs in ("PATH", "LD_LIBRARY_PATH"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,9 @@ import grpc
 import httpx
 import psutil
 import pytest
-from running_service import STEPSERVE, Service
+from running_service import STEPSERVE, Service, free_port
+
+from service.models.catalogue import EMBEDDED
 
 SECURITY_PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (\d) \|", re.MULTILINE)
@@ -208,3 +213,28 @@ def test_nothing_is_left_after_a_stop(running: Service) -> None:
     folder = token_file(running).parent
     assert running.terminate() == 0, running.log
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("reason", ["port", "model"])
+def test_nothing_is_left_after_a_start_that_failed(tmp_path: Path, reason: str) -> None:
+    """Before Ray is started, and after."""
+    broken = tmp_path / "broken"
+    shutil.copytree(EMBEDDED, broken)
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    environ = os.environ | {"STEPSERVE_MODELS__EMOJI__PATH": str(broken)}
+    with tempfile.TemporaryDirectory(dir="/tmp") as base, socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if reason == "port":
+            other.listen()
+        port = other.getsockname()[1] if reason == "port" else free_port()
+        ended = subprocess.run(
+            [STEPSERVE, "serve", "--port", str(port)],
+            env=environ | {"RAY_TMPDIR": base},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert ended.returncode == 1, ended.stderr
+        assert reason in ended.stderr
+        assert list(Path(base).iterdir()) == []

@@ -58,6 +58,18 @@ def test_programs_and_libraries_are_not_looked_for_there(folder: Path) -> None:
     assert "LD_LIBRARY_PATH" not in environ
 
 
+def test_the_current_folder_may_have_been_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    environ: dict[str, str] = {"PYTHONPATH": "lib"}
+    leave_out_current_folder(environ, [""])
+    assert environ["PYTHONSAFEPATH"] == "1"
+
+
 def test_the_service_may_lie_in_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PACKAGE_PARENT)
     import_path = ["", sys.prefix]
