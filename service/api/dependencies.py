@@ -123,17 +123,23 @@ async def find_model(backend: Backend, name: str) -> ModelStatus:
     Raises:
         UnknownModelError: no such model; the message lists those there are.
     """
-    models = [status.capabilities for status in await backend.models()]
-    ids = {alias: model.id for model in models for alias in model.aliases}
-    status = await backend.model(ids.get(name, name))
+    # To ask for one that is not known makes the backend look for new ones, with their aliases.
+    status = await _named(backend, name) or await _named(backend, name)
     if status is None:
-        served = [*(model.id for model in models), *ids]
+        models = [status.capabilities for status in await backend.models()]
+        served = [*(model.id for model in models), *(a for model in models for a in model.aliases)]
         raise UnknownModelError(
             f"no model {shown(name)}{did_you_mean(name, served)} "
             f"(served: {', '.join(served) or 'none'})",
             "model",
         )
     return status
+
+
+async def _named(backend: Backend, name: str) -> ModelStatus | None:
+    models = [status.capabilities for status in await backend.models()]
+    named = (model.id for model in models if name in model.aliases)
+    return await backend.model(next(named, name))
 
 
 def require_ready(statuses: list[ModelStatus]) -> None:

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from service.api.bodies import AS_EVER, OPEN, Body, WholeNumber
 from service.api.keys import Caller
-from service.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, shown
+from service.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, digits, shown
 from service.domain.models import ModelCapabilities
 from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
 
@@ -125,7 +125,8 @@ class PictureRequest(Body):
     @classmethod
     def _check_partial_images(cls, value: int | None) -> int | None:
         if value is not None and not 0 <= value <= MAX_PARTIAL_IMAGES:
-            raise ValueError(f"partial_images must be 0 to {MAX_PARTIAL_IMAGES}, got {value}")
+            got = digits(value)
+            raise ValueError(f"partial_images must be 0 to {MAX_PARTIAL_IMAGES}, got {got}")
         return value
 
     @field_validator("size")

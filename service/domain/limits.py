@@ -109,6 +109,11 @@ def shown(text: str) -> str:
     return ascii(cut)
 
 
+def digits(value: int) -> str:
+    """Return the number, or its rough size where writing it out would flood the message."""
+    return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+
+
 def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
     if request.task not in model.tasks:
         known = ", ".join(model.tasks)
@@ -151,7 +156,7 @@ def _check_size(request: GenerationRequest, model: ModelCapabilities) -> None:
 
 def _check_whole_number(field: str, value: int, maximum: int) -> None:
     if not 1 <= value <= maximum:
-        raise InvalidRequestError(f"{field} must be 1 to {maximum}, got {_digits(value)}", field)
+        raise InvalidRequestError(f"{field} must be 1 to {maximum}, got {digits(value)}", field)
 
 
 def _check_guidance_scale(value: float, maximum: float) -> None:
@@ -198,7 +203,7 @@ def _check_deadline(deadline_s: float | None) -> None:
 
 def _check_previews(previews: int) -> None:
     if not 0 <= previews <= MAX_PREVIEWS:
-        message = f"previews must be 0 to {MAX_PREVIEWS}, got {_digits(previews)}"
+        message = f"previews must be 0 to {MAX_PREVIEWS}, got {digits(previews)}"
         raise InvalidRequestError(message, "previews")
 
 
@@ -207,7 +212,7 @@ def _check_compression(request: GenerationRequest) -> None:
     if quality is None:
         return
     if not 0 <= quality <= 100:
-        message = f"output_compression must be 0 to 100, got {_digits(quality)}"
+        message = f"output_compression must be 0 to 100, got {digits(quality)}"
         raise InvalidRequestError(message, "output_compression")
     if request.output_format is OutputFormat.PNG and quality != 100:
         raise InvalidRequestError(
@@ -249,10 +254,5 @@ def _check_seed(request: GenerationRequest) -> None:
     # Picture i is drawn from seed + i, so the seed of the last one must be sendable again too.
     maximum = MAX_SEED - (request.n - 1)
     if not 0 <= request.seed <= maximum:
-        message = f"seed must be 0 to {maximum} (for n={request.n}), got {_digits(request.seed)}"
+        message = f"seed must be 0 to {maximum} (for n={request.n}), got {digits(request.seed)}"
         raise InvalidRequestError(message, "seed")
-
-
-def _digits(value: int) -> str:
-    """Return the number, or its rough size where writing it out would flood the message."""
-    return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"

@@ -88,6 +88,7 @@ INVALID = [
     ({"prompt": "c", "sede": 1}, "sede", "unknown field 'sede'; did you mean 'seed'?"),
     ({"prompt": "c", "Prompt": "hd"}, "Prompt", "did you mean 'prompt'"),
     ({"prompt": "c", "partial_images": 4}, "partial_images", "must be 0 to 3, got 4"),
+    ({"prompt": "c", "partial_images": 10**1500}, "partial_images", "a number of 4983 bits"),
     ({"prompt": "c", "previews": 51}, "previews", "must be 0 to 50, got 51"),
     ({"prompt": "c", "output_compression": 50}, "output_compression", "needs output_format 'jpeg'"),
     (

@@ -61,6 +61,22 @@ async def test_an_alias_is_as_good_as_an_id(client: httpx.AsyncClient, backend: 
     assert batch.json()["model"] == "emoji"
 
 
+async def test_an_alias_of_a_model_that_is_only_just_listed(
+    client: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+):
+    aliased = ModelStatus(replace(EMOJI, aliases=("gpt-image-1",)), ready=True)
+    backend.statuses = []
+
+    async def look(model_id: str) -> ModelStatus | None:
+        found = backend.statuses and model_id == "emoji"
+        backend.statuses = [aliased]
+        return aliased if found else None
+
+    monkeypatch.setattr(backend, "model", look)
+
+    assert (await client.get("/v1/models/gpt-image-1")).json()["id"] == "emoji"
+
+
 async def test_no_name_is_an_alias_by_itself(client: httpx.AsyncClient, backend: FakeBackend):
     backend.statuses = [ModelStatus(replace(EMOJI, aliases=("dall-e-3",)), ready=True)]
     answer = await client.post(GENERATIONS, json={"prompt": "cat", "model": "dall-e-2"})
