@@ -29,7 +29,7 @@ from service.deployments.observing import start_logging
 from service.deployments.replica_metrics import ReplicaMetrics, open_request_traces
 from service.deployments.replica_port import listen_on_node_address
 from service.deployments.request_desk import NOT_WATCHED, RequestDesk
-from service.deployments.watchdog import watch_interpreter
+from service.deployments.watchdog import watch_interpreter, watch_work
 from service.domain.batch import BatchView
 from service.domain.errors import (
     NotReadyError,
@@ -131,7 +131,9 @@ class ModelReplica:
         self.desk = RequestDesk(runner, traces or NOT_WATCHED)
         if (trim := heap_trimmer()) is not None:
             Flusher(trim, TRIM_INTERVAL_S, "heap").start()
-        watch_interpreter(self.spec.settings.engine.stuck_after_s)
+        stuck_after_s = self.spec.settings.engine.stuck_after_s
+        watch_interpreter(stuck_after_s)
+        watch_work(self._silent_s, stuck_after_s)
         # Last of all: other threads ask for it before they use any of the above.
         self._attempts.succeeded()
 
@@ -245,19 +247,10 @@ class ModelReplica:
             self.callers.end(key)
             self._orphaned.add(key)
             self.desk.give_up(key)
-        # One that drained has no engine any more.
-        silent_s = 0.0 if self._draining else self.runner.engine.silent_s()
-        if silent_s > self.spec.settings.engine.stuck_after_s:
-            self._end_process(silent_s)
 
-    def _end_process(self, silent_s: float) -> None:
-        """No forward of a stuck engine ends, and nothing can be taken from it.
-
-        Ended at once, as Ray Serve would first wait for what is in hand; that is served elsewhere.
-        """
-        logger.error("the engine has been silent for %.0f s: this replica ends", silent_s)
-        logging.shutdown()
-        os._exit(1)
+    def _silent_s(self) -> float:
+        """Seconds since the engine last showed life. One that drained has no engine any more."""
+        return 0.0 if self._draining else self.runner.engine.silent_s()
 
 
 def _load_runner(spec: ReplicaSpec) -> PipelineRunner:

@@ -1,12 +1,19 @@
-"""Ends a process whose interpreter stands still: what it had in hand is served elsewhere."""
+"""Ends a process whose interpreter or engine stands still: its work is served elsewhere."""
 
 from __future__ import annotations
 
 import faulthandler
+import logging
+import os
 import threading
 import time
+from collections.abc import Callable
 
 BEATS = 4
+LONGEST_LOOK_S = 1.0
+TELLING_S = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 def watch_interpreter(after_s: float) -> None:
@@ -24,3 +31,34 @@ def _beat(after_s: float) -> None:
     while True:
         faulthandler.dump_traceback_later(after_s, exit=True)
         time.sleep(after_s / BEATS)
+
+
+def watch_work(silent_s: Callable[[], float], after_s: float) -> None:
+    """From now on, end the process once its engine has been silent for more than `after_s` seconds.
+
+    A thread of its own looks, and takes no lock: an engine that hangs may hold the one that the
+    event loop waits for, and then health checks end in nothing but timeouts. Three of those, and
+    the time that Ray Serve lets a replica finish in, took 52 seconds. Where each thread stands is
+    written to stderr.
+
+    Args:
+        silent_s: seconds since the engine last showed life; must not wait for anything.
+    """
+    arguments = (silent_s, after_s)
+    threading.Thread(target=_look, args=arguments, name="watchdog-engine", daemon=True).start()
+
+
+def _look(silent_s: Callable[[], float], after_s: float) -> None:
+    while silent_s() <= after_s:
+        time.sleep(min(after_s / BEATS, LONGEST_LOOK_S))
+    # The handlers of the log have locks as well, of which the engine may hold one.
+    telling = threading.Thread(target=_tell, args=(silent_s(),), daemon=True)
+    telling.start()
+    telling.join(TELLING_S)
+    faulthandler.dump_traceback()
+    os._exit(1)
+
+
+def _tell(silent_s: float) -> None:
+    logger.error("the engine has been silent for %.0f s: this replica ends", silent_s)
+    logging.shutdown()

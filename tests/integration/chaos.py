@@ -97,15 +97,19 @@ class Load:
         """From the fault to the first answer to a request that was sent after it."""
         return min(answer.ended_s for answer in self._after()) - self.broken_s
 
+    @property
+    def slowest_s(self) -> float:
+        """The longest that a client waited."""
+        return max(answer.ended_s - answer.sent_s for answer in self.answers)
+
     def tell(self, name: str, retried: int) -> str:
         """The account, in a line."""
-        slowest_s = max(answer.ended_s - answer.sent_s for answer in self.answers)
         lost = sum(answer.status != 200 for answer in self.answers)
         return (
             f"{name:24} sent {len(self.answers) + len(self.errors):3}, "
             f"answered {len(self.answers) - lost:3}, errors {len(self.errors)}, "
             f"retried {retried}, lost {lost}; first answer after {self.recovery_s:.1f} s, "
-            f"slowest {slowest_s:.1f} s"
+            f"slowest {self.slowest_s:.1f} s"
         )
 
     def check(self) -> None:
