@@ -241,7 +241,8 @@ class AdapterShelf:
         if "lokr" in reason.lower():
             reason = f"it is a LoKr adapter (LyCORIS) of a layout that this model lacks: {INSTEAD}"
         elif not isinstance(error, AdapterFileError):
-            reason = f"{type(error).__name__}: {reason}"
+            # What libraries say is in the log.
+            reason = "it does not fit this model; the server's log says more"
         self._broken[file.name] = file, reason
         return _unusable(file.name, reason)
 
