@@ -21,6 +21,9 @@ OF_A_LOCAL_CLUSTER = {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     # Ray Serve records no events of its tasks.
     "RAY_task_events_report_interval_ms": "0",
+    # Ray's workers step back behind all other processes by 15 unless told otherwise: on a machine
+    # that is busy, models took minutes to load, and answers were late.
+    "RAY_worker_niceness": "0",
     # There are as many workers as there are actors.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_event_stats": "0",

@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,14 @@ from dataclasses import dataclass
 import diffusers
 import httpx
 import openai
+import psutil
 import pytest
 import torch
+from chaos import INGRESS, REPLICA, processes_of
 from PIL import Image
+from running_service import Service
 
+from service.config import EngineSettings
 from service.models.catalogue import EMBEDDED
 from service.pipelines.load import load_model
 
@@ -248,3 +253,14 @@ def test_a_half_closed_connection_gets_its_picture(client: httpx.Client) -> None
 
     assert received.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b'"b64_json"' in received
+
+
+def test_only_engines_step_back_behind_other_processes(service: Service) -> None:
+    """Ray's workers would as a whole, and then a machine that is busy keeps models from loading."""
+    assert service.process is not None
+    root = psutil.Process(service.process.pid)
+    (ingress,) = processes_of(root, INGRESS)
+    (replica,) = processes_of(root, REPLICA)
+    assert (ingress.nice(), replica.nice()) == (0, 0)
+    threads = [os.getpriority(os.PRIO_PROCESS, thread.id) for thread in replica.threads()]
+    assert max(threads) == EngineSettings().niceness
