@@ -61,6 +61,7 @@ class LimitedHttpProtocol(LimitedParsing):
         self._open = connections
         self._refusals = refusals
         self._client: ClientTransport
+        self.address = ""
         # What arrived before it may be parsed.
         self._held = b""
         self._error: StepserveError | None = None
@@ -75,6 +76,7 @@ class LimitedHttpProtocol(LimitedParsing):
         timeout_s = self._limits.send_timeout_s
         self._client = ClientTransport(transport, self.loop, timeout_s, self._has_unread)
         super().connection_made(cast(asyncio.Transport, self._client))
+        self.address = "" if self.client is None else self.client[0]
         self._timers.start("head", self._limits.header_timeout_s, self._head_is_late)
         if not self._open.add(self):
             self.refuse(self._too_many())

@@ -10,7 +10,9 @@ RESERVED_DESCRIPTORS = 256
 
 
 class Connection(Protocol):
-    """One connection."""
+    """One connection, and the address of its client."""
+
+    address: str
 
     def give_way(self) -> None:
         """Close it, at once."""
@@ -19,14 +21,15 @@ class Connection(Protocol):
 class OpenConnections:
     """At most `most` connections: another one takes the place of that whose client is awaited.
 
-    A connection is awaited while it is silent, or a request of it has not arrived as a whole. The
-    one that has been so for longest gives way first. Those whose requests are being worked on stay.
+    A connection is awaited while it is silent, or a request of it has not arrived as a whole. Of
+    the address that has most of these, the one that has been so for longest gives way first. Those
+    whose requests are being worked on stay.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._open: set[Connection] = set()
-        self._awaited: dict[Connection, None] = {}
+        self._awaited: dict[str, dict[Connection, None]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -35,10 +38,11 @@ class OpenConnections:
         """Take in a new one; False if none gives way to it, so that it must be refused."""
         self._open.add(connection)
         if len(self._open) > self.most:
-            longest = next(iter(self._awaited), None)
-            if longest is None:
+            if not self._awaited:
                 return False
-            self._awaited.pop(longest)
+            of_address = max(self._awaited.values(), key=len)
+            longest = next(iter(of_address))
+            self.work(longest)
             longest.give_way()
         self.await_client(connection)
         return True
@@ -46,17 +50,20 @@ class OpenConnections:
     def await_client(self, connection: Connection) -> None:
         """From now on it waits for its client."""
         if connection in self._open:
-            self._awaited.pop(connection, None)
-            self._awaited[connection] = None
+            self.work(connection)
+            self._awaited.setdefault(connection.address, {})[connection] = None
 
     def work(self, connection: Connection) -> None:
         """From now on its client waits."""
-        self._awaited.pop(connection, None)
+        of_address = self._awaited.get(connection.address, {})
+        of_address.pop(connection, None)
+        if not of_address:
+            self._awaited.pop(connection.address, None)
 
     def remove(self, connection: Connection) -> None:
         """It is gone."""
         self._open.discard(connection)
-        self._awaited.pop(connection, None)
+        self.work(connection)
 
 
 def affordable_connections(most: int) -> int:

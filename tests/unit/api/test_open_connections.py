@@ -14,7 +14,8 @@ from service.api.open_connections import (
 
 
 class Fake:
-    def __init__(self) -> None:
+    def __init__(self, address: str = "a") -> None:
+        self.address = address
         self.gave_way = False
 
     def give_way(self) -> None:
@@ -31,6 +32,20 @@ def test_whose_client_is_awaited_longest_gives_way():
 
     assert connections.add(Fake())
     assert [c.gave_way for c in (first, second, third)] == [False, False, True]
+
+
+def test_the_address_with_most_gives_way_and_no_other():
+    connections = OpenConnections(5)
+    others = [Fake("b"), Fake("c")]
+    flood = [Fake() for _ in range(20)]
+    for connection in (*others, *flood):
+        assert connections.add(connection)
+        for known in flood:
+            if known.gave_way:
+                connections.remove(known)
+
+    assert [c.gave_way for c in others] == [False, False]
+    assert [c.gave_way for c in flood] == [True] * 17 + [False] * 3
 
 
 def test_one_that_ended_its_work_is_awaited_from_then_on():
@@ -60,7 +75,7 @@ def test_at_most_as_many_as_may_be_once_those_that_gave_way_are_gone(
     steps: list[tuple[str, int]],
 ):
     connections = OpenConnections(3)
-    known = [Fake() for _ in range(10)]
+    known = [Fake("ab"[i % 2]) for i in range(10)]
     open_now: set[int] = set()
     for step, i in steps:
         if step == "add" and i not in open_now:
@@ -76,7 +91,7 @@ def test_at_most_as_many_as_may_be_once_those_that_gave_way_are_gone(
         for j in [j for j in open_now if known[j].gave_way]:
             connections.remove(known[j])
             open_now.discard(j)
-            known[j] = Fake()
+            known[j] = Fake("ab"[j % 2])
 
         assert len(connections) == len(open_now) <= 3
 
