@@ -59,6 +59,8 @@ LOOK_AGAIN_S = 0.5
 MOST_LOOKS = 5
 # Logical ones: updates start new replicas before the old ones end, and models are added.
 ROOM_FOR_MODELS = 4
+logger = logging.getLogger(__name__)
+
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be replaced, not bound
 
 Tell = Callable[[str], None]
@@ -109,16 +111,18 @@ def serve_until_stopped(
         ingress = ingress_target(settings, door)
         tell(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
         try:
-            start_ray(settings, folder)
-            # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
-            _listen(signals)
-            deploy([ingress, *(model_target(model_id, settings) for model_id in settings.models)])
-            if wait_until_ready(settings, signals.stopped, tell):
-                when_ready(base_url(settings))
-                for _ in signals.reloads():
-                    settings = _reload(settings, read_settings, tell)
-            tell("stopping: new work is refused, and what is in hand is finished ...")
-            drain(settings, signals.hurried)
+            with _ended_by_signals(signals):
+                start_ray(settings, folder)
+                # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
+                _listen(signals)
+                targets = (model_target(model_id, settings) for model_id in settings.models)
+                deploy([ingress, *targets])
+                if wait_until_ready(settings, signals.stopped, tell):
+                    when_ready(base_url(settings))
+                    for _ in signals.reloads():
+                        settings = _reload(settings, read_settings, tell)
+                tell("stopping: new work is refused, and what is in hand is finished ...")
+                drain(settings, signals.hurried)
         finally:
             stop_ray()
 
@@ -303,6 +307,23 @@ class _Signals:
             if self._reload.is_set() and not self.stopped.is_set():
                 self._reload.clear()
                 yield
+
+
+@contextmanager
+def _ended_by_signals(signals: _Signals) -> Iterator[None]:
+    """What fails because the operator wants an end is no failure.
+
+    Ctrl-C in a terminal reaches Ray's processes as well, which then fail to start in many ways.
+    While Ray starts, a handler of its own answers SIGTERM with `SystemExit`.
+    """
+    try:
+        yield
+    except SystemExit:
+        signals.stopped.set()
+    except Exception as error:
+        if not signals.stopped.is_set():
+            raise
+        logger.info("ended by a signal: %r", error)
 
 
 def _reload(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 
-from service.deployments.server import ONE_WISH_S, _Signals
+import pytest
+
+from service.deployments.server import ONE_WISH_S, _ended_by_signals, _Signals
 
 
 class Clock:
@@ -37,3 +39,19 @@ def test_a_reload_is_no_wish_to_stop() -> None:
     signals.hear(signal.SIGHUP, None)
     assert list(signals.reloads()) == []
     assert not signals.hurried.is_set()
+
+
+def test_what_fails_once_an_end_is_wanted_is_no_failure() -> None:
+    signals = _Signals(Clock())
+    with pytest.raises(RuntimeError, match="no raylet"), _ended_by_signals(signals):
+        raise RuntimeError("no raylet")
+    signals.hear(signal.SIGINT, None)
+    with _ended_by_signals(signals):
+        raise RuntimeError("no raylet")
+
+
+def test_an_end_by_rays_own_handler_is_one_that_was_wanted() -> None:
+    signals = _Signals(Clock())
+    with _ended_by_signals(signals):
+        raise SystemExit(15)
+    assert signals.stopped.is_set()
