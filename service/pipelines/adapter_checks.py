@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from service.pipelines.adapter_contents import AdapterContents, module_path
 from service.pipelines.adapter_files import FACTOR, AdapterFileError
+from service.pipelines.weights import is_finite
 
 _PART = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_[AB]\.(weight|bias)|lora_magnitude_vector|lokr_w[12](_[ab])?)"
@@ -53,7 +55,7 @@ class FileLayer:
 
     @property
     def strength(self) -> float:
-        """Sum of the squares of all that it adds to the layer's weight."""
+        """How much it adds to the layer's output, in one number."""
         if self.is_lokr:
             return _lokr_strength(self.parts) * self.scaling**2
         first, second = self.parts["lora_A.weight"], self.parts["lora_B.weight"]
@@ -126,7 +128,7 @@ def check_strengths(contents: AdapterContents, layers: Iterable[FileLayer]) -> N
     """Refuse a file of which something was lost or changed on the way to diffusers' layout.
 
     Converters rename, split and turn round the rows of factors, none of which changes the sum of
-    the squares of what a layer adds.
+    the squares of what a layer adds to its output.
 
     Raises:
         AdapterFileError: names a layer of the file.
@@ -145,8 +147,8 @@ def check_strengths(contents: AdapterContents, layers: Iterable[FileLayer]) -> N
     if not _is_close(sum(missing.values()), sum(left)):
         name = next(iter(missing), "another layer")
         raise AdapterFileError(
-            f"diffusers does not read {name!r} as the file has it: what the file adds there has a "
-            f"squared norm of {sum(missing.values()):.4g}, and what was read {sum(left):.4g}"
+            f"diffusers does not read {name!r} as the file has it: what it adds there would be "
+            f"{sum(left):.4g} instead of {sum(missing.values()):.4g}, as a sum of squares"
         )
 
 
@@ -216,7 +218,7 @@ def _settle(adapter: str, layer: FileLayer, module: nn.Module) -> bool:
         other = _loaded_part(loaded, part, adapter)
         if other is None or not torch.equal(other, tensor.to(other.device, other.dtype)):
             raise AdapterFileError(f"the {part} of the {place} is not as the file has it")
-        if not bool(torch.isfinite(other).all()):
+        if not bool(is_finite(other)):
             raise AdapterFileError(f"the {part} of the {place} is too large for {other.dtype}")
     if abs(loaded.scaling[adapter] - layer.scaling) <= SCALING_TOLERANCE * abs(layer.scaling):
         return False
@@ -274,9 +276,15 @@ def _file_scaling(tensors: Mapping[str, Tensor], layer: str, rank: int) -> float
 
 
 def _strength(first: Tensor, second: Tensor, scaling: float) -> float:
-    """The squared Frobenius norm of the product of two factors, without working that out."""
-    a, b = first.flatten(1).double(), second.flatten(1).double()
-    return float(((a @ a.T) * (b.T @ b)).sum()) * scaling**2
+    """Sum of the squares of what two factors make of an input that is drawn by its width."""
+    rows = first.flatten(1).float()
+    made = second.flatten(1).float() @ (rows @ _drawn(rows.shape[1]))
+    return float(made.square().sum()) * scaling**2
+
+
+@lru_cache
+def _drawn(width: int) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(width))
 
 
 def _lokr_strength(parts: Mapping[str, Tensor]) -> float:
@@ -284,9 +292,10 @@ def _lokr_strength(parts: Mapping[str, Tensor]) -> float:
     strength = 1.0
     for factor in ("lokr_w1", "lokr_w2"):
         if factor in parts:
-            strength *= float(parts[factor].double().square().sum())
+            whole = parts[factor].double()
         else:
-            strength *= _strength(parts[f"{factor}_b"], parts[f"{factor}_a"], 1.0)
+            whole = parts[f"{factor}_a"].double() @ parts[f"{factor}_b"].double()
+        strength *= float(whole.square().sum())
     return strength
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from service.pipelines.adapter_files import PEFT_CONFIG, AdapterFile, AdapterFileError
+from service.pipelines.weights import is_finite
 
 PEFT_PREFIX = "base_model.model."
 COMFY_PREFIX = "diffusion_model."
@@ -83,7 +83,7 @@ def read_contents(file: AdapterFile, components: Mapping[str, nn.Module]) -> Ada
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(is_finite(tensor)):
             raise AdapterFileError(f"its tensor {name!r} holds numbers that are NaN or infinite")
 
 

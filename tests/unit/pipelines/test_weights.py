@@ -22,7 +22,7 @@ from service.pipelines.errors import ModelLoadError
 from service.pipelines.load import load_model
 from service.pipelines.runner import PipelineRunner
 from service.pipelines.warm_up import warm_up
-from service.pipelines.weights import check_finite_weights, check_heard
+from service.pipelines.weights import check_finite_weights, check_heard, is_finite
 
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -58,6 +58,17 @@ def test_a_weight_that_the_files_lack_is_named(copied: Path, component: str) -> 
     change(copied, component, lambda tensors: tensors.pop(WEIGHTS[component]))
     with pytest.raises(ModelLoadError, match=f"lack weights: {WEIGHTS[component]}"):
         load_model("x", copied, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1.0])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_one_number_that_is_none_is_seen(dtype: torch.dtype, value: float, place: int) -> None:
+    tensor = torch.randn(33, 65).to(dtype)
+    tensor.view(-1)[place] = value
+    assert bool(is_finite(tensor)) == math.isfinite(value)
+    assert bool(is_finite(tensor.T)) == math.isfinite(value)
+    assert bool(is_finite(tensor[:0]))
 
 
 def test_what_the_libraries_say_is_read() -> None:
