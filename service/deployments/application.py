@@ -44,6 +44,8 @@ INGRESS_CPUS = 0.1
 MOST_STARTS = 3
 # About a millisecond or two: longer than the Python between two operations.
 OPENMP_SPINS = "100000"
+# Where engines have more threads than there are cores, the one that is waited for has none.
+CROWDED_SPINS = "1000"
 
 
 def ingress_target(settings: Settings, door: str | None = None) -> serve.RunTarget:
@@ -78,7 +80,7 @@ def model_target(model_id: str, settings: Settings) -> serve.RunTarget:
     """The application that serves one model, which the ingress alone reaches."""
     model = settings.models[model_id]
     spec = ReplicaSpec(model_id, model, settings.telemetry)
-    target = _model_deployment(model_id, model).bind(spec)
+    target = _model_deployment(model_id, model, is_crowded(settings)).bind(spec)
     return serve.RunTarget(target, name=model_application(model_id), route_prefix=None)
 
 
@@ -106,7 +108,15 @@ def most_replicas(settings: ModelSettings) -> int:
     return settings.replicas if scaling is None else scaling.max_replicas
 
 
-def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
+def is_crowded(settings: Settings) -> bool:
+    """Whether the engines of several models have more threads than this machine has cores."""
+    cores = os.cpu_count() or 1
+    models = settings.models.values()
+    threads = sum(most_replicas(model) * (model.engine.threads or cores) for model in models)
+    return len(settings.models) > 1 and threads > cores
+
+
+def _model_deployment(model_id: str, settings: ModelSettings, crowded: bool) -> Any:
     scaling = settings.autoscaling
     size: dict[str, Any] = {"num_replicas": settings.replicas}
     if scaling is not None:
@@ -121,7 +131,7 @@ def _model_deployment(model_id: str, settings: ModelSettings) -> Any:
         max_surge_percent=0 if settings.num_gpus else 100,
         request_router_config=router_config(settings.routing),
         ray_actor_options=_placement(settings)
-        | {"runtime_env": {"env_vars": _thread_variables(settings) | METRIC_VARIABLES}},
+        | {"runtime_env": {"env_vars": _thread_variables(settings, crowded) | METRIC_VARIABLES}},
         **size,
     )
 
@@ -133,12 +143,14 @@ def _placement(settings: ModelSettings) -> dict[str, Any]:
     return placement if kind is None else placement | {"accelerator_type": kind}
 
 
-def _thread_variables(settings: ModelSettings) -> dict[str, str]:
+def _thread_variables(settings: ModelSettings, crowded: bool) -> dict[str, str]:
     """OpenMP must know before torch is imported.
 
     Threads that spin for long while they wait take the cores from the data plane; threads that
     sleep at once wake too late for the many short operations of a small model. A short spin bridges
-    the gap between two operations and no more.
+    the gap between two operations and no more. On a crowded machine whom they wait for may want the
+    very core that they spin on: there they all but sleep at once.
     """
     threads = settings.engine.threads or os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": OPENMP_SPINS}
+    spins = CROWDED_SPINS if crowded else OPENMP_SPINS
+    return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spins}

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from service.config import ModelSettings, Settings
+from service.config import EngineSettings, ModelSettings, Settings
 from service.deployments import router
-from service.deployments.application import model_target
+from service.deployments.application import CROWDED_SPINS, OPENMP_SPINS, model_target
 
 
 def options_of(**settings: Any) -> dict[str, Any]:
@@ -31,3 +31,23 @@ def test_haproxy_mode_needs_the_router_of_ray_serve(monkeypatch: pytest.MonkeyPa
     with pytest.raises(router.RoutingUnavailableError, match="set `routing: power-of-two`"):
         options_of(replicas=2)
     assert options_of(replicas=2, routing="power-of-two")
+
+
+def spins_of(**models: ModelSettings) -> set[str]:
+    settings = Settings(models=models)
+    targets: list[Any] = [model_target(model_id, settings).target for model_id in models]
+    options = [target._bound_deployment.ray_actor_options for target in targets]
+    return {told["runtime_env"]["env_vars"]["GOMP_SPINCOUNT"] for told in options}
+
+
+def test_engines_that_outnumber_the_cores_spin_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that spins keeps the core that the thread it waits for would need."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    team, half, single = (
+        ModelSettings(engine=EngineSettings(threads=threads)) for threads in (None, 2, 1)
+    )
+    assert spins_of(a=team) == {OPENMP_SPINS}
+    assert spins_of(a=half, b=half) == {OPENMP_SPINS}
+    assert spins_of(a=single, b=single, c=single, d=single) == {OPENMP_SPINS}
+    assert spins_of(a=team, b=single) == {CROWDED_SPINS}
+    assert spins_of(a=team, b=team, c=team) == {CROWDED_SPINS}
