@@ -36,6 +36,7 @@ from service.domain.events import (
     Started,
     StepFinished,
 )
+from service.domain.limits import MIN_DEADLINE_S
 from service.domain.requests import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
@@ -156,6 +157,6 @@ def _with_time_left(request: GenerationRequest, began_s: float, now_s: float) ->
     if request.deadline_s is None:
         return request
     left_s = request.deadline_s - (now_s - began_s)
-    if left_s <= 0:
+    if left_s < MIN_DEADLINE_S:
         raise ExpiredError("its replica was lost, and its deadline passed before another had it")
     return replace(request, deadline_s=left_s)

@@ -150,3 +150,13 @@ async def test_cancelling_ends_the_try_and_is_not_tried_again() -> None:
     with pytest.raises(asyncio.CancelledError):
         await told(replicas)
     assert len(replicas.requests) == 1
+
+
+async def test_what_is_left_of_a_deadline_is_no_fault_of_the_caller() -> None:
+    """Less than may be asked for has expired; a replica would call it a wrong value."""
+    times = iter([0.0, 7.9995])
+    replicas = Replicas(*[([], ActorDiedError())] * 3)
+    request = replace(REQUEST, deadline_s=8.0)
+    with pytest.raises(ExpiredError):
+        await told(replicas, request, lambda: next(times))
+    assert len(replicas.requests) == 1
