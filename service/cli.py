@@ -164,6 +164,7 @@ def generate(
 
     Example: stepserve generate "a red heart" -o heart.png --seed 7
     """
+    _check_writable(output)
     from service.pipelines.local import generate_locally
 
     settings = _settings(config)
@@ -452,6 +453,19 @@ def _read(option: str, path: Path | None) -> bytes | None:
         return path.read_bytes() if path else None
     except OSError as error:
         raise InvalidRequestError(f"--{option} {path} cannot be read: {error.strerror}") from error
+
+
+def _check_writable(output: Path) -> None:
+    """Return if a file can be written there, before any work is done for it.
+
+    Raises:
+        OSError: it cannot.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not output.exists()
+    output.open("ab").close()
+    if is_new:
+        output.unlink()
 
 
 def _write(images: Sequence[EncodedImage], output: Path) -> None:

@@ -1,0 +1,39 @@
+"""Files that the command line cannot write: told in a line, before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_picture_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    ended = run("generate", "a red heart", "-o", str(file / "heart.png"))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == f"error: {file}: File exists\n"
+    ended = run("generate", "a red heart", "-o", str(tmp_path))
+    assert ended.returncode == 1
+    assert ended.stderr == f"error: {tmp_path}: Is a directory\n"
+
+
+@pytest.mark.parametrize("content", ["", "# later\n"])
+def test_an_empty_configuration_is_told_when_the_service_starts(
+    tmp_path: Path, content: str
+) -> None:
+    config = tmp_path / "stepserve.yaml"
+    config.write_text(content)
+    command = [sys.executable, "-m", "service.cli", "serve", "-c", str(config)]
+    # Refused right after it was read: other machines, and no keys.
+    command += ["--host", "0.0.0.0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert ended.stdout == f"{config} holds no settings: the defaults are served\n"
