@@ -31,7 +31,12 @@ from service.api.middleware import (
 )
 from service.api.observation import ObservationMiddleware
 from service.api.openapi import add_schemas, error_responses
-from service.api.pending_bytes import PendingBytes, PendingBytesMiddleware
+from service.api.pending_bytes import (
+    BodyTurns,
+    BodyTurnsMiddleware,
+    PendingBytes,
+    PendingBytesMiddleware,
+)
 from service.api.results import ResultStore
 from service.api.routes import (
     docs,
@@ -171,6 +176,7 @@ def _middleware(
         Middleware(UnexpectedErrorMiddleware),
         Middleware(HeadLimitMiddleware, limits=settings.head),
         Middleware(AccessMiddleware, access=access),
+        Middleware(BodyTurnsMiddleware, turns=BodyTurns(settings.uploads.max_pending_bytes)),
         Middleware(
             BodyLimitMiddleware,
             max_bytes=settings.max_body_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -180,6 +181,12 @@ def check_length(size_bytes: int, limit_bytes: int) -> None:
         raise BodyTooLargeError(
             f"the body is {size_bytes} bytes long or more; the limit is {limit_bytes} bytes"
         )
+
+
+def declared_bytes(headers: Headers) -> int:
+    """How long a body is said to be; 0 where that is not said, or is no number."""
+    declared = headers.get("content-length", "")
+    return int(declared) if re.fullmatch(r"[0-9]{1,18}", declared) else 0
 
 
 def media_type_of(headers: Headers) -> str:

@@ -34,6 +34,7 @@ from service.domain.errors import (
     UnknownModelError,
     UnknownRequestError,
     UnmeetableDeadlineError,
+    forget_frames,
 )
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ class ErrorResponse(JSONResponse):
     def __init__(self, error: Exception, request_id: str) -> None:
         body = {"error": error_detail(error, request_id).model_dump()}
         super().__init__(body, status_code=kind_of(error).status, headers=_headers(error))
+        # Frames that have this answer among their locals would live on with all that they hold.
+        forget_frames(error)
         self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

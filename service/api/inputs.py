@@ -112,7 +112,10 @@ async def _files(incoming: Incoming, image: Source, mask: Source | None) -> dict
     files = {field: source for field, source in sources.items() if isinstance(source, bytes)}
     addresses = {field: source for field, source in sources.items() if isinstance(source, str)}
     if not any(map(is_elsewhere, addresses.values())):
-        return files | await _fetch_all(incoming, addresses)
+        # Without letting others in between: while texts are decoded they are held several times.
+        for field, address in addresses.items():
+            files[field] = await _fetch(incoming, field, address)
+        return files
     limits = incoming.settings.uploads
     async with incoming.fetches.turn(limits.fetch_timeout_s):
         incoming.hold.grow(limits.max_bytes * len(addresses))

@@ -11,7 +11,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.body_reading import JSON, Body, BodyReader, check_length, media_type_of
+from service.api.body_reading import (
+    JSON,
+    Body,
+    BodyReader,
+    check_length,
+    declared_bytes,
+    media_type_of,
+)
 from service.api.content_coding import CODINGS, decoder_of
 from service.api.errors import UnsupportedMediaTypeError, error_response
 from service.domain.errors import StepserveError
@@ -138,7 +145,7 @@ class BodyLimitMiddleware:
         limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
         body = Body(limit_bytes, is_json=media_type_of(headers) == JSON)
         decoder = decoder_of(headers, limit_bytes)
-        check_length(_declared_bytes(headers), limit_bytes)
+        check_length(declared_bytes(headers), limit_bytes)
         await self._reader.read(receive, decoder, body)
         return body
 
@@ -182,8 +189,3 @@ def _with_header(send: Send, name: str, value: str) -> Send:
         await send(message)
 
     return send_with_header
-
-
-def _declared_bytes(headers: Headers) -> int:
-    declared = headers.get("content-length", "")
-    return int(declared) if re.fullmatch(r"[0-9]{1,18}", declared) else 0

@@ -6,11 +6,14 @@ many pictures may wait is limited elsewhere; how long their files are is not kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.body_reading import declared_bytes
 from service.api.errors import error_response
 from service.api.middleware import request_id_of
 from service.domain.errors import ServerFullError
@@ -19,6 +22,13 @@ SMALL_BYTES = 65_536
 """Bodies up to this length are not counted, so that requests without images always get in."""
 
 RETRY_S = 2.0
+
+QUIET_S = 10.0
+"""How long a long body waits unread for others while none of them ends; what is too much
+afterwards is refused."""
+
+MOST_WAIT_S = 60.0
+"""And however many end."""
 
 
 class Hold:
@@ -71,6 +81,55 @@ class PendingBytes:
                 f"the limit is {self._most_bytes}; this one has {size_bytes} more",
                 RETRY_S,
             )
+
+
+class BodyTurns:
+    """Lets long bodies be sent while all together are at most `most_bytes`, by what they declare.
+
+    So many of them that come at once are read one after another, rather than refused. Who has
+    waited for long goes ahead: those before may be slow, and they are what gives way then.
+
+    Args:
+        quiet_s: how long one waits while none ends.
+    """
+
+    def __init__(self, most_bytes: int, quiet_s: float = QUIET_S) -> None:
+        self._most_bytes = most_bytes
+        self._quiet_s = quiet_s
+        self._taken_bytes = 0
+        # Replaced whenever there is more room: whoever waits for it waits for the one there is now.
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def turn(self, size_bytes: int) -> AsyncIterator[None]:
+        """Wait for a turn, and keep it until the block is left."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MOST_WAIT_S):
+                while self._taken_bytes and self._taken_bytes + size_bytes > self._most_bytes:
+                    await asyncio.wait_for(self._freed.wait(), self._quiet_s)
+        self._taken_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._taken_bytes -= size_bytes
+            self._freed.set()
+            self._freed = asyncio.Event()
+
+
+class BodyTurnsMiddleware:
+    """Lets long bodies wait for their turn. Comes before what reads them."""
+
+    def __init__(self, app: ASGIApp, *, turns: BodyTurns) -> None:
+        self._app = app
+        self._turns = turns
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection when it is its turn."""
+        size_bytes = declared_bytes(Headers(scope=scope)) if scope["type"] == "http" else 0
+        if size_bytes <= SMALL_BYTES:
+            return await self._app(scope, receive, send)
+        async with self._turns.turn(size_bytes):
+            return await self._app(scope, receive, send)
 
 
 class PendingBytesMiddleware:

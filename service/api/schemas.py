@@ -10,7 +10,7 @@ import secrets
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from service.api.bodies import AS_EVER, OPEN, Body, WholeNumber
 from service.api.keys import Caller
@@ -24,6 +24,9 @@ UNUSED = "Accepted for compatibility and not used; the answer names it in `ignor
 STRENGTH = "How far to go from the picture; 1 keeps nothing of it. 0.8 if left out."
 MAX_PARTIAL_IMAGES = 3
 
+MAX_LISTED = 64
+"""Of any list: counted before its entries are looked at."""
+
 URLS_BY_DEFAULT = "dall-e-"
 """OpenAI answers models of these names as links, and their clients count on it."""
 
@@ -33,6 +36,16 @@ _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 def _documented(description: str, **bounds: Any) -> Any:
     """Describe an optional field; the bounds are shown only, because each model has its own."""
     return Field(default=None, description=description, json_schema_extra=bounds or None)
+
+
+def _check_count(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list) and len(value) > MAX_LISTED:
+        message = f"{info.field_name} must have at most {MAX_LISTED} entries, got {len(value)}"
+        raise ValueError(message)
+    return value
+
+
+COUNTED = BeforeValidator(_check_count)
 
 
 class AdapterBody(Body):
@@ -92,7 +105,9 @@ class PictureRequest(Body):
         maximum=MAX_SEED,
     )
     scheduler: str | None = _documented("A scheduler that the model lists in `GET /v1/models`.")
-    adapters: list[AdapterBody] | None = _documented("LoRA adapters, applied together.")
+    adapters: Annotated[list[AdapterBody], COUNTED] | None = _documented(
+        "LoRA adapters, applied together."
+    )
     guidance_start: float | None = _documented(
         "Guidance is applied from this share of the steps on; 0 if left out. Steps without "
         "guidance are twice as fast.",
@@ -222,7 +237,9 @@ class EditRequest(PictureRequest):
 
     prompt: Annotated[str, Field(description="What the changed picture shows.")]
     image: str | None = _documented("The picture to change, as a `data:` URL.")
-    images: list[PictureReference] | None = _documented("The picture to change, in a list of one.")
+    images: Annotated[list[PictureReference], COUNTED] | None = _documented(
+        "The picture to change, in a list of one."
+    )
     mask: PictureReference | str | None = _documented(
         "Where to repaint: where it is transparent, or white in a picture without transparency."
     )
@@ -235,7 +252,9 @@ class VariationRequest(PictureRequest):
 
     prompt: str | None = _documented("What the variations show; nothing in particular if left out.")
     image: str | None = _documented("The picture to vary, as a `data:` URL.")
-    images: list[PictureReference] | None = _documented("The picture to vary, in a list of one.")
+    images: Annotated[list[PictureReference], COUNTED] | None = _documented(
+        "The picture to vary, in a list of one."
+    )
     strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
 
 

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 STEP_BACK_S = 2.0
 """How long a request waits for one of the same id that was given up to reach its next step."""
 
+LEAVING_S = 1.0
+"""How long a request waits for one of the same id to be given up: its client may have left just
+now, and that shows only when it is written to."""
+
 EventQueue = asyncio.Queue[Event]
 
 
@@ -55,10 +59,20 @@ NOT_WATCHED = NotWatched()
 
 
 class RequestDesk:
-    """Between an event loop, whose calls these are, and the engine's threads."""
+    """Between an event loop, whose calls these are, and the engine's threads.
 
-    def __init__(self, runner: PipelineRunner, watcher: Watcher = NOT_WATCHED) -> None:
+    Args:
+        leaving_s: how long a request waits for one of the same id that is at work.
+    """
+
+    def __init__(
+        self,
+        runner: PipelineRunner,
+        watcher: Watcher = NOT_WATCHED,
+        leaving_s: float = LEAVING_S,
+    ) -> None:
         self._runner = runner
+        self._leaving_s = leaving_s
         self._watcher = watcher
         self._log = RequestLog(time.monotonic, time.time)
         self._queues: dict[RequestKey, EventQueue] = {}
@@ -97,6 +111,7 @@ class RequestDesk:
         if self._log.is_running(key):
             self._given_up.add(key)
             self._runner.cancel(key)
+            self._tell_news(key)
 
     def cancel(self, key: RequestKey) -> Progress | None:
         """Give up a request, and tell where it stands; None if there is none such."""
@@ -166,15 +181,22 @@ class RequestDesk:
             self._queues.pop(key, None)
             self._jobs.pop(key, None)
             self._given_up.discard(key)
+        self._tell_news(key)
+
+    def _tell_news(self, key: RequestKey) -> None:
         news = self._news.pop(key, None)
         if news is not None:
             news.set()
 
     async def _let_step_back(self, key: RequestKey) -> None:
         """A client that left and comes again must not be told that it is still here."""
-        deadline_s = time.monotonic() + STEP_BACK_S
-        while key in self._given_up and time.monotonic() < deadline_s:
-            await self._wait_for_news(key, STEP_BACK_S)
+        began_s = time.monotonic()
+        while self._log.is_running(key):
+            patience_s = STEP_BACK_S if key in self._given_up else self._leaving_s
+            left_s = began_s + patience_s - time.monotonic()
+            if left_s <= 0:
+                return
+            await self._wait_for_news(key, left_s)
 
     async def _wait_for_news(self, key: RequestKey, wait_s: float) -> None:
         news = self._news.setdefault(key, asyncio.Event())

@@ -127,3 +127,12 @@ class CancelledError(EndedError):
 
 class ExpiredError(EndedError):
     """The deadline that the caller set passed before the request was finished."""
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error and of what led to it: frames hold tensors and files."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

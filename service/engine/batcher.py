@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from service.domain.batch import BatchView, RequestInBatch, SharedForward
-from service.domain.errors import ExpiredError, StoppedError
+from service.domain.errors import ExpiredError, StoppedError, forget_frames
 from service.domain.requests import RequestKey
 from service.engine.aside import Aside
 from service.engine.call import Call, CallKey
@@ -25,7 +25,7 @@ from service.engine.observer import NOBODY, ForwardReport, Observer, WorkReport
 from service.engine.outlook import Outlook, Room, latest_start_s
 from service.engine.policy import SHORTEST_FIRST, Parked, Policy, Running, next_to_start
 from service.engine.row_limits import RowLimits, is_out_of_memory
-from service.engine.track import Clock, Stage, Track, forget_frames
+from service.engine.track import Clock, Stage, Track
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from service.domain.errors import (
     InvalidRequestError,
     StepserveError,
     StoppedError,
+    forget_frames,
 )
 from service.domain.requests import RequestKey
 from service.domain.states import RequestState, is_terminal, move
@@ -278,15 +279,6 @@ def _restore_gradients(enabled: bool) -> None:
     # Setting takes longer than asking, and it is rarely needed.
     if torch.is_grad_enabled() != enabled:
         torch.set_grad_enabled(enabled)
-
-
-def forget_frames(error: BaseException | None) -> None:
-    """Drop the tracebacks of an error and of what led to it: their frames hold tensors."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 def as_stepserve_error(error: BaseException, request_id: str) -> StepserveError:

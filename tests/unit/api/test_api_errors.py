@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
+import weakref
 from typing import Any
 
 import httpx
@@ -365,3 +367,30 @@ async def test_no_body_at_all_is_a_server_error(body: dict[str, Any]):
     assert response.status_code in {200, 400, 404}
     if response.status_code != 200:
         error_of(response)
+
+
+def test_an_answer_keeps_nothing_of_the_frames_that_its_error_passed_through():
+    class File:
+        """Stands for the bytes of a body."""
+
+    def read(file: File) -> None:
+        try:
+            raise ValueError("a decoder's")
+        except ValueError as error:
+            raise InvalidRequestError("image cannot be read", "image") from error
+
+    def handle() -> tuple[weakref.ref[File], object]:
+        file = File()
+        try:
+            read(file)
+        except InvalidRequestError as error:
+            response = error_response(error, "r")
+        return weakref.ref(file), response
+
+    gc.disable()
+    try:
+        file, response = handle()
+        assert response is not None
+        assert file() is None
+    finally:
+        gc.enable()

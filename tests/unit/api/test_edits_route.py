@@ -355,6 +355,19 @@ async def test_addresses_are_counted_before_any_is_fetched(
         body |= {"mask": urls[0]}
     answer = await client_for(FakeBackend(), settings).post(EDITS, json=body)
 
-    count = len(body["images"]) + (field == "mask")
-    assert answer.json()["error"]["message"] == f"image must be one picture, got {count}"
+    told = "images must have at most 64 entries, got 300"
+    if field == "mask":
+        told = "image must be one picture, got 2"
+    assert answer.json()["error"]["message"] == told
     assert fetched == []
+
+
+async def test_long_lists_are_counted_before_their_entries_are_looked_at(
+    client: httpx.AsyncClient,
+):
+    for field in ("images", "adapters"):
+        answer = await client.post(EDITS, json={"prompt": "x", "image": PNG, field: [1] * 900})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == field
+        told = f"{field} must have at most 64 entries, got 900"
+        assert answer.json()["error"]["message"] == told

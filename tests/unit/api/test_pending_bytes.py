@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_edits_route import EDITS, picture
 
 from service.api import ApiSettings, ModelStatus
-from service.api.pending_bytes import PendingBytes
+from service.api.pending_bytes import BodyTurns, PendingBytes
 from service.api.uploads import UploadLimits
 from service.domain.errors import ServerFullError
 from service.domain.requests import Task
@@ -98,3 +98,34 @@ async def test_answers_give_room(backend: FakeBackend):
     assert [answer.status_code for answer in answers] == [200] * 3
     assert [answer.status_code for answer in mistakes] == [415] * 3
     assert last.status_code == 200
+
+
+async def test_long_bodies_come_one_after_another():
+    turns, at_once, most = BodyTurns(100, quiet_s=30), 0, 0
+
+    async def send(size_bytes: int) -> None:
+        nonlocal at_once, most
+        async with turns.turn(size_bytes):
+            at_once += size_bytes
+            most = max(most, at_once)
+            await asyncio.sleep(0)
+            at_once -= size_bytes
+
+    await asyncio.gather(*(send(40) for _ in range(20)), send(101))
+    assert most == 101
+    assert at_once == 0
+
+
+async def test_who_has_waited_for_long_goes_ahead():
+    turns = BodyTurns(100, quiet_s=0)
+    async with turns.turn(90), turns.turn(90), turns.turn(5):
+        pass
+    async with asyncio.timeout(5), BodyTurns(100, quiet_s=30).turn(100):
+        pass
+
+
+async def test_long_bodies_that_come_at_once_are_all_served(backend: FakeBackend):
+    async with client_for(backend, settings(2 * LARGE)) as client:
+        answers = await asyncio.gather(*(edit(client, LARGE) for _ in range(10)))
+
+    assert [answer.status_code for answer in answers] == [200] * 10

@@ -64,7 +64,7 @@ def runner() -> ThreadedRunner:
 
 @pytest.fixture
 def desk(runner: ThreadedRunner) -> RequestDesk:
-    return RequestDesk(cast(Any, runner))
+    return RequestDesk(cast(Any, runner), leaving_s=0)
 
 
 async def test_events_arrive_in_order(desk: RequestDesk, runner: ThreadedRunner):
@@ -202,3 +202,17 @@ async def test_two_owners_work_under_one_id_and_neither_ends_or_hides_the_others
     progress = desk.progress(alice)
     assert progress is not None
     assert progress.state is RequestState.FINISHED
+
+
+async def test_a_client_that_left_unnoticed_and_comes_again_at_once_waits_for_that_to_show(
+    runner: ThreadedRunner,
+):
+    desk = RequestDesk(cast(Any, runner), leaving_s=30)
+    await desk.submit(request())
+    again = asyncio.create_task(desk.submit(request()))
+    await asyncio.sleep(0)
+    desk.give_up(RequestKey("a"))
+    runner.tell(Failed("a", CancelledError("gone")))
+    queue = await asyncio.wait_for(again, 5)
+
+    assert isinstance(await queue.get(), Accepted)
