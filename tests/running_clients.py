@@ -69,4 +69,5 @@ def _told(command: list[str], url: str) -> Any:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
+    # Not `splitlines`: a file that is told as text may hold what Unicode calls the end of a line.
+    return json.loads(ran.stdout.strip().rpartition("\n")[2])
