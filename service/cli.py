@@ -164,12 +164,13 @@ def generate(
 
     Example: stepserve generate "a red heart" -o heart.png --seed 7
     """
-    _check_writable(output)
+    from service.pipelines.guided_steps import settle_guidance
     from service.pipelines.local import generate_locally
 
+    _check_writable(output)
     settings = _settings(config)
     adapters, used = _adapters(settings.models[_model_id(settings, model)], adapter or [])
-    loaded = _load(settings, model)
+    loaded = settle_guidance(_load(settings, model))
     capabilities = replace(loaded.capabilities, max_adapters=adapters.max_loaded)
     wanted = {
         "prompt": prompt,

@@ -14,6 +14,7 @@ from service.api.backend import ModelStatus
 from service.api.errors import ErrorDetail, error_detail
 from service.domain.batch import BatchView
 from service.domain.events import CutPrompt, EncodedImage, Finished
+from service.domain.guidance import GuidanceKind
 from service.domain.models import Compilation
 from service.domain.progress import Progress
 from service.domain.requests import GenerationRequest, Task
@@ -168,6 +169,38 @@ class FingerprintAnswer(BaseModel):
     code: str = Field(description="What runs the denoiser: eager or compiled code.")
 
 
+class StepsAnswer(BaseModel):
+    """Numbers of denoising steps."""
+
+    minimum: int
+    maximum: int
+
+
+class StepWorkAnswer(BaseModel):
+    """What one step takes for each image."""
+
+    rows: int = Field(description="Rows of each call of the denoiser.")
+    calls: int = Field(description="Calls of the denoiser.")
+
+
+class GuidanceAnswer(BaseModel):
+    """How a model takes guidance, as it was seen to when it was loaded."""
+
+    kind: GuidanceKind = Field(
+        description="`classifier-free`: each step works out an answer with the prompt and one "
+        "without it; `embedded`: the scale is an input of the denoiser; `none`: there is no scale."
+    )
+    argument: str = Field(
+        description="What `guidance_scale` is passed to the pipeline as; empty where it has none."
+    )
+    above: float = Field(description="Requests with a `guidance_scale` over this are guided.")
+    negative_prompt: bool = Field(
+        description="Whether guided requests may have a `negative_prompt`; it costs no more."
+    )
+    guided: StepWorkAnswer
+    unguided: StepWorkAnswer
+
+
 class ModelAnswer(BaseModel):
     """One model: OpenAI's four fields, then its limits and defaults."""
 
@@ -183,7 +216,11 @@ class ModelAnswer(BaseModel):
     schedulers: list[str]
     default_scheduler: str
     default_num_inference_steps: int
-    max_num_inference_steps: int
+    min_num_inference_steps: int = Field(description="With the default scheduler.")
+    max_num_inference_steps: int = Field(description="With the default scheduler.")
+    scheduler_steps: dict[str, StepsAnswer] = Field(
+        description="Of the schedulers that can do other numbers of steps than the default one."
+    )
     default_guidance_scale: float
     max_guidance_scale: float
     max_n: int
@@ -192,6 +229,7 @@ class ModelAnswer(BaseModel):
     adapters: list[str] = Field(description="LoRA adapters that requests may name.")
     max_adapters: int = Field(description="Most adapters of one request.")
     tasks: list[Task]
+    guidance: GuidanceAnswer
     guidance_interval: bool = Field(
         description="Whether `guidance_start` and `guidance_end` may be set."
     )
@@ -347,6 +385,7 @@ def truncation_answer(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str, i
 def model_answer(status: ModelStatus) -> ModelAnswer:
     """Return one model as the catalogue shows it."""
     told = asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
+    told["guidance"] |= {"kind": status.capabilities.guidance.kind}
     fingerprint = status.capabilities.fingerprint
     if fingerprint is not None:
         told["fingerprint"] |= {"digest": fingerprint.digest, "short": fingerprint.short}

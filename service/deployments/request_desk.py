@@ -94,7 +94,7 @@ class RequestDesk:
         await self._let_step_back(key)
         self._log.open(request)
         queue = self._queues[key] = EventQueue()
-        self._jobs[key] = job_of(request)
+        self._jobs[key] = job_of(request, self._runner.guidance)
         self._loop = asyncio.get_running_loop()
         try:
             self._watcher.begin(request)
@@ -139,6 +139,7 @@ class RequestDesk:
             ),
             costs={_size(size): StepCost(*cost) for size, cost in engine.step_costs().items()},
             picture_limit=engine.options.max_waiting_pictures,
+            guidance=self._runner.guidance,
         )
 
     async def events(

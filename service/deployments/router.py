@@ -19,6 +19,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 from service.domain.errors import StepserveError
+from service.domain.guidance import CLASSIC, Guidance
 from service.domain.requests import GenerationRequest
 from service.routing.ledger import Ledger
 from service.routing.reports import Job, Report, job_of
@@ -64,6 +65,8 @@ class BatchingRouter(RequestRouter):
         self._ledger = Ledger(time.monotonic, REPORT_DELAY_S)
         self._reports: dict[ReplicaID, Any] = {}
         self._sent: dict[str, tuple[ReplicaID, Job]] = {}
+        # Of the model, as the replicas measured it.
+        self._guidance = CLASSIC
         # Requests end on other threads than they are routed on.
         self._lock = threading.Lock()
 
@@ -75,7 +78,9 @@ class BatchingRouter(RequestRouter):
             for replica in replicas:
                 told = replica.routing_stats
                 if told and told is not self._reports.get(replica.replica_id):
-                    self._ledger.note_report(replica.replica_id, Report.from_dict(told))
+                    report = Report.from_dict(told)
+                    self._guidance = report.guidance
+                    self._ledger.note_report(replica.replica_id, report)
             self._reports = {replica.replica_id: replica.routing_stats for replica in replicas}
             self._forget_unreported()
 
@@ -95,7 +100,7 @@ class BatchingRouter(RequestRouter):
             return [candidate_replicas]
         # Else Ray Serve asks again at once, and for ever, where no replica can be reached.
         pending_request.routing_context.should_backoff = True
-        job = _job(pending_request)
+        job = _job(pending_request, self._guidance)
         if job is None:
             return [candidate_replicas]
         with self._lock:
@@ -151,6 +156,6 @@ class BatchingRouter(RequestRouter):
         self._ledger.note_sent(replica_id, job)
 
 
-def _job(pending: PendingRequest) -> Job | None:
+def _job(pending: PendingRequest, guidance: Guidance) -> Job | None:
     request = pending.args[0] if pending.args else None
-    return job_of(request) if isinstance(request, GenerationRequest) else None
+    return job_of(request, guidance) if isinstance(request, GenerationRequest) else None

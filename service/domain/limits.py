@@ -46,14 +46,13 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_task(request, model)
     _check_prompts(request, model)
     _check_size(request, model)
-    _check_whole_number(
-        "num_inference_steps", request.num_inference_steps, model.max_num_inference_steps
-    )
+    _check_scheduler(request.scheduler, model.schedulers)
+    _check_steps(request, model)
     _check_strength(request)
-    _check_guidance_scale(request.guidance_scale, model.max_guidance_scale)
+    _check_guidance_scale(request.guidance_scale, model)
+    _check_negative_prompt(request, model)
     _check_guidance_interval(request, model)
     _check_whole_number("n", request.n, model.max_n)
-    _check_scheduler(request.scheduler, model.schedulers)
     _check_adapters(request.adapters, model)
     _check_seed(request)
     _check_deadline(request.deadline_s)
@@ -159,10 +158,44 @@ def _check_whole_number(field: str, value: int, maximum: int) -> None:
         raise InvalidRequestError(f"{field} must be 1 to {maximum}, got {digits(value)}", field)
 
 
-def _check_guidance_scale(value: float, maximum: float) -> None:
-    if not 0 <= value <= maximum:  # NaN ends here too: every comparison with it is false
-        message = f"guidance_scale must be 0 to {maximum:g}, got {value}"
-        raise InvalidRequestError(message, "guidance_scale")
+def _check_steps(request: GenerationRequest, model: ModelCapabilities) -> None:
+    steps, limits = request.num_inference_steps, model.steps_of(request.scheduler)
+    if not limits.minimum <= steps <= limits.maximum:
+        raise InvalidRequestError(
+            f"num_inference_steps must be {limits.minimum} to {limits.maximum}, got "
+            f"{_digits(steps)} (with scheduler {request.scheduler})",
+            "num_inference_steps",
+        )
+
+
+def _check_guidance_scale(value: float, model: ModelCapabilities) -> None:
+    maximum = model.max_guidance_scale
+    if 0 <= value <= maximum:  # NaN is not: every comparison with it is false
+        return
+    message = f"guidance_scale must be 0 to {maximum:g}, got {value}"
+    if not model.guidance.argument:
+        message += f": model {model.id!r} takes no guidance; leave it out"
+    raise InvalidRequestError(message, "guidance_scale")
+
+
+def _check_negative_prompt(request: GenerationRequest, model: ModelCapabilities) -> None:
+    """Refuse one that would change nothing."""
+    guidance = model.guidance
+    if not request.negative_prompt:
+        return
+    if not guidance.negative_prompt:
+        instead = ", which guidance_scale sets how closely to follow" * bool(guidance.argument)
+        raise InvalidRequestError(
+            f"negative_prompt has no effect on model {model.id!r}: leave it out, and say what the "
+            f"picture shows in prompt{instead}",
+            "negative_prompt",
+        )
+    if guidance.argument and not guidance.guides(request.guidance_scale):
+        raise InvalidRequestError(
+            f"negative_prompt has no effect without guidance: guidance_scale must be over "
+            f"{guidance.above:g}, got {request.guidance_scale:g}; or leave negative_prompt out",
+            "negative_prompt",
+        )
 
 
 def _check_strength(request: GenerationRequest) -> None:

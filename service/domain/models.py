@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from service.domain.fingerprint import Fingerprint
+from service.domain.guidance import CLASSIC, Guidance
 from service.domain.requests import Task
 
 
@@ -31,6 +33,22 @@ class SizeRange:
         )
 
 
+@dataclass(frozen=True)
+class StepRange:
+    """Numbers of denoising steps that can be done: from `minimum` to `maximum`."""
+
+    minimum: int = 1
+    maximum: int = 1000
+
+    def within(self, other: StepRange) -> StepRange:
+        """What is in both."""
+        return StepRange(max(self.minimum, other.minimum), min(self.maximum, other.maximum))
+
+    def nearest(self, steps: int) -> int:
+        """The number of these that is closest to `steps`."""
+        return min(max(steps, self.minimum), self.maximum)
+
+
 class Compilation(StrEnum):
     """How far the denoiser is compiled. Until it is, and where it fails, eager code serves."""
 
@@ -46,6 +64,10 @@ class ModelCapabilities:
 
     Args:
         aliases: other names that requests may give it.
+        min_num_inference_steps: fewest steps, with the default scheduler.
+        max_num_inference_steps: most steps, with the default scheduler.
+        scheduler_steps: of the schedulers that can do other numbers of steps.
+        guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether a picture is the same in every bit whatever the load, on the device that
             serves it. Where it is not, `reproducible` requests give that.
@@ -64,7 +86,9 @@ class ModelCapabilities:
     schedulers: tuple[str, ...]
     default_scheduler: str
     default_num_inference_steps: int = 20
+    min_num_inference_steps: int = 1
     max_num_inference_steps: int = 1000
+    scheduler_steps: Mapping[str, StepRange] = field(default_factory=dict)
     default_guidance_scale: float = 4.0
     max_guidance_scale: float = 30.0
     max_n: int = 8
@@ -76,6 +100,7 @@ class ModelCapabilities:
     owned_by: str = "stepserve"
     aliases: tuple[str, ...] = ()
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
+    guidance: Guidance = CLASSIC
     guidance_interval: bool = True
     safety_checker: bool = False
     same_bytes: bool = True
@@ -85,3 +110,8 @@ class ModelCapabilities:
     expected_s: float | None = None
     load_s: float | None = None
     fingerprint: Fingerprint | None = None
+
+    def steps_of(self, scheduler: str) -> StepRange:
+        """How many steps requests with this scheduler may have."""
+        usual = StepRange(self.min_num_inference_steps, self.max_num_inference_steps)
+        return self.scheduler_steps.get(scheduler, usual)

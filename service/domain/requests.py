@@ -54,9 +54,10 @@ class GenerationRequest:
     """A request for pictures with every default filled in.
 
     Picture `i` of `n` is drawn from seed `seed + i`, so that each can be made again alone.
-    `guidance_scale` of 1 or less means no classifier-free guidance and one row instead of two.
-    Guidance is applied at denoiser call `i` (from 0) of `c` if `guidance_start <= i / c` and
-    `i / c < guidance_end`; the other calls take one row instead of two as well.
+    What `guidance_scale` does, and how many rows a step takes, is the model's (`Guidance`); with
+    most, 1 or less means no guidance and one row instead of two. Guidance is applied at denoiser
+    call `i` (from 0) of `c` if `guidance_start <= i / c` and `i / c < guidance_end`; the other
+    calls take one row instead of two as well.
 
     Args:
         image: the picture to start from, as a file (image-to-image and inpainting).
@@ -103,11 +104,6 @@ class GenerationRequest:
     def key(self) -> RequestKey:
         """What names it on a replica."""
         return RequestKey(self.id, self.owner)
-
-    @property
-    def rows(self) -> int:
-        """Rows that each denoiser call of this request takes; outside the interval it is half."""
-        return self.n * (2 if self.guidance_scale > 1 else 1)
 
     @property
     def is_guidance_limited(self) -> bool:

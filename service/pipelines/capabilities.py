@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.domain.guidance import Guidance
 from service.domain.models import ModelCapabilities, SizeRange
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.signature import CallSignature
@@ -21,6 +22,14 @@ USUAL_STEP_PX = 64
 TOKEN_CHARACTERS = 8
 # Language models read whole books, at a price that grows with the square of their length.
 MOST_PROMPT_CHARACTERS = 8192
+# What guidance scales are passed as, the likeliest first: which one has an effect is tried later.
+GUIDANCE_ARGUMENTS = (
+    "guidance_scale",
+    "true_cfg_scale",
+    "prior_guidance_scale",
+    "decoder_guidance_scale",
+    "distilled_guidance_scale",
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,25 @@ def _most_characters(prompt_tokens: int) -> int:
     return max(usual, min(TOKEN_CHARACTERS * prompt_tokens, MOST_PROMPT_CHARACTERS))
 
 
+def guidance_arguments(signature: CallSignature) -> tuple[str, ...]:
+    """The arguments of a call that may carry a guidance scale, the likeliest first."""
+    named = tuple(name for name in GUIDANCE_ARGUMENTS if name in signature.names)
+    return named or GUIDANCE_ARGUMENTS[: signature.takes_any]
+
+
+def promised_guidance(signature: CallSignature) -> Guidance:
+    """How a pipeline takes guidance by its signature; `guided_steps` finds out what holds.
+
+    An argument without a number as its default is one that most models of a class cannot use.
+    """
+    offered = guidance_arguments(signature)
+    chosen = [name for name in offered if signature.default(name, int | float) is not None]
+    argument = next(iter(chosen or offered), "")
+    takes_negative = signature.accepts("negative_prompt")
+    needs_negative = takes_negative and argument == "true_cfg_scale"
+    return Guidance(argument, negative_prompt=takes_negative, needs_negative=needs_negative)
+
+
 def derive_sizes(pipeline: Any, signature: CallSignature) -> SizeRange:
     """Half to twice the native side, in steps that the pipeline takes as they are."""
     step = _step_px(pipeline)
@@ -121,11 +149,12 @@ def _call_defaults(signature: CallSignature) -> dict[str, Any]:
     steps = signature.default("num_inference_steps", int)
     if steps:
         defaults["default_num_inference_steps"] = steps
-    guidance = signature.default("guidance_scale", int | float)
-    if guidance is not None:
-        defaults["default_guidance_scale"] = float(guidance)
-    if not signature.accepts("guidance_scale"):
+    guidance = promised_guidance(signature)
+    defaults["guidance"] = guidance
+    if not guidance.argument:
         defaults |= {"default_guidance_scale": 1.0, "max_guidance_scale": 1.0}
+    elif (scale := signature.default(guidance.argument, int | float)) is not None:
+        defaults["default_guidance_scale"] = float(scale)
     if not signature.accepts("num_images_per_prompt"):
         defaults["max_n"] = 1
     return defaults

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from service.domain.guidance import Guidance
 from service.domain.requests import GenerationRequest
 from service.engine.narrowing import Narrowing
 
@@ -28,11 +29,13 @@ def can_limit_guidance(pipeline: Any) -> bool:
     return unet is None or unet.config.time_cond_proj_dim is None
 
 
-def narrow_to_interval(request: GenerationRequest, calls: int) -> Narrowing | None:
+def narrow_to_interval(
+    guidance: Guidance, request: GenerationRequest, calls: int
+) -> Narrowing | None:
     """Which of the `calls` denoiser calls of a request need only the conditional rows."""
-    if request.guidance_scale <= 1 or not request.is_guidance_limited:
+    if not guidance.guides(request.guidance_scale) or not request.is_guidance_limited:
         return None
-    return Narrowing(request.rows, calls, partial(_is_guided, request, calls))
+    return Narrowing(guidance.rows_of(request), calls, partial(_is_guided, request, calls))
 
 
 def _is_guided(request: GenerationRequest, calls: int, call: int) -> bool:

@@ -1,87 +1,181 @@
-"""What guidance costs a pipeline: how often a step calls the denoiser, and with how many rows.
+"""How a pipeline takes guidance, and what that costs: seen in small requests, before it serves.
 
-Most pipelines stack the rows with and without the prompt in one call. FLUX takes the scale as an
-input and has one row a picture; CogView 4 and Lumina 2 call the denoiser twice.
+Most pipelines stack the rows with and without the prompt in one call of the denoiser. FLUX takes
+the scale as an input and has one row an image; CogView 4 and Lumina 2 call the denoiser twice;
+Qwen-Image takes the scale as `true_cfg_scale`, and guides only who gives a negative prompt. Many
+take arguments that they make nothing of.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from service.domain.requests import GenerationRequest, Task
+from service.domain.guidance import CLASSIC, PLAIN, Guidance, StepWork
+from service.domain.models import ModelCapabilities
+from service.domain.requests import Task
 from service.engine.call import NO_RULES, ParkableMethod, make_call
 from service.engine.parking import parameter_names
 from service.pipelines.attach import ARGUMENT_RULES
-from service.pipelines.capabilities import denoiser_of
+from service.pipelines.capabilities import denoiser_of, guidance_arguments
 from service.pipelines.load import LoadedModel
+from service.pipelines.self_check import difference
+from service.pipelines.signature import CallSignature
 from service.pipelines.tasks import denoiser_calls
 from service.pipelines.trials import run_trial, trial_request
 
 logger = logging.getLogger(__name__)
 
+OFF, FULL, NO_SCALE = 1.0, 6.0, 0.0
+NEGATIVE_PROMPT = "a blue house"
+# As a share of the largest value. Less is round-off: a device need not do twice the same.
+LEAST_EFFECT = 1e-4
+
 
 @dataclass(frozen=True)
-class GuidedStep:
-    """One step of a guided request for one picture.
+class Seen:
+    """What came of a small request: its image, and what each of its steps took."""
 
-    Args:
-        rows: of each call of the denoiser.
-        calls: of the denoiser.
+    image: Tensor
+    step: StepWork
+
+    def differs(self, other: Seen) -> bool:
+        """Whether what the two requests differ in had an effect."""
+        return difference(self.image, other.image) > LEAST_EFFECT
+
+
+class GuidanceTrial:
+    """Tries a model's guidance with small requests for images from a prompt.
+
+    Each is run once, however often it is asked for.
     """
 
-    rows: int = 2
-    calls: int = 1
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._seen: dict[tuple[Guidance, float, str], Seen] = {}
 
-    def rows_of(self, request: GenerationRequest) -> int:
-        """Rows of each denoiser call of a request, unless it is narrowed."""
-        return request.n * (self.rows if request.rows > request.n else 1)
+    def find(self) -> Guidance:
+        """How the model takes guidance.
 
-    def calls_of(self, request: GenerationRequest, timesteps: int) -> int:
-        """Denoiser calls of a request that goes through so many timesteps."""
-        return timesteps * (self.calls if request.rows > request.n else 1)
+        Raises:
+            Exception: whatever the pipeline raises, if a small request without guidance fails.
+        """
+        signature = self._model.lender.signature(Task.TEXT_TO_IMAGE)
+        takes_negative = signature.accepts("negative_prompt")
+        # Those that need a negative prompt to guide do nothing with the scale alone.
+        needs = (False, True) if takes_negative else (False,)
+        for argument, needs_negative in product(guidance_arguments(signature), needs):
+            tried = Guidance(argument, OFF, takes_negative, needs_negative)
+            if self._see(tried, FULL).differs(self._see(tried, OFF)):
+                return self._measured(tried)
+        return self._without_argument(takes_negative)
+
+    def _measured(self, guidance: Guidance) -> Guidance:
+        guided, unguided = self._see(guidance, FULL).step, self._see(guidance, OFF).step
+        if guided == unguided and guided.total_rows > 1:
+            # Some guide by every scale that is not zero.
+            without = self._see(guidance, NO_SCALE).step
+            if without.total_rows < guided.total_rows:
+                guidance, unguided = replace(guidance, above=NO_SCALE), without
+        return replace(
+            guidance,
+            negative_prompt=guidance.negative_prompt and self._heeds_negative(guidance, FULL),
+            guided=guided,
+            unguided=unguided,
+        )
+
+    def _without_argument(self, takes_negative: bool) -> Guidance:
+        none = Guidance("", OFF, takes_negative)
+        step = self._see(none, OFF).step
+        heeds = takes_negative and self._heeds_negative(none, OFF)
+        return replace(none, negative_prompt=heeds, guided=step, unguided=step)
+
+    def _heeds_negative(self, guidance: Guidance, scale: float) -> bool:
+        with_one = self._see(guidance, scale, NEGATIVE_PROMPT)
+        return with_one.differs(self._see(guidance, scale))
+
+    def _see(self, guidance: Guidance, scale: float, negative_prompt: str = "") -> Seen:
+        wanted = guidance, scale, negative_prompt
+        if wanted not in self._seen:
+            self._seen[wanted] = _run(self._model, *wanted)
+        return self._seen[wanted]
 
 
-CLASSIC = GuidedStep()
-
-
-def measure_guided_step(model: LoadedModel) -> GuidedStep:
-    """Look at a small guided request; as most pipelines have it where that cannot be seen.
+def find_guidance(model: LoadedModel) -> Guidance:
+    """Try how a model takes guidance; what its signature promises where that cannot be seen.
 
     Run it where the model may run, before it is attached.
     """
-    sizes = model.capabilities.sizes
-    request = trial_request(model.capabilities, Task.TEXT_TO_IMAGE, 0, sizes.minimum)
-    denoiser = denoiser_of(model.pipeline)
-    if denoiser is None or request.rows == request.n:
-        return CLASSIC
     try:
-        rows = _rows_of_calls(model, request, denoiser)
+        return GuidanceTrial(model).find()
     except Exception as error:
-        logger.info("what guidance costs could not be seen: %s: %s", type(error).__name__, error)
-        return CLASSIC
+        logger.info("how guidance works could not be seen: %s: %s", type(error).__name__, error)
+        return model.capabilities.guidance
+
+
+def settle_guidance(model: LoadedModel) -> LoadedModel:
+    """The model with the guidance that it was seen to take. Run it as `find_guidance`."""
+    guidance = find_guidance(model)
+    signature = model.lender.signature(Task.TEXT_TO_IMAGE)
+    return replace(model, capabilities=_with_guidance(model.capabilities, guidance, signature))
+
+
+def _with_guidance(
+    capabilities: ModelCapabilities, guidance: Guidance, signature: CallSignature
+) -> ModelCapabilities:
+    before = capabilities.guidance
+    capabilities = replace(capabilities, guidance=guidance)
+    if not guidance.argument:
+        return replace(capabilities, default_guidance_scale=OFF, max_guidance_scale=OFF)
+    scale = signature.default(guidance.argument, int | float)
+    if guidance.argument == before.argument or scale is None:
+        return capabilities
+    return replace(capabilities, default_guidance_scale=scale)
+
+
+def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: str) -> Seen:
+    """Run one small request as if the model took guidance so."""
+    tried = replace(model, capabilities=replace(model.capabilities, guidance=guidance))
+    request = replace(
+        trial_request(tried.capabilities, Task.TEXT_TO_IMAGE, 0, tried.capabilities.sizes.minimum),
+        guidance_scale=scale,
+        negative_prompt=negative_prompt,
+    )
+    rows: list[int] = []
+    denoiser = denoiser_of(model.pipeline)
+    handle = None if denoiser is None else _note_rows(denoiser, rows)
+    try:
+        with torch.no_grad():
+            image = run_trial(tried, request)
+    finally:
+        if handle is not None:
+            handle.remove()
     if not rows:
-        return CLASSIC
-    timesteps = denoiser_calls(model, request)
-    return GuidedStep(max(rows) // request.n, max(round(len(rows) / timesteps), 1))
+        return Seen(image, _usual(guidance, scale))
+    return Seen(image, _step_of(rows, denoiser_calls(tried, request)))
 
 
-def _rows_of_calls(model: LoadedModel, request: GenerationRequest, denoiser: Any) -> list[int]:
+def _usual(guidance: Guidance, scale: float) -> StepWork:
+    """For pipelines of several parts, whose steps are not seen."""
+    return CLASSIC.guided if guidance.guides(scale) else PLAIN
+
+
+def _step_of(rows: list[int], timesteps: int) -> StepWork:
+    return StepWork(max(rows), max(round(len(rows) / timesteps), 1))
+
+
+def _note_rows(denoiser: Any, rows: list[int]) -> Any:
+    """Note the rows of every call of the denoiser; returns what ends that by `remove`."""
     rules = ARGUMENT_RULES.get(type(denoiser).__name__, NO_RULES)
     parameters = parameter_names(denoiser.forward)
     method = ParkableMethod("", "", denoiser.forward, parameters=parameters, rules=rules)
-    rows: list[int] = []
 
     def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows.append(make_call(method, args, kwargs).rows)
 
-    handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            run_trial(model, request)
-    finally:
-        handle.remove()
-    return rows
+    return denoiser.register_forward_pre_hook(see, with_kwargs=True)

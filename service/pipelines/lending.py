@@ -137,6 +137,17 @@ def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
     return lent
 
 
+def schedulers_of(pipeline: Any) -> list[Any]:
+    """Every scheduler of a pipeline and of the pipelines inside it, once."""
+    found: dict[int, Any] = {}
+    for value in vars(pipeline).values():
+        if isinstance(value, SchedulerMixin):
+            found[id(value)] = value
+        elif isinstance(value, DiffusionPipeline):
+            found |= {id(scheduler): scheduler for scheduler in schedulers_of(value)}
+    return list(found.values())
+
+
 def _for_other_tasks(pipeline: Any) -> dict[Task, Any]:
     made = {}
     for task in OTHER_TASKS:

@@ -34,6 +34,11 @@ from service.pipelines.prompts import PromptMeter, measure_prompts
 from service.pipelines.schedulers import usable_schedulers
 from service.pipelines.signature import read_signature
 from service.pipelines.speed import can_record, check_speed, loading_arguments, settle
+from service.pipelines.step_limits import (
+    scheduler_steps,
+    triable_schedulers,
+    with_scheduler_steps,
+)
 from service.pipelines.trust import Trust, check_trust, find_pipeline_class
 from service.pipelines.verdicts import CHECKER, has_checker, names_checker
 from service.pipelines.weights import check_finite_weights, check_heard
@@ -48,6 +53,7 @@ class LoadedModel:
     `denoiser_forward` is what compiles the denoiser, where that is wanted.
     `cuda_graphs` says whether its forwards may be recorded.
     `sizes_are_said` tells that its own file says which sizes it takes.
+    `triable_schedulers` are those that can be tried without the network.
     `denoiser_calls` remembers how often the denoiser is called, by what decides it.
     """
 
@@ -59,6 +65,7 @@ class LoadedModel:
     denoiser_forward: SwitchableForward | None = None
     cuda_graphs: bool = False
     sizes_are_said: bool = False
+    triable_schedulers: frozenset[str] = frozenset()
     denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
 
 
@@ -141,15 +148,17 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         fingerprint=take_fingerprint(folder, knobs.dtype, pipeline.device),
         safety_checker=has_checker(pipeline),
     )
+    triable = triable_schedulers(lender, capabilities)
     return LoadedModel(
         pipeline,
-        capabilities,
+        with_scheduler_steps(capabilities, scheduler_steps(lender, capabilities, triable)),
         schedulers,
         meter,
         lender,
         SwitchableForward(_denoiser(pipeline)) if speed.compile else None,
         cuda_graphs=can_record(speed, chosen),
         sizes_are_said="sizes" in manifest,
+        triable_schedulers=triable,
     )
 
 

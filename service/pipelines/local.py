@@ -22,7 +22,7 @@ def generate_locally(
     Raises:
         StepserveError: the request was refused or failed.
     """
-    # There is nobody to share with, so nothing to find out.
+    # There is nobody to share with, so nothing to find out about that.
     alone = SharingOptions(plan=SharingPlan())
     runner = PipelineRunner(model, adapters=adapters, sharing=alone)
     runner.start()

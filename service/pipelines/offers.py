@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
-from service.domain.models import SizeRange
+from service.domain.models import ModelCapabilities, SizeRange, StepRange
 from service.domain.requests import Task
+from service.pipelines.attach import parkable_methods
 from service.pipelines.load import LoadedModel
+from service.pipelines.scheduler_trials import find_steps
+from service.pipelines.step_limits import likely_steps, within_steps
 from service.pipelines.trials import run_trial, trial_request
 
 logger = logging.getLogger(__name__)
@@ -66,6 +72,42 @@ def find_offer(tasks: Sequence[Task], sizes: SizeRange, side: Side) -> Offer:
         else:
             logger.warning("%s does not work, so it is not offered: %s", task, objection)
     return Offer(tuple(kept), sizes)
+
+
+def limited_to_pipeline(model: LoadedModel) -> ModelCapabilities:
+    """A model's capabilities without the numbers of steps that its pipeline itself refuses.
+
+    A trial goes no further than to the first call of a denoiser: by then all is checked. Run it
+    where the model may run, before it is attached.
+    """
+    capabilities = model.capabilities
+    most = capabilities.max_num_inference_steps
+    taken = find_steps(partial(_reaches_denoiser, model), most, likely_steps(capabilities))
+    return capabilities if taken == StepRange(1, most) else within_steps(capabilities, taken)
+
+
+class _ReachedError(Exception):
+    """A denoiser was called: the pipeline has nothing against the request."""
+
+
+def _reaches_denoiser(model: LoadedModel, steps: int) -> bool:
+    capabilities = model.capabilities
+    request = trial_request(capabilities, Task.TEXT_TO_IMAGE, 0, capabilities.sizes.minimum)
+    try:
+        with torch.no_grad(), ExitStack() as stack:
+            for _, module, rule in parkable_methods(model.pipeline):
+                if rule.shared:
+                    stack.callback(module.register_forward_pre_hook(_reach).remove)
+            run_trial(model, replace(request, num_inference_steps=steps))
+    except _ReachedError:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def _reach(*_: Any) -> None:
+    raise _ReachedError
 
 
 def _objection(side: Side, task: Task, wanted_px: int) -> str:

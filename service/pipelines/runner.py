@@ -23,6 +23,7 @@ from service.domain.events import (
     Started,
     StepFinished,
 )
+from service.domain.guidance import Guidance
 from service.domain.limits import check_request
 from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest, RequestKey
@@ -42,13 +43,13 @@ from service.pipelines.encoding import PictureEncoder
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.graphs import CudaRecorder, GraphedForward, graph_denoisers
 from service.pipelines.guidance import narrow_to_interval
-from service.pipelines.guided_steps import CLASSIC, measure_guided_step
+from service.pipelines.guided_steps import settle_guidance
 from service.pipelines.host_numbers import can_keep_on_host
 from service.pipelines.images import encode_image, encode_preview
 from service.pipelines.input_decoding import InputDecoder, Inputs
 from service.pipelines.load import LoadedModel
 from service.pipelines.memory import memory_bytes
-from service.pipelines.offers import tried_offer
+from service.pipelines.offers import limited_to_pipeline, tried_offer
 from service.pipelines.self_check import Trial
 from service.pipelines.sharing import SharingPlan, plan_sharing
 from service.pipelines.size_rules import SizeRules
@@ -172,7 +173,6 @@ class PipelineRunner:
         self.engine = Engine(replace(options, gradients=options.gradients or compiled))
         self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
         self.plan = SharingPlan()
-        self.guided_step = CLASSIC
         # By the model's own safety checker, since the start.
         self.images_withheld = 0
         self._sharing = sharing
@@ -212,6 +212,11 @@ class PipelineRunner:
         if self.size_rules is not None:
             limits = replace(limits, same_bytes=self.size_rules.same_bytes)
         return limits if self.denoiser_code is None else _with_code(limits, self.denoiser_code)
+
+    @property
+    def guidance(self) -> Guidance:
+        """How the model takes guidance, as it was seen to."""
+        return self._limits.guidance
 
     def start_compiling(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the denoiser in the background, if it was loaded to be compiled.
@@ -275,9 +280,7 @@ class PipelineRunner:
         self.engine.batcher.start_timing = timing_for(device)
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
         if self._sharing.plan is None:
-            self.guided_step = measure_guided_step(self.model)
-            offer = tried_offer(self.model)
-            self._limits = replace(self._limits, tasks=offer.tasks, sizes=offer.sizes)
+            self._settle_capabilities()
         trials = make_trials(self.model, self._limits.tasks)
         buckets = row_buckets(ceiling) if self.denoiser_code else ()
         self.plan = self._sharing.plan or plan_sharing(
@@ -304,6 +307,17 @@ class PipelineRunner:
         if not self.plan.has_one_row_count:
             self.engine.limit_rows(parking.max_rows)
         self._detach = attach(pipeline, parking)
+
+    def _settle_capabilities(self) -> None:
+        """Tell what holds, not what the pipeline seems to offer."""
+        self._change_capabilities(limited_to_pipeline(self.model))
+        self._change_capabilities(settle_guidance(self.model).capabilities)
+        offer = tried_offer(self.model)
+        self._limits = replace(self._limits, tasks=offer.tasks, sizes=offer.sizes)
+
+    def _change_capabilities(self, capabilities: ModelCapabilities) -> None:
+        self.model = replace(self.model, capabilities=capabilities)
+        self._limits = replace(capabilities, max_adapters=self.adapters.max_per_request)
 
     def _adjust_calls(self, trial: Trial) -> None:
         """Give calls the rows that keep their bits, where these are not the same for all."""
@@ -336,10 +350,11 @@ class PipelineRunner:
             steps, previews = listener.step_ended, listener.foretold
             return make_pictures(self.model, request, inputs.pictures, steps, previews)
 
+        guidance = self.guidance
         return Work(
             id=request.id,
-            rows=self.guided_step.rows_of(request),
-            steps=self.guided_step.calls_of(request, calls),
+            rows=guidance.rows_of(request),
+            steps=guidance.calls_of(request, calls),
             pictures=request.n,
             run=partial(self.adapters.run_with, variant, make),
             listener=listener,
@@ -349,7 +364,7 @@ class PipelineRunner:
             isolated=request.reproducible,
             size=(request.width, request.height),
             variant=code or variant,
-            narrowing=narrow_to_interval(request, calls),
+            narrowing=narrow_to_interval(guidance, request, calls),
             owner=request.owner,
             held=inputs.are_needed,
         )

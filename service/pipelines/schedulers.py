@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
-import torch
+from service.pipelines.scheduler_trials import can_do, draws_from_elsewhere
 
 PROBE_STEPS = 4
 
@@ -20,22 +21,21 @@ UNSUITABLE = {
 }
 
 
-# Left out even where it is the model's own: the same request would make another picture each time.
+# Left out even where it is the model's own, and even where what it draws with is not installed, so
+# that it cannot be tried. Others of the kind are found by trial.
 SEEDLESS = {"DPMSolverSDEScheduler"}
-
-# Flow-matching schedulers that shift their noise by the picture's size are told how far.
-PROBE_SHIFT = 1.0
 
 
 def usable_schedulers(scheduler: Any) -> dict[str, type]:
     """Scheduler classes that can stand in for `scheduler`, by name, sorted; its own among them.
 
     Each is built from the same settings and tried on a small tensor; those that raise (because
-    they do not know the prediction type, or need a package that is not installed) are left out.
-    The model's own class is not tried: the model was made for it.
+    they do not know the prediction type, or need a package that is not installed) are left out, and
+    so are those that draw noise which the request's seed does not decide. Whether the model's own
+    class raises is not asked: the model was made for it.
     """
     own = type(scheduler)
-    usable = {own.__name__: own} if own.__name__ not in SEEDLESS else {}
+    usable = {} if _is_seedless(own, getattr(scheduler, "config", {})) else {own.__name__: own}
     for cls in getattr(scheduler, "compatibles", ()):
         name = cls.__name__
         if name not in UNSUITABLE and name not in usable and _works(cls, scheduler.config):
@@ -48,30 +48,15 @@ def build_scheduler(cls: type, config: Any) -> Any:
     return cls.from_config(config)  # type: ignore[attr-defined]
 
 
-def set_steps(scheduler: Any, steps: int) -> None:
-    """Prepare a scheduler for that many steps, whatever else its class wants to be told."""
-    if getattr(scheduler.config, "use_dynamic_shifting", False):
-        scheduler.set_timesteps(steps, mu=PROBE_SHIFT)
-    else:
-        scheduler.set_timesteps(steps)
+def _is_seedless(cls: type, config: Any) -> bool:
+    """Whether the same request would make another image each time."""
+    make = partial(build_scheduler, cls, config)
+    return cls.__name__ in SEEDLESS or draws_from_elsewhere(make, PROBE_STEPS)
 
 
 def _works(cls: type, config: Any) -> bool:
-    try:
-        with warnings.catch_warnings():
-            # A warning is no reason to leave it out, even where warnings are errors.
-            warnings.simplefilter("ignore")
-            return _makes_finite_samples(build_scheduler(cls, config))
-    except Exception:
-        return False
-
-
-def _makes_finite_samples(scheduler: Any) -> bool:
-    set_steps(scheduler, PROBE_STEPS)
-    # Flow matching has no such method, as the model's input is the sample itself.
-    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-    sample = torch.zeros(1, 1, 2, 2)
-    for timestep in scheduler.timesteps:
-        model_input = scale(sample, timestep)
-        sample = scheduler.step(model_input, timestep, sample, return_dict=False)[0]
-    return bool(torch.isfinite(sample).all())
+    make = partial(build_scheduler, cls, config)
+    with warnings.catch_warnings():
+        # A warning is no reason to leave it out, even where warnings are errors.
+        warnings.simplefilter("ignore")
+        return can_do(make, PROBE_STEPS) and not _is_seedless(cls, config)

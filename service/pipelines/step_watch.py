@@ -1,12 +1,15 @@
-"""What a request's own scheduler does, seen without the pipeline's help."""
+"""What a request's own scheduler does, seen and seen to without the pipeline's help."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 OnStepOutput = Callable[[int, Any], None]
 """Hears which step has ended, from 1 on, and the latents that it made."""
@@ -55,3 +58,24 @@ def watch_images(pipeline: Any, hear: Callable[[Any], None]) -> None:
 
     vars(own)["postprocess"] = postprocess
     vars(pipeline)["image_processor"] = own
+
+
+def draw_from(scheduler: Any, generators: Sequence[torch.Generator]) -> None:
+    """Have a scheduler that one request has to itself draw its noise from these generators.
+
+    Many pipelines hand `generator` on to `step`. Those for flow matching do not, as most of their
+    schedulers draw nothing; others would draw from the generator that all requests share.
+    """
+    original = scheduler.step
+    parameters = list(inspect.signature(original).parameters)
+    if "generator" not in parameters:
+        return
+    place = parameters.index("generator")
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if len(args) <= place and kwargs.get("generator") is None:
+            kwargs["generator"] = list(generators)
+        return original(*args, **kwargs)
+
+    scheduler.step = step

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
 from service.domain.errors import ContentFilteredError, GenerationFailedError, InvalidRequestError
+from service.domain.guidance import Guidance
 from service.domain.requests import GenerationRequest, Task
 from service.engine.parking import parameter_names
+from service.pipelines.failures import blaming_settings, cannot_be_done
 from service.pipelines.inputs import InputPictures
+from service.pipelines.lending import schedulers_of
 from service.pipelines.load import LoadedModel
 from service.pipelines.previews import OnPreview, Previewer, can_preview
-from service.pipelines.schedulers import set_steps
+from service.pipelines.scheduler_trials import set_steps, try_ends
 from service.pipelines.signature import accepted_arguments
-from service.pipelines.step_watch import watch_images, watch_steps
+from service.pipelines.step_watch import draw_from, watch_images, watch_steps
 from service.pipelines.verdicts import guardrail, remove_checker, withheld_images
 
 OnStep = Callable[[int, int], None]
 NO_PICTURES = InputPictures()
+# What the authors of Qwen-Image give; no encoder sees more in it than in an empty one.
+NO_NEGATIVE_PROMPT = " "
 # Clients choose what they are known by.
 MOST_KNOWN_COUNTS = 1024
 
@@ -78,9 +84,11 @@ def run_pipeline(
 
     Raises:
         ContentFilteredError: the pipeline's own checker refuses the prompt.
+        InvalidRequestError: the request's settings alone make the call fail.
     """
-    borrowed = model.lender.lend(request.scheduler, request.task)
     signature = model.lender.signature(request.task)
+    generators = make_generators(request.seed, request.n)
+    borrowed = _borrow(model, request, generators)
     remove_checker(borrowed, unless=is_checked)
     previewer = _previewer(borrowed, request, on_preview)
     expected = denoiser_calls(model, request)
@@ -105,19 +113,27 @@ def run_pipeline(
     wanted = {
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
         "num_images_per_prompt": request.n,
-        "generator": make_generators(request.seed, request.n),
+        "generator": generators,
         "callback_on_step_end": step_ended,
         "callback_on_step_end_tensor_inputs": ["latents"],
         "output_type": output_type,
+        **guidance_arguments(model.capabilities.guidance, request),
         **task_arguments(request, inputs),
     }
-    # Pipelines differ in what stands for none.
-    if request.negative_prompt:
-        wanted["negative_prompt"] = request.negative_prompt
-    with guardrail(request.model):
+    make = partial(model.lender.new_scheduler, request.scheduler)
+    with blaming_settings(request, make), guardrail(request.model):
         return borrowed(**accepted_arguments(signature, wanted))
+
+
+def _borrow(
+    model: LoadedModel, request: GenerationRequest, generators: Sequence[torch.Generator]
+) -> Any:
+    """A pipeline whose every draw is of the request's own generators."""
+    borrowed = model.lender.lend(request.scheduler, request.task)
+    for scheduler in schedulers_of(borrowed):
+        draw_from(scheduler, generators)
+    return borrowed
 
 
 def _previewer(
@@ -126,6 +142,19 @@ def _previewer(
     if request.previews == 0 or on_preview is None or not can_preview(pipeline):
         return None
     return Previewer(pipeline, request, on_preview)
+
+
+def guidance_arguments(guidance: Guidance, request: GenerationRequest) -> dict[str, Any]:
+    """The scale and the negative prompt as the model takes them."""
+    told: dict[str, Any] = {}
+    if guidance.argument:
+        told[guidance.argument] = request.guidance_scale
+    # Pipelines differ in what stands for none.
+    if request.negative_prompt:
+        told["negative_prompt"] = request.negative_prompt
+    elif guidance.needs_negative and guidance.guides(request.guidance_scale):
+        told["negative_prompt"] = NO_NEGATIVE_PROMPT
+    return told
 
 
 def task_arguments(request: GenerationRequest, inputs: InputPictures) -> dict[str, Any]:
@@ -162,20 +191,26 @@ def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
 
 def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
     pipeline = model.lender.lend(request.scheduler, request.task)
-    steps = request.num_inference_steps
+    steps, scheduler = request.num_inference_steps, pipeline.scheduler
     try:
-        set_steps(pipeline.scheduler, steps)
+        set_steps(scheduler, steps)
+        timesteps = left = len(scheduler.timesteps)
+        if request.task is not Task.TEXT_TO_IMAGE and _takes_strength(model, request.task):
+            left = count_left(pipeline, request, timesteps)
+        if request.scheduler in model.triable_schedulers:
+            make = partial(model.lender.new_scheduler, request.scheduler)
+            try_ends(make, steps, (timesteps - left) // scheduler.order)
     except Exception as error:
         # Such as PNDM, which begins with four steps of a higher order.
-        raise InvalidRequestError(
-            f"num_inference_steps {steps} cannot be done by {request.scheduler}",
-            "num_inference_steps",
-        ) from error
-    timesteps = len(pipeline.scheduler.timesteps)
-    takes_strength = model.lender.signature(request.task).accepts("strength")
-    if request.task is Task.TEXT_TO_IMAGE or not takes_strength:
-        return timesteps
-    return count_left(pipeline, request, timesteps)
+        raise cannot_be_done(request, error) from error
+    if left < 1:
+        message = f"strength {request.strength:g} of {steps} steps leaves none to do"
+        raise InvalidRequestError(message, "strength")
+    return left
+
+
+def _takes_strength(model: LoadedModel, task: Task) -> bool:
+    return model.lender.signature(task).accepts("strength")
 
 
 def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int:

@@ -46,7 +46,7 @@ def trial_request(
         prompt=PROMPTS[index],
         width=side_px,
         height=side_px,
-        num_inference_steps=STEPS,
+        num_inference_steps=capabilities.steps_of(capabilities.default_scheduler).nearest(STEPS),
         guidance_scale=0.0 if index else capabilities.default_guidance_scale,
         seed=index,
         scheduler=capabilities.default_scheduler,

@@ -124,7 +124,7 @@ def measure_steps(runner: PipelineRunner, most_s: float = MEASURING_S) -> Curve:
     started_s = time.perf_counter()
     seconds: dict[int, float] = {}
     request = _request(runner, 1, MEASURED_STEPS)
-    while (rows := runner.guided_step.rows_of(request)) <= runner.engine.row_ceiling:
+    while (rows := _rows(runner, request)) <= runner.engine.row_ceiling:
         before_s = time.perf_counter()
         best = max((rows / each_s for rows, each_s in seconds.items()), default=0.0)
         step_s = _measure_fairly(runner, request, best)
@@ -155,7 +155,7 @@ def _measure_fairly(
         if step_s is None:
             return None
         fastest_s = step_s if fastest_s is None else min(fastest_s, step_s)
-        if runner.guided_step.rows_of(request) / fastest_s >= rows_per_s:
+        if _rows(runner, request) / fastest_s >= rows_per_s:
             break
     return fastest_s
 
@@ -216,10 +216,11 @@ def _set_measured_limit(runner: PipelineRunner) -> None:
 def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None:
     """Seconds of one step of `request` alone, or None if it cannot be done."""
     stopwatch = Stopwatch(torch.device(runner.model.pipeline.device))
+    guidance = runner.model.capabilities.guidance
     work = Work(
         id=request.id,
-        rows=runner.guided_step.rows_of(request),
-        steps=runner.guided_step.calls_of(request, MEASURED_STEPS),
+        rows=_rows(runner, request),
+        steps=guidance.calls_of(request, request.num_inference_steps),
         pictures=request.n,
         run=partial(make_pictures, runner.model, request, on_step=stopwatch.step_ended),
         listener=stopwatch,
@@ -232,6 +233,10 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     return None if error is not None else min(stopwatch.seconds, default=None)
 
 
+def _rows(runner: PipelineRunner, request: GenerationRequest) -> int:
+    return runner.model.capabilities.guidance.rows_of(request)
+
+
 def _request(
     runner: PipelineRunner, pictures: int, steps: int = WARM_UP_STEPS
 ) -> GenerationRequest:
@@ -242,7 +247,7 @@ def _request(
         prompt="warm up",
         width=capabilities.sizes.native,
         height=capabilities.sizes.native,
-        num_inference_steps=steps,
+        num_inference_steps=capabilities.steps_of(capabilities.default_scheduler).nearest(steps),
         guidance_scale=capabilities.default_guidance_scale,
         seed=0,
         scheduler=capabilities.default_scheduler,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from service.domain.guidance import CLASSIC, Guidance, StepWork
 from service.domain.requests import GenerationRequest
 
 ALONE = ""
@@ -49,11 +50,13 @@ class Report:
         jobs: everything accepted and not yet ended.
         costs: by size; only those that were measured.
         picture_limit: pictures in hand beyond which it refuses.
+        guidance: what a step of a guided request takes there, and of one that is not.
     """
 
     jobs: tuple[Job, ...] = ()
     costs: Mapping[str, StepCost] | None = None
     picture_limit: int = 64
+    guidance: Guidance = CLASSIC
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, which is what Ray Serve carries."""
@@ -64,18 +67,29 @@ class Report:
         """What `to_dict` made."""
         costs = {size: StepCost(**cost) for size, cost in (told.get("costs") or {}).items()}
         jobs = tuple(Job(**job) for job in told.get("jobs", ()))
-        return cls(jobs, costs, told.get("picture_limit", 64))
+        return cls(jobs, costs, told.get("picture_limit", 64), _guidance(told.get("guidance")))
 
 
-def job_of(request: GenerationRequest) -> Job:
-    """What a request asks of a replica, as far as can be told without the model."""
+def _guidance(told: Mapping[str, Any] | None) -> Guidance:
+    if told is None:
+        return CLASSIC
+    works = {name: StepWork(**told[name]) for name in ("guided", "unguided")}
+    return Guidance(**{**told, **works})
+
+
+def job_of(request: GenerationRequest, guidance: Guidance) -> Job:
+    """What a request asks of a replica whose model takes guidance so.
+
+    Schedulers that call the denoiser more than once a step are known to the replica alone.
+    """
     strength = 1.0 if request.image is None else request.strength
+    steps = max(math.ceil(request.num_inference_steps * strength), 1)
     return Job(
         id=f"{request.owner}/{request.id}",
         size=size_of(request.width, request.height),
         group=group_of(request),
-        rows=request.rows,
-        steps=max(math.ceil(request.num_inference_steps * strength), 1),
+        rows=guidance.rows_of(request),
+        steps=guidance.calls_of(request, steps),
         pictures=request.n,
     )
 

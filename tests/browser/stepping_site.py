@@ -34,6 +34,7 @@ from service.domain.events import (
     Started,
     StepFinished,
 )
+from service.domain.guidance import CLASSIC
 from service.domain.requests import GenerationRequest, Task
 from service.domain.states import RequestState
 
@@ -90,9 +91,14 @@ class SteppingBackend(FakeBackend):
     def _show(self, request: GenerationRequest, step: int) -> None:
         self.forwards += 1
         shown = RequestInBatch(
-            request.id, "", RequestState.RUNNING, step, request.num_inference_steps, request.rows
+            request.id,
+            "",
+            RequestState.RUNNING,
+            step,
+            request.num_inference_steps,
+            CLASSIC.rows_of(request),
         )
-        rows = ((request.id, "", request.rows), ("someone", "else", 1))
+        rows = ((request.id, "", CLASSIC.rows_of(request)), ("someone", "else", 1))
         forward = SharedForward(self.forwards, "unet.forward", rows, 0, 0.02)
         before = self.batches[0].forwards if self.batches else ()
         self.batches = [BatchView(32, (shown,), (*before, forward)[-64:])]

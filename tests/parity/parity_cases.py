@@ -171,7 +171,8 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest, answe
         return call(pipeline, request, "pt", callback_on_step_end=step_ended)
 
     steps = request.num_inference_steps
-    runner.engine.submit(Work(request.id, request.rows, steps, request.n, run, answer))
+    rows = runner.guidance.rows_of(request)
+    runner.engine.submit(Work(request.id, rows, steps, request.n, run, answer))
 
 
 class ForwardCounter:

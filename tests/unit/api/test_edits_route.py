@@ -117,7 +117,7 @@ async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: F
 
     assert answer.status_code == 200, answer.text
     [request] = backend.requests
-    assert (request.task, request.prompt, request.rows) == (Task.IMAGE_TO_IMAGE, "", 1)
+    assert (request.task, request.prompt, request.n) == (Task.IMAGE_TO_IMAGE, "", 1)
 
 
 async def test_streamed_edits_have_names_of_their_own(client: httpx.AsyncClient):

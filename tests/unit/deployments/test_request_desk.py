@@ -13,6 +13,7 @@ import pytest
 from service.deployments.request_desk import RequestDesk
 from service.domain.errors import CancelledError, GenerationFailedError, RequestIdInUseError
 from service.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
+from service.domain.guidance import CLASSIC
 from service.domain.requests import GenerationRequest, RequestKey
 from service.domain.states import RequestState
 from service.domain.timings import Timings
@@ -20,6 +21,8 @@ from service.domain.timings import Timings
 
 class ThreadedRunner:
     """Tells events from threads of its own, as an engine does."""
+
+    guidance = CLASSIC
 
     def __init__(self) -> None:
         self.sinks: dict[str, Callable[[Event], None]] = {}

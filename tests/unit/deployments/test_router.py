@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,7 @@ from ray.serve.request_router import PendingRequest
 
 from service.deployments import router as router_module
 from service.deployments.router import BatchingRouter
+from service.domain.guidance import Guidance, StepWork
 from service.domain.requests import GenerationRequest
 from service.routing.reports import Report
 
@@ -91,6 +93,21 @@ async def test_the_end_may_come_before_anything_else_is_told() -> None:
     router.on_request_routed(request, chosen.replica_id, cast(Any, None))
     await asyncio.sleep(0)
     assert remembered(router) == {}
+
+
+async def test_what_guidance_costs_is_as_the_replicas_measured_it() -> None:
+    router = a_router(Replica("a"))
+    await router._choose_replica_for_request(pending("before"))
+    embedded = Guidance("guidance_scale", 1.0, False, False, StepWork(), StepWork())
+    twice = replace(embedded, guided=StepWork(rows=1, calls=2))
+    for guidance, work in ((embedded, (1, 4)), (twice, (1, 8))):
+        told = json.loads(json.dumps(Report(guidance=guidance).to_dict()))
+        assert Report.from_dict(told).guidance == guidance
+        router.update_replicas(cast(Any, [Replica("a", routing_stats=told)]))
+        await router._choose_replica_for_request(pending(f"{work}"))
+        job = router._sent[f"call-{work}"][1]
+        assert (job.rows, job.steps) == work
+    assert router._sent["call-before"][1].rows == 2
 
 
 async def test_what_no_replica_reports_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

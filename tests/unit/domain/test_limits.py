@@ -56,7 +56,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
         width=SIDES,
         height=SIDES,
         num_inference_steps=st.integers(1, 100),
-        guidance_scale=st.floats(0, 12.5),
+        guidance_scale=st.floats(1.1, 12.5),
         seed=st.integers(0, MAX_SEED - 3),
         scheduler=st.sampled_from(MODEL.schedulers),
         negative_prompt=TEXT,

@@ -30,6 +30,7 @@ from tiny_model import UNTRIED, Inbox, a_request, pixels
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.events import Failed, Finished
+from service.domain.guidance import CLASSIC
 from service.domain.requests import AdapterUse, GenerationRequest, RequestKey
 from service.domain.timings import Timings
 from service.engine.engine import EngineOptions
@@ -145,7 +146,7 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest) -> Wa
         lent = runner.model.lender.lend(request.scheduler)
         return shelf.run_with(variant, lambda: call_plain(lent, request))
 
-    work = Work(request.id, request.rows, 4, request.n, run, waiting, variant=variant)
+    work = Work(request.id, CLASSIC.rows_of(request), 4, request.n, run, waiting, variant=variant)
     runner.engine.submit(work)
     return waiting
 

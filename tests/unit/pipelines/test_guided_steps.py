@@ -1,47 +1,205 @@
-"""What guidance costs is seen, not assumed."""
+"""How a model takes guidance, and what that costs, is seen, not assumed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_model import UNTRIED, a_request
+from tiny_families import save_tiny_flux, save_tiny_sd3
+from tiny_model import UNTRIED, Inbox, a_request, changed_call
 
+from service.domain.errors import InvalidRequestError
+from service.domain.events import Failed, Finished
+from service.domain.guidance import CLASSIC, Guidance, GuidanceKind, StepWork
 from service.domain.models import ModelCapabilities
-from service.pipelines.guided_steps import CLASSIC, GuidedStep, measure_guided_step
-from service.pipelines.load import LoadedModel
-from service.pipelines.runner import PipelineRunner
+from service.domain.requests import GenerationRequest
+from service.engine.engine import EngineOptions
+from service.pipelines.guided_steps import find_guidance, settle_guidance
+from service.pipelines.load import LoadedModel, load_model
+from service.pipelines.runner import PipelineRunner, SharingOptions
+from service.pipelines.sharing import SharingPlan
+from service.routing.reports import job_of
 
-GUIDED, UNGUIDED = {"guidance_scale": 4.0, "n": 3}, {"guidance_scale": 1.0, "n": 3}
+EMBEDDED = Guidance("guidance_scale", 1.0, False, False, StepWork(), StepWork())
+TRUE_CFG = Guidance("true_cfg_scale", 1.0, True, True, StepWork(1, 2), StepWork())
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SIDE_PX = 128
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model("tiny", folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(save_tiny_flux(tmp_path_factory.mktemp("flux")))
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """FLUX without the input for guidance: its `guidance_scale` changes nothing."""
+    folder = tmp_path_factory.mktemp("schnell")
+    return load(save_tiny_flux(folder, guidance_embeds=False))
 
 
 @pytest.mark.parametrize(
     ("step", "rows", "calls"),
-    [(CLASSIC, 6, 10), (GuidedStep(1, 1), 3, 10), (GuidedStep(1, 2), 3, 20)],
+    [(StepWork(2, 1), 6, 10), (StepWork(1, 1), 3, 10), (StepWork(1, 2), 3, 20)],
 )
-def test_only_guided_requests_cost_more(step: GuidedStep, rows: int, calls: int) -> None:
-    guided, unguided = a_request(**GUIDED), a_request(**UNGUIDED)
-    assert (step.rows_of(guided), step.calls_of(guided, 10)) == (rows, calls)
-    assert (step.rows_of(unguided), step.calls_of(unguided, 10)) == (3, 10)
-
-
-def changed(model: LoadedModel, **changes: object) -> LoadedModel:
-    capabilities: ModelCapabilities = replace(model.capabilities, **changes)
-    return replace(model, capabilities=capabilities)
+def test_only_guided_requests_cost_more(step: StepWork, rows: int, calls: int) -> None:
+    guidance = replace(CLASSIC, guided=step)
+    guided, unguided = a_request(guidance_scale=4.0, n=3), a_request(guidance_scale=1.0, n=3)
+    assert (guidance.rows_of(guided), guidance.calls_of(guided, 10)) == (rows, calls)
+    assert (guidance.rows_of(unguided), guidance.calls_of(unguided, 10)) == (3, 10)
 
 
 def test_a_pipeline_that_stacks_both_rows_is_seen_to(tiny: LoadedModel) -> None:
-    assert measure_guided_step(tiny) == CLASSIC
+    assert find_guidance(tiny) == CLASSIC
+    assert CLASSIC.kind is GuidanceKind.CLASSIFIER_FREE
 
 
-def test_where_nothing_can_be_seen_it_is_taken_to_be_as_usual(tiny: LoadedModel) -> None:
-    assert measure_guided_step(changed(tiny, default_guidance_scale=1.0)) == CLASSIC
-    assert measure_guided_step(changed(tiny, default_scheduler="NoSuchScheduler")) == CLASSIC
+def test_guidance_as_an_input_costs_nothing_and_takes_no_negative_prompt(flux: LoadedModel) -> None:
+    assert find_guidance(flux) == EMBEDDED
+    assert EMBEDDED.kind is GuidanceKind.EMBEDDED
+
+
+def test_guidance_that_only_a_negative_prompt_turns_on(schnell: LoadedModel) -> None:
+    settled = settle_guidance(schnell).capabilities
+    assert settled.guidance == TRUE_CFG
+    # As the signature of the pipeline has it.
+    assert settled.default_guidance_scale == 1.0
+    assert settled.max_guidance_scale > 1
+
+
+def test_the_verdict_is_the_same_again(flux: LoadedModel, schnell: LoadedModel) -> None:
+    assert [find_guidance(flux), find_guidance(schnell)] == [EMBEDDED, TRUE_CFG]
+
+
+class NoGuidance:
+    """A call that takes the arguments of guidance and makes nothing of them."""
+
+    def __call__(self, *args: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Any:
+        kwargs.pop("negative_prompt", None)
+        return super().__call__(*args, guidance_scale=1.0, **kwargs)  # type: ignore[misc]
+
+
+def test_a_pipeline_that_ignores_guidance_is_said_to_take_none(tiny: LoadedModel) -> None:
+    settled = settle_guidance(changed_call(tiny, NoGuidance)).capabilities
+    assert settled.guidance.kind is GuidanceKind.NONE
+    assert not settled.guidance.negative_prompt
+    assert (settled.default_guidance_scale, settled.max_guidance_scale) == (1.0, 1.0)
+
+
+def test_where_nothing_can_be_seen_the_signature_is_believed(tiny: LoadedModel) -> None:
+    capabilities: ModelCapabilities = replace(tiny.capabilities, default_scheduler="NoSuch")
+    assert find_guidance(replace(tiny, capabilities=capabilities)) == CLASSIC
+
+
+def flow_request(**changes: Any) -> GenerationRequest:
+    usual = {"scheduler": SCHEDULER, "width": SIDE_PX, "height": SIDE_PX, "guidance_scale": 3.5}
+    return a_request(**(usual | changes))
+
+
+def started(model: LoadedModel) -> PipelineRunner:
+    """A runner that tried what its model does, but not how rows may share."""
+    runner = PipelineRunner(
+        model,
+        EngineOptions(max_rows=8, max_waiting_pictures=64, threads=1),
+        sharing=SharingOptions(plan=SharingPlan()),
+    )
+    runner._settle_capabilities()
+    runner.start()
+    return runner
+
+
+@pytest.fixture(scope="module")
+def flux_runner(flux: LoadedModel) -> Iterator[PipelineRunner]:
+    runner = started(flux)
+    yield runner
+    runner.stop()
+
+
+@pytest.fixture(scope="module")
+def schnell_runner(schnell: LoadedModel) -> Iterator[PipelineRunner]:
+    runner = started(schnell)
+    yield runner
+    runner.stop()
+
+
+def image(runner: PipelineRunner, request: GenerationRequest) -> bytes:
+    inbox = Inbox()
+    runner.submit(request, inbox)
+    outcome = inbox.wait()
+    assert isinstance(outcome, Finished), outcome
+    return outcome.images[0].data
+
+
+def refusal(runner: PipelineRunner, request: GenerationRequest) -> InvalidRequestError:
+    inbox = Inbox()
+    runner.submit(request, inbox)
+    outcome = inbox.wait()
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, InvalidRequestError)
+    return outcome.error
+
+
+def test_a_negative_prompt_that_would_be_ignored_is_refused(flux_runner: PipelineRunner) -> None:
+    error = refusal(flux_runner, flow_request(negative_prompt="big apple"))
+    assert error.field == "negative_prompt"
+    assert "has no effect on model 'tiny'" in error.message
+    assert "prompt" in error.message
+    image(flux_runner, flow_request())
+
+
+def test_guidance_and_a_negative_prompt_have_the_effect_that_is_told(
+    schnell_runner: PipelineRunner,
+) -> None:
+    made = [
+        image(schnell_runner, flow_request(id=str(i), guidance_scale=scale, negative_prompt=text))
+        for i, (scale, text) in enumerate([(1, ""), (4, ""), (7, ""), (4, "big apple")])
+    ]
+    assert len(set(made)) == 4
+    error = refusal(schnell_runner, flow_request(guidance_scale=1.0, negative_prompt="big apple"))
+    assert "without guidance: guidance_scale must be over 1, got 1" in error.message
+
+
+@pytest.mark.parametrize("name", ["flux_runner", "schnell_runner"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_router_counts_what_the_engine_runs(
+    name: str, scale: float, request: pytest.FixtureRequest
+) -> None:
+    runner: PipelineRunner = request.getfixturevalue(name)
+    wanted = flow_request(id=f"{name}-{scale}", guidance_scale=scale, n=2, num_inference_steps=3)
+    job, work = job_of(wanted, runner.guidance), runner._work(wanted, lambda event: None)
+    image(runner, wanted)
+    forwards = [
+        rows
+        for forward in runner.view().forwards
+        for request_id, _, rows in forward.requests
+        if request_id == wanted.id and forward.module.startswith("transformer")
+    ]
+    assert (job.rows, job.steps) == (work.rows, work.steps)
+    assert forwards == [job.rows] * job.steps
 
 
 def test_the_engine_is_told(tiny: LoadedModel) -> None:
-    runner = PipelineRunner(tiny, sharing=UNTRIED)
-    runner.guided_step = GuidedStep(rows=1, calls=2)
-    request = a_request(**GUIDED, num_inference_steps=5)
-    work = runner._work(request, lambda event: None)
+    guidance = replace(CLASSIC, guided=StepWork(rows=1, calls=2))
+    model = replace(tiny, capabilities=replace(tiny.capabilities, guidance=guidance))
+    runner = PipelineRunner(model, sharing=UNTRIED)
+    work = runner._work(a_request(n=3, num_inference_steps=5), lambda event: None)
     assert (work.rows, work.steps) == (3, 10)
+
+
+def test_other_tasks_take_guidance_as_images_from_a_prompt_do(
+    flux: LoadedModel, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """It is tried with images from a prompt only."""
+    for model in (flux, tiny, load(save_tiny_sd3(tmp_path))):
+        for task in model.lender.tasks:
+            names = model.lender.signature(task).names
+            promised = model.capabilities.guidance
+            assert promised.argument in names
+            assert ("negative_prompt" in names) is promised.negative_prompt

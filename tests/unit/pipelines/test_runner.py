@@ -19,6 +19,7 @@ from service.domain.errors import (
     ServerFullError,
 )
 from service.domain.events import Event, Failed, Finished, StepFinished
+from service.domain.guidance import CLASSIC
 from service.domain.requests import RequestKey
 from service.domain.timings import Timings
 from service.engine.engine import EngineOptions
@@ -350,7 +351,7 @@ def test_a_moment_of_other_load_does_not_decide_the_row_limit(
     told_s = {2: [0.02], 4: [0.30, 0.03], 8: [0.04], 16: [0.9, 0.9, 0.9]}
 
     def measure(runner: PipelineRunner, request: Any) -> float:
-        return told_s[request.rows].pop(0)
+        return told_s[CLASSIC.rows_of(request)].pop(0)
 
     monkeypatch.setattr(warm_up_module, "_measure", measure)
     curve = measure_steps(runner)

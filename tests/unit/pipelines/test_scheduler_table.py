@@ -17,11 +17,11 @@ from tiny_model import default_scheduler
 
 from service.pipelines import schedulers
 from service.pipelines.load import LoadedModel
+from service.pipelines.scheduler_trials import set_steps
 from service.pipelines.schedulers import (
     SEEDLESS,
     UNSUITABLE,
     build_scheduler,
-    set_steps,
     usable_schedulers,
 )
 

@@ -26,6 +26,7 @@ from tiny_model import (
 
 from service.domain.errors import GenerationFailedError, InvalidRequestError
 from service.domain.events import Failed, Finished
+from service.domain.guidance import CLASSIC
 from service.domain.requests import GenerationRequest, Priority, Task
 from service.engine.engine import EngineOptions
 from service.engine.track import Work
@@ -280,9 +281,9 @@ def test_guided_and_unguided_steps_share_forwards(tiny: LoadedModel, rows: list[
 
 
 def test_nothing_is_narrowed_without_need() -> None:
-    assert narrow_to_interval(a_request(), 4) is None
-    assert narrow_to_interval(a_request(guidance_scale=1.0, guidance_end=0.5), 4) is None
-    assert narrow_to_interval(a_request(guidance_end=0.5), 4) is not None
+    assert narrow_to_interval(CLASSIC, a_request(), 4) is None
+    assert narrow_to_interval(CLASSIC, a_request(guidance_scale=1.0, guidance_end=0.5), 4) is None
+    assert narrow_to_interval(CLASSIC, a_request(guidance_end=0.5), 4) is not None
 
 
 def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedModel) -> None:
@@ -295,7 +296,9 @@ def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedM
         pictures=1,
         run=lambda: pipeline("red heart", guidance_scale=1.0, num_inference_steps=2),
         listener=SimpleNamespace(**dict.fromkeys(("accepted", "started"), lambda *args: None)),
-        narrowing=narrow_to_interval(replace(request, guidance_start=0.5, guidance_end=1.0), 2),
+        narrowing=narrow_to_interval(
+            CLASSIC, replace(request, guidance_start=0.5, guidance_end=1.0), 2
+        ),
     )
     ended = Inbox()
     work.listener.failed = lambda error, timings: ended(Failed("r", error))

@@ -35,7 +35,7 @@ T5_TOKENS = 12
 WORDS = ("<pad>", "</s>", "<unk>", "red", "big", "heart", "apple")
 
 
-def save_tiny_flux(folder: Path, **manifest: object) -> Path:
+def save_tiny_flux(folder: Path, guidance_embeds: bool = True, **manifest: object) -> Path:
     """FLUX: packed latents, guidance as an input, noise shifted by the picture's size."""
     torch.manual_seed(0)
     pipeline = FluxPipeline(
@@ -48,7 +48,7 @@ def save_tiny_flux(folder: Path, **manifest: object) -> Path:
             num_attention_heads=2,
             joint_attention_dim=WIDTH,
             pooled_projection_dim=WIDTH,
-            guidance_embeds=True,
+            guidance_embeds=guidance_embeds,
             axes_dims_rope=(4, 4, 8),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

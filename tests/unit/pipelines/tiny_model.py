@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -22,7 +23,9 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from service.domain.events import Event, Failed, Finished
-from service.domain.requests import GenerationRequest
+from service.domain.requests import GenerationRequest, Task
+from service.pipelines.lending import PipelineLender
+from service.pipelines.load import LoadedModel
 from service.pipelines.runner import PipelineRunner, SharingOptions
 from service.pipelines.sharing import SharingPlan
 
@@ -30,6 +33,15 @@ MAX_TOKENS = 16
 # For tests that count forwards, and in float32: requests share as they come.
 UNTRIED = SharingOptions(plan=SharingPlan())
 NATIVE_PX = 64
+# The settings of Stable Diffusion 1.5.
+STABLE_DIFFUSION = PNDMScheduler(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    skip_prk_steps=True,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
 
 
 def save_tiny_model(folder: Path, scheduler: Any = None, **manifest: object) -> Path:
@@ -128,6 +140,14 @@ def a_request(**changes: Any) -> GenerationRequest:
         scheduler="DDIMScheduler",
     )
     return replace(request, **changes)
+
+
+def changed_call(model: LoadedModel, mixin: type) -> LoadedModel:
+    """The model with a call that is wrapped by a class of its own."""
+    lender = PipelineLender(model.pipeline, model.schedulers)
+    pipeline, cls = lender._lenders[Task.TEXT_TO_IMAGE]
+    lender._lenders[Task.TEXT_TO_IMAGE] = pipeline, type(cls.__name__, (mixin, cls), {})
+    return replace(model, lender=lender)
 
 
 class Inbox:

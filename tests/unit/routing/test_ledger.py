@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.domain.guidance import CLASSIC
 from service.domain.requests import AdapterUse, GenerationRequest
 from service.routing.ledger import JITTER, NEWS_WITHIN_S, STEPS_AT, Ledger
 from service.routing.reports import ALONE, Job, Report, StepCost, job_of
@@ -91,15 +92,17 @@ def test_who_steps_that_size_already_is_better_than_who_steps_another() -> None:
 def test_adapters_are_groups_of_their_own_and_reproducible_requests_are_alone() -> None:
     request = GenerationRequest("r", "m", "p", 64, 48, 4, 4.0, 1, "s", n=3)
     one, other = AdapterUse("a", 0.5), AdapterUse("b")
-    assert job_of(request) == Job("/r", "64x48", "64x48", 6, 4, 3)
-    groups = {job_of(replace(request, adapters=used)).group for used in ((one,), (other,), ())}
+    assert job_of(request, CLASSIC) == Job("/r", "64x48", "64x48", 6, 4, 3)
+    groups = {
+        job_of(replace(request, adapters=used), CLASSIC).group for used in ((one,), (other,), ())
+    }
     assert len(groups) == 3
     assert (
-        job_of(replace(request, adapters=(one, other))).group
-        == job_of(replace(request, adapters=(other, one))).group
+        job_of(replace(request, adapters=(one, other)), CLASSIC).group
+        == job_of(replace(request, adapters=(other, one)), CLASSIC).group
     )
-    assert job_of(replace(request, reproducible=True)).group == ALONE
-    assert job_of(replace(request, image=b"x", strength=0.5)).steps == 2
+    assert job_of(replace(request, reproducible=True), CLASSIC).group == ALONE
+    assert job_of(replace(request, image=b"x", strength=0.5), CLASSIC).steps == 2
 
 
 def test_those_who_step_alone_share_with_nobody() -> None:
@@ -242,7 +245,7 @@ def test_a_decision_among_a_thousand_replicas_takes_less_than_100_microseconds()
 def test_one_id_of_two_owners_is_two_jobs() -> None:
     request = GenerationRequest("order", "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim", owner="a")
     ledger = a_ledger(())
-    alice, bob = job_of(request), job_of(replace(request, owner="b"))
+    alice, bob = (job_of(replace(request, owner=name), CLASSIC) for name in "ab")
     ledger.note_sent(0, alice)
     ledger.note_sent(0, bob)
     ledger.note_ended(0, alice.id)
