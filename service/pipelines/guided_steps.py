@@ -26,7 +26,7 @@ from service.pipelines.capabilities import denoiser_of, guidance_arguments
 from service.pipelines.load import LoadedModel
 from service.pipelines.self_check import difference
 from service.pipelines.signature import CallSignature
-from service.pipelines.tasks import denoiser_calls
+from service.pipelines.tasks import NO_NEGATIVE_PROMPT, denoiser_calls
 from service.pipelines.trials import run_trial, trial_request
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,9 @@ class GuidanceTrial:
         needs = (False, True) if takes_negative else (False,)
         for argument, needs_negative in product(guidance_arguments(signature), needs):
             tried = Guidance(argument, OFF, takes_negative, needs_negative)
-            if self._see(tried, FULL).differs(self._see(tried, OFF)):
+            # Both with a negative prompt or both without: it may turn on guidance by itself.
+            without = self._see(tried, OFF, NO_NEGATIVE_PROMPT if needs_negative else "")
+            if self._see(tried, FULL).differs(without):
                 return self._measured(tried)
         return self._without_argument(takes_negative)
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from service.api import ModelStatus
 from service.api.keys import ApiKey, hash_key
 from service.domain.errors import ServerFullError
 from service.domain.events import Failed
-from service.domain.models import SizeRange
+from service.domain.guidance import CLASSIC, Guidance, StepWork
+from service.domain.models import SizeRange, StepRange
 from service.domain.requests import Task
 
 WAIT_S = 20.0
@@ -462,6 +464,32 @@ def test_a_model_that_loads_is_shown_and_waited_for(page: Any, site: Any):
 
     # What was chosen meanwhile stays.
     assert page.input_value("#scheduler") == "ddim"
+
+
+def test_what_a_model_makes_nothing_of_is_not_asked_for(page: Any, site: Any):
+    [status] = site.backend.statuses
+    embedded = Guidance("guidance_scale", 1.0, False, False, StepWork(), StepWork())
+    none = replace(embedded, argument="")
+    steps = {"euler": StepRange(2, 2)}
+    seen = ((CLASSIC, (True, True)), (embedded, (True, False)), (none, (False, False)))
+    for guidance, shown in seen:
+        told = replace(status.capabilities, guidance=guidance, scheduler_steps=steps)
+        site.backend.statuses = [ModelStatus(told, ready=True)]
+        page.reload()
+        ready(page)
+        assert (page.is_visible("#guidance"), page.is_visible("#negative")) == shown
+    page.select_option("#scheduler", "euler")
+    assert page.input_value("#steps") == "2"
+
+
+def test_a_negative_prompt_needs_guidance(page: Any, site: Any):
+    ready(page)
+    page.fill("#negative", "a dog")
+    page.fill("#guidance", "1")
+    assert page.is_disabled("#negative")
+    page.click("#run")
+    finish(page)
+    assert site.backend.requests[0].negative_prompt == ""
 
 
 def test_sizes_are_few_and_any_other_can_be_typed(page: Any, site: Any):

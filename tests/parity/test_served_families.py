@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -23,16 +24,18 @@ from families.family import Family
 from PIL import Image
 
 from service.domain.events import Event, Failed, Finished, StepFinished
+from service.domain.guidance import CLASSIC, Guidance, StepWork
+from service.domain.models import StepRange
 from service.domain.requests import GenerationRequest, Task
 from service.engine.engine import EngineOptions
 from service.pipelines import tasks
 from service.pipelines.capabilities import check_serves_prompts
 from service.pipelines.errors import ModelLoadError
-from service.pipelines.guided_steps import CLASSIC, GuidedStep
 from service.pipelines.load import load_model
 from service.pipelines.runner import PipelineRunner
 from service.pipelines.signature import accepted_arguments, read_signature
-from service.pipelines.tasks import denoiser_calls
+from service.pipelines.tasks import denoiser_calls, guidance_arguments
+from service.routing.reports import job_of
 
 STEPS, STRENGTH, SEED = 4, 0.5, 1
 LEVELS = 2
@@ -62,6 +65,7 @@ SERVED = (
     "PixArt-sigma",
     "Qwen-Image",
     "Sana",
+    "Sana Sprint",
     "Stable Diffusion",
     "Stable Diffusion 3",
     "Stable Diffusion XL",
@@ -70,24 +74,35 @@ SERVED = (
     "Z-Image",
 )
 # Guidance as an input of the denoiser, or by calling it twice, or thrice the rows at once.
+TWICE, EMBEDDED = StepWork(1, 2), StepWork(1, 1)
 GUIDED_STEPS = {
-    "Chroma": GuidedStep(rows=1, calls=2),
-    "CogView 4": GuidedStep(rows=1, calls=2),
-    "FLUX": GuidedStep(rows=1, calls=1),
-    "FLUX.2": GuidedStep(rows=1, calls=1),
-    "FLUX.2 Klein": GuidedStep(rows=1, calls=2),
-    "Latent consistency model": GuidedStep(rows=1, calls=1),
-    "Ovis-Image": GuidedStep(rows=1, calls=2),
-    "Qwen-Image": GuidedStep(rows=1, calls=1),
-    "Stable Diffusion with perturbed-attention guidance": GuidedStep(rows=3, calls=1),
+    "Chroma": TWICE,
+    "CogView 4": TWICE,
+    "FLUX": EMBEDDED,
+    "FLUX.2": EMBEDDED,
+    "FLUX.2 Klein": TWICE,
+    "Latent consistency model": EMBEDDED,
+    "Ovis-Image": TWICE,
+    "Qwen-Image": TWICE,
+    "Sana Sprint": EMBEDDED,
+    "Stable Diffusion with perturbed-attention guidance": StepWork(3, 1),
 }
+ARGUMENTS = {"Qwen-Image": "true_cfg_scale"}
+# Their pipelines take one, or none, and make nothing of it.
+NO_NEGATIVE_PROMPT = {
+    "FLUX",
+    "FLUX.2",
+    "FLUX.2 Klein",
+    "Latent consistency model",
+    "Sana Sprint",
+}
+TWO_STEPS = {"Sana Sprint"}
 LEFT_OUT = {
     "FLUX Kontext": "enlarges what it is given to a million pixels, which takes minutes here",
     "HiDream": "enlarges every picture to the area of the native size, which takes a minute here",
     "Kandinsky 5, image": "chooses among sizes of its own, which take a minute here",
     "Kandinsky 3": "divides sizes by a factor that its tiny decoder does not have",
     "Lumina Image 2": "divides sizes by a factor that its tiny decoder does not have",
-    "Sana Sprint": "more than two steps need one more argument",
     "Stable Cascade, both stages": "diffusers cannot read what it has saved",
     "Stable Diffusion with a LoRA of the UNet": "adapters are loaded by name",
     "Stable Diffusion with a LoRA of the UNet, a scale a request": "adapters are loaded by name",
@@ -97,7 +112,7 @@ LEFT_OUT = {
 # Tables of positions that end there, or a size that is part of the model.
 ONE_SIZE = {"AuraFlow", "CogView 3 Plus", "DeepFloyd IF", "Hunyuan-DiT", "Stable Diffusion 3"}
 # These start from pictures with fewer steps than they are told to, or with all of them.
-OWN_COUNT = {"Latent consistency model"}
+OWN_COUNT = {"Latent consistency model", "Sana Sprint"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,7 +153,7 @@ def a_request(runner: PipelineRunner, task: Task, side_px: int) -> GenerationReq
         prompt="a red heart",
         width=side_px,
         height=side_px,
-        num_inference_steps=STEPS,
+        num_inference_steps=limits.steps_of(limits.default_scheduler).nearest(STEPS),
         guidance_scale=limits.default_guidance_scale,
         seed=SEED,
         scheduler=limits.default_scheduler,
@@ -161,7 +176,9 @@ def served(runner: PipelineRunner, request: GenerationRequest) -> tuple[Image.Im
             return Image.open(io.BytesIO(event.images[0].data)), steps
 
 
-def plain(folder: Path, request: GenerationRequest, besides: dict[str, Any]) -> Image.Image:
+def plain(
+    folder: Path, request: GenerationRequest, besides: dict[str, Any], guidance: Guidance
+) -> Image.Image:
     """What diffusers makes when it is told the same."""
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -170,13 +187,31 @@ def plain(folder: Path, request: GenerationRequest, besides: dict[str, Any]) -> 
         "width": request.width,
         "height": request.height,
         "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
+        **guidance_arguments(guidance, request),
         "generator": torch.Generator("cpu").manual_seed(SEED),
         **besides,
     }
     arguments = accepted_arguments(read_signature(type(pipeline)), wanted)
     picture: Image.Image = pipeline(**arguments)[0][0]
     return picture
+
+
+def assert_router_and_engine_agree(runner: PipelineRunner) -> None:
+    """The rows and calls that the router counts are those that the engine runs."""
+    limits = runner.capabilities()
+    request = replace(a_request(runner, Task.TEXT_TO_IMAGE, limits.sizes.native), id="counted")
+    served(runner, request)
+    job = job_of(request, runner.guidance)
+    forwards = [
+        rows
+        for forward in runner.view().forwards
+        for request_id, _, rows in forward.requests
+        if request_id == request.id and forward.module.startswith(("unet", "transformer"))
+    ]
+    assert set(forwards) == {job.rows}
+    calls = runner.guidance.calls_of(request, denoiser_calls(runner.model, request))
+    # The scheduler of Sana Sprint counts the end of its last step as a timestep.
+    assert len(forwards) == calls - (limits.default_scheduler == "SCMScheduler")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -196,8 +231,13 @@ def test_a_family_is_served_from_its_folder(
     runner = PipelineRunner(model, EngineOptions(max_rows=8, max_waiting_pictures=100))
     runner.start()
     try:
-        assert runner.guided_step == GUIDED_STEPS.get(name, CLASSIC)
         limits = runner.capabilities()
+        assert limits.guidance.argument == ARGUMENTS.get(name, "guidance_scale")
+        assert limits.guidance.guided == GUIDED_STEPS.get(name, CLASSIC.guided)
+        assert limits.guidance.negative_prompt is (name not in NO_NEGATIVE_PROMPT)
+        steps_of_default = limits.steps_of(limits.default_scheduler)
+        assert (steps_of_default == StepRange(2, 2)) is (name in TWO_STEPS)
+        assert_router_and_engine_agree(runner)
         sides = {limits.sizes.native}
         if name not in ONE_SIZE:
             sides.add(limits.sizes.maximum)
@@ -212,7 +252,9 @@ def test_a_family_is_served_from_its_folder(
         picture, _ = served(runner, request)
     finally:
         runner.stop()
-    difference = np.asarray(picture, int) - np.asarray(plain(tmp_path, request, besides), int)
+    difference = np.asarray(picture, int) - np.asarray(
+        plain(tmp_path, request, besides, limits.guidance), int
+    )
     assert np.abs(difference).max() <= LEVELS
 
 

@@ -56,7 +56,8 @@ function showModel() {
   if (!m) return;
   showSizes(m.sizes);
   options($("scheduler"), m.schedulers, m.default_scheduler);
-  Object.assign($("steps"), { max: Math.min(m.max_num_inference_steps, MOST_STEPS), value: m.default_num_inference_steps });
+  showSteps();
+  $("steps").value = m.default_num_inference_steps;
   Object.assign($("guidance"), { max: Math.min(m.max_guidance_scale, MOST_GUIDANCE), value: m.default_guidance_scale });
   $("count").max = m.max_n;
   $("prompt").maxLength = $("negative").maxLength = m.max_prompt_characters;
@@ -67,8 +68,29 @@ function showModel() {
   showValues();
 }
 
+/** How many steps the chosen scheduler can do. */
+export function stepsOf(m, scheduler) {
+  return m.scheduler_steps[scheduler] ?? { minimum: m.min_num_inference_steps, maximum: m.max_num_inference_steps };
+}
+
+function showSteps() {
+  const { minimum, maximum } = stepsOf(model(), $("scheduler").value);
+  Object.assign($("steps"), { min: minimum, max: Math.max(minimum, Math.min(maximum, MOST_STEPS)) });
+}
+
+/** What the model makes nothing of is not offered. */
+function showGuidance() {
+  const { kind, negative_prompt, above } = model().guidance;
+  const isGuided = Number($("guidance").value) > above;
+  $("guidance-field").hidden = kind === "none";
+  $("negative-field").hidden = !negative_prompt;
+  $("negative").disabled = !negative_prompt || (kind !== "none" && !isGuided);
+  $("negative").placeholder = $("negative").disabled ? "needs guidance" : "what it should not show";
+}
+
 function showReadiness() {
   const m = model();
+  showGuidance();
   const text = m.ready ? `${m.id} is ready · ${m.description}` : `${m.id} is loading · ${m.detail || "it is not ready yet"}`;
   tell(text, m.ready ? "ready" : "waiting");
   for (const option of $("model").options) {
@@ -80,6 +102,7 @@ function showReadiness() {
 function showValues() {
   for (const name of ["steps", "guidance", "strength", "scale", "brush"]) $(`${name}-out`).textContent = $(name).value;
   $("custom-size").hidden = $("size").value !== CUSTOM;
+  if (model()) showGuidance();
 }
 
 /** Learns what is served, and looks again while that can change. What was filled in stays. */
@@ -123,7 +146,7 @@ export function body() {
     scheduler: $("scheduler").value,
     seed: $("seed").value === "" ? draw() : Number($("seed").value),
   };
-  if ($("negative").value.trim()) told.negative_prompt = $("negative").value.trim();
+  if ($("negative").value.trim() && !$("negative").disabled) told.negative_prompt = $("negative").value.trim();
   if (model().adapters.includes($("adapter").value)) {
     told.adapters = [{ name: $("adapter").value, scale: Number($("scale").value) }];
   }
@@ -136,6 +159,7 @@ export function setUp(heard) {
   onModels = heard;
   // A phone shows pictures first; what is seldom changed is folded away.
   if (matchMedia("(max-width: 900px)").matches) $("settings").open = false;
+  $("scheduler").addEventListener("change", () => { showSteps(); showValues(); });
   $("form").addEventListener("input", showValues);
   $("model").addEventListener("change", () => { showModel(); onModels(); });
   $("dice").addEventListener("click", () => { $("seed").value = draw(); });

@@ -39,12 +39,15 @@ function demo() {
   form.say("");
   const model = form.model();
   if (!model?.ready) return form.say("The model is not ready yet.");
-  const { strength, ...rest } = form.body();
-  DEMO.forEach(([prompt, steps, scheduler, guidance], index) => setTimeout(() => requests.enqueue({
-    ...rest, prompt, n: 1, seed: draw(), guidance_scale: Math.min(guidance, model.max_guidance_scale),
-    num_inference_steps: Math.min(steps, model.max_num_inference_steps),
-    scheduler: model.schedulers.includes(scheduler) ? scheduler : rest.scheduler,
-  }), index * DEMO_PAUSE_MS));
+  const { strength, negative_prompt, ...rest } = form.body();
+  DEMO.forEach(([prompt, steps, wanted, guidance], index) => setTimeout(() => {
+    const scheduler = model.schedulers.includes(wanted) ? wanted : rest.scheduler;
+    const { minimum, maximum } = form.stepsOf(model, scheduler);
+    requests.enqueue({
+      ...rest, prompt, scheduler, n: 1, seed: draw(), guidance_scale: Math.min(guidance, model.max_guidance_scale),
+      num_inference_steps: Math.max(minimum, Math.min(steps, maximum)),
+    });
+  }, index * DEMO_PAUSE_MS));
   showStage();
 }
 

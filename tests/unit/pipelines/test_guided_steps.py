@@ -17,7 +17,9 @@ from service.domain.guidance import CLASSIC, Guidance, GuidanceKind, StepWork
 from service.domain.models import ModelCapabilities
 from service.domain.requests import GenerationRequest
 from service.engine.engine import EngineOptions
+from service.engine.track import Work
 from service.pipelines.guided_steps import find_guidance, settle_guidance
+from service.pipelines.input_decoding import Inputs
 from service.pipelines.load import LoadedModel, load_model
 from service.pipelines.runner import PipelineRunner, SharingOptions
 from service.pipelines.sharing import SharingPlan
@@ -129,6 +131,10 @@ def schnell_runner(schnell: LoadedModel) -> Iterator[PipelineRunner]:
     runner.stop()
 
 
+def work_of(runner: PipelineRunner, request: GenerationRequest) -> Work:
+    return runner._work(request, lambda event: None, Inputs(request))
+
+
 def image(runner: PipelineRunner, request: GenerationRequest) -> bytes:
     inbox = Inbox()
     runner.submit(request, inbox)
@@ -173,7 +179,7 @@ def test_the_router_counts_what_the_engine_runs(
 ) -> None:
     runner: PipelineRunner = request.getfixturevalue(name)
     wanted = flow_request(id=f"{name}-{scale}", guidance_scale=scale, n=2, num_inference_steps=3)
-    job, work = job_of(wanted, runner.guidance), runner._work(wanted, lambda event: None)
+    job, work = job_of(wanted, runner.guidance), work_of(runner, wanted)
     image(runner, wanted)
     forwards = [
         rows
@@ -189,7 +195,7 @@ def test_the_engine_is_told(tiny: LoadedModel) -> None:
     guidance = replace(CLASSIC, guided=StepWork(rows=1, calls=2))
     model = replace(tiny, capabilities=replace(tiny.capabilities, guidance=guidance))
     runner = PipelineRunner(model, sharing=UNTRIED)
-    work = runner._work(a_request(n=3, num_inference_steps=5), lambda event: None)
+    work = work_of(runner, a_request(n=3, num_inference_steps=5))
     assert (work.rows, work.steps) == (3, 10)
 
 
