@@ -163,7 +163,7 @@ def _check_steps(request: GenerationRequest, model: ModelCapabilities) -> None:
     if not limits.minimum <= steps <= limits.maximum:
         raise InvalidRequestError(
             f"num_inference_steps must be {limits.minimum} to {limits.maximum}, got "
-            f"{_digits(steps)} (with scheduler {request.scheduler})",
+            f"{digits(steps)} (with scheduler {request.scheduler})",
             "num_inference_steps",
         )
 

@@ -114,8 +114,7 @@ def _most_characters(prompt_tokens: int) -> int:
 
 def guidance_arguments(signature: CallSignature) -> tuple[str, ...]:
     """The arguments of a call that may carry a guidance scale, the likeliest first."""
-    named = tuple(name for name in GUIDANCE_ARGUMENTS if name in signature.names)
-    return named or GUIDANCE_ARGUMENTS[: signature.takes_any]
+    return tuple(name for name in GUIDANCE_ARGUMENTS if signature.accepts(name))
 
 
 def promised_guidance(signature: CallSignature) -> Guidance:
