@@ -46,6 +46,8 @@ MOST_STARTS = 3
 OPENMP_SPINS = "100000"
 # Where engines have more threads than there are cores, the one that is waited for has none.
 CROWDED_SPINS = "1000"
+# Processes that want to run, for each core. An engine that is at work itself is one.
+BUSY_LOAD = 2.0
 
 
 def ingress_target(settings: Settings, door: str | None = None) -> serve.RunTarget:
@@ -109,8 +111,14 @@ def most_replicas(settings: ModelSettings) -> int:
 
 
 def is_crowded(settings: Settings) -> bool:
-    """Whether the engines of several models have more threads than this machine has cores."""
+    """Whether more wants to run at once than this machine has cores.
+
+    That is so if the engines of several models have more threads, or if the machine is as busy with
+    other things at this moment.
+    """
     cores = os.cpu_count() or 1
+    if os.getloadavg()[0] > BUSY_LOAD * cores:
+        return True
     models = settings.models.values()
     threads = sum(most_replicas(model) * (model.engine.threads or cores) for model in models)
     return len(settings.models) > 1 and threads > cores

@@ -43,6 +43,7 @@ def spins_of(**models: ModelSettings) -> set[str]:
 def test_engines_that_outnumber_the_cores_spin_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that spins keeps the core that the thread it waits for would need."""
     monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (4.5, 0.0, 0.0))
     team, half, single = (
         ModelSettings(engine=EngineSettings(threads=threads)) for threads in (None, 2, 1)
     )
@@ -51,3 +52,9 @@ def test_engines_that_outnumber_the_cores_spin_for_less(monkeypatch: pytest.Monk
     assert spins_of(a=single, b=single, c=single, d=single) == {OPENMP_SPINS}
     assert spins_of(a=team, b=single) == {CROWDED_SPINS}
     assert spins_of(a=team, b=team, c=team) == {CROWDED_SPINS}
+
+
+def test_engines_on_a_busy_machine_spin_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 0.0, 0.0))
+    assert spins_of(a=ModelSettings()) == {CROWDED_SPINS}
