@@ -38,16 +38,18 @@ def mixed_requests(schedulers: Sequence[str], each: int = 2) -> list[GenerationR
     for index in range(each * len(schedulers)):
         # Two of the largest are enough: they take as long as eight others.
         width, height = LARGE if index in (7, 15) else SIZES[index % len(SIZES)]
+        guidance_scale = GUIDANCE[index // 2 % len(GUIDANCE)]
+        negative_prompt = NEGATIVE_PROMPTS[index % len(NEGATIVE_PROMPTS)]
         requests.append(
             GenerationRequest(
                 id=f"request-{index}",
                 model="emoji",
                 prompt=PROMPTS[index % len(PROMPTS)],
-                negative_prompt=NEGATIVE_PROMPTS[index % len(NEGATIVE_PROMPTS)],
+                negative_prompt=negative_prompt if guidance_scale > 1 else "",
                 width=width,
                 height=height,
                 num_inference_steps=STEPS[index % len(STEPS)],
-                guidance_scale=GUIDANCE[index // 2 % len(GUIDANCE)],
+                guidance_scale=guidance_scale,
                 seed=1000 + 10 * index,
                 scheduler=schedulers[index % len(schedulers)],
                 n=PICTURES[index % len(PICTURES)],

@@ -58,15 +58,16 @@ def _request(index: int, scheduler: str) -> GenerationRequest:
     width, height = SIZES[index % len(SIZES)]
     start, end = INTERVALS[index % len(INTERVALS)]
     adapters = (AdapterUse(ADAPTERS[index // 5 % 2], 0.8),) if index % 5 == 4 else ()
+    guidance_scale = GUIDANCE[index // 3 % len(GUIDANCE)]
     return GenerationRequest(
         id=f"pool-{index}",
         model="emoji",
         prompt=PROMPTS[index % len(PROMPTS)],
-        negative_prompt=("", "blurry")[index // 2 % 2],
+        negative_prompt=("", "blurry")[index // 2 % 2 if guidance_scale > 1 else 0],
         width=width,
         height=height,
         num_inference_steps=STEPS[index % len(STEPS)],
-        guidance_scale=GUIDANCE[index // 3 % len(GUIDANCE)],
+        guidance_scale=guidance_scale,
         guidance_start=start,
         guidance_end=end,
         seed=5000 + 10 * index,

@@ -73,15 +73,16 @@ def png(image: Image.Image) -> bytes:
 
 def request_for(task: Task, index: int, scheduler: str, **changes: Any) -> GenerationRequest:
     width, height = SIZES[index // len(TASKS) % len(SIZES)]
+    guidance_scale = (4.0, 7.5, 1.0, 4.0, 5.0)[index % 5]
     request = GenerationRequest(
         id=f"{task}/{index}",
         model="emoji",
         prompt=("red heart", "rocket on a blue background", "smiling cat face")[index % 3],
-        negative_prompt=("", "blurry")[index % 2],
+        negative_prompt=("", "blurry")[index % 2 if guidance_scale > 1 else 0],
         width=width,
         height=height,
         num_inference_steps=(5, 6, 4, 7)[index % 4],
-        guidance_scale=(4.0, 7.5, 1.0, 4.0, 5.0)[index % 5],
+        guidance_scale=guidance_scale,
         seed=100 + 10 * index,
         scheduler=scheduler,
         n=(1, 1, 2)[index // 2 % 3],
