@@ -88,8 +88,9 @@ def role(process: psutil.Process) -> str:
     command = process.cmdline()
     scripts = [Path(part).name for part in command if part.endswith(".py")]
     title = " ".join(command).strip()
-    if title.startswith("ray::"):
-        return title.split(":stepserve")[0].split(" ")[0]
+    # The rest says which replica it is, and what it does at the moment.
+    if ray_title := re.match(r"ray::\w+", title):
+        return ray_title[0]
     return next(iter(scripts), process.name())
 
 
