@@ -199,7 +199,7 @@ class UploadSettings(_Section):
     """Whether pictures are fetched from public `http:` and `https:` addresses."""
     fetch_timeout_s: PositiveSeconds = 10.0
     """For those of one request together."""
-    max_pending_bytes: PositiveInt = 134_217_728
+    max_pending_bytes: PositiveInt = 100_663_296
     """Of bodies with images that one ingress holds until their answers; more get 429."""
 
 

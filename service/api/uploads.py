@@ -28,7 +28,7 @@ class UploadLimits:
     max_pixels: int = 4096 * 4096
     urls: bool = False
     fetch_timeout_s: float = 10.0
-    max_pending_bytes: int = 128 * 2**20
+    max_pending_bytes: int = 96 * 2**20
 
 
 def read_upload(file: bytes, field: str, limits: UploadLimits) -> ImageFile:
