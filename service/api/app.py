@@ -16,7 +16,7 @@ from service import __version__
 from service.api.access import Access, AccessMiddleware, UsageMiddleware
 from service.api.backend import Backend
 from service.api.body_reading import BodyBudget, BodyReader
-from service.api.cross_origin import CrossOriginMiddleware
+from service.api.cross_origin import CrossOriginMiddleware, CrossSiteMiddleware
 from service.api.errors import UnauthorizedError
 from service.api.fetch import FetchTurns
 from service.api.handlers import add_error_handlers
@@ -175,6 +175,7 @@ def _middleware(
         Middleware(TimingMiddleware),
         Middleware(UnexpectedErrorMiddleware),
         Middleware(HeadLimitMiddleware, limits=settings.head),
+        Middleware(CrossSiteMiddleware, origins=settings.cors_origins),
         Middleware(AccessMiddleware, access=access),
         Middleware(BodyTurnsMiddleware, turns=BodyTurns(settings.uploads.max_pending_bytes)),
         Middleware(

@@ -92,6 +92,10 @@ class UnknownRouteError(InvalidRequestError):
     """No such URL."""
 
 
+class CrossSiteError(InvalidRequestError):
+    """A page from elsewhere sent the request, from a browser."""
+
+
 class MethodNotAllowedError(InvalidRequestError):
     """The URL exists, but not with this method."""
 
@@ -144,6 +148,7 @@ TABLE: dict[type[StepserveError], ErrorKind] = {
     ResultNotFoundError: ErrorKind(404, "invalid_request_error", "result_not_found"),
     UnknownRouteError: ErrorKind(404, "invalid_request_error", "unknown_url"),
     WrongSignatureError: ErrorKind(403, "invalid_request_error", "invalid_signature"),
+    CrossSiteError: ErrorKind(403, "invalid_request_error", "cross_site_request"),
     LinkExpiredError: ErrorKind(410, "invalid_request_error", "result_expired"),
     MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
     RequestIdInUseError: ErrorKind(409, "invalid_request_error", "request_id_in_use"),

@@ -371,3 +371,17 @@ async def test_long_lists_are_counted_before_their_entries_are_looked_at(
         assert answer.json()["error"]["param"] == field
         told = f"{field} must have at most 64 entries, got 900"
         assert answer.json()["error"]["message"] == told
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin"])
+async def test_a_form_that_a_page_from_elsewhere_sends_is_refused(
+    client: httpx.AsyncClient, backend: FakeBackend, site: str
+):
+    # Browsers send forms to any server, without asking it first.
+    headers = {"Sec-Fetch-Site": site, "Origin": "https://other.example"}
+    files = {"image": picture()}
+
+    answer = await client.post(EDITS, data={"prompt": "x"}, files=files, headers=headers)
+
+    assert len(backend.requests) == (site == "same-origin")
+    assert answer.status_code == (200 if site == "same-origin" else 403)
