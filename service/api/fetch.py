@@ -40,6 +40,9 @@ RESOLVERS = ThreadPoolExecutor(MAX_FETCHING, thread_name_prefix="resolve")
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
+OF_THE_HOST = frozenset({ipaddress.IPv4Address("168.63.129.16")})
+"""Where virtual machines of Azure reach services of their host, in a range that is public."""
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -66,6 +69,8 @@ def is_public(address: str) -> bool:
         if inner is not None:
             return is_public(str(inner))
         return parsed.is_global and parsed in GLOBAL_UNICAST
+    if parsed in OF_THE_HOST:
+        return False
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
 

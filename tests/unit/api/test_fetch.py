@@ -382,6 +382,9 @@ async def test_proxies_of_the_environment_are_not_used(site: Site, monkeypatch: 
         "ff02::1",
         "ff0e::1",
         "4000::1",
+        "168.63.129.16",
+        "::ffff:168.63.129.16",
+        "2002:a83f:8110::",
     ],
 )
 def test_addresses_that_are_not_public(address: str):
