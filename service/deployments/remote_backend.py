@@ -16,6 +16,7 @@ from service.deployments.applications import list_models, model_handle
 from service.deployments.broadcast import answers
 from service.deployments.model_watch import ModelWatch
 from service.deployments.retries import with_retries
+from service.deployments.shared_calls import SharedCalls
 from service.domain.batch import BatchView
 from service.domain.events import Event, Failed, Finished, Outcome
 from service.domain.progress import Progress
@@ -41,6 +42,7 @@ class RemoteBackend:
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
         self._asking: set[asyncio.Task[list[Any]]] = set()
+        self._news: SharedCalls[Sequence[NumberedEvent] | None] = SharedCalls()
         self._watch = ModelWatch(list_models, self._status, self._status_once_awake, aliases)
 
     async def start(self) -> None:
@@ -121,8 +123,18 @@ class RemoteBackend:
     async def events(
         self, request_id: str, owner: str, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
-        """Events of a request from `number` on, as soon as there are any; None if it is unknown."""
+        """Events of a request from `number` on, as soon as there are any; None if it is unknown.
+
+        Each replica is asked: those who follow a request together ask together.
+        """
         key = RequestKey(request_id, owner)
+        return await self._news.result(
+            (key, number, wait_s), lambda: self._events(key, number, wait_s)
+        )
+
+    async def _events(
+        self, key: RequestKey, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
         told = await self._ask_all("events", key, number, wait_s, slack_s=wait_s)
         known: list[Sequence[NumberedEvent]] = [events for events in told if events is not None]
         return max(known, key=len) if known else None
