@@ -196,20 +196,38 @@ def generate(
 
 @app.command()
 def models(config: ConfigOption = None) -> None:
-    """List the configured models and where they are loaded from."""
-    from service.models.catalogue import model_folder
+    """List the configured models and where they are loaded from.
 
+    Exit code 1 if one of them is not there.
+    """
     settings = _settings(config)
     for model_id, model in settings.models.items():
         mark = "*" if model_id == settings.default_model else " "
-        if model.path is None:
-            source = "embedded"
-        elif model.revision is not None:
-            source = f"{model.path} at {model.revision}"
-        else:
-            source = str(model_folder(model.path))
         also = f"  (also {', '.join(model.aliases)})" if model.aliases else ""
-        typer.echo(f"{mark} {model_id:20} {model.dtype:10} {source}{also}")
+        typer.echo(f"{mark} {model_id:20} {model.dtype:10} {_source(model)}{also}")
+    problems = {model_id: _problem(model) for model_id, model in settings.models.items()}
+    for model_id, problem in problems.items():
+        if problem:
+            typer.echo(f"error: model {model_id}: {problem}", err=True)
+    raise typer.Exit(1 if any(problems.values()) else 0)
+
+
+def _source(model: ModelSettings) -> str:
+    if model.path is None:
+        return "embedded"
+    return model.path if model.revision is None else f"{model.path} at {model.revision}"
+
+
+def _problem(model: ModelSettings) -> str:
+    """Why a model that should be in a folder is not there; empty if it is, or is of the hub."""
+    from service.models.catalogue import ModelNotFoundError, model_folder
+
+    try:
+        if model.revision is None:
+            model_folder(model.path)
+    except ModelNotFoundError as error:
+        return str(error)
+    return ""
 
 
 @app.command()

@@ -190,7 +190,7 @@ def _mask_addresses(body: InputBody) -> list[str]:
     mask = body.mask if isinstance(body, EditRequest) else None
     if mask is None:
         return []
-    return [mask.image_url if isinstance(mask, PictureReference) else mask]
+    return [mask.image_url]
 
 
 def _only(field: str, sources: Sequence[Source]) -> Source | None:

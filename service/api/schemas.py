@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 
 from service.api.bodies import AS_EVER, OPEN, Body, WholeNumber
 from service.api.keys import Caller
+from service.domain.guidance import Guidance
 from service.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, digits, shown
 from service.domain.models import ModelCapabilities
 from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat
@@ -158,12 +159,28 @@ class PictureRequest(Body):
             return (self.model or "").startswith(URLS_BY_DEFAULT)
         return self.response_format == "url"
 
-    @property
-    def ignored_fields(self) -> tuple[str, ...]:
-        """The fields that were sent and changed nothing."""
+    def ignored_fields(self, guidance_scale: float, guidance: Guidance) -> tuple[str, ...]:
+        """The fields that were sent and changed nothing.
+
+        Args:
+            guidance_scale: of the request, after what was left out has been filled in.
+            guidance: of its model.
+        """
         sent = ((name, getattr(self, name, None)) for name in AS_EVER)
         unused = (name for name, value in sent if value not in (None, *AS_EVER[name]))
-        return (*unused, *self.unknown_fields)
+        unguided = () if guidance.guides(guidance_scale) else self._guidance_limits()
+        return (*unused, *self._unsent_previews(), *unguided, *self.unknown_fields)
+
+    def _guidance_limits(self) -> tuple[str, ...]:
+        """Fields that were sent to leave some steps without guidance."""
+        sent = {"guidance_start": self.guidance_start, "guidance_end": self.guidance_end}
+        at_every_step = {"guidance_start": 0, "guidance_end": 1}
+        return tuple(name for name in sent if sent[name] not in (None, at_every_step[name]))
+
+    def _unsent_previews(self) -> tuple[str, ...]:
+        """`partial_images`, if there is no stream to hold them, or `previews` take their place."""
+        replaced = not self.stream or self.previews is not None
+        return ("partial_images",) if self.partial_images and replaced else ()
 
     def fill_in(
         self, request_id: str, caller: Caller, model: ModelCapabilities
@@ -232,6 +249,17 @@ class PictureReference(Body):
     image_url: str = Field(description="A `data:` URL; `https:` where the operator allows it.")
 
 
+def _referred_to(value: Any) -> Any:
+    # A union of both would name its branches, which are names of this code, in messages.
+    return {"image_url": value} if isinstance(value, str) else value
+
+
+Reference = Annotated[
+    PictureReference, BeforeValidator(_referred_to, json_schema_input_type=PictureReference | str)
+]
+"""A picture by its address, also one that is written without `image_url`."""
+
+
 class EditRequest(PictureRequest):
     """How to change a picture. `image` and `mask` are files of a form, or addresses in JSON."""
 
@@ -240,7 +268,7 @@ class EditRequest(PictureRequest):
     images: Annotated[list[PictureReference], COUNTED] | None = _documented(
         "The picture to change, in a list of one."
     )
-    mask: PictureReference | str | None = _documented(
+    mask: Reference | None = _documented(
         "Where to repaint: where it is transparent, or white in a picture without transparency."
     )
     strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)

@@ -48,7 +48,7 @@ def _explain(problem: dict[str, Any], body: type[BaseModel]) -> str:
             return f"{field} is required"
         case "extra_forbidden":
             return f"unknown field {shown(field)}{_hint(problem, body)}"
-        case "model_type":
+        case "model_type" | "model_attributes_type":
             return f"{field} must be an object, got {brief_json(problem['input'])}"
         case "value_error":
             return str(problem["ctx"]["error"])

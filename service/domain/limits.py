@@ -265,15 +265,19 @@ def _check_scheduler(name: str, known: tuple[str, ...]) -> None:
 
 def _check_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> None:
     if len(adapters) > model.max_adapters:
-        most = f"takes at most {model.max_adapters}" if model.max_adapters else "has none"
-        message = f"adapters: model {model.id} {most}, got {len(adapters)}"
-        raise InvalidRequestError(message, "adapters")
+        raise InvalidRequestError(_too_many_adapters(adapters, model), "adapters")
     names = [use.name for use in adapters]
     for use in adapters:
         if names.count(use.name) > 1:
             message = f"adapters: {shown(use.name)} is named more than once"
             raise InvalidRequestError(message, "adapters")
         _check_adapter_scale(use)
+
+
+def _too_many_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> str:
+    if model.max_adapters:
+        return f"adapters: model {model.id} takes at most {model.max_adapters}, got {len(adapters)}"
+    return f"adapters: model {model.id} has none, got {shown(adapters[0].name)}; leave adapters out"
 
 
 def _check_adapter_scale(use: AdapterUse) -> None:

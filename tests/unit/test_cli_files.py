@@ -37,3 +37,15 @@ def test_an_empty_configuration_is_told_when_the_service_starts(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
     assert ended.stdout == f"{config} holds no settings: the defaults are served\n"
+
+
+def test_a_model_that_is_not_there_hides_no_other_from_the_list(tmp_path: Path) -> None:
+    config = tmp_path / "stepserve.yaml"
+    config.write_text(f"models: {{gone: {{path: {tmp_path}/gone}}, emoji: {{aliases: [icons]}}}}\n")
+    ended = run("models", "-c", str(config))
+    assert ended.returncode == 1
+    assert [line.split()[-4:] for line in ended.stdout.splitlines()] == [
+        ["*", "gone", "bfloat16", f"{tmp_path}/gone"],
+        ["bfloat16", "embedded", "(also", "icons)"],
+    ]
+    assert ended.stderr.startswith(f"error: model gone: no diffusers pipeline in {tmp_path}/gone: ")

@@ -50,6 +50,7 @@ from service.domain.errors import (
     UnmeetableDeadlineError,
 )
 from service.domain.limits import check_request
+from service.domain.requests import GenerationRequest
 
 router = APIRouter(tags=["images"])
 
@@ -93,7 +94,7 @@ async def create_images(
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
     model = await _chosen_model(incoming, body)
     generation = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    call = PictureCall(incoming, body, generation, _ignored(incoming, body))
+    call = PictureCall(incoming, body, generation, _ignored(incoming, body, generation, model))
     return await _answer(call, model, response)
 
 
@@ -144,15 +145,18 @@ async def _from_picture(
 ) -> ImagesAnswer | Response:
     model = await _chosen_model(incoming, inputs.body)
     generation = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    ignored = _ignored(incoming, inputs.body)
+    ignored = _ignored(incoming, inputs.body, generation, model)
     call = PictureCall(incoming, inputs.body, generation, ignored, event_prefix)
     return await _answer(call, model, response)
 
 
-def _ignored(incoming: Incoming, body: PictureRequest) -> tuple[str, ...]:
+def _ignored(
+    incoming: Incoming, body: PictureRequest, generation: GenerationRequest, model: ModelStatus
+) -> tuple[str, ...]:
     """Names that were sent, in the body or in the URL's query, and change nothing."""
+    in_body = body.ignored_fields(generation.guidance_scale, model.capabilities.guidance)
     in_query = ignored_queries(incoming.http.query_params, type(body))
-    return tuple(dict.fromkeys((*body.ignored_fields, *in_query)))
+    return tuple(dict.fromkeys((*in_body, *in_query)))
 
 
 async def _chosen_model(incoming: Incoming, body: PictureRequest) -> ModelStatus:

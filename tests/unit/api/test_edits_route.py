@@ -112,6 +112,36 @@ async def test_json_with_a_data_url(client: httpx.AsyncClient, backend: FakeBack
     assert {request.task for request in backend.requests} == {Task.INPAINTING}
 
 
+@pytest.mark.parametrize(
+    ("mask", "field", "message"),
+    [
+        (5, "mask", "mask must be an object, got 5"),
+        (["x"], "mask", "mask must be an object, got ['x']"),
+        ({}, "mask.image_url", "mask.image_url is required"),
+        ({"image_url": 5}, "mask.image_url", "mask.image_url must be a valid string, got 5"),
+    ],
+)
+async def test_what_is_wrong_with_a_mask_is_said_in_the_callers_words(
+    client: httpx.AsyncClient, mask: object, field: str, message: str
+):
+    image = base64.b64encode(picture()).decode()
+    answer = await client.post(EDITS, json={"prompt": "blue", "image": image, "mask": mask})
+
+    assert answer.status_code == 400
+    told = answer.json()["error"]
+    assert (told["param"], told["message"]) == (field, message)
+
+
+@pytest.mark.parametrize("item", ["pixels", 5, None])
+async def test_an_adapter_without_braces_is_told_to_be_an_object(
+    client: httpx.AsyncClient, item: object
+):
+    answer = await client.post("/v1/images/generations", json={"prompt": "x", "adapters": [item]})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("adapters[0] must be an object, got ")
+
+
 async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: FakeBackend):
     answer = await client.post(VARIATIONS, data={"n": "1"}, files={"image": picture()})
 

@@ -78,6 +78,38 @@ async def test_what_changes_nothing_is_named(client: httpx.AsyncClient, name: st
     assert answer.json()["ignored_fields"] == [name]
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"partial_images": 2}, ["partial_images"]),
+        ({"partial_images": 0}, None),
+        ({"previews": 2}, None),  # they can be followed under `/events`
+        ({"guidance_scale": 1, "guidance_start": 0.2}, ["guidance_start"]),
+        (
+            {"guidance_scale": 0, "guidance_start": 0.2, "guidance_end": 0.8},
+            ["guidance_start", "guidance_end"],
+        ),
+        ({"guidance_scale": 1, "guidance_start": 0, "guidance_end": 1.0}, None),
+        ({"guidance_scale": 3, "guidance_start": 0.2, "guidance_end": 0.8}, None),
+        ({"guidance_start": 0.2}, None),
+    ],
+)
+async def test_what_changes_nothing_beside_the_other_fields_is_named(
+    client: httpx.AsyncClient, fields: dict[str, Any], named: list[str] | None
+):
+    answer = await generate(client, **fields)
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json().get("ignored_fields") == named
+
+
+async def test_previews_take_the_place_of_partial_images(client: httpx.AsyncClient):
+    answer = await generate(client, stream=True, partial_images=1, previews=2)
+    last = [line for line in answer.text.splitlines() if line.startswith("data: ")][-1]
+
+    assert json.loads(last[6:])["ignored_fields"] == ["partial_images"]
+
+
 async def test_names_inside_of_fields(client: httpx.AsyncClient):
     adapters = [{"name": "ink"}, {"name": "pixels", "colour": 1}]
     answer = await generate(client, adapters=adapters, unheard_of=1)

@@ -581,7 +581,8 @@ def test_named_adapters_may_be_folders(make: Make, folder: Path, made: Path) -> 
 
 def test_a_model_without_adapters_takes_none(runner: PipelineRunner) -> None:
     assert runner.capabilities().max_adapters == 0
-    assert refusal(runner, AdapterUse("plain"))[1] == ("adapters: model tiny has none, got 1")
+    told = "adapters: model tiny has none, got 'plain'; leave adapters out"
+    assert refusal(runner, AdapterUse("plain"))[1] == told
 
 
 def test_a_pipeline_that_takes_no_adapters_is_told_at_once(folder: Path) -> None:
