@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -187,15 +187,25 @@ def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
         serve.delete(model_application(model_id), _blocking=False)
     added = [model_id for model_id in changed if model_id not in old.models]
     updated = [model_id for model_id in changed if model_id in old.models]
-    told = {"added": added, "updated": updated, "removed": removed, "tried again": failed}
-    for what, models in told.items():
-        if models:
-            tell(f"{what}: {', '.join(models)}")
-    others = [name for name in type(old).model_fields if name not in ("models", "default_model")]
+    done = {"added": added, "updated": updated, "removed": removed, "tried again": failed}
+    for what in _what_changed(done, old, new):
+        tell(what)
+    return in_effect
+
+
+def _what_changed(done: Mapping[str, Sequence[str]], old: Settings, new: Settings) -> list[str]:
+    """One line for each kind of change: models by what was done, then what was left."""
+    told = [f"{what}: {', '.join(models)}" for what, models in done.items() if models]
+    others = [name for name in type(old).model_fields if name != "models"]
     kept = [name for name in others if getattr(old, name) != getattr(new, name)]
     if kept:
-        tell(f"not applied before a restart: {', '.join(kept)}")
-    return in_effect
+        told.append(f"not applied before a restart: {', '.join(kept)}")
+    if old.default_model not in new.models:
+        told.append(
+            f"requests that name no model are refused before a restart: {old.default_model} "
+            "is removed, which they were for"
+        )
+    return told or ["nothing has changed since the settings were last read"]
 
 
 def wait_until_ready(settings: Settings, stopped: threading.Event, tell: Tell) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from service.config import ConfigError, ModelSettings, Settings
-from service.deployments.server import MOST_LOOKS, _reload, _settled
+from service.deployments.server import MOST_LOOKS, _reload, _settled, _what_changed
 
 HALF = Settings(models={"a": ModelSettings()})
 WHOLE = Settings(models={"a": ModelSettings(), "b": ModelSettings()})
@@ -59,3 +59,32 @@ def test_a_file_that_stays_wrong_is_told() -> None:
     with pytest.raises(ConfigError, match="holds no settings"):
         _settled(reader([ConfigError("holds no settings")]), pauses_s.append)
     assert len(pauses_s) == MOST_LOOKS - 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (WHOLE, WHOLE, ["nothing has changed since the settings were last read"]),
+        (
+            WHOLE,
+            Settings(models=WHOLE.models, default_model="b"),
+            ["not applied before a restart: default_model"],
+        ),
+        (
+            Settings(models=WHOLE.models, default_model="b"),
+            HALF,
+            [
+                "not applied before a restart: default_model",
+                "requests that name no model are refused before a restart: b is removed, which "
+                "they were for",
+            ],
+        ),
+    ],
+)
+def test_what_a_reload_does_not_do_is_told(old: Settings, new: Settings, told: list[str]) -> None:
+    assert _what_changed({}, old, new) == told
+
+
+def test_what_a_reload_does_is_told() -> None:
+    done = {"added": ["b"], "updated": [], "removed": []}
+    assert _what_changed(done, HALF, WHOLE) == ["added: b"]
