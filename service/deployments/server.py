@@ -121,7 +121,10 @@ def serve_until_stopped(
                     when_ready(base_url(settings))
                     for _ in signals.reloads():
                         settings = _reload(settings, read_settings, tell)
-                tell("stopping: new work is refused, and what is in hand is finished ...")
+                tell(
+                    "stopping: new work is refused, and what is in hand is finished ... "
+                    "(once more stops at once)"
+                )
                 drain(settings, signals.hurried)
         finally:
             stop_ray()

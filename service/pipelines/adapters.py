@@ -232,7 +232,9 @@ class AdapterShelf:
         return loader, reading
 
     def _remember_failure(self, file: AdapterFile, error: Exception) -> Exception:
-        logger.warning("adapter %s cannot be loaded", file.name, exc_info=error)
+        # Where the file is at fault, the message says all there is.
+        trace = None if isinstance(error, AdapterFileError) else error
+        logger.warning("adapter %s cannot be loaded: %s", file.name, error, exc_info=trace)
         if isinstance(error, _ReplacedError):
             return _unusable(file.name, "its file was replaced meanwhile; send the request again")
         if isinstance(error, torch.OutOfMemoryError | MemoryError):

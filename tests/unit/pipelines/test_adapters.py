@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import warnings
@@ -481,6 +482,19 @@ def test_a_file_that_cannot_be_loaded_ends_its_own_request(
         assert difference(one.wait(), reference(request)) < FLOAT32_BOUND
     # Once is enough to know.
     assert refusal(runner, AdapterUse("plain")) == (["Failed"], outcome.error.message)
+
+
+def test_what_is_wrong_with_a_file_is_logged_in_one_line(
+    make: Make, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / "plain.safetensors"
+    save_file({name: tensor * math.nan for name, tensor in load_file(path).items()}, path)
+    runner = make()
+    runner.start()
+    assert "NaN" in refusal(runner, AdapterUse("plain"))[1]
+    (record,) = (record for record in caplog.records if "cannot be loaded" in record.message)
+    assert record.exc_info is None
+    assert "holds numbers that are NaN or infinite" in record.message
 
 
 def test_a_load_that_fails_half_way_leaves_nothing_behind(
