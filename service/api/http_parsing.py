@@ -15,6 +15,7 @@ from service.domain.errors import StepserveError
 PIECE_BYTES = 4096
 """What is parsed at a time, but for bodies: then it is asked whether there may be more."""
 
+VERSIONS = ("1.0", "1.1")
 OF_AN_UPGRADE = (b"upgrade", b"http2-settings", b"connection")
 
 
@@ -70,6 +71,7 @@ class LimitedParsing(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Its body begins, if it has one."""
+        self._check(_check_version, self.parser.get_http_version())
         self.loose_bytes = 0
         self._is_upgrade = self.parser.should_upgrade()
         if not self._is_upgrade:
@@ -122,10 +124,16 @@ class LimitedParsing(HttpToolsProtocol):
         self.parse(memoryview(b"\r\n".join([*head, b"", b""])))
         self.parse(rest)
 
-    def _check(self, check: Callable[..., None], *args: int) -> None:
+    def _check(self, check: Callable[..., None], *args: Any) -> None:
         """The parser stops at any error, and does not tell which one it was."""
         try:
             check(*args)
         except StepserveError as error:
             self._wrong = error
             raise
+
+
+def _check_version(version: str) -> None:
+    """The parser takes others as well, and reads them as if they were these."""
+    if version not in VERSIONS:
+        raise MalformedHttpError(f"this is no request of HTTP/1.1, but of HTTP/{version}")

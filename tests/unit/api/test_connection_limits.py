@@ -113,6 +113,10 @@ def test_empty_lines_before_a_request_end(port: int):
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /healthz\r\n\r\n",
+        b"GET /healthz HTTP/0.9\r\nHost: a\r\n\r\n",
+        b"GET /healthz HTTP/2.0\r\nHost: a\r\n\r\n",
+        b"GET /healthz HTTP/2.0\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
         b"GET /a b c HTTP/1.1\r\n\r\n",
         GENERATIONS + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
         GENERATIONS + b"Content-Length: 99999999999999999999999\r\n\r\n",
@@ -120,6 +124,13 @@ def test_empty_lines_before_a_request_end(port: int):
 )
 def test_what_is_no_http_is_told_so(port: int, garbage: bytes):
     assert refused(port, garbage)[:2] == (400, "invalid_http")
+
+
+def test_the_http_before_it_is_answered(port: int):
+    with connect(port) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+
+        assert read_answer(client).status == 200
 
 
 def test_a_tunnel_is_refused(port: int):
