@@ -12,6 +12,10 @@ RETRY_AFTER_S = 1.0
 """Making a file takes a fraction of a second."""
 
 
+Telling = Callable[[], None]
+"""Tells of files that were made."""
+
+
 class PictureEncoder:
     """One thread, so that previews and pictures stay in order.
 
@@ -38,8 +42,8 @@ class PictureEncoder:
                 RETRY_AFTER_S,
             )
 
-    def submit(self, pictures: int, encode: Callable[[], None]) -> None:
-        """Make files of so many pictures when it is their turn.
+    def submit(self, pictures: int, encode: Callable[[], Telling]) -> None:
+        """Make files of so many pictures when it is their turn, and tell of them.
 
         Raises:
             RuntimeError: it has ended.
@@ -55,11 +59,13 @@ class PictureEncoder:
         """Finish what waits, and end."""
         self._thread.shutdown(wait=True)
 
-    def _run(self, pictures: int, encode: Callable[[], None]) -> None:
+    def _run(self, pictures: int, encode: Callable[[], Telling]) -> None:
         try:
-            encode()
+            told = encode()
         finally:
             self._count(-pictures)
+        # Afterwards, as whoever is told may send the next request at once.
+        told()
 
     def _count(self, pictures: int) -> None:
         with self._lock:

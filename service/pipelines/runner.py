@@ -39,7 +39,7 @@ from service.pipelines.attach import PROMPTS_BYTES, ParkingOptions, attach
 from service.pipelines.compiling import row_buckets
 from service.pipelines.decodings import decoding_rules
 from service.pipelines.denoiser_code import Code, DenoiserCode
-from service.pipelines.encoding import PictureEncoder
+from service.pipelines.encoding import PictureEncoder, Telling
 from service.pipelines.errors import ModelLoadError
 from service.pipelines.graphs import CudaRecorder, GraphedForward, graph_denoisers
 from service.pipelines.guidance import narrow_to_interval
@@ -111,8 +111,8 @@ class RequestListener:
 
         Previews and the pictures themselves are encoded by one thread, so they stay in order.
         """
-        told = partial(self._tell_preview, index, step, steps, images)
-        tell(self.request.id, self.encoder.submit, len(images), told)
+        encode = partial(self._encode_preview, index, step, steps, images)
+        tell(self.request.id, self.encoder.submit, len(images), encode)
 
     def finished(self, result: Images, timings: Timings) -> None:
         """Encode off the engine thread: the next forward must not wait for it."""
@@ -130,21 +130,20 @@ class RequestListener:
             self.withheld(self.request.n)
         self.sink(Failed(self.request.id, as_stepserve_error(error, self.request.id)))
 
-    def _tell_preview(self, index: int, step: int, steps: int, images: Images) -> None:
+    def _encode_preview(self, index: int, step: int, steps: int, images: Images) -> Telling:
         files = tuple(encode_preview(image, self.request, i) for i, image in enumerate(images))
         preview = Preview(self.request.id, index, step, steps, files)
-        tell(self.request.id, self.sink, preview)
+        return partial(tell, self.request.id, self.sink, preview)
 
-    def _encode(self, images: Images, timings: Timings) -> None:
+    def _encode(self, images: Images, timings: Timings) -> Telling:
         try:
             encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
             finished = Finished(
                 self.request.id, encoded, timings, self.fingerprint(), self.cut_prompts
             )
         except Exception as error:
-            tell(self.request.id, self.failed, error, timings)
-        else:
-            tell(self.request.id, self.sink, finished)
+            return partial(tell, self.request.id, self.failed, error, timings)
+        return partial(tell, self.request.id, self.sink, finished)
 
 
 class PipelineRunner:

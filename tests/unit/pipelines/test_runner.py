@@ -241,6 +241,15 @@ def test_warming_up_runs_growing_row_counts(
     assert runner.engine.counters.calls == 3 * requests + 2
 
 
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_a_model_that_takes_few_pictures_at_once_warms_up(tiny: LoadedModel, most: int) -> None:
+    options = EngineOptions(max_rows=16, max_waiting_pictures=most)
+    runner = PipelineRunner(tiny, options, sharing=UNTRIED)
+    runner.start()
+    assert warm_up(runner) > 0
+    runner.stop()
+
+
 def test_warming_up_measures_the_row_limit_where_none_is_configured(
     tiny: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:

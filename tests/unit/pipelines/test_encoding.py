@@ -1,0 +1,53 @@
+"""Files are made one after another, and what waits for it is counted."""
+
+from __future__ import annotations
+
+from queue import SimpleQueue
+from threading import Event
+
+import pytest
+
+from service.domain.errors import ServerFullError
+from service.pipelines.encoding import PictureEncoder, Telling
+
+
+def test_as_many_pictures_as_may_wait_keep_new_requests_out() -> None:
+    encoder, go = PictureEncoder(2), Event()
+
+    def encode() -> Telling:
+        go.wait()
+        return lambda: None
+
+    encoder.submit(2, encode)
+    with pytest.raises(ServerFullError, match=r"2 finished pictures wait .* the limit is 2"):
+        encoder.check_room()
+    go.set()
+    encoder.shutdown()
+    encoder.check_room()
+
+
+def test_whoever_is_told_of_its_pictures_finds_room_for_the_next() -> None:
+    encoder, found = PictureEncoder(1), SimpleQueue[Exception | None]()
+
+    def tell() -> None:
+        try:
+            encoder.check_room()
+        except ServerFullError as error:
+            found.put(error)
+        else:
+            found.put(None)
+
+    encoder.submit(1, lambda: tell)
+    assert found.get(timeout=10) is None
+    encoder.shutdown()
+
+
+def test_pictures_that_cannot_be_encoded_wait_no_longer() -> None:
+    encoder = PictureEncoder(1)
+
+    def fail() -> Telling:
+        raise OSError("no file")
+
+    encoder.submit(1, fail)
+    encoder.shutdown()
+    encoder.check_room()
