@@ -50,6 +50,7 @@ keys_app = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
 STRENGTH = GenerationRequest.strength
+EXPLAINED = "red heart"
 OUTPUT_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 ConfigOption = Annotated[
@@ -255,8 +256,9 @@ def doctor(
 @app.command()
 def explain(
     wanted: Annotated[
-        str, typer.Argument(metavar="[PROMPT]", help="What to draw while explaining.")
-    ] = "red heart",
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help=f"What to draw; {EXPLAINED} if left out."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The same as an option.")] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the picture strips.")
@@ -272,11 +274,15 @@ def explain(
     predicted clean picture beside each noisy one. docs/diffusion.md explains both.
     """
     from service.deployments.replica import find_model
+    from service.pipelines.load import hush_libraries
     from service.training.explain import explain as draw
 
+    if wanted is not None and prompt is not None:
+        raise InvalidRequestError(f"the prompt is said twice: {wanted!r} and --prompt {prompt!r}")
     settings = _settings(config)
     folder = find_model(settings.models[_model_id(settings, model)])
-    for path in draw(folder, output, prompt or wanted, seed, steps):
+    hush_libraries()
+    for path in draw(folder, output, prompt or wanted or EXPLAINED, seed, steps):
         typer.echo(str(path))
 
 

@@ -92,7 +92,7 @@ def load_model(
         raise ModelLoadError(message, NO_FOLDER)
     if dtype not in DTYPES:
         raise ModelLoadError(f"model {model_id}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    _hush_libraries()
+    hush_libraries()
     trust = trust or Trust()
     try:
         check_trust(folder, trust)
@@ -204,8 +204,8 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _hush_libraries() -> None:
-    """Progress bars of a load, and warnings of settings that one scheduler has and another not."""
+def hush_libraries() -> None:
+    """No bars of a load, nor warnings of settings that one scheduler has and another has not."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

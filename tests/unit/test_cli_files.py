@@ -49,3 +49,10 @@ def test_a_model_that_is_not_there_hides_no_other_from_the_list(tmp_path: Path) 
         ["bfloat16", "embedded", "(also", "icons)"],
     ]
     assert ended.stderr.startswith(f"error: model gone: no diffusers pipeline in {tmp_path}/gone: ")
+
+
+def test_an_explanation_of_two_prompts_is_none(tmp_path: Path) -> None:
+    ended = run("explain", "a", "--prompt", "b", "-o", str(tmp_path / "out"))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: the prompt is said twice: 'a' and --prompt 'b'\n"
+    assert not (tmp_path / "out").exists()

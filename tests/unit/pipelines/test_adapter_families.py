@@ -28,7 +28,7 @@ from service.domain.errors import InvalidRequestError
 from service.domain.requests import AdapterUse
 from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.adapters import AdapterShelf
-from service.pipelines.load import _hush_libraries
+from service.pipelines.load import hush_libraries
 
 SCALE = 0.5
 
@@ -176,7 +176,7 @@ def shelf_forwards(denoiser: Denoiser, file: Path) -> tuple[torch.Tensor, torch.
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    _hush_libraries()
+    hush_libraries()
 
 
 @pytest.mark.parametrize("family", [flux, sd3, sdxl])

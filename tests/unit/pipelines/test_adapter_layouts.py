@@ -46,14 +46,14 @@ from service.domain.errors import InvalidRequestError
 from service.domain.requests import AdapterUse
 from service.pipelines.adapter_files import AdapterOptions
 from service.pipelines.adapters import AdapterShelf
-from service.pipelines.load import _hush_libraries
+from service.pipelines.load import hush_libraries
 
 BOUND = 1e-5
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    _hush_libraries()
+    hush_libraries()
 
 
 @pytest.fixture
