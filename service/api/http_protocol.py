@@ -153,6 +153,7 @@ class LimitedHttpProtocol(LimitedParsing):
             self._go_on()
         if not self._is_working():
             self._open.await_client(self)
+            self._forget_answered()
 
     def give_way(self) -> None:
         """Close for another connection's sake."""
@@ -161,6 +162,15 @@ class LimitedHttpProtocol(LimitedParsing):
         self._client.drop()
 
     # Inside
+
+    def _forget_answered(self) -> None:
+        """A connection that waits for its next request holds nothing of the one before."""
+        if self.cycle.more_body or not self.cycle.response_complete:
+            return
+        if self.scope is self.cycle.scope:
+            self.scope = None  # type: ignore[assignment]
+        self.cycle = None  # type: ignore[assignment]
+        self._working = None
 
     def _go_on(self) -> None:
         is_busy = self._working is not None and not self._working.response_complete

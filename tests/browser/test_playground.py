@@ -26,6 +26,7 @@ from service.domain.events import Failed
 from service.domain.guidance import CLASSIC, Guidance, StepWork
 from service.domain.models import SizeRange, StepRange
 from service.domain.requests import Task
+from service.pipelines.inputs import decode_inputs
 
 WAIT_S = 20.0
 
@@ -105,7 +106,7 @@ def test_cancelling(page: Any, site: Any, how: str):
     until(page, "document.querySelector('.card').textContent.includes('cancelled')")
 
     [request] = site.backend.requests
-    progress = site.backend.log.progress(request.id)
+    progress = site.backend.log.progress(request.key)
     assert progress is not None
     assert progress.state == "cancelled"
 
@@ -178,7 +179,8 @@ def test_a_mask_is_painted_white_where_the_brush_was(page: Any, site: Any):
 
     [request] = site.backend.requests
     assert request.task is Task.INPAINTING
-    mask = Image.open(io.BytesIO(request.mask_image or b""))
+    mask = decode_inputs(request).mask_image
+    assert mask is not None
     assert mask.size == (64, 64)
     assert [mask.getpixel(place) for place in ((10, 32), (60, 32), (10, 5))] == [255, 0, 0]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -247,6 +249,22 @@ def test_many_requests_at_once_are_answered_in_order(port: int):
     assert -1 not in places
     assert places == sorted(places)
     assert received.count(b"HTTP/1.1 200") == 1
+
+
+def test_a_connection_that_waits_holds_nothing_of_the_request_before(
+    port: int, backend: FakeBackend
+):
+    body = b'{"prompt": "x"}'
+    with connect(port) as client:
+        client.sendall(GENERATIONS + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        assert read_answer(client).status == 200
+        request = weakref.ref(backend.requests.pop())
+        # By then the server has done all that it does after an answer.
+        assert is_well(port)
+        gc.collect()
+        assert request() is None
+        client.sendall(HEALTH)
+        assert read_answer(client).status == 200
 
 
 def test_what_is_wrong_behind_a_good_request_is_answered_after_it(port: int):
