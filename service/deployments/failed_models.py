@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
@@ -16,8 +16,10 @@ from service.deployments.applications import applications, listed, model_applica
 ASK_TIMEOUT_S = 5.0
 
 
-def failed_models(model_ids: Iterable[str]) -> list[str]:
+def failed_models(model_ids: Collection[str]) -> list[str]:
     """Those of the models that could not be loaded; none that still loads, or sleeps."""
+    if not model_ids:
+        return []
     found = applications()
     return [
         model_id

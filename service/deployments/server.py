@@ -182,7 +182,7 @@ def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
     """
     in_effect = old.model_copy(update={"models": new.models})
     changed = [m for m, settings in new.models.items() if old.models.get(m) != settings]
-    failed = failed_models(model_id for model_id in new.models if model_id not in changed)
+    failed = failed_models([model_id for model_id in new.models if model_id not in changed])
     if changed or failed:
         deploy([model_target(model_id, in_effect) for model_id in (*changed, *failed)])
     removed = [model_id for model_id in old.models if model_id not in new.models]
