@@ -96,7 +96,7 @@ def _in_diffusers_layout(
     if len(matches) < len(tensors):
         return None
     paths = {match["path"] for match in matches.values()}
-    component = next((n for n, m in components.items() if _has_all(m, paths)), None)
+    component = next((n for n, m in components.items() if _has_most(m, paths)), None)
     if component is None:
         return None
     renamed, alphas = dict[str, Tensor](), dict[str, float]()
@@ -117,8 +117,9 @@ def _without_prefix(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).removeprefix(COMFY_PREFIX)
 
 
-def _has_all(module: nn.Module, paths: set[str]) -> bool:
-    return all(module_path(module, path) is not None for path in paths)
+def _has_most(module: nn.Module, paths: set[str]) -> bool:
+    """Whether they are its layers; a path that is wrong is told later, by its name."""
+    return 2 * sum(module_path(module, path) is not None for path in paths) > len(paths)
 
 
 def module_path(module: nn.Module, path: str) -> str | None:

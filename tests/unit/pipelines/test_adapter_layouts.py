@@ -257,6 +257,17 @@ def test_bare_paths_are_those_of_the_denoiser(flux: Any, tmp_path: Path, prefix:
     assert_same(seen, by_hand({"transformer": factors}, alpha_of_its_own))
 
 
+def test_of_bare_paths_the_one_that_is_wrong_is_told(flux: Any, tmp_path: Path) -> None:
+    factors = make_factors(flux.transformer, ("to_q",))
+    factors["transformer_blocks.0.attn.to_zz"] = next(iter(factors.values()))
+    tensors = dict[str, Tensor]()
+    for path, (first, second) in factors.items():
+        tensors[f"{path}.lora_A.weight"] = first.clone()
+        tensors[f"{path}.lora_B.weight"] = second.clone()
+    message = refusal(flux, write(tensors, tmp_path / "a.safetensors"))
+    assert "no layer for transformer.transformer_blocks.0.attn.to_zz" in message
+
+
 def test_flux_of_diffusers_and_of_kohya(flux: Any, tmp_path: Path) -> None:
     parts = parts_of(flux)
     seen = loaded_differences(flux, write(diffusers_saved(parts), tmp_path / "a.safetensors"))
