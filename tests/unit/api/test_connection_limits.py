@@ -8,6 +8,7 @@ import socket
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import pytest
 from api_fakes import Blocking, FakeBackend, finish, make_app
@@ -251,12 +252,10 @@ def test_many_requests_at_once_are_answered_in_order(port: int):
     assert received.count(b"HTTP/1.1 200") == 1
 
 
-def test_a_connection_that_waits_holds_nothing_of_the_request_before(
-    port: int, backend: FakeBackend
-):
-    body = b'{"prompt": "x"}'
-    with connect(port) as client:
-        client.sendall(GENERATIONS + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+def test_a_connection_that_waits_holds_nothing_of_the_request_before(backend: FakeBackend):
+    patient = replace(LIMITS, keep_alive_s=60, header_timeout_s=60)
+    with served(make_app(backend), patient, MOST) as port, connect(port) as client:
+        client.sendall(GENERATIONS + b'Content-Length: 15\r\n\r\n{"prompt": "x"}')
         assert read_answer(client).status == 200
         request = weakref.ref(backend.requests.pop())
         # By then the server has done all that it does after an answer.
