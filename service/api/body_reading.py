@@ -25,7 +25,7 @@ from service.domain.errors import BodyTooLargeError
 from service.domain.limits import shown
 
 SMALL_BYTES = 65_536
-"""Of a body; so much of each is not counted, so that small ones always get in."""
+"""Of a body; so much is not counted, so that requests without images always get in."""
 
 RETRY_S = 1.0
 UTF_8 = ("utf-8", "utf8")

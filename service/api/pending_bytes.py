@@ -13,13 +13,10 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.body_reading import declared_bytes
+from service.api.body_reading import SMALL_BYTES, declared_bytes
 from service.api.errors import error_response
 from service.api.middleware import request_id_of
 from service.domain.errors import ServerFullError
-
-SMALL_BYTES = 65_536
-"""Bodies up to this length are not counted, so that requests without images always get in."""
 
 RETRY_S = 2.0
 
