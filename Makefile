@@ -10,10 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test check format bench clean help
+.PHONY: run test test-all check format bench clean help
 
 help:  ## Show this list.
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,11 +30,15 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first picture into out/.
 # Services and browsers have the machine to themselves; the others compute on one thread each.
 ALONE := tests/integration tests/browser
 COMMANDS := tests/integration/test_cli.py
-test: $(INSTALLED)  ## Run every test.
+CHOSEN := -m "not slow"
+test: $(INSTALLED)  ## Run every test that is not marked slow.
 	@status=0; \
-	$(BIN)/python -m pytest --durations=12 $(ALONE) --ignore $(COMMANDS) || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=12 -n 2 $(COMMANDS) tests/parity tests/unit || status=1; \
+	$(BIN)/python -m pytest $(CHOSEN) --durations=12 $(ALONE) --ignore $(COMMANDS) || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 -n 2 $(COMMANDS) tests/parity tests/unit || status=1; \
 	exit $$status
+
+test-all: CHOSEN :=
+test-all: test  ## Run every test.
 
 check: $(INSTALLED)  ## What CI runs first: format, lint, types, import direction.
 	$(BIN)/ruff format --check .
