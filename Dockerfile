@@ -30,7 +30,7 @@ RUN pip install --quiet -c constraints.txt '.[s3]' \
         "$site/ray/rllib" "$site/ray/tune" \
     && find "$site" -name tests -type d -path '*/scipy/*' -prune -exec rm -rf {} + \
     && find "$site" -name tests -type d -path '*/numpy/*' -prune -exec rm -rf {} + \
-    && python -m compileall -q -j 0 "$site/service"
+    && python -m compileall -q -j 0 "$site/stepserve"
 
 FROM build AS sbom-build
 ENV PIP_CONSTRAINT=""

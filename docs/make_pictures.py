@@ -9,13 +9,12 @@ import io
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-
-from service.domain.events import Finished
-from service.domain.requests import GenerationRequest
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import load_model
-from service.pipelines.local import generate_locally
-from service.training.explain import explain
+from stepserve.domain.events import Finished
+from stepserve.domain.requests import GenerationRequest
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.serving.local import generate_locally
+from stepserve.training.drawing.explain import explain
 
 IMAGES = Path(__file__).parent / "images"
 PROMPTS = (

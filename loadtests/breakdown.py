@@ -34,6 +34,8 @@ from typing import Any
 import aiohttp
 import psutil
 import torch
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
 
 from loadtests import scenarios
 from loadtests.client import Target, open_session, send_windowed
@@ -42,8 +44,6 @@ from loadtests.engine_bench import denoiser_step_s, over_neighbours
 from loadtests.facts import take_facts
 from loadtests.measures import steady_per_s
 from loadtests.trace import HOMOGENEOUS, MIXED, TraceRequest, draw_trace
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import LoadedModel, load_model
 
 # Sampling takes CPU time from a machine that has none left.
 SAMPLES_PER_S = 15
@@ -70,14 +70,18 @@ PARTS = (
     ("denoiser forwards", "unet_2d_condition.py"),
     ("decoding latents", "autoencoder_kl.py"),
     ("encoding prompts", "modeling_clip.py"),
-    ("writing image files", "pipelines/images.py"),
+    ("writing image files", "pipelines/requests/images.py"),
     ("scheduler steps", "diffusers/schedulers/"),
     ("diffusers' pipelines, besides", "diffusers/pipelines/"),
-    ("engine: stacking and splitting", "engine/coalesce.py"),
-    ("engine: deciding", "service/engine/policy.py"),
+    ("engine: stacking and splitting", "engine/calls/stacking.py"),
+    ("engine: deciding", "service/stepserve/engine/scheduling/policy.py"),
 )
 # An engine's thread, and the roots of pipelines' own stacks on it.
-ENGINE = ("service/engine/engine.py", "service/engine/track.py", "pipelines/adapters.py")
+ENGINE = (
+    "service/stepserve/engine/loop/engine.py",
+    "service/stepserve/engine/tracks/track.py",
+    "pipelines/adapters/cache.py",
+)
 
 
 @dataclass(frozen=True)

@@ -19,22 +19,22 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from service.config import SpeedSettings
-from service.domain.models import Compilation
-from service.engine.call import Call
-from service.engine.coalesce import stack, tensors_in
-from service.engine.engine import EngineOptions
-from service.engine.row_independence import keep_bits, run_together, same_bits
-from service.engine.track import Stage
-from service.models.catalogue import EMBEDDED
-from service.pipelines.attach import ParkingOptions
-from service.pipelines.compiling import SwitchableForward, row_buckets
-from service.pipelines.load import leave_cores_to_engine, load_model
-from service.pipelines.parked_trials import parked_at
-from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.sharing import SharingPlan
-from service.pipelines.trials import make_trials
-from service.pipelines.warm_up import warm_up
+from stepserve.config import SpeedSettings
+from stepserve.domain.models import Compilation
+from stepserve.engine.batch_invariance import keep_bits, run_together, same_bits
+from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.stacking import stack, tensors_in
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.engine.tracks.track import Stage
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import leave_cores_to_engine, load_model
+from stepserve.pipelines.modules.attach import ParkingOptions
+from stepserve.pipelines.modules.compiling import SwitchableForward, row_buckets
+from stepserve.pipelines.probing.parked_calls import parked_at
+from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.probing.sharing_plan import SharingPlan
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.warm_up import warm_up
 
 LOOK_EVERY_S = 5.0
 MEASURED_MEANWHILE_ROWS = 8

@@ -52,7 +52,7 @@ def contenders(cores: int, peers_python: Path = PEERS_PYTHON) -> dict[str, Conte
     listed = (
         Contender(
             "stepserve",
-            ("-m", "service.cli", "serve", "--port", "{port}"),
+            ("-m", "stepserve.cli", "serve", "--port", "{port}"),
             f"{cores} replicas of one thread, as docs/performance.md has it for CPUs; the queue is "
             "so long that nothing is refused",
             "ours",

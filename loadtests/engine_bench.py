@@ -28,14 +28,13 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
-
-from service.domain.events import Event, Failed, Finished
-from service.domain.requests import GenerationRequest
-from service.engine.engine import EngineOptions
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.warm_up import warm_up
+from stepserve.domain.events import Event, Failed, Finished
+from stepserve.domain.requests import GenerationRequest
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.serving.runner import PipelineRunner
+from stepserve.pipelines.serving.warm_up import warm_up
 
 STEPS = (4, 6, 8, 10, 12, 15, 18, 20, 20, 25, 28, 30, 35, 40, 45, 50)
 SCHEDULERS = (

@@ -24,16 +24,16 @@ from typing import Any
 
 import diffusers
 import torch
+from stepserve.config import SpeedSettings
+from stepserve.domain.requests import GenerationRequest
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.serving.runner import PipelineRunner
+from stepserve.pipelines.serving.warm_up import warm_up
 
 from loadtests.engine_bench import Comparison, compare, mixed_requests, run_engine
 from loadtests.sized_models import build_stable_diffusion
-from service.config import SpeedSettings
-from service.domain.requests import GenerationRequest
-from service.engine.engine import EngineOptions
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.warm_up import warm_up
 
 DEVICE = "cuda"
 ROWS = (1, 2, 4, 8, 16, 32, 64)

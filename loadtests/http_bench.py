@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from stepserve.domain.requests import GenerationRequest
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import load_model
 
 from loadtests.engine_bench import mixed_requests, plain_call
-from service.domain.requests import GenerationRequest
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import load_model
 
 READY_TIMEOUT_S = 180
 STEPS = 20
@@ -37,7 +37,7 @@ def running_service() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "stepserve.cli", "serve", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:

@@ -29,6 +29,13 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from stepserve.domain.events import Accepted, Event, Failed, Finished
+from stepserve.domain.requests import GenerationRequest
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.serving.runner import PipelineRunner
+from stepserve.pipelines.serving.warm_up import warm_up
 
 from loadtests.engine_bench import (
     endings_into,
@@ -37,13 +44,6 @@ from loadtests.engine_bench import (
     over_neighbours,
     run_engine,
 )
-from service.domain.events import Accepted, Event, Failed, Finished
-from service.domain.requests import GenerationRequest
-from service.engine.engine import EngineOptions
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.warm_up import warm_up
 
 CONCURRENT = (1, 2, 4, 8, 16, 32, 64)
 ROW_COUNTS = (2, 8, 16, 32, 48, 64)

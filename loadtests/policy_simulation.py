@@ -3,7 +3,7 @@
     python -m loadtests.policy_simulation
 
 Requests arrive at random (Poisson), want one of two picture sizes and a number of steps, and step
-together as `service.engine.policy` decides. A forward takes what was measured for the 20 M UNet in
+together as `engine/scheduling/policy.py` decides. A forward takes what was measured for the 20 M UNet in
 bf16 on two cores; the larger size takes four times as long for the same rows. Everything is drawn
 from a seed, so that two policies meet the very same requests.
 """
@@ -19,9 +19,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from service.engine.call import Call, CallKey, ParkableMethod
-from service.engine.leaves import LeafKind
-from service.engine.policy import (
+from stepserve.engine.calls.arguments import LeafKind
+from stepserve.engine.calls.call import Call, CallKey, ParkableMethod
+from stepserve.engine.scheduling.policy import (
     POLICIES,
     Parked,
     Policy,

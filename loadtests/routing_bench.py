@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from stepserve.routing.ledger import Ledger
+from stepserve.routing.reports import Report
 
 from loadtests.routing.compare import BASELINES, CAPACITY, POLICY, Latencies, capacity, compare
 from loadtests.routing.simulator import COSTS, mixed_job
-from service.routing.ledger import Ledger
-from service.routing.reports import Report
 
 ALL = (*BASELINES, POLICY)
 LOADS = (0.3, 0.5, 0.7, 0.85, 0.95)
@@ -107,10 +107,10 @@ def report(
 
 Each request goes to the replica that should finish it first, with some concern for those that it
 would delay there. Work is counted in seconds of the
-learned cost model (`service/engine/cost.py`), not in requests: 100 steps of four guided pictures at
+learned cost model (`engine/scheduling/cost.py`), not in requests: 100 steps of four guided pictures at
 128 pixels are some two hundred times the work of 4 steps of a small one. And a request that fits
 what a replica is stepping already, in size and adapters, shares its forwards and costs less there.
-`service/routing/ledger.py` says how the seconds are counted; `service/deployments/router.py` is the
+`routing/ledger.py` says how the seconds are counted; `ray_serve/ingress/router.py` is the
 router that Ray Serve asks.
 
 The simulation drives that same code: replicas that step as the engine does, forward by forward,

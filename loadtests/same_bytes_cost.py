@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.probing.sharing_plan import FIXED_ROWS, SharingPlan
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 
 from loadtests.engine_bench import mixed_requests, run_engine
-from service.engine.engine import EngineOptions
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.sharing import FIXED_ROWS, SharingPlan
 
 GOAL = 0.15
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from stepserve.models.catalogue import EMBEDDED
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
-
-from service.models.catalogue import EMBEDDED
 
 
 def build_stable_diffusion(folder: Path, device: str) -> None:

@@ -19,15 +19,14 @@ from typing import Any
 
 import typer
 import yaml
-
-from service.cli import app
-from service.config import PREFIX, load_settings
+from stepserve.cli import app
+from stepserve.config import PREFIX, load_settings
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted(
     [
         REPOSITORY / "README.md",
-        REPOSITORY / "service" / "models" / "emoji" / "README.md",
+        REPOSITORY / "service" / "stepserve" / "models" / "emoji" / "README.md",
         *(REPOSITORY / "docs").rglob("*.md"),
     ]
 )

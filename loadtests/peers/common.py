@@ -73,7 +73,7 @@ class PeerSettings:
         cores = len(os.sched_getaffinity(0))
         return cls(
             port=int(os.environ.get("PEER_PORT", "8000")),
-            model=os.environ.get("PEER_MODEL", "service/models/emoji"),
+            model=os.environ.get("PEER_MODEL", "service/stepserve/models/emoji"),
             device=os.environ.get("PEER_DEVICE", "cpu"),
             threads=int(os.environ.get("PEER_THREADS", cores)),
             workers=int(os.environ.get("PEER_WORKERS", cores)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from service.routing.ledger import Ledger
-from service.routing.reports import Job, Report
+from stepserve.routing.ledger import Ledger
+from stepserve.routing.reports import Job, Report
 
 
 class CountingRouter:

@@ -1,7 +1,7 @@
 """A fleet of step-batching replicas, simulated forward by forward. No Ray, no model, seeded.
 
 Each replica steps as the engine does: the group goes on that holds the request with the least to
-do for what it asked (Smith's rule, see `service/engine/policy.py`), unless another has been held
+do for what it asked (Smith's rule, see `scheduling/policy.py`), unless another has been held
 up for too long; a forward holds what is active of one group, and requests that do not fit among
 the active rows wait, shortest first with ageing. The router in front sees of a replica only what it
 would see in service: what it sent and saw end itself, and reports that are `report_period_s` apart.
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from service.engine.policy import HOLD
-from service.routing.reports import Job, Report, StepCost
+from stepserve.engine.scheduling.policy import HOLD
+from stepserve.routing.reports import Job, Report, StepCost
 
 SIZES = ("64x64", "96x96", "128x128")
 COSTS = {

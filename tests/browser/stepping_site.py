@@ -19,12 +19,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "api"))
 
 from api_fakes import EMOJI, TIMINGS, FakeBackend, make_app
-
-from service.api import ApiSettings, ModelStatus
-from service.api.keys import ApiKey
-from service.domain.batch import BatchView, RequestInBatch, SharedForward
-from service.domain.errors import CancelledError
-from service.domain.events import (
+from stepserve.api import ApiSettings
+from stepserve.api.auth.keys import ApiKey
+from stepserve.domain.batch import BatchView, RequestInBatch, SharedForward
+from stepserve.domain.errors import CancelledError
+from stepserve.domain.events import (
     Accepted,
     EncodedImage,
     Event,
@@ -34,9 +33,10 @@ from service.domain.events import (
     Started,
     StepFinished,
 )
-from service.domain.guidance import CLASSIC
-from service.domain.requests import GenerationRequest, Task
-from service.domain.states import RequestState
+from stepserve.domain.guidance import CLASSIC
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.states import RequestState
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OPTIONS = [

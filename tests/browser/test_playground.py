@@ -18,15 +18,14 @@ import httpx
 import pytest
 from PIL import Image
 from stepping_site import SteppingBackend, picture, serve
-
-from service.api import ModelStatus
-from service.api.keys import ApiKey, hash_key
-from service.domain.errors import ServerFullError
-from service.domain.events import Failed
-from service.domain.guidance import CLASSIC, Guidance, StepWork
-from service.domain.models import SizeRange, StepRange
-from service.domain.requests import Task
-from service.pipelines.inputs import decode_inputs
+from stepserve.api.auth.keys import ApiKey, hash_key
+from stepserve.domain.errors import ServerFullError
+from stepserve.domain.events import Failed
+from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.models import SizeRange, StepRange
+from stepserve.domain.requests import Task
+from stepserve.pipelines.requests.inputs import decode_inputs
 
 WAIT_S = 20.0
 

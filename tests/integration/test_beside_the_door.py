@@ -18,15 +18,14 @@ import httpx
 import psutil
 import pytest
 from running_service import STEPSERVE, Service, free_port
-
-from service.models.catalogue import EMBEDDED
+from stepserve.models.catalogue import EMBEDDED
 
 SECURITY_PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (\d) \|", re.MULTILINE)
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # Whoever imports one of these leaves a mark, and then fails as nobody would want to.
 HOSTILE = (
-    *("aiohttp", "grpc", "json", "multiprocessing", "numpy", "psutil", "ray", "service"),
+    *("aiohttp", "grpc", "json", "multiprocessing", "numpy", "psutil", "ray", "stepserve"),
     *("setproctitle", "sitecustomize", "torch", "typer", "usercustomize", "yaml"),
 )
 # On loopback, where the service's Ray is; Ray would look elsewhere for it.

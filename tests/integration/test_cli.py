@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-from service import cli
-from service.models.catalogue import EMBEDDED
+from stepserve import cli
+from stepserve.models.catalogue import EMBEDDED
 
 
 def stepserve(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, "-m", "service.cli", *arguments],
+        [sys.executable, "-m", "stepserve.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=180,

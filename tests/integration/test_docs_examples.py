@@ -24,8 +24,7 @@ from doc_commands import (
     parse_stepserve,
 )
 from running_service import Service
-
-from service.models.catalogue import EMBEDDED
+from stepserve.models.catalogue import EMBEDDED
 
 ADDRESS = "http://127.0.0.1:8000"
 LONG = "takes minutes to hours; its suites run the same programs with less to do"

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from local_hub import REVISION, local_hub
-
-from service.models.catalogue import EMBEDDED
+from stepserve.models.catalogue import EMBEDDED
 
 HUB_ID = "somebody/emoji"
 
@@ -33,7 +32,7 @@ def stepserve(
     config = tmp_path / "stepserve.yaml"
     models = {"fetched": {"path": HUB_ID, "revision": revision}}
     config.write_text(yaml.safe_dump({"models": models}))
-    command = [sys.executable, "-m", "service.cli", *arguments, "--config", str(config)]
+    command = [sys.executable, "-m", "stepserve.cli", *arguments, "--config", str(config)]
     variables = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache")}
     return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
 

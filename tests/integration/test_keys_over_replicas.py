@@ -10,8 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from running_service import Service
-
-from service.api.keys import ApiKey, add_key, hash_key, new_key
+from stepserve.api.auth.keys import ApiKey, add_key, hash_key, new_key
 
 GENERATIONS = "/v1/images/generations"
 QUICK = {"prompt": "pizza", "num_inference_steps": 2}

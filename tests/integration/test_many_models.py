@@ -18,8 +18,7 @@ import pytest
 import yaml
 from local_hub import REVISION, LocalHub, local_hub
 from running_service import Service
-
-from service.models.catalogue import EMBEDDED
+from stepserve.models.catalogue import EMBEDDED
 
 GENERATIONS = "/v1/images/generations"
 PATIENCE_S = 180.0

@@ -17,8 +17,7 @@ from running_service import Service
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "deploy"))
 
 from monitoring_files import dashboard_queries
-
-from service.doctor import examine
+from stepserve.doctor import examine
 
 GENERATIONS = "/v1/images/generations"
 STEPS = 7

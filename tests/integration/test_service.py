@@ -21,10 +21,9 @@ import torch
 from chaos import INGRESS, REPLICA, processes_of
 from PIL import Image
 from running_service import Service
-
-from service.config import EngineSettings
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import load_model
+from stepserve.config import EngineSettings
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import load_model
 
 GENERATIONS = "/v1/images/generations"
 

@@ -144,7 +144,7 @@ def test_asked_twice_it_waits_for_nothing_and_still_tells_everybody(
 def test_a_signal_while_it_starts_ends_it_without_a_word_of_python(
     tmp_path: Path, number: signal.Signals, after_s: float
 ) -> None:
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(free_port())]
+    command = [sys.executable, "-m", "stepserve.cli", "serve", "--port", str(free_port())]
     log = tmp_path / "serve.log"
     with log.open("wb") as out:
         starting = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
@@ -167,7 +167,7 @@ def readiness_until(service: Service, status: int) -> str:
 def test_a_port_that_is_taken_is_refused_in_a_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
+        command = [sys.executable, "-m", "stepserve.cli", "serve", "--port", str(port)]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert (

@@ -13,8 +13,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from otlp_receiver import Received, over_grpc, over_http
 from running_service import Service
-
-from service.telemetry.tracing import HttpTraces, open_traces
+from stepserve.telemetry.tracing import HttpTraces, open_traces
 
 GENERATIONS = "/v1/images/generations"
 STEPS = 40

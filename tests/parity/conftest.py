@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from parity_cases import ForwardCounter, load_reference, rows_are_independent
-
-from service.engine.engine import EngineOptions
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner, SharingOptions
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 
 TEST_MODEL = "STEPSERVE_TEST_MODEL"
 

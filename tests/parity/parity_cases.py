@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-
-from service.domain.events import Event, Failed, Finished, StepFinished
-from service.domain.requests import GenerationRequest
-from service.domain.timings import Timings
-from service.engine.track import Work
-from service.pipelines.load import DTYPES
-from service.pipelines.runner import PipelineRunner
+from stepserve.domain.events import Event, Failed, Finished, StepFinished
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.timings import Timings
+from stepserve.engine.tracks.track import Work
+from stepserve.pipelines.loading.folders import DTYPES
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 PATIENCE_S = 240.0
 PROMPTS = ("red heart", "rocket on a blue background", "smiling cat face", "green leaf, noto")

@@ -22,17 +22,16 @@ import greenlet
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
+from stepserve.domain.errors import CancelledError
+from stepserve.domain.events import Event, Failed, Finished
+from stepserve.domain.requests import AdapterUse, GenerationRequest, Priority, RequestKey, Task
+from stepserve.engine.calls.arguments import content_digest
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.engine.tracks.track import TrackGreenlet
+from stepserve.pipelines.adapters.files import AdapterOptions
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.serving.runner import DEFAULT_SHARING, PipelineRunner, SharingOptions
 from torch import nn
-
-from service.domain.errors import CancelledError
-from service.domain.events import Event, Failed, Finished
-from service.domain.requests import AdapterUse, GenerationRequest, Priority, RequestKey, Task
-from service.engine.engine import EngineOptions
-from service.engine.leaves import content_digest
-from service.engine.track import TrackGreenlet
-from service.pipelines.adapter_files import AdapterOptions
-from service.pipelines.load import load_model
-from service.pipelines.runner import DEFAULT_SHARING, PipelineRunner, SharingOptions
 
 PATIENCE_S = 240.0
 TASKS = tuple(Task)

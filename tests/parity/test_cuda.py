@@ -16,14 +16,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from stepserve.config import SpeedSettings
+from stepserve.domain.events import Finished
+from stepserve.domain.requests import GenerationRequest
+from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 from loadtests.engine_bench import mixed_requests, plain_call, raw_pixels, run_engine
-from service.config import SpeedSettings
-from service.domain.events import Finished
-from service.domain.requests import GenerationRequest
-from service.models.catalogue import EMBEDDED
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

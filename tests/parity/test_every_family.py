@@ -15,10 +15,9 @@ import torch
 from families.catalogue import FAMILIES
 from families.examine import Findings, examine, make_trials
 from families.family import Family
-
-from service.pipelines.self_check import ENOUGH_ROWS, check_sharing
-from service.pipelines.sharing import plan_company
-from service.pipelines.verified import VERIFIED
+from stepserve.pipelines.facts.verified_families import VERIFIED
+from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, check_sharing
+from stepserve.pipelines.probing.sharing_plan import plan_company
 
 FLOAT64_BOUND = 1e-6
 FLOAT32_BOUND = 2e-4

@@ -22,10 +22,9 @@ from parity_cases import (
     submit_for_tensors,
 )
 from PIL import Image
-
-from service.domain.requests import GenerationRequest
-from service.pipelines.images import encode_image
-from service.pipelines.runner import PipelineRunner
+from stepserve.domain.requests import GenerationRequest
+from stepserve.pipelines.requests.images import encode_image
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 Serve = Callable[..., tuple[PipelineRunner, ForwardCounter]]
 Reference = Callable[[str], Any]

@@ -17,10 +17,9 @@ import pytest
 import same_bytes_cases
 from same_bytes_cases import CompanyWatch, RandomLoad, request_pool, save_adapters, serve_alone
 from same_bytes_cases import serving as serving_model
-
-from service.domain.requests import GenerationRequest
-from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.sharing import FIXED_ROWS, SharingPlan
+from stepserve.domain.requests import GenerationRequest
+from stepserve.pipelines.probing.sharing_plan import FIXED_ROWS, SharingPlan
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 
 Say = Callable[[str], None]
 Digests = dict[str, tuple[str, ...]]

@@ -22,20 +22,19 @@ from diffusers import DiffusionPipeline
 from families.catalogue import FAMILIES
 from families.family import Family
 from PIL import Image
-
-from service.domain.events import Event, Failed, Finished, StepFinished
-from service.domain.guidance import CLASSIC, Guidance, StepWork
-from service.domain.models import StepRange
-from service.domain.requests import GenerationRequest, Task
-from service.engine.engine import EngineOptions
-from service.pipelines import tasks
-from service.pipelines.capabilities import check_serves_prompts
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.signature import accepted_arguments, read_signature
-from service.pipelines.tasks import denoiser_calls, guidance_arguments
-from service.routing.reports import job_of
+from stepserve.domain.events import Event, Failed, Finished, StepFinished
+from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
+from stepserve.domain.models import StepRange
+from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines import tasks
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.capabilities import check_serves_prompts
+from stepserve.pipelines.facts.signature import accepted_arguments, read_signature
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.requests.call import denoiser_calls, guidance_arguments
+from stepserve.pipelines.serving.runner import PipelineRunner
+from stepserve.routing.reports import job_of
 
 STEPS, STRENGTH, SEED = 4, 0.5, 1
 LEVELS = 2

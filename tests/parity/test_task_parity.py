@@ -28,13 +28,12 @@ from parity_cases import (
     submit_for_files,
 )
 from PIL import Image, ImageDraw
-
-from service.domain.events import Finished
-from service.domain.requests import GenerationRequest, Task
-from service.engine.leaves import content_digest
-from service.engine.track import TrackGreenlet
-from service.pipelines.images import encode_image
-from service.pipelines.runner import PipelineRunner
+from stepserve.domain.events import Finished
+from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.engine.calls.arguments import content_digest
+from stepserve.engine.tracks.track import TrackGreenlet
+from stepserve.pipelines.requests.images import encode_image
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 Serve = Callable[..., tuple[PipelineRunner, ForwardCounter]]
 Reference = Callable[[str], Any]

@@ -10,7 +10,7 @@ import pytest
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service.cli", *arguments]
+    command = [sys.executable, "-m", "stepserve.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -31,7 +31,7 @@ def test_an_empty_configuration_is_told_when_the_service_starts(
 ) -> None:
     config = tmp_path / "stepserve.yaml"
     config.write_text(content)
-    command = [sys.executable, "-m", "service.cli", "serve", "-c", str(config)]
+    command = [sys.executable, "-m", "stepserve.cli", "serve", "-c", str(config)]
     # Refused right after it was read: other machines, and no keys.
     command += ["--host", "0.0.0.0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

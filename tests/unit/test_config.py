@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
-
-from service.config import (
+from stepserve.config import (
     ConfigError,
     EngineSettings,
     HttpSettings,

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from doc_commands import PAGES, REPOSITORY, SHELL, Block, Command, blocks, check, commands_of
 from doc_commands import mentions as mentions_of
-
-from service.config import ConfigError, Settings
+from stepserve.config import ConfigError, Settings
 
 
 def name_of(page: Path) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-
-from service.doctor import examine
+from stepserve.doctor import examine
 
 REFUSED = {"error": {"message": "the API key is wrong", "param": None}}
 

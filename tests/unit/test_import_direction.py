@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-SERVICE = Path(__file__).parents[2] / "service"
+SERVICE = Path(__file__).parents[2] / "service" / "stepserve"
 LEAVES = {"config", "telemetry", "private_files"}
-ANY_ROOM = {"domain", "engine", "routing", "pipelines", "api", "deployments", "models", "training"}
+ANY_ROOM = {"domain", "engine", "routing", "pipelines", "api", "ray_serve", "models", "training"}
 
 # Which rooms a room may read, itself and `domain` left out.
 MAY_READ = {
@@ -34,10 +34,10 @@ MAY_READ = {
     "api": LEAVES,
     "routing": set(),
     "training": LEAVES | {"models"},
-    "deployments": LEAVES | ANY_ROOM - {"training"},
+    "ray_serve": LEAVES | ANY_ROOM - {"training"},
     # The command line and what it prints are at the very top.
-    "cli": LEAVES | ANY_ROOM | {"first_picture", "doctor", "import_path"},
-    "first_picture": set(),
+    "cli": LEAVES | ANY_ROOM | {"first_image", "doctor", "import_path"},
+    "first_image": set(),
     "doctor": set(),
     "": set(),
 }
@@ -48,15 +48,15 @@ ONLY_IN = {
     "transformers": {"pipelines", "training", "cli"},
     "tokenizers": {"pipelines", "training"},
     "safetensors": {"pipelines", "training"},
-    "ray": {"deployments"},
-    "fastapi": {"api", "deployments"},
+    "ray": {"ray_serve"},
+    "fastapi": {"api", "ray_serve"},
     "starlette": {"api"},
     "greenlet": {"engine"},
     "torch": {"engine", "pipelines", "training"},
     "prometheus_client": {"telemetry"},
     "opentelemetry": {"telemetry"},
 }
-FASTAPI_IN_DEPLOYMENTS = {"deployments.ingress"}
+FASTAPI_IN_RAY_SERVE = {"ray_serve.ingress.ingress"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Import:
         return self.target.split(".")[0]
 
     def __str__(self) -> str:
-        return f"service.{self.module}:{self.line} imports {self.target}"
+        return f"stepserve.{self.module}:{self.line} imports {self.target}"
 
 
 def imports_of(source: str, module: str) -> Iterator[Import]:
@@ -93,16 +93,16 @@ def _targets(node: ast.AST, module: str) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
-        parents = f"service.{module}".split(".")[: -node.level] if node.level else []
+        parents = f"stepserve.{module}".split(".")[: -node.level] if node.level else []
         base = ".".join([*parents, *([node.module] if node.module else [])])
-        # `from service import engine` reads a room by its name.
-        return [f"{base}.{alias.name}" for alias in node.names] if base == "service" else [base]
+        # `from stepserve import engine` reads a room by its name.
+        return [f"{base}.{alias.name}" for alias in node.names] if base == "stepserve" else [base]
     return []
 
 
 def forbidden(found: Import) -> bool:
     """Whether an import goes against the rules."""
-    if found.library == "service":
+    if found.library == "stepserve":
         return _forbidden_room(found)
     if found.room == "domain":
         return found.library not in sys.stdlib_module_names
@@ -113,8 +113,8 @@ def forbidden(found: Import) -> bool:
     if found.room == "cli":
         # Lazily, so that `--help` is quick.
         return found.at_start
-    if (found.library, found.room) == ("fastapi", "deployments"):
-        return found.module not in FASTAPI_IN_DEPLOYMENTS
+    if (found.library, found.room) == ("fastapi", "ray_serve"):
+        return found.module not in FASTAPI_IN_RAY_SERVE
     return False
 
 
@@ -156,27 +156,30 @@ def test_rooms_form_no_cycle() -> None:
     ("module", "source"),
     [
         ("engine.track", "import diffusers"),
-        ("engine.track", "from service.pipelines import load"),
-        ("engine.track", "from service import pipelines"),
+        ("engine.track", "from stepserve.pipelines import load"),
+        ("engine.track", "from stepserve import pipelines"),
         ("engine.track", "from ..pipelines.load import load_model"),
         ("engine.track", "def f():\n    from transformers import CLIPTextModel"),
-        ("pipelines.load", "if TYPE_CHECKING:\n    from service.deployments.replica import R"),
-        ("pipelines.load", "from service.api.app import create_app"),
+        (
+            "pipelines.load",
+            "if TYPE_CHECKING:\n    from stepserve.ray_serve.replica.replica import R",
+        ),
+        ("pipelines.load", "from stepserve.api.app import create_app"),
         ("pipelines.load", "import ray.serve"),
-        ("api.app", "from service.engine.engine import Engine"),
+        ("api.app", "from stepserve.engine.loop.engine import Engine"),
         ("api.app", "import torch"),
         ("domain.errors", "import numpy"),
-        ("domain.errors", "from service.config import Settings"),
-        ("training.loop", "from service.pipelines.load import load_model"),
+        ("domain.errors", "from stepserve.config import Settings"),
+        ("training.loop", "from stepserve.pipelines.loading.folders import load_model"),
         ("deployments.replica", "from fastapi import FastAPI"),
         ("deployments.replica", "import diffusers"),
         ("cli", "import diffusers"),
-        ("models.catalogue", "from service.engine.engine import Engine"),
+        ("models.catalogue", "from stepserve.engine.loop.engine import Engine"),
         ("config", "import torch"),
         ("telemetry.catalogue", "import ray.util.metrics"),
-        ("telemetry.catalogue", "from service.engine.observer import ForwardReport"),
+        ("telemetry.catalogue", "from stepserve.engine.loop.observer import ForwardReport"),
         ("deployments.node_metrics", "import prometheus_client"),
-        ("config", "from service.engine.engine import EngineOptions"),
+        ("config", "from stepserve.engine.loop.engine import EngineOptions"),
     ],
 )
 def test_a_forbidden_import_is_caught(module: str, source: str) -> None:
@@ -186,14 +189,17 @@ def test_a_forbidden_import_is_caught(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("engine.track", "import torch, greenlet\nfrom service.domain.errors import X"),
+        ("engine.track", "import torch, greenlet\nfrom stepserve.domain.errors import X"),
         ("engine.track", "from .call import Call"),
-        ("pipelines.load", "import diffusers\nfrom service.engine.engine import Engine"),
-        ("pipelines.images", "from service import __version__"),
-        ("api.app", "import fastapi\nfrom service.config import Settings"),
-        ("deployments.ingress", "from fastapi import FastAPI\nfrom service.api.app import a"),
+        ("pipelines.load", "import diffusers\nfrom stepserve.engine.loop.engine import Engine"),
+        ("pipelines.images", "from stepserve import __version__"),
+        ("api.app", "import fastapi\nfrom stepserve.config import Settings"),
+        (
+            "ray_serve.ingress.ingress",
+            "from fastapi import FastAPI\nfrom stepserve.api.app import a",
+        ),
         ("cli", "def f():\n    import diffusers"),
-        ("domain.errors", "import json\nfrom service.domain.events import Event"),
+        ("domain.errors", "import json\nfrom stepserve.domain.events import Event"),
     ],
 )
 def test_allowed_imports_are_let_through(module: str, source: str) -> None:

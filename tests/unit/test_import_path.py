@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from service.import_path import PACKAGE_PARENT, leave_out_current_folder
+from stepserve.import_path import PACKAGE_PARENT, leave_out_current_folder
 
 # Started as Python's own helpers (multiprocessing, for example) are.
 LOOK = "import sys, json, multiprocessing.resource_tracker; print(json.__file__)"
@@ -82,6 +81,6 @@ def test_the_service_may_lie_in_the_current_folder(monkeypatch: pytest.MonkeyPat
 def test_commands_import_nothing_from_there(folder: Path, how: str, arguments: list[str]) -> None:
     # Python itself puts the folder first for `-m`, and a few modules are found before ours.
     script = Path(sys.executable).with_name("stepserve")
-    start = [str(script)] if how == "stepserve" else [sys.executable, "-m", "service.cli"]
+    start = [str(script)] if how == "stepserve" else [sys.executable, "-m", "stepserve.cli"]
     subprocess.run([*start, *arguments], check=True, capture_output=True)
     assert not (folder / "mark").exists()

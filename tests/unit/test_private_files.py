@@ -7,8 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-
-from service.private_files import (
+from stepserve.private_files import (
     NotPrivateError,
     check_not_writable_by_others,
     check_own,

@@ -9,25 +9,25 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
-
-from families.family import Family, Variation
-from service.engine.track import Stage
-from service.pipelines.lending import borrow
-from service.pipelines.parked_trials import parked_at
-from service.pipelines.self_check import (
+from stepserve.engine.tracks.track import Stage
+from stepserve.pipelines.copies.factory import borrow
+from stepserve.pipelines.probing.parked_calls import parked_at
+from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
     SharingReport,
     Trial,
     check_sharing,
     run_plainly,
 )
-from service.pipelines.sharing import (
+from stepserve.pipelines.probing.sharing_plan import (
     SharingPlan,
     calls_to_try,
     most_independent_rows,
     plan_company,
 )
+from torch import Tensor
+
+from families.family import Family, Variation
 
 STAGGERED = (0, 1, 3, 6)
 UNMERGED = replace(ENOUGH_ROWS, max_rows=1)

@@ -10,15 +10,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 
 import httpx
 from fastapi import FastAPI
-
-from service.api import ApiSettings, ModelStatus, create_app
-from service.api.access import Access
-from service.api.keys import ApiKey, KeyRing
-from service.api.results import ResultStore
-from service.api.usage import LocalUsage
-from service.domain.batch import BatchView
-from service.domain.errors import CancelledError
-from service.domain.events import (
+from stepserve.api import ApiSettings, create_app
+from stepserve.api.auth.access import Access
+from stepserve.api.auth.keys import ApiKey, KeyRing
+from stepserve.api.auth.usage import LocalUsage
+from stepserve.api.results.store import ResultStore
+from stepserve.domain.batch import BatchView
+from stepserve.domain.errors import CancelledError
+from stepserve.domain.events import (
     Accepted,
     EncodedImage,
     Event,
@@ -29,12 +28,13 @@ from service.domain.events import (
     Started,
     StepFinished,
 )
-from service.domain.fingerprint import Fingerprint
-from service.domain.models import ModelCapabilities, SizeRange
-from service.domain.progress import Progress
-from service.domain.request_log import NumberedEvent, RequestLog
-from service.domain.requests import GenerationRequest, RequestKey, Task
-from service.domain.timings import Timings
+from stepserve.domain.fingerprint import Fingerprint
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.models import ModelCapabilities, SizeRange
+from stepserve.domain.progress import Progress
+from stepserve.domain.request_log import NumberedEvent, RequestLog
+from stepserve.domain.requests import GenerationRequest, RequestKey, Task
+from stepserve.domain.timings import Timings
 
 FINGERPRINT = Fingerprint(
     weights="aa11",

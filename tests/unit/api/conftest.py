@@ -6,8 +6,7 @@ import httpx
 import pytest
 from api_fakes import FakeBackend, client_for, make_app
 from served import served
-
-from service.api.http_protocol import ConnectionLimits
+from stepserve.api.http.protocol import ConnectionLimits
 
 
 @pytest.fixture

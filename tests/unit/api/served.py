@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
-
-from service.api.http_protocol import ConnectionLimits
-from service.api.http_server import make_server
+from stepserve.api.http.protocol import ConnectionLimits
+from stepserve.api.http.server import make_server
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 

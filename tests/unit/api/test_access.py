@@ -21,14 +21,13 @@ from api_fakes import (
     raising,
 )
 from fastapi import FastAPI
-
-from service.api import ApiSettings, create_app
-from service.api.access import Access
-from service.api.keys import ApiKey, KeyRing, hash_key, new_key
-from service.api.usage import Answer, LocalUsage
-from service.domain.errors import GenerationFailedError, NotReadyError
-from service.domain.events import Event
-from service.domain.requests import GenerationRequest, Priority, RequestKey
+from stepserve.api import ApiSettings, create_app
+from stepserve.api.auth.access import Access
+from stepserve.api.auth.keys import ApiKey, KeyRing, hash_key, new_key
+from stepserve.api.auth.usage import Answer, LocalUsage
+from stepserve.domain.errors import GenerationFailedError, NotReadyError
+from stepserve.domain.events import Event
+from stepserve.domain.requests import GenerationRequest, Priority, RequestKey
 
 GENERATIONS = "/v1/images/generations"
 KEY, OTHER_KEY = new_key(), new_key()

@@ -12,11 +12,10 @@ import pytest
 from api_fakes import EMOJI, Blocking, FakeBackend, client_for, raising
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from service.api import ApiSettings, ModelStatus
-from service.api.errors import TABLE, error_response, kind_of
-from service.domain import errors as domain_errors
-from service.domain.errors import (
+from stepserve.api import ApiSettings
+from stepserve.api.errors import TABLE, error_response, kind_of
+from stepserve.domain import errors as domain_errors
+from stepserve.domain.errors import (
     CancelledError,
     ExpiredError,
     GenerationFailedError,
@@ -27,8 +26,9 @@ from service.domain.errors import (
     StepserveError,
     UnmeetableDeadlineError,
 )
-from service.domain.events import Failed, Outcome
-from service.domain.requests import GenerationRequest
+from stepserve.domain.events import Failed, Outcome
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import GenerationRequest
 
 URL = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}

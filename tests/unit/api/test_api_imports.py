@@ -5,9 +5,9 @@ import sys
 
 
 def test_the_http_door_needs_neither_ray_nor_torch():
-    code = "import sys, service.api, service.config; print(*sys.modules)"
+    code = "import sys, stepserve.api, stepserve.config; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
 
-    assert "service.api.app" in loaded
-    assert loaded.isdisjoint({"ray", "torch", "diffusers", "greenlet", "service.engine"})
+    assert "stepserve.api.app" in loaded
+    assert loaded.isdisjoint({"ray", "torch", "diffusers", "greenlet", "stepserve.engine"})

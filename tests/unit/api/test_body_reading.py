@@ -13,13 +13,12 @@ from typing import Any
 import httpx
 import pytest
 from api_fakes import SETTINGS, FakeBackend, client_for, make_app
-
-from service.api.body_reading import MAX_JSON_VALUES, SMALL_BYTES, Body, BodyBudget, BodyReader
-from service.api.content_coding import Plain
-from service.api.errors import SlowRequestError, TooManyBodiesError
-from service.api.head_limits import HeadLimits
-from service.api.keys import ApiKey, hash_key
-from service.api.settings import ApiSettings
+from stepserve.api.auth.keys import ApiKey, hash_key
+from stepserve.api.bodies.content_coding import Plain
+from stepserve.api.bodies.reading import MAX_JSON_VALUES, SMALL_BYTES, Body, BodyBudget, BodyReader
+from stepserve.api.errors import SlowRequestError, TooManyBodiesError
+from stepserve.api.http.head_limits import HeadLimits
+from stepserve.api.settings import ApiSettings
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from api_fakes import Blocking, FakeBackend, make_app
-
-from service.api import connection
-from service.api.connection import while_connected
-from service.api.errors import RequestTimedOutError
-from service.domain.errors import CancelledError
+from stepserve.api import connection
+from stepserve.api.errors import RequestTimedOutError
+from stepserve.api.http.connection import while_connected
+from stepserve.domain.errors import CancelledError
 
 URL = "/v1/images/generations"
 BODY = json.dumps({"prompt": "cat"}).encode()

@@ -13,13 +13,12 @@ from dataclasses import replace
 import pytest
 from api_fakes import Blocking, FakeBackend, finish, make_app
 from served import HEALTH, answer_in, connect, is_closed, read_all, read_answer, served
-
-from service.api.head_limits import HeadLimits
-from service.api.http_protocol import ConnectionLimits
-from service.api.notes import Exchange
-from service.api.settings import Observation
-from service.domain.events import Accepted, Event, Outcome
-from service.domain.requests import GenerationRequest
+from stepserve.api.exchange_context import Exchange
+from stepserve.api.http.head_limits import HeadLimits
+from stepserve.api.http.protocol import ConnectionLimits
+from stepserve.api.settings import Observation
+from stepserve.domain.events import Accepted, Event, Outcome
+from stepserve.domain.requests import GenerationRequest
 
 LIMITS = ConnectionLimits(
     HeadLimits(max_url_bytes=1000, max_header_bytes=4000, max_headers=20),

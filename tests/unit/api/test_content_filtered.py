@@ -11,10 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from api_fakes import FakeBackend, finish, raising, run_through
-
-from service.domain.errors import ContentFilteredError
-from service.domain.events import Event, Failed, Finished, Outcome, Preview
-from service.domain.requests import GenerationRequest
+from stepserve.domain.errors import ContentFilteredError
+from stepserve.domain.events import Event, Failed, Finished, Outcome, Preview
+from stepserve.domain.requests import GenerationRequest
 
 URL = "/v1/images/generations"
 MESSAGE = "the safety checker of model emoji withheld all images of the request"

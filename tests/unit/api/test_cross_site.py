@@ -5,8 +5,7 @@ import json
 import httpx
 import pytest
 from api_fakes import FakeBackend, client_for
-
-from service.api import ApiSettings
+from stepserve.api import ApiSettings
 
 PAGE = "https://page.example"
 GENERATIONS = "/v1/images/generations"

@@ -14,14 +14,14 @@ from api_fakes import EMOJI, FakeBackend, client_for
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-
-from service.api import ApiSettings, ModelStatus, inputs
-from service.api.inputs import nearest_size
-from service.api.uploads import UploadLimits
-from service.domain.errors import InvalidRequestError
-from service.domain.events import Event, Failed
-from service.domain.models import SizeRange
-from service.domain.requests import GenerationRequest, Task
+from stepserve.api import ApiSettings, inputs
+from stepserve.api.images.inputs import nearest_size
+from stepserve.api.inputs.uploads import UploadLimits
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.events import Event, Failed
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.models import SizeRange
+from stepserve.domain.requests import GenerationRequest, Task
 
 EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"

@@ -15,11 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpcore
 import pytest
-
-from service.api import fetch
-from service.api.fetch import FetchTurns, GuardedBackend, fetch_picture, is_public, resolve
-from service.api.uploads import UploadLimits
-from service.domain.errors import InvalidRequestError, ServerFullError
+from stepserve.api import fetch
+from stepserve.api.inputs.fetch import FetchTurns, GuardedBackend, fetch_picture, is_public, resolve
+from stepserve.api.inputs.uploads import UploadLimits
+from stepserve.domain.errors import InvalidRequestError, ServerFullError
 
 LIMITS = UploadLimits(urls=True, max_bytes=1000, fetch_timeout_s=5)
 FILE = b"a picture"

@@ -12,9 +12,9 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-
-from service.api import ApiSettings, ModelStatus
-from service.domain.requests import Task
+from stepserve.api import ApiSettings
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import Task
 
 CHECKS = [
     not_a_server_error,

@@ -10,12 +10,11 @@ from typing import Any, cast
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stepserve.api.http.head_limits import HeadLimits
+from stepserve.api.http.open_connections import OpenConnections
+from stepserve.api.http.protocol import ConnectionLimits, LimitedHttpProtocol
+from stepserve.api.http.refusals import Refusals
 from uvicorn.server import ServerState
-
-from service.api.head_limits import HeadLimits
-from service.api.http_protocol import ConnectionLimits, LimitedHttpProtocol
-from service.api.open_connections import OpenConnections
-from service.api.refusals import Refusals
 
 LIMITS = ConnectionLimits(HeadLimits(max_url_bytes=40, max_header_bytes=200, max_headers=8))
 

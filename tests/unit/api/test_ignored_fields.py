@@ -13,11 +13,10 @@ from api_fakes import EMOJI, FakeBackend
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-
-from service.api import ModelStatus
-from service.api.bodies import AS_EVER, MAX_UNKNOWN_FIELDS, hint
-from service.api.schemas import EditRequest, ImageRequest
-from service.domain.requests import Task
+from stepserve.api.bodies.fields import AS_EVER, MAX_UNKNOWN_FIELDS, hint
+from stepserve.api.bodies.schemas import EditRequest, ImageRequest
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import Task
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"

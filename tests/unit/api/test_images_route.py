@@ -7,9 +7,8 @@ from dataclasses import asdict, replace
 import httpx
 import pytest
 from api_fakes import EMOJI, FINGERPRINT, TIMINGS, FakeBackend
-
-from service.api import ModelStatus
-from service.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Priority
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Priority
 
 URL = "/v1/images/generations"
 

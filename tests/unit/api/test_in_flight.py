@@ -10,10 +10,9 @@ import httpx
 import pytest
 from api_fakes import Blocking, FakeBackend, finish, make_app
 from fastapi import FastAPI
-
-from service.api.in_flight import InFlight
-from service.domain.events import Accepted, Event, Outcome
-from service.domain.requests import GenerationRequest
+from stepserve.api.http.in_flight import InFlight
+from stepserve.domain.events import Accepted, Event, Outcome
+from stepserve.domain.requests import GenerationRequest
 
 URL = "/v1/images/generations"
 

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.api.keys import (
+from stepserve.api.auth.keys import (
     ANYBODY,
     PREFIX,
     ApiKey,
@@ -24,8 +23,8 @@ from service.api.keys import (
     new_key,
     read_keys,
 )
-from service.domain.errors import InvalidRequestError
-from service.domain.requests import Priority
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.requests import Priority
 
 SHA = "0" * 64
 OWN_KEY = "an-operators-own-key-of-some-length"

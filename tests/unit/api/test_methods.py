@@ -7,16 +7,15 @@ import httpx
 import pytest
 from api_fakes import SETTINGS, FakeBackend, client_for, make_app, make_store
 from served import connect, read_all, served
-
-from service.api import ApiSettings, create_app
-from service.api.access import Access
-from service.api.http_protocol import ConnectionLimits
-from service.api.keys import KeyRing
-from service.api.notes import Exchange
-from service.api.settings import Observation
-from service.api.usage import LocalUsage
-from service.domain.events import Accepted, Event
-from service.domain.requests import GenerationRequest
+from stepserve.api import ApiSettings, create_app
+from stepserve.api.auth.access import Access
+from stepserve.api.auth.keys import KeyRing
+from stepserve.api.auth.usage import LocalUsage
+from stepserve.api.exchange_context import Exchange
+from stepserve.api.http.protocol import ConnectionLimits
+from stepserve.api.settings import Observation
+from stepserve.domain.events import Accepted, Event
+from stepserve.domain.requests import GenerationRequest
 
 PAGE = "https://page.example"
 PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}

@@ -5,9 +5,8 @@ from dataclasses import asdict, replace
 import httpx
 import pytest
 from api_fakes import EMOJI, FINGERPRINT, FakeBackend
-
-from service import __version__
-from service.api import ModelStatus
+from stepserve import __version__
+from stepserve.domain.model_status import ModelStatus
 
 GENERATIONS = "/v1/images/generations"
 LOADING = ModelStatus(replace(EMOJI, id="sd"), ready=False, detail="loading weights")

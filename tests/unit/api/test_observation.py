@@ -10,16 +10,16 @@ from dataclasses import replace
 import httpx
 import pytest
 from api_fakes import EMOJI, SETTINGS, Blocking, FakeBackend, make_store, raising
-
-from service.api import ModelStatus, create_app
-from service.api.access import Access
-from service.api.access_log import AccessLog
-from service.api.keys import ApiKey, KeyRing, hash_key
-from service.api.notes import Exchange
-from service.api.settings import Observation
-from service.api.usage import LocalUsage
-from service.domain.errors import GenerationFailedError, ServerFullError
-from service.telemetry.logs import JsonFormatter
+from stepserve.api import create_app
+from stepserve.api.auth.access import Access
+from stepserve.api.auth.keys import ApiKey, KeyRing, hash_key
+from stepserve.api.auth.usage import LocalUsage
+from stepserve.api.exchange_context import Exchange
+from stepserve.api.observe.access_log import AccessLog
+from stepserve.api.settings import Observation
+from stepserve.domain.errors import GenerationFailedError, ServerFullError
+from stepserve.domain.model_status import ModelStatus
+from stepserve.telemetry.logs import JsonFormatter
 
 GENERATIONS = "/v1/images/generations"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -125,7 +125,7 @@ async def test_a_stream_that_fails_is_no_success():
     watched = Watched()
 
     async def fail(request):
-        from service.domain.events import Accepted, Failed
+        from stepserve.domain.events import Accepted, Failed
 
         yield Accepted(request.id, 0, 0.5)
         yield Failed(request.id, GenerationFailedError("no"))
@@ -162,7 +162,7 @@ async def test_one_access_line_without_the_prompt(caplog: pytest.LogCaptureFixtu
     caplog.set_level(logging.INFO)
     await Watched().post({"X-Request-ID": "mine"}, prompt="a secret wish", seed=1)
 
-    (record,) = [r for r in caplog.records if r.name == "service.api.access_log"]
+    (record,) = [r for r in caplog.records if r.name == "stepserve.api.observe.access_log"]
     line = JsonFormatter().format(record)
     told = json.loads(line)
     assert "secret wish" not in line
@@ -186,4 +186,4 @@ async def test_probes_are_quiet(caplog: pytest.LogCaptureFixture):
     for url in ("/healthz", "/readyz", "/metrics", "/playground/api.js"):
         await watched.client.get(url)
 
-    assert [r for r in caplog.records if r.name == "service.api.access_log"] == []
+    assert [r for r in caplog.records if r.name == "stepserve.api.observe.access_log"] == []

@@ -5,8 +5,7 @@ import resource
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.api.open_connections import (
+from stepserve.api.http.open_connections import (
     RESERVED_DESCRIPTORS,
     OpenConnections,
     affordable_connections,

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 from api_fakes import EMOJI, FakeBackend, raising
-
-from service.api import ModelStatus
-from service.domain.errors import GenerationFailedError, ServerFullError
+from stepserve.domain.errors import GenerationFailedError, ServerFullError
+from stepserve.domain.model_status import ModelStatus
 
 
 @pytest.fixture

@@ -21,10 +21,9 @@ from openai.types import (
     image_generate_params,
 )
 from running_clients import picture
-
-from service.api import ModelStatus
-from service.domain.models import SizeRange
-from service.domain.requests import Task
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.models import SizeRange
+from stepserve.domain.requests import Task
 
 # Of the client itself; they send nothing of their own, or what a user makes up.
 OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}

@@ -10,9 +10,8 @@ import openai
 import pytest
 from api_fakes import EMOJI, FakeBackend
 from running_clients import picture, run_javascript
-
-from service.api import ModelStatus
-from service.domain.requests import Task
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import Task
 
 
 @pytest.fixture

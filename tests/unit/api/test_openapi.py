@@ -11,9 +11,8 @@ import pytest
 from api_fakes import FakeBackend, make_app
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
-
-from service.api.answers import ErrorAnswer, ImagesAnswer
-from service.api.schemas import ImageRequest
+from stepserve.api.bodies.schemas import ImageRequest
+from stepserve.api.images.responses import ErrorAnswer, ImagesAnswer
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from api_fakes import EMOJI, FakeBackend
 from running_clients import run_javascript, run_python
-
-from service.api import ModelStatus
-from service.domain.requests import Task
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import Task
 
 ALIASES = ("dall-e-2", "dall-e-3", "gpt-image-1")
 

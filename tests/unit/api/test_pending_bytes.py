@@ -10,13 +10,13 @@ import pytest
 from api_fakes import EMOJI, Blocking, FakeBackend, client_for
 from hypothesis import given
 from hypothesis import strategies as st
+from stepserve.api import ApiSettings
+from stepserve.api.bodies.pending_bytes import BodyTurns, PendingBytes
+from stepserve.api.inputs.uploads import UploadLimits
+from stepserve.domain.errors import ServerFullError
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import Task
 from test_edits_route import EDITS, picture
-
-from service.api import ApiSettings, ModelStatus
-from service.api.pending_bytes import BodyTurns, PendingBytes
-from service.api.uploads import UploadLimits
-from service.domain.errors import ServerFullError
-from service.domain.requests import Task
 
 LARGE = 100_000
 

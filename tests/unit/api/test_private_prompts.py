@@ -10,10 +10,10 @@ import httpx
 import pytest
 from api_fakes import EMOJI, FakeBackend, client_for, raising
 from PIL import Image
-
-from service.api import ApiSettings, ModelStatus
-from service.domain.errors import GenerationFailedError, ServerFullError
-from service.domain.requests import Task
+from stepserve.api import ApiSettings
+from stepserve.domain.errors import GenerationFailedError, ServerFullError
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import Task
 
 SECRET = "zebra crossing moonlight"
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"

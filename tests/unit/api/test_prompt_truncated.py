@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import httpx
 from api_fakes import FakeBackend, finish, run_through
-
-from service.domain.events import CutPrompt, Event, Finished, Outcome
-from service.domain.requests import GenerationRequest
+from stepserve.domain.events import CutPrompt, Event, Finished, Outcome
+from stepserve.domain.requests import GenerationRequest
 
 URL = "/v1/images/generations"
 CUTS = (

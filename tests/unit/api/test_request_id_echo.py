@@ -4,8 +4,7 @@ import re
 
 import httpx
 from api_fakes import TIMINGS, FakeBackend, client_for
-
-from service.api import ApiSettings
+from stepserve.api import ApiSettings
 
 
 async def test_the_id_can_be_left_to_a_proxy(backend: FakeBackend):

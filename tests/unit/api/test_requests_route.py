@@ -11,12 +11,11 @@ from typing import Any
 import httpx
 import pytest
 from api_fakes import Blocking, FakeBackend
-
-from service.api.routes import requests
-from service.domain.batch import BatchView, RequestInBatch, SharedForward
-from service.domain.events import Accepted, StepFinished
-from service.domain.requests import RequestKey
-from service.domain.states import RequestState
+from stepserve.api.routes import requests
+from stepserve.domain.batch import BatchView, RequestInBatch, SharedForward
+from stepserve.domain.events import Accepted, StepFinished
+from stepserve.domain.requests import RequestKey
+from stepserve.domain.states import RequestState
 
 URL = "/v1/images/generations"
 

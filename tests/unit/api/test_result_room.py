@@ -13,13 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 from api_fakes import SETTINGS, FakeBackend
-
-from service.api import create_app
-from service.api.access import Access
-from service.api.keys import KeyRing
-from service.api.result_room import ResultsUnavailableError
-from service.api.results import ResultStore, open_store
-from service.api.usage import LocalUsage
+from stepserve.api import create_app
+from stepserve.api.auth.access import Access
+from stepserve.api.auth.keys import KeyRing
+from stepserve.api.auth.usage import LocalUsage
+from stepserve.api.results.space import ResultsUnavailableError
+from stepserve.api.results.store import ResultStore, open_store
 
 URL = "/v1/images/generations"
 WANTS_LINK = {"prompt": "cat", "response_format": "url"}
@@ -139,7 +138,7 @@ async def test_other_storage_is_tried_again_a_while_after_it_has_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     now_s = 0.0
-    monkeypatch.setattr("service.api.results.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("stepserve.api.results.store.time.monotonic", lambda: now_s)
     store = ResultStore(f"memory://{tmp_path}", 60, b"s")
     await store.check()
     # What a bucket is to an object store: a file where the prefix should be.

@@ -13,10 +13,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 from api_fakes import FakeBackend
-
-from service.api import results
-from service.api.result_room import ResultsUnavailableError
-from service.api.results import (
+from stepserve.api import results
+from stepserve.api.results.space import ResultsUnavailableError
+from stepserve.api.results.store import (
     LinkExpiredError,
     ResultNotFoundError,
     ResultStore,

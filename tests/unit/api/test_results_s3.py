@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 from api_fakes import Clock
-
-from service.api.results import LinkExpiredError, ResultNotFoundError, ResultStore, open_store
+from stepserve.api.results.store import (
+    LinkExpiredError,
+    ResultNotFoundError,
+    ResultStore,
+    open_store,
+)
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
 moto = pytest.importorskip("moto.server", reason="moto is not installed")

@@ -11,10 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from api_fakes import FakeBackend, raising, run_through
-
-from service.domain.errors import CancelledError, GenerationFailedError, ServerFullError
-from service.domain.events import Accepted, Event, Failed
-from service.domain.requests import GenerationRequest
+from stepserve.domain.errors import CancelledError, GenerationFailedError, ServerFullError
+from stepserve.domain.events import Accepted, Event, Failed
+from stepserve.domain.requests import GenerationRequest
 
 URL = "/v1/images/generations"
 

@@ -8,14 +8,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import format_span_id, format_trace_id
-
-from service.api import create_app
-from service.api.access import Access
-from service.api.keys import KeyRing
-from service.api.notes import Exchange
-from service.api.settings import Observation
-from service.api.usage import LocalUsage
-from service.telemetry.tracing import HttpTraces
+from stepserve.api import create_app
+from stepserve.api.auth.access import Access
+from stepserve.api.auth.keys import KeyRing
+from stepserve.api.auth.usage import LocalUsage
+from stepserve.api.exchange_context import Exchange
+from stepserve.api.settings import Observation
+from stepserve.telemetry.tracing import HttpTraces
 
 GENERATIONS = "/v1/images/generations"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-
-from service.api.uploads import UploadLimits, read_upload
-from service.domain.errors import InvalidRequestError
+from stepserve.api.inputs.uploads import UploadLimits, read_upload
+from stepserve.domain.errors import InvalidRequestError
 
 LIMITS = UploadLimits(max_bytes=100_000, max_pixels=40_000)
 

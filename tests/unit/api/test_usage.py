@@ -8,9 +8,16 @@ import pytest
 from api_fakes import Clock
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.api.keys import ApiKey
-from service.api.usage import LEASE_S, MINUTE_S, Grant, LocalUsage, Rate, Refusal, UsageLedger
+from stepserve.api.auth.keys import ApiKey
+from stepserve.api.auth.usage import (
+    LEASE_S,
+    MINUTE_S,
+    Grant,
+    LocalUsage,
+    Rate,
+    Refusal,
+    UsageLedger,
+)
 
 
 @pytest.fixture

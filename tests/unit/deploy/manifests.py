@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from monitoring_files import ROOT
-
-from service.config import Settings
-from service.deployments.cluster_app import settings_from
+from stepserve.config import Settings
+from stepserve.ray_serve.cluster_app import settings_from
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 OVERLAYS = ("cpu-dev", "gpu", "high-availability", "incremental-upgrade", "queueing")

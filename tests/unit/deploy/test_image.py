@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from monitoring_files import ROOT
-
-from service.config import load_settings
+from stepserve.config import load_settings
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())

@@ -8,10 +8,9 @@ import pytest
 import yaml
 from manifests import FOLDER, OVERLAYS, groups, pods, ray_service, serve_config, settings_of
 from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
+from stepserve.ray_serve.applications import INGRESS_APPLICATION, model_application
 
-from service.deployments.applications import INGRESS_APPLICATION, model_application
-
-APP = "service.deployments.cluster_app"
+APP = "stepserve.ray_serve.cluster_app"
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 MARGIN_S = 15
 

@@ -19,8 +19,7 @@ from monitoring_files import (
     names_in,
     rules,
 )
-
-from service.telemetry.catalogue import METRICS, Kind
+from stepserve.telemetry.catalogue import METRICS, Kind
 
 PANEL_NAMES = {"Stepserve": "stepserve"}
 

@@ -27,10 +27,9 @@ from manifests import (
     walk,
 )
 from monitoring_files import ROOT
-
-from service import __version__
-from service.api.routes import health
-from service.deployments.cluster_app import settings_from
+from stepserve import __version__
+from stepserve.api.routes import health
+from stepserve.ray_serve.cluster_app import settings_from
 
 GUIDE = (ROOT / "docs" / "operations.md").read_text()
 LEAST_RAY_WITH_TOKENS = (2, 52)

@@ -9,9 +9,8 @@ from manifests import OVERLAYS, cluster, settings_of
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _generate_available_node_types_from_ray_cr_spec as node_types_of,
 )
-
-from service.config import Settings
-from service.deployments.application import INGRESS_CPUS, model_target, most_replicas
+from stepserve.config import Settings
+from stepserve.ray_serve.application import INGRESS_CPUS, model_target, most_replicas
 
 AUTOSCALED = ("gpu", "high-availability", "incremental-upgrade")
 FIXED = tuple(overlay for overlay in OVERLAYS if overlay not in AUTOSCALED)

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
-
-from service.domain.errors import InvalidRequestError
-from service.domain.file_parts import MOST_PARTS
-from service.domain.image_files import FORMATS, ImageFile, read_image_file
-from service.domain.jpeg_files import MOST_SCANS
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.image_files.jpeg import MOST_SCANS
+from stepserve.domain.image_files.parts import MOST_PARTS
+from stepserve.domain.image_files.structure import FORMATS, ImageFile, read_image_file
 
 SIZE = (24, 16)
 ORIENTATION = 0x0112

@@ -6,11 +6,16 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.errors import InvalidRequestError
-from service.domain.limits import MAX_SEED, check_adapter_names, check_request, did_you_mean, shown
-from service.domain.models import ModelCapabilities, SizeRange
-from service.domain.requests import AdapterUse, GenerationRequest, Task
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.limits import (
+    MAX_SEED,
+    check_adapter_names,
+    check_request,
+    did_you_mean,
+    shown,
+)
+from stepserve.domain.models import ModelCapabilities, SizeRange
+from stepserve.domain.requests import AdapterUse, GenerationRequest, Task
 
 MODEL = ModelCapabilities(
     id="emoji",

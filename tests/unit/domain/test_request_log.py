@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.errors import (
+from stepserve.domain.errors import (
     CancelledError,
     ExpiredError,
     GenerationFailedError,
     RequestIdInUseError,
     StoppedError,
 )
-from service.domain.events import (
+from stepserve.domain.events import (
     Accepted,
     EncodedImage,
     Event,
@@ -23,10 +22,10 @@ from service.domain.events import (
     Started,
     StepFinished,
 )
-from service.domain.request_log import MOST_REPLAYABLE, RequestLog
-from service.domain.requests import GenerationRequest, RequestKey
-from service.domain.states import RequestState, is_terminal
-from service.domain.timings import Timings
+from stepserve.domain.request_log import MOST_REPLAYABLE, RequestLog
+from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.domain.states import RequestState, is_terminal
+from stepserve.domain.timings import Timings
 
 
 class Clock:

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from engine_fakes import Denoiser, Ear, Job, Modules, job_work
-
-from service.domain.errors import RefusedError
-from service.engine.engine import Engine, EngineOptions
-from service.engine.track import Work
+from stepserve.domain.errors import RefusedError
+from stepserve.engine.loop.engine import Engine, EngineOptions
+from stepserve.engine.tracks.track import Work
 
 STEPS = {4: 0.25, 10: 0.25, 20: 0.35, 50: 0.15}
 GUIDED = 0.8

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from stepserve.domain.timings import Timings
+from stepserve.engine.calls.call import Call, ParkableMethod, make_call
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
+from stepserve.engine.tracks.interception import make_parkable
+from stepserve.engine.tracks.track import Track, Work
 from torch import Tensor, nn
-
-from service.domain.timings import Timings
-from service.engine.batcher import Batcher
-from service.engine.call import Call, ParkableMethod, make_call
-from service.engine.parking import make_parkable
-from service.engine.policy import SHORTEST_FIRST, Policy
-from service.engine.track import Track, Work
 
 WIDTH = 4
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.errors import ServerFullError
-from service.engine.admission import MINIMUM_RETRY_S, Ending, Load, check_room, load_of
+from stepserve.domain.errors import ServerFullError
+from stepserve.engine.scheduling.admission import MINIMUM_RETRY_S, Ending, Load, check_room, load_of
 
 endings = st.lists(st.builds(Ending, st.floats(0, 1e6), st.integers(1, 8)), min_size=1, max_size=20)
 

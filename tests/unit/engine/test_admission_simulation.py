@@ -6,10 +6,9 @@ from functools import cache
 
 import pytest
 from door_simulation import Door, Score, Traffic, capacity_per_s
-
-from service.domain.errors import ServerFullError, UnmeetableDeadlineError
-from service.engine.engine import Engine
-from service.engine.margin import Margin
+from stepserve.domain.errors import ServerFullError, UnmeetableDeadlineError
+from stepserve.engine.loop.engine import Engine
+from stepserve.engine.scheduling.lateness import Margin
 
 SEEDS = (1, 2, 3, 4, 5)
 WITHOUT_DEADLINE = 0.3

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from engine_fakes import WIDTH, Bench, FakeClock, Job, PoisonedError, alone, make_work
-
-from service.domain.errors import CancelledError
-from service.domain.requests import RequestKey
+from stepserve.domain.errors import CancelledError
+from stepserve.domain.requests import RequestKey
 
 DECODE_S = 0.2
 

@@ -7,11 +7,10 @@ import torch
 from engine_fakes import Bench, Ear, Job, alone, job_work, make_work
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.errors import CancelledError
-from service.domain.requests import RequestKey
-from service.engine.engine import EngineOptions
-from service.engine.narrowing import Narrowing
+from stepserve.domain.errors import CancelledError
+from stepserve.domain.requests import RequestKey
+from stepserve.engine.calls.guidance_interval import Narrowing
+from stepserve.engine.loop.engine import EngineOptions
 
 
 def assert_same(ear: Ear, job: Job) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from engine_fakes import tensor_call
-
-from service.engine.call import MOST_KNOWN_KEYS, ParkableMethod, count_rows
-from service.engine.leaves import ArgumentRules, LeafKind, classify
+from stepserve.engine.calls.arguments import ArgumentRules, LeafKind, classify
+from stepserve.engine.calls.call import MOST_KNOWN_KEYS, ParkableMethod, count_rows
 
 SAMPLE = torch.zeros(2, 3)
 

@@ -12,11 +12,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from engine_fakes import tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
+from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.calls.call import ParkableMethod
+from stepserve.engine.calls.stacking import UnsplittableError, split, stack
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-from service.engine.call import ParkableMethod
-from service.engine.coalesce import UnsplittableError, split, stack
-from service.engine.leaves import ArgumentRules
 
 Pair = namedtuple("Pair", ["left", "right"])
 

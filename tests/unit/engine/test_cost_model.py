@@ -5,8 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.engine.cost import CostModel
+from stepserve.engine.scheduling.cost import CostModel
 
 SHAPE = ("unet.forward", (4, 8, 8))
 measurements = st.lists(

@@ -13,13 +13,13 @@ import pytest
 from engine_fakes import Ear, Job, Modules, job_work
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.errors import RefusedError, ServerFullError, UnmeetableDeadlineError
-from service.engine.admission import MINIMUM_RETRY_S, check_deadline, check_promises
-from service.engine.engine import STALE_S, Engine, EngineOptions
-from service.engine.forecast import Device, Prospect
-from service.engine.forecast import Job as Expected
-from service.engine.margin import FIRST_SHARE, FORWARDS_AHEAD, MOST_SHARE, Foretold, Margin
+from stepserve.domain.errors import RefusedError, ServerFullError, UnmeetableDeadlineError
+from stepserve.engine.loop.engine import STALE_S, Engine, EngineOptions
+from stepserve.engine.scheduling.admission import MINIMUM_RETRY_S, check_deadline, check_promises
+from stepserve.engine.scheduling.forecast import Device, Prospect
+from stepserve.engine.scheduling.forecast import Job as Expected
+from stepserve.engine.scheduling.lateness import FIRST_SHARE, FORWARDS_AHEAD, MOST_SHARE, Margin
+from stepserve.engine.tracks.prediction import Foretold
 
 STEP_S = 0.012
 

@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import torch
 from engine_fakes import Ear, Job, Modules, alone, job_work, make_work
-
-from service.domain.errors import (
+from stepserve.domain.errors import (
     ExpiredError,
     GenerationFailedError,
     NotReadyError,
     ServerFullError,
     StoppedError,
 )
-from service.domain.requests import RequestKey
-from service.domain.timings import Timings
-from service.engine.engine import Engine, EngineOptions
-from service.engine.parking import make_parkable
-from service.engine.policy import STRICT_FIFO
+from stepserve.domain.requests import RequestKey
+from stepserve.domain.timings import Timings
+from stepserve.engine.loop.engine import Engine, EngineOptions
+from stepserve.engine.scheduling.policy import STRICT_FIFO
+from stepserve.engine.tracks.interception import make_parkable
 
 PATIENCE_S = 20.0
 
@@ -413,7 +412,7 @@ def test_every_request_of_500_random_lives_is_answered_exactly_once(
     engines: Callable[..., Engine], modules: Modules, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Four threads submit, cancel and fail at random while a fifth drains and stops the engine."""
-    caplog.set_level(logging.CRITICAL, "service.engine.track")
+    caplog.set_level(logging.CRITICAL, "stepserve.engine.tracks.track")
     crowd = Crowd(engines(max_rows=12, max_waiting_pictures=100_000), modules)
     threads = [threading.Thread(target=crowd.live, args=(number,)) for number in range(4)]
     for thread in threads:

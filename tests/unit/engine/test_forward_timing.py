@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from engine_fakes import Bench, FakeClock, Job, alone
-
-from service.engine.forward_timing import WallTiming, timing_for
-from service.engine.track import Track
+from stepserve.engine.loop.timing import WallTiming, timing_for
+from stepserve.engine.tracks.track import Track
 
 DEVICE_S = 0.25
 

@@ -12,13 +12,12 @@ import greenlet
 import pytest
 import torch
 from engine_fakes import Bench, Ear, FakeClock, Job, Modules, PoisonedError, alone, make_work
-
-from service.domain.errors import CancelledError, GenerationFailedError
-from service.domain.requests import RequestKey
-from service.domain.states import RequestState
-from service.engine.batcher import Batcher
-from service.engine.parking import make_parkable
-from service.engine.track import Track, as_stepserve_error
+from stepserve.domain.errors import CancelledError, GenerationFailedError
+from stepserve.domain.requests import RequestKey
+from stepserve.domain.states import RequestState
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.tracks.interception import make_parkable
+from stepserve.engine.tracks.track import Track, as_stepserve_error
 
 
 def finished_as_alone(ear: Ear, job: Job) -> bool:
@@ -266,7 +265,7 @@ def test_nothing_is_kept_of_a_request_that_ended(
 ) -> None:
     """Neither its track, nor its greenlet, nor the tensors in its frames; without a collection."""
     # pytest would keep the records, and their tracebacks the frames.
-    caplog.set_level(logging.CRITICAL, "service.engine.track")
+    caplog.set_level(logging.CRITICAL, "stepserve.engine.tracks.track")
     modules = Modules()
     ended: list[str] = []
     batcher = Batcher(clock=modules.clock, on_ended=lambda track: ended.append(track.work.id))

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import torch
 from engine_fakes import Ear, FakeClock
+from stepserve.engine.calls.output_cache import Memo, content_key
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.tracks.interception import make_parkable
+from stepserve.engine.tracks.track import Track, Work
 from torch import Tensor, nn
-
-from service.engine.batcher import Batcher
-from service.engine.memo import Memo, content_key
-from service.engine.parking import make_parkable
-from service.engine.track import Track, Work
 
 
 class Counting(nn.Module):

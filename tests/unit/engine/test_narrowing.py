@@ -5,8 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-from service.engine.narrowing import Narrowing, NarrowingError
+from stepserve.engine.calls.guidance_interval import Narrowing, NarrowingError
 
 NOTHING: frozenset[str] = frozenset()
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 from engine_fakes import Bench, Job
-
-from service.domain.errors import CancelledError
-from service.domain.states import RequestState
-from service.engine.observer import ForwardReport, WorkReport
+from stepserve.domain.errors import CancelledError
+from stepserve.domain.states import RequestState
+from stepserve.engine.loop.observer import ForwardReport, WorkReport
 
 
 class Watcher:

@@ -10,10 +10,9 @@ from functools import partial
 import pytest
 import torch
 from engine_fakes import Bench, Denoiser, Ear, Job, Modules, job_work, make_work
-
-from service.engine.forecast import Device, finish_times_s
-from service.engine.forecast import Job as Expected
-from service.engine.track import Track
+from stepserve.engine.scheduling.forecast import Device, finish_times_s
+from stepserve.engine.scheduling.forecast import Job as Expected
+from stepserve.engine.tracks.track import Track
 
 
 def device(max_active_rows: int = 32, limit: int = 32, max_group_rows: int = 32) -> Device:

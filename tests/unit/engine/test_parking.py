@@ -5,8 +5,7 @@ import inspect
 import pytest
 import torch
 from engine_fakes import Bench, make_work
-
-from service.engine.parking import make_parkable
+from stepserve.engine.tracks.interception import make_parkable
 
 
 class Doubler(torch.nn.Module):

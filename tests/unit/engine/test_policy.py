@@ -12,10 +12,9 @@ import torch
 from engine_fakes import tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.requests import Priority
-from service.engine.call import CallKey, ParkableMethod
-from service.engine.policy import (
+from stepserve.domain.requests import Priority
+from stepserve.engine.calls.call import CallKey, ParkableMethod
+from stepserve.engine.scheduling.policy import (
     DUE_TIME,
     HOLD,
     KINDS_AT_WORK,

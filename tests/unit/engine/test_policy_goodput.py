@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from stepserve.engine.scheduling.policy import DUE_TIME, SHORTEST_FIRST, STRICT_FIFO, Policy
 
 from loadtests.policy_simulation import (
     MEASURED_S,
@@ -16,7 +17,6 @@ from loadtests.policy_simulation import (
     one_at_a_time,
     rate_alone,
 )
-from service.engine.policy import DUE_TIME, SHORTEST_FIRST, STRICT_FIFO, Policy
 
 TWO_SIZES = Mix({"small": 0.7, "large": 0.3}, STEPS)
 

@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_fakes import Bench, Ear, Job, alone, job_work
-
-from service.domain.errors import ExpiredError
-from service.domain.requests import Priority
-from service.domain.states import RequestState
-from service.engine.batcher import Batcher
-from service.engine.policy import STRICT_FIFO
-from service.engine.track import Track
+from stepserve.domain.errors import ExpiredError
+from stepserve.domain.requests import Priority
+from stepserve.domain.states import RequestState
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.scheduling.policy import STRICT_FIFO
+from stepserve.engine.tracks.track import Track
 
 
 def add(bench: Bench, job: Job, priority: int = 1, deadline_s: float | None = None) -> Ear:

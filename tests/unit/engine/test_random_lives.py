@@ -15,12 +15,11 @@ from engine_fakes import Denoiser, Ear, FakeClock, Job, Modules, alone, job_work
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-from service.domain.errors import CancelledError, ExpiredError
-from service.domain.requests import RequestKey
-from service.engine.batcher import Batcher
-from service.engine.policy import POLICIES
-from service.engine.track import Track, Work
+from stepserve.domain.errors import CancelledError, ExpiredError
+from stepserve.domain.requests import RequestKey
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.scheduling.policy import POLICIES
+from stepserve.engine.tracks.track import Track, Work
 
 # Submissions (some of which fail or expire), cancellations and changes of memory.
 ACTIONS = {"total": 0}
@@ -160,8 +159,8 @@ def test_two_thousand_random_actions_leave_nothing_behind(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     # pytest would keep the records, and their tracebacks the frames.
-    for module in ("track", "row_limits"):
-        caplog.set_level(logging.CRITICAL, f"service.engine.{module}")
+    for module in ("tracks.track", "scheduling.row_limits"):
+        caplog.set_level(logging.CRITICAL, f"stepserve.engine.{module}")
     before, ACTIONS["total"] = live_tensors(), 0
     Lives.TestCase.settings = settings(
         max_examples=120,

@@ -7,12 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
-from service.engine.call import Call, ParkableMethod, make_call
-from service.engine.coalesce import stack
-from service.engine.leaves import ArgumentRules
-from service.engine.row_independence import (
+from stepserve.engine.batch_invariance import (
     VECTOR_NUMBERS,
     agreeing_row_counts,
     companies,
@@ -23,6 +18,10 @@ from service.engine.row_independence import (
     varied,
     vector_layer_calls,
 )
+from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.calls.call import Call, ParkableMethod, make_call
+from stepserve.engine.calls.stacking import stack
+from torch import Tensor, nn
 
 LAST_BIT = 2**-23
 

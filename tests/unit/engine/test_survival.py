@@ -15,20 +15,19 @@ import torch
 from engine_fakes import Bench, Ear, Job, alone, make_work, tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.errors import CancelledError, StoppedError
-from service.domain.requests import RequestKey
-from service.engine.call import ParkableMethod
-from service.engine.device_loss import is_device_lost
-from service.engine.parking import make_parkable
-from service.engine.policy import DUE_TIME
-from service.engine.row_limits import (
+from stepserve.domain.errors import CancelledError, StoppedError
+from stepserve.domain.requests import RequestKey
+from stepserve.engine.calls.call import ParkableMethod
+from stepserve.engine.loop.device_loss import is_device_lost
+from stepserve.engine.scheduling.policy import DUE_TIME
+from stepserve.engine.scheduling.row_limits import (
     RECOVERY_FORWARDS,
     STRIKES,
     RowLimits,
     is_out_of_memory,
     knee,
 )
+from stepserve.engine.tracks.interception import make_parkable
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -203,7 +202,7 @@ def parks_of(job: Job) -> int:
 def test_a_cancel_at_every_park_leaves_no_trace(
     park: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.CRITICAL, "service.engine.track")
+    caplog.set_level(logging.CRITICAL, "stepserve.engine.tracks.track")
     bench = Bench()
     victim, others = Job(seed=7, steps=6), [Job(seed=8, steps=3), Job(seed=9, steps=9)]
     kept: list[weakref.ref[Any]] = []

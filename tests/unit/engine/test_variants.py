@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import torch
 from engine_fakes import Ear, FakeClock, make_work
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.tracks.interception import make_parkable
+from stepserve.engine.tracks.track import Track, Work
 from torch import Tensor, nn
-
-from service.engine.batcher import Batcher
-from service.engine.parking import make_parkable
-from service.engine.track import Track, Work
 
 
 class Switched(nn.Module):

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import UNTRIED, save_tiny_model
-
-from service.engine.engine import EngineOptions
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner
 
 
 def pytest_configure(config: pytest.Config) -> None:

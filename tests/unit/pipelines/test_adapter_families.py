@@ -23,12 +23,11 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-
-from service.domain.errors import InvalidRequestError
-from service.domain.requests import AdapterUse
-from service.pipelines.adapter_files import AdapterOptions
-from service.pipelines.adapters import AdapterShelf
-from service.pipelines.load import hush_libraries
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.requests import AdapterUse
+from stepserve.pipelines.adapters.cache import AdapterShelf
+from stepserve.pipelines.adapters.files import AdapterOptions
+from stepserve.pipelines.loading.folders import hush_libraries
 
 SCALE = 0.5
 

@@ -35,18 +35,17 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.requests import AdapterUse
+from stepserve.pipelines.adapters.cache import AdapterShelf
+from stepserve.pipelines.adapters.files import AdapterOptions
+from stepserve.pipelines.loading.folders import hush_libraries
 from test_adapter_families import sdxl as sdxl_denoiser
 from tiny_adapters import load_plain
 from tiny_families import save_tiny_flux
 from tiny_model import tiny_clip_tokenizer
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-from service.domain.errors import InvalidRequestError
-from service.domain.requests import AdapterUse
-from service.pipelines.adapter_files import AdapterOptions
-from service.pipelines.adapters import AdapterShelf
-from service.pipelines.load import hush_libraries
 
 BOUND = 1e-5
 

@@ -17,6 +17,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
+from stepserve.domain.events import Failed, Finished
+from stepserve.domain.guidance import CLASSIC
+from stepserve.domain.requests import AdapterUse, GenerationRequest, RequestKey
+from stepserve.domain.timings import Timings
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.engine.tracks.track import Work
+from stepserve.pipelines.adapters.cache import AdapterShelf
+from stepserve.pipelines.adapters.files import AdapterOptions
+from stepserve.pipelines.loading.folders import LoadedModel, ModelLoadError
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_adapters import (
     ATTENTION,
     CONVOLUTIONS,
@@ -28,18 +39,6 @@ from tiny_adapters import (
     with_adapters,
 )
 from tiny_model import UNTRIED, Inbox, a_request, pixels
-
-from service.domain.errors import GenerationFailedError, InvalidRequestError
-from service.domain.events import Failed, Finished
-from service.domain.guidance import CLASSIC
-from service.domain.requests import AdapterUse, GenerationRequest, RequestKey
-from service.domain.timings import Timings
-from service.engine.engine import EngineOptions
-from service.engine.track import Work
-from service.pipelines.adapter_files import AdapterOptions
-from service.pipelines.adapters import AdapterShelf
-from service.pipelines.load import LoadedModel, ModelLoadError
-from service.pipelines.runner import PipelineRunner
 
 # Seen: 4e-6 on Intel, on AMD 1.1e-4 at single pixels (median 3e-6). Adapters differ by over 0.1.
 FLOAT32_BOUND = 2e-4

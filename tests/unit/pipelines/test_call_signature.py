@@ -14,10 +14,9 @@ from diffusers import (
     ScoreSdeVePipeline,
     StableDiffusionPipeline,
 )
-
-from service.pipelines.capabilities import check_serves_prompts
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.signature import CallSignature, accepted_arguments, read_signature
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.capabilities import check_serves_prompts
+from stepserve.pipelines.facts.signature import CallSignature, accepted_arguments, read_signature
 
 
 class Older:

@@ -11,23 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import tiny_unet
-from torch._inductor.runtime import cache_dir_utils
-
-from service.engine.parking import make_parkable
-from service.pipelines.call_shapes import (
+from stepserve.engine.tracks.interception import make_parkable
+from stepserve.pipelines.modules.call_shapes import (
     Example,
     UniformArguments,
     rows_of,
     shape_of,
 )
-from service.pipelines.compiling import (
+from stepserve.pipelines.modules.compiling import (
     SWITCH_INTERVAL_S,
     BackgroundCompiler,
     CompileState,
     SwitchableForward,
     row_buckets,
 )
+from tiny_model import tiny_unet
+from torch._inductor.runtime import cache_dir_utils
 
 BUCKETS = (1, 2)
 # The thread steps back behind all others, and a busy machine has many.
@@ -194,7 +193,7 @@ def test_no_compiled_code_of_others_is_run(
 
 def test_an_empty_name_of_that_folder_is_as_if_there_was_none() -> None:
     """Torch would look for compiled code in the current folder."""
-    code = "import os, service.pipelines; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    code = "import os, stepserve.pipelines; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
     environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": ""}
     ran = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True

@@ -8,17 +8,20 @@ from functools import partial
 
 import pytest
 import torch
+from stepserve.domain.events import Finished
+from stepserve.domain.requests import GenerationRequest
+from stepserve.engine.calls.call import Call, ParkableMethod, make_call
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.probing.sharing_plan import SharingPlan
+from stepserve.pipelines.probing.vae_batching import (
+    DecodingRules,
+    decoding_rules,
+    rows_worth_sharing,
+)
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import a_request, submit_all
-
-from service.domain.events import Finished
-from service.domain.requests import GenerationRequest
-from service.engine.call import Call, ParkableMethod, make_call
-from service.engine.engine import EngineOptions
-from service.pipelines.decodings import DecodingRules, decoding_rules, rows_worth_sharing
-from service.pipelines.load import LoadedModel
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.sharing import SharingPlan
-from service.pipelines.trials import make_trials
 
 
 class Decoder:
@@ -82,7 +85,7 @@ def test_pictures_of_several_requests_are_decoded_together_with_the_bytes_of_one
     tiny: LoadedModel, rows_decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One thread, as of the replicas that this is for."""
-    monkeypatch.setattr("service.pipelines.decodings.MOST_OF_ALONE", 10.0)
+    monkeypatch.setattr("stepserve.pipelines.probing.vae_batching.MOST_OF_ALONE", 10.0)
     runner = PipelineRunner(tiny, EngineOptions(threads=1, max_rows=8))
     runner.start()
     try:

@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from stepserve.config import SpeedSettings
+from stepserve.domain.events import Event, Failed, Finished, StepFinished
+from stepserve.domain.models import Compilation
+from stepserve.domain.requests import RequestKey
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines.adapters.files import AdapterOptions
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.probing.sharing_plan import SharingPlan
+from stepserve.pipelines.serving.denoiser_code import Code
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 from tiny_model import UNTRIED, Inbox, a_request, pixels
-
-from service.config import SpeedSettings
-from service.domain.events import Event, Failed, Finished, StepFinished
-from service.domain.models import Compilation
-from service.domain.requests import RequestKey
-from service.engine.engine import EngineOptions
-from service.pipelines.adapter_files import AdapterOptions
-from service.pipelines.denoiser_code import Code
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.sharing import SharingPlan
 
 Graph = Callable[..., Any]
 # The compiling thread steps back behind all others, and a busy machine has many.

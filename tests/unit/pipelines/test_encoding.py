@@ -6,9 +6,8 @@ from queue import SimpleQueue
 from threading import Event
 
 import pytest
-
-from service.domain.errors import ServerFullError
-from service.pipelines.encoding import PictureEncoder, Telling
+from stepserve.domain.errors import ServerFullError
+from stepserve.pipelines.requests.encoding import PictureEncoder, Telling
 
 
 def test_as_many_pictures_as_may_wait_keep_new_requests_out() -> None:

@@ -11,6 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from stepserve.domain.errors import GenerationFailedError, InvalidRequestError, StepserveError
+from stepserve.domain.events import Failed
+from stepserve.domain.models import StepRange
+from stepserve.domain.requests import Task
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline
+from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import (
     STABLE_DIFFUSION,
     UNTRIED,
@@ -19,16 +28,6 @@ from tiny_model import (
     changed_call,
     save_tiny_model,
 )
-
-from service.domain.errors import GenerationFailedError, InvalidRequestError, StepserveError
-from service.domain.events import Failed
-from service.domain.models import StepRange
-from service.domain.requests import Task
-from service.engine.engine import EngineOptions
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.offers import limited_to_pipeline
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.tasks import make_pictures
 
 SINGULAR = 998
 """Steps in which two of DEIS have the same noise, although more and fewer can be done."""

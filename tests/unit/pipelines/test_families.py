@@ -9,6 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.events import CutPrompt, Finished
+from stepserve.domain.models import SizeRange
+from stepserve.domain.requests import Task
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.prompts import measure_prompts
+from stepserve.pipelines.facts.signature import accepted_arguments
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_families import (
     CLIP_TOKENS,
     T5_TOKENS,
@@ -18,17 +28,6 @@ from tiny_families import (
     word_tokenizer,
 )
 from tiny_model import UNTRIED, a_request, submit_all
-
-from service.domain.errors import InvalidRequestError
-from service.domain.events import CutPrompt, Finished
-from service.domain.models import SizeRange
-from service.domain.requests import Task
-from service.engine.engine import EngineOptions
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.prompts import measure_prompts
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.signature import accepted_arguments
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from service import __version__
-from service.domain.fingerprint import Fingerprint
-from service.pipelines.fingerprint import ANY_ROWS, hash_weights, take_fingerprint
-from service.pipelines.load import LoadedModel
+from stepserve import __version__
+from stepserve.domain.fingerprint import Fingerprint
+from stepserve.pipelines.facts.fingerprint import ANY_ROWS, hash_weights, take_fingerprint
+from stepserve.pipelines.loading.folders import LoadedModel
 
 CPU = torch.device("cpu")
 
@@ -102,4 +101,4 @@ def test_who_is_told_of_a_model_needs_no_torch(tiny: LoadedModel) -> None:
     """Torch's own version number is of a class of torch: to import it took each reader 3 s."""
     reader = Reader(pickle.dumps(tiny.capabilities))
     assert reader.load() == tiny.capabilities
-    assert reader.packages == {"service"}
+    assert reader.packages == {"stepserve"}

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from stepserve.pipelines.modules.compiling import SwitchableForward
+from stepserve.pipelines.modules.cuda_graphs import Forward, GraphedForward, Recording
 from torch.utils._pytree import TreeSpec, tree_unflatten
-
-from service.pipelines.compiling import SwitchableForward
-from service.pipelines.graphs import Forward, GraphedForward, Recording
 
 ROUNDING = 2**-8
 

@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.events import Failed, Finished
+from stepserve.domain.guidance import CLASSIC, Guidance, GuidanceKind, StepWork
+from stepserve.domain.models import ModelCapabilities
+from stepserve.domain.requests import GenerationRequest
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.engine.tracks.track import Work
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.probing.guidance_cost import find_guidance, settle_guidance
+from stepserve.pipelines.probing.sharing_plan import SharingPlan
+from stepserve.pipelines.requests.input_decoding import Inputs
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.routing.reports import job_of
 from tiny_families import save_tiny_flux, save_tiny_sd3
 from tiny_model import UNTRIED, Inbox, a_request, changed_call
-
-from service.domain.errors import InvalidRequestError
-from service.domain.events import Failed, Finished
-from service.domain.guidance import CLASSIC, Guidance, GuidanceKind, StepWork
-from service.domain.models import ModelCapabilities
-from service.domain.requests import GenerationRequest
-from service.engine.engine import EngineOptions
-from service.engine.track import Work
-from service.pipelines.guided_steps import find_guidance, settle_guidance
-from service.pipelines.input_decoding import Inputs
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.sharing import SharingPlan
-from service.routing.reports import job_of
 
 EMBEDDED = Guidance("guidance_scale", 1.0, False, False, StepWork(), StepWork())
 TRUE_CFG = Guidance("true_cfg_scale", 1.0, True, True, StepWork(1, 2), StepWork())

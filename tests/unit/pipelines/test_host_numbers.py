@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from stepserve.pipelines import host_numbers
+from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.modules.third_party.pinned_noise import (
+    bring_arguments,
+    can_keep_on_host,
+    on_host,
+)
+from stepserve.pipelines.requests.call import call_pipeline
 from tiny_model import a_request, save_tiny_model
-
-from service.pipelines import host_numbers
-from service.pipelines.host_numbers import bring_arguments, can_keep_on_host, on_host
-from service.pipelines.lending import PipelineLender
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.tasks import call_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_model import a_request
-
-from service.domain.requests import GenerationRequest, OutputFormat
-from service.pipelines.images import (
+from stepserve.domain.requests import GenerationRequest, OutputFormat
+from stepserve.pipelines.requests.images import (
     EXIF_ASCII,
     EXIF_SECTION,
     EXIF_USER_COMMENT,
     encode_image,
 )
+from tiny_model import a_request
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 requests = st.builds(

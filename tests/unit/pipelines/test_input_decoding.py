@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from stepserve.domain.errors import CancelledError, InvalidRequestError, ServerFullError
+from stepserve.domain.events import Failed, Finished
+from stepserve.domain.requests import GenerationRequest, RequestKey, Task
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines import input_decoding
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.requests.encoding import PictureEncoder
+from stepserve.pipelines.requests.input_decoding import InputDecoder, Inputs
+from stepserve.pipelines.requests.inputs import InputPictures, decode_inputs
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import UNTRIED, Inbox, a_request
-
-from service.domain.errors import CancelledError, InvalidRequestError, ServerFullError
-from service.domain.events import Failed, Finished
-from service.domain.requests import GenerationRequest, RequestKey, Task
-from service.engine.engine import EngineOptions
-from service.pipelines import input_decoding
-from service.pipelines.encoding import PictureEncoder
-from service.pipelines.input_decoding import InputDecoder, Inputs
-from service.pipelines.inputs import InputPictures, decode_inputs
-from service.pipelines.load import LoadedModel
-from service.pipelines.runner import PipelineRunner
 
 PATIENCE_S = 30
 

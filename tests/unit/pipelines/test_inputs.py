@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.image_files.structure import FORMATS
+from stepserve.domain.requests import Task
+from stepserve.pipelines.requests.inputs import MAX_PIXELS, decode_inputs
 from tiny_model import a_request
-
-from service.domain.errors import InvalidRequestError
-from service.domain.image_files import FORMATS
-from service.domain.requests import Task
-from service.pipelines.inputs import MAX_PIXELS, decode_inputs
 
 
 def file_of(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:

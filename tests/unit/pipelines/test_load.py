@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stepserve.domain.models import SizeRange
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.capabilities import derive_sizes
+from stepserve.pipelines.facts.signature import CallSignature
+from stepserve.pipelines.loading.folders import LoadedModel, choose_device, load_model
 from tiny_model import MAX_TOKENS, NATIVE_PX
-
-from service.domain.models import SizeRange
-from service.pipelines.capabilities import derive_sizes
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.load import LoadedModel, choose_device, load_model
-from service.pipelines.signature import CallSignature
 
 
 @pytest.fixture

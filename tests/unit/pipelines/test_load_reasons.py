@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from stepserve.config import EngineSettings, ModelSettings, TelemetrySettings
+from stepserve.domain.events import Failed
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.loading.reasons import reason_of
+from stepserve.ray_serve.replica.replica import ModelReplica, ReplicaSpec
 from tiny_model import a_request, save_tiny_model, tiny_unet
-
-from service.config import EngineSettings, ModelSettings, TelemetrySettings
-from service.deployments.replica import ModelReplica, ReplicaSpec
-from service.domain.events import Failed
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.load import load_model
-from service.pipelines.load_reasons import reason_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.serving.local import generate_locally
 from tiny_model import MAX_TOKENS, a_request, pixels
-
-from service.domain.errors import InvalidRequestError
-from service.pipelines.load import LoadedModel
-from service.pipelines.local import generate_locally
-from service.pipelines.tasks import make_pictures
 
 
 def test_a_request_is_served_as_the_plain_pipeline_would(
@@ -37,6 +36,6 @@ def test_failures_are_raised(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: object) -> None:
         raise InvalidRequestError("no", "prompt")
 
-    monkeypatch.setattr("service.pipelines.runner.make_pictures", broken)
+    monkeypatch.setattr("stepserve.pipelines.serving.runner.make_pictures", broken)
     with pytest.raises(InvalidRequestError, match="no"):
         generate_locally(tiny, a_request())

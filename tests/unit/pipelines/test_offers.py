@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable
 
 import pytest
-
-from service.domain.models import SizeRange
-from service.domain.requests import Task
-from service.pipelines.load import LoadedModel
-from service.pipelines.offers import Offer, find_offer, tried_offer
+from stepserve.domain.models import SizeRange
+from stepserve.domain.requests import Task
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.probing.probed_tasks import Offer, find_offer, tried_offer
 
 SIZES = SizeRange(minimum=32, maximum=128, step=8, native=64)
 NATIVE_ONLY = SizeRange(minimum=64, maximum=64, step=8, native=64)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stepserve.engine.tracks.track import Stage
+from stepserve.pipelines.modules.attach import ParkingOptions
+from stepserve.pipelines.probing.parked_calls import parked_at
 from torch import Tensor, nn
-
-from service.engine.track import Stage
-from service.pipelines.attach import ParkingOptions
-from service.pipelines.parked_trials import parked_at
 
 STEPS = 3
 

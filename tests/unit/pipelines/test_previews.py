@@ -12,15 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from stepserve.domain.events import Finished, Preview
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.requests.previews import Denoised, Observed, clean_latents, preview_steps
+from stepserve.pipelines.schedulers.usable import build_scheduler, usable_schedulers
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_families import save_tiny_flux, save_tiny_sd3
 from tiny_model import Inbox, a_request, default_scheduler
-
-from service.domain.events import Finished, Preview
-from service.pipelines.load import load_model
-from service.pipelines.previews import Denoised, Observed, clean_latents, preview_steps
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.schedulers import build_scheduler, usable_schedulers
-from service.pipelines.tasks import make_pictures
 
 NAMES = sorted(usable_schedulers(default_scheduler()))
 

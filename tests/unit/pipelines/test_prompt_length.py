@@ -3,11 +3,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.pipelines.facts.prompts import TokenCounter
+from stepserve.pipelines.loading.folders import LoadedModel
 from tiny_model import MAX_TOKENS, a_request
-
-from service.domain.errors import InvalidRequestError
-from service.pipelines.load import LoadedModel
-from service.pipelines.prompts import TokenCounter
 
 
 def test_a_prompt_that_just_fits_is_let_in(tiny: LoadedModel) -> None:

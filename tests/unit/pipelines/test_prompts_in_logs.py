@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
+from stepserve.domain.events import Failed, Finished
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import Inbox, a_request
-
-from service.domain.events import Failed, Finished
-from service.pipelines.runner import PipelineRunner
 
 SECRET = "zebra"
 

@@ -14,11 +14,13 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     UniPCMultistepScheduler,
 )
+from stepserve.pipelines.copies.factory import copy_scheduler
+from stepserve.pipelines.modules.third_party.memoized_schedulers import (
+    remember_numbers,
+    remembering_class,
+)
+from stepserve.pipelines.schedulers.usable import build_scheduler, usable_schedulers
 from tiny_model import default_scheduler
-
-from service.pipelines.lending import copy_scheduler
-from service.pipelines.remembering import remember_numbers, remembering_class
-from service.pipelines.schedulers import build_scheduler, usable_schedulers
 
 USABLE = usable_schedulers(default_scheduler())
 # Each more than once: the first runs fill what the later ones read.

@@ -9,15 +9,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from stepserve.domain.events import Finished
+from stepserve.domain.requests import GenerationRequest
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.schedulers.usable import usable_schedulers
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_families import save_tiny_flux, save_tiny_sd3
 from tiny_model import UNTRIED, a_request, default_scheduler, pixels, save_tiny_model, submit_all
-
-from service.domain.events import Finished
-from service.domain.requests import GenerationRequest
-from service.engine.engine import EngineOptions
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.schedulers import usable_schedulers
 
 FLOW = {
     "plain": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),

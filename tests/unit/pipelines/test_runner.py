@@ -9,29 +9,28 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_model import MAX_TOKENS, UNTRIED, Inbox, a_request, pixels
-
-from service.domain.errors import (
+from stepserve.domain.errors import (
     CancelledError,
     GenerationFailedError,
     InvalidRequestError,
     NotReadyError,
     ServerFullError,
 )
-from service.domain.events import Event, Failed, Finished, StepFinished
-from service.domain.guidance import CLASSIC
-from service.domain.requests import RequestKey
-from service.domain.timings import Timings
-from service.engine.engine import EngineOptions
-from service.pipelines import runner as runner_module
-from service.pipelines import warm_up as warm_up_module
-from service.pipelines.attach import ParkingOptions, attach, parkable_methods
-from service.pipelines.encoding import PictureEncoder
-from service.pipelines.input_decoding import Inputs
-from service.pipelines.load import LoadedModel
-from service.pipelines.runner import PipelineRunner, RequestListener
-from service.pipelines.tasks import denoiser_calls, make_pictures
-from service.pipelines.warm_up import CpuTimes, Curve, measure_steps, warm_up
+from stepserve.domain.events import Event, Failed, Finished, StepFinished
+from stepserve.domain.guidance import CLASSIC
+from stepserve.domain.requests import RequestKey
+from stepserve.domain.timings import Timings
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines import runner as runner_module
+from stepserve.pipelines import warm_up as warm_up_module
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.modules.attach import ParkingOptions, attach, parkable_methods
+from stepserve.pipelines.requests.call import denoiser_calls, make_pictures
+from stepserve.pipelines.requests.encoding import PictureEncoder
+from stepserve.pipelines.requests.input_decoding import Inputs
+from stepserve.pipelines.serving.runner import PipelineRunner, RequestListener
+from stepserve.pipelines.serving.warm_up import CpuTimes, Curve, measure_steps, warm_up
+from tiny_model import MAX_TOKENS, UNTRIED, Inbox, a_request, pixels
 
 
 def test_events_come_in_order_and_end_once(runner: PipelineRunner) -> None:
@@ -256,7 +255,7 @@ def test_warming_up_measures_the_row_limit_where_none_is_configured(
     runner = PipelineRunner(tiny, EngineOptions(), sharing=UNTRIED)
     assert runner.engine.row_limit == 64
     runner.start()
-    with caplog.at_level(logging.INFO, "service.pipelines.warm_up"):
+    with caplog.at_level(logging.INFO, "stepserve.pipelines.serving.warm_up"):
         warm_up(runner)
     assert runner.engine.row_limit in (2, 4, 8, 16, 32, 64)
     assert f"at most {runner.engine.row_limit} rows share a forward" in caplog.text

@@ -17,20 +17,19 @@ from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from stepserve import cli
+from stepserve.domain.errors import ContentFilteredError
+from stepserve.domain.events import Failed, Finished, Preview
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines.copies.safety_checker import guardrail, withheld_images
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.serving.runner import PipelineRunner
+from stepserve.pipelines.serving.warm_up import warm_up
 from tiny_model import NATIVE_PX, UNTRIED, Inbox, a_request, submit_all
 from transformers import CLIPConfig, CLIPImageProcessor
 from typer.testing import CliRunner
-
-from service import cli
-from service.domain.errors import ContentFilteredError
-from service.domain.events import Failed, Finished, Preview
-from service.engine.engine import EngineOptions
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.tasks import make_pictures
-from service.pipelines.trials import make_trials
-from service.pipelines.verdicts import guardrail, withheld_images
-from service.pipelines.warm_up import warm_up
 
 SEED, N = 3, 4
 

@@ -13,17 +13,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from tiny_model import default_scheduler
-
-from service.pipelines import schedulers
-from service.pipelines.load import LoadedModel
-from service.pipelines.scheduler_trials import set_steps
-from service.pipelines.schedulers import (
+from stepserve.pipelines import schedulers
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.schedulers.probes import set_steps
+from stepserve.pipelines.schedulers.usable import (
     SEEDLESS,
     UNSUITABLE,
     build_scheduler,
     usable_schedulers,
 )
+from tiny_model import default_scheduler
 
 
 def compatible() -> list[str]:

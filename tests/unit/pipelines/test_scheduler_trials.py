@@ -18,11 +18,9 @@ from diffusers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import STABLE_DIFFUSION, save_tiny_model
-
-from service.domain.models import StepRange
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.scheduler_trials import (
+from stepserve.domain.models import StepRange
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.schedulers.probes import (
     ScheduleError,
     can_do,
     draws_from_elsewhere,
@@ -31,7 +29,8 @@ from service.pipelines.scheduler_trials import (
     try_all,
     try_ends,
 )
-from service.pipelines.schedulers import build_scheduler, usable_schedulers
+from stepserve.pipelines.schedulers.usable import build_scheduler, usable_schedulers
+from tiny_model import STABLE_DIFFUSION, save_tiny_model
 
 # Of which seven cannot do a thousand steps with these settings.
 FEWER = {

@@ -15,23 +15,27 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
+from stepserve.domain.events import Finished
+from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines import attach as attach_module
+from stepserve.pipelines import sharing as sharing_module
+from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.modules.attach import ParkingOptions
+from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, check_sharing
+from stepserve.pipelines.probing.sharing_plan import (
+    FIXED_ROWS,
+    SharingPlan,
+    plan_company,
+    plan_sharing,
+)
+from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.requests.images import encode_image
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 from tiny_model import a_request, submit_all
-
-from service.domain.events import Finished
-from service.domain.requests import GenerationRequest, Task
-from service.engine.engine import EngineOptions
-from service.engine.leaves import ArgumentRules
-from service.pipelines import attach as attach_module
-from service.pipelines import sharing as sharing_module
-from service.pipelines.attach import ParkingOptions
-from service.pipelines.images import encode_image
-from service.pipelines.lending import PipelineLender
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.self_check import ENOUGH_ROWS, check_sharing
-from service.pipelines.sharing import FIXED_ROWS, SharingPlan, plan_company, plan_sharing
-from service.pipelines.tasks import make_pictures
-from service.pipelines.trials import make_trials
 
 MAX_ROWS = 16
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from stepserve.engine.batch_invariance import run_together
+from stepserve.engine.calls.call import Call, ParkableMethod, make_call
+from stepserve.pipelines.probing.shape_rules import SizeRules
+from stepserve.pipelines.probing.sharing_plan import FIXED_ROWS
 from torch import Tensor
-
-from service.engine.call import Call, ParkableMethod, make_call
-from service.engine.row_independence import run_together
-from service.pipelines.sharing import FIXED_ROWS
-from service.pipelines.size_rules import SizeRules
 
 LAST_BIT = 2**-10
 MOST = 16

@@ -14,6 +14,21 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
 from PIL import Image
+from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
+from stepserve.domain.events import Failed, Finished
+from stepserve.domain.guidance import CLASSIC
+from stepserve.domain.requests import GenerationRequest, Priority, Task
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.engine.tracks.track import Work
+from stepserve.pipelines import tasks as tasks_module
+from stepserve.pipelines.copies.blending import BlendedDenoiser, denoiser_for_inpainting
+from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.guidance_interval import can_limit_guidance, narrow_to_interval
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.requests.call import count_left, denoiser_calls, make_pictures
+from stepserve.pipelines.requests.inputs import decode_inputs
+from stepserve.pipelines.schedulers.watch import watch_steps
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import (
     UNTRIED,
     Inbox,
@@ -23,22 +38,6 @@ from tiny_model import (
     save_tiny_model,
     submit_all,
 )
-
-from service.domain.errors import GenerationFailedError, InvalidRequestError
-from service.domain.events import Failed, Finished
-from service.domain.guidance import CLASSIC
-from service.domain.requests import GenerationRequest, Priority, Task
-from service.engine.engine import EngineOptions
-from service.engine.track import Work
-from service.pipelines import tasks as tasks_module
-from service.pipelines.blending import BlendedDenoiser, denoiser_for_inpainting
-from service.pipelines.guidance import can_limit_guidance, narrow_to_interval
-from service.pipelines.inputs import decode_inputs
-from service.pipelines.lending import PipelineLender
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.step_watch import watch_steps
-from service.pipelines.tasks import count_left, denoiser_calls, make_pictures
 
 CLASSES = {
     Task.TEXT_TO_IMAGE: "StableDiffusionPipeline",

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from service.pipelines.load import LoadedModel
-from service.pipelines.tokenizing import MOST_TEXTS, remembering_tokenizer
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.modules.third_party.memoized_tokenizers import (
+    MOST_TEXTS,
+    remembering_tokenizer,
+)
 
 PADDED = {"padding": "max_length", "max_length": 12, "truncation": True, "return_tensors": "pt"}
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file
-
-from service.config import ModelSettings
-from service.deployments.replica import trust_of
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.fingerprint import hash_weights
-from service.pipelines.load import LoadedModel, load_model
-from service.pipelines.trust import Trust
+from stepserve.config import ModelSettings
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.fingerprint import hash_weights
+from stepserve.pipelines.facts.trust import Trust
+from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.ray_serve.replica.replica import trust_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PICKLE = "unet/diffusion_pytorch_model.bin"

@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stepserve.domain.errors import GenerationFailedError
+from stepserve.domain.events import Failed
+from stepserve.engine.loop.engine import EngineOptions
+from stepserve.pipelines import load as loading
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.loading.weights import check_finite_weights, check_heard, is_finite
+from stepserve.pipelines.serving.runner import PipelineRunner
+from stepserve.pipelines.serving.warm_up import warm_up
 from tiny_model import UNTRIED, Inbox, a_request
 from torch import Tensor
-
-from service.domain.errors import GenerationFailedError
-from service.domain.events import Failed
-from service.engine.engine import EngineOptions
-from service.pipelines import load as loading
-from service.pipelines.errors import ModelLoadError
-from service.pipelines.load import load_model
-from service.pipelines.runner import PipelineRunner
-from service.pipelines.warm_up import warm_up
-from service.pipelines.weights import check_finite_weights, check_heard, is_finite
 
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",

@@ -11,8 +11,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-
-from service.domain.requests import AdapterUse, GenerationRequest
+from stepserve.domain.requests import AdapterUse, GenerationRequest
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv_in", "conv1", "conv2", "conv_shortcut")

@@ -19,15 +19,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from stepserve.domain.events import Event, Failed, Finished
+from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.probing.sharing_plan import SharingPlan
+from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from service.domain.events import Event, Failed, Finished
-from service.domain.requests import GenerationRequest, Task
-from service.pipelines.lending import PipelineLender
-from service.pipelines.load import LoadedModel
-from service.pipelines.runner import PipelineRunner, SharingOptions
-from service.pipelines.sharing import SharingPlan
 
 MAX_TOKENS = 16
 # For tests that count forwards, and in float32: requests share as they come.

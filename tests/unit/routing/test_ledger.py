@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.domain.guidance import CLASSIC
-from service.domain.requests import AdapterUse, GenerationRequest
-from service.routing.ledger import JITTER, NEWS_WITHIN_S, STEPS_AT, Ledger
-from service.routing.reports import ALONE, Job, Report, StepCost, job_of
+from stepserve.domain.guidance import CLASSIC
+from stepserve.domain.requests import AdapterUse, GenerationRequest
+from stepserve.routing.ledger import JITTER, NEWS_WITHIN_S, STEPS_AT, Ledger
+from stepserve.routing.reports import ALONE, Job, Report, StepCost, job_of
 
 COSTS = {"64x64": StepCost(0.02, 0.001), "128x128": StepCost(0.03, 0.008)}
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-from service.telemetry.catalogue import Kind, Metric
-from service.telemetry.instruments import Labels
+from stepserve.telemetry.catalogue import Kind, Metric
+from stepserve.telemetry.instruments import Labels
 
 
 class PrometheusInstruments:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from recording import PrometheusInstruments
-
-from service.telemetry.catalogue import METRICS, Kind
+from stepserve.telemetry.catalogue import METRICS, Kind
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 UNBOUNDED = {"prompt", "seed", "request_id", "caller", "path"}

@@ -4,12 +4,11 @@ import time
 
 import pytest
 from recording import PrometheusInstruments
-
-from service.domain.requests import RequestKey
-from service.domain.states import RequestState
-from service.domain.timings import Timings
-from service.engine.observer import ForwardReport, WorkReport
-from service.telemetry.engine_metrics import EngineMetrics, Standing, Totals
+from stepserve.domain.requests import RequestKey
+from stepserve.domain.states import RequestState
+from stepserve.domain.timings import Timings
+from stepserve.engine.loop.observer import ForwardReport, WorkReport
+from stepserve.telemetry.engine_metrics import EngineMetrics, Standing, Totals
 
 STANDING = Standing(
     backlog_s=1.5,

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
-
-from service.telemetry.exposition import merge
+from stepserve.telemetry.exposition import merge
 
 SCOPE = 'otel_scope_name="x",otel_scope_version=""'
 

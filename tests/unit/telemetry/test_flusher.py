@@ -3,8 +3,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-
-from service.telemetry.flusher import Flusher
+from stepserve.telemetry.flusher import Flusher
 
 
 def test_flushes_again_and_again_and_once_at_the_end():

@@ -6,9 +6,8 @@ import logging
 import sys
 
 import pytest
-
-from service.telemetry.log_sink import SinkHandler, log_sink
-from service.telemetry.logs import (
+from stepserve.telemetry.log_sink import SinkHandler, log_sink
+from stepserve.telemetry.logs import (
     FORMAT_VARIABLE,
     SINK_VARIABLE,
     LogOptions,
@@ -20,7 +19,7 @@ from service.telemetry.logs import (
 
 @pytest.fixture(autouse=True)
 def restored():
-    ours = logging.getLogger("service")
+    ours = logging.getLogger("stepserve")
     before = ours.handlers, ours.level, ours.propagate
     yield
     for handler in ours.handlers:
@@ -34,7 +33,7 @@ class Terminal(io.StringIO):
 
 
 def record(message: str = "hello", **fields: object) -> logging.LogRecord:
-    made = logging.LogRecord("service.x", logging.INFO, "f.py", 1, message, (), None)
+    made = logging.LogRecord("stepserve.x", logging.INFO, "f.py", 1, message, (), None)
     made.created = 1_700_000_000.25
     made.fields = fields
     return made
@@ -56,7 +55,7 @@ def test_json_is_one_object_a_line():
     assert json.loads(line) == {
         "time": "2023-11-14T22:13:20.250Z",
         "level": "info",
-        "logger": "service.x",
+        "logger": "stepserve.x",
         "message": "a\nb",
         "request_id": "r",
         "duration_s": 0.5,
@@ -96,7 +95,7 @@ def test_lines_reach_whoever_started_the_service():
     stream = io.StringIO()
     with log_sink(stream) as path:
         set_up_logging(LogOptions(level="info"), {SINK_VARIABLE: path, FORMAT_VARIABLE: "json"})
-        logger = logging.getLogger("service.somewhere")
+        logger = logging.getLogger("stepserve.somewhere")
         logger.debug("too much")
         for index in range(3):
             logger.info("line", extra={"fields": {"index": index}})
@@ -113,6 +112,6 @@ def test_logging_goes_on_when_nobody_reads(tmp_path):
 
 def test_without_a_service_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]):
     set_up_logging(LogOptions(format="text"), {})
-    logging.getLogger("service.here").warning("look")
+    logging.getLogger("stepserve.here").warning("look")
 
     assert "look" in capsys.readouterr().err

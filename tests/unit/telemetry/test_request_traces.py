@@ -10,14 +10,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
-
-from service.domain.errors import CancelledError, ServerFullError
-from service.domain.events import Accepted, Failed, Finished
-from service.domain.requests import GenerationRequest, RequestKey
-from service.domain.states import RequestState
-from service.domain.timings import Timings
-from service.engine.observer import ForwardReport, WorkReport
-from service.telemetry.request_traces import MOST_SPANS, RequestTraces
+from stepserve.domain.errors import CancelledError, ServerFullError
+from stepserve.domain.events import Accepted, Failed, Finished
+from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.domain.states import RequestState
+from stepserve.domain.timings import Timings
+from stepserve.engine.loop.observer import ForwardReport, WorkReport
+from stepserve.telemetry.request_traces import MOST_SPANS, RequestTraces
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = (("traceparent", f"00-{TRACE}-{PARENT}-01"),)

@@ -10,8 +10,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
-
-from service.telemetry.tracing import (
+from stepserve.telemetry.tracing import (
     HttpTraces,
     TraceOptions,
     TraceSettingsError,

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from service.training.artwork import Artwork
-from service.training.emoji import tiny_recipe, train_emoji
+from stepserve.training.data.artwork import Artwork
+from stepserve.training.emoji import tiny_recipe, train_emoji
 
 NAMES = ("red apple", "owl", "red apple", "house", "blue circle")
 STYLES = ("noto", "noto", "fluent", "fluent", "noto")

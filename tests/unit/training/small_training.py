@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
+from stepserve.training.loop.hyperparameters import LoopConfig
+from stepserve.training.loop.loop import SampleFunction, Trainer
 from torch import nn
-
-from service.training.hyperparameters import LoopConfig
-from service.training.loop import SampleFunction, Trainer
 
 STEPS = 400
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from service.training.artwork import (
+from stepserve.training.data.artwork import (
     PACKAGES,
     Artwork,
     ArtworkPackage,
@@ -26,7 +25,7 @@ from service.training.artwork import (
     render_package,
     wanted_names,
 )
-from service.training.errors import ArtworkUnavailableError
+from stepserve.training.errors import ArtworkUnavailableError
 
 NOTO, FLUENT = PACKAGES
 SQUARE = '<path fill="#f00" d="M8 8h16v16H8z"/>'
@@ -168,7 +167,9 @@ def test_missing_member_is_named(tmp_path: Path) -> None:
 
 
 def test_rendered_artwork_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.training.artwork.PACKAGES", (PACKAGE, replace(PACKAGE, style="b")))
+    monkeypatch.setattr(
+        "stepserve.training.data.artwork.PACKAGES", (PACKAGE, replace(PACKAGE, style="b"))
+    )
     for style in ("test", "b"):
         (tmp_path / f"{style}-1.0.0.tgz").write_bytes(ARCHIVE)
     first = load_artwork(tmp_path, 16)

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import CLIPTokenizer
-
-from service.training.captions import (
+from stepserve.training.data.captions import (
     Caption,
     find_tokenizer,
     keep_tokenizer,
     train_tokenizer,
     write_caption,
 )
-from service.training.pictures import BACKGROUNDS
+from stepserve.training.data.images import BACKGROUNDS
+from transformers import CLIPTokenizer
 
 NAMES = ("red heart", "octopus", "fire engine", "grinning face with big eyes", "8 ball", "pinata")
 MAX_TOKENS = 24
@@ -91,7 +90,7 @@ def test_saving_and_finding_keeps_every_token(tokenizer: CLIPTokenizer, tmp_path
 
 def test_every_process_trains_the_same_tokenizer(tokenizer: CLIPTokenizer) -> None:
     program = (
-        "import json, sys; from service.training.captions import train_tokenizer; "
+        "import json, sys; from stepserve.training.data.captions import train_tokenizer; "
         "names = json.loads(sys.argv[1]); t = train_tokenizer(names, 900, 24); "
         "print(json.dumps([t.get_vocab(), [t(name).input_ids for name in names]]))"
     )

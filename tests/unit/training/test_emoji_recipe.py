@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-
-from service.training.artwork import Artwork
-from service.training.card import count_parameters
-from service.training.checkpoint import load_checkpoint
-from service.training.denoiser import DenoiserStage
-from service.training.emoji import EmojiRecipe, make_recipe, tiny_recipe, train_emoji
-from service.training.errors import CheckpointError, ExportError, StartingModelError
-from service.training.export import check_promises
+from stepserve.training.card import count_parameters
+from stepserve.training.data.artwork import Artwork
+from stepserve.training.emoji import EmojiRecipe, make_recipe, tiny_recipe, train_emoji
+from stepserve.training.errors import CheckpointError, ExportError, StartingModelError
+from stepserve.training.export import check_promises
+from stepserve.training.loop.checkpoint import load_checkpoint
+from stepserve.training.stages.denoiser import DenoiserStage
 
 
 @pytest.fixture(scope="module")

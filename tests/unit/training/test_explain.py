@@ -9,9 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-
-from service.training.errors import ModelNotExplainableError
-from service.training.explain import (
+from stepserve.training.drawing.explain import (
     denoise,
     explain,
     forward_strip,
@@ -20,7 +18,8 @@ from service.training.explain import (
     schedule_of,
     spread,
 )
-from service.training.strips import CELL_PX, GAP_PX, HEAD_PX, MARGIN_PX
+from stepserve.training.drawing.strips import CELL_PX, GAP_PX, HEAD_PX, MARGIN_PX
+from stepserve.training.errors import ModelNotExplainableError
 
 
 @pytest.fixture(scope="module")

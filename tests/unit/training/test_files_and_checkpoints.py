@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from service.private_files import NotPrivateError
-from service.training.checkpoint import check_origin, load_checkpoint, save_checkpoint
-from service.training.errors import CheckpointError
-from service.training.files import fresh_sibling, replace_folder, write_atomically
-from service.training.fingerprint import digest_weights
+from stepserve.private_files import NotPrivateError
+from stepserve.training.errors import CheckpointError
+from stepserve.training.loop.checkpoint import check_origin, load_checkpoint, save_checkpoint
+from stepserve.training.loop.files import fresh_sibling, replace_folder, write_atomically
+from stepserve.training.loop.fingerprint import digest_weights
 
 
 def names_in(folder: Path) -> list[str]:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-
-from service.training.artwork import Artwork
-from service.training.emoji import tiny_recipe
-from service.training.latents import encode_artwork
-from service.training.pictures import BACKGROUNDS, artwork_tensor, paint, shrink
-from service.training.vae import build_autoencoder
+from stepserve.training.data.artwork import Artwork
+from stepserve.training.data.images import BACKGROUNDS, artwork_tensor, paint, shrink
+from stepserve.training.data.latents import encode_artwork
+from stepserve.training.emoji import tiny_recipe
+from stepserve.training.stages.vae import build_autoencoder
 
 
 @pytest.fixture

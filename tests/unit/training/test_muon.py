@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stepserve.training.loop.optimizer import Muon, is_matrix, orthogonalize
 from torch import nn
-
-from service.training.optimizer import Muon, is_matrix, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 64), (64, 8), (1, 9)])

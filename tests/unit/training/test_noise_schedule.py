@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-
-from service.training.denoiser import DenoiserConfig, build_scheduler
-from service.training.diffusion import NoiseSchedule, spread_timesteps
+from stepserve.training.diffusion import NoiseSchedule, spread_timesteps
+from stepserve.training.stages.denoiser import DenoiserConfig, build_scheduler
 
 CONFIG = DenoiserConfig()
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-
-from service.training.artwork import Artwork
-from service.training.grids import save_grid, tile, to_picture
-from service.training.pictures import artwork_tensor, mirror, paint, shrink
+from stepserve.training.data.artwork import Artwork
+from stepserve.training.data.images import artwork_tensor, mirror, paint, shrink
+from stepserve.training.drawing.grids import save_grid, tile, to_picture
 
 
 def rgba(red: int, alpha: int, size: int = 4) -> torch.Tensor:

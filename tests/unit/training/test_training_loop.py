@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from small_training import STEPS, build_trainer, final_weights
-
-from service.training.checkpoint import load_checkpoint
-from service.training.errors import CheckpointError, TrainingDivergedError
-from service.training.interrupts import StopSignals
+from stepserve.training.errors import CheckpointError, TrainingDivergedError
+from stepserve.training.loop.checkpoint import load_checkpoint
+from stepserve.training.loop.interrupts import StopSignals
 
 PROGRAM = Path(__file__).with_name("small_training.py")
 

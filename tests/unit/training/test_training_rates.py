@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-
-from service.training.hyperparameters import (
+from stepserve.training.loop.hyperparameters import (
     LoopConfig,
     ema_decay_at,
     learning_rate_at,

@@ -1,0 +1,7 @@
+"""The HTTP door: routes, schemas, limits and the error table. Knows FastAPI, not Ray or torch."""
+
+from stepserve.api.app import create_app
+from stepserve.api.backend import Backend
+from stepserve.api.settings import ApiSettings
+
+__all__ = ["ApiSettings", "Backend", "create_app"]

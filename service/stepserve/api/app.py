@@ -1,0 +1,192 @@
+"""Puts the HTTP door together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Security
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.middleware import Middleware
+
+from stepserve import __version__
+from stepserve.api.auth.access import Access, AccessMiddleware, UsageMiddleware
+from stepserve.api.auth.cross_origin import CrossOriginMiddleware, CrossSiteMiddleware
+from stepserve.api.backend import Backend
+from stepserve.api.bodies.pending_bytes import (
+    BodyTurns,
+    BodyTurnsMiddleware,
+    PendingBytes,
+    PendingBytesMiddleware,
+)
+from stepserve.api.bodies.reading import BodyBudget, BodyReader
+from stepserve.api.bodies.schemas import PictureReference
+from stepserve.api.errors import UnauthorizedError
+from stepserve.api.handlers import add_error_handlers
+from stepserve.api.http.head_limits import HeadLimitMiddleware
+from stepserve.api.http.in_flight import InFlight, InFlightMiddleware
+from stepserve.api.http.methods import HeadMiddleware
+from stepserve.api.http.middleware import (
+    BodyLimitMiddleware,
+    RequestIdMiddleware,
+    TimingMiddleware,
+    UnexpectedErrorMiddleware,
+)
+from stepserve.api.inputs.fetch import FetchTurns
+from stepserve.api.observe.exchanges import ObservationMiddleware
+from stepserve.api.openapi import add_schemas, error_responses
+from stepserve.api.results.store import ResultStore
+from stepserve.api.routes import (
+    docs,
+    health,
+    images,
+    metrics,
+    models,
+    playground,
+    requests,
+    results,
+)
+from stepserve.api.settings import ApiSettings, Observation
+
+EXPOSED_HEADERS = (
+    "X-Request-ID",
+    "Server-Timing",
+    "Retry-After",
+    "traceparent",
+    "X-RateLimit-Limit-Requests",
+    "X-RateLimit-Remaining-Requests",
+    "X-RateLimit-Reset-Requests",
+)
+
+KEY_SCHEME = HTTPBearer(
+    scheme_name="ApiKey",
+    description="An API key, as the operator of this server hands them out.",
+    auto_error=False,
+)
+
+DESCRIPTION = """\
+A diffusion-model server that batches requests at every denoising step.
+
+Routes and shapes are those of OpenAI's Images API, so its clients work unchanged. Every error
+has the body `{"error": {"message", "type", "param", "code"}}`, and every answer an
+`X-Request-ID`.
+"""
+
+TAGS = [
+    {"name": "images", "description": "Make, change and vary pictures, as OpenAI's Images API."},
+    {"name": "requests", "description": "Watch and end requests by their `X-Request-ID`."},
+    {"name": "models", "description": "What is served, what it can do, and what it is doing."},
+    {"name": "results", "description": "Pictures that were answered as links."},
+    {"name": "health", "description": "For load balancers and supervisors."},
+]
+NOT_OBSERVED = Observation()
+SERVERS = [{"url": "/", "description": "Where this document comes from."}]
+
+
+def create_app(
+    backend: Backend,
+    settings: ApiSettings,
+    store: ResultStore,
+    access: Access,
+    observation: Observation = NOT_OBSERVED,
+) -> FastAPI:
+    """Return the app that serves `backend` over HTTP to those who have `access`.
+
+    Results that are answered as links are kept in `store`.
+    """
+    in_flight = InFlight()
+    app = FastAPI(
+        title="Stepserve",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_tags=TAGS,
+        servers=SERVERS,
+        generate_unique_id_function=_operation_id,
+        # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
+        redirect_slashes=False,
+        middleware=[
+            Middleware(InFlightMiddleware, in_flight=in_flight),
+            *_middleware(settings, access, observation),
+        ],
+        lifespan=_lifespan,
+    )
+    app.state.backend = backend
+    app.state.settings = settings
+    app.state.store = store
+    app.state.fetches = FetchTurns()
+    app.state.observation = observation
+    app.state.in_flight = in_flight
+    add_error_handlers(app)
+    keys = _told_of_keys() if access.keys.keys else {}
+    for part in (images, requests, models):
+        app.include_router(part.router, **keys)
+    for part in (results, health, metrics, docs, playground):
+        app.include_router(part.router)
+    app.mount(docs.ASSETS_URL, docs.ASSETS)
+    app.mount(playground.ASSETS_URL, playground.ASSETS)
+    add_schemas(app, PictureReference)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    """What client generators call the function: `create_images`."""
+    return route.name
+
+
+def _told_of_keys() -> dict[str, Any]:
+    """What the document says of keys. They are checked elsewhere, before any body is read."""
+    return {
+        "dependencies": [Security(KEY_SCHEME)],
+        "responses": error_responses(UnauthorizedError),
+    }
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    await app.state.backend.start()
+    sweeping = asyncio.create_task(app.state.store.sweep_for_ever())
+    try:
+        yield
+    finally:
+        sweeping.cancel()
+
+
+def _middleware(
+    settings: ApiSettings, access: Access, observation: Observation
+) -> list[Middleware]:
+    cors = Middleware(
+        CrossOriginMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
+        # A public page that calls a server of a private network: the operator named the page.
+        allow_private_network=True,
+        allow_headers=("*",),
+        expose_headers=EXPOSED_HEADERS,
+    )
+    return [
+        *([cors] if settings.cors_origins else []),
+        Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
+        Middleware(ObservationMiddleware, observation=observation),
+        Middleware(TimingMiddleware),
+        Middleware(UnexpectedErrorMiddleware),
+        Middleware(HeadLimitMiddleware, limits=settings.head),
+        Middleware(CrossSiteMiddleware, origins=settings.cors_origins),
+        Middleware(AccessMiddleware, access=access),
+        Middleware(BodyTurnsMiddleware, turns=BodyTurns(settings.uploads.max_pending_bytes)),
+        Middleware(
+            BodyLimitMiddleware,
+            max_bytes=settings.max_body_bytes,
+            max_upload_bytes=settings.max_upload_bytes,
+            reader=BodyReader(settings.body_timeout_s, BodyBudget(settings.max_bodies_bytes)),
+        ),
+        Middleware(
+            PendingBytesMiddleware, pending=PendingBytes(settings.uploads.max_pending_bytes)
+        ),
+        Middleware(UsageMiddleware, usage=access.usage),
+        Middleware(HeadMiddleware),
+    ]

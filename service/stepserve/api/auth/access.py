@@ -1,0 +1,131 @@
+"""ASGI middleware: who calls, and whether it is their turn."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+
+# As the router itself finds the path below a prefix: if it were found otherwise, some would get in.
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stepserve.api.auth.keys import ANYBODY, ApiKey, Caller, KeyRing, caller_of_key
+from stepserve.api.auth.usage import Rate, Refusal, Usage
+from stepserve.api.errors import KeyLimitError, UnauthorizedError, error_response
+from stepserve.api.request_id import request_id_of
+from stepserve.domain.errors import NotReadyError, StepserveError
+
+GUARDED = "/v1/"
+LINKS = "/v1/results/"
+"""Signed links are their own permission."""
+
+COUNTED = "/v1/images/"
+SCHEME = "bearer"
+
+
+@dataclass(frozen=True)
+class Access:
+    """The keys that open the door, and where their use is counted."""
+
+    keys: KeyRing
+    usage: Usage
+
+
+class AccessMiddleware:
+    """Lets in who has a key, before any body is read. Without keys everybody is let in."""
+
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or answer 401."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        scope["state"]["caller"] = ANYBODY
+        # The browser asks for permission without a key.
+        if not self._access.keys.keys or not _is_guarded(scope) or scope["method"] == "OPTIONS":
+            return await self._app(scope, receive, send)
+        key = self._access.keys.find(_token(scope))
+        if key is None:
+            return await _refuse(UnauthorizedError(_how_to_come_in(scope)), scope, receive, send)
+        scope["state"]["caller"] = caller_of_key(key)
+        if key.has_limits and get_route_path(scope).startswith(COUNTED):
+            scope["state"]["limited_key"] = key
+        return await self._app(scope, receive, send)
+
+
+class UsageMiddleware:
+    """Counts what keys with limits use, once a body has arrived: half of one takes no place."""
+
+    def __init__(self, app: ASGIApp, *, usage: Usage) -> None:
+        self._app = app
+        self._usage = usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or answer 429."""
+        key: ApiKey | None = scope.get("state", {}).get("limited_key")
+        if key is None:
+            return await self._app(scope, receive, send)
+        lease = secrets.token_hex(16)
+        try:
+            answer = await self._usage.take(key, lease)
+            if isinstance(answer, Refusal):
+                error = KeyLimitError(answer.message, answer.retry_after_s)
+                return await _refuse(error, scope, receive, _with_limits(send, answer.rate))
+            await self._app(scope, receive, _with_limits(send, answer.rate))
+        except NotReadyError as error:
+            # Those of the app are answered inside it: nobody answers who counts.
+            await _refuse(error, scope, receive, send)
+        finally:
+            self._usage.give_back(key.name, lease)
+
+
+def caller_in(scope: Scope) -> Caller:
+    """Who sent the request of a connection."""
+    caller: Caller = scope["state"]["caller"]
+    return caller
+
+
+def _is_guarded(scope: Scope) -> bool:
+    path = get_route_path(scope)
+    return path.startswith(GUARDED) and not path.startswith(LINKS)
+
+
+def _token(scope: Scope) -> str:
+    scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == SCHEME else ""
+
+
+def _how_to_come_in(scope: Scope) -> str:
+    if "authorization" in Headers(scope=scope):
+        return "the API key is wrong"
+    return "an API key is required: send it as 'Authorization: Bearer KEY'"
+
+
+async def _refuse(error: StepserveError, scope: Scope, receive: Receive, send: Send) -> None:
+    response = error_response(error, request_id_of(scope))
+    if isinstance(error, UnauthorizedError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    await response(scope, receive, send)
+
+
+def _with_limits(send: Send, rate: Rate | None) -> Send:
+    if rate is None:
+        return send
+    told = {
+        "x-ratelimit-limit-requests": str(rate.limit),
+        "x-ratelimit-remaining-requests": str(rate.remaining),
+        "x-ratelimit-reset-requests": f"{math.ceil(rate.reset_s)}s",
+    }
+
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in told.items():
+                headers[name] = value
+        await send(message)
+
+    return send_with_limits

@@ -1,0 +1,68 @@
+"""What the HTTP door needs from whoever makes the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from stepserve.domain.batch import BatchView
+from stepserve.domain.events import Event, Outcome
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.progress import Progress
+from stepserve.domain.request_log import NumberedEvent
+from stepserve.domain.requests import GenerationRequest
+
+
+class Backend(Protocol):
+    """Makes pictures. Implemented over Ray Serve handles, or in one process."""
+
+    async def start(self) -> None:
+        """Begin to serve; called once, on the event loop of all other calls."""
+        ...
+
+    async def models(self) -> Sequence[ModelStatus]:
+        """Return every served model, also those that are still loading."""
+        ...
+
+    async def model(self, model_id: str) -> ModelStatus | None:
+        """Return one served model, also if it is still loading, or None if there is no such."""
+        ...
+
+    async def generate(self, request: GenerationRequest) -> Outcome:
+        """Serve `request` to its end; cancelling the calling task gives it up.
+
+        Raises:
+            StepserveError: as an alternative to returning it inside `Failed`.
+        """
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve `request`, and tell what happens to it up to `Finished` or `Failed`.
+
+        Closing the stream gives the request up.
+
+        Raises:
+            StepserveError: as an alternative to telling it inside `Failed`.
+        """
+        ...
+
+    async def progress(self, request_id: str, owner: str) -> Progress | None:
+        """Return where a request stands, or None if its owner has no such request."""
+        ...
+
+    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+        """End a request at its next step, if it has not ended; None if its owner has none such."""
+        ...
+
+    async def events(
+        self, request_id: str, owner: str, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
+        """Return a request's events from `number` on, or wait up to `wait_s` for the next.
+
+        None if its owner has no such request.
+        """
+        ...
+
+    async def batch(self, model_id: str) -> Sequence[BatchView]:
+        """Return what each replica of a model has in hand."""
+        ...

@@ -1,0 +1,295 @@
+"""The bodies of requests for pictures, as they arrive.
+
+Only types are checked here. What a model can do is checked by `stepserve.domain.limits`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from stepserve.api.auth.keys import Caller
+from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, WholeNumber
+from stepserve.domain.guidance import Guidance
+from stepserve.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, digits, shown
+from stepserve.domain.models import ModelCapabilities
+from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
+
+T = TypeVar("T")
+
+UNUSED = "Accepted for compatibility and not used; the answer names it in `ignored_fields`."
+STRENGTH = "How far to go from the picture; 1 keeps nothing of it. 0.8 if left out."
+MAX_PARTIAL_IMAGES = 3
+
+MAX_LISTED = 64
+"""Of any list: counted before its entries are looked at."""
+
+URLS_BY_DEFAULT = "dall-e-"
+"""OpenAI answers models of these names as links, and their clients count on it."""
+
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+
+
+def _documented(description: str, **bounds: Any) -> Any:
+    """Describe an optional field; the bounds are shown only, because each model has its own."""
+    return Field(default=None, description=description, json_schema_extra=bounds or None)
+
+
+def _check_count(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list) and len(value) > MAX_LISTED:
+        message = f"{info.field_name} must have at most {MAX_LISTED} entries, got {len(value)}"
+        raise ValueError(message)
+    return value
+
+
+COUNTED = BeforeValidator(_check_count)
+
+
+class AdapterBody(Body):
+    """A LoRA adapter to apply."""
+
+    name: str = Field(description="An adapter that the model lists in `GET /v1/models`.")
+    scale: float = Field(default=1.0, description="How strongly it is applied.")
+
+
+class ImageRequestBase(Body):
+    """What every request for pictures may say: OpenAI's fields, then Stepserve's own."""
+
+    model: str | None = _documented(
+        "A model's id or alias in `GET /v1/models`; else the default model."
+    )
+    n: WholeNumber | None = _documented("How many pictures; 1 if left out.", minimum=1)
+    size: str | None = _documented(
+        "`WIDTHxHEIGHT` in pixels, or `auto` for the model's native size.",
+        pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
+    )
+    response_format: Literal["b64_json", "url"] | None = _documented(
+        "How pictures are returned: in the answer, or as links that expire; `b64_json` if left "
+        "out, but `url` where `model` is an alias that begins with `dall-e-`."
+    )
+    output_format: Literal["png", "jpeg", "webp"] | None = _documented(
+        "The file format of the pictures; `png` if left out."
+    )
+    output_compression: WholeNumber | None = _documented(
+        "Quality of JPEG and WEBP files; 95 if left out.", minimum=0, maximum=100
+    )
+    stream: bool | None = _documented(
+        "Answer with server-sent events: pictures on the way, then the finished ones."
+    )
+    partial_images: WholeNumber | None = _documented(
+        "How many pictures on the way a stream holds; 0 if left out.", minimum=0, maximum=3
+    )
+    user: str | None = _documented(UNUSED)
+    quality: str | None = _documented(UNUSED)
+    moderation: str | None = _documented(UNUSED)
+    style: str | None = _documented(UNUSED)
+    background: str | None = _documented(f"{UNUSED} Pictures are opaque.")
+    safety_identifier: str | None = _documented(UNUSED)
+    complexity: str | None = _documented(UNUSED)
+    frame_count: Any = _documented(UNUSED)
+    frame_duration_ms: Any = _documented(UNUSED)
+    svg: Any = _documented(UNUSED)
+    negative_prompt: str | None = _documented("What the picture must not show.")
+    num_inference_steps: WholeNumber | None = _documented("Denoising steps.", minimum=1)
+    guidance_scale: float | None = _documented(
+        "How closely to follow the prompt; 1 or less turns guidance off, which is twice as fast.",
+        minimum=0,
+    )
+    seed: WholeNumber | None = _documented(
+        "The same seed and parameters give the same picture; random if left out. "
+        "Picture `i` (from 0) of `n` is drawn from `seed + i`.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+    scheduler: str | None = _documented("A scheduler that the model lists in `GET /v1/models`.")
+    adapters: Annotated[list[AdapterBody], COUNTED] | None = _documented(
+        "LoRA adapters, applied together."
+    )
+    guidance_start: float | None = _documented(
+        "Guidance is applied from this share of the steps on; 0 if left out. Steps without "
+        "guidance are twice as fast.",
+        minimum=0,
+        exclusiveMaximum=1,
+    )
+    guidance_end: float | None = _documented(
+        "Guidance is applied before this share of the steps; 1 if left out.",
+        exclusiveMinimum=0,
+        maximum=1,
+    )
+    priority: Literal["interactive", "normal", "batch"] | None = _documented(
+        "Who goes first when there is more work than the server can do; `normal` if left out."
+    )
+    deadline_s: float | None = _documented(
+        "Seconds after which an answer is of no more use.", minimum=MIN_DEADLINE_S
+    )
+    reproducible: bool | None = _documented(
+        "Share no computation with other requests, so that equal fingerprints mean equal bytes on "
+        "every device; slower. `false` if left out."
+    )
+    previews: WholeNumber | None = _documented(
+        "How many pictures on the way to make, in a stream or to be followed under "
+        "`/v1/requests/{id}/events`; `partial_images` without its limit of 3.",
+        minimum=0,
+        maximum=MAX_PREVIEWS,
+    )
+
+    @field_validator("partial_images")
+    @classmethod
+    def _check_partial_images(cls, value: int | None) -> int | None:
+        if value is not None and not 0 <= value <= MAX_PARTIAL_IMAGES:
+            got = digits(value)
+            raise ValueError(f"partial_images must be 0 to {MAX_PARTIAL_IMAGES}, got {got}")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _check_form(cls, value: str | None) -> str | None:
+        if value not in (None, "auto") and not _SIZE.fullmatch(value):
+            raise ValueError(f"size must be 'auto' or 'WIDTHxHEIGHT' in pixels, got {shown(value)}")
+        return value
+
+    @property
+    def wants_urls(self) -> bool:
+        """Whether the pictures are to be links."""
+        if self.response_format is None:
+            return (self.model or "").startswith(URLS_BY_DEFAULT)
+        return self.response_format == "url"
+
+    def ignored_fields(self, guidance_scale: float, guidance: Guidance) -> tuple[str, ...]:
+        """The fields that were sent and changed nothing.
+
+        Args:
+            guidance_scale: of the request, after what was left out has been filled in.
+            guidance: of its model.
+        """
+        sent = ((name, getattr(self, name, None)) for name in AS_EVER)
+        unused = (name for name, value in sent if value not in (None, *AS_EVER[name]))
+        unguided = () if guidance.guides(guidance_scale) else self._guidance_limits()
+        return (*unused, *self._unsent_previews(), *unguided, *self.unknown_fields)
+
+    def _guidance_limits(self) -> tuple[str, ...]:
+        """Fields that were sent to leave some steps without guidance."""
+        sent = {"guidance_start": self.guidance_start, "guidance_end": self.guidance_end}
+        at_every_step = {"guidance_start": 0, "guidance_end": 1}
+        return tuple(name for name in sent if sent[name] not in (None, at_every_step[name]))
+
+    def _unsent_previews(self) -> tuple[str, ...]:
+        """`partial_images`, if there is no stream to hold them, or `previews` take their place."""
+        replaced = not self.stream or self.previews is not None
+        return ("partial_images",) if self.partial_images and replaced else ()
+
+    def fill_in(
+        self, request_id: str, caller: Caller, model: ModelCapabilities
+    ) -> GenerationRequest:
+        """Return a request with everything left out filled in from `model`; draws a seed.
+
+        What it is made of, a prompt or pictures, is left to the kind of request.
+        """
+        width, height = _parse_size(self.size, model.sizes.native)
+        return GenerationRequest(
+            id=request_id,
+            owner=caller.name,
+            model=model.id,
+            prompt="",
+            width=width,
+            height=height,
+            num_inference_steps=_or(self.num_inference_steps, model.default_num_inference_steps),
+            guidance_scale=_or(self.guidance_scale, model.default_guidance_scale),
+            seed=_or(self.seed, secrets.randbits(32)),
+            scheduler=_or(self.scheduler, model.default_scheduler),
+            negative_prompt=_or(self.negative_prompt, ""),
+            n=_or(self.n, 1),
+            output_format=OutputFormat(_or(self.output_format, "png")),
+            output_compression=self.output_compression,
+            adapters=tuple(AdapterUse(use.name, use.scale) for use in self.adapters or ()),
+            guidance_start=_or(self.guidance_start, 0.0),
+            guidance_end=_or(self.guidance_end, 1.0),
+            priority=caller.priority(self.priority),
+            deadline_s=self.deadline_s,
+            reproducible=_or(self.reproducible, False),
+            previews=_or(self.previews, _or(self.partial_images, 0) if self.stream else 0),
+        )
+
+
+class ImageRequest(ImageRequestBase):
+    """What to draw. OpenAI's fields, then Stepserve's own. `null` means the same as left out."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            **OPEN,
+            "examples": [
+                {"prompt": "red heart, noto, on a blue background"},
+                {
+                    "prompt": "smiling cat",
+                    "n": 2,
+                    "seed": 7,
+                    "num_inference_steps": 30,
+                    "guidance_scale": 5.0,
+                },
+            ],
+        },
+    )
+
+    prompt: Annotated[str, Field(description="What the picture shows.")]
+
+    def to_generation(
+        self, request_id: str, caller: Caller, model: ModelCapabilities
+    ) -> GenerationRequest:
+        """Return the request with everything left out filled in from `model`; draws a seed."""
+        return replace(self.fill_in(request_id, caller, model), prompt=self.prompt)
+
+
+class PictureReference(Body):
+    """A picture by its address."""
+
+    image_url: str = Field(description="A `data:` URL; `https:` where the operator allows it.")
+
+
+def _referred_to(value: Any) -> Any:
+    # A union of both would name its branches, which are names of this code, in messages.
+    return {"image_url": value} if isinstance(value, str) else value
+
+
+Reference = Annotated[
+    PictureReference, BeforeValidator(_referred_to, json_schema_input_type=PictureReference | str)
+]
+"""A picture by its address, also one that is written without `image_url`."""
+
+
+class EditRequest(ImageRequestBase):
+    """How to change a picture. `image` and `mask` are files of a form, or addresses in JSON."""
+
+    prompt: Annotated[str, Field(description="What the changed picture shows.")]
+    image: str | None = _documented("The picture to change, as a `data:` URL.")
+    images: Annotated[list[PictureReference], COUNTED] | None = _documented(
+        "The picture to change, in a list of one."
+    )
+    mask: Reference | None = _documented(
+        "Where to repaint: where it is transparent, or white in a picture without transparency."
+    )
+    strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
+    input_fidelity: str | None = _documented(UNUSED)
+
+
+class VariationRequest(ImageRequestBase):
+    """How to vary a picture. `image` is a file of a form, or an address in JSON."""
+
+    prompt: str | None = _documented("What the variations show; nothing in particular if left out.")
+    image: str | None = _documented("The picture to vary, as a `data:` URL.")
+    images: Annotated[list[PictureReference], COUNTED] | None = _documented(
+        "The picture to vary, in a list of one."
+    )
+    strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _parse_size(size: str | None, native_px: int) -> tuple[int, int]:
+    parts = _SIZE.fullmatch(size or "auto")
+    return (int(parts[1]), int(parts[2])) if parts else (native_px, native_px)

@@ -1,0 +1,185 @@
+"""ASGI middleware, outermost first: request id, timing, answers to bugs, body limit."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stepserve.api.bodies.content_coding import CODINGS, decoder_of
+from stepserve.api.bodies.reading import (
+    JSON,
+    Body,
+    BodyReader,
+    check_length,
+    declared_bytes,
+    media_type_of,
+)
+from stepserve.api.errors import UnsupportedMediaTypeError, error_response
+from stepserve.api.request_id import REQUEST_ID_HEADER, request_id_of
+from stepserve.domain.errors import StepserveError
+
+TIMING_HEADER = "Server-Timing"
+TURNS = 10
+"""Of the event loop between two long bodies: a short request takes no more."""
+
+UPLOADS = ("/v1/images/edits", "/v1/images/variations")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestIdMiddleware:
+    """Keeps a usable `X-Request-ID` of the client or makes one, and puts it in the answer."""
+
+    def __init__(self, app: ASGIApp, *, echo: bool) -> None:
+        self._app = app
+        self._echo = echo
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection under its id."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = _choose_id(Headers(scope=scope).get(REQUEST_ID_HEADER, ""))
+        scope.setdefault("state", {})["request_id"] = request_id
+        tell = _with_header(send, REQUEST_ID_HEADER, request_id) if self._echo else send
+        return await self._app(scope, receive, tell)
+
+
+class TimingMiddleware:
+    """Tells in `Server-Timing` how long an answer took, where a route tells nothing more exact."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection and time it up to the first byte of the answer."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started_s = time.perf_counter()
+
+        async def timed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                total_ms = (time.perf_counter() - started_s) * 1000
+                MutableHeaders(scope=message).setdefault(TIMING_HEADER, f"total;dur={total_ms:.1f}")
+            await send(message)
+
+        return await self._app(scope, receive, timed)
+
+
+class UnexpectedErrorMiddleware:
+    """Answers a bug with a 500 that tells nothing but the request id; the log has the rest."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, and never leave it unanswered."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        answer = _Answer(send)
+        try:
+            await self._app(scope, receive, answer.send)
+        except Exception as error:
+            if answer.has_begun:
+                # A stream: the server cuts it off, which is all that can still be told.
+                raise
+            await error_response(error, request_id_of(scope))(scope, receive, send)
+
+
+class _Answer:
+    """Passes an answer on, and knows whether it has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_begun = False
+
+    async def send(self, message: Message) -> None:
+        self.has_begun = True
+        await self._send(message)
+
+
+class BodyLimitMiddleware:
+    """Reads the whole body before anything else runs, and refuses one over the limits.
+
+    Its length is limited to `max_upload_bytes` for URLs that take pictures, `max_bytes` for all
+    others. What the app sees of it is never compressed.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int, reader: BodyReader
+    ) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
+        self._reader = reader
+        self._turn = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or answer 400, 408, 413, 415 or 503."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        try:
+            body = await self._read(scope, receive)
+        except StepserveError as error:
+            response = error_response(error, request_id_of(scope))
+            if isinstance(error, UnsupportedMediaTypeError):
+                response.headers["Accept-Encoding"] = ", ".join(CODINGS)
+            return await response(scope, receive, send)
+        except ClientDisconnect:
+            return None
+        scope["state"]["body_bytes"] = body.size_bytes
+        return await self._app(scope, self._replay(body, receive), send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> Body:
+        headers = Headers(scope=scope)
+        limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
+        body = Body(limit_bytes, is_json=media_type_of(headers) == JSON)
+        decoder = decoder_of(headers, limit_bytes)
+        check_length(declared_bytes(headers), limit_bytes)
+        await self._reader.read(receive, decoder, body)
+        return body
+
+    def _replay(self, body: Body, receive: Receive) -> Receive:
+        """Return a `receive` that gives the body once, then whatever else comes (a disconnect).
+
+        A long one comes in parts, as forms are read part by part, and its last part waits its turn:
+        what is done at once with many of them, such as reading JSON, would hold up all others.
+        """
+        parts = body.parts[::-1] or [bytearray()]
+        body.parts.clear()
+        is_long = len(parts) > 1
+
+        async def replay() -> Message:
+            if not parts:
+                return await receive()
+            part = parts.pop()
+            if parts:
+                await asyncio.sleep(0)
+            elif is_long:
+                await self._take_turn()
+            return {"type": "http.request", "body": bytes(part), "more_body": bool(parts)}
+
+        return replay
+
+    async def _take_turn(self) -> None:
+        """Return once all others have had some turns of the event loop."""
+        async with self._turn:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+
+
+def _choose_id(given: str) -> str:
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _with_header(send: Send, name: str, value: str) -> Send:
+    async def send_with_header(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)[name] = value
+        await send(message)
+
+    return send_with_header

@@ -1,0 +1,1 @@
+"""From a checked request to the response with its images."""

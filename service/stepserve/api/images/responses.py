@@ -1,0 +1,464 @@
+"""The bodies of answers, in the shapes of OpenAI's API with more fields beside them."""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stepserve.api.errors import ErrorDetail, error_detail
+from stepserve.domain.batch import BatchView
+from stepserve.domain.events import CutPrompt, EncodedImage, Finished
+from stepserve.domain.guidance import GuidanceKind
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.models import Compilation
+from stepserve.domain.progress import Progress
+from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.states import RequestState
+from stepserve.domain.timings import Timings
+
+
+class ImageData(BaseModel):
+    """One picture."""
+
+    b64_json: str | None = Field(default=None, description="The picture file, base64.")
+    url: str | None = Field(default=None, description="Where the file is, until the link expires.")
+    seed: int = Field(description="With `n` of 1, this seed makes this picture again.")
+    content_filtered: Literal[True] | None = Field(
+        default=None,
+        description="The model's own safety checker withheld the picture: there is no file.",
+    )
+
+
+class AdapterAnswer(BaseModel):
+    """A LoRA adapter that was applied, and how strongly."""
+
+    name: str
+    scale: float
+
+
+class Parameters(BaseModel):
+    """Everything that shaped the pictures: sent back as a request body, it makes them again."""
+
+    model: str
+    prompt: str
+    negative_prompt: str
+    n: int
+    size: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    scheduler: str
+    adapters: list[AdapterAnswer]
+    output_format: Literal["png", "jpeg", "webp"]
+    output_compression: int | None = None
+    guidance_start: float
+    guidance_end: float
+    reproducible: bool
+    strength: float | None = Field(default=None, description="Of edits and variations.")
+
+
+class TimingsAnswer(BaseModel):
+    """Seconds by stage; `batch_share` is the mean share of a forward's rows that were its own."""
+
+    queue_s: float
+    first_step_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+    batch_share: float
+
+
+_EXAMPLE: dict[str, Any] = {
+    "id": "3f0c9d5be1f34c5f8d1c5b8f0f7d2a11",
+    "created": 1795450000,
+    "model": "emoji",
+    "data": [{"b64_json": "iVBORw0KGgo=", "seed": 7}],
+    "output_format": "png",
+    "size": "64x64",
+    "seed": 7,
+    "parameters": {
+        "model": "emoji",
+        "prompt": "red heart, noto, on a blue background",
+        "negative_prompt": "",
+        "n": 1,
+        "size": "64x64",
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "seed": 7,
+        "scheduler": "EulerDiscreteScheduler",
+        "adapters": [{"name": "pixel-art", "scale": 0.8}],
+        "output_format": "png",
+        "guidance_start": 0.0,
+        "guidance_end": 1.0,
+        "reproducible": False,
+    },
+    "fingerprint": "5f1d7a84c0be93a2",
+    "timings": {
+        "queue_s": 0.002,
+        "first_step_s": 0.011,
+        "encode_s": 0.006,
+        "denoise_s": 0.91,
+        "decode_s": 0.02,
+        "total_s": 0.94,
+        "batch_share": 0.5,
+    },
+}
+
+
+class ImagesAnswer(BaseModel):
+    """The finished pictures."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    id: str = Field(
+        description="The `X-Request-ID`. Unique, unless a caller uses one of its own again."
+    )
+    created: int = Field(description="Unix time in seconds.")
+    model: str
+    data: list[ImageData]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str = Field(description="`WIDTHxHEIGHT` in pixels.", examples=["64x64"])
+    seed: int = Field(description="The seed used, also where it was drawn by the server.")
+    parameters: Parameters
+    fingerprint: str = Field(
+        description="The `short` fingerprint of the model in `GET /v1/models`: where it is the "
+        "same, the same parameters give the same pictures."
+    )
+    timings: TimingsAnswer
+    ignored_fields: list[str] | None = Field(
+        default=None, description="Fields that were sent and changed nothing; absent without any."
+    )
+    prompt_truncated: dict[str, dict[str, int]] | None = Field(
+        default=None,
+        description="By field (`prompt`, `negative_prompt`) and text encoder, how many tokens that "
+        "one read of a longer text, which another encoder read whole; absent where all did.",
+        examples=[{"prompt": {"text_encoder": 77}}],
+    )
+
+
+class SizesAnswer(BaseModel):
+    """Sides a picture may have, in pixels: from `minimum` to `maximum` by `step`."""
+
+    minimum: int
+    maximum: int
+    step: int
+    native: int
+
+
+class FingerprintAnswer(BaseModel):
+    """What decides the bytes of a picture besides its request."""
+
+    digest: str = Field(description="SHA-256 over everything below.")
+    short: str = Field(description="The beginning of the digest, as every picture's answer has it.")
+    weights: str = Field(description="SHA-256 over the weights and the settings of components.")
+    stepserve: str
+    torch: str
+    diffusers: str
+    transformers: str
+    device: str
+    processor: str
+    dtype: str
+    row_buckets: str
+    threads: int
+    code: str = Field(description="What runs the denoiser: eager or compiled code.")
+
+
+class StepsAnswer(BaseModel):
+    """Numbers of denoising steps."""
+
+    minimum: int
+    maximum: int
+
+
+class StepWorkAnswer(BaseModel):
+    """What one step takes for each image."""
+
+    rows: int = Field(description="Rows of each call of the denoiser.")
+    calls: int = Field(description="Calls of the denoiser.")
+
+
+class GuidanceAnswer(BaseModel):
+    """How a model takes guidance, as it was seen to when it was loaded."""
+
+    kind: GuidanceKind = Field(
+        description="`classifier-free`: each step works out an answer with the prompt and one "
+        "without it; `embedded`: the scale is an input of the denoiser; `none`: there is no scale."
+    )
+    argument: str = Field(
+        description="What `guidance_scale` is passed to the pipeline as; empty where it has none."
+    )
+    above: float = Field(description="Requests with a `guidance_scale` over this are guided.")
+    negative_prompt: bool = Field(
+        description="Whether guided requests may have a `negative_prompt`; it costs no more."
+    )
+    guided: StepWorkAnswer
+    unguided: StepWorkAnswer
+
+
+class ModelAnswer(BaseModel):
+    """One model: OpenAI's four fields, then its limits and defaults."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    aliases: list[str] = Field(description="Other names that requests may give it.")
+    description: str
+    ready: bool
+    detail: str = Field(description="Why the model is not ready; empty where it is.")
+    sizes: SizesAnswer
+    schedulers: list[str]
+    default_scheduler: str
+    default_num_inference_steps: int
+    min_num_inference_steps: int = Field(description="With the default scheduler.")
+    max_num_inference_steps: int = Field(description="With the default scheduler.")
+    scheduler_steps: dict[str, StepsAnswer] = Field(
+        description="Of the schedulers that can do other numbers of steps than the default one."
+    )
+    default_guidance_scale: float
+    max_guidance_scale: float
+    max_n: int
+    max_prompt_characters: int
+    max_prompt_tokens: int
+    adapters: list[str] = Field(description="LoRA adapters that requests may name.")
+    max_adapters: int = Field(description="Most adapters of one request.")
+    tasks: list[Task]
+    guidance: GuidanceAnswer
+    guidance_interval: bool = Field(
+        description="Whether `guidance_start` and `guidance_end` may be set."
+    )
+    safety_checker: bool = Field(
+        description="Whether the model's own checker looks at images, and may withhold them."
+    )
+    same_bytes: bool = Field(
+        description="Whether a picture has the same bytes at any load, on the device at hand."
+    )
+    sharing_remark: str = Field(
+        description="What is unusual in how requests share computation; empty where nothing is."
+    )
+    compilation: Compilation = Field(
+        description="Whether the denoiser is compiled; eager code serves where it is not."
+    )
+    compilation_remark: str = Field(
+        description="How far the compilation is, or why there is none; empty where that is plain."
+    )
+    expected_s: float | None = Field(
+        description="Seconds that a request with the defaults should take on an idle replica; null "
+        "while that is not known."
+    )
+    load_s: float | None = Field(
+        description="Seconds that loading it took; null while that is not known."
+    )
+    fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
+
+
+class ModelList(BaseModel):
+    """Every model that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class ProgressAnswer(BaseModel):
+    """Where one request stands."""
+
+    id: str
+    object: Literal["request"] = "request"
+    model: str
+    created: int = Field(description="Unix time in seconds.")
+    state: RequestState
+    position: int = Field(description="So many requests were accepted before it and still run.")
+    step: int = Field(description="Denoising steps that are done.")
+    steps: int
+    expected_s: float | None = Field(
+        description="Seconds until it should be finished; null where nobody knows."
+    )
+    error: ErrorDetail | None = Field(description="Why there are no pictures.")
+    timings: TimingsAnswer | None = Field(description="Once it is finished.")
+
+
+class RequestInBatchAnswer(BaseModel):
+    """A request in hand; another caller's has no id."""
+
+    id: str | None
+    state: RequestState
+    step: int
+    steps: int
+    rows: int
+
+
+class RowsAnswer(BaseModel):
+    """How many rows of a forward one request had."""
+
+    id: str | None
+    rows: int
+
+
+class ForwardAnswer(BaseModel):
+    """One forward of a module, shared by requests."""
+
+    number: int = Field(description="Counts the forwards of its replica from 1.")
+    module: str
+    rows: int
+    padded_rows: int = Field(description="Run besides, for nobody.")
+    seconds: float
+    requests: list[RowsAnswer]
+
+
+class ReplicaBatchAnswer(BaseModel):
+    """The running batch of one replica."""
+
+    row_limit: int
+    requests: list[RequestInBatchAnswer]
+    forwards: list[ForwardAnswer] = Field(description="The latest, oldest first.")
+
+
+class BatchAnswer(BaseModel):
+    """What the replicas of a model are working on."""
+
+    model: str
+    replicas: list[ReplicaBatchAnswer]
+
+
+class HealthAnswer(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class ReadyAnswer(BaseModel):
+    """Requests are taken, if not for every model."""
+
+    status: Literal["ready"] = "ready"
+    models: list[str] = Field(description="Those that take requests.")
+    not_ready: dict[str, str] = Field(description="The others, and why they do not.")
+    results: str = Field(
+        description="Why no links to images can be made now; empty where they can."
+    )
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def images_answer(
+    request: GenerationRequest,
+    finished: Finished,
+    data: list[ImageData],
+    ignored_fields: Sequence[str] = (),
+) -> ImagesAnswer:
+    """Return the answer to `request`, dated now, with its pictures as `data`."""
+    parameters = parameters_answer(request)
+    return ImagesAnswer(
+        id=request.id,
+        created=int(time.time()),
+        model=request.model,
+        data=data,
+        output_format=parameters.output_format,
+        size=parameters.size,
+        seed=request.seed,
+        parameters=parameters,
+        fingerprint=finished.fingerprint,
+        timings=timings_answer(finished.timings),
+        ignored_fields=list(ignored_fields) or None,
+        prompt_truncated=truncation_answer(finished.cut_prompts),
+    )
+
+
+def truncation_answer(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str, int]] | None:
+    """Return which text encoders read how many tokens only, by field, or None."""
+    told: dict[str, dict[str, int]] = {}
+    for cut in cut_prompts:
+        told.setdefault(cut.field, {})[cut.encoder] = cut.limit
+    return told or None
+
+
+def model_answer(status: ModelStatus) -> ModelAnswer:
+    """Return one model as the catalogue shows it."""
+    told = asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
+    told["guidance"] |= {"kind": status.capabilities.guidance.kind}
+    fingerprint = status.capabilities.fingerprint
+    if fingerprint is not None:
+        told["fingerprint"] |= {"digest": fingerprint.digest, "short": fingerprint.short}
+    return ModelAnswer.model_validate(told)
+
+
+def base64_of(image: EncodedImage) -> str:
+    """A picture file as JSON can hold it."""
+    return b64encode(image.data).decode("ascii")
+
+
+def parameters_answer(request: GenerationRequest) -> Parameters:
+    """Everything that shaped the pictures of a request."""
+    told = asdict(request) | {"size": f"{request.width}x{request.height}"}
+    if request.task is Task.TEXT_TO_IMAGE:
+        told["strength"] = None
+    return Parameters.model_validate(told)
+
+
+def timings_answer(timings: Timings) -> TimingsAnswer:
+    """Seconds by stage."""
+    return TimingsAnswer(**asdict(timings))
+
+
+def progress_answer(progress: Progress) -> ProgressAnswer:
+    """Return where a request stands, as its own URL tells it."""
+    return ProgressAnswer(
+        id=progress.request_id,
+        model=progress.model,
+        created=progress.created,
+        state=progress.state,
+        position=progress.position,
+        step=progress.step,
+        steps=progress.steps,
+        expected_s=progress.expected_s,
+        error=None if progress.error is None else error_detail(progress.error, progress.request_id),
+        timings=None if progress.timings is None else timings_answer(progress.timings),
+    )
+
+
+def batch_answer(model_id: str, views: Sequence[BatchView], caller: str) -> BatchAnswer:
+    """Return the running batches of a model's replicas, with the ids of the caller's own requests.
+
+    Requests of others are shown without their names.
+    """
+    return BatchAnswer(model=model_id, replicas=[_replica_batch(view, caller) for view in views])
+
+
+def _replica_batch(view: BatchView, caller: str) -> ReplicaBatchAnswer:
+    def own(request_id: str, owner: str) -> str | None:
+        return request_id if owner == caller else None
+
+    return ReplicaBatchAnswer(
+        row_limit=view.row_limit,
+        requests=[
+            RequestInBatchAnswer(
+                id=own(request.id, request.owner),
+                state=request.state,
+                step=request.step,
+                steps=request.steps,
+                rows=request.rows,
+            )
+            for request in view.requests
+        ],
+        forwards=[
+            ForwardAnswer(
+                number=forward.number,
+                module=forward.module,
+                rows=forward.rows,
+                padded_rows=forward.padded_rows,
+                seconds=forward.seconds,
+                requests=[RowsAnswer(id=own(i, owner), rows=n) for i, owner, n in forward.requests],
+            )
+            for forward in view.forwards
+        ],
+    )

@@ -1,0 +1,1 @@
+"""Images that requests bring along: by upload, as text, by address."""

@@ -1,0 +1,181 @@
+"""`POST /v1/images/generations`, `/v1/images/edits` and `/v1/images/variations`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastapi import APIRouter, Depends, Response
+
+from stepserve.api.bodies.fields import ignored_queries
+from stepserve.api.bodies.schemas import EditRequest, ImageRequest, ImageRequestBase, VariationRequest
+from stepserve.api.dependencies import (
+    Incoming,
+    IncomingDep,
+    find_model,
+    require_json,
+    require_ready,
+)
+from stepserve.api.errors import (
+    MalformedFormError,
+    MalformedJsonError,
+    RequestTimedOutError,
+    UnsupportedMediaTypeError,
+)
+from stepserve.api.exchange_context import notes_of
+from stepserve.api.images.generation import PictureCall, answer_pictures
+from stepserve.api.images.inputs import Inputs, read_inputs
+from stepserve.api.images.responses import ImagesAnswer
+from stepserve.api.observe.exchanges import trace_context_of
+from stepserve.api.openapi import (
+    REQUEST_ID,
+    REQUEST_ID_PARAMETER,
+    SERVER_TIMING,
+    Responses,
+    error_responses,
+    event_stream,
+    form_or_json,
+)
+from stepserve.api.results.space import ResultsUnavailableError, needed_bytes
+from stepserve.domain.errors import (
+    BodyTooLargeError,
+    ContentFilteredError,
+    ExpiredError,
+    GenerationFailedError,
+    InvalidRequestError,
+    NotReadyError,
+    RequestIdInUseError,
+    ServerFullError,
+    UnknownModelError,
+    UnmeetableDeadlineError,
+)
+from stepserve.domain.limits import check_request
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import GenerationRequest
+
+router = APIRouter(tags=["images"])
+
+_ERRORS = error_responses(
+    InvalidRequestError,
+    MalformedJsonError,
+    UnknownModelError,
+    RequestIdInUseError,
+    BodyTooLargeError,
+    UnsupportedMediaTypeError,
+    ServerFullError,
+    UnmeetableDeadlineError,
+    ContentFilteredError,
+    GenerationFailedError,
+    NotReadyError,
+    ResultsUnavailableError,
+    ExpiredError,
+    RequestTimedOutError,
+)
+
+
+def _answers(prefix: str) -> Responses:
+    names = f"{prefix}.partial_image", f"{prefix}.completed", "error"
+    stream = event_stream("With `stream`: partial pictures, then the finished ones.", *names)
+    return {200: {"headers": REQUEST_ID | SERVER_TIMING, "content": stream}}
+
+
+@router.post(
+    "/v1/images/generations",
+    summary="Make pictures from a prompt",
+    dependencies=[Depends(require_json)],
+    response_model=ImagesAnswer,
+    response_model_exclude_none=True,
+    response_description="The pictures, and all parameters that make them again.",
+    responses=_ERRORS | _answers("image_generation"),
+    openapi_extra={"parameters": [REQUEST_ID_PARAMETER]},
+)
+async def create_images(
+    body: ImageRequest, incoming: IncomingDep, response: Response
+) -> ImagesAnswer | Response:
+    """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
+    model = await _chosen_model(incoming, body)
+    generation = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
+    call = PictureCall(incoming, body, generation, _ignored(incoming, body, generation, model))
+    return await _answer(call, model, response)
+
+
+@router.post(
+    "/v1/images/edits",
+    summary="Change a picture, or repaint a part of it",
+    response_model=ImagesAnswer,
+    response_model_exclude_none=True,
+    response_description="The pictures, and all parameters that shaped them.",
+    responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_edit"),
+    openapi_extra={
+        "parameters": [REQUEST_ID_PARAMETER],
+        "requestBody": form_or_json(EditRequest, ("image", "mask")),
+    },
+)
+async def edit_image(incoming: IncomingDep, response: Response) -> ImagesAnswer | Response:
+    """Compatible with OpenAI's `images.edit`.
+
+    With a mask, only what is transparent in it is repainted (or white, where it has no
+    transparency). Without one the whole picture is changed, by as much as `strength` says.
+    """
+    inputs = await read_inputs(incoming, EditRequest)
+    if not (inputs.body.prompt or "").strip():
+        raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
+    return await _from_picture(incoming, inputs, "image_edit", response)
+
+
+@router.post(
+    "/v1/images/variations",
+    summary="Make pictures like one that is given",
+    response_model=ImagesAnswer,
+    response_model_exclude_none=True,
+    response_description="The pictures, and all parameters that shaped them.",
+    responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_variation"),
+    openapi_extra={
+        "parameters": [REQUEST_ID_PARAMETER],
+        "requestBody": form_or_json(VariationRequest, ("image",)),
+    },
+)
+async def vary_image(incoming: IncomingDep, response: Response) -> ImagesAnswer | Response:
+    """Compatible with OpenAI's `images.create_variation`: image-to-image without a prompt."""
+    inputs = await read_inputs(incoming, VariationRequest)
+    return await _from_picture(incoming, inputs, "image_variation", response)
+
+
+async def _from_picture(
+    incoming: Incoming, inputs: Inputs, event_prefix: str, response: Response
+) -> ImagesAnswer | Response:
+    model = await _chosen_model(incoming, inputs.body)
+    generation = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
+    ignored = _ignored(incoming, inputs.body, generation, model)
+    call = PictureCall(incoming, inputs.body, generation, ignored, event_prefix)
+    return await _answer(call, model, response)
+
+
+def _ignored(
+    incoming: Incoming, body: ImageRequestBase, generation: GenerationRequest, model: ModelStatus
+) -> tuple[str, ...]:
+    """Names that were sent, in the body or in the URL's query, and change nothing."""
+    in_body = body.ignored_fields(generation.guidance_scale, model.capabilities.guidance)
+    in_query = ignored_queries(incoming.http.query_params, type(body))
+    return tuple(dict.fromkeys((*in_body, *in_query)))
+
+
+async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStatus:
+    default = incoming.settings.default_model
+    model = await find_model(incoming.backend, default if body.model is None else body.model)
+    notes_of(incoming.http.scope).model = model.capabilities.id
+    return model
+
+
+async def _answer(
+    call: PictureCall, model: ModelStatus, response: Response
+) -> ImagesAnswer | Response:
+    """Serve the call if the model can do what is wanted, and is there."""
+    if not model.is_known:
+        require_ready([model])
+    check_request(call.generation, model.capabilities)
+    require_ready([model])
+    if call.body.wants_urls:
+        await call.incoming.store.check(needed_bytes(call.generation))
+    context = trace_context_of(call.incoming.http.scope)
+    traced = replace(call.generation, trace_context=context)
+    return await answer_pictures(replace(call, generation=traced), response)

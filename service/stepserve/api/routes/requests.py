@@ -1,0 +1,215 @@
+"""`GET` and `DELETE /v1/requests/{id}`, and `GET /v1/requests/{id}/events`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Response
+
+from stepserve.api.dependencies import Incoming, IncomingDep
+from stepserve.api.errors import RequestTimedOutError, error_detail
+from stepserve.api.http.connection import stream_while_connected
+from stepserve.api.images.events import KEEP_ALIVE, KEEP_ALIVE_S, EventStreamResponse, sse
+from stepserve.api.images.responses import (
+    ProgressAnswer,
+    base64_of,
+    progress_answer,
+    timings_answer,
+    truncation_answer,
+)
+from stepserve.api.openapi import error_responses, event_stream
+from stepserve.domain.errors import (
+    CancelledError,
+    InvalidRequestError,
+    StoppedError,
+    UnknownRequestError,
+)
+from stepserve.domain.events import (
+    Accepted,
+    Event,
+    Failed,
+    Finished,
+    Preview,
+    Started,
+    StepFinished,
+)
+from stepserve.domain.limits import shown
+from stepserve.domain.progress import Progress
+from stepserve.domain.request_log import NumberedEvent
+
+router = APIRouter(tags=["requests"])
+
+POLL_S = 5.0
+"""How long one question for news waits for an answer."""
+
+FORGOTTEN_AFTER_S = 10.0
+"""How long nobody may know a request that was known, as between a lost replica and the next try."""
+
+ASK_AGAIN_S = 0.5
+"""When to ask again for one that nobody knows just now."""
+
+_EVENTS = "What happened, with the `id` of the request."
+_EVENT_NAMES = ("accepted", "started", "step", "preview", "finished", "failed")
+
+MAX_EVENT_NUMBER = 10**9
+
+
+@router.get(
+    "/v1/requests/{id}", summary="How far is it?", responses=error_responses(UnknownRequestError)
+)
+async def show_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # noqa: A002
+    """Where a request stands, by its `X-Request-ID`, whichever replica works on it."""
+    return progress_answer(await _find(incoming, id))
+
+
+@router.delete(
+    "/v1/requests/{id}", summary="Cancel it", responses=error_responses(UnknownRequestError)
+)
+async def cancel_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # noqa: A002
+    """End a request at its next step; whoever waits for its pictures is told with status 499."""
+    progress = await _find(incoming, id)
+    if not progress.ended:
+        progress = await incoming.backend.cancel(id, incoming.caller.name) or progress
+    return progress_answer(progress)
+
+
+@router.get(
+    "/v1/requests/{id}/events",
+    summary="Follow it",
+    response_class=Response,
+    responses=error_responses(UnknownRequestError, InvalidRequestError)
+    | {
+        200: {"description": "Server-sent events.", "content": event_stream(_EVENTS, *_EVENT_NAMES)}
+    },
+)
+async def follow_request(
+    id: str,  # noqa: A002
+    incoming: IncomingDep,
+    last_event_id: Annotated[
+        str | None, Header(description="Number of the last event that was seen.")
+    ] = None,
+) -> Response:
+    """What happened to a request from its acceptance on, and what happens, up to its end.
+
+    Events: `accepted`, `started`, `step`, `preview`, `finished`, `failed`. A client that reconnects
+    is sent what it has not seen.
+    """
+    await _find(incoming, id)
+    number = _number_after(last_event_id)
+    events = stream_while_connected(
+        incoming.http.receive,
+        _events(incoming, id, number),
+        KEEP_ALIVE_S,
+        incoming.settings.request_timeout_s,
+        incoming.stopped,
+    )
+    return EventStreamResponse(_stream(id, events))
+
+
+async def _find(incoming: Incoming, request_id: str) -> Progress:
+    """A request of the caller's. Another caller's is as unknown as one that never was."""
+    progress = await incoming.backend.progress(request_id, incoming.caller.name)
+    if progress is None:
+        raise UnknownRequestError(f"no request {shown(request_id)} is known", "id")
+    return progress
+
+
+def _number_after(last_event_id: str | None) -> int:
+    if last_event_id is None:
+        return 0
+    if not last_event_id.isascii() or not last_event_id.isdigit() or len(last_event_id) > 9:
+        raise InvalidRequestError(
+            f"Last-Event-ID must be 0 to {MAX_EVENT_NUMBER - 1}, got {shown(last_event_id)}",
+            "Last-Event-ID",
+        )
+    return int(last_event_id) + 1
+
+
+async def _events(
+    incoming: Incoming, request_id: str, number: int
+) -> AsyncGenerator[NumberedEvent, None]:
+    """Events from `number` on, up to the last one. Ends as well where the request is forgotten."""
+    known_s = time.monotonic()
+    while time.monotonic() - known_s < FORGOTTEN_AFTER_S:
+        events = await incoming.backend.events(request_id, incoming.caller.name, number, POLL_S)
+        if events is None:
+            await asyncio.sleep(ASK_AGAIN_S)
+            continue
+        known_s = time.monotonic()
+        for event in events:
+            number = event.number + 1
+            yield event
+            if isinstance(event.event, Finished | Failed):
+                return
+        if not events and await _has_ended(incoming, request_id):
+            return
+
+
+async def _has_ended(incoming: Incoming, request_id: str) -> bool:
+    """Whether there is nothing more to come, as when the client has seen everything."""
+    progress = await incoming.backend.progress(request_id, incoming.caller.name)
+    return progress is not None and progress.ended
+
+
+async def _stream(
+    request_id: str, events: AsyncGenerator[NumberedEvent | None, None]
+) -> AsyncIterator[bytes]:
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield KEEP_ALIVE if event is None else _told(event)
+    except (CancelledError, RequestTimedOutError):
+        # The client left, or has followed for as long as it may: it can come again.
+        return
+    except StoppedError as error:
+        # Without a number, as the server that numbers what happens has not told it.
+        detail = error_detail(error, request_id).model_dump()
+        yield sse("failed", {"id": request_id, "error": detail})
+
+
+def _told(numbered: NumberedEvent) -> bytes:
+    event = numbered.event
+    name, told = _describe(event)
+    return sse(name, {"id": event.request_id, **told}, numbered.number)
+
+
+def _describe(event: Event) -> tuple[str, dict[str, Any]]:
+    match event:
+        case Accepted(position=position, expected_s=expected_s):
+            return "accepted", {"position": position, "expected_s": expected_s}
+        case Started():
+            return "started", {}
+        case StepFinished(step=step, steps=steps):
+            return "step", {"step": step, "steps": steps}
+        case Preview():
+            return "preview", _describe_preview(event)
+        case Finished(timings=timings):
+            told: dict[str, Any] = {
+                "seeds": [image.seed for image in event.images],
+                "content_filtered": [
+                    image.seed for image in event.images if image.content_filtered
+                ],
+                "timings": timings_answer(timings).model_dump(),
+            }
+            if event.cut_prompts:
+                told["prompt_truncated"] = truncation_answer(event.cut_prompts)
+            return "finished", told
+        case Failed(error=error):
+            return "failed", {"error": error_detail(error, event.request_id).model_dump()}
+
+
+def _describe_preview(preview: Preview) -> dict[str, Any]:
+    return {
+        "index": preview.index,
+        "step": preview.step,
+        "steps": preview.steps,
+        "images": [
+            {"b64_json": base64_of(image), "media_type": image.media_type}
+            for image in preview.images
+            if not image.content_filtered
+        ],
+    }

@@ -1,0 +1,47 @@
+"""`GET /v1/results/{name}`: pictures by signed link."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from stepserve.api.dependencies import StoreDep
+from stepserve.api.openapi import error_responses
+from stepserve.api.results.store import LinkExpiredError, ResultNotFoundError, WrongSignatureError
+
+router = APIRouter(tags=["results"])
+
+_PICTURE = {"schema": {"type": "string", "format": "binary"}}
+
+
+# Clients and proxies ask with HEAD for size and type; the document tells of GET alone.
+@router.head("/v1/results/{name}", include_in_schema=False)
+@router.get(
+    "/v1/results/{name}",
+    summary="Fetch a picture by its link",
+    response_class=Response,
+    responses=error_responses(WrongSignatureError, ResultNotFoundError, LinkExpiredError)
+    | {
+        200: {
+            "description": "The picture file.",
+            "content": dict.fromkeys(("image/png", "image/jpeg", "image/webp"), _PICTURE),
+        }
+    },
+)
+async def fetch_result(
+    name: str,
+    request: Request,
+    store: StoreDep,
+    signature: Annotated[str, Query(description="As the link has it.")] = "",
+) -> Response:
+    """The links of answers with `response_format: url` lead here, and need no API key."""
+    data, media_type, left_s = await store.get(name, signature)
+    headers = {
+        "Content-Length": str(len(data)),
+        "Cache-Control": f"private, max-age={left_s}, immutable",
+        "Content-Disposition": f'inline; filename="{name}"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    body = b"" if request.method == "HEAD" else data
+    return Response(body, media_type=media_type, headers=headers)

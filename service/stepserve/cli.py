@@ -1,0 +1,525 @@
+"""The command line: serve, generate, models, doctor, train, explain, config."""
+
+from __future__ import annotations
+
+from stepserve.import_path import leave_out_current_folder
+
+if __name__ == "__main__":
+    # Before anything is imported that could be found in the current folder as well.
+    leave_out_current_folder()
+
+# isort: split
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from stepserve import __version__
+from stepserve.config import (
+    ConfigError,
+    ModelSettings,
+    Settings,
+    holds_settings,
+    load_settings,
+    settings_file,
+)
+from stepserve.domain.errors import InvalidRequestError, StepserveError
+from stepserve.domain.requests import GenerationRequest, Task
+
+if TYPE_CHECKING:
+    from stepserve.domain.events import EncodedImage
+    from stepserve.domain.models import ModelCapabilities
+    from stepserve.pipelines.adapters.files import AdapterOptions
+    from stepserve.pipelines.loading.folders import LoadedModel
+
+app = typer.Typer(
+    help="A diffusion-model server that batches at every denoising step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(help="Train a small diffusion model from scratch.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+app.add_typer(config_app, name="config")
+keys_app = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+STRENGTH = GenerationRequest.strength
+EXPLAINED = "red heart"
+OUTPUT_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file; STEPSERVE_ variables win over it."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model id or alias from the configuration.")
+]
+
+
+def main() -> None:
+    """Entry point: errors we foresee become one line on standard error and exit code 1."""
+    leave_out_current_folder()
+    try:
+        app()
+    except (StepserveError, ConfigError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        # Most of all a disk that is full, or a folder that may not be written to.
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """A diffusion-model server that batches at every denoising step."""
+    if show:
+        typer.echo(f"stepserve {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind (default: 127.0.0.1).")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to bind (default: 8000).")
+    ] = None,
+    first_picture: Annotated[
+        Path | None,
+        typer.Option(help="Make one picture through HTTP into this folder when ready."),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Serve other machines without API keys.")
+    ] = False,
+) -> None:
+    """Serve the configured models over HTTP until Ctrl-C, then finish accepted work and stop.
+
+    Without a configuration the embedded emoji model is served, and nothing is downloaded.
+
+    Try it, once it says it is ready:
+
+        curl http://127.0.0.1:8000/v1/images/generations
+          -H "Content-Type: application/json" -d '{"prompt": "red heart"}'
+    """
+    from stepserve.first_image import greet
+    from stepserve.ray_serve.exposure import read_access_keys
+    from stepserve.ray_serve.local.server import serve_until_stopped
+
+    wanted = {"host": host, "port": port, "allow_anonymous": allow_anonymous or None}
+    given = {key: value for key, value in wanted.items() if value is not None}
+
+    def read_settings(*, again: bool = True) -> Settings:
+        settings = load_settings(config, must_name_models=again)
+        http = settings.http.model_copy(update=given)
+        return settings.model_copy(update={"http": http})
+
+    settings = read_settings(again=False)
+    file = settings_file(config)
+    if file is not None and not holds_settings(file):
+        typer.echo(f"{file} holds no settings: the defaults are served")
+    needs_key = bool(read_access_keys(settings).keys)
+    serve_until_stopped(
+        settings,
+        lambda url: greet(url, first_picture, needs_key),
+        typer.echo,
+        read_settings,
+    )
+    typer.echo("stopped")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; its ending chooses the format.")
+    ] = Path("picture.png"),
+    negative_prompt: Annotated[str, typer.Option(help="What it must not show.")] = "",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, or auto for native.")] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler class by name.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random if left out.")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many pictures.")] = 1,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA adapter: a name or a .safetensors file, then =SCALE if not 1."),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,
+    strength: Annotated[float, typer.Option(help="Noise put on --image, up to 1.")] = STRENGTH,
+    guidance_start: Annotated[float, typer.Option(help="Share of steps before guidance.")] = 0.0,
+    guidance_end: Annotated[float, typer.Option(help="Share of steps where guidance ends.")] = 1.0,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make pictures in this process, without a server.
+
+    Example: stepserve generate "a red heart" -o heart.png --seed 7
+    """
+    from stepserve.pipelines.probing.guidance_cost import settle_guidance
+    from stepserve.pipelines.serving.local import generate_locally
+
+    _check_writable(output)
+    settings = _settings(config)
+    adapters, used = _adapters(settings.models[_model_id(settings, model)], adapter or [])
+    loaded = settle_guidance(_load(settings, model))
+    capabilities = replace(loaded.capabilities, max_adapters=adapters.max_loaded)
+    wanted = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "size": size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "scheduler": scheduler,
+        "seed": seed,
+        "n": n,
+        "adapters": used,
+        "output_format": _output_format(output),
+        "guidance_start": guidance_start,
+        "guidance_end": guidance_end,
+    }
+    pictures = _pictures(image, mask, strength)
+    finished = generate_locally(loaded, _request(wanted, capabilities, pictures), adapters)
+    for cut in finished.cut_prompts:
+        told = f"{cut.encoder} reads {cut.limit} of the {cut.tokens} tokens of {cut.field} only"
+        typer.echo(told, err=True)
+    _write(finished.images, output)
+
+
+@app.command()
+def models(config: ConfigOption = None) -> None:
+    """List the configured models and where they are loaded from.
+
+    Exit code 1 if one of them is not there.
+    """
+    settings = _settings(config)
+    for model_id, model in settings.models.items():
+        mark = "*" if model_id == settings.default_model else " "
+        also = f"  (also {', '.join(model.aliases)})" if model.aliases else ""
+        typer.echo(f"{mark} {model_id:20} {model.dtype:10} {_source(model)}{also}")
+    problems = {model_id: _problem(model) for model_id, model in settings.models.items()}
+    for model_id, problem in problems.items():
+        if problem:
+            typer.echo(f"error: model {model_id}: {problem}", err=True)
+    raise typer.Exit(1 if any(problems.values()) else 0)
+
+
+def _source(model: ModelSettings) -> str:
+    if model.path is None:
+        return "embedded"
+    return model.path if model.revision is None else f"{model.path} at {model.revision}"
+
+
+def _problem(model: ModelSettings) -> str:
+    """Why a model that should be in a folder is not there; empty if it is, or is of the hub."""
+    from stepserve.models.catalogue import ModelNotFoundError, model_folder
+
+    try:
+        if model.revision is None:
+            model_folder(model.path)
+    except ModelNotFoundError as error:
+        return str(error)
+    return ""
+
+
+@app.command()
+def doctor(
+    url: Annotated[str, typer.Argument(help="Where the service is.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="STEPSERVE_API_KEY", help="If the service wants one.")
+    ] = None,
+) -> None:
+    """Check a running service: does it answer, is it ready, what is wrong, and what to do.
+
+    Makes one small picture. Exit code 1 if anything is not well.
+    """
+    from stepserve.doctor import examine
+
+    all_well = True
+    for finding in examine(url, api_key):
+        all_well &= finding.well
+        typer.echo(f"{'ok  ' if finding.well else 'FAIL'} {finding.name:13} {finding.told}")
+        if not finding.well:
+            typer.echo(f"     {'':13} {finding.advice}")
+    raise typer.Exit(0 if all_well else 1)
+
+
+@app.command()
+def explain(
+    wanted: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help=f"What to draw; {EXPLAINED} if left out."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same as an option.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the picture strips.")
+    ] = Path("out"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=8)] = 20,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Draw the two processes of a diffusion model as picture strips.
+
+    Forward: a picture turning into static. Reverse: static turning into a picture, with the
+    predicted clean picture beside each noisy one. docs/diffusion.md explains both.
+    """
+    from stepserve.pipelines.loading.folders import hush_libraries
+    from stepserve.ray_serve.replica.replica import find_model
+    from stepserve.training.drawing.explain import explain as draw
+
+    if wanted is not None and prompt is not None:
+        raise InvalidRequestError(f"the prompt is said twice: {wanted!r} and --prompt {prompt!r}")
+    settings = _settings(config)
+    folder = find_model(settings.models[_model_id(settings, model)])
+    hush_libraries()
+    for path in draw(folder, output, prompt or wanted or EXPLAINED, seed, steps):
+        typer.echo(str(path))
+
+
+@train_app.command("emoji")
+def train_emoji(
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Checkpoints, sample grids, and at last the model."),
+    ] = Path("runs/emoji"),
+    seed: Annotated[int, typer.Option(help="Decides every random number of the training.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoiser steps (default: the recipe's).", min=1)
+    ] = None,
+    vae_steps: Annotated[
+        int | None, typer.Option(help="Autoencoder steps (default: the recipe's).", min=1)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Denoiser batch (default: the recipe's).", min=1)
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option(help="Fetched artwork packages and rendered pictures.")
+    ] = Path(".cache/artwork"),
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Train the model in this folder further (default: start anew)."),
+    ] = None,
+) -> None:
+    """Train the embedded text-to-image model from open emoji artwork.
+
+    Fetches the artwork by package name with npm, renders it, trains autoencoder, text encoder and
+    denoiser, and saves a diffusers folder in OUTPUT/model: about two hours on two CPU cores. The
+    same command goes on where an earlier one was stopped or killed.
+
+    Serve what came out: STEPSERVE_MODELS__EMOJI__PATH=runs/emoji/model stepserve serve
+    """
+    from stepserve.training.emoji import make_recipe
+    from stepserve.training.emoji import train_emoji as train
+
+    recipe = make_recipe(
+        seed,
+        denoiser_steps=steps,
+        vae_steps=vae_steps,
+        batch_size=batch_size,
+        start_from=None if start_from is None else str(start_from),
+    )
+    typer.echo(f"trained: {train(recipe, output, cache)}")
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; shown in logs and limits.")],
+    file: Annotated[
+        Path | None, typer.Option(help="Add its hash to this file (made if missing).")
+    ] = None,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(help="Most requests for pictures in a minute.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Most requests for pictures at once.")
+    ] = None,
+    priority: Annotated[
+        str, typer.Option(help="Most urgent priority: interactive, normal or batch.")
+    ] = "interactive",
+) -> None:
+    """Make an API key. It is shown once: only its hash is kept.
+
+    Serve with it: STEPSERVE_AUTH__KEYS_FILE=keys.yaml stepserve serve --host 0.0.0.0
+    """
+    from stepserve.api.auth.keys import ApiKey, add_key, hash_key, new_key
+
+    key = new_key()
+    try:
+        entry = ApiKey.model_validate(
+            {
+                "name": name,
+                "sha256": hash_key(key),
+                "requests_per_minute": requests_per_minute,
+                "max_concurrent": max_concurrent,
+                "priority": priority,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequestError(f"{first['loc'][0]}: {first['msg']}") from error
+    if file is not None:
+        add_key(file, entry)
+    typer.echo(f"key: {key}")
+    typer.echo("Keep it now: it is not shown again, and only its hash is kept.")
+    typer.echo(
+        f"Added to {file}" if file else f"Add to auth.keys_file, below keys:\n{entry.text()}"
+    )
+
+
+@keys_app.command("list")
+def list_keys(
+    config: ConfigOption = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Those of this file, whatever the configuration says.")
+    ] = None,
+) -> None:
+    """List the API keys of the configuration, or of a file, by name, with their limits."""
+    from stepserve.api.auth.keys import read_keys
+    from stepserve.ray_serve.exposure import read_access_keys
+
+    known = read_access_keys(_settings(config)) if file is None else read_keys(file, None)
+    for key in known.keys:
+        rate = "any number" if key.requests_per_minute is None else f"{key.requests_per_minute:g}"
+        most = "any" if key.max_concurrent is None else key.max_concurrent
+        typer.echo(f"{key.name}  {rate} a minute, {most} at once, up to {key.priority}")
+
+
+@config_app.command("check")
+def check_config(config: ConfigOption = None) -> None:
+    """Check the configuration file and STEPSERVE_ variables, and print what is in effect."""
+    typer.echo(_settings(config).describe(), nl=False)
+
+
+def _settings(config: Path | None) -> Settings:
+    return load_settings(config)
+
+
+def _model_id(settings: Settings, model: str | None) -> str:
+    name = model or settings.default_model
+    model_id = settings.model_id(name)
+    if model_id is None:
+        raise ConfigError(f"no model {name!r}: there are {', '.join(settings.models)}")
+    return model_id
+
+
+def _load(settings: Settings, model: str | None) -> LoadedModel:
+    from stepserve.pipelines.loading.folders import load_model
+    from stepserve.ray_serve.replica.replica import find_model, trust_of
+
+    model_id = _model_id(settings, model)
+    chosen = settings.models[model_id]
+    # It would be at an end before anything were compiled.
+    speed = chosen.model_copy(update={"compile": False})
+    folder, trust = find_model(chosen), trust_of(chosen)
+    return load_model(
+        model_id, folder, chosen.dtype, chosen.device, speed, trust, chosen.safety_checker
+    )
+
+
+def _adapters(
+    settings: ModelSettings, given: Sequence[str]
+) -> tuple[AdapterOptions, list[dict[str, object]]]:
+    """The adapters of a model and those that are given as files, and what a request says."""
+    from stepserve.ray_serve.replica.replica import adapter_options
+
+    options = adapter_options(settings)
+    named, used = dict(options.named), list[dict[str, object]]()
+    for text in given:
+        name, scale = _split_scale(text)
+        if name.endswith(".safetensors"):
+            path = Path(name)
+            name = path.stem
+            named[name] = path
+        used.append({"name": name, "scale": scale})
+    return replace(options, named=named, max_loaded=max(options.max_loaded, len(used))), used
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    """`pixels=0.8` is `("pixels", 0.8)`; names may hold `=` themselves."""
+    name, _, scale = text.rpartition("=")
+    try:
+        return (name, float(scale)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _output_format(output: Path) -> str:
+    if output.suffix.lower() not in OUTPUT_FORMATS:
+        known = ", ".join(OUTPUT_FORMATS)
+        raise InvalidRequestError(f"--output {output} must end in one of {known}")
+    return OUTPUT_FORMATS[output.suffix.lower()]
+
+
+def _pictures(image: Path | None, mask: Path | None, strength: float) -> dict[str, Any]:
+    """The fields of a request that say what it starts from, and which task that makes it."""
+    if image is None and (mask is not None or strength != STRENGTH):
+        raise InvalidRequestError("--mask and --strength need an --image to work on")
+    task = Task.INPAINTING if mask else Task.IMAGE_TO_IMAGE if image else Task.TEXT_TO_IMAGE
+    return {
+        "task": task,
+        "image": _read("image", image),
+        "mask_image": _read("mask", mask),
+        "strength": strength,
+    }
+
+
+def _read(option: str, path: Path | None) -> bytes | None:
+    try:
+        return path.read_bytes() if path else None
+    except OSError as error:
+        raise InvalidRequestError(f"--{option} {path} cannot be read: {error.strerror}") from error
+
+
+def _check_writable(output: Path) -> None:
+    """Return if a file can be written there, before any work is done for it.
+
+    Raises:
+        OSError: it cannot.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not output.exists()
+    output.open("ab").close()
+    if is_new:
+        output.unlink()
+
+
+def _write(images: Sequence[EncodedImage], output: Path) -> None:
+    for index, image in enumerate(images):
+        if image.content_filtered:
+            typer.echo(f"withheld by the model's safety checker  seed {image.seed}", err=True)
+            continue
+        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{index}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image.data)
+        typer.echo(f"{path}  seed {image.seed}")
+
+
+def _request(
+    wanted: Mapping[str, object], capabilities: ModelCapabilities, pictures: Mapping[str, Any]
+) -> GenerationRequest:
+    """Fill in and check a request as the HTTP door does."""
+    from stepserve.api.auth.keys import ANYBODY
+    from stepserve.api.bodies.schemas import ImageRequest
+    from stepserve.domain.limits import check_request
+
+    try:
+        body = ImageRequest.model_validate(wanted)
+    except ValidationError as error:
+        raise InvalidRequestError(error.errors()[0]["msg"]) from error
+    request = replace(body.to_generation("local", ANYBODY, capabilities), **pictures)
+    check_request(request, capabilities)
+    return request
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The event stream of a request. Answers, progress bars and jobs are all views of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepserve.domain.errors import StepserveError
+from stepserve.domain.timings import Timings
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One finished picture as a file, with the seed that it alone can be made from again.
+
+    `content_filtered` says that the model's own safety checker withheld it: there is no data.
+    """
+
+    data: bytes
+    media_type: str
+    seed: int
+    content_filtered: bool = False
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The request will be worked on; `position` requests were accepted before it and still run.
+
+    `expected_s` is when it should be finished, in seconds from now, given what is in hand.
+    """
+
+    request_id: str
+    position: int
+    expected_s: float | None
+
+
+@dataclass(frozen=True)
+class Started:
+    """The pipeline call began."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    """Denoiser evaluation `step` of `steps` is done."""
+
+    request_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the pictures will roughly be, foretold at step `step` of `steps`.
+
+    `index` counts the previews of a request from 0. The files hold no parameters.
+    """
+
+    request_id: str
+    index: int
+    step: int
+    steps: int
+    images: tuple[EncodedImage, ...]
+
+
+@dataclass(frozen=True)
+class CutPrompt:
+    """A text encoder that read the first `limit` of the `tokens` of a request's field only.
+
+    Another encoder read all of it.
+    """
+
+    field: str
+    encoder: str
+    tokens: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All pictures are made; `fingerprint` is the short one of the model that made them."""
+
+    request_id: str
+    images: tuple[EncodedImage, ...]
+    timings: Timings
+    fingerprint: str = ""
+    cut_prompts: tuple[CutPrompt, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request ended without pictures: it was refused, failed, expired or was cancelled."""
+
+    request_id: str
+    error: StepserveError
+
+
+Event = Accepted | Started | StepFinished | Preview | Finished | Failed
+Outcome = Finished | Failed

@@ -1,0 +1,295 @@
+"""Is this request within what the model can do? Pure, and the same at every door.
+
+Messages call fields by their HTTP names: a wrong width or height is a wrong `size`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from stepserve.domain.errors import InvalidRequestError
+from stepserve.domain.models import ModelCapabilities
+from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Task
+
+MAX_SEED = 2**53 - 1
+"""The largest whole number that every JSON reader keeps exactly."""
+
+MAX_ADAPTER_SCALE = 10.0
+"""Beyond it either way no adapter draws anything."""
+
+MIN_DEADLINE_S = 0.001
+"""No request is done in less, and smaller numbers underflow where they are counted with."""
+
+MAX_PREVIEWS = 50
+"""Each takes about as long as a denoising step or two."""
+
+SHOWN_CHARACTERS = 80
+SHOWN_NAMES = 20
+SHORTEST_PART = 4
+
+PICTURES_OF: dict[Task, tuple[str, ...]] = {
+    Task.TEXT_TO_IMAGE: (),
+    Task.IMAGE_TO_IMAGE: ("image",),
+    Task.INPAINTING: ("image", "mask_image"),
+}
+"""The request fields with pictures that each task is made of."""
+
+
+def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
+    """Return if `model` can serve `request` as it is.
+
+    Raises:
+        InvalidRequestError: names the first field out of bounds, its value and its limit.
+    """
+    _check_task(request, model)
+    _check_prompts(request, model)
+    _check_size(request, model)
+    _check_scheduler(request.scheduler, model.schedulers)
+    _check_steps(request, model)
+    _check_strength(request)
+    _check_guidance_scale(request.guidance_scale, model)
+    _check_negative_prompt(request, model)
+    _check_guidance_interval(request, model)
+    _check_whole_number("n", request.n, model.max_n)
+    _check_adapters(request.adapters, model)
+    _check_seed(request)
+    _check_deadline(request.deadline_s)
+    _check_previews(request.previews)
+    _check_compression(request)
+
+
+def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) -> None:
+    """Return if all `adapters` are among the `known` names.
+
+    Not part of `check_request`, as files may be added at any time: only the replica knows.
+
+    Raises:
+        InvalidRequestError: names the first adapter that is not known.
+    """
+    for use in adapters:
+        if use.name not in known:
+            listed = ", ".join(known[:SHOWN_NAMES]) + (", ..." if len(known) > SHOWN_NAMES else "")
+            raise InvalidRequestError(
+                f"adapters: {shown(use.name)} is not known{did_you_mean(use.name, known)} "
+                f"(known: {listed or 'none'})",
+                "adapters",
+            )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
+    close = closest(word, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Return the one of `known` that is like `word`, or None; capitals make no difference.
+
+    Args:
+        likeness: the least that counts, from 0 to 1, of a word that is no part of another.
+    """
+    names = {name.lower(): name for name in known}
+    word = word[:SHOWN_CHARACTERS].lower()
+    # A part of a name is close, too: "ddim"; a whole word of it is closer than likeness: "steps".
+    holding = [name for name in names if len(word) >= SHORTEST_PART and word in name]
+    worded = [name for name in holding if word in name.split("_")]
+    same = [name for name in names if name == word]
+    close = (
+        same or worded or get_close_matches(word, names, 1, likeness) or sorted(holding, key=len)
+    )
+    return names[close[0]] if close else None
+
+
+def shown(text: str) -> str:
+    """Return `text` quoted and printable, cut to a length that fits in an error message."""
+    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+    return ascii(cut)
+
+
+def digits(value: int) -> str:
+    """Return the number, or its rough size where writing it out would flood the message."""
+    return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+
+
+def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
+    if request.task not in model.tasks:
+        known = ", ".join(model.tasks)
+        message = f"task {request.task} is not one of model {model.id!r} (known: {known})"
+        raise InvalidRequestError(message, "task")
+    wanted = PICTURES_OF[request.task]
+    for field in ("image", "mask_image"):
+        is_given = getattr(request, field) is not None
+        if is_given != (field in wanted):
+            verb = "is of no use to" if is_given else "is required for"
+            raise InvalidRequestError(f"{field} {verb} {request.task}", field)
+
+
+def _check_prompts(request: GenerationRequest, model: ModelCapabilities) -> None:
+    # What is made of a picture needs no words: a variation has none.
+    if not request.prompt.strip() and request.task is Task.TEXT_TO_IMAGE:
+        raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        _check_text(field, text, model.max_prompt_characters)
+
+
+def _check_text(field: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        message = f"{field} is {len(text)} characters long; the limit is {limit}"
+        raise InvalidRequestError(message, field)
+    # JSON can say half a character ("\ud800"), which no tokenizer or answer can hold.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidRequestError(f"{field} {shown(text)} is not valid Unicode text", field)
+
+
+def _check_size(request: GenerationRequest, model: ModelCapabilities) -> None:
+    if model.sizes.accepts(request.width) and model.sizes.accepts(request.height):
+        return
+    raise InvalidRequestError(
+        f"size {request.width}x{request.height} is not accepted by {model.id!r}: "
+        f"each side must be {model.sizes.describe()}",
+        "size",
+    )
+
+
+def _check_whole_number(field: str, value: int, maximum: int) -> None:
+    if not 1 <= value <= maximum:
+        raise InvalidRequestError(f"{field} must be 1 to {maximum}, got {digits(value)}", field)
+
+
+def _check_steps(request: GenerationRequest, model: ModelCapabilities) -> None:
+    steps, limits = request.num_inference_steps, model.steps_of(request.scheduler)
+    if not limits.minimum <= steps <= limits.maximum:
+        raise InvalidRequestError(
+            f"num_inference_steps must be {limits.minimum} to {limits.maximum}, got "
+            f"{digits(steps)} (with scheduler {request.scheduler})",
+            "num_inference_steps",
+        )
+
+
+def _check_guidance_scale(value: float, model: ModelCapabilities) -> None:
+    maximum = model.max_guidance_scale
+    if 0 <= value <= maximum:  # NaN is not: every comparison with it is false
+        return
+    message = f"guidance_scale must be 0 to {maximum:g}, got {value}"
+    if not model.guidance.argument:
+        message += f": model {model.id!r} takes no guidance; leave it out"
+    raise InvalidRequestError(message, "guidance_scale")
+
+
+def _check_negative_prompt(request: GenerationRequest, model: ModelCapabilities) -> None:
+    """Refuse one that would change nothing."""
+    guidance = model.guidance
+    if not request.negative_prompt:
+        return
+    if not guidance.negative_prompt:
+        instead = ", which guidance_scale sets how closely to follow" * bool(guidance.argument)
+        raise InvalidRequestError(
+            f"negative_prompt has no effect on model {model.id!r}: leave it out, and say what the "
+            f"picture shows in prompt{instead}",
+            "negative_prompt",
+        )
+    if guidance.argument and not guidance.guides(request.guidance_scale):
+        raise InvalidRequestError(
+            f"negative_prompt has no effect without guidance: guidance_scale must be over "
+            f"{guidance.above:g}, got {request.guidance_scale:g}; or leave negative_prompt out",
+            "negative_prompt",
+        )
+
+
+def _check_strength(request: GenerationRequest) -> None:
+    strength, steps = request.strength, request.num_inference_steps
+    if not 0 < strength <= 1:
+        message = f"strength must be over 0 and at most 1, got {strength}"
+        raise InvalidRequestError(message, "strength")
+    if request.task is not Task.TEXT_TO_IMAGE and int(steps * strength) < 1:
+        raise InvalidRequestError(
+            f"strength {strength} of {steps} steps leaves none to do: with that "
+            f"num_inference_steps it must be at least {math.ceil(10_000 / steps) / 10_000:g}",
+            "strength",
+        )
+
+
+def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilities) -> None:
+    start, end = request.guidance_start, request.guidance_end
+    if not 0 <= start < 1:
+        message = f"guidance_start must be at least 0 and less than 1, got {start}"
+        raise InvalidRequestError(message, "guidance_start")
+    if not start < end <= 1:
+        message = f"guidance_end must be over guidance_start ({start}) and at most 1, got {end}"
+        raise InvalidRequestError(message, "guidance_end")
+    if request.is_guidance_limited and not model.guidance_interval:
+        field = "guidance_start" if start > 0 else "guidance_end"
+        raise InvalidRequestError(
+            f"{field} {getattr(request, field)} is not possible: model {model.id!r} applies "
+            "guidance at every step",
+            field,
+        )
+
+
+def _check_deadline(deadline_s: float | None) -> None:
+    if deadline_s is not None and not MIN_DEADLINE_S <= deadline_s < math.inf:
+        message = f"deadline_s must be at least {MIN_DEADLINE_S:g} seconds, got {deadline_s}"
+        raise InvalidRequestError(message, "deadline_s")
+
+
+def _check_previews(previews: int) -> None:
+    if not 0 <= previews <= MAX_PREVIEWS:
+        message = f"previews must be 0 to {MAX_PREVIEWS}, got {digits(previews)}"
+        raise InvalidRequestError(message, "previews")
+
+
+def _check_compression(request: GenerationRequest) -> None:
+    quality = request.output_compression
+    if quality is None:
+        return
+    if not 0 <= quality <= 100:
+        message = f"output_compression must be 0 to 100, got {digits(quality)}"
+        raise InvalidRequestError(message, "output_compression")
+    if request.output_format is OutputFormat.PNG and quality != 100:
+        raise InvalidRequestError(
+            f"output_compression {quality} needs output_format 'jpeg' or 'webp': png loses nothing",
+            "output_compression",
+        )
+
+
+def _check_scheduler(name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise InvalidRequestError(
+            f"scheduler {shown(name)} is not known{did_you_mean(name, known)} "
+            f"(known: {', '.join(known)})",
+            "scheduler",
+        )
+
+
+def _check_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> None:
+    if len(adapters) > model.max_adapters:
+        raise InvalidRequestError(_too_many_adapters(adapters, model), "adapters")
+    names = [use.name for use in adapters]
+    for use in adapters:
+        if names.count(use.name) > 1:
+            message = f"adapters: {shown(use.name)} is named more than once"
+            raise InvalidRequestError(message, "adapters")
+        _check_adapter_scale(use)
+
+
+def _too_many_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> str:
+    if model.max_adapters:
+        return f"adapters: model {model.id} takes at most {model.max_adapters}, got {len(adapters)}"
+    return f"adapters: model {model.id} has none, got {shown(adapters[0].name)}; leave adapters out"
+
+
+def _check_adapter_scale(use: AdapterUse) -> None:
+    if not abs(use.scale) <= MAX_ADAPTER_SCALE:  # NaN ends here too
+        limits = f"-{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}"
+        message = f"adapters: the scale of {shown(use.name)} must be {limits}, got {use.scale}"
+        raise InvalidRequestError(message, "adapters")
+
+
+def _check_seed(request: GenerationRequest) -> None:
+    # Picture i is drawn from seed + i, so the seed of the last one must be sendable again too.
+    maximum = MAX_SEED - (request.n - 1)
+    if not 0 <= request.seed <= maximum:
+        message = f"seed must be 0 to {maximum} (for n={request.n}), got {digits(request.seed)}"
+        raise InvalidRequestError(message, "seed")

@@ -1,0 +1,117 @@
+"""What a served model can do; the limits that requests are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from stepserve.domain.fingerprint import Fingerprint
+from stepserve.domain.guidance import CLASSIC, Guidance
+from stepserve.domain.requests import Task
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Picture sides that a model accepts, in pixels: from `minimum` to `maximum` by `step`."""
+
+    minimum: int
+    maximum: int
+    step: int
+    native: int
+
+    def accepts(self, side_px: int) -> bool:
+        """Whether one side of a picture may be this long."""
+        in_range = self.minimum <= side_px <= self.maximum
+        return in_range and (side_px - self.minimum) % self.step == 0
+
+    def describe(self) -> str:
+        """For error messages: `48 to 128 in steps of 16 (native: 64)`."""
+        return (
+            f"{self.minimum} to {self.maximum} in steps of {self.step} (native: "
+            f"{self.native}x{self.native})"
+        )
+
+
+@dataclass(frozen=True)
+class StepRange:
+    """Numbers of denoising steps that can be done: from `minimum` to `maximum`."""
+
+    minimum: int = 1
+    maximum: int = 1000
+
+    def within(self, other: StepRange) -> StepRange:
+        """What is in both."""
+        return StepRange(max(self.minimum, other.minimum), min(self.maximum, other.maximum))
+
+    def nearest(self, steps: int) -> int:
+        """The number of these that is closest to `steps`."""
+        return min(max(steps, self.minimum), self.maximum)
+
+
+class Compilation(StrEnum):
+    """How far the denoiser is compiled. Until it is, and where it fails, eager code serves."""
+
+    OFF = "off"
+    COMPILING = "compiling"
+    COMPILED = "compiled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class ModelCapabilities:
+    """Limits and defaults of one model, as `GET /v1/models` tells them.
+
+    Args:
+        aliases: other names that requests may give it.
+        min_num_inference_steps: fewest steps, with the default scheduler.
+        max_num_inference_steps: most steps, with the default scheduler.
+        scheduler_steps: of the schedulers that can do other numbers of steps.
+        guidance: how it takes guidance, and what that costs.
+        guidance_interval: whether guidance may be limited to some of the steps.
+        same_bytes: whether a picture is the same in every bit whatever the load, on the device that
+            serves it. Where it is not, `reproducible` requests give that.
+        sharing_remark: what is unusual in how requests share forwards; empty: nothing.
+        compilation: whether new requests are served by compiled code.
+        expected_s: how long a request with the defaults should take on an idle replica, in seconds,
+            or None while nothing is learned.
+        load_s: how long loading and warming took, in seconds, or None where it was not measured.
+        safety_checker: whether images are looked at before they are given out, and may be withheld.
+        compilation_remark: how far it is, or why it is not; empty: nothing to say.
+    """
+
+    id: str
+    description: str
+    sizes: SizeRange
+    schedulers: tuple[str, ...]
+    default_scheduler: str
+    default_num_inference_steps: int = 20
+    min_num_inference_steps: int = 1
+    max_num_inference_steps: int = 1000
+    scheduler_steps: Mapping[str, StepRange] = field(default_factory=dict)
+    default_guidance_scale: float = 4.0
+    max_guidance_scale: float = 30.0
+    max_n: int = 8
+    max_prompt_characters: int = 1000
+    max_prompt_tokens: int = 77
+    adapters: tuple[str, ...] = ()
+    max_adapters: int = 0
+    created: int = 0
+    owned_by: str = "stepserve"
+    aliases: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
+    guidance: Guidance = CLASSIC
+    guidance_interval: bool = True
+    safety_checker: bool = False
+    same_bytes: bool = True
+    sharing_remark: str = ""
+    compilation: Compilation = Compilation.OFF
+    compilation_remark: str = ""
+    expected_s: float | None = None
+    load_s: float | None = None
+    fingerprint: Fingerprint | None = None
+
+    def steps_of(self, scheduler: str) -> StepRange:
+        """How many steps requests with this scheduler may have."""
+        usual = StepRange(self.min_num_inference_steps, self.max_num_inference_steps)
+        return self.scheduler_steps.get(scheduler, usual)

@@ -1,0 +1,295 @@
+"""Does a row get the same bits whatever it shares a forward with? Tried on the device at hand.
+
+Kernels may sum in another order for another row count, so that the last bits of a row depend on how
+many others there are. Most devices, dtypes and models are free of that up to some row count; others
+are within forwards of one fixed row count, filled up where requests have fewer.
+
+A difference can hide: half precision rounds most of it away. What shows it least is a layer that
+gets one vector a row, such as an embedding of the timestep: a forward tells of a few numbers only.
+Such layers are therefore tried by themselves as well, with far more rows than requests would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from stepserve.engine.calls.arguments import LeafKind, Path
+from stepserve.engine.calls.call import Call, ParkableMethod, make_call
+from stepserve.engine.calls.stacking import split, stack, tensors_in
+from stepserve.engine.scheduling.row_limits import is_out_of_memory
+
+Run = Callable[[Sequence[Call], int], list[Any]]
+"""Runs calls together, in a forward of so many rows, or of as many as their method wants if 0."""
+
+Result = TypeVar("Result")
+
+Change = Callable[[Any, LeafKind | None], Any]
+
+# Where kernels differ at all, about one number in 10,000 was seen to: enough of them to be sure.
+VECTOR_NUMBERS = 2**16
+
+
+@dataclass(frozen=True)
+class VectorLayer:
+    """A linear layer that gets one vector a row, and how large its numbers are."""
+
+    layer: nn.Linear
+    scale: float
+
+    @property
+    def shape(self) -> Hashable:
+        """What kernels are chosen by."""
+        return self.layer.weight.shape, self.layer.weight.dtype, self.layer.bias is None
+
+    def calls(self, least: int, generator: torch.Generator) -> list[Call]:
+        """Calls of one row each, with vectors of their own; `least` of them or more."""
+        count = max(VECTOR_NUMBERS // self.layer.out_features, least)
+        vectors = torch.randn(count, self.layer.in_features, generator=generator) * self.scale
+        weight = self.layer.weight
+        rows = vectors.to(weight.device, weight.dtype).split(1)
+        method = ParkableMethod("layer", "forward", self.layer.forward)
+        return [make_call(method, (row,), {}) for row in rows]
+
+
+def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = None) -> int:
+    """Most rows of a forward in which each call has the same bits as alone, as far as was tried.
+
+    Args:
+        calls: of equal keys, with different content.
+        max_rows: where to stop trying.
+        run: in place of `run_together`, for calls that have to run elsewhere.
+
+    Returns:
+        `max_rows`, or the row count before the first one where bits differ or memory runs out; 1 if
+        that is 2.
+    """
+    run = run or run_together
+    alone = [run([call], 0)[0] for call in calls]
+    kept = 1
+    for count in row_counts(max_rows):
+        if not _if_memory_suffices(partial(keep_bits, calls, alone, count, run)):
+            return kept
+        kept = count
+    return kept
+
+
+def agreeing_row_counts(calls: Sequence[Call], counts: Sequence[int]) -> tuple[int, ...]:
+    """Row counts whose forwards give each call the same bits, in every company.
+
+    Args:
+        calls: of equal keys, with different content.
+        counts: what forwards could be filled up to; the first is what the others are compared with.
+
+    Returns:
+        Those of `counts` that agree with the first one; none if that depends on company itself, or
+        memory runs out for it.
+    """
+    alone = _if_memory_suffices(lambda: [run_together([call], counts[0])[0] for call in calls])
+    if alone is None:
+        return ()
+    agreeing = [
+        count
+        for count in counts
+        if _if_memory_suffices(partial(_keep_bits_in, calls, alone, count))
+    ]
+    return tuple(agreeing) if counts[0] in agreeing else ()
+
+
+def fitting_row_counts(call: Call, counts: Sequence[int]) -> tuple[int, ...]:
+    """Those of the row counts for which there is enough memory."""
+    return tuple(
+        count
+        for count in counts
+        if _if_memory_suffices(partial(run_together, [call], count)) is not None
+    )
+
+
+def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> list[list[Call]]:
+    """Calls of each kind of layer in a module that gets one vector a row.
+
+    Args:
+        call: of the module; it is run once.
+        least: calls of each layer.
+        generator: on the CPU.
+    """
+    found: dict[Hashable, VectorLayer] = {}
+    with _seeing_vectors(call.rows, lambda seen: found.setdefault(seen.shape, seen)):
+        run_together([call])
+    return [layer.calls(least, generator) for layer in found.values()]
+
+
+def varied(call: Call, generator: torch.Generator) -> Call:
+    """The same call with other numbers: every one is scaled down by a factor of its own.
+
+    What is batched, and of integers only timesteps: others may be masks or places in a table.
+    """
+    return _changed(call, partial(_vary, generator=generator))
+
+
+def one_row(call: Call) -> Call:
+    """The first row of a call."""
+    return replace(_changed(call, partial(_first_row, rows=call.rows)), rows=1)
+
+
+def row_counts(max_rows: int) -> list[int]:
+    """Row counts to try, from 2 in growing steps, up to and with `max_rows`."""
+    powers = [2**exponent for exponent in range(1, max_rows.bit_length())]
+    counts = {count for power in powers for count in (power, power * 3 // 2)}
+    return sorted(count for count in {*counts, max_rows} if 2 <= count <= max_rows)
+
+
+def companies(rows: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Which calls, by index, to run together so that each takes part in a forward of `count` rows.
+
+    Where sizes do not fit there are fewer rows. Calls come in changing order: neighbours and places
+    change from count to count.
+    """
+    stride = next(s for s in range(count, count + len(rows) + 1) if _is_coprime(s, len(rows)))
+    order = [index * stride % len(rows) for index in range(len(rows))]
+    smallest = min(rows, default=0)
+    seen: set[int] = set()
+    for turn, index in enumerate(order):
+        if index in seen or rows[index] > count:
+            continue
+        company = _fill_up(order, turn, rows, count, smallest)
+        seen.update(company)
+        yield company
+
+
+def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
+    """Outputs of calls with equal keys, from one shared forward.
+
+    It is filled up to `padded_rows`, or where that is 0 as their method wants it.
+    """
+    rows = [call.rows for call in calls]
+    method = calls[0].method
+    padded_rows = padded_rows or method.padded_rows(sum(rows))
+    args, kwargs = stack(calls, padded_rows)
+    output = method.run(*args, **kwargs)
+    padding = max(padded_rows - sum(rows), 0)
+    return split(output, rows, padding, row_lists=bool(method.rules.row_lists))
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether all tensors in two outputs are equal in every bit."""
+    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
+
+
+def _if_memory_suffices(attempt: Callable[[], Result]) -> Result | None:
+    """What the attempt returns; None where memory runs out."""
+    try:
+        return attempt()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def keep_bits(
+    calls: Sequence[Call], alone: Sequence[Any], count: int, run: Run, bucket_rows: int = 0
+) -> bool:
+    """Whether each call has the bits it has alone, in companies of `count` rows.
+
+    Args:
+        calls: of equal keys, with different content.
+        alone: the output of each without company.
+        count: rows of calls that run together, as far as their sizes fit.
+        run: how.
+        bucket_rows: what forwards are filled up to; 0: as their method wants it.
+    """
+    return all(
+        same_bits(output, alone[index])
+        for company in companies([call.rows for call in calls], count)
+        for index, output in zip(
+            company, run([calls[index] for index in company], bucket_rows), strict=True
+        )
+    )
+
+
+def _keep_bits_in(calls: Sequence[Call], alone: Sequence[Any], bucket_rows: int) -> bool:
+    # Whatever fills a forward up is company, too: few counts are enough.
+    counts = {max(bucket_rows // 2, 1), bucket_rows}
+    return all(keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
+
+
+def _fill_up(
+    order: Sequence[int], turn: int, rows: Sequence[int], count: int, smallest: int
+) -> list[int]:
+    """Calls in that order from `turn` on, round and round, while any fits."""
+    company: list[int] = []
+    left = count
+    while left >= smallest:
+        index = order[turn % len(order)]
+        turn += 1
+        if rows[index] <= left:
+            company.append(index)
+            left -= rows[index]
+    return company
+
+
+def _is_coprime(one: int, other: int) -> bool:
+    while other:
+        one, other = other, one % other
+    return one == 1
+
+
+def _changed(call: Call, change: Change) -> Call:
+    """The same call with other leaves; `change` is told of each how it is stacked."""
+    kinds = {path: kind for path, kind, _ in call.key.leaves}
+    other = partial(_change, kinds=kinds, change=change)
+    args = tuple(other(value, (0, index)) for index, value in enumerate(call.args))
+    kwargs = {name: other(value, (1, name)) for name, value in call.kwargs.items()}
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _change(value: Any, path: Path, kinds: Mapping[Path, LeafKind], change: Change) -> Any:
+    kind = kinds.get(path)
+    inner = partial(_change, kinds=kinds, change=change)
+    if type(value) is dict:
+        return {name: inner(part, (*path, name)) for name, part in value.items()}
+    if type(value) in (list, tuple) and kind is not LeafKind.ROW_LIST:
+        return type(value)(inner(part, (*path, index)) for index, part in enumerate(value))
+    return change(value, kind)
+
+
+def _vary(value: Any, kind: LeafKind | None, generator: torch.Generator) -> Any:
+    if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
+        return value
+    if kind is LeafKind.PER_ROW or (kind is LeafKind.BATCHED and value.is_floating_point()):
+        factors = torch.rand(value.shape, generator=generator).to(value.device)
+        return (value * factors).to(value.dtype)
+    return value
+
+
+def _first_row(value: Any, kind: LeafKind | None, rows: int) -> Any:
+    if kind is LeafKind.ROW_LIST:
+        return value[:1]
+    if kind is LeafKind.BATCHED or (kind is LeafKind.PER_ROW and value.dim() > 0):
+        return value[:1]
+    if kind is LeafKind.REPEATED:
+        return value[: value.shape[0] // rows]
+    return value[:, :1] if kind is LeafKind.LAYERED else value
+
+
+@contextmanager
+def _seeing_vectors(rows: int, see: Callable[[VectorLayer], object]) -> Iterator[None]:
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not isinstance(module, nn.Linear) or not args or not isinstance(args[0], Tensor):
+            return
+        if args[0].numel() == rows * module.in_features:
+            see(VectorLayer(module, float(args[0].detach().float().square().mean().sqrt())))
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,128 @@
+"""Denoiser calls that need only half of their rows.
+
+Classifier-free guidance calls the denoiser with the unconditional rows followed by the conditional
+ones, and mixes the two answers: `u + g * (c - u)`. At a step without guidance only the conditional
+answer counts. Then only the conditional rows are run, and their answer is handed back for both
+halves: the pipeline's own arithmetic gives `c + g * (c - c)`, which is `c` in every bit. So the
+pipeline need not know, and the rows are free for other requests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from stepserve.engine.calls.arguments import LeafKind, classify
+
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class NarrowingError(RuntimeError):
+    """A call has other rows than its request said, so that nobody knows which half counts."""
+
+
+@dataclass(eq=False)
+class Narrowing:
+    """Which calls of one track run with their second half of rows only. For one track.
+
+    Args:
+        rows: rows of a whole call.
+        calls: how many calls of a method are expected.
+        needs_all: whether call number i (from 0) of a method needs all of its rows.
+    """
+
+    rows: int
+    calls: int
+    needs_all: Callable[[int], bool]
+    _seen: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        whole = (index + 1 for index in range(self.calls) if self.needs_all(index))
+        self._whole_until = max(whole, default=0)
+
+    def rows_from(self, index: int) -> int:
+        """The most rows that any call from that number on takes. Never grows with `index`."""
+        may_be_whole = index < self._whole_until or self._whole_until == self.calls
+        return self.rows if may_be_whole else self.rows // 2
+
+    def is_due(self, method: str) -> bool:
+        """Whether the next call of a method is to be narrowed. Ask once for each call."""
+        index = self._seen[method]
+        self._seen[method] += 1
+        return not self.needs_all(index)
+
+    def narrow(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], untouched: frozenset[str]
+    ) -> CallArguments:
+        """The arguments with only the second half of the rows.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            untouched: keyword arguments that have no rows, whatever their leading size.
+
+        Raises:
+            NarrowingError: no argument has the rows that a whole call should have.
+        """
+        with_rows = {name: value for name, value in kwargs.items() if name not in untouched}
+        if not _has_rows((args, with_rows), self.rows):
+            raise NarrowingError(
+                f"guidance cannot be limited to an interval: a call of {self.rows} rows was "
+                "expected, with the conditional ones behind the others"
+            )
+        return _second_half(args, self.rows), kwargs | _second_half(with_rows, self.rows)
+
+    def widen(self, output: Any) -> Any:
+        """The output of a narrowed call as that of a whole one: each half gets the same.
+
+        Raises:
+            NarrowingError: a tensor in it has not one leading entry a row.
+        """
+        return _map_tensors(output, self._twice)
+
+    def _twice(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != self.rows // 2:
+            shape = tuple(tensor.shape)
+            raise NarrowingError(f"an output of shape {shape} for {self.rows // 2} rows")
+        return torch.cat([tensor, tensor])
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    if isinstance(value, dict):
+        return any(_has_rows(part, rows) for part in value.values())
+    if isinstance(value, tuple | list):
+        return any(_has_rows(part, rows) for part in value)
+    return classify(value, rows) is LeafKind.BATCHED
+
+
+def _second_half(value: Any, rows: int) -> Any:
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        has_rows = tensor.dim() > 0 and tensor.shape[0] == rows
+        return tensor[rows // 2 :] if has_rows else tensor
+
+    return _map_tensors(value, cut)
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same structure with other tensors. What is neither container nor tensor stays."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return _map_dict(value, change)
+    if isinstance(value, tuple | list):
+        make = getattr(value, "_make", type(value))
+        return make([_map_tensors(part, change) for part in value])
+    return value
+
+
+def _map_dict(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if not is_dataclass(value):
+        return {name: _map_tensors(part, change) for name, part in value.items()}
+    # The output classes of diffusers: as dicts they lack their fields that are None.
+    parts = {part.name: getattr(value, part.name) for part in fields(value)}
+    make: Any = type(value)
+    return make(**{name: _map_tensors(part, change) for name, part in parts.items()})

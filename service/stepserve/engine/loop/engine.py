@@ -1,0 +1,378 @@
+"""The engine: one thread that batches, and a door that other threads may knock on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from stepserve.domain.errors import (
+    CancelledError,
+    GenerationFailedError,
+    NotReadyError,
+    StoppedError,
+)
+from stepserve.domain.requests import RequestKey
+from stepserve.engine.loop.batcher import Batcher, Counters
+from stepserve.engine.scheduling.admission import (
+    Ending,
+    Load,
+    check_deadline,
+    check_promises,
+    check_room,
+    load_of,
+)
+from stepserve.engine.scheduling.cost import CostModel
+from stepserve.engine.scheduling.forecast import Prospect
+from stepserve.engine.scheduling.policy import POLICIES
+from stepserve.engine.tracks.listener import tell
+from stepserve.engine.tracks.prediction import Foretold
+from stepserve.engine.tracks.track import Clock, Track, Work
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+IDLE_WAIT_S = 0.5
+DRAIN_RETRY_S = 5.0
+STALE_S = 30.0
+# What an idle engine learned long ago may be wrong, though hardly by more than this.
+STALE_FACTOR = 10.0
+LOWEST_PRIORITY = 19
+MOST_MEASURED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits and manners of one engine.
+
+    Args:
+        max_rows: most rows of one shared denoiser forward, or None if that is to be measured; see
+            `Engine.limit_rows`.
+        max_waiting_pictures: pictures in hand beyond which new requests are refused.
+        threads: torch threads of the engine, or None for torch's default.
+        niceness: how far the engine thread steps back behind the threads that answer HTTP.
+        policy: decides who goes next, one of `policy.POLICIES`.
+        gradients: whether pipelines may compute gradients, as some kinds of guidance do. Without,
+            every operation is a few percent cheaper.
+    """
+
+    max_rows: int | None = None
+    max_waiting_pictures: int = 64
+    threads: int | None = None
+    niceness: int = 0
+    policy: str = "shortest-first"
+    gradients: bool = False
+
+    @property
+    def row_ceiling(self) -> int:
+        """Most rows of one shared denoiser forward, whatever is measured."""
+        return MOST_MEASURED_ROWS if self.max_rows is None else self.max_rows
+
+
+class Engine:
+    """Runs submitted work. Every accepted piece of work ends in exactly one listener call.
+
+    All methods may be called from any thread, and by listeners; only `stop` may not be called by
+    `Listener.accepted`, which runs while the door is held. `row_limit` is the most rows of one
+    shared denoiser forward, as configured or measured, and `row_ceiling` the most it may become.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions | None = None,
+        cost: CostModel | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.options = options or EngineOptions()
+        self.row_limit = self.row_ceiling = self.options.row_ceiling
+        self.batcher = Batcher(
+            self.options.row_ceiling,
+            cost,
+            clock,
+            on_ended=self._forget,
+            policy=POLICIES[self.options.policy],
+        )
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        # Guarded by the lock: what submitting threads and the engine thread share. A listener that
+        # hears it was accepted may call the engine again, hence reentrant.
+        self._lock = threading.RLock()
+        self._nothing_in_hand = threading.Condition(self._lock)
+        self._in_hand: set[Track] = set()
+        self._open = True
+        self._last_in_hand_s = -math.inf
+        self._prepare: Callable[[], None] = lambda: None
+        # Written by the engine thread only.
+        self._running = True
+        self._last_sign_of_life_s = time.monotonic()
+
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Start the engine thread, and wait until `prepare` has run on it, ahead of any work.
+
+        Raises what `prepare` raises.
+        """
+        prepared: Future[None] = Future()
+        self._prepare = partial(_answer, prepared, prepare)
+        self._thread.start()
+        prepared.result()
+
+    def submit(self, work: Work) -> int:
+        """Accept work and return how many requests are ahead of it.
+
+        Raises:
+            ServerFullError: too many pictures are in hand already, or with this work too some in
+                hand would miss their deadlines.
+            UnmeetableDeadlineError: it would not be finished within its own deadline.
+            NotReadyError: the engine is draining or has stopped.
+        """
+        # All under the lock: `accepted` comes before `started`, and what is accepted is among the
+        # commands before `stop` can put its own behind them.
+        with self._lock:
+            if not self._open:
+                raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
+            in_hand = self._not_ended()
+            self._check_room(in_hand, work.pictures)
+            track = Track(work, self.batcher.clock)
+            prospect = self.batcher.prospect([*in_hand, track])
+            self._check_deadlines(in_hand, track, prospect)
+            self._let_in(in_hand, track, prospect)
+        return len(in_hand)
+
+    def cancel(self, key: RequestKey) -> None:
+        """End a request at its next park; does nothing if it is unknown or ended already."""
+        error = CancelledError(f"request {key.id} was cancelled")
+        self._commands.put(partial(self.batcher.stop_track, key, error))
+
+    def release(self, key: RequestKey) -> None:
+        """Let held work start; does nothing if it is unknown or ended already."""
+        self._commands.put(partial(self.batcher.release, key))
+
+    def fail(self, key: RequestKey, error: BaseException) -> None:
+        """End work with an error; does nothing if it is unknown or ended already."""
+        self._commands.put(partial(self.batcher.stop_track, key, error))
+
+    def load(self) -> Load:
+        """Work in hand: everything accepted and not yet ended."""
+        with self._lock:
+            return load_of(self._endings(self._not_ended()))
+
+    def outlook_of(self, key: RequestKey) -> tuple[int, float] | None:
+        """How many requests in hand came before this one, and when it should end, in seconds.
+
+        None if it is not in hand.
+        """
+        with self._lock:
+            tracks = self._not_ended()
+            seconds = self.batcher.finish_times_s(tracks)
+        for position, (track, expected_s) in enumerate(zip(tracks, seconds, strict=True)):
+            if track.work.key == key:
+                return position, expected_s
+        return None
+
+    def steps_left(self) -> dict[RequestKey, int]:
+        """Denoising steps left to everything in hand."""
+        with self._lock:
+            return {track.work.key: track.steps_left for track in self._not_ended()}
+
+    def step_costs(self) -> dict[Hashable, tuple[float, float]]:
+        """What was learned of steps; see `Outlook.step_costs`."""
+        return self.batcher.outlook.step_costs()
+
+    def alone_s(self, work: Work) -> float:
+        """Seconds that `work` should take if there were no other; 0 while nothing is learned."""
+        return self.batcher.finish_times_s([Track(work, self.batcher.clock)])[0]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the engine's thread between two ticks, and wait for what it returns.
+
+        For work that needs the thread's torch settings and must not meet a forward. Not from a
+        listener. Raises what the function raises.
+
+        Raises:
+            NotReadyError: the engine is not running.
+        """
+        answer: Future[T] = Future()
+        with self._lock:
+            if not self._open or not self._thread.is_alive():
+                raise NotReadyError("the engine is not running", DRAIN_RETRY_S)
+            self._commands.put(partial(_answer, answer, function))
+        return answer.result()
+
+    def limit_rows(self, rows: int) -> None:
+        """Let shared denoiser forwards have at most so many rows from the next tick on."""
+        self.row_limit = min(rows, self.row_ceiling)
+        self._commands.put(partial(self.batcher.limit_rows, self.row_limit))
+
+    @property
+    def counters(self) -> Counters:
+        """Totals since the start."""
+        return self.batcher.counters
+
+    def silent_s(self) -> float:
+        """Seconds since the engine thread last showed a sign of life.
+
+        Infinite if it ended, or has lost its device: then all that it could do is fail.
+        """
+        if not self._thread.is_alive() or self.batcher.device_lost:
+            return float("inf")
+        return time.monotonic() - self._last_sign_of_life_s
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Take no new work, finish what is in hand within `drain_s`, cancel the rest, end.
+
+        Returns when the engine thread has ended, unless a listener calls it on that very thread.
+        """
+        with self._lock:
+            self._open = False
+            if self._thread.ident is None:
+                self._close()
+                return
+            if threading.current_thread() is not self._thread:
+                self._nothing_in_hand.wait_for(lambda: not self._in_hand, drain_s)
+        self._commands.put(self._end)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _main(self) -> None:
+        try:
+            self._settle_in()
+            # These modes belong to the thread, not to the greenlet: once, at the root.
+            with torch.no_grad() if self.options.gradients else torch.inference_mode():
+                self._prepare()
+                while self._running:
+                    self._turn()
+        finally:
+            self._close()
+
+    def _settle_in(self) -> None:
+        if self.options.niceness:
+            self._step_back()
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
+
+    def _step_back(self) -> None:
+        # On Linux niceness belongs to a thread, and threads it starts (OpenMP's) inherit it.
+        try:
+            thread = threading.get_native_id()
+            wanted = os.getpriority(os.PRIO_PROCESS, thread) + self.options.niceness
+            os.setpriority(os.PRIO_PROCESS, thread, min(wanted, LOWEST_PRIORITY))
+        except OSError as error:
+            logger.warning("the engine thread keeps its priority: %s", error)
+
+    def _turn(self) -> None:
+        """Hear what others want, do one tick, and rest if there was nothing to do."""
+        try:
+            self._take_commands(wait=False)
+            if not self._running:
+                return
+            worked = self.batcher.tick()
+            self._last_sign_of_life_s = time.monotonic()
+            if not worked:
+                self._take_commands(wait=True)
+        except Exception as error:
+            # Ours, as pipelines and listeners are caught elsewhere. Everyone is told, and the
+            # engine goes on with what comes next.
+            logger.exception("the engine met an error of its own")
+            lost = self.batcher.has_lost_device(error)
+            self.batcher.stop_all(_stopped if lost else partial(_engine_failed, error))
+
+    def _take_commands(self, wait: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                self._commands.get(timeout=IDLE_WAIT_S)()
+            while True:
+                self._commands.get_nowait()()
+
+    def _end(self) -> None:
+        self._running = False
+
+    def _close(self) -> None:
+        """Answer everything that is still in hand, whatever happened before."""
+        with self._lock:
+            self._open = False
+        self._running = False
+        try:
+            self._take_commands(wait=False)
+            self.batcher.stop_all(_stopped)
+        except Exception:
+            logger.exception("the engine met an error of its own while it stopped")
+        with self._lock:
+            left_over = list(self._in_hand)
+        for track in left_over:
+            track.abandon(_stopped(track.work.id))
+            self._forget(track)
+
+    def _forget(self, track: Track) -> None:
+        with self._lock:
+            self._in_hand.discard(track)
+            self._last_in_hand_s = self.batcher.clock()
+            if not self._in_hand:
+                self._nothing_in_hand.notify_all()
+
+    def _not_ended(self) -> list[Track]:
+        """What is in hand, in the order of arrival so that equal histories have equal forecasts.
+
+        Not what is about to be forgotten: who was told of an end may send the next work at once.
+        """
+        return sorted(
+            (track for track in self._in_hand if not track.ended), key=lambda track: track.arrival
+        )
+
+    def _check_room(self, in_hand: Sequence[Track], pictures: int) -> None:
+        limit = self.options.max_waiting_pictures
+        if sum(track.work.pictures for track in in_hand) + pictures > limit:
+            check_room(self._endings(in_hand), pictures, limit)
+
+    def _check_deadlines(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
+        now_s, outlook = track.clockwork.submitted_s, self.batcher.outlook
+        check_promises(prospect, outlook.margin, [other.expires_s - now_s for other in in_hand])
+        deadline_s = track.work.deadline_s
+        if deadline_s is None or not outlook.knows(track):
+            return
+        # It learns from nobody but those that it lets in.
+        doubt = STALE_FACTOR if self._is_stale(now_s) else 1.0
+        check_deadline(prospect, outlook.margin, deadline_s, doubt)
+
+    def _is_stale(self, now_s: float) -> bool:
+        """Whether the last work in hand is so long ago that what was learned may have changed."""
+        return not self._in_hand and now_s - self._last_in_hand_s >= STALE_S
+
+    def _let_in(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
+        now_s, forward_s = track.clockwork.submitted_s, prospect.forward_s
+        for other, seconds in zip([*in_hand, track], prospect.finish_s, strict=True):
+            other.foretold = Foretold(now_s, seconds, forward_s)
+        expected_s = self.batcher.outlook.stretched_s(track, prospect.finish_s[-1])
+        self._in_hand.add(track)
+        tell(track.work.id, track.work.listener.accepted, len(in_hand), expected_s)
+        self._commands.put(partial(self.batcher.add, track))
+
+    def _endings(self, tracks: Sequence[Track]) -> list[Ending]:
+        seconds = self.batcher.finish_times_s(tracks)
+        return [Ending(s, t.work.pictures) for s, t in zip(seconds, tracks, strict=True)]
+
+
+def _answer(answer: Future[T], function: Callable[[], T]) -> None:
+    try:
+        answer.set_result(function())
+    except Exception as error:
+        answer.set_exception(error)
+
+
+def _stopped(request_id: str) -> BaseException:
+    return StoppedError(f"request {request_id} was not finished before the server stopped")
+
+
+def _engine_failed(error: Exception, request_id: str) -> BaseException:
+    return GenerationFailedError(f"request {request_id} failed in the engine: {error!r}")

@@ -1,0 +1,1 @@
+"""Who goes next, at what cost, by when, and whether to take on more. Pure: no torch."""

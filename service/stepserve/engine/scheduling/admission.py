@@ -1,0 +1,139 @@
+"""Whether to take on more work. Pure: everything it looks at is an argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+from stepserve.domain.errors import ServerFullError, UnmeetableDeadlineError
+from stepserve.engine.scheduling.forecast import Prospect
+from stepserve.engine.scheduling.lateness import Margin
+
+MINIMUM_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A request in hand will be finished in `seconds`, and with it so many pictures."""
+
+    seconds: float
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Work in hand: requests accepted and not yet ended, their pictures, and seconds to do it."""
+
+    requests: int
+    pictures: int
+    backlog_s: float
+
+
+def load_of(endings: Sequence[Ending]) -> Load:
+    """Everything in hand, summed up."""
+    return Load(
+        requests=len(endings),
+        pictures=sum(ending.pictures for ending in endings),
+        backlog_s=max((ending.seconds for ending in endings), default=0.0),
+    )
+
+
+def check_room(endings: Sequence[Ending], pictures: int, limit: int) -> None:
+    """Let a request for `pictures` pictures in, or refuse it.
+
+    Pictures are counted rather than requests, because they are what takes memory and time. An
+    empty server takes any request.
+
+    Args:
+        endings: of everything in hand.
+
+    Raises:
+        ServerFullError: more than `limit` pictures would be in hand; `retry_after_s` is the time
+            until so many of them should be finished that this request would be let in.
+    """
+    in_hand = sum(ending.pictures for ending in endings)
+    if endings and in_hand + pictures > limit:
+        raise ServerFullError(
+            f"the server is full: {in_hand} pictures are in hand and the limit is {limit}; "
+            f"this request asks for {pictures} more",
+            retry_after_s=max(_room_s(endings, in_hand + pictures - limit), MINIMUM_RETRY_S),
+        )
+
+
+def check_deadline(
+    prospect: Prospect, margin: Margin, deadline_s: float, doubt: float = 1.0
+) -> None:
+    """Let a newcomer in if its own deadline can be promised, or refuse it.
+
+    Args:
+        doubt: how many times too long the forecast may be; then only what is beyond that is
+            refused.
+
+    Raises:
+        UnmeetableDeadlineError: it cannot; `retry_after_s` is the time until it should be let in.
+    """
+    safe_s = margin.safe_s(prospect.finish_s[-1], prospect.forward_s)
+    if safe_s <= doubt * deadline_s:
+        return
+    alone_s = _alone_s(prospect, margin)
+    if alone_s > deadline_s:
+        message = f"this request can only be promised within {alone_s:.3g} s, even alone"
+        wait_s = math.inf
+    else:
+        message = f"with what is in hand this request can only be promised within {safe_s:.3g} s"
+        wait_s = _wait_s(prospect, margin, deadline_s)
+    message = f"deadline_s is {deadline_s:g}, but {message}"
+    raise UnmeetableDeadlineError(message, max(wait_s, MINIMUM_RETRY_S), safe_s)
+
+
+def check_promises(prospect: Prospect, margin: Margin, left_s: Sequence[float]) -> None:
+    """Let a newcomer in if everyone in hand still meets its deadline, or refuse it.
+
+    A promise that cannot be kept any more, newcomer or not, keeps nobody out.
+
+    Args:
+        left_s: seconds until the deadline of each in hand; infinite where there is none.
+
+    Raises:
+        ServerFullError: some would miss theirs; `retry_after_s` is when those should be finished.
+    """
+    forward_s, in_hand = prospect.forward_s, prospect.finish_s[:-1]
+    at_risk = [margin.safe_s(s, forward_s) > left for s, left in zip(in_hand, left_s, strict=True)]
+    if not any(at_risk):
+        return
+    risks = list(compress(zip(prospect.without_s(), left_s, strict=True), at_risk))
+    kept_s = [without_s for without_s, left in risks if without_s <= left]
+    if kept_s:
+        raise ServerFullError(
+            f"the server is full: with this request, {len(kept_s)} of those in hand could miss the "
+            "deadlines that they were promised",
+            retry_after_s=max(*kept_s, MINIMUM_RETRY_S),
+        )
+
+
+def _alone_s(prospect: Prospect, margin: Margin) -> float:
+    alone = prospect.alone()
+    return margin.safe_s(alone.finish_s[-1], alone.forward_s)
+
+
+def _wait_s(prospect: Prospect, margin: Margin, deadline_s: float) -> float:
+    """When a newcomer that can be promised alone could be promised beside what is then in hand.
+
+    Each second of waiting gains at most a second: what is too late after one trial is added.
+    """
+    forward_s = prospect.forward_s
+    wait_s = margin.safe_s(prospect.finish_s[-1], forward_s) - deadline_s
+    return wait_s + max(margin.safe_s(prospect.later_s(wait_s), forward_s) - deadline_s, 0.0)
+
+
+def _room_s(endings: Sequence[Ending], too_many: int) -> float:
+    """When `too_many` pictures are finished, or all, if that is not enough."""
+    seconds = 0.0
+    for ending in sorted(endings, key=lambda item: item.seconds):
+        seconds = ending.seconds
+        too_many -= ending.pictures
+        if too_many <= 0:
+            break
+    return seconds

@@ -1,0 +1,202 @@
+"""What the engine expects of the work in hand, from what it has measured so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from stepserve.domain.states import RequestState
+from stepserve.engine.calls.call import Call
+from stepserve.engine.scheduling.cost import CostModel
+from stepserve.engine.scheduling.forecast import Device, Job, Prospect
+from stepserve.engine.scheduling.lateness import Margin
+from stepserve.engine.scheduling.policy import Policy, Queued
+from stepserve.engine.tracks.track import Stage, Track
+
+LEARNING_RATE = 0.1
+# In logarithms: few requests that took far longer than foretold say no more than this.
+MOST_STRETCH = 0.35
+
+
+@dataclass
+class Average:
+    """An average that forgets: `None` until something was seen."""
+
+    value: float | None = None
+
+    def observe(self, value: float) -> None:
+        """Move a little towards what was seen."""
+        old = value if self.value is None else self.value
+        self.value = old + LEARNING_RATE * (value - old)
+
+    def __float__(self) -> float:
+        return self.value or 0.0
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What steps of one size look like: their shape in the cost model, and their row limit."""
+
+    shape: Hashable
+    max_rows: int
+
+
+UNKNOWN = StepShape(None, 1)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many rows a forward may have: those of one request only, where requests cannot share."""
+
+    row_limit: int
+    one_at_a_time: bool = False
+
+
+class Outlook:
+    """Learns what requests of each size take, and foretells when those in hand will end.
+
+    Written by the engine thread only; others may read slightly old values.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self.cost = cost
+        self.margin = Margin()
+        self._shapes: dict[Hashable, StepShape] = {}
+        self._latest = UNKNOWN
+        self._tick_overhead_s = Average()
+        self._other_row_s = Average()
+        self._stretches: dict[Hashable, Average] = {}
+
+    def step_ended(self, track: Track, call: Call) -> None:
+        """A denoising step of a track took part in a forward."""
+        self._latest = StepShape(call.key.shape, call.method.max_rows)
+        self._shapes[track.work.size] = self._latest
+
+    def tick_ended(self, busy_s: float, forward_s: float) -> None:
+        """A tick is over; what was not spent in forwards is the engine's and the pipelines'."""
+        self._tick_overhead_s.observe(max(busy_s - forward_s, 0.0))
+
+    def track_ended(self, track: Track, now_s: float) -> None:
+        """A track is over: learn what requests take apart from their steps."""
+        if track.state is RequestState.FINISHED:
+            stage_s = track.clockwork.stage_s
+            other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
+            self._other_row_s.observe(other_s / track.work.rows)
+            self._learn_stretch(track, now_s - track.clockwork.submitted_s)
+        # What expired would have ended even later. Without it only those on time would be heeded.
+        if track.foretold and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
+            self.margin.observe(track.foretold, now_s)
+
+    def step_costs(self) -> dict[Hashable, tuple[float, float]]:
+        """Seconds of a step by size: those of any forward, and those of each row in it."""
+        return {size: self._line(step) for size, step in list(self._shapes.items())}
+
+    def run_s(self, track: Track) -> float:
+        """Seconds that the steps left to a track would take, were it alone."""
+        return self.run_and_alone_s(track)[0]
+
+    def run_and_alone_s(self, track: Track) -> tuple[float, float]:
+        """What the steps left to a track, and all its steps, would take, were it alone."""
+        step_s = self._forward_s(self._step_shape(track).shape, track.work.rows)
+        return track.steps_left * step_s, track.work.steps * step_s
+
+    def as_queued(self, track: Track) -> Queued:
+        """A track that waits to be started, as the policy sees it."""
+        run_s, work = self.run_s(track), track.work
+        return Queued(
+            track.arrival,
+            track.rows_ahead,
+            track.clockwork.submitted_s,
+            run_s,
+            work.priority,
+            latest_start_s(track, run_s),
+            track.kind,
+        )
+
+    def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> Prospect:
+        """What becomes of these tracks if there are no others; the last one is the newcomer."""
+        # Looked up once: the engine thread may be learning a new shape at this moment.
+        shapes = [self._step_shape(track) for track in tracks]
+        limits = {step.shape: self._row_limit(step, room) for step in shapes}
+        group_rows = 0 if room.one_at_a_time else room.row_limit
+        device = Device(
+            cost_of=self._forward_s,
+            limit_of=limits.__getitem__,
+            max_group_rows=group_rows,
+            max_active_rows=policy.rows_at_work(group_rows),
+            # Before anything was learned, all are taken for equally long.
+            in_turns=policy.in_turns and UNKNOWN.shape not in limits,
+        )
+        jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
+        return Prospect(jobs, device)
+
+    def finish_times_s(
+        self, tracks: Sequence[Track], room: Room, policy: Policy
+    ) -> tuple[float, ...]:
+        """Seconds from now until each track should be finished, if there were no others."""
+        return self.prospect(tracks, room, policy).finish_s
+
+    def knows(self, track: Track) -> bool:
+        """Whether steps of its size were ever measured, so that there is more than a guess."""
+        return track.work.size in self._shapes
+
+    def stretched_s(self, track: Track, foretold_s: float) -> float:
+        """What was foretold for a new track, made longer by as much as it usually gets.
+
+        Forecasts know nothing of those who come later and share the device.
+        """
+        track.first_foretold_s = foretold_s
+        stretch = self._stretches.get(_kind(track))
+        return foretold_s * math.exp(float(stretch or 0.0))
+
+    def _row_limit(self, step: StepShape, room: Room) -> int:
+        return step.max_rows if room.one_at_a_time else min(step.max_rows, room.row_limit)
+
+    def _learn_stretch(self, track: Track, total_s: float) -> None:
+        if track.first_foretold_s and total_s > 0:
+            log_ratio = math.log(total_s / track.first_foretold_s)
+            stretch = self._stretches.setdefault(_kind(track), Average())
+            stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
+
+    def _job(self, track: Track, shape: Hashable, policy: Policy) -> Job:
+        work = track.work
+        started = track.state is RequestState.RUNNING
+        step_s = self._forward_s(shape, work.rows)
+        return Job(
+            group=(shape, track.variant),
+            shape=shape,
+            rows=track.rows_ahead,
+            steps=track.steps_left,
+            priority=work.priority,
+            other_s=float(self._other_row_s) * work.rows,
+            rank=0.0 if started else policy.rank(self.as_queued(track)),
+            started=started,
+            step_s=step_s,
+            alone_s=work.steps * step_s,
+        )
+
+    def _step_shape(self, track: Track) -> StepShape:
+        return self._shapes.get(track.work.size, self._latest)
+
+    def _line(self, step: StepShape) -> tuple[float, float]:
+        one_s, all_s = (self._forward_s(step.shape, rows) for rows in (1, step.max_rows))
+        row_s = (all_s - one_s) / max(step.max_rows - 1, 1)
+        return max(one_s - row_s, 0.0), row_s
+
+    def _forward_s(self, shape: Hashable, rows: int) -> float:
+        return self.cost.predict(shape, rows) + float(self._tick_overhead_s)
+
+
+def latest_start_s(track: Track, run_s: float) -> float:
+    """When it must go on for its deadline to be met; infinite if it has none.
+
+    Args:
+        run_s: seconds that the steps left to it take.
+    """
+    return math.inf if track.work.deadline_s is None else track.expires_s - run_s
+
+
+def _kind(track: Track) -> Hashable:
+    """Requests of equal kinds are passed over alike: of one size, and of similar step counts."""
+    return track.work.size, track.work.steps.bit_length()

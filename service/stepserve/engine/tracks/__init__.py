@@ -1,0 +1,1 @@
+"""A request as a greenlet that parks at each module call."""

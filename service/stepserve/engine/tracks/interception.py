@@ -1,0 +1,151 @@
+"""Makes methods of resident modules park their caller instead of running at once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import greenlet
+import torch
+
+from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
+from stepserve.engine.calls.guidance_interval import Narrowing
+from stepserve.engine.calls.output_cache import Memo, content_key
+from stepserve.engine.calls.stacking import tensors_in
+from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
+
+_sequence = itertools.count()
+
+
+def make_parkable(
+    module: object,
+    module_name: str,
+    method_name: str,
+    *,
+    stage: str,
+    rules: ArgumentRules = NO_RULES,
+    max_rows: int = 32,
+    bucket_rows: tuple[int, ...] = (),
+    enter: Callable[[Hashable], None] | None = None,
+    memo: Memo | None = None,
+) -> Callable[[], None]:
+    """Replace a method on one module instance; outside a track it behaves as before.
+
+    Args:
+        module: the resident module that all tracks share.
+        module_name: its name in the pipeline.
+        method_name: such as `forward` or `decode`.
+        stage: what its time is counted as, a value of `Stage`.
+        rules: how some of its arguments are to be read.
+        max_rows: most rows of one shared forward.
+        bucket_rows: row counts that forwards are filled up to.
+        enter: sets the module to a variant before a forward of calls that want it, or None.
+        memo: where outputs are kept for calls with the same arguments, or None.
+
+    Returns:
+        A function that undoes the replacement. It does nothing if another replacement was put on
+        top meanwhile: that one still calls this one, which is harmless outside a track.
+    """
+    original = getattr(module, method_name)
+    method = ParkableMethod(
+        module_name,
+        method_name,
+        original,
+        Stage(stage),
+        parameter_names(original),
+        rules,
+        max_rows,
+        bucket_rows,
+        enter=enter,
+        memo=memo,
+    )
+
+    @functools.wraps(original)
+    def parked(*args: Any, **kwargs: Any) -> Any:
+        current = greenlet.getcurrent()
+        if not isinstance(current, TrackGreenlet) or _wants_gradients(args, kwargs):
+            return original(*args, **kwargs)
+        if method.stage == Stage.DENOISE and current.track.work.narrowing is not None:
+            return _park_narrowed(current.track, current.track.work.narrowing, method, args, kwargs)
+        if method.memo is None:
+            return _park(current.track, method, args, kwargs)
+        return _recall(current.track, method, method.memo, args, kwargs)
+
+    return replace_method(module, method_name, parked)
+
+
+def replace_method(
+    module: object, name: str, replacement: Callable[..., Any]
+) -> Callable[[], None]:
+    """Replace a method on one instance; returns a function that undoes it.
+
+    It does nothing if another replacement was put on top meanwhile.
+    """
+    before = vars(module).get(name)
+    setattr(module, name, replacement)
+    return functools.partial(_restore, module, name, replacement, before)
+
+
+def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters that may be given by position or by name, in their order."""
+    nameable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in nameable)
+
+
+def _wants_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a pipeline goes back through this call, as to guide its latents.
+
+    Shared forwards run without gradients.
+    """
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, kwargs)))
+
+
+def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:
+    call = make_call(
+        method,
+        args,
+        kwargs,
+        next(_sequence),
+        variant=track.variant,
+        module_variant=track.work.variant,
+    )
+    return track.park(call)
+
+
+def _park_narrowed(
+    track: Track,
+    narrowing: Narrowing,
+    method: ParkableMethod,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if not narrowing.is_due(method.name):
+        return _park(track, method, args, kwargs)
+    without_rows = method.rules.shared | method.rules.ignored
+    half_args, half_kwargs = narrowing.narrow(args, kwargs, without_rows)
+    return narrowing.widen(_park(track, method, half_args, half_kwargs))
+
+
+def _recall(
+    track: Track, method: ParkableMethod, memo: Memo, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    key = content_key(track.work.variant, args, kwargs)
+    known, output = memo.find(key)
+    if not known:
+        output = _park(track, method, args, kwargs)
+        memo.keep(key, output)
+    return output
+
+
+def _restore(module: object, method_name: str, parked: object, before: object) -> None:
+    if vars(module).get(method_name) is not parked:
+        return
+    if before is None:
+        delattr(module, method_name)
+    else:
+        setattr(module, method_name, before)

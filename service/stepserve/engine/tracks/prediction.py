@@ -1,0 +1,20 @@
+"""When the engine expects a request to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What was last foretold of a request, and when.
+
+    Args:
+        at_s: on the engine's clock.
+        seconds: from then until its end.
+        forward_s: one forward of what was in hand.
+    """
+
+    at_s: float
+    seconds: float
+    forward_s: float

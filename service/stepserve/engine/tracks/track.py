@@ -1,0 +1,289 @@
+"""A request being worked on: a greenlet that runs an ordinary pipeline call and parks in it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import greenlet
+import torch
+
+from stepserve.domain.errors import (
+    CancelledError,
+    ExpiredError,
+    GenerationFailedError,
+    InvalidRequestError,
+    StepserveError,
+    StoppedError,
+    forget_frames,
+)
+from stepserve.domain.requests import RequestKey
+from stepserve.domain.states import RequestState, is_terminal, move
+from stepserve.domain.timings import Timings
+from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.guidance_interval import Narrowing
+from stepserve.engine.tracks.listener import Listener, tell
+from stepserve.engine.tracks.prediction import Foretold
+
+logger = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+_arrivals = itertools.count()
+
+
+class Stage(StrEnum):
+    """What a module is for, so that timings can be told apart.
+
+    CONTROL is what runs beside the denoiser at its steps, such as a ControlNet.
+    """
+
+    ENCODE = "encode"
+    CONTROL = "control"
+    DENOISE = "denoise"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What the engine is asked to do.
+
+    Args:
+        id: names the work in messages, and among the works of its owner.
+        rows: rows that each denoiser call will take, unless it is narrowed.
+        steps: denoiser calls expected, for estimates.
+        pictures: pictures it makes, counted against the limit on waiting work.
+        run: the pipeline call; it runs in a greenlet on the engine thread.
+        listener: hears the end, exactly once.
+        variant: what the shared modules must be set to while they serve it, such as a set of
+            adapters. Calls of different variants never share a forward.
+        priority: 0 goes first; see `policy`.
+        deadline_s: seconds after submission by which an answer is of use, or None.
+        isolated: its calls never share a forward.
+        size: what decides the cost of its steps, such as width and height. Requests of equal size
+            are expected to take equally long for a row.
+        narrowing: which denoiser calls need only half of their rows, or None.
+        owner: who it is for. Works of several owners may have the same id.
+        held: it may not start before `Engine.release` is told that what it needs is there. Until
+            then it waits in line as any other.
+    """
+
+    id: str
+    rows: int
+    steps: int
+    pictures: int
+    run: Callable[[], Any]
+    listener: Listener
+    variant: Hashable = None
+    priority: int = 1
+    deadline_s: float | None = None
+    isolated: bool = False
+    size: Hashable = None
+    narrowing: Narrowing | None = None
+    owner: str = ""
+    held: bool = False
+
+    @property
+    def key(self) -> RequestKey:
+        """What names it among all that is in hand."""
+        return RequestKey(self.id, self.owner)
+
+
+@dataclass
+class Clockwork:
+    """Seconds a track spent in each stage, and the row shares of its denoiser forwards."""
+
+    submitted_s: float
+    started_s: float | None = None
+    first_step_s: float | None = None
+    stage_s: dict[Stage, float] = field(default_factory=dict)
+    shares: list[float] = field(default_factory=list)
+
+    def timings(self, now_s: float) -> Timings:
+        """What to tell about the track at this moment."""
+        return Timings(
+            queue_s=(now_s if self.started_s is None else self.started_s) - self.submitted_s,
+            first_step_s=(self.first_step_s or now_s) - self.submitted_s,
+            encode_s=self.stage_s.get(Stage.ENCODE, 0.0),
+            denoise_s=self.stage_s.get(Stage.DENOISE, 0.0) + self.stage_s.get(Stage.CONTROL, 0.0),
+            decode_s=self.stage_s.get(Stage.DECODE, 0.0),
+            total_s=now_s - self.submitted_s,
+            batch_share=sum(self.shares) / len(self.shares) if self.shares else 1.0,
+        )
+
+
+class TrackGreenlet(greenlet.greenlet):
+    """A greenlet that knows its track, so that a parkable module finds it."""
+
+    track: Track
+
+
+class Track:
+    """One piece of work between its submission and its end.
+
+    The engine resumes it with the outputs of module calls; it runs on until its next call, which
+    is then in `call`, or until it ends. Whatever the pipeline raises ends this track and no other.
+    """
+
+    def __init__(self, work: Work, clock: Clock) -> None:
+        self.work = work
+        self.state = RequestState.QUEUED
+        self.clockwork = Clockwork(submitted_s=clock())
+        self.call: Call | None = None
+        self.held = work.held
+        self.parked_s = 0.0
+        self.steps_done = 0
+        # Orders tracks by their submission.
+        self.arrival = next(_arrivals)
+        # Seconds that it should take if nothing more came; what that was worth is learned.
+        self.first_foretold_s: float | None = None
+        # The same, foretold anew with each that came later.
+        self.foretold: Foretold | None = None
+        self._clock = clock
+        self._stopped_by: BaseException | None = None
+        # Made on start: a greenlet belongs to the thread that makes it, which must be the engine's.
+        self._greenlet: TrackGreenlet | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the listener has heard the end."""
+        return is_terminal(self.state)
+
+    @property
+    def variant(self) -> Hashable:
+        """What keeps its calls apart from others': its adapters, and itself if it is isolated."""
+        return (self.work.variant, self.work.key) if self.work.isolated else self.work.variant
+
+    @property
+    def kind(self) -> Hashable:
+        """Requests of equal kind can share forwards."""
+        return self.work.size, self.variant
+
+    @property
+    def steps_left(self) -> int:
+        """Denoiser calls still expected."""
+        return max(self.work.steps - self.steps_done, 0)
+
+    @property
+    def rows_ahead(self) -> int:
+        """The most rows that any of its denoiser calls will still take. Never grows."""
+        narrowing = self.work.narrowing
+        return self.work.rows if narrowing is None else narrowing.rows_from(self.steps_done)
+
+    @property
+    def expires_s(self) -> float:
+        """When its deadline passes, on the engine's clock."""
+        deadline_s = self.work.deadline_s
+        return math.inf if deadline_s is None else self.clockwork.submitted_s + deadline_s
+
+    def start(self) -> None:
+        """Run up to the first module call."""
+        self.state = move(self.state, RequestState.RUNNING)
+        self.clockwork.started_s = self._clock()
+        tell(self.work.id, self.work.listener.started)
+        self._greenlet = TrackGreenlet(self.work.run)
+        self._greenlet.track = self
+        self._run(self._greenlet.switch)
+
+    def resume(self, output: Any) -> None:
+        """Give the parked call its output and run up to the next one."""
+        assert self._greenlet is not None
+        self._run(partial(self._greenlet.switch, output))
+
+    def throw(self, error: BaseException) -> None:
+        """Raise `error` from the parked call; the pipeline may catch it and go on."""
+        assert self._greenlet is not None
+        self._run(partial(self._greenlet.throw, error))
+
+    def stop(self, error: BaseException) -> None:
+        """End the track with `error`, raised from the call it is parked at if it was started."""
+        if self.ended:
+            return
+        self._stopped_by = error
+        if self._greenlet is None:
+            self._fail(error)
+        else:
+            self.throw(error)
+
+    def abandon(self, error: BaseException) -> None:
+        """Answer for a track whose greenlet cannot be reached: the engine's last resort."""
+        if not self.ended:
+            self._stopped_by = error
+            self._fail(error)
+
+    def park(self, call: Call) -> Any:
+        """Called inside the greenlet: hand `call` to the engine and wait for its output."""
+        if self._stopped_by is not None or self._greenlet is None:
+            # The pipeline caught what should have ended it. This is no Exception: few catch it.
+            raise greenlet.GreenletExit
+        self.call = call
+        gradients = torch.is_grad_enabled()
+        try:
+            return self._greenlet.parent.switch()
+        finally:
+            _restore_gradients(gradients)
+
+    def _run(self, switch: Callable[[], Any]) -> None:
+        self.call = None
+        # Grad mode belongs to the thread: what a pipeline sets must not leak to other tracks.
+        gradients = torch.is_grad_enabled()
+        try:
+            result = switch()
+        except BaseException as error:
+            self._fail(error)
+        else:
+            self._settle(result)
+        finally:
+            _restore_gradients(gradients)
+
+    def _settle(self, result: Any) -> None:
+        """After a switch that raised nothing: parked, ended, or made to end."""
+        if self.call is not None:
+            self.parked_s = self._clock()
+        elif self._stopped_by is not None:
+            self._fail(self._stopped_by)
+        elif isinstance(result, greenlet.GreenletExit):
+            # Raised in a greenlet it comes back as a value.
+            self._fail(result)
+        else:
+            self._end(RequestState.FINISHED)
+            timings = self.clockwork.timings(self._clock())
+            tell(self.work.id, self.work.listener.finished, result, timings)
+
+    def _fail(self, error: BaseException) -> None:
+        error = self._stopped_by or error
+        if isinstance(error, CancelledError | StoppedError):
+            self._end(RequestState.CANCELLED)
+        elif isinstance(error, ExpiredError):
+            self._end(RequestState.EXPIRED)
+        else:
+            self._end(RequestState.FAILED)
+            if not isinstance(error, InvalidRequestError):
+                logger.warning("request %s failed", self.work.id, exc_info=error)
+        forget_frames(error)
+        tell(self.work.id, self.work.listener.failed, error, self.clockwork.timings(self._clock()))
+
+    def _end(self, state: RequestState) -> None:
+        self.state = move(self.state, state)
+        self.call = None
+        # Greenlet and track hold each other.
+        self._greenlet = None
+
+
+def _restore_gradients(enabled: bool) -> None:
+    # Setting takes longer than asking, and it is rarely needed.
+    if torch.is_grad_enabled() != enabled:
+        torch.set_grad_enabled(enabled)
+
+
+def as_stepserve_error(error: BaseException, request_id: str) -> StepserveError:
+    """Any exception as one of our own, naming the request."""
+    if isinstance(error, StepserveError):
+        return error
+    kind = type(error).__name__
+    return GenerationFailedError(f"request {request_id} failed: {kind}: {error}")

@@ -1,0 +1,1 @@
+"""A request's own copy of a resident pipeline."""

@@ -1,0 +1,184 @@
+"""A pipeline of its own for every request, made cheaply from the one that is resident."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DiffusionPipeline,
+    SchedulerMixin,
+)
+from diffusers.configuration_utils import FrozenDict
+from diffusers.guiders.guider_utils import BaseGuidance
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from stepserve.domain.requests import Task
+from stepserve.pipelines.copies.blending import denoiser_for_inpainting
+from stepserve.pipelines.facts.signature import CallSignature, read_signature
+from stepserve.pipelines.modules.third_party.memoized_schedulers import remembering_class
+from stepserve.pipelines.modules.third_party.memoized_tokenizers import remembering_tokenizer
+from stepserve.pipelines.modules.third_party.pinned_noise import on_host, with_pinned_noise
+from stepserve.pipelines.schedulers.usable import build_scheduler
+
+OTHER_TASKS = {
+    Task.IMAGE_TO_IMAGE: AutoPipelineForImage2Image,
+    Task.INPAINTING: AutoPipelineForInpainting,
+}
+
+
+class PipelineLender:
+    """Hands out shallow copies of one pipeline: modules shared, scheduler of their own.
+
+    For other tasks than the pipeline's own they are of diffusers' classes for these, over the same
+    modules, so that requests of all tasks meet in the same forwards.
+
+    What a copy needs is worked out once. Building a scheduler reads the signature of its class,
+    and a pipeline looks through all modules for the device it runs on: together that takes longer
+    than a denoising step of a small model, for answers that never change.
+
+    Args:
+        pipeline: the resident one.
+        schedulers: classes by name.
+        keeps_on_host: whether timesteps stay on the CPU; see `host_numbers`.
+    """
+
+    def __init__(
+        self, pipeline: Any, schedulers: Mapping[str, type], keeps_on_host: bool = False
+    ) -> None:
+        self._pipeline = pipeline
+        self._schedulers = schedulers
+        self._keeps_on_host = keeps_on_host
+        self._prototypes: dict[str, Any] = {}
+        pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
+        self._lenders = {task: (p, _lent_class(p, keeps_on_host)) for task, p in pipelines.items()}
+        self._tokenizers = {
+            name: remembering_tokenizer(value)
+            for name, value in vars(pipeline).items()
+            if isinstance(value, PreTrainedTokenizerBase)
+        }
+        self._signatures = {task: read_signature(type(p)) for task, p in pipelines.items()}
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What can be done with these modules."""
+        return tuple(self._lenders)
+
+    def signature(self, task: Task) -> CallSignature:
+        """What the pipeline of a task takes."""
+        return self._signatures[task]
+
+    def lend(self, scheduler: str | None = None, task: Task = Task.TEXT_TO_IMAGE) -> Any:
+        """An ordinary pipeline of the task's class name, with a scheduler of its own.
+
+        Args:
+            scheduler: the class by name; None for a copy of the pipeline's own.
+            task: what it is to be used for.
+        """
+        pipeline, lent_class = self._lenders[task]
+        own = pipeline.scheduler
+        instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
+        lent = borrow(pipeline, instead)
+        lent.__class__ = lent_class
+        vars(lent).update(self._tokenizers)
+        return lent
+
+    def new_scheduler(self, name: str) -> Any:
+        """A scheduler that no other request uses."""
+        if name not in self._prototypes:
+            config = self._pipeline.scheduler.config
+            prototype = build_scheduler(self._schedulers[name], config)
+            prototype.__class__ = remembering_class(prototype)
+            if self._keeps_on_host:
+                prototype.__class__ = on_host(type(prototype))
+            self._prototypes[name] = prototype
+        return copy_scheduler(self._prototypes[name])
+
+
+def copy_scheduler(scheduler: Any, copied: dict[int, Any] | None = None) -> Any:
+    """A scheduler with state of its own: all is copied but tensors and the configuration.
+
+    No scheduler writes into its tensors (it makes new ones for each schedule), and copying them
+    takes longer than the steps of a short request.
+
+    Args:
+        scheduler: the one to copy.
+        copied: as in `copy.deepcopy`.
+    """
+    known = {} if copied is None else copied
+    if id(scheduler) not in known:
+        shared = [v for v in vars(scheduler).values() if isinstance(v, Tensor | FrozenDict)]
+        known.update({id(value): value for value in shared})
+    return copy.deepcopy(scheduler, known)
+
+
+def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
+    """A shallow copy of a pipeline whose schedulers and guiders are its own; modules are shared.
+
+    Pipelines inside it, such as a prior's, are borrowed too: their schedulers have state as well.
+
+    Args:
+        pipeline: the resident one.
+        copied: what stands in for which scheduler, by its id; filled with the copies made.
+    """
+    copied = {} if copied is None else copied
+    lent = copy.copy(pipeline)
+    for name, value in vars(pipeline).items():
+        if isinstance(value, SchedulerMixin | BaseGuidance):
+            vars(lent)[name] = copy_scheduler(value, copied)
+        elif isinstance(value, DiffusionPipeline):
+            vars(lent)[name] = borrow(value, copied)
+    return lent
+
+
+def schedulers_of(pipeline: Any) -> list[Any]:
+    """Every scheduler of a pipeline and of the pipelines inside it, once."""
+    found: dict[int, Any] = {}
+    for value in vars(pipeline).values():
+        if isinstance(value, SchedulerMixin):
+            found[id(value)] = value
+        elif isinstance(value, DiffusionPipeline):
+            found |= {id(scheduler): scheduler for scheduler in schedulers_of(value)}
+    return list(found.values())
+
+
+def _for_other_tasks(pipeline: Any) -> dict[Task, Any]:
+    made = {}
+    for task in OTHER_TASKS:
+        # diffusers raises where it has no pipeline of that task for models of this kind.
+        with contextlib.suppress(ValueError):
+            made[task] = _for_task(pipeline, task)
+    return made
+
+
+def _for_task(pipeline: Any, task: Task) -> Any:
+    # Constructors alter settings of the scheduler that they get, and say so: hence a copy.
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        other = OTHER_TASKS[task].from_pipe(pipeline, scheduler=scheduler)
+    # Pipelines that work on pixels blend pixels.
+    if task is Task.INPAINTING and hasattr(other, "unet") and hasattr(other, "vae"):
+        vars(other)["unet"] = denoiser_for_inpainting(other)
+    other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return other
+
+
+def _lent_class(pipeline: Any, keeps_on_host: bool) -> type:
+    device = pipeline._execution_device
+    cls = type(pipeline)
+    if keeps_on_host:
+        cls = with_pinned_noise(cls)
+    answers = {
+        "_execution_device": property(lambda self: device),
+        # At its end a pipeline takes its offloading hooks off and puts new ones on. The modules are
+        # shared, others are in the middle of theirs, and what makes calls park would go with them.
+        "maybe_free_model_hooks": lambda self: None,
+    }
+    return type(cls.__name__, (cls,), answers)

@@ -1,0 +1,208 @@
+"""What a loaded pipeline can do, read off the pipeline and its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepserve.domain.guidance import Guidance
+from stepserve.domain.models import ModelCapabilities, SizeRange
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.signature import CallSignature
+
+MANIFEST = "stepserve.json"
+# The side that pipelines use which know no sample size.
+USUAL_NATIVE_PX = 1024
+USUAL_STEP_PX = 64
+# Hardly any text has more in the mean; what decides is how many tokens there are.
+TOKEN_CHARACTERS = 8
+# Language models read whole books, at a price that grows with the square of their length.
+MOST_PROMPT_CHARACTERS = 8192
+# What guidance scales are passed as, the likeliest first: which one has an effect is tried later.
+GUIDANCE_ARGUMENTS = (
+    "guidance_scale",
+    "true_cfg_scale",
+    "prior_guidance_scale",
+    "decoder_guidance_scale",
+    "distilled_guidance_scale",
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What capabilities are derived from, beside the pipeline itself."""
+
+    signature: CallSignature
+    schedulers: tuple[str, ...]
+    prompt_tokens: int | None
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """The module that is called at every step, or None where the pipeline has no usual one."""
+    return getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+
+
+def check_serves_prompts(pipeline_class: type, signature: CallSignature) -> None:
+    """Refuse a pipeline that needs more than a prompt, or makes no pictures.
+
+    Raises:
+        ModelLoadError: it is no text-to-image pipeline.
+    """
+    name = pipeline_class.__name__
+    if not signature.accepts("prompt"):
+        needed = f" (it needs: {', '.join(sorted(signature.needed))})" if signature.needed else ""
+        raise ModelLoadError(
+            f"{name} takes no prompt{needed}; served are pipelines that make images from a prompt"
+        )
+    others = ", ".join(sorted(signature.needed - {"prompt"}))
+    if others:
+        raise ModelLoadError(f"{name} needs more than a prompt: {others}")
+    if signature.makes != "pictures":
+        raise ModelLoadError(f"{name} makes {signature.makes}, not pictures")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's `stepserve.json`, empty where there is none."""
+    path = folder / MANIFEST
+    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(manifest, dict):
+        raise ModelLoadError(f"{MANIFEST} must hold names and values")
+    return manifest
+
+
+def describe_model(
+    model_id: str, folder: Path, pipeline: Any, facts: Facts, manifest: dict[str, Any]
+) -> ModelCapabilities:
+    """Limits and defaults as the manifest says, the rest derived from the pipeline itself."""
+    said = dict(manifest)
+    sizes = said.pop("sizes", None)
+    derived = {
+        "description": f"{type(pipeline).__name__} from {folder.name}",
+        "created": int((folder / "model_index.json").stat().st_mtime),
+        "default_scheduler": type(pipeline.scheduler).__name__,
+        **_call_defaults(facts.signature),
+    }
+    if facts.prompt_tokens is None:
+        # Nothing counts tokens, so that only the characters are limited.
+        characters = said.get("max_prompt_characters", ModelCapabilities.max_prompt_characters)
+        derived["max_prompt_tokens"] = characters
+    else:
+        derived["max_prompt_tokens"] = facts.prompt_tokens
+        derived["max_prompt_characters"] = _most_characters(facts.prompt_tokens)
+    capabilities = ModelCapabilities(
+        id=model_id,
+        sizes=SizeRange(**sizes) if sizes else derive_sizes(pipeline, facts.signature),
+        schedulers=facts.schedulers,
+        **(derived | said),
+    )
+    if capabilities.default_scheduler not in facts.schedulers:
+        raise ModelLoadError(
+            f"its default scheduler {capabilities.default_scheduler} is none of those it can use: "
+            f"{', '.join(facts.schedulers)}"
+        )
+    return capabilities
+
+
+def _most_characters(prompt_tokens: int) -> int:
+    usual = ModelCapabilities.max_prompt_characters
+    return max(usual, min(TOKEN_CHARACTERS * prompt_tokens, MOST_PROMPT_CHARACTERS))
+
+
+def guidance_arguments(signature: CallSignature) -> tuple[str, ...]:
+    """The arguments of a call that may carry a guidance scale, the likeliest first."""
+    return tuple(name for name in GUIDANCE_ARGUMENTS if signature.accepts(name))
+
+
+def promised_guidance(signature: CallSignature) -> Guidance:
+    """How a pipeline takes guidance by its signature; `guided_steps` finds out what holds.
+
+    An argument without a number as its default is one that most models of a class cannot use.
+    """
+    offered = guidance_arguments(signature)
+    chosen = [name for name in offered if signature.default(name, int | float) is not None]
+    argument = next(iter(chosen or offered), "")
+    takes_negative = signature.accepts("negative_prompt")
+    needs_negative = takes_negative and argument == "true_cfg_scale"
+    return Guidance(argument, negative_prompt=takes_negative, needs_negative=needs_negative)
+
+
+def derive_sizes(pipeline: Any, signature: CallSignature) -> SizeRange:
+    """Half to twice the native side, in steps that the pipeline takes as they are."""
+    step = _step_px(pipeline)
+    most = _most_px(pipeline)
+    native = min(_native_px(pipeline, signature), most or sys.maxsize)
+    if not signature.accepts("height"):
+        return SizeRange(minimum=native, maximum=native, step=step, native=native)
+    minimum = max(native // 2 // step, 1) * step
+    maximum = min(native * 2, most or sys.maxsize)
+    return SizeRange(minimum=minimum, maximum=maximum, step=step, native=native)
+
+
+def _call_defaults(signature: CallSignature) -> dict[str, Any]:
+    """Defaults that the pipeline's authors chose; a limit of one where there is no choice."""
+    defaults: dict[str, Any] = {}
+    steps = signature.default("num_inference_steps", int)
+    if steps:
+        defaults["default_num_inference_steps"] = steps
+    guidance = promised_guidance(signature)
+    defaults["guidance"] = guidance
+    if not guidance.argument:
+        defaults |= {"default_guidance_scale": 1.0, "max_guidance_scale": 1.0}
+    elif (scale := signature.default(guidance.argument, int | float)) is not None:
+        defaults["default_guidance_scale"] = float(scale)
+    if not signature.accepts("num_images_per_prompt"):
+        defaults["max_n"] = 1
+    return defaults
+
+
+def _step_px(pipeline: Any) -> int:
+    denoiser = denoiser_of(pipeline)
+    if denoiser is None:
+        return USUAL_STEP_PX
+    processor = getattr(getattr(pipeline, "image_processor", None), "config", None)
+    # Pipelines that pack latents two by two say so here.
+    packed = getattr(processor, "vae_scale_factor", 1)
+    return math.lcm(_scale(pipeline) * _latent_step(denoiser.config), packed)
+
+
+def _latent_step(config: Any) -> int:
+    """A UNet halves the latents between its levels; a transformer cuts them into patches."""
+    levels = getattr(config, "block_out_channels", None)
+    patch = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", None) or 1
+    patch = max(patch) if isinstance(patch, list | tuple) else patch
+    return int(patch) if levels is None else 2 ** (len(levels) - 1)
+
+
+def _native_px(pipeline: Any, signature: CallSignature) -> int:
+    height = signature.default("height", int)
+    if height:
+        return int(height)
+    config = getattr(denoiser_of(pipeline), "config", None)
+    latents = getattr(pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
+    if isinstance(latents, list | tuple):
+        latents = max(latents)
+    if latents:
+        return int(latents) * _scale(pipeline)
+    if not signature.accepts("height"):
+        raise ModelLoadError(f"its size is not known: say `sizes` in {MANIFEST}")
+    return USUAL_NATIVE_PX
+
+
+def _most_px(pipeline: Any) -> int | None:
+    """The side beyond which a transformer has no positions, where it has a table of them."""
+    denoiser = denoiser_of(pipeline)
+    positions = getattr(getattr(denoiser, "config", None), "pos_embed_max_size", None)
+    if not positions:
+        return None
+    # AuraFlow counts all positions, the others those along one side.
+    side = math.isqrt(positions) if "AuraFlow" in type(denoiser).__name__ else positions
+    return int(side) * _scale(pipeline) * _latent_step(denoiser.config)
+
+
+def _scale(pipeline: Any) -> int:
+    factor = getattr(pipeline, "vae_scale_factor", None)
+    return int(factor or getattr(pipeline, "movq_scale_factor", None) or 1)

@@ -1,0 +1,53 @@
+"""The fingerprint of a loaded model."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from stepserve import __version__
+from stepserve.domain.fingerprint import Fingerprint
+from stepserve.pipelines.facts.trust import pickle_files
+
+ANY_ROWS = "any rows"
+
+
+def take_fingerprint(
+    folder: Path, dtype: torch.dtype, device: torch.device, row_buckets: str = ANY_ROWS
+) -> Fingerprint:
+    """What decides the bytes of the pictures of the model in `folder`, besides the requests."""
+    return Fingerprint(
+        weights=hash_weights(folder),
+        stepserve=__version__,
+        torch=str(torch.__version__),
+        diffusers=version("diffusers"),
+        transformers=version("transformers"),
+        device=device.type,
+        processor=_processor(device),
+        dtype=str(dtype).removeprefix("torch."),
+        row_buckets=row_buckets,
+    )
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over names and contents of all files with weights, and of what configures them.
+
+    JSON files count in the folders of the pipeline's components only: those beside them say what
+    Stepserve tells about the model.
+    """
+    total = hashlib.sha256()
+    settings = {*folder.glob("*/*.json"), *folder.glob("*.py"), *folder.glob("*/*.py")}
+    for path in sorted({*folder.rglob("*.safetensors"), *pickle_files(folder), *settings}):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability()

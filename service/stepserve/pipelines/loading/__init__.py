@@ -1,0 +1,1 @@
+"""From a folder or a hub to a resident pipeline."""

@@ -1,0 +1,211 @@
+"""Loading a diffusers folder: any pipeline that makes pictures from a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from stepserve.config import SpeedSettings
+from stepserve.domain.models import ModelCapabilities
+from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.guidance_interval import can_limit_guidance
+from stepserve.pipelines.copies.safety_checker import CHECKER, has_checker, names_checker
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.capabilities import (
+    Facts,
+    check_serves_prompts,
+    denoiser_of,
+    describe_model,
+    read_manifest,
+)
+from stepserve.pipelines.facts.fingerprint import take_fingerprint
+from stepserve.pipelines.facts.prompts import PromptMeter, measure_prompts
+from stepserve.pipelines.facts.signature import read_signature
+from stepserve.pipelines.facts.trust import Trust, check_trust, find_pipeline_class
+from stepserve.pipelines.loading.library_messages import heard_libraries
+from stepserve.pipelines.loading.reasons import NO_FOLDER, reason_of
+from stepserve.pipelines.loading.speed import can_record, check_speed, loading_arguments, settle
+from stepserve.pipelines.loading.step_limits import (
+    scheduler_steps,
+    triable_schedulers,
+    with_scheduler_steps,
+)
+from stepserve.pipelines.loading.weights import check_finite_weights, check_heard
+from stepserve.pipelines.modules.attach import parkable_methods
+from stepserve.pipelines.modules.compiling import SwitchableForward
+from stepserve.pipelines.modules.third_party.pinned_noise import bring_arguments, can_keep_on_host
+from stepserve.pipelines.schedulers.usable import usable_schedulers
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A resident pipeline, what it can do, and the scheduler classes it may use by name.
+
+    `denoiser_forward` is what compiles the denoiser, where that is wanted.
+    `cuda_graphs` says whether its forwards may be recorded.
+    `sizes_are_said` tells that its own file says which sizes it takes.
+    `triable_schedulers` are those that can be tried without the network.
+    `denoiser_calls` remembers how often the denoiser is called, by what decides it.
+    """
+
+    pipeline: Any
+    capabilities: ModelCapabilities
+    schedulers: dict[str, type]
+    prompt_meter: PromptMeter
+    lender: PipelineLender
+    denoiser_forward: SwitchableForward | None = None
+    cuda_graphs: bool = False
+    sizes_are_said: bool = False
+    triable_schedulers: frozenset[str] = frozenset()
+    denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
+
+
+def load_model(
+    model_id: str,
+    folder: Path,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    speed: SpeedSettings | None = None,
+    trust: Trust | None = None,
+    safety_checker: Literal["keep", "drop"] = "keep",
+) -> LoadedModel:
+    """Load a text-to-image pipeline from a local diffusers folder.
+
+    Without `trust`, weights are read from safetensors only, and no code that lies in the folder is
+    run. With a `safety_checker` of `drop`, the folder's own is left out.
+
+    Raises:
+        ModelLoadError: the folder is missing or is no such pipeline, a setting does not fit it, or
+            it asks for more trust than it is given.
+    """
+    if not (folder / "model_index.json").exists():
+        message = f"model {model_id}: {folder} is not a diffusers folder"
+        raise ModelLoadError(message, NO_FOLDER)
+    if dtype not in DTYPES:
+        raise ModelLoadError(f"model {model_id}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    hush_libraries()
+    trust = trust or Trust()
+    try:
+        check_trust(folder, trust)
+        knobs = Knobs(DTYPES[dtype], device, speed or SpeedSettings(), trust, safety_checker)
+        return _load(model_id, folder, knobs)
+    except ModelLoadError as error:
+        message = f"model {model_id}: cannot be loaded: {error.message}"
+        raise ModelLoadError(message, error.reason) from error
+    except Exception as error:
+        # Whatever the libraries raise for a file that is cut short or says something else.
+        message = f"model {model_id}: cannot be loaded: {type(error).__name__}: {error}"
+        raise ModelLoadError(message, reason_of(error)) from error
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How an operator wants a model to be loaded."""
+
+    dtype: torch.dtype
+    device: str
+    speed: SpeedSettings
+    trust: Trust
+    safety_checker: Literal["keep", "drop"]
+
+
+def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
+    chosen, speed = choose_device(knobs.device), knobs.speed
+    check_speed(speed, chosen)
+    manifest = read_manifest(folder)
+    pipeline_class = find_pipeline_class(folder)
+    signature = read_signature(pipeline_class)
+    check_serves_prompts(pipeline_class, signature)
+    pipeline = _read_pipeline(folder, knobs)
+    settle(pipeline, chosen, speed)
+    check_finite_weights(pipeline)
+    schedulers = usable_schedulers(pipeline.scheduler)
+    meter = measure_prompts(
+        pipeline,
+        signature.default("max_sequence_length", int),
+        manifest.get("max_prompt_tokens"),
+    )
+    facts = Facts(signature, tuple(schedulers), meter.limit)
+    keeps_on_host = can_keep_on_host(pipeline, chosen) and not speed.compile
+    if keeps_on_host:
+        for _, module, rule in parkable_methods(pipeline):
+            if rule.shared:
+                bring_arguments(module, chosen)
+    lender = PipelineLender(pipeline, schedulers, keeps_on_host)
+    capabilities = replace(
+        describe_model(model_id, folder, pipeline, facts, manifest),
+        tasks=lender.tasks,
+        guidance_interval=can_limit_guidance(pipeline),
+        fingerprint=take_fingerprint(folder, knobs.dtype, pipeline.device),
+        safety_checker=has_checker(pipeline),
+    )
+    triable = triable_schedulers(lender, capabilities)
+    return LoadedModel(
+        pipeline,
+        with_scheduler_steps(capabilities, scheduler_steps(lender, capabilities, triable)),
+        schedulers,
+        meter,
+        lender,
+        SwitchableForward(_denoiser(pipeline)) if speed.compile else None,
+        cuda_graphs=can_record(speed, chosen),
+        sizes_are_said="sizes" in manifest,
+        triable_schedulers=triable,
+    )
+
+
+def _read_pipeline(folder: Path, knobs: Knobs) -> Any:
+    left_out: dict[str, Any] = {}
+    if knobs.safety_checker == "drop" and names_checker(folder):
+        left_out = {CHECKER: None}
+    with heard_libraries() as heard:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder,
+            dtype=knobs.dtype,
+            # None: safetensors where there are any.
+            use_safetensors=None if knobs.trust.pickle else True,
+            local_files_only=True,
+            trust_remote_code=knobs.trust.remote_code,
+            **loading_arguments(knobs.speed, folder),
+            **left_out,
+        )
+    check_heard(heard)
+    return pipeline
+
+
+def _denoiser(pipeline: Any) -> Any:
+    denoiser = denoiser_of(pipeline)
+    if denoiser is None:
+        raise ModelLoadError("compile needs a component `transformer` or `unet`")
+    return denoiser
+
+
+def leave_cores_to_engine() -> None:
+    """Call before loading: no thread but the engine's is to start OpenMP threads of its own.
+
+    Each thread that runs torch gets a team of its own. Once the teams together outnumber the cores,
+    libgomp no longer spins between two operations, which halves the speed of a small model.
+    """
+    torch.set_num_threads(1)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` means the first GPU, or the CPU where there is none."""
+    if wanted != "auto":
+        return torch.device(wanted)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hush_libraries() -> None:
+    """No bars of a load, nor warnings of settings that one scheduler has and another has not."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

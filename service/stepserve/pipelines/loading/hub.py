@@ -1,0 +1,55 @@
+"""Models that lie on a Hugging Face hub, at one commit that never changes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.capabilities import MANIFEST
+from stepserve.pipelines.facts.trust import Trust
+
+logger = logging.getLogger(__name__)
+
+
+def fetch_model(hub_id: str, revision: str, trust: Trust | None = None) -> Path:
+    """The folder of a pipeline of the hub, downloaded unless it is in the cache already.
+
+    Only the files that the pipeline needs are fetched, of weights the safetensors (unless `trust`
+    allows pickle). Where the cache is, which hub is asked and with what token is told to
+    huggingface_hub by its own variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+
+    Args:
+        hub_id: `owner/name`.
+        revision: a whole commit hash.
+
+    Raises:
+        ModelLoadError: it is not there, may not be read, or the hub cannot be reached.
+    """
+    trust = trust or Trust()
+    began_s = time.monotonic()
+    logger.info("fetching %s at %s", hub_id, revision)
+    try:
+        folder = DiffusionPipeline.download(
+            hub_id,
+            revision=revision,
+            # None: safetensors where there are any.
+            use_safetensors=None if trust.pickle else True,
+            trust_remote_code=trust.remote_code,
+        )
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(hub_id, MANIFEST, revision=revision)
+    except Exception as error:
+        # Whatever the hub's client, diffusers and the network raise.
+        kind, reason = type(error).__name__, " ".join(str(error).split())
+        message = f"{hub_id} at {revision} cannot be fetched: {kind}: {reason}"
+        public = f"{hub_id} at {revision} cannot be fetched from its hub"
+        raise ModelLoadError(message, public) from error
+    logger.info("%s is in %s after %.1f s", hub_id, folder, time.monotonic() - began_s)
+    return Path(folder)

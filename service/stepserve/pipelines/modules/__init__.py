@@ -1,0 +1,1 @@
+"""What stands around the modules of a resident pipeline."""

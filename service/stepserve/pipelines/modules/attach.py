@@ -1,0 +1,182 @@
+"""Which modules of a pipeline park their caller: one row a case, no code per pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.calls.call import NO_RULES
+from stepserve.engine.calls.output_cache import Memo
+from stepserve.engine.tracks.interception import make_parkable
+from stepserve.engine.tracks.track import Stage
+
+PROMPTS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ParkingRule:
+    """One method of the components of one kind.
+
+    Args:
+        components: patterns of component names, as pipelines call them.
+        method: the method that parks.
+        stage: what its time is counted as.
+        shared: whether calls of several requests may share a forward. Text encoders and VAEs run
+            one call at a time: they take a few percent of the time and gain little from sharing,
+            while on many processors their kernels round differently for another row count, and the
+            picture would no longer be the one that diffusers makes alone. See `decodings` for where
+            that is otherwise.
+        remembered: whether outputs are kept for calls with equal arguments. Most requests have the
+            same negative prompt, and people try a prompt again and again.
+    """
+
+    components: tuple[str, ...]
+    method: str
+    stage: Stage
+    shared: bool = False
+    remembered: bool = False
+
+    def covers(self, path: str) -> bool:
+        """Whether the component at that dotted path is meant."""
+        name = path.rpartition(".")[2]
+        return any(fnmatchcase(name, pattern) for pattern in self.components)
+
+
+DENOISERS = ("unet", "transformer", "transformer_[0-9]", "prior", "decoder")
+PARKING_RULES = (
+    ParkingRule(("text_encoder*",), "forward", Stage.ENCODE, remembered=True),
+    ParkingRule(("image_encoder",), "forward", Stage.ENCODE),
+    ParkingRule(DENOISERS, "forward", Stage.DENOISE, shared=True),
+    ParkingRule(("controlnet", "adapter"), "forward", Stage.CONTROL, shared=True),
+    ParkingRule(("vae", "movq", "vqgan"), "encode", Stage.ENCODE),
+    ParkingRule(("vae", "movq", "vqgan"), "decode", Stage.DECODE),
+)
+
+
+def _names(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+# What the arguments themselves do not tell, by class of the module.
+ARGUMENT_RULES = {
+    # `decode` takes one, and draws nothing.
+    "AutoencoderKL": ArgumentRules(ignored=_names("generator")),
+    # Position tables, the same for all rows.
+    "ChromaTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "CogVideoXTransformer3DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "CogView3PlusTransformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "CogView4Transformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "FluxControlNetModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "FluxTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "HunyuanDiT2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "Kandinsky5Transformer3DModel": ArgumentRules(
+        shared=_names("visual_rope_pos", "text_rope_pos", "sparse_params")
+    ),
+    # One entry a layer.
+    "WanVACETransformer3DModel": ArgumentRules(shared=_names("control_hidden_states_scale")),
+    # States of many layers.
+    "HiDreamImageTransformer2DModel": ArgumentRules(layered=_names("encoder_hidden_states_llama3")),
+    # One entry a frame.
+    "UNetMotionModel": ArgumentRules(
+        repeated=_names(
+            "encoder_hidden_states",
+            "down_block_additional_residuals",
+            "mid_block_additional_residual",
+        )
+    ),
+    # Python lists with one entry a row.
+    "QwenImageTransformer2DModel": ArgumentRules(row_lists=_names("img_shapes", "txt_seq_lens")),
+    "ZImageTransformer2DModel": ArgumentRules(row_lists=_names("x", "cap_feats")),
+}
+
+
+@dataclass(frozen=True)
+class ParkingOptions:
+    """How a pipeline's modules are shared.
+
+    Args:
+        max_rows: most rows of one shared forward.
+        bucket_rows: row counts that shared forwards are filled up to; empty: any.
+        prompt_cache_bytes: how much is kept of each text encoder's outputs; 0 keeps nothing.
+        inline: components that do not park, because a call changes them while it runs: so nobody
+            else gets to see them changed.
+        enter: by component, what sets it to a variant before a forward of calls that want it.
+    """
+
+    max_rows: int = 32
+    bucket_rows: tuple[int, ...] = ()
+    prompt_cache_bytes: int = PROMPTS_BYTES
+    inline: frozenset[str] = frozenset()
+    enter: Mapping[str, Callable[[Hashable], None]] = field(default_factory=dict)
+
+
+def attach(pipeline: Any, options: ParkingOptions) -> Callable[[], None]:
+    """Make the heavy modules of `pipeline` park every track that calls them.
+
+    The modules stay resident and shared; called outside a track they behave as before.
+
+    Returns:
+        A function that undoes it.
+    """
+    undo = []
+    for path, module, rule in parkable_methods(pipeline):
+        if path in options.inline:
+            continue
+        remembers = rule.remembered and options.prompt_cache_bytes > 0
+        undo.append(
+            make_parkable(
+                module,
+                path,
+                rule.method,
+                stage=rule.stage,
+                rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
+                max_rows=options.max_rows if rule.shared else 1,
+                bucket_rows=options.bucket_rows if rule.shared else (),
+                enter=options.enter.get(path),
+                memo=Memo(options.prompt_cache_bytes) if remembers else None,
+            )
+        )
+
+    def detach() -> None:
+        for restore in undo:
+            restore()
+
+    return detach
+
+
+def parkable_methods(pipeline: Any) -> Iterator[tuple[str, nn.Module, ParkingRule]]:
+    """Path and module of every component that parks, with the rule for each of its methods."""
+    for path, module in components_of(pipeline):
+        for rule in PARKING_RULES:
+            if rule.covers(path) and hasattr(module, rule.method):
+                yield path, module, rule
+
+
+def components_of(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a pipeline and of the pipelines inside it, once, by its dotted path."""
+    seen: set[int] = set()
+    for path, module in _all_components(pipeline, ""):
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+
+
+def nested_pipelines(pipeline: Any) -> dict[str, Any]:
+    """Pipelines that a pipeline holds in its attributes, such as a prior's, by attribute name."""
+    held = vars(pipeline).items()
+    return {name: value for name, value in held if isinstance(value, DiffusionPipeline)}
+
+
+def _all_components(pipeline: Any, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    # Inner ones first: there a module has the name that says what it does.
+    for name, inner in nested_pipelines(pipeline).items():
+        yield from _all_components(inner, f"{prefix}{name}.")
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            yield prefix + name, component

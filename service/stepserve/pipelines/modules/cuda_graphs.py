@@ -1,0 +1,218 @@
+"""Forwards recorded once and replayed: CUDA graphs.
+
+Launching the thousand kernels of a forward takes Python longer than a GPU takes to run them, unless
+there are many rows of large pictures. A CUDA graph launches all of them at once. It runs the very
+kernels of eager code, so pictures keep their bytes; that is checked when a graph is recorded.
+
+A graph fits arguments of one shape and lies at fixed addresses: arguments are copied in, outputs
+are copied out. All graphs of a forward use the same memory one after another.
+
+    https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from stepserve.engine.calls.arguments import SIMPLE
+from stepserve.engine.calls.stacking import duplicate, tensors_in
+from stepserve.engine.scheduling.row_limits import is_out_of_memory
+from stepserve.pipelines.modules.attach import parkable_methods
+from stepserve.pipelines.modules.compiling import SwitchableForward
+from stepserve.pipelines.modules.third_party.pinned_noise import from_pinned
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+# Of one denoiser: row counts times sizes. The one that was not used for longest goes first.
+MOST_GRAPHS = 128
+MOST_SHAPES = 1024
+
+
+class Recording(Protocol):
+    """A forward with fixed places for its arguments and its output."""
+
+    def replay(self, leaves: Sequence[Any]) -> Any:
+        """What the forward returns for these arguments; nobody else writes into it."""
+        ...
+
+
+Recorder = Callable[[Forward, Sequence[Any], TreeSpec], Recording]
+
+
+class Seen(Enum):
+    """What is known of a shape that has no graph."""
+
+    ONCE = auto()
+    REFUSED = auto()
+
+
+class GraphedForward:
+    """Takes the place of `forward` on one module instance.
+
+    The first forward of a shape is eager, as it may be the only one; the second is recorded. What
+    cannot be recorded (it looks at a number on the device, say) stays eager, and so does whatever
+    wants gradients or gets arguments that are more than tensors and plain values. Where the forward
+    may also run compiled code, each code has recordings of its own.
+
+    Args:
+        module: the resident module.
+        record: makes a recording; may raise.
+        most: recordings that are kept.
+    """
+
+    def __init__(self, module: torch.nn.Module, record: Recorder, most: int = MOST_GRAPHS) -> None:
+        self._wrapped: Forward = module.forward
+        self._switch = self._wrapped if isinstance(self._wrapped, SwitchableForward) else None
+        self._record = record
+        self._most = most
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._seen: OrderedDict[Hashable, Seen] = OrderedDict()
+        functools.update_wrapper(self, self._wrapped, updated=())
+        module.forward = self
+
+    @property
+    def recorded(self) -> int:
+        """Shapes that are replayed."""
+        return len(self._recordings)
+
+    @property
+    def refused(self) -> int:
+        """Shapes that were tried and stay eager."""
+        return list(self._seen.values()).count(Seen.REFUSED)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replay the graph of this shape, or run eager code."""
+        leaves, structure = tree_flatten((args, kwargs))
+        if torch.is_grad_enabled() or not all(map(_can_be_given, leaves)):
+            return self._wrapped(*args, **kwargs)
+        code = self._switch.in_use if self._switch else None
+        shape = (code, str(structure), tuple(map(_describe, leaves)))
+        recording = self._recordings.get(shape)
+        if recording is None and self._is_due(shape):
+            recording = self._try_to_record(shape, leaves, structure)
+        if recording is None:
+            return self._wrapped(*args, **kwargs)
+        self._recordings.move_to_end(shape)
+        return recording.replay(leaves)
+
+    def _is_due(self, shape: Hashable) -> bool:
+        seen = self._seen.get(shape)
+        if seen is None:
+            self._note(shape, Seen.ONCE)
+        return seen is Seen.ONCE
+
+    def _try_to_record(
+        self, shape: Hashable, leaves: Sequence[Any], structure: TreeSpec
+    ) -> Recording | None:
+        try:
+            recording = self._record(self._wrapped, leaves, structure)
+            args, kwargs = tree_unflatten(list(leaves), structure)
+            objection = _objection(self._wrapped(*args, **kwargs), recording.replay(leaves))
+        except Exception as error:
+            if is_out_of_memory(error):
+                # There may be more another time.
+                self._seen.pop(shape, None)
+                return None
+            objection = f"{type(error).__name__}: {error}".splitlines()[0]
+        if objection:
+            self._note(shape, Seen.REFUSED)
+            logger.info("a forward of %s stays eager: %s", shape, objection)
+            return None
+        self._recordings[shape] = recording
+        if len(self._recordings) > self._most:
+            evicted, _ = self._recordings.popitem(last=False)
+            # Else it would be recorded again the very next time.
+            self._seen.pop(evicted, None)
+        return recording
+
+    def _note(self, shape: Hashable, seen: Seen) -> None:
+        self._seen[shape] = seen
+        if len(self._seen) > MOST_SHAPES:
+            self._seen.popitem(last=False)
+
+
+def graph_denoisers(
+    pipeline: Any, except_for: Collection[str], record: Recorder
+) -> list[GraphedForward]:
+    """Have the forwards that requests share recorded, before they are made to park.
+
+    Args:
+        pipeline: a resident one.
+        except_for: paths of components that calls change while they run.
+        record: makes a recording.
+    """
+    return [
+        GraphedForward(module, record)
+        for path, module, rule in parkable_methods(pipeline)
+        if rule.shared and rule.method == "forward" and path not in except_for
+    ]
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share their memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, forward: Forward, leaves: Sequence[Any], structure: TreeSpec) -> Recording:
+        """Record one forward; its kernels must have run before, so that all is loaded."""
+        return CudaRecording(forward, leaves, structure, self._pool)
+
+
+class CudaRecording:
+    """One CUDA graph, with its arguments and its output."""
+
+    def __init__(
+        self, forward: Forward, leaves: Sequence[Any], structure: TreeSpec, pool: Any
+    ) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._inputs = [
+            leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in leaves
+        ]
+        args, kwargs = tree_unflatten(self._inputs, structure)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may copy pictures from the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._output = forward(*args, **kwargs)
+
+    def replay(self, leaves: Sequence[Any]) -> Any:
+        """Copy the arguments in, launch the graph, copy the output."""
+        for place, leaf in zip(self._inputs, leaves, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                place.copy_(from_pinned(leaf), non_blocking=True)
+        self._graph.replay()
+        # The next graph writes into the same memory.
+        return duplicate(self._output)
+
+
+def _can_be_given(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) or type(leaf) in SIMPLE
+
+
+def _describe(leaf: Any) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        # Strides, too: kernels are chosen by them.
+        return leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.device.type
+    return type(leaf), leaf
+
+
+def _objection(eager: Any, replayed: Any) -> str:
+    """Why a recording is no good, or nothing."""
+    pairs = zip(tensors_in(eager), tensors_in(replayed), strict=True)
+    return "" if all(map(_equal, pairs)) else "its graph gives other numbers"
+
+
+def _equal(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """A request whose numbers overflowed is no reason to refuse the shape."""
+    one, other = pair
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,1 @@
+"""Functions and classes of other libraries that are given another meaning, each with its reason."""

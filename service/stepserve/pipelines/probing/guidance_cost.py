@@ -1,0 +1,183 @@
+"""How a pipeline takes guidance, and what that costs: seen in small requests, before it serves.
+
+Most pipelines stack the rows with and without the prompt in one call of the denoiser. FLUX takes
+the scale as an input and has one row an image; CogView 4 and Lumina 2 call the denoiser twice;
+Qwen-Image takes the scale as `true_cfg_scale`, and guides only who gives a negative prompt. Many
+take arguments that they make nothing of.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepserve.domain.guidance import CLASSIC, PLAIN, Guidance, StepWork
+from stepserve.domain.models import ModelCapabilities
+from stepserve.domain.requests import Task
+from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
+from stepserve.engine.tracks.interception import parameter_names
+from stepserve.pipelines.facts.capabilities import denoiser_of, guidance_arguments
+from stepserve.pipelines.facts.signature import CallSignature
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.modules.attach import ARGUMENT_RULES
+from stepserve.pipelines.probing.probe_requests import run_trial, trial_request
+from stepserve.pipelines.probing.sharing_check import difference
+from stepserve.pipelines.requests.call import NO_NEGATIVE_PROMPT, denoiser_calls
+
+logger = logging.getLogger(__name__)
+
+OFF, FULL, NO_SCALE = 1.0, 6.0, 0.0
+NEGATIVE_PROMPT = "a blue house"
+# As a share of the largest value. Less is round-off: a device need not do twice the same.
+LEAST_EFFECT = 1e-4
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a small request: its image, and what each of its steps took."""
+
+    image: Tensor
+    step: StepWork
+
+    def differs(self, other: Seen) -> bool:
+        """Whether what the two requests differ in had an effect."""
+        return difference(self.image, other.image) > LEAST_EFFECT
+
+
+class GuidanceTrial:
+    """Tries a model's guidance with small requests for images from a prompt.
+
+    Each is run once, however often it is asked for.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._seen: dict[tuple[Guidance, float, str], Seen] = {}
+
+    def find(self) -> Guidance:
+        """How the model takes guidance.
+
+        Raises:
+            Exception: whatever the pipeline raises, if a small request without guidance fails.
+        """
+        signature = self._model.lender.signature(Task.TEXT_TO_IMAGE)
+        takes_negative = signature.accepts("negative_prompt")
+        # Those that need a negative prompt to guide do nothing with the scale alone.
+        needs = (False, True) if takes_negative else (False,)
+        for argument, needs_negative in product(guidance_arguments(signature), needs):
+            tried = Guidance(argument, OFF, takes_negative, needs_negative)
+            # Both with a negative prompt or both without: it may turn on guidance by itself.
+            without = self._see(tried, OFF, NO_NEGATIVE_PROMPT if needs_negative else "")
+            if self._see(tried, FULL).differs(without):
+                return self._measured(tried)
+        return self._without_argument(takes_negative)
+
+    def _measured(self, guidance: Guidance) -> Guidance:
+        guided, unguided = self._see(guidance, FULL).step, self._see(guidance, OFF).step
+        if guided == unguided and guided.total_rows > 1:
+            # Some guide by every scale that is not zero.
+            without = self._see(guidance, NO_SCALE).step
+            if without.total_rows < guided.total_rows:
+                guidance, unguided = replace(guidance, above=NO_SCALE), without
+        return replace(
+            guidance,
+            negative_prompt=guidance.negative_prompt and self._heeds_negative(guidance, FULL),
+            guided=guided,
+            unguided=unguided,
+        )
+
+    def _without_argument(self, takes_negative: bool) -> Guidance:
+        none = Guidance("", OFF, takes_negative)
+        step = self._see(none, OFF).step
+        heeds = takes_negative and self._heeds_negative(none, OFF)
+        return replace(none, negative_prompt=heeds, guided=step, unguided=step)
+
+    def _heeds_negative(self, guidance: Guidance, scale: float) -> bool:
+        with_one = self._see(guidance, scale, NEGATIVE_PROMPT)
+        return with_one.differs(self._see(guidance, scale))
+
+    def _see(self, guidance: Guidance, scale: float, negative_prompt: str = "") -> Seen:
+        wanted = guidance, scale, negative_prompt
+        if wanted not in self._seen:
+            self._seen[wanted] = _run(self._model, *wanted)
+        return self._seen[wanted]
+
+
+def find_guidance(model: LoadedModel) -> Guidance:
+    """Try how a model takes guidance; what its signature promises where that cannot be seen.
+
+    Run it where the model may run, before it is attached.
+    """
+    try:
+        return GuidanceTrial(model).find()
+    except Exception as error:
+        logger.info("how guidance works could not be seen: %s: %s", type(error).__name__, error)
+        return model.capabilities.guidance
+
+
+def settle_guidance(model: LoadedModel) -> LoadedModel:
+    """The model with the guidance that it was seen to take. Run it as `find_guidance`."""
+    guidance = find_guidance(model)
+    signature = model.lender.signature(Task.TEXT_TO_IMAGE)
+    return replace(model, capabilities=_with_guidance(model.capabilities, guidance, signature))
+
+
+def _with_guidance(
+    capabilities: ModelCapabilities, guidance: Guidance, signature: CallSignature
+) -> ModelCapabilities:
+    before = capabilities.guidance
+    capabilities = replace(capabilities, guidance=guidance)
+    if not guidance.argument:
+        return replace(capabilities, default_guidance_scale=OFF, max_guidance_scale=OFF)
+    scale = signature.default(guidance.argument, int | float)
+    if guidance.argument == before.argument or scale is None:
+        return capabilities
+    return replace(capabilities, default_guidance_scale=scale)
+
+
+def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: str) -> Seen:
+    """Run one small request as if the model took guidance so."""
+    tried = replace(model, capabilities=replace(model.capabilities, guidance=guidance))
+    request = replace(
+        trial_request(tried.capabilities, Task.TEXT_TO_IMAGE, 0, tried.capabilities.sizes.minimum),
+        guidance_scale=scale,
+        negative_prompt=negative_prompt,
+    )
+    rows: list[int] = []
+    denoiser = denoiser_of(model.pipeline)
+    handle = None if denoiser is None else _note_rows(denoiser, rows)
+    try:
+        with torch.no_grad():
+            image = run_trial(tried, request)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if not rows:
+        return Seen(image, _usual(guidance, scale))
+    return Seen(image, _step_of(rows, denoiser_calls(tried, request)))
+
+
+def _usual(guidance: Guidance, scale: float) -> StepWork:
+    """For pipelines of several parts, whose steps are not seen."""
+    return CLASSIC.guided if guidance.guides(scale) else PLAIN
+
+
+def _step_of(rows: list[int], timesteps: int) -> StepWork:
+    return StepWork(max(rows), max(round(len(rows) / timesteps), 1))
+
+
+def _note_rows(denoiser: Any, rows: list[int]) -> Any:
+    """Note the rows of every call of the denoiser; returns what ends that by `remove`."""
+    rules = ARGUMENT_RULES.get(type(denoiser).__name__, NO_RULES)
+    parameters = parameter_names(denoiser.forward)
+    method = ParkableMethod("", "", denoiser.forward, parameters=parameters, rules=rules)
+
+    def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(make_call(method, args, kwargs).rows)
+
+    return denoiser.register_forward_pre_hook(see, with_kwargs=True)

@@ -1,0 +1,56 @@
+"""Calls of a stage as small requests of a pipeline make them, to try things with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from stepserve.domain.errors import CancelledError
+from stepserve.engine.calls.call import Call, CallKey
+from stepserve.engine.tracks.track import Stage, Track
+from stepserve.pipelines.modules.attach import ParkingOptions, attach, parkable_methods
+from stepserve.pipelines.probing.sharing_check import Ear, Trial, trial_work
+
+
+@contextmanager
+def parked_at(
+    stage: Stage, pipeline: Any, trials: Sequence[Trial], options: ParkingOptions
+) -> Iterator[list[list[Call]]]:
+    """Calls of that stage by equal keys: of each trial the first one of every method.
+
+    The trials end with the block.
+    """
+    methods = {
+        f"{path}.{rule.method}"
+        for path, _, rule in parkable_methods(pipeline)
+        if rule.stage == stage and path not in options.inline
+    }
+    detach = attach(pipeline, options)
+    tracks = [Track(trial_work(i, trial, Ear()), lambda: 0.0) for i, trial in enumerate(trials)]
+    try:
+        with torch.no_grad():
+            groups: dict[CallKey, list[Call]] = defaultdict(list)
+            for track in tracks:
+                for call in _first_calls(track, methods):
+                    groups[call.key].append(call)
+            yield list(groups.values())
+    finally:
+        for track in tracks:
+            track.stop(CancelledError("the trial was about one call only"))
+        detach()
+
+
+def _first_calls(track: Track, methods: Set[str]) -> Iterator[Call]:
+    """The first call of each of these methods; the track is run no further than to the last."""
+    left = set(methods)
+    track.start()
+    while left and (call := track.call) is not None:
+        if call.method.name in left:
+            left.remove(call.method.name)
+            yield call
+        if left:
+            track.resume(call.method.run(*call.args, **call.kwargs))

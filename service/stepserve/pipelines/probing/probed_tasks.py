@@ -1,0 +1,119 @@
+"""What a pipeline really does of what it seems to offer: tried once, before it serves.
+
+Whether diffusers has a class for a task, and whether a call takes a width, says little: some
+pipelines cannot do a task with these modules or take what it needs, some make pictures of their own
+choice of sizes whatever they are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from stepserve.domain.models import ModelCapabilities, SizeRange, StepRange
+from stepserve.domain.requests import Task
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.loading.step_limits import likely_steps, within_steps
+from stepserve.pipelines.modules.attach import parkable_methods
+from stepserve.pipelines.probing.probe_requests import run_trial, trial_request
+from stepserve.pipelines.schedulers.probes import find_steps
+
+logger = logging.getLogger(__name__)
+
+Side = Callable[[Task, int], int]
+"""The side of the picture that is made for a task when so many pixels are asked for; may raise."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Tasks and sizes that hold."""
+
+    tasks: tuple[Task, ...]
+    sizes: SizeRange
+
+
+def tried_offer(model: LoadedModel) -> Offer:
+    """Try every task at the smallest size. Run it where the model may run, before it is attached.
+
+    What a model's own file says of its sizes is believed.
+    """
+    capabilities = model.capabilities
+
+    def side(task: Task, side_px: int) -> int:
+        with torch.no_grad():
+            request = trial_request(capabilities, task, 0, side_px)
+            return int(run_trial(model, request).shape[-1])
+
+    offer = find_offer(capabilities.tasks, capabilities.sizes, side)
+    return Offer(offer.tasks, capabilities.sizes) if model.sizes_are_said else offer
+
+
+def find_offer(tasks: Sequence[Task], sizes: SizeRange, side: Side) -> Offer:
+    """Those of the tasks that can be done, and the native size alone where others cannot.
+
+    A model that cannot even make a picture from a prompt will say so when it is warmed up.
+    """
+    kept = []
+    for task in tasks:
+        objection = _objection(side, task, sizes.minimum)
+        if objection and sizes.minimum < sizes.native:
+            at_smallest, objection = objection, _objection(side, task, sizes.native)
+            if not objection:
+                logger.warning("%s works at the native size only: %s", task, at_smallest)
+                sizes = replace(sizes, minimum=sizes.native, maximum=sizes.native)
+        if not objection or task is Task.TEXT_TO_IMAGE:
+            kept.append(task)
+        else:
+            logger.warning("%s does not work, so it is not offered: %s", task, objection)
+    return Offer(tuple(kept), sizes)
+
+
+def limited_to_pipeline(model: LoadedModel) -> ModelCapabilities:
+    """A model's capabilities without the numbers of steps that its pipeline itself refuses.
+
+    A trial goes no further than to the first call of a denoiser: by then all is checked. Run it
+    where the model may run, before it is attached.
+    """
+    capabilities = model.capabilities
+    most = capabilities.max_num_inference_steps
+    taken = find_steps(partial(_reaches_denoiser, model), most, likely_steps(capabilities))
+    return capabilities if taken == StepRange(1, most) else within_steps(capabilities, taken)
+
+
+class _ReachedError(Exception):
+    """A denoiser was called: the pipeline has nothing against the request."""
+
+
+def _reaches_denoiser(model: LoadedModel, steps: int) -> bool:
+    capabilities = model.capabilities
+    request = trial_request(capabilities, Task.TEXT_TO_IMAGE, 0, capabilities.sizes.minimum)
+    try:
+        with torch.no_grad(), ExitStack() as stack:
+            for _, module, rule in parkable_methods(model.pipeline):
+                if rule.shared:
+                    stack.callback(module.register_forward_pre_hook(_reach).remove)
+            run_trial(model, replace(request, num_inference_steps=steps))
+    except _ReachedError:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def _reach(*_: Any) -> None:
+    raise _ReachedError
+
+
+def _objection(side: Side, task: Task, wanted_px: int) -> str:
+    """Why a task cannot be done at a size, or nothing."""
+    try:
+        made_px = side(task, wanted_px)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "" if made_px == wanted_px else f"{made_px} pixels instead of {wanted_px}"

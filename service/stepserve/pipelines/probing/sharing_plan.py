@@ -1,0 +1,218 @@
+"""How the requests of one model share forwards: found out once, before it serves.
+
+Three things are asked of the pipeline and of the device, in this order:
+
+1. Does a call change shared modules while it runs? A text encoder or VAE that it changes runs in
+   the call, unparked, so that nobody else gets to see the change. If it changes what is called at
+   every step, its requests run one at a time.
+2. Do requests at once get what each gets alone? Pipelines of the parity suite were seen to; any
+   other is tried here, and runs one at a time if not.
+3. Do rows depend on what they share a forward with, in their last bits? Forwards get no more rows
+   than are free of that. If those are too few, it may be cured by filling forwards up to one row
+   count, or to the next of several that give a row the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from stepserve.engine.batch_invariance import (
+    agreeing_row_counts,
+    independent_rows,
+    varied,
+    vector_layer_calls,
+)
+from stepserve.engine.calls.call import Call
+from stepserve.engine.tracks.track import Stage
+from stepserve.pipelines.facts.verified_families import VERIFIED
+from stepserve.pipelines.modules.attach import ParkingOptions, parkable_methods
+from stepserve.pipelines.probing.parked_calls import parked_at
+from stepserve.pipelines.probing.sharing_check import (
+    ENOUGH_ROWS,
+    Trial,
+    check_sharing,
+    run_plainly,
+)
+
+logger = logging.getLogger(__name__)
+
+FIXED_ROWS = 8
+"""Large enough to fill a CPU, and small enough not to make a single request wait for nobody."""
+
+# What else forwards are filled up to, where that gives a row the same bits.
+FILLED_ROWS = (4, 12, 16, 24, 32)
+
+# What a forward is tried with: enough for different content, and few enough to start soon.
+TRIED_CALLS = 8
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """How requests share forwards.
+
+    Args:
+        alone: they do not: they run one at a time.
+        inline: components that run inside a call, unparked.
+        max_rows: most rows of a shared forward that keep pictures as they are; 0: any number.
+        filled_rows: for the sake of equal bytes every shared forward is filled up to the next of
+            these, and has no more rows than the last; empty: any row count.
+        row_buckets: where there are none, forwards are filled up to the next of these; empty: not
+            at all.
+        same_bytes: whether a picture is the same in every bit at any load, on this device.
+        remark: why it is not the usual plan; for people.
+    """
+
+    alone: bool = False
+    inline: frozenset[str] = frozenset()
+    max_rows: int = 0
+    filled_rows: tuple[int, ...] = ()
+    row_buckets: tuple[int, ...] = ()
+    same_bytes: bool = True
+    remark: str = ""
+
+    @property
+    def row_policy(self) -> str:
+        """In a few words, for fingerprints: pictures of different policies may differ."""
+        if self.alone:
+            return "one request at a time"
+        buckets = self.filled_rows or self.row_buckets
+        return f"filled up to {', '.join(map(str, buckets))} rows" if buckets else "any rows"
+
+    @property
+    def has_one_row_count(self) -> bool:
+        """Whether there is nothing to measure: every forward has the same number of rows."""
+        return len(self.filled_rows) == 1
+
+    def parking(self, options: ParkingOptions) -> ParkingOptions:
+        """`options` as this plan wants them."""
+        options = replace(options, bucket_rows=self.row_buckets)
+        if self.filled_rows:
+            most = self.filled_rows[-1]
+            options = replace(options, max_rows=most, bucket_rows=self.filled_rows)
+        elif self.max_rows:
+            options = replace(options, max_rows=min(options.max_rows, self.max_rows))
+        return replace(options, inline=self.inline)
+
+
+def plan_sharing(
+    pipeline: Any,
+    trials: Sequence[Trial],
+    max_rows: int,
+    fix_rows: bool = True,
+    row_buckets: tuple[int, ...] = (),
+) -> SharingPlan:
+    """Find out how requests of a pipeline may share forwards.
+
+    Run it on the engine's thread, before the pipeline is attached to the engine.
+
+    Args:
+        pipeline: a resident one.
+        trials: small requests that differ, of every task that it serves.
+        max_rows: most rows of one shared forward.
+        fix_rows: whether forwards may be filled up for the sake of equal bytes.
+        row_buckets: what forwards are to be filled up to in any case.
+    """
+    plan = plan_company(pipeline, trials)
+    if plan.alone:
+        return plan
+    plan = replace(plan, row_buckets=row_buckets)
+    return plan_rows(pipeline, trials, plan, max_rows, fix_rows)
+
+
+def plan_company(
+    pipeline: Any, trials: Sequence[Trial], verified: Collection[str] = VERIFIED
+) -> SharingPlan:
+    """Whether requests may run at once, and which components must run inside a call.
+
+    Args:
+        pipeline: a resident one.
+        trials: small requests that differ.
+        verified: classes of pipelines that need no trial of requests at once.
+    """
+    plain = run_plainly(pipeline, trials)
+    changed = plain.changed
+    stepped = {path for path, _, rule in parkable_methods(pipeline) if rule.shared}
+    if changed & stepped:
+        names = ", ".join(sorted(changed & stepped))
+        return SharingPlan(alone=True, remark=f"a call changes {names} while it runs")
+    remark = f"{', '.join(sorted(changed))}: changed by a call, so runs inside it"
+    plan = SharingPlan(inline=changed, remark=remark if changed else "")
+    if type(pipeline).__name__ in verified:
+        return plan
+    report = check_sharing(pipeline, trials, plain, options=plan.parking(ENOUGH_ROWS))
+    if report.objection:
+        return replace(plan, alone=True, remark=report.objection)
+    return plan
+
+
+def plan_rows(
+    pipeline: Any, trials: Sequence[Trial], plan: SharingPlan, max_rows: int, fix_rows: bool
+) -> SharingPlan:
+    """Whether pictures have the same bytes at any load, and what it takes."""
+    with parked_at(Stage.DENOISE, pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
+        tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
+        found = same_bits(tried, max_rows, fix_rows)
+    if found is not None:
+        return replace(plan, max_rows=found.most, filled_rows=found.filled)
+    remark = "; ".join(filter(None, [plan.remark, "rows depend on their company in the last bits"]))
+    return replace(plan, same_bytes=False, remark=remark)
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Forwards that give a row the same bits in any company.
+
+    Args:
+        most: rows of the largest.
+        filled: row counts that they are filled up to; empty where any will do.
+    """
+
+    most: int
+    filled: tuple[int, ...] = ()
+
+
+def same_bits(tried: Sequence[Sequence[Call]], max_rows: int, fix_rows: bool) -> RowCounts | None:
+    """Which forwards of up to `max_rows` rows give every call the same bits; None if none do.
+
+    Args:
+        tried: calls that could share a forward, in groups of one shape.
+        fix_rows: whether forwards may be filled up for that.
+    """
+    fixed_rows = min(FIXED_ROWS, max_rows)
+    rows = most_independent_rows(tried, max_rows, fixed_rows)
+    if rows >= fixed_rows:
+        return RowCounts(rows)
+    filled = rows_to_fill(tried, max_rows) if fix_rows else ()
+    return RowCounts(filled[-1], filled) if filled else None
+
+
+def most_independent_rows(tried: Sequence[Sequence[Call]], max_rows: int, least: int) -> int:
+    """Most rows of a forward that keep all bits; where `least` do not, some lower number."""
+    for calls in tried:
+        if max_rows >= least:
+            max_rows = independent_rows(calls, max_rows)
+    return max_rows
+
+
+def rows_to_fill(tried: Sequence[Sequence[Call]], max_rows: int) -> tuple[int, ...]:
+    """Row counts whose forwards give every call the same bits in any company; none if none do."""
+    counts = min(FIXED_ROWS, max_rows), *(rows for rows in FILLED_ROWS if rows <= max_rows)
+    for calls in tried:
+        counts = agreeing_row_counts(calls, counts)
+        if not counts:
+            return ()
+    return tuple(sorted(set(counts)))
+
+
+def calls_to_try(group: Sequence[Call], max_rows: int) -> Iterator[list[Call]]:
+    """Calls of layers that a few rows tell little of, then of the whole module."""
+    generator = torch.Generator().manual_seed(0)
+    yield from vector_layer_calls(group[0], max_rows, generator)
+    # At the first step all timesteps are the same: others are tried, too.
+    others = [varied(group[i % len(group)], generator) for i in range(TRIED_CALLS - len(group))]
+    yield [*group, *others]

@@ -1,0 +1,251 @@
+"""One request as an ordinary call of an ordinary diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from stepserve.domain.errors import ContentFilteredError, GenerationFailedError, InvalidRequestError
+from stepserve.domain.guidance import Guidance
+from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.engine.tracks.interception import parameter_names
+from stepserve.pipelines.copies.factory import schedulers_of
+from stepserve.pipelines.copies.safety_checker import guardrail, remove_checker, withheld_images
+from stepserve.pipelines.facts.signature import accepted_arguments
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.requests.failures import blaming_settings, cannot_be_done
+from stepserve.pipelines.requests.inputs import InputPictures
+from stepserve.pipelines.requests.previews import OnPreview, Previewer, can_preview
+from stepserve.pipelines.schedulers.probes import set_steps, try_ends
+from stepserve.pipelines.schedulers.watch import draw_from, watch_images, watch_steps
+
+OnStep = Callable[[int, int], None]
+NO_PICTURES = InputPictures()
+# What the authors of Qwen-Image give; no encoder sees more in it than in an empty one.
+NO_NEGATIVE_PROMPT = " "
+# Clients choose what they are known by.
+MOST_KNOWN_COUNTS = 1024
+
+
+def make_generators(seed: int, n: int) -> list[torch.Generator]:
+    """One CPU generator a picture: the same seed gives the same noise on every device."""
+    return [torch.Generator("cpu").manual_seed(seed + index) for index in range(n)]
+
+
+def make_pictures(
+    model: LoadedModel,
+    request: GenerationRequest,
+    inputs: InputPictures = NO_PICTURES,
+    on_step: OnStep | None = None,
+    on_preview: OnPreview | None = None,
+) -> list[Image.Image | None]:
+    """Make the pictures of a request. `on_step(i, n)` is called after each scheduler step.
+
+    In place of a picture that the pipeline's own safety checker withheld there is None.
+
+    Raises:
+        ContentFilteredError: it withheld all.
+        GenerationFailedError: the denoiser's or the VAE's numbers overflowed.
+    """
+    output = run_pipeline(model, request, inputs, on_step, on_preview=on_preview)
+    images, withheld = list(output[0]), withheld_images(output)
+    if withheld and len(withheld) == len(images):
+        raise ContentFilteredError(
+            f"the safety checker of model {request.model} withheld all images of the request; "
+            "try another prompt or seed"
+        )
+    return [None if index in withheld else image for index, image in enumerate(images)]
+
+
+def call_pipeline(
+    model: LoadedModel,
+    request: GenerationRequest,
+    inputs: InputPictures = NO_PICTURES,
+    output_type: str = "pil",
+) -> Any:
+    """What a pipeline draws for a request, whatever its safety checker would say of it."""
+    return run_pipeline(model, request, inputs, output_type=output_type, is_checked=False)[0]
+
+
+def run_pipeline(
+    model: LoadedModel,
+    request: GenerationRequest,
+    inputs: InputPictures = NO_PICTURES,
+    on_step: OnStep | None = None,
+    output_type: str = "pil",
+    on_preview: OnPreview | None = None,
+    is_checked: bool = True,
+) -> Any:
+    """Call a borrowed pipeline with those of a request's arguments that it takes.
+
+    Raises:
+        ContentFilteredError: the pipeline's own checker refuses the prompt.
+        InvalidRequestError: the request's settings alone make the call fail.
+    """
+    signature = model.lender.signature(request.task)
+    generators = make_generators(request.seed, request.n)
+    borrowed = _borrow(model, request, generators)
+    remove_checker(borrowed, unless=is_checked)
+    previewer = _previewer(borrowed, request, on_preview)
+    expected = denoiser_calls(model, request)
+
+    def ended(step: int, steps: int, latents: torch.Tensor) -> None:
+        if on_step is not None:
+            on_step(step, steps)
+        if previewer is not None:
+            previewer.step_ended(step, steps)
+        if step == steps:
+            _check_finite(latents, request)
+
+    def step_ended(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> Any:
+        ended(index + 1, getattr(pipeline, "num_timesteps", expected), values["latents"])
+        return {}
+
+    # Some that do not know it take anything, and leave it lying.
+    if "callback_on_step_end" not in signature.names:
+        watch_steps(borrowed.scheduler, lambda step, latents: ended(step, expected, latents))
+
+    watch_images(borrowed, lambda image: _check_image(image, request))
+    wanted = {
+        "prompt": request.prompt,
+        "num_inference_steps": request.num_inference_steps,
+        "num_images_per_prompt": request.n,
+        "generator": generators,
+        "callback_on_step_end": step_ended,
+        "callback_on_step_end_tensor_inputs": ["latents"],
+        "output_type": output_type,
+        **guidance_arguments(model.capabilities.guidance, request),
+        **task_arguments(request, inputs),
+    }
+    make = partial(model.lender.new_scheduler, request.scheduler)
+    with blaming_settings(request, make), guardrail(request.model):
+        return borrowed(**accepted_arguments(signature, wanted))
+
+
+def _borrow(
+    model: LoadedModel, request: GenerationRequest, generators: Sequence[torch.Generator]
+) -> Any:
+    """A pipeline whose every draw is of the request's own generators."""
+    borrowed = model.lender.lend(request.scheduler, request.task)
+    for scheduler in schedulers_of(borrowed):
+        draw_from(scheduler, generators)
+    return borrowed
+
+
+def _previewer(
+    pipeline: Any, request: GenerationRequest, on_preview: OnPreview | None
+) -> Previewer | None:
+    if request.previews == 0 or on_preview is None or not can_preview(pipeline):
+        return None
+    return Previewer(pipeline, request, on_preview)
+
+
+def guidance_arguments(guidance: Guidance, request: GenerationRequest) -> dict[str, Any]:
+    """The scale and the negative prompt as the model takes them."""
+    told: dict[str, Any] = {}
+    if guidance.argument:
+        told[guidance.argument] = request.guidance_scale
+    # Pipelines differ in what stands for none.
+    if request.negative_prompt:
+        told["negative_prompt"] = request.negative_prompt
+    elif guidance.needs_negative and guidance.guides(request.guidance_scale):
+        told["negative_prompt"] = NO_NEGATIVE_PROMPT
+    return told
+
+
+def task_arguments(request: GenerationRequest, inputs: InputPictures) -> dict[str, Any]:
+    """What the pipeline call of one task takes and those of others do not."""
+    size = {"width": request.width, "height": request.height}
+    match request.task:
+        case Task.TEXT_TO_IMAGE:
+            return size
+        case Task.IMAGE_TO_IMAGE:
+            # The picture has the wanted size already; pipelines that take one have their own else.
+            return size | {"image": inputs.image, "strength": request.strength}
+        case Task.INPAINTING:
+            pictures = {"image": inputs.image, "mask_image": inputs.mask_image}
+            return pictures | size | {"strength": request.strength}
+
+
+def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
+    """How often the denoiser will be called.
+
+    Some schedulers call it more than once a step, and a strength below 1 leaves steps out.
+
+    Raises:
+        InvalidRequestError: the scheduler cannot do that number of steps.
+    """
+    strength = None if request.task is Task.TEXT_TO_IMAGE else request.strength
+    wanted = request.scheduler, request.num_inference_steps, request.task, strength
+    known = model.denoiser_calls
+    if wanted not in known:
+        if len(known) >= MOST_KNOWN_COUNTS:
+            known.clear()
+        known[wanted] = _count_timesteps(model, request)
+    return known[wanted]
+
+
+def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
+    pipeline = model.lender.lend(request.scheduler, request.task)
+    steps, scheduler = request.num_inference_steps, pipeline.scheduler
+    try:
+        set_steps(scheduler, steps)
+        timesteps = left = len(scheduler.timesteps)
+        if request.task is not Task.TEXT_TO_IMAGE and _takes_strength(model, request.task):
+            left = count_left(pipeline, request, timesteps)
+        if request.scheduler in model.triable_schedulers:
+            make = partial(model.lender.new_scheduler, request.scheduler)
+            try_ends(make, steps, (timesteps - left) // scheduler.order)
+    except Exception as error:
+        # Such as PNDM, which begins with four steps of a higher order.
+        raise cannot_be_done(request, error) from error
+    if left < 1:
+        message = f"strength {request.strength:g} of {steps} steps leaves none to do"
+        raise InvalidRequestError(message, "strength")
+    return left
+
+
+def _takes_strength(model: LoadedModel, task: Task) -> bool:
+    return model.lender.signature(task).accepts("strength")
+
+
+def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int:
+    """Of these timesteps, those that a strength leaves: as the pipeline itself chooses them."""
+    steps, scheduler = request.num_inference_steps, pipeline.scheduler
+    choose = getattr(pipeline, "get_timesteps", None)
+    if choose is None:
+        # Pipelines of several parts leave it to one of them.
+        return max(min(int(steps * request.strength), timesteps), 1)
+    told = {
+        "num_inference_steps": steps,
+        "strength": request.strength,
+        "timesteps": scheduler.timesteps,
+        "sigmas": getattr(scheduler, "sigmas", None),
+        "device": torch.device("cpu"),
+    }
+    taken = parameter_names(choose)
+    # What comes last is a number of steps, of which some schedulers make two timesteps.
+    *_, left, _ = choose(**{name: value for name, value in told.items() if name in taken})
+    return len(left)
+
+
+def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:
+    """A picture of numbers that are none would be black, and look like an answer."""
+    if not bool(torch.isfinite(latents).all()):
+        adapters = "".join(f", adapter {use.name} at {use.scale:g}" for use in request.adapters)
+        raise GenerationFailedError(
+            f"request {request.id} failed: the denoiser's output is not finite "
+            f"(scheduler {request.scheduler}, guidance_scale {request.guidance_scale:g}{adapters})"
+        )
+
+
+def _check_image(image: Any, request: GenerationRequest) -> None:
+    if isinstance(image, torch.Tensor) and not bool(torch.isfinite(image).all()):
+        raise GenerationFailedError(
+            f"request {request.id} failed: the decoded image is not finite although its latents "
+            "are: the VAE overflows in this dtype, so load the model in bfloat16 or float32"
+        )

@@ -1,0 +1,72 @@
+"""Finished pictures wait for the one thread that makes files of them: counted, and bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from stepserve.domain.errors import ServerFullError
+
+RETRY_AFTER_S = 1.0
+"""Making a file takes a fraction of a second."""
+
+
+Telling = Callable[[], None]
+"""Tells of files that were made."""
+
+
+class PictureEncoder:
+    """One thread, so that previews and pictures stay in order.
+
+    Args:
+        most_pictures: that may wait before new requests are refused.
+    """
+
+    def __init__(self, most_pictures: int) -> None:
+        self._most = most_pictures
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+
+    def check_room(self) -> None:
+        """Return if new requests may be let in.
+
+        Raises:
+            ServerFullError: too many pictures wait.
+        """
+        if self._waiting >= self._most:
+            raise ServerFullError(
+                f"the server is full: {self._waiting} finished pictures wait to be encoded and the "
+                f"limit is {self._most}",
+                RETRY_AFTER_S,
+            )
+
+    def submit(self, pictures: int, encode: Callable[[], Telling]) -> None:
+        """Make files of so many pictures when it is their turn, and tell of them.
+
+        Raises:
+            RuntimeError: it has ended.
+        """
+        self._count(pictures)
+        try:
+            self._thread.submit(self._run, pictures, encode)
+        except RuntimeError:
+            self._count(-pictures)
+            raise
+
+    def shutdown(self) -> None:
+        """Finish what waits, and end."""
+        self._thread.shutdown(wait=True)
+
+    def _run(self, pictures: int, encode: Callable[[], Telling]) -> None:
+        try:
+            told = encode()
+        finally:
+            self._count(-pictures)
+        # Afterwards, as whoever is told may send the next request at once.
+        told()
+
+    def _count(self, pictures: int) -> None:
+        with self._lock:
+            self._waiting += pictures

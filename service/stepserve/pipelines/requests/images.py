@@ -1,0 +1,94 @@
+"""Finished pictures as files, with everything needed to make them again inside."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from stepserve import __version__
+from stepserve.domain.events import EncodedImage
+from stepserve.domain.requests import GenerationRequest, OutputFormat
+
+EXIF_SECTION = 0x8769
+EXIF_USER_COMMENT = 0x9286
+# A user comment begins with its character set. JSON escapes whatever is not ASCII.
+EXIF_ASCII = b"ASCII\0\0\0"
+MEDIA_TYPES = {
+    OutputFormat.PNG: "image/png",
+    OutputFormat.JPEG: "image/jpeg",
+    OutputFormat.WEBP: "image/webp",
+}
+PARAMETERS_KEY = "parameters"
+# They decide no pixel, and the same picture should be the same bytes.
+WITHOUT_EFFECT = (
+    "id",
+    "output_format",
+    "output_compression",
+    "priority",
+    "deadline_s",
+    "reproducible",
+    "previews",
+    "owner",
+    "trace_context",
+)
+USUAL_QUALITY = 95
+
+
+def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
+    """What picture `index` of a request can be made again from, alone."""
+    alone = asdict(replace(request, seed=request.seed + index, n=1))
+    for field in WITHOUT_EFFECT:
+        del alone[field]
+    for field in ("image", "mask_image"):
+        file = alone.pop(field)
+        if file is not None:
+            alone[f"{field}_sha256"] = hashlib.sha256(file).hexdigest()
+    return {"software": f"stepserve {__version__}", **alone}
+
+
+def encode_image(image: Image.Image | None, request: GenerationRequest, index: int) -> EncodedImage:
+    """Write one picture in the wanted format. Same picture and parameters: same bytes.
+
+    None stands for one that the model's own safety checker withheld.
+    """
+    if image is None:
+        return _withheld(request, index)
+    parameters = json.dumps(parameters_of(request, index))
+    if request.output_format is OutputFormat.PNG:
+        info = PngInfo()
+        info.add_itxt(PARAMETERS_KEY, parameters)
+        return _encode(image, request, index, pnginfo=info)
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_SECTION)[EXIF_USER_COMMENT] = EXIF_ASCII + parameters.encode()
+    return _encode(image, request, index, exif=exif)
+
+
+def encode_preview(
+    image: Image.Image | None, request: GenerationRequest, index: int
+) -> EncodedImage:
+    """Write what a picture will roughly be in the wanted format."""
+    if image is None:
+        return _withheld(request, index)
+    return _encode(image, request, index)
+
+
+def _withheld(request: GenerationRequest, index: int) -> EncodedImage:
+    media_type = MEDIA_TYPES[request.output_format]
+    return EncodedImage(b"", media_type, request.seed + index, content_filtered=True)
+
+
+def _encode(
+    image: Image.Image, request: GenerationRequest, index: int, **options: Any
+) -> EncodedImage:
+    if request.output_format is not OutputFormat.PNG:
+        quality = request.output_compression
+        options["quality"] = USUAL_QUALITY if quality is None else quality
+    buffer = io.BytesIO()
+    image.save(buffer, request.output_format.value.upper(), **options)
+    return EncodedImage(buffer.getvalue(), MEDIA_TYPES[request.output_format], request.seed + index)

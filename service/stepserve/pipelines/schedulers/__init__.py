@@ -1,0 +1,1 @@
+"""What schedulers can do, and a scheduler of its own for every request."""

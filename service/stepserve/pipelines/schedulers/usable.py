@@ -1,0 +1,62 @@
+"""Schedulers by class name: which ones a pipeline can use, and a fresh one for each request."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+from stepserve.pipelines.schedulers.probes import can_do, draws_from_elsewhere
+
+PROBE_STEPS = 4
+
+# Left out because they would make a wrong picture, or not the same one twice, rather than raise.
+UNSUITABLE = {
+    "CosineDPMSolverMultistepScheduler": "made for models that learned the cosine schedule in EDM",
+    "DPMSolverSDEScheduler": "draws noise from a source of its own, not from the request's seed",
+    "EDMDPMSolverMultistepScheduler": "made for models that learned EDM's scaling and time",
+    "EDMEulerScheduler": "made for models that learned EDM's scaling and time",
+    "LCMScheduler": "distilled models only: takes the network's answer as it is after one step",
+    "TCDScheduler": "distilled models only: takes the network's answer as it is after one step",
+}
+
+
+# Left out even where it is the model's own, and even where what it draws with is not installed, so
+# that it cannot be tried. Others of the kind are found by trial.
+SEEDLESS = {"DPMSolverSDEScheduler"}
+
+
+def usable_schedulers(scheduler: Any) -> dict[str, type]:
+    """Scheduler classes that can stand in for `scheduler`, by name, sorted; its own among them.
+
+    Each is built from the same settings and tried on a small tensor; those that raise (because
+    they do not know the prediction type, or need a package that is not installed) are left out, and
+    so are those that draw noise which the request's seed does not decide. Whether the model's own
+    class raises is not asked: the model was made for it.
+    """
+    own = type(scheduler)
+    usable = {} if _is_seedless(own, getattr(scheduler, "config", {})) else {own.__name__: own}
+    for cls in getattr(scheduler, "compatibles", ()):
+        name = cls.__name__
+        if name not in UNSUITABLE and name not in usable and _works(cls, scheduler.config):
+            usable[name] = cls
+    return dict(sorted(usable.items()))
+
+
+def build_scheduler(cls: type, config: Any) -> Any:
+    """A new scheduler of class `cls` with the noise schedule of `config`."""
+    return cls.from_config(config)  # type: ignore[attr-defined]
+
+
+def _is_seedless(cls: type, config: Any) -> bool:
+    """Whether the same request would make another image each time."""
+    make = partial(build_scheduler, cls, config)
+    return cls.__name__ in SEEDLESS or draws_from_elsewhere(make, PROBE_STEPS)
+
+
+def _works(cls: type, config: Any) -> bool:
+    make = partial(build_scheduler, cls, config)
+    with warnings.catch_warnings():
+        # A warning is no reason to leave it out, even where warnings are errors.
+        warnings.simplefilter("ignore")
+        return can_do(make, PROBE_STEPS) and not _is_seedless(cls, config)

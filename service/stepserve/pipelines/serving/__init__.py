@@ -1,0 +1,1 @@
+"""A resident pipeline behind an engine."""

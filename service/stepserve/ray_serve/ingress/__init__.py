@@ -1,0 +1,1 @@
+"""The ingress deployment: HTTP in, requests to replicas out."""

@@ -1,0 +1,61 @@
+"""What the ingress tells of the exchanges it serves: metrics, spans, and one log line each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from stepserve import __version__
+from stepserve.api.exchange_context import Exchange
+from stepserve.api.observe.access_log import AccessLog
+from stepserve.api.settings import Observation
+from stepserve.config import TelemetrySettings
+from stepserve.ray_serve.ingress.node_metrics import read_metrics
+from stepserve.ray_serve.logging import start_logging
+from stepserve.ray_serve.ray_instruments import RayInstruments
+from stepserve.telemetry import catalogue
+from stepserve.telemetry.flusher import Flusher
+from stepserve.telemetry.http_metrics import HttpAnswer, record_answer
+from stepserve.telemetry.instruments import Instruments
+from stepserve.telemetry.tracing import HttpTraces, open_traces
+
+
+def observe(settings: TelemetrySettings) -> Observation:
+    """Begin to observe, in an ingress replica."""
+    start_logging(settings)
+    instruments = RayInstruments()
+    Flusher(lambda: _tell_version(instruments)).start()
+    listeners = (_Recorder(instruments), AccessLog(settings.log_prompts))
+    provider = open_traces(f"ingress-{os.getpid()}")
+    traces = None if provider is None else HttpTraces(provider)
+    return Observation(listeners, read_metrics if settings.metrics else None, traces)
+
+
+def count_retries() -> Callable[[str], None]:
+    """What to call with a model's id when a request of it goes to another replica."""
+    instruments = RayInstruments()
+    return lambda model: instruments.count(catalogue.REQUEST_RETRIES, 1, {"model": model})
+
+
+class _Recorder:
+    """Records each exchange: a few microseconds, so it needs no thread of its own."""
+
+    def __init__(self, instruments: Instruments) -> None:
+        self._instruments = instruments
+
+    def __call__(self, exchange: Exchange) -> None:
+        notes = exchange.notes
+        answer = HttpAnswer(
+            route=exchange.route,
+            model=notes.model,
+            status=exchange.status,
+            outcome=exchange.outcome,
+            duration_s=exchange.duration_s,
+            # Probes of a model that loads are refused nothing.
+            refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
+        )
+        record_answer(self._instruments, answer)
+
+
+def _tell_version(instruments: Instruments) -> None:
+    instruments.set(catalogue.BUILD, 1, {"version": __version__, "process": "ingress"})

@@ -1,0 +1,227 @@
+"""What an ingress replica knows of the models: which there are, whether each answers, what it can.
+
+Models come and go while the service runs, each as an application of its own. The ingress asks Ray
+Serve which there are, and each model how it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from stepserve.domain.model_status import ModelStatus, unknown_status
+from stepserve.ray_serve.applications import Listed
+
+logger = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 1.0
+# Listing the models costs some ten times what asking one does, and every ingress replica does it.
+STEADY_LISTING_S = 5.0
+LOADING_INTERVAL_S = 0.2
+PROBE_TIMEOUT_S = 10.0
+FIRST_LOOK_TIMEOUT_S = 1.0
+# Longer than most models take to load; whatever is listed of one meanwhile is told after it.
+WAKE_TIMEOUT_S = 30.0
+# A busy machine may be slow to answer, and a lost replica takes some seconds to replace.
+SILENCE_S = 15.0
+LOADING = "loading"
+
+
+List = Callable[[], Awaitable[Mapping[str, Listed]]]
+Ask = Callable[[str], Awaitable[ModelStatus | None]]
+
+
+@dataclass
+class Watched:
+    """What is known of one model, and since when.
+
+    Args:
+        answered: set once there was anything to tell but that it loads.
+        heard_s: when it last answered.
+        told: what it then said of itself.
+    """
+
+    listed: Listed
+    status: ModelStatus
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    heard_s: float = 0.0
+    told: str = ""
+
+    def note(self, ready: bool, detail: str) -> None:
+        """Whether it takes requests is known otherwise than from its own answer."""
+        self.status = replace(self.status, ready=ready, detail=detail)
+        if detail != LOADING:
+            self.answered.set()
+
+    def hear(self, status: ModelStatus) -> None:
+        """It answered."""
+        self.status = status
+        self.told = status.detail
+        self.heard_s = time.monotonic()
+        self.answered.set()
+
+    def note_silence(self) -> None:
+        """Requests wait for one that wakes up, and for a replica that takes a lost one's place."""
+        if self.status.ready and self.status.detail:
+            self.note(ready=True, detail="waking up")
+        elif not self.status.ready or time.monotonic() - self.heard_s > SILENCE_S:
+            self.note(ready=False, detail=self.listed.waiting or LOADING)
+
+
+class ModelWatch:
+    """Keeps the latest status of every model.
+
+    Args:
+        list_models: which models there are.
+        ask: asks a model, by its id, how it is; None while no replica of it is there to answer. It
+            must not wait for one: that would wake a model that sleeps.
+        wake: asks it as well, and waits for a replica, which wakes a model that sleeps.
+        aliases: other names of models, by id, until they tell theirs.
+    """
+
+    def __init__(
+        self, list_models: List, ask: Ask, wake: Ask, aliases: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        self._aliases = aliases
+        self._list_models = list_models
+        self._ask = ask
+        self._wake = wake
+        self._watched: dict[str, Watched] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._listing: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._looked_s = 0.0
+
+    async def start(self) -> None:
+        """Begin to ask, and wait briefly: who is there already is known before anybody calls."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._look_again(0), FIRST_LOOK_TIMEOUT_S)
+        self._listing = asyncio.create_task(self._look_for_ever())
+        await asyncio.gather(*map(self.status, list(self._watched)))
+
+    def statuses(self) -> list[ModelStatus]:
+        """The latest status of every model."""
+        return [watched.status for watched in self._watched.values()]
+
+    async def status(self, model_id: str) -> ModelStatus | None:
+        """The latest status of one model, after a brief wait if it has never answered.
+
+        A model may be ready for moments before every ingress replica knows. None: no such model.
+        """
+        if model_id not in self._watched:
+            await self._look_again(PROBE_INTERVAL_S)
+        watched = self._watched.get(model_id)
+        if watched is not None and not watched.answered.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(watched.answered.wait(), FIRST_LOOK_TIMEOUT_S)
+            # It may be gone by now.
+            watched = self._watched.get(model_id)
+        return None if watched is None else watched.status
+
+    async def _look_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            await self._look_again(STEADY_LISTING_S if self._is_steady() else PROBE_INTERVAL_S)
+
+    def _is_steady(self) -> bool:
+        """Whether every model takes requests, and nothing else is to be said of any."""
+        statuses = self.statuses()
+        return bool(statuses) and all(s.ready and not s.detail for s in statuses)
+
+    async def _look_again(self, least_s: float) -> None:
+        """Look if the last time is at least so long ago."""
+        async with self._looking:
+            if time.monotonic() - self._looked_s < least_s:
+                return
+            try:
+                await self._look()
+            except (RayError, RayServeException):
+                return
+            except Exception:
+                # Whatever it was, it must not be the last time that anybody looked.
+                logger.exception("models cannot be listed")
+
+    async def _look(self) -> None:
+        self._looked_s = time.monotonic()
+        found = await self._list_models()
+        for model_id in set(self._watched) - set(found):
+            self._tasks.pop(model_id).cancel()
+            del self._watched[model_id]
+        for model_id, listed in found.items():
+            known = self._watched.get(model_id)
+            if listed.failure and (known is None or known.listed != listed):
+                logger.error("model %s %s: %s", model_id, listed.failure, listed.cause)
+            if known is not None:
+                known.listed = listed
+                continue
+            aliases = self._aliases.get(model_id, ())
+            watched = Watched(listed, unknown_status(model_id, LOADING, aliases))
+            self._watched[model_id] = watched
+            self._tasks[model_id] = asyncio.create_task(self._watch(model_id, watched))
+
+    async def _watch(self, model_id: str, watched: Watched) -> None:
+        while True:
+            if watched.listed.failure:
+                watched.note(ready=False, detail=watched.listed.failure)
+                # Replicas of before may be at work, and want to hear of whoever waits for them.
+                await self._ask_once(model_id)
+            elif watched.listed.asleep:
+                await self._let_sleep(model_id, watched)
+            elif not await self._answers(model_id, watched):
+                await asyncio.sleep(LOADING_INTERVAL_S)
+                continue
+            await asyncio.sleep(PROBE_INTERVAL_S)
+
+    async def _answers(self, model_id: str, watched: Watched) -> bool:
+        """Whether there is anybody who answers."""
+        status = await self._ask_once(model_id)
+        if status is None:
+            watched.note_silence()
+            return False
+        watched.hear(status)
+        return True
+
+    async def _let_sleep(self, model_id: str, watched: Watched) -> None:
+        """It is not asked, as it would wake up, unless it has never told anything."""
+        if watched.status.is_known:
+            watched.note(ready=True, detail=_asleep(watched.status))
+        elif watched.heard_s:
+            # Why it cannot be loaded. Awake it would say so again.
+            watched.note(ready=False, detail=watched.told)
+        else:
+            await self._wake_once(model_id, watched)
+
+    async def _wake_once(self, model_id: str, watched: Watched) -> None:
+        """Only a loaded model tells its limits, and without them no request could wake it."""
+        watched.note(ready=False, detail=LOADING)
+        status = await self._told(model_id, self._wake(model_id), WAKE_TIMEOUT_S)
+        if status is not None:
+            watched.hear(status)
+
+    async def _ask_once(self, model_id: str) -> ModelStatus | None:
+        return await self._told(model_id, self._ask(model_id), PROBE_TIMEOUT_S)
+
+    async def _told(
+        self, model_id: str, asking: Awaitable[ModelStatus | None], within_s: float
+    ) -> ModelStatus | None:
+        try:
+            return await asyncio.wait_for(asking, within_s)
+        except (TimeoutError, RayError, RayServeException):
+            return None
+        except Exception:
+            # Whatever it was, a model that is never asked again would be loading for ever.
+            logger.exception("model %s cannot be asked how it is", model_id)
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            return None
+
+
+def _asleep(status: ModelStatus) -> str:
+    load_s = status.capabilities.load_s
+    return "asleep" if load_s is None else f"asleep: the next request waits {load_s:.0f} s for it"

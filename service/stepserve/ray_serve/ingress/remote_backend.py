@@ -1,0 +1,189 @@
+"""The API's backend over Ray Serve handles: one handle a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from stepserve.domain.batch import BatchView
+from stepserve.domain.events import Event, Failed, Finished, Outcome
+from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.progress import Progress
+from stepserve.domain.request_log import NumberedEvent
+from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.ray_serve.applications import list_models, model_handle
+from stepserve.ray_serve.ingress.broadcast import answers
+from stepserve.ray_serve.ingress.model_watch import ModelWatch
+from stepserve.ray_serve.ingress.retries import with_retries
+from stepserve.ray_serve.ingress.shared_calls import SharedCalls
+
+# Answered from memory between two awaits; a replica that takes longer is as good as gone.
+ASK_TIMEOUT_S = 5.0
+
+
+class RemoteBackend:
+    """Sends requests to model replicas, and keeps an eye on whether they answer.
+
+    Args:
+        retried: called with a model's id whenever a request of it goes to another replica.
+        aliases: other names of models, by id, until they tell theirs.
+    """
+
+    def __init__(
+        self, retried: Callable[[str], None], aliases: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        self._retried = retried
+        self._handles: dict[str, Any] = {}
+        self._id = uuid4().hex
+        self._asking: set[asyncio.Task[list[Any]]] = set()
+        self._news: SharedCalls[Sequence[NumberedEvent] | None] = SharedCalls()
+        self._watch = ModelWatch(list_models, self._status, self._status_once_awake, aliases)
+
+    async def start(self) -> None:
+        """Begin to watch the models."""
+        await self._watch.start()
+
+    async def models(self) -> Sequence[ModelStatus]:
+        """The latest status of every model."""
+        return self._watch.statuses()
+
+    async def model(self, model_id: str) -> ModelStatus | None:
+        """The latest status of one model, or None if there is no such model."""
+        return await self._watch.status(model_id)
+
+    async def generate(self, request: GenerationRequest) -> Outcome:
+        """Serve a request on some replica of its model; cancelling this call cancels it there.
+
+        Raises:
+            NotReadyError: no replica could take it, or each that worked on it was lost.
+            ServerFullError: Ray Serve's own queue in front of the replicas is full.
+        """
+        async with aclosing(with_retries(request, self._generate_once, self._retried)) as events:
+            async for event in events:
+                if isinstance(event, Finished | Failed):
+                    return event
+        raise AssertionError("a request ends with Finished or Failed")
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve a request as `generate` does, and tell what happens to it up to its end.
+
+        Raises:
+            NotReadyError: no replica could take it, or each that worked on it was lost.
+            ServerFullError: Ray Serve's own queue in front of the replicas is full.
+        """
+        async with aclosing(with_retries(request, self._stream_once, self._retried)) as events:
+            async for event in events:
+                yield event
+
+    async def _generate_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        # One message for the outcome, where nobody asks for the events before.
+        try:
+            yield await self._handle(request.model).generate.remote(request, self._id)
+        except asyncio.CancelledError:
+            self._make_sure_it_ends(request)
+            raise
+
+    async def _stream_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        handle = self._handle(request.model).options(stream=True)
+        events = handle.stream.remote(request, self._id)
+        has_ended = False
+        try:
+            async for event in events:
+                has_ended = isinstance(event, Finished | Failed)
+                yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            # Whoever has heard the end closes this as well.
+            if not has_ended:
+                self._make_sure_it_ends(request)
+            raise
+        finally:
+            events.cancel()
+
+    def _make_sure_it_ends(self, request: GenerationRequest) -> None:
+        """Nobody waits any more. Ray's own cancelling of a call is a wish that may get lost."""
+        cancelling = self._ask_replicas(request.model, "cancel", request.key)
+        asking = asyncio.create_task(cancelling)
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+
+    async def progress(self, request_id: str, owner: str) -> Progress | None:
+        """Where a request of `owner` stands, whichever replica has it; None if none does."""
+        return _first_at_work(await self._ask_all("progress", RequestKey(request_id, owner)))
+
+    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+        """End a request at its next step, whichever replica has it; None if none does."""
+        return _first_at_work(await self._ask_all("cancel", RequestKey(request_id, owner)))
+
+    async def events(
+        self, request_id: str, owner: str, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
+        """Events of a request from `number` on, as soon as there are any; None if it is unknown.
+
+        Each replica is asked: those who follow a request together ask together.
+        """
+        key = RequestKey(request_id, owner)
+        return await self._news.result(
+            (key, number, wait_s), lambda: self._events(key, number, wait_s)
+        )
+
+    async def _events(
+        self, key: RequestKey, number: int, wait_s: float
+    ) -> Sequence[NumberedEvent] | None:
+        told = await self._ask_all("events", key, number, wait_s, slack_s=wait_s)
+        known: list[Sequence[NumberedEvent]] = [events for events in told if events is not None]
+        return max(known, key=len) if known else None
+
+    async def batch(self, model_id: str) -> Sequence[BatchView]:
+        """What each replica of a model has in hand."""
+        views: list[BatchView | None] = await self._ask_replicas(model_id, "batch")
+        return [view for view in views if view is not None]
+
+    def _model_ids(self) -> list[str]:
+        return [status.capabilities.id for status in self._watch.statuses()]
+
+    def _handle(self, model_id: str) -> Any:
+        if model_id not in self._handles:
+            self._handles[model_id] = model_handle(model_id)
+        return self._handles[model_id]
+
+    async def _status(self, model_id: str) -> ModelStatus | None:
+        """How a model is: if any of its replicas takes requests, it does.
+
+        To be asked is a sign of life: replicas give up what a silent ingress asked for.
+        """
+        told: list[ModelStatus] = await self._ask_replicas(model_id, "status", self._id)
+        return max(told, key=lambda status: status.ready, default=None)
+
+    async def _status_once_awake(self, model_id: str) -> ModelStatus:
+        """How a model is, as soon as there is a replica: whoever waits for one wakes the model."""
+        status: ModelStatus = await self._handle(model_id).status.remote(self._id)
+        return status
+
+    async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
+        """The answers of all replicas of all models: only they know which requests they have."""
+        of_models = await asyncio.gather(
+            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
+        )
+        return [answer for of_model in of_models for answer in of_model]
+
+    async def _ask_replicas(
+        self, model_id: str, method: str, *arguments: Any, slack_s: float = 0.0
+    ) -> list[Any]:
+        try:
+            broadcast = self._handle(model_id).broadcast(method, *arguments)
+            return await answers(broadcast, ASK_TIMEOUT_S + slack_s)
+        except (TimeoutError, RayError, RayServeException):
+            # Loading, or gone: it has nothing to tell.
+            return []
+
+
+def _first_at_work(answers: Sequence[Progress | None]) -> Progress | None:
+    """An id may have been used before, on another replica: who is at work goes before the ended."""
+    known = [answer for answer in answers if answer is not None]
+    return min(known, key=lambda progress: (progress.ended, -progress.created), default=None)

@@ -1,0 +1,100 @@
+"""The listening socket of a local service: held by its starter, lent to the ingress.
+
+Whoever connects while no ingress is there, because it starts or one that was killed is replaced,
+waits in the socket's queue instead of being refused. Several ingress replicas take turns on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stepserve.domain.errors import StepserveError
+
+QUEUE_LENGTH = 2048
+# Any byte: a descriptor travels beside data only.
+NOTE = b"."
+# An ingress that waits for ever while it is built is never replaced.
+BORROW_TIMEOUT_S = 10.0
+# No descriptors left, for example: some will be free again.
+PAUSE_S = 0.1
+
+
+class AddressTakenError(StepserveError):
+    """The service cannot listen where it was told to; the message says why."""
+
+
+@contextmanager
+def held_door(host: str, port: int, within: Path | None = None) -> Iterator[str]:
+    """Listen on an address. Yields the path where processes of this user borrow the socket.
+
+    Args:
+        host: the address.
+        port: of it.
+        within: a folder for that path; None: the one for temporary files.
+
+    Raises:
+        AddressTakenError: somebody listens there, or it is no address of this machine.
+    """
+    with (
+        _listening(host, port) as door,
+        tempfile.TemporaryDirectory(prefix="door-", dir=within) as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lender,
+    ):
+        path = str(Path(folder) / "door")
+        lender.bind(path)
+        lender.listen()
+        closed = threading.Event()
+        threading.Thread(target=_lend, args=(door, lender, closed), daemon=True).start()
+        try:
+            yield path
+        finally:
+            closed.set()
+            # Closing alone would not wake the thread.
+            lender.shutdown(socket.SHUT_RDWR)
+
+
+def borrow_door(path: str) -> socket.socket:
+    """The socket behind such a path: the same queue, whoever accepts from it.
+
+    Raises:
+        OSError: its holder is gone, or does not answer.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as borrower:
+        borrower.settimeout(BORROW_TIMEOUT_S)
+        borrower.connect(path)
+        _, descriptors, _, _ = socket.recv_fds(borrower, len(NOTE), maxfds=1)
+    if not descriptors:
+        raise ConnectionError(f"whoever held the socket at {path} did not lend it")
+    return socket.socket(fileno=descriptors[0])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    door = socket.socket(family, socket.SOCK_STREAM)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind((host, port))
+        door.listen(QUEUE_LENGTH)
+    except OSError as error:
+        door.close()
+        reason = error.strerror or str(error)
+        raise AddressTakenError(f"cannot listen on {host} port {port}: {reason}") from error
+    return door
+
+
+def _lend(door: socket.socket, lender: socket.socket, closed: threading.Event) -> None:
+    while not closed.is_set():
+        try:
+            borrower, _ = lender.accept()
+        except OSError:
+            closed.wait(PAUSE_S)
+            continue
+        # One that left in between is no reason not to lend it to others.
+        with borrower, contextlib.suppress(OSError):
+            socket.send_fds(borrower, [NOTE], [door.fileno()])

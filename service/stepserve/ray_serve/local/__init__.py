@@ -1,0 +1,1 @@
+"""A service on one machine, from its start to its end."""

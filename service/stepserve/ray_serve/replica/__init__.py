@@ -1,0 +1,1 @@
+"""The deployment that holds one resident pipeline."""

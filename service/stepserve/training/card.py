@@ -1,0 +1,132 @@
+"""The model card: a Hugging Face `README.md` filled in from the recipe and the trained parts."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from diffusers import StableDiffusionPipeline
+
+import stepserve.models
+from stepserve.training.data.artwork import PACKAGES
+from stepserve.training.data.images import BACKGROUNDS
+
+if TYPE_CHECKING:
+    from stepserve.training.emoji import EmojiRecipe
+
+TEMPLATES = Path(stepserve.models.__file__).parent / "templates"
+
+
+def write_card(
+    folder: Path, pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, pictures: int
+) -> None:
+    """Write `README.md` into a model folder whose weights are there already."""
+    weights_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    template = Template((TEMPLATES / "emoji-card.md").read_text(encoding="utf-8"))
+    values = {
+        "weights_mb": f"{weights_bytes / 1e6:.0f}",
+        "folder_name": "path/to/this/folder",
+        **_history_values(folder),
+        **_data_values(pictures),
+        **_shape_values(pipeline, recipe),
+        **_objective_values(recipe),
+    }
+    (folder / "README.md").write_text(template.substitute(values), encoding="utf-8")
+
+
+def library_version(library: str) -> str:
+    """The version of an installed library, or `not installed`."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def count_parameters(pipeline: StableDiffusionPipeline) -> dict[str, int]:
+    """Parameters of each part."""
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "unet")}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def sizes(pipeline: StableDiffusionPipeline) -> dict[str, int]:
+    """Picture sides in pixels: three quarters of the native one to twice it.
+
+    The UNet must be able to halve the latents as often as it does, and diffusers insists on
+    multiples of 8.
+    """
+    halvings = len(pipeline.unet.config.block_out_channels) - 1
+    step = max(8, pipeline.vae_scale_factor * 2**halvings)
+    native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    smallest = max(step, native * 3 // 4 // step * step)
+    return {"minimum": smallest, "maximum": 2 * native, "step": step, "native": native}
+
+
+def _data_values(pictures: int) -> dict[str, str]:
+    lines = [f"- `{p.name}` {p.version} from npm ({p.licence})" for p in PACKAGES]
+    return {
+        "packages": "\n".join(lines),
+        "pictures": f"{pictures:,}",
+        "backgrounds": ", ".join(f"`{name}`" for name in BACKGROUNDS),
+        "background_count": str(len(BACKGROUNDS)),
+        "resvg_version": library_version("resvg-py"),
+    }
+
+
+def _shape_values(pipeline: StableDiffusionPipeline, recipe: EmojiRecipe) -> dict[str, str]:
+    shape, range_px = recipe.denoiser, sizes(pipeline)
+    parameters = count_parameters(pipeline).items()
+    return {
+        "native_px": str(range_px["native"]),
+        "smallest_px": str(range_px["minimum"]),
+        "largest_px": str(range_px["maximum"]),
+        "size_step_px": str(range_px["step"]),
+        "vae_channels": ", ".join(map(str, recipe.vae.block_channels)),
+        "unet_channels": ", ".join(map(str, shape.block_channels)),
+        "head_width": str(shape.attention_head_width),
+        "latent_size": str(shape.latent_size),
+        "latent_channels": str(shape.latent_channels),
+        "text_layers": str(shape.text_layers),
+        "text_width": str(shape.text_width),
+        "text_heads": str(shape.text_heads),
+        "max_tokens": str(shape.max_tokens),
+        "vocabulary": str(len(pipeline.tokenizer)),
+        **{f"{name.split('_')[0]}_parameters": f"{count:,}" for name, count in parameters},
+    }
+
+
+def _objective_values(recipe: EmojiRecipe) -> dict[str, str]:
+    shape = recipe.denoiser
+    return {
+        "kl_weight": str(recipe.vae.kl_weight),
+        "timesteps": str(shape.timesteps),
+        "beta_start": str(shape.beta_start),
+        "beta_end": str(shape.beta_end),
+        "snr_gamma": str(shape.snr_gamma),
+        "caption_dropout_percent": f"{shape.caption_dropout * 100:.0f}",
+        "seed": str(recipe.seed),
+    }
+
+
+def _history_values(folder: Path) -> dict[str, str]:
+    """The commands and the stages that led to a model, the first one first."""
+    trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8"))]
+    while trainings[-1].get("started_from"):
+        trainings.append(trainings[-1]["started_from"])
+    trainings.reverse()
+    loops = [("VAE", trainings[0]["recipe"]["vae_loop"])]
+    loops += [("denoiser", training["recipe"]["denoiser_loop"]) for training in trainings]
+    return {
+        "commands": "\n".join(training["command"] for training in trainings),
+        "stages": "\n".join(_stage_line(name, loop) for name, loop in loops),
+    }
+
+
+def _stage_line(name: str, loop: dict[str, Any]) -> str:
+    samples = loop["steps"] * loop["batch_size"]
+    return (
+        f"| {name} | {loop['steps']:,} | {loop['batch_size']} | {samples:,} "
+        f"| {loop['learning_rate']:g} to {loop['final_learning_rate']:g} | {loop['ema_decay']} |"
+    )

@@ -1,0 +1,1 @@
+"""Artwork, captions and latents to train on."""

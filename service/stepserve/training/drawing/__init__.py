@@ -1,0 +1,1 @@
+"""Images of how training goes and of what a diffusion model does."""
