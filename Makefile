@@ -23,9 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Under a terminal the service gets a process group of its own: Ctrl-C then reaches the service and
 # not make, which would otherwise report an interrupt although the service drained and exited 0.
-run: $(INSTALLED)  ## Serve on HOST:PORT and make a first picture into out/.
+run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 	@if [ -t 0 ]; then set -m; fi; \
-	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-picture out $(OPTIONS); exit $$?
+	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-image out $(OPTIONS); exit $$?
 
 # Services and browsers have the machine to themselves; the others compute on one thread each.
 ALONE := tests/integration tests/browser
@@ -44,7 +44,7 @@ check: $(INSTALLED)  ## What CI runs first: format, lint, types, import directio
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_import_direction.py
+	$(BIN)/lint-imports --no-cache
 
 format: $(INSTALLED)  ## Format the code and mend what the linter can.
 	$(BIN)/ruff check --fix .

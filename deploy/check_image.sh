@@ -82,16 +82,16 @@ check_running() {
     say "who it runs as, and what it can write"
     # shellcheck disable=SC2016 # expanded inside
     "${run[@]}" exec "$container" sh -c 'test "$(id -u)" = 10001 && ! touch /opt/x 2>/dev/null'
-    say "a picture"
+    say "an image"
     curl -sf "http://127.0.0.1:$port/v1/images/generations" -H 'Content-Type: application/json' \
         -d '{"prompt": "red heart", "seed": 3}' | grep -o '"b64_json": *"iVBOR' | head -1
     say "metrics"
     sleep 8
-    curl -sf "http://127.0.0.1:$port/metrics" | grep '^stepserve_pictures_total'
+    curl -sf "http://127.0.0.1:$port/metrics" | grep '^stepserve_images_total'
 }
 
 check_stop() {
-    say "SIGTERM while a picture is being made"
+    say "SIGTERM while an image is being made"
     local answer
     answer=$(mktemp)
     curl -s -o "$answer" -w '%{http_code}' "http://127.0.0.1:$port/v1/images/generations" \

@@ -90,7 +90,7 @@ wait_for 60 "locust is there" curl -sf http://127.0.0.1:8089/
 curl -sf http://127.0.0.1:8089/swarm -d user_count=4 -d spawn_rate=4 >/dev/null
 wait_for 120 "users were served" locust_says 20
 wait_for 60 "Prometheus scrapes the service" prometheus_says 'up{job="stepserve"}' 1
-wait_for 60 "and knows of its pictures" prometheus_says 'sum(stepserve_pictures_total)' 10
+wait_for 60 "and knows of its images" prometheus_says 'sum(stepserve_images_total)' 10
 curl -sf http://127.0.0.1:9090/api/v1/rules | grep -q '"alerting"'
 say "and of its alerts"
 locust_says 20

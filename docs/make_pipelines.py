@@ -24,7 +24,7 @@ from families.family import Family  # noqa: E402
 HEAD = """\
 # Pipelines
 
-Any diffusers pipeline that makes pictures from a prompt can be served from a local folder,
+Any diffusers pipeline that makes images from a prompt can be served from a local folder,
 unmodified. This table is made by `python docs/make_pipelines.py` from the parity suite
 (`tests/parity/test_every_family.py`), which builds a tiny pipeline of each family with random
 weights, runs four requests of 2, 3, 4 and 5 steps that differ in seed, prompt, guidance, strength
@@ -49,8 +49,8 @@ encoder whose adapter it scales, a VAE that it casts to float32 and back) run in
 nobody else gets to see the change.
 
 Of these families, those that draw from a prompt alone are also taken the whole way, from a folder
-on disk through `load_model` and the engine to a picture, for every task that they offer and at
-other sizes than the native one; the picture is the plain pipeline's
+on disk through `load_model` and the engine to an image, for every task that they offer and at
+other sizes than the native one; the image is the plain pipeline's
 (`tests/parity/test_served_families.py`, which says which tiny models cannot be tried so, and why).
 When a model is loaded, each task is tried once at the smallest size. One that raises is not
 offered, and a pipeline that makes sizes of its own choice, whatever it is asked for, offers its

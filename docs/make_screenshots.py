@@ -1,4 +1,4 @@
-"""Take the README's pictures of the playground from a running service.
+"""Take the README's images of the playground from a running service.
 
 python docs/make_screenshots.py http://127.0.0.1:8000
 """
@@ -21,7 +21,7 @@ VIEWS = {
     "playground-dark": (1360, 860, "dark"),
     "playground-phone": (390, 844, "light"),
 }
-# Some requests have left by then, so that both joining and leaving are in the picture.
+# Some requests have left by then, so that both joining and leaving are in the image.
 DONE = "document.querySelectorAll('.card [aria-label=Download]').length"
 
 

@@ -211,7 +211,7 @@ def print_table(report: dict[str, Any]) -> None:
     if offline := report.get("offline"):
         print(
             f"offline: {offline['throughput_per_s']:.2f} requests/s, "
-            f"{offline['pictures_per_s']:.2f} pictures/s, {offline['rows_per_s']:.0f} rows/s"
+            f"{offline['images_per_s']:.2f} images/s, {offline['rows_per_s']:.0f} rows/s"
         )
     if "sweep" in report:
         _print_sweep(report)

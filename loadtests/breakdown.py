@@ -196,7 +196,7 @@ async def metrics_of(session: aiohttp.ClientSession) -> str:
 
 
 def requests_ended(metrics: str) -> float:
-    """Picture requests that were answered since the service started."""
+    """Image requests that were answered since the service started."""
     lines = [line for line in metrics.splitlines() if line.startswith("stepserve_requests_total")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
@@ -258,7 +258,7 @@ def sample(
 
 
 def draw_flames(processes: Mapping[psutil.Process, str], options: argparse.Namespace) -> None:
-    """Pictures of a replica's and of the ingress's stacks."""
+    """Images of a replica's and of the ingress's stacks."""
     for wanted in (REPLICA, "ingress"):
         pid = next(process.pid for process, role in processes.items() if role == wanted)
         file = options.out.with_name(f"flame-{wanted}.svg")

@@ -116,7 +116,7 @@ def body_of(request: TraceRequest, deadline_s: float | None = None) -> dict[str,
         "n": request.n,
     }
     if request.strength is not None:
-        body |= {"strength": request.strength, "image": _picture(request.size)}
+        body |= {"strength": request.strength, "image": _image(request.size)}
     if deadline_s is not None:
         body["deadline_s"] = deadline_s
     return body
@@ -257,27 +257,27 @@ class _Told:
 def complaint_about(data: bytes, request: TraceRequest) -> str:
     """What is wrong with an answer; empty: nothing.
 
-    Only the head of a file is read: decoding pictures would take time from the server beside it.
+    Only the head of a file is read: decoding images would take time from the server beside it.
     """
     try:
-        pictures = json.loads(data)["data"]
-        heads = [base64.b64decode(p["b64_json"][:PNG_HEADER_CHARACTERS]) for p in pictures]
+        images = json.loads(data)["data"]
+        heads = [base64.b64decode(p["b64_json"][:PNG_HEADER_CHARACTERS]) for p in images]
     except (ValueError, LookupError, TypeError) as error:
         return f"the answer is not as expected: {error!r}"
     if len(heads) != request.n:
-        return f"{len(heads)} pictures instead of {request.n}"
+        return f"{len(heads)} images instead of {request.n}"
     if not all(head.startswith(PNG_START) for head in heads):
-        return "a picture is no PNG"
+        return "an image is no PNG"
     sizes = {"{}x{}".format(*struct.unpack(">II", head[16:24])) for head in heads}
     return "" if sizes == {request.size} else f"sizes {sizes} instead of {request.size}"
 
 
 @cache
-def _picture(size: str) -> str:
-    """A picture to change, as a data URL: a red square on white."""
+def _image(size: str) -> str:
+    """An image to change, as a data URL: a red square on white."""
     width, height = map(int, size.split("x"))
-    picture = Image.new("RGB", (width, height), "white")
-    picture.paste((200, 40, 40), (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
+    image = Image.new("RGB", (width, height), "white")
+    image.paste((200, 40, 40), (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

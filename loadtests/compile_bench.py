@@ -31,7 +31,7 @@ from stepserve.pipelines.loading.folders import leave_cores_to_engine, load_mode
 from stepserve.pipelines.modules.attach import ParkingOptions
 from stepserve.pipelines.modules.compiling import SwitchableForward, row_buckets
 from stepserve.pipelines.probing.parked_calls import parked_at
-from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.probing.probe_requests import make_probe_requests
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 from stepserve.pipelines.serving.warm_up import warm_up
@@ -171,7 +171,7 @@ def _calls_of(runner: PipelineRunner) -> list[Call]:
     """Calls of the denoiser with equal keys and different content, the fewest rows first."""
     model = runner.model
     options = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
-    with parked_at(Stage.DENOISE, model.pipeline, make_trials(model), options) as groups:
+    with parked_at(Stage.DENOISE, model.pipeline, make_probe_requests(model), options) as groups:
         return sorted(groups[0], key=lambda call: call.rows)
 
 

@@ -3,8 +3,8 @@
     python -m loadtests.engine_bench [--repeats 5] [--out out/bench-engine.json]
 
 Sixteen concurrent requests that agree on nothing (4 to 50 steps, eight schedulers, guidance on and
-off) go through the engine at once; plain diffusers makes the same pictures one after another. Every
-picture is compared byte for byte. Medians are reported; absolute times mean nothing elsewhere.
+off) go through the engine at once; plain diffusers makes the same images one after another. Every
+image is compared byte for byte. Medians are reported; absolute times mean nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Comparison:
     plain_s: tuple[float, ...]
     engine_s: tuple[float, ...]
     identical: int
-    pictures: int
+    images: int
     outside_share: float
     rows_per_forward: float
 
@@ -112,7 +112,7 @@ def run_plain(pipeline: Any, requests: list[GenerationRequest]) -> tuple[float, 
 def run_engine(
     runner: PipelineRunner, requests: list[GenerationRequest]
 ) -> tuple[float, list[Finished]]:
-    """All requests at once; returns when the last picture is encoded."""
+    """All requests at once; returns when the last image is encoded."""
     ended: SimpleQueue[Finished | Failed] = SimpleQueue()
     sink = endings_into(ended)
     started_s = time.perf_counter()
@@ -175,14 +175,14 @@ def compare(
         tuple(plain_s),
         tuple(engine_s),
         identical=sum(raw_pixels(f) == p for f, p in zip(finished, pixels, strict=True)),
-        pictures=len(requests),
+        images=len(requests),
         outside_share=1 - forward_s / busy_s,
         rows_per_forward=(after.rows - before.rows) / (after.forwards - before.forwards),
     )
 
 
 def raw_pixels(finished: Finished) -> bytes:
-    """Pixels of the first picture of an answer."""
+    """Pixels of the first image of an answer."""
     return Image.open(io.BytesIO(finished.images[0].data)).convert("RGB").tobytes()
 
 
@@ -294,7 +294,7 @@ def print_table(comparison: Comparison, report: dict[str, Any]) -> None:
     """Goals beside what was measured."""
     rows = (
         ("throughput over plain diffusers", f"{comparison.speedup:.2f}x", ">= 2.2x"),
-        ("pictures byte-identical", f"{comparison.identical}/{comparison.pictures}", "all"),
+        ("images byte-identical", f"{comparison.identical}/{comparison.images}", "all"),
         ("time outside forwards", f"{comparison.outside_share:.1%}", "<= 5 %"),
         ("p95 arrival to first step", f"{report['first_step_p95_in_steps']:.2f} steps", "<= 1.2"),
         ("rows per forward", f"{comparison.rows_per_forward:.1f}", ""),

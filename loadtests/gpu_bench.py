@@ -3,7 +3,7 @@
     python -m loadtests.gpu_bench [--repeats 3] [--out out/bench-gpu.json]
 
 Twice: with the embedded model at 64x64, and with a model of Stable Diffusion 1.5's layout and size
-at 512x512 (random weights: its pictures are noise, its costs are not). The requests are those of
+at 512x512 (random weights: its images are noise, its costs are not). The requests are those of
 `engine_bench`: sixteen at once that agree on nothing. Also counted: how often the engine's thread
 waits for the device in a tick, where it need not.
 """
@@ -157,7 +157,7 @@ def tell(measured: Measured) -> None:
     print(f"\n{measured.case}: {measured.graphs} graphs, row limit {measured.row_limit}")
     print(f"  {measured.row_policy}; same bytes at any load: {measured.same_bytes}")
     print(f"  throughput over plain diffusers  {comparison.speedup:.2f}x")
-    print(f"  byte-identical to plain          {comparison.identical}/{comparison.pictures}")
+    print(f"  byte-identical to plain          {comparison.identical}/{comparison.images}")
     print(f"  rows per forward                 {comparison.rows_per_forward:.1f}")
     print(f"  time outside forwards            {comparison.outside_share:.1%}")
     print(f"  waits for the device per forward {measured.waits_per_forward:.1f}")

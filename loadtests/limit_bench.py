@@ -53,9 +53,9 @@ INTERVAL = 0.6
 INTERVAL_REQUESTS = 96
 AT_ONCE = 32
 BETWEEN_S = 0.4
-FORETOLD_LOAD = 0.8
-FORETOLD_REQUESTS = 96
-FORETOLD_SEEDS = (1, 2, 3, 4)
+PREDICTED_LOAD = 0.8
+PREDICTED_REQUESTS = 96
+PREDICTED_SEEDS = (1, 2, 3, 4)
 
 
 def requests_alike(count: int, **changes: Any) -> list[GenerationRequest]:
@@ -157,10 +157,10 @@ def batch_of_eight_ratio(runner: PipelineRunner, repeats: int) -> float:
     return median_over(ours, partial(runner.engine.call, plain), repeats)
 
 
-def pictures_per_bare_row(runner: PipelineRunner, rows: int, guidance_end: float) -> float:
+def images_per_bare_row(runner: PipelineRunner, rows: int, guidance_end: float) -> float:
     """With always as many requests at once, of guidance up to that share of their steps.
 
-    Pictures by the engine's time over rows by the bare denoiser's, which is called between ticks.
+    Images by the engine's time over rows by the bare denoiser's, which is called between ticks.
     From when the first of them have ended: at the end of a run there is less and less to share.
     """
     ended: SimpleQueue[Finished | Failed] = SimpleQueue()
@@ -177,11 +177,11 @@ def pictures_per_bare_row(runner: PipelineRunner, rows: int, guidance_end: float
             bare.append(bare_rows_per_s(runner, rows, forwards=2))
     for _ in range(AT_ONCE):
         or_raise(ended.get())
-    pictures_per_s = (INTERVAL_REQUESTS - AT_ONCE) / (ended_s[-1] - ended_s[AT_ONCE - 1])
-    return pictures_per_s / statistics.harmonic_mean(bare)
+    images_per_s = (INTERVAL_REQUESTS - AT_ONCE) / (ended_s[-1] - ended_s[AT_ONCE - 1])
+    return images_per_s / statistics.harmonic_mean(bare)
 
 
-def foretold_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
+def prediction_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
     """Relative errors of the finish times foretold at acceptance, on a steady mixed load.
 
     Requests come at random, at 0.8 of what the engine can do.
@@ -197,18 +197,18 @@ def foretold_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
             ended.put(event)
 
     whole_s, _ = run_engine(runner, mixed_requests())
-    gap_s = whole_s / len(mixed_requests()) / FORETOLD_LOAD
+    gap_s = whole_s / len(mixed_requests()) / PREDICTED_LOAD
     chance = random.Random(seed)
-    drawn = chance.choices(mixed_requests(), k=FORETOLD_REQUESTS)
+    drawn = chance.choices(mixed_requests(), k=PREDICTED_REQUESTS)
     requests = [replace(request, id=f"foretold-{i}") for i, request in enumerate(drawn)]
     for request in requests:
         runner.submit(request, sink)
         time.sleep(chance.expovariate(1 / gap_s))
     for _ in requests:
         finished = or_raise(ended.get())
-        foretold = expected_s[finished.request_id]
-        assert foretold is not None
-        errors[finished.request_id] = abs(foretold / finished.timings.total_s - 1)
+        predicted = expected_s[finished.request_id]
+        assert predicted is not None
+        errors[finished.request_id] = abs(predicted / finished.timings.total_s - 1)
     # Those of the first third came when there was little in hand.
     return [errors[request.id] for request in requests[len(requests) // 3 :]]
 
@@ -223,11 +223,11 @@ def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
         count: median_over(partial(engine_rows_per_s, runner, count), bare_at_best, repeats)
         for count in CONCURRENT
     }
-    pictures = partial(pictures_per_bare_row, runner, best)
-    gain = statistics.median(pictures(INTERVAL) / pictures(1.0) for _ in range(repeats))
+    images = partial(images_per_bare_row, runner, best)
+    gain = statistics.median(images(INTERVAL) / images(1.0) for _ in range(repeats))
     # How much longer requests of a kind take than foretold is learned from such a load.
-    foretold_errors(runner, seed=0)
-    foretold = [error for seed in FORETOLD_SEEDS for error in foretold_errors(runner, seed)]
+    prediction_errors(runner, seed=0)
+    predicted = [error for seed in PREDICTED_SEEDS for error in prediction_errors(runner, seed)]
     return {
         "bare_rows_per_s": bare,
         "best_rows": best,
@@ -236,7 +236,7 @@ def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
         "share_of_bare_by_concurrency": curve,
         "batch_of_eight_ratio": batch_of_eight_ratio(runner, 3 * repeats),
         "interval_gain": gain,
-        "foretold_error": statistics.median(foretold),
+        "foretold_error": statistics.median(predicted),
         "threads": runner.engine.options.threads,
     }
 
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    engine = EngineOptions(max_waiting_pictures=1000, threads=options.threads)
+    engine = EngineOptions(max_pending_images=1000, threads=options.threads)
     runner = PipelineRunner(load_model("emoji", EMBEDDED), engine)
     runner.start()
     warm_up(runner)
@@ -289,7 +289,7 @@ def print_table(report: dict[str, Any]) -> None:
     rows = (
         ("rows/s at saturation over bare denoiser", f"{report['near_the_limit']:.3f}", ">= 0.93"),
         ("batch of 8 over pipe([prompt] * 8)", f"{report['batch_of_eight_ratio']:.3f}", "<= 1.03"),
-        ("guidance at 60 % of steps, pictures/s", f"{report['interval_gain']:.2f}x", ">= 1.2x"),
+        ("guidance at 60 % of steps, images/s", f"{report['interval_gain']:.2f}x", ">= 1.2x"),
         ("finish times foretold, median error", f"{report['foretold_error']:.1%}", "<= 15 %"),
         ("row limit as measured", str(report["row_limit"]), ""),
     )

@@ -4,7 +4,7 @@
         --users 10 --run-time 2m --load-shape ramp --html out/load.html
 
 Every user begins tasks at a constant rate (`--user-rate`), as far as its answers come in time: for
-arrivals that never wait for answers there is `loadtests.bench`. Every answer is checked: pictures
+arrivals that never wait for answers there is `loadtests.bench`. Every answer is checked: images
 are decoded, their size and seeds compared. Headless, the last lines say whether the test passed,
 and the exit code says it too.
 
@@ -26,13 +26,13 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 from requests.exceptions import Timeout
 
-from loadtests.answer_checks import complaint_about_picture, complaint_about_pictures, read_events
+from loadtests.answer_checks import complaint_about_image, complaint_about_images, read_events
 from loadtests.http_shape import EDITS, GENERATIONS, REFUSED, read_server_timing
 from loadtests.shapes import SHAPES, users_at
 from loadtests.trace import Mix, TraceRequest, draw_trace
 
 BURST = 4
-EDITS_OF_A_PICTURE = 3
+EDITS_OF_A_IMAGE = 3
 STRENGTH = 0.6
 PARTIAL_IMAGES = 2
 SHORTEST_PATIENCE_S, LONGEST_PATIENCE_S = 0.05, 1.0
@@ -106,7 +106,7 @@ class StepserveUser(HttpUser):
         }
 
     def ask(self, url: str, body: dict[str, Any], name: str) -> dict[str, Any] | None:
-        """Send a request and check its answer; None if there are no right pictures."""
+        """Send a request and check its answer; None if there are no right images."""
         with self.client.post(
             url, json=body, name=name, catch_response=True, timeout=ANSWER_TIMEOUT_S
         ) as response:
@@ -116,7 +116,7 @@ class StepserveUser(HttpUser):
                 response.failure(f"status {response.status_code}: {response.text[:120]}")
                 return None
             answer: dict[str, Any] = response.json()
-            complaint = complaint_about_pictures(answer, body)
+            complaint = complaint_about_images(answer, body)
             if complaint:
                 response.failure(complaint)
                 return None
@@ -155,7 +155,7 @@ class StepserveUser(HttpUser):
 
 
 class SingleShot(StepserveUser):
-    """One picture request now and then."""
+    """One image request now and then."""
 
     weight = 5
 
@@ -184,7 +184,7 @@ class Burst(StepserveUser):
 
 
 class Editor(StepserveUser):
-    """Makes a picture, and then changes it again and again."""
+    """Makes an image, and then changes it again and again."""
 
     weight = 2
 
@@ -194,23 +194,23 @@ class Editor(StepserveUser):
         """Each edit starts from the last answer."""
         body = self.draw() | {"n": 1}
         answer = self.ask(GENERATIONS, body, "first of an editor")
-        for _ in range(EDITS_OF_A_PICTURE):
+        for _ in range(EDITS_OF_A_IMAGE):
             if answer is None:
                 return
-            picture = f"data:image/png;base64,{answer['data'][0]['b64_json']}"
-            edit = body | {"image": picture, "strength": STRENGTH, "seed": body["seed"] + 1}
+            image = f"data:image/png;base64,{answer['data'][0]['b64_json']}"
+            edit = body | {"image": image, "strength": STRENGTH, "seed": body["seed"] + 1}
             answer = self.ask(EDITS, edit, "edit")
 
 
 class Streamer(StepserveUser):
-    """Watches pictures appear."""
+    """Watches images appear."""
 
     weight = 2
 
     @tag("streamer")
     @task
     def watch(self) -> None:
-        """A stream with pictures on the way."""
+        """A stream with images on the way."""
         body = self.draw() | {"n": 1, "stream": True, "partial_images": PARTIAL_IMAGES}
         started_s = time.perf_counter()
         with self.client.post(
@@ -238,19 +238,19 @@ class Streamer(StepserveUser):
         for name, event in read_events(response.iter_lines(chunk_size=1)):
             if name == "error":
                 return f"the stream ended with {event['error']['code']}"
-            complaint = complaint_about_picture(event["b64_json"], body)
+            complaint = complaint_about_image(event["b64_json"], body)
             if complaint:
                 return complaint
             if name.endswith("partial_image") and event["partial_image_index"] == 0:
-                self.tell("time to first partial picture", time.perf_counter() - started_s)
+                self.tell("time to first partial image", time.perf_counter() - started_s)
             completed += name.endswith("completed")
         if completed != 1:
-            return f"{completed} finished pictures instead of 1"
+            return f"{completed} finished images instead of 1"
         return "" if event["seed"] == body["seed"] else f"seed {event['seed']}, not {body['seed']}"
 
 
 class Impatient(StepserveUser):
-    """Leaves before most pictures are there."""
+    """Leaves before most images are there."""
 
     weight = 1
 

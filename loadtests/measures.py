@@ -172,7 +172,7 @@ def summarize(run: Run, targets: Sequence[LatencyTarget]) -> dict[str, Any]:
         "counts": dict(Counter(outcome.status.value for outcome in run.outcomes)),
         "seconds": ends_s,
         "throughput_per_s": len(ok) / ends_s if ends_s else 0.0,
-        "pictures_per_s": sum(run.trace[o.index].n for o in ok) / ends_s if ends_s else 0.0,
+        "images_per_s": sum(run.trace[o.index].n for o in ok) / ends_s if ends_s else 0.0,
         "rows_per_s": sum(_row_calls(run.trace[o.index]) for o in ok) / ends_s if ends_s else 0.0,
         "in_time": {target.name: run.in_time_share(target) for target in targets},
         "latency_s": _spread(outcome.latency_s for outcome in ok),

@@ -2,10 +2,10 @@
 
     python -m loadtests.policy_simulation
 
-Requests arrive at random (Poisson), want one of two picture sizes and a number of steps, and step
-together as `engine/scheduling/policy.py` decides. A forward takes what was measured for the 20 M UNet in
-bf16 on two cores; the larger size takes four times as long for the same rows. Everything is drawn
-from a seed, so that two policies meet the very same requests.
+Requests arrive at random (Poisson), want one of two image sizes and a number of steps, and step
+together as `engine/scheduling/policy.py` decides. A forward takes what was measured for the 20 M
+UNet in bf16 on two cores; the larger size takes four times as long for the same rows. Everything is
+drawn from a seed, so that two policies meet the very same requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from stepserve.engine.calls.arguments import LeafKind
+from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, CallKey, ParkableMethod
 from stepserve.engine.scheduling.policy import (
     POLICIES,
@@ -53,7 +53,7 @@ class Request:
     steps: int
 
     @property
-    def alone_s(self) -> float:
+    def serial_s(self) -> float:
         """What it takes when it is alone."""
         return self.steps * forward_s(self.size, self.rows)
 
@@ -153,7 +153,7 @@ class Simulation:
         call = Call(DENOISER, (), {}, KEYS[request.size], request.rows, self._sequence)
         left_s = self.steps_left[number] * forward_s(request.size, request.rows)
         self.parked[number] = Parked(
-            call, self.now_s, arrival=number, left_s=left_s, alone_s=request.alone_s
+            call, self.now_s, arrival=number, left_s=left_s, serial_s=request.serial_s
         )
 
 
@@ -161,7 +161,7 @@ def one_at_a_time(requests: Sequence[Request]) -> list[float]:
     """Latencies where each request runs alone, in the order of arrival."""
     now_s, latencies = 0.0, []
     for request in requests:
-        now_s = max(now_s, request.arrival_s) + request.alone_s
+        now_s = max(now_s, request.arrival_s) + request.serial_s
         latencies.append(now_s - request.arrival_s)
     return latencies
 
@@ -172,7 +172,7 @@ def holds(policy: Policy, requests: Sequence[Request]) -> bool:
 
     def too_many_late(number: int, latency_s: float) -> bool:
         nonlocal late
-        late += latency_s > SLOWDOWN * requests[number].alone_s
+        late += latency_s > SLOWDOWN * requests[number].serial_s
         return late > (1 - WITHIN) * len(requests)
 
     Simulation(policy).run(requests, too_many_late)
@@ -207,7 +207,7 @@ def latencies(requests: Sequence[Request], seconds: Sequence[float], steps: int)
 
 def rate_alone(requests: Sequence[Request], load: float) -> float:
     """The rate at which requests would keep a server busy for that share, one at a time."""
-    return load * len(requests) / sum(request.alone_s for request in requests)
+    return load * len(requests) / sum(request.serial_s for request in requests)
 
 
 def main() -> None:
@@ -233,7 +233,9 @@ def _choose(chance: random.Random, shares: Mapping[Choice, float]) -> Choice:
 
 
 def _as_queued(number: int, request: Request) -> Queued:
-    return Queued(number, request.rows, request.arrival_s, request.alone_s, kind=KEYS[request.size])
+    return Queued(
+        number, request.rows, request.arrival_s, request.serial_s, kind=KEYS[request.size]
+    )
 
 
 def _as_running(parked: Parked) -> Running:
@@ -241,7 +243,7 @@ def _as_running(parked: Parked) -> Running:
 
 
 def _key(size: str) -> CallKey:
-    return CallKey("unet.forward", (((0,), LeafKind.BATCHED, size),))
+    return CallKey("unet.forward", (((0,), ArgumentKind.BATCHED, size),))
 
 
 KEYS = {size: _key(size) for size in COSTS}

@@ -327,7 +327,7 @@ def _offline_line(offline: dict[str, Any]) -> str:
     rows = offline["occupancy"].get("rows_per_forward")
     return (
         f"All at once ({offline['requests']} requests, {offline['in_flight']} in flight): "
-        f"{offline['throughput_per_s']:.2f} requests, {offline['pictures_per_s']:.2f} pictures and "
+        f"{offline['throughput_per_s']:.2f} requests, {offline['images_per_s']:.2f} images and "
         f"{offline['rows_per_s']:.0f} denoiser rows a second; {shown(rows, 1)} rows a forward."
     )
 

@@ -106,8 +106,8 @@ def report(
 *Written by `python -m loadtests.routing_bench`.*
 
 Each request goes to the replica that should finish it first, with some concern for those that it
-would delay there. Work is counted in seconds of the
-learned cost model (`engine/scheduling/cost.py`), not in requests: 100 steps of four guided pictures at
+would delay there. Work is counted in seconds of the learned cost model
+(`engine/scheduling/cost.py`), not in requests: 100 steps of four guided images at
 128 pixels are some two hundred times the work of 4 steps of a small one. And a request that fits
 what a replica is stepping already, in size and adapters, shares its forwards and costs less there.
 `routing/ledger.py` says how the seconds are counted; `ray_serve/ingress/router.py` is the
@@ -115,7 +115,7 @@ router that Ray Serve asks.
 
 The simulation drives that same code: replicas that step as the engine does, forward by forward,
 with costs like those of the embedded model on a CPU; Poisson arrivals of 4 to 100 steps
-(heavy-tailed), three sizes, one to four pictures, most with guidance; routers that see what they
+(heavy-tailed), three sizes, one to four images, most with guidance; routers that see what they
 would see in service, which is what they sent themselves and reports that are a second apart.
 Requests of the first third of a simulation are not counted, as the fleet is empty then. Load
 is told in shares of what ordinary routers can just serve: {CAPACITY:.1f} requests a second and

@@ -102,10 +102,10 @@ async def calibrate(
     few, many = CALIBRATION_STEPS
     seconds: dict[str, dict[int, list[float]]] = {kind: {} for kind in examples}
     for example in examples.values():  # warms up
-        await alone_s(session, replace(example, num_inference_steps=few))
+        await serial_s(session, replace(example, num_inference_steps=few))
     for _, (kind, example), steps in product(range(repeats), examples.items(), (few, many)):
         request = replace(example, num_inference_steps=steps)
-        taken_s = await alone_s(session, request)
+        taken_s = await serial_s(session, request)
         seconds[kind].setdefault(request.denoiser_calls, []).append(taken_s)
     return Unloaded({kind: fit_line(found) for kind, found in seconds.items()})
 
@@ -126,7 +126,7 @@ async def wait_until_serving(session: aiohttp.ClientSession, request: TraceReque
     raise SettleError(f"no answer within {START_TIMEOUT_S:.0f} s: {outcome.detail}")
 
 
-async def alone_s(session: aiohttp.ClientSession, request: TraceRequest) -> float:
+async def serial_s(session: aiohttp.ClientSession, request: TraceRequest) -> float:
     """Seconds of one request that has the server to itself.
 
     Raises:
@@ -179,7 +179,7 @@ async def offline(bench: Bench, in_flight: int) -> dict[str, Any]:
         "seconds": seconds,
         "throughput_per_s": steady_per_s(outcomes, bench.unloaded_s(), in_flight) or overall_per_s,
         "overall_per_s": overall_per_s,
-        "pictures_per_s": sum(trace[o.index].n for o in ok) / seconds,
+        "images_per_s": sum(trace[o.index].n for o in ok) / seconds,
         "rows_per_s": rows / seconds,
         "occupancy": occupancy.told(),
         "complaints": sorted({o.detail for o in outcomes if o.detail})[:5],

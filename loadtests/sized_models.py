@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 def build_stable_diffusion(folder: Path, device: str) -> None:
     """A pipeline of the layout of Stable Diffusion 1.5 (860 million parameters in its UNet).
 
-    Its numbers are random, so its pictures are noise; what it costs is what that model costs.
+    Its numbers are random, so its images are noise; what it costs is what that model costs.
     """
     torch.manual_seed(0)
     with torch.device(device):

@@ -1,7 +1,7 @@
 """A seeded trace of requests and the moments they arrive. Pure: the same seed, the same trace.
 
 Real traffic is skewed: most requests use the defaults, a few are far longer. So step counts have a
-heavy tail (4 to 100), and one size, one scheduler and one picture are the commonest. Guidance has
+heavy tail (4 to 100), and one size, one scheduler and one image are the commonest. Guidance has
 one value where it is on, which favours servers that batch requests of equal parameters.
 
 Gaps between arrivals are drawn before anything is sent, with a mean of one, and scaled to a rate:
@@ -43,7 +43,7 @@ SCHEDULERS: Weighted[str] = (
     ("UniPCMultistepScheduler", 0.1),
 )
 GUIDANCE_SCALES: Weighted[float] = ((4.0, 0.8), (1.0, 0.2))
-PICTURES: Weighted[int] = ((1, 0.75), (2, 0.15), (3, 0.05), (4, 0.05))
+IMAGES: Weighted[int] = ((1, 0.75), (2, 0.15), (3, 0.05), (4, 0.05))
 SUBJECTS = ("red heart", "pizza", "rocket", "cat face", "sunflower", "green apple", "castle")
 BACKGROUNDS = ("", " on a blue background", " on a yellow background", ", fluent style")
 STRENGTH = 0.6
@@ -70,7 +70,7 @@ class TraceRequest:
 
     @property
     def rows(self) -> int:
-        """Rows of one denoiser forward: guidance needs two for each picture."""
+        """Rows of one denoiser forward: guidance needs two for each image."""
         return self.n * (2 if self.guidance_scale > 1 else 1)
 
     @property
@@ -89,7 +89,7 @@ class Mix:
     sizes: Weighted[str] = SIZES
     schedulers: Weighted[str] = SCHEDULERS
     guidance_scales: Weighted[float] = GUIDANCE_SCALES
-    pictures: Weighted[int] = PICTURES
+    images: Weighted[int] = IMAGES
     image_to_image_share: float = 0.0
     cancelled_share: float = 0.05
 
@@ -100,7 +100,7 @@ HOMOGENEOUS = Mix(
     sizes=(("64x64", 1.0),),
     schedulers=(("DDIMScheduler", 1.0),),
     guidance_scales=((4.0, 1.0),),
-    pictures=((1, 1.0),),
+    images=((1, 1.0),),
     cancelled_share=0.0,
 )
 MIXES = {"mixed": MIXED, "homogeneous": HOMOGENEOUS}
@@ -219,7 +219,7 @@ def _draw_request(mix: Mix, chance: random.Random) -> TraceRequest:
         guidance_scale=_pick(mix.guidance_scales, chance),
         scheduler=_pick(mix.schedulers, chance),
         seed=chance.randint(0, MAX_SEED),
-        n=_pick(mix.pictures, chance),
+        n=_pick(mix.images, chance),
         strength=STRENGTH if is_edit else None,
         cancel_after=patience if leaves else None,
     )

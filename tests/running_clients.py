@@ -24,7 +24,7 @@ RUN_S = 180
 QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "*"}
 
 
-def picture(mode: str = "RGBA") -> bytes:
+def drawn_image(mode: str = "RGBA") -> bytes:
     """A PNG file of 64 x 64 pixels; with transparency it is a mask, too."""
     buffer = io.BytesIO()
     Image.new(mode, (64, 64)).save(buffer, "PNG")
@@ -59,7 +59,7 @@ def run_javascript(script: str, installed: Path, url: str) -> Any:
 
 
 def _told(command: list[str], url: str) -> Any:
-    environment = {"URL": url, "PICTURE": base64.b64encode(picture()).decode()}
+    environment = {"URL": url, "IMAGE": base64.b64encode(drawn_image()).decode()}
     ran = subprocess.run(
         command,
         env=os.environ | QUIET | environment,

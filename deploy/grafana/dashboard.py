@@ -15,7 +15,7 @@ FILE = Path(__file__).with_name("stepserve.json")
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH, HEIGHT, PANELS_A_ROW = 8, 8, 3
 MODEL = 'model=~"$model"'
-PICTURES = f'route=~"/v1/images/.*", {MODEL}'
+IMAGES = f'route=~"/v1/images/.*", {MODEL}'
 RATE = "[$__rate_interval]"
 
 
@@ -50,8 +50,8 @@ def quantile(share: float, name: str, *by: str, labels: str = MODEL) -> str:
 SERVED = (
     Panel(
         "Requests by outcome",
-        "HTTP requests for pictures a second. Everything but ok deserves a look.",
-        {"{{model}} {{outcome}}": rate("http_requests", "model", "outcome", labels=PICTURES)},
+        "HTTP requests for images a second. Everything but ok deserves a look.",
+        {"{{model}} {{outcome}}": rate("http_requests", "model", "outcome", labels=IMAGES)},
         "reqps",
         stacked=True,
     ),
@@ -63,8 +63,8 @@ SERVED = (
         thresholds={"red": 0.02},
     ),
     Panel(
-        "Seconds to the picture",
-        "From acceptance to the finished picture.",
+        "Seconds to the image",
+        "From acceptance to the finished image.",
         {
             "{{model}} p50": quantile(0.5, "request_duration_seconds"),
             "{{model}} p95": quantile(0.95, "request_duration_seconds"),
@@ -86,7 +86,7 @@ SERVED = (
         "an API key is used up. Withheld: images that the model's own safety checker flagged.",
         {
             "{{model}} {{reason}}": rate("refusals", "model", "reason", labels='model=~"$model|"'),
-            "{{model}} withheld": rate("content_filtered_pictures", "model"),
+            "{{model}} withheld": rate("content_filtered_images", "model"),
         },
         "reqps",
         stacked=True,
@@ -102,7 +102,7 @@ SERVED = (
 BATCHES = (
     Panel(
         "Rows of a forward",
-        "Rows that share one forward, on average. Guidance takes two rows a picture.",
+        "Rows that share one forward, on average. Guidance takes two rows an image.",
         {
             "{{model}} {{stage}}": f"{rate('rows', 'model', 'stage')} / "
             f"{rate('forwards', 'model', 'stage')}"
@@ -119,9 +119,9 @@ BATCHES = (
         most=1,
     ),
     Panel(
-        "Denoising steps and pictures",
-        "Steps of all requests a second, and finished pictures.",
-        {"{{model}} steps": rate("denoising_steps"), "{{model}} pictures": rate("pictures")},
+        "Denoising steps and images",
+        "Steps of all requests a second, and finished images.",
+        {"{{model}} steps": rate("denoising_steps"), "{{model}} images": rate("images")},
         "ops",
     ),
     Panel(
@@ -215,11 +215,11 @@ SCALING = (
         "s",
     ),
     Panel(
-        "Pictures in hand",
+        "Images in hand",
         "As a share of the limit beyond which requests are refused.",
         {
-            "{{model}} {{replica}}": f"stepserve_pictures_in_hand{{{MODEL}}} / "
-            f"stepserve_pictures_limit{{{MODEL}}}"
+            "{{model}} {{replica}}": f"stepserve_images_pending{{{MODEL}}} / "
+            f"stepserve_images_limit{{{MODEL}}}"
         },
         "percentunit",
         most=1,

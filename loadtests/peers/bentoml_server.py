@@ -26,7 +26,7 @@ class Model:
 
     @bentoml.api(batchable=True, max_batch_size=settings.max_batch_size, max_latency_ms=NEVER_MS)
     def make(self, requests: list[ImageRequest]) -> list[dict[str, Any]]:
-        """Make the pictures of a batch."""
+        """Make the images of a batch."""
         return make_batch(self.pipeline, requests, settings.pad_steps)
 
 
@@ -47,7 +47,7 @@ class Emoji:
         seed: int = 0,
         n: int = 1,
     ) -> dict[str, Any]:
-        """Make the pictures of one request, in whatever batch it gets into."""
+        """Make the images of one request, in whatever batch it gets into."""
         request = ImageRequest(
             prompt=prompt,
             size=size,

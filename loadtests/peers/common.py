@@ -34,7 +34,7 @@ class ImageRequest(BaseModel):
 
     @property
     def is_guided(self) -> bool:
-        """Whether each picture needs two rows."""
+        """Whether each image needs two rows."""
         return self.guidance_scale > 1
 
     @property

@@ -2,7 +2,7 @@
 
     PEER_PORT=8100 python -m loadtests.peers.fastapi_server
 
-A thread pool makes the pictures, so that the event loop goes on. With PEER_WORKERS=1 requests are
+A thread pool makes the images, so that the event loop goes on. With PEER_WORKERS=1 requests are
 made one at a time, as behind a lock; with more, calls run side by side and share the cores.
 """
 
@@ -29,7 +29,7 @@ pool = ThreadPoolExecutor(
 
 @app.post(PATH)
 async def generate(request: ImageRequest) -> dict[str, Any]:
-    """Make the pictures of one request."""
+    """Make the images of one request."""
     loop = asyncio.get_running_loop()
     (answer,) = await loop.run_in_executor(pool, make_answers, pipeline, [request])
     return answer

@@ -38,7 +38,7 @@ class EmojiApi(litserve.LitAPI):
         return inputs
 
     def predict(self, x: list[ImageRequest]) -> list[dict[str, Any]]:
-        """Make the pictures of a batch."""
+        """Make the images of a batch."""
         return make_batch(self.pipeline, x, self.settings.pad_steps)
 
     def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -38,14 +38,14 @@ class BatchingModel:
 
     @serve.batch
     async def make(self, requests: list[ImageRequest]) -> list[dict[str, Any]]:
-        """Make the pictures of a batch."""
+        """Make the images of a batch."""
         loop = asyncio.get_running_loop()
         arguments = self.pipeline, requests, self.settings.pad_steps
         return await loop.run_in_executor(self.pool, make_batch, *arguments)
 
     @app.post(PATH)
     async def generate(self, request: ImageRequest) -> dict[str, Any]:
-        """Make the pictures of one request, in whatever batch it gets into."""
+        """Make the images of one request, in whatever batch it gets into."""
         answer: dict[str, Any] = await self.make(request)
         return answer
 

@@ -4,7 +4,7 @@
 
 The replica makes one request at a time, as a pipeline is not made to be called by several at once;
 the others wait in it, and not in the router, which asks a full replica again after 25 to 500 ms.
-Pictures are encoded in the replica, so that no raw pixels travel.
+Images are encoded in the replica, so that no raw pixels travel.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Ingress:
 
     @app.post(PATH)
     async def generate(self, request: ImageRequest) -> dict[str, Any]:
-        """Make the pictures of one request."""
+        """Make the images of one request."""
         answer: dict[str, Any] = await self.model.generate.remote(request)
         return answer
 
@@ -48,7 +48,7 @@ class Model:
         self.pipeline = load_pipeline(settings)
 
     async def generate(self, request: ImageRequest) -> dict[str, Any]:
-        """Make the pictures of one request, when it is its turn."""
+        """Make the images of one request, when it is its turn."""
         loop = asyncio.get_running_loop()
         (answer,) = await loop.run_in_executor(self.pool, make_answers, self.pipeline, [request])
         return answer

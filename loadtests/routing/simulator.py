@@ -72,9 +72,9 @@ def mixed_job(chance: random.Random, number: int) -> Job:
     """One request of the mixed trace."""
     steps = min(int(4 * chance.paretovariate(0.9)), 100)
     size = chance.choices(SIZES, (5, 3, 2))[0]
-    pictures = chance.choices((1, 2, 4), (8, 1, 1))[0]
+    images = chance.choices((1, 2, 4), (8, 1, 1))[0]
     guided = 2 if chance.random() < 0.75 else 1
-    return Job(str(number), size, size, pictures * guided, steps, pictures)
+    return Job(str(number), size, size, images * guided, steps, images)
 
 
 @dataclass
@@ -87,14 +87,14 @@ class Running:
     step_s: float
 
     @property
-    def alone_s(self) -> float:
+    def serial_s(self) -> float:
         """What all of its steps take alone."""
         return self.job.steps * self.step_s
 
     @property
     def rank(self) -> float:
         """Seconds left for its weight, which is one over what it asked for."""
-        return self.steps_left * self.step_s * self.alone_s
+        return self.steps_left * self.step_s * self.serial_s
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Replica:
         """Queue a request: it starts as soon as its rows fit."""
         cost = self.costs[job.size]
         running = Running(job, now_s, job.steps, cost.fixed_s + cost.row_s * job.rows)
-        heapq.heappush(self.waiting, (now_s + PATIENCE * running.alone_s, number, running))
+        heapq.heappush(self.waiting, (now_s + PATIENCE * running.serial_s, number, running))
         self._start_waiting(now_s)
 
     def begin_forward(self, now_s: float) -> float | None:
@@ -145,7 +145,7 @@ class Replica:
         """As a real replica tells it."""
         running = itertools.chain(*self.active.values(), (item[2] for item in self.waiting))
         jobs = tuple(replace(r.job, steps=r.steps_left) for r in running)
-        return Report(jobs, self.costs, picture_limit=10_000)
+        return Report(jobs, self.costs, image_limit=10_000)
 
     def _urgency(self, group: str, now_s: float) -> tuple[bool, float]:
         """Least is next: what is overdue by when it was parked, then by rank."""

@@ -93,9 +93,9 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to bind (default: 8000).")
     ] = None,
-    first_picture: Annotated[
+    first_image: Annotated[
         Path | None,
-        typer.Option(help="Make one picture through HTTP into this folder when ready."),
+        typer.Option(help="Make one image through HTTP into this folder when ready."),
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Serve other machines without API keys.")
@@ -129,7 +129,7 @@ def serve(
     needs_key = bool(read_access_keys(settings).keys)
     serve_until_stopped(
         settings,
-        lambda url: greet(url, first_picture, needs_key),
+        lambda url: greet(url, first_image, needs_key),
         typer.echo,
         read_settings,
     )
@@ -138,22 +138,22 @@ def serve(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[str, typer.Argument(help="What the image shows.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write; its ending chooses the format.")
-    ] = Path("picture.png"),
+    ] = Path("image.png"),
     negative_prompt: Annotated[str, typer.Option(help="What it must not show.")] = "",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, or auto for native.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Scheduler class by name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random if left out.")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many pictures.")] = 1,
+    n: Annotated[int, typer.Option("-n", help="How many images.")] = 1,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="LoRA adapter: a name or a .safetensors file, then =SCALE if not 1."),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to start from.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,
     strength: Annotated[float, typer.Option(help="Noise put on --image, up to 1.")] = STRENGTH,
     guidance_start: Annotated[float, typer.Option(help="Share of steps before guidance.")] = 0.0,
@@ -161,7 +161,7 @@ def generate(
     model: ModelOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make pictures in this process, without a server.
+    """Make images in this process, without a server.
 
     Example: stepserve generate "a red heart" -o heart.png --seed 7
     """
@@ -187,8 +187,8 @@ def generate(
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
     }
-    pictures = _pictures(image, mask, strength)
-    finished = generate_locally(loaded, _request(wanted, capabilities, pictures), adapters)
+    images = _images(image, mask, strength)
+    finished = generate_locally(loaded, _request(wanted, capabilities, images), adapters)
     for cut in finished.cut_prompts:
         told = f"{cut.encoder} reads {cut.limit} of the {cut.tokens} tokens of {cut.field} only"
         typer.echo(told, err=True)
@@ -240,7 +240,7 @@ def doctor(
 ) -> None:
     """Check a running service: does it answer, is it ready, what is wrong, and what to do.
 
-    Makes one small picture. Exit code 1 if anything is not well.
+    Makes one small image. Exit code 1 if anything is not well.
     """
     from stepserve.doctor import examine
 
@@ -261,20 +261,20 @@ def explain(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The same as an option.")] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the picture strips.")
+        Path, typer.Option("--output", "-o", help="Folder for the image strips.")
     ] = Path("out"),
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=8)] = 20,
     model: ModelOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Draw the two processes of a diffusion model as picture strips.
+    """Draw the two processes of a diffusion model as image strips.
 
-    Forward: a picture turning into static. Reverse: static turning into a picture, with the
-    predicted clean picture beside each noisy one. docs/diffusion.md explains both.
+    Forward: an image turning into static. Reverse: static turning into an image, with the
+    predicted clean image beside each noisy one. docs/diffusion.md explains both.
     """
+    from stepserve.composition import find_model
     from stepserve.pipelines.loading.folders import hush_libraries
-    from stepserve.ray_serve.replica.replica import find_model
     from stepserve.training.drawing.explain import explain as draw
 
     if wanted is not None and prompt is not None:
@@ -303,7 +303,7 @@ def train_emoji(
         int | None, typer.Option(help="Denoiser batch (default: the recipe's).", min=1)
     ] = None,
     cache: Annotated[
-        Path, typer.Option(help="Fetched artwork packages and rendered pictures.")
+        Path, typer.Option(help="Fetched artwork packages and rendered images.")
     ] = Path(".cache/artwork"),
     start_from: Annotated[
         Path | None,
@@ -338,10 +338,10 @@ def create_key(
         Path | None, typer.Option(help="Add its hash to this file (made if missing).")
     ] = None,
     requests_per_minute: Annotated[
-        float | None, typer.Option(help="Most requests for pictures in a minute.")
+        float | None, typer.Option(help="Most requests for images in a minute.")
     ] = None,
     max_concurrent: Annotated[
-        int | None, typer.Option(help="Most requests for pictures at once.")
+        int | None, typer.Option(help="Most requests for images at once.")
     ] = None,
     priority: Annotated[
         str, typer.Option(help="Most urgent priority: interactive, normal or batch.")
@@ -413,8 +413,8 @@ def _model_id(settings: Settings, model: str | None) -> str:
 
 
 def _load(settings: Settings, model: str | None) -> LoadedModel:
+    from stepserve.composition import find_model, trust_of
     from stepserve.pipelines.loading.folders import load_model
-    from stepserve.ray_serve.replica.replica import find_model, trust_of
 
     model_id = _model_id(settings, model)
     chosen = settings.models[model_id]
@@ -430,7 +430,7 @@ def _adapters(
     settings: ModelSettings, given: Sequence[str]
 ) -> tuple[AdapterOptions, list[dict[str, object]]]:
     """The adapters of a model and those that are given as files, and what a request says."""
-    from stepserve.ray_serve.replica.replica import adapter_options
+    from stepserve.composition import adapter_options
 
     options = adapter_options(settings)
     named, used = dict(options.named), list[dict[str, object]]()
@@ -460,7 +460,7 @@ def _output_format(output: Path) -> str:
     return OUTPUT_FORMATS[output.suffix.lower()]
 
 
-def _pictures(image: Path | None, mask: Path | None, strength: float) -> dict[str, Any]:
+def _images(image: Path | None, mask: Path | None, strength: float) -> dict[str, Any]:
     """The fields of a request that say what it starts from, and which task that makes it."""
     if image is None and (mask is not None or strength != STRENGTH):
         raise InvalidRequestError("--mask and --strength need an --image to work on")
@@ -505,7 +505,7 @@ def _write(images: Sequence[EncodedImage], output: Path) -> None:
 
 
 def _request(
-    wanted: Mapping[str, object], capabilities: ModelCapabilities, pictures: Mapping[str, Any]
+    wanted: Mapping[str, object], capabilities: ModelCapabilities, images: Mapping[str, Any]
 ) -> GenerationRequest:
     """Fill in and check a request as the HTTP door does."""
     from stepserve.api.auth.keys import ANYBODY
@@ -516,7 +516,7 @@ def _request(
         body = ImageRequest.model_validate(wanted)
     except ValidationError as error:
         raise InvalidRequestError(error.errors()[0]["msg"]) from error
-    request = replace(body.to_generation("local", ANYBODY, capabilities), **pictures)
+    request = replace(body.to_generation("local", ANYBODY, capabilities), **images)
     check_request(request, capabilities)
     return request
 

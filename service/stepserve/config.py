@@ -70,6 +70,8 @@ LOCAL = re.compile(r"(?![\w.+-]+:)|(file|local):")
 """How addresses of local folders begin: without a scheme, or with these."""
 
 SECRETS = (("results", "secret"), ("auth", "keys"))
+RENAMED = {"max_waiting_pictures": "max_pending_images"}
+"""Keys of settings that have another name now, with that name."""
 """Settings that are not told in messages."""
 
 KeyPath = tuple[str, ...]
@@ -129,7 +131,7 @@ class HttpSettings(_Section):
     port: Annotated[int, _Number, Field(ge=1, le=65535)] = 8000
     max_body_bytes: PositiveInt = 1_048_576
     max_upload_bytes: PositiveInt = 20_971_520
-    """As `max_body_bytes`, for requests that bring pictures along."""
+    """As `max_body_bytes`, for requests that bring images along."""
     max_bodies_bytes: PositiveInt = 268_435_456
     """Of all bodies that one ingress replica receives at a time."""
     max_url_bytes: PositiveInt = 8192
@@ -189,14 +191,14 @@ class AuthSettings(_Section):
 
 
 class UploadSettings(_Section):
-    """Pictures that requests bring along."""
+    """Images that requests bring along."""
 
     max_bytes: PositiveInt = 10_485_760
-    """Of one picture file."""
+    """Of one image file."""
     max_pixels: Annotated[int, _Number, Field(ge=1, le=16_777_216)] = 16_777_216
-    """Of one picture; known before it is decoded."""
+    """Of one image; known before it is decoded."""
     urls: bool = False
-    """Whether pictures are fetched from public `http:` and `https:` addresses."""
+    """Whether images are fetched from public `http:` and `https:` addresses."""
     fetch_timeout_s: PositiveSeconds = 10.0
     """For those of one request together."""
     max_pending_bytes: PositiveInt = 100_663_296
@@ -204,7 +206,7 @@ class UploadSettings(_Section):
 
 
 class ResultSettings(_Section):
-    """Where pictures are kept that are answered as links."""
+    """Where images are kept that are answered as links."""
 
     address: Annotated[str, Field(min_length=1)] = RESULTS_FOLDER
     """A local folder that all ingress replicas see, or such as `s3://bucket/prefix`."""
@@ -230,9 +232,9 @@ class EngineSettings(_Section):
 
     max_rows: PositiveInt | None = None
     """Most rows in one shared forward of the denoiser; None means measured at start, up to 64."""
-    max_waiting_pictures: PositiveInt = 64
+    max_pending_images: PositiveInt = 64
     fixed_rows: bool = True
-    """Where the load would decide the last bits of a picture, fill forwards up to one row count."""
+    """Where the load would decide the last bits of an image, fill forwards up to one row count."""
     threads: PositiveInt | None = None
     """Torch threads; None means as many as there are cores."""
     niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10
@@ -262,13 +264,13 @@ class SpeedSettings(_Section):
     compile: bool = False
     """Compile the denoiser with torch.compile in the background, while eager code serves."""
     cuda_graphs: bool = True
-    """On CUDA, record each shape of a denoiser's forward once and replay it: the same pictures."""
+    """On CUDA, record each shape of a denoiser's forward once and replay it: the same images."""
     attention_backend: AttentionBackend | None = None
     """How the denoiser computes attention; None means as diffusers chooses."""
     vae_slicing: bool = False
-    """Decode the pictures of one request one by one: less memory."""
+    """Decode the images of one request one by one: less memory."""
     vae_tiling: bool = False
-    """Decode large pictures in overlapping tiles: less memory, slightly other pictures."""
+    """Decode large images in overlapping tiles: less memory, slightly other images."""
     cpu_offload: Literal["none", "model", "sequential"] = "none"
     """Keep modules (or layers) on the CPU until they are called; on CUDA only."""
     quantization: Literal["none", "int8", "int8_dynamic"] = "none"
@@ -483,7 +485,7 @@ def _with_environment(
     problems = []
     for name, value in variables.items():
         if name not in known:
-            problems.append(f"{name}: unknown variable{_similar_variable(name, known)}")
+            problems.append(f"{name}: {_unknown_variable(name, known)}")
             continue
         origins[known[name]] = name
         _put(tree, known[name], None if value == "null" else value)
@@ -554,6 +556,8 @@ def _put(tree: dict[str, Any], path: KeyPath, value: str | None) -> None:
 def _explain(item: Any, origins: Mapping[KeyPath, str]) -> str:
     path: KeyPath = tuple(str(part) for part in item["loc"])
     name = origins.get(path) or ".".join(path)
+    if item["type"] == "extra_forbidden" and path[-1] in RENAMED:
+        return f"{name}: this setting is now called {'.'.join([*path[:-1], RENAMED[path[-1]]])!r}"
     if item["type"] == "extra_forbidden":
         return f"{name}: unknown key{_did_you_mean(path[-1], _siblings(path), path[:-1])}"
     given = HIDDEN if _holds_secret(path) else repr(item["input"])
@@ -576,6 +580,14 @@ def _siblings(path: KeyPath) -> set[str]:
 def _did_you_mean(word: str, known: Iterable[str], parent: KeyPath = ()) -> str:
     close = get_close_matches(word, list(known), n=1)
     return f"; did you mean {'.'.join([*parent, close[0]])!r}?" if close else ""
+
+
+def _unknown_variable(name: str, known: Iterable[str]) -> str:
+    for old, new in RENAMED.items():
+        if name.endswith(f"__{as_variable(old)}"):
+            renamed = name.removesuffix(as_variable(old)) + as_variable(new)
+            return f"this variable is now called {renamed!r}"
+    return f"unknown variable{_similar_variable(name, known)}"
 
 
 def _similar_variable(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import httpx
 
 from stepserve import __version__
 
-PICTURE_TIMEOUT_S = 300.0
+IMAGE_TIMEOUT_S = 300.0
 TIMEOUT_S = 10.0
 MOST_CLOCK_SKEW_S = 5.0
 MOST_RESIDENT_SHARE = 0.9
@@ -146,14 +146,14 @@ def _memory(client: httpx.Client) -> Finding:
     return Finding("memory", well, told, "see docs/runbooks/out-of-memory.md")
 
 
-def _picture(client: httpx.Client) -> Finding:
+def _image(client: httpx.Client) -> Finding:
     started_s = time.perf_counter()
     # Without a priority: a key may be kept from asking for one.
     body = {"prompt": "red heart", "num_inference_steps": 4}
-    answer = client.post("/v1/images/generations", json=body, timeout=PICTURE_TIMEOUT_S)
+    answer = client.post("/v1/images/generations", json=body, timeout=IMAGE_TIMEOUT_S)
     answer.raise_for_status()
     elapsed_s = time.perf_counter() - started_s
-    return Finding("picture", bool(answer.json()["data"]), f"made in {elapsed_s:.2f} s")
+    return Finding("image", bool(answer.json()["data"]), f"made in {elapsed_s:.2f} s")
 
 
 def _samples(page: str) -> dict[str, float]:
@@ -170,5 +170,5 @@ CHECKS: tuple[Check, ...] = (
     _results,
     _metrics,
     _memory,
-    _picture,
+    _image,
 )

@@ -1,4 +1,4 @@
-"""A real server whose pictures come from a backend in memory, step by step."""
+"""A real server whose images come from a backend in memory, step by step."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ OPTIONS = [
 ]
 
 
-def picture(shade: int) -> bytes:
+def drawn_image(shade: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (shade, 40, 90)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 class SteppingBackend(FakeBackend):
-    """Makes its pictures step by step, at the pace of a small model, and shows its batch."""
+    """Makes its images step by step, at the pace of a small model, and shows its batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,10 +80,11 @@ class SteppingBackend(FakeBackend):
             self._show(request, step)
             yield StepFinished(request.id, step, steps)
             if request.previews and step % max(steps // (request.previews + 1), 1) == 0:
-                file = EncodedImage(picture(step % 256), "image/png", request.seed)
+                file = EncodedImage(drawn_image(step % 256), "image/png", request.seed)
                 yield Preview(request.id, 0, step, steps, (file,))
         files = tuple(
-            EncodedImage(picture(200 + i), "image/png", request.seed + i) for i in range(request.n)
+            EncodedImage(drawn_image(200 + i), "image/png", request.seed + i)
+            for i in range(request.n)
         )
         yield Finished(request.id, files, TIMINGS)
         self.batches = [BatchView(32, (), self.batches[0].forwards)]

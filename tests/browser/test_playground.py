@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from stepping_site import SteppingBackend, picture, serve
+from stepping_site import SteppingBackend, drawn_image, serve
 from stepserve.api.auth.keys import ApiKey, hash_key
 from stepserve.domain.errors import ServerFullError
 from stepserve.domain.events import Failed
@@ -54,7 +54,7 @@ def slow(site: Any, step_s: float) -> None:
     site.backend.step_s = step_s
 
 
-def test_a_picture_appears_step_by_step(page: Any, site: Any):
+def test_a_image_appears_step_by_step(page: Any, site: Any):
     slow(site, 0.05)
     ready(page)
     page.fill("#prompt", "a cat")
@@ -67,7 +67,7 @@ def test_a_picture_appears_step_by_step(page: Any, site: Any):
     [request] = site.backend.requests
     assert (request.prompt, request.seed, request.previews) == ("a cat", 7, 8)
     shown = page.get_attribute(".card .frames img", "src")
-    assert base64.b64decode(shown.split(",")[1]) == picture(200)
+    assert base64.b64decode(shown.split(",")[1]) == drawn_image(200)
     assert "50 % of the batch" in page.inner_text(".card .news")
 
 
@@ -185,7 +185,7 @@ def test_a_mask_is_painted_white_where_the_brush_was(page: Any, site: Any):
 
 
 def stroke(page: Any) -> None:
-    """Drag from left to right over the middle of the picture."""
+    """Drag from left to right over the middle of the image."""
     page.locator("#mask").scroll_into_view_if_needed()
     box = page.locator("#mask").bounding_box()
     middle = box["y"] + box["height"] / 2
@@ -223,7 +223,7 @@ def transfer(page: Any, name: str, kind: str) -> Any:
         """async ([name, kind]) => {
         const canvas = new OffscreenCanvas(64, 64);
         canvas.getContext('2d').fillRect(0, 0, 64, 64);
-        const blob = kind === 'image/png' ? await canvas.convertToBlob() : new Blob(['no picture']);
+        const blob = kind === 'image/png' ? await canvas.convertToBlob() : new Blob(['no image']);
         const held = new DataTransfer();
         held.items.add(new File([blob], name, {type: kind}));
         return held; }""",
@@ -232,7 +232,7 @@ def transfer(page: Any, name: str, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
-def test_a_picture_can_be_dropped_and_pasted(page: Any, site: Any, how: str):
+def test_a_image_can_be_dropped_and_pasted(page: Any, site: Any, how: str):
     ready(page)
     held = transfer(page, "a.png", "image/png")
     if how == "drop":
@@ -249,15 +249,15 @@ def test_a_picture_can_be_dropped_and_pasted(page: Any, site: Any, how: str):
     assert site.backend.requests[0].task is Task.IMAGE_TO_IMAGE
 
 
-def test_what_is_no_picture_is_refused(page: Any):
+def test_what_is_no_image_is_refused(page: Any):
     ready(page)
     page.dispatch_event("#drop", "drop", {"dataTransfer": transfer(page, "a.txt", "text/plain")})
     page.wait_for_selector("#problem:not([hidden])")
 
-    assert page.inner_text("#problem") == "That file cannot be read as a picture."
+    assert page.inner_text("#problem") == "That file cannot be read as an image."
 
 
-def test_a_picture_is_started_from_again(page: Any, site: Any):
+def test_a_image_is_started_from_again(page: Any, site: Any):
     ready(page)
     page.click("#run")
     finish(page)
@@ -269,7 +269,7 @@ def test_a_picture_is_started_from_again(page: Any, site: Any):
     assert site.backend.requests[1].task is Task.IMAGE_TO_IMAGE
 
 
-def test_without_a_mask_the_whole_picture_is_changed(page: Any, site: Any):
+def test_without_a_mask_the_whole_image_is_changed(page: Any, site: Any):
     ready(page)
     upload(page)
     page.click("#run")
@@ -310,11 +310,11 @@ def run_copies(page: Any, folder: Path, **environment: str) -> None:
     assert json.loads((folder / "answer.json").read_text())["data"]
     python = [sys.executable, "-c", copied(page, "Python")]
     subprocess.run(python, cwd=folder, env=env, check=True, timeout=60)
-    assert (folder / "picture-0.png").read_bytes()
+    assert (folder / "image-0.png").read_bytes()
 
 
 def shaping(request: Any) -> tuple[object, ...]:
-    """What of a request shapes its pictures."""
+    """What of a request shapes its images."""
     names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler", "width")
     return (*(getattr(request, name) for name in names), request.adapters, request.strength)
 
@@ -333,7 +333,7 @@ def test_copies_run_as_they_are(page: Any, site: Any, tmp_path: Path):
     assert shaping(by_python) == shaping(first)
 
 
-def test_copies_of_edits_have_picture_and_mask(page: Any, site: Any, tmp_path: Path):
+def test_copies_of_edits_have_image_and_mask(page: Any, site: Any, tmp_path: Path):
     slow(site, 0.001)
     ready(page)
     page.fill("#prompt", "@home")  # curl's -F would read a file of that name

@@ -1,10 +1,10 @@
-// What users of Vercel's AI SDK do with pictures. Prints what came of it as JSON.
+// What users of Vercel's AI SDK do with images. Prints what came of it as JSON.
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateImage } from "ai";
 
 const baseURL = process.env.URL;
-const file = Buffer.from(process.env.PICTURE, "base64");
+const file = Buffer.from(process.env.IMAGE, "base64");
 const openai = createOpenAI({ baseURL, apiKey: "unused" });
 const compatible = createOpenAICompatible({ name: "stepserve", baseURL, apiKey: "unused" });
 const told = { generated: [], edited: [], warnings: [] };

@@ -1,4 +1,4 @@
-"""What users of LiteLLM do with pictures. Prints what came of it as JSON."""
+"""What users of LiteLLM do with images. Prints what came of it as JSON."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import litellm
 
 CALL = {"api_base": os.environ["URL"], "api_key": "unused", "timeout": 60, "max_retries": 0}
-PICTURE = base64.b64decode(os.environ["PICTURE"])
+IMAGE = base64.b64decode(os.environ["IMAGE"])
 
 
 def drawn(answer: Any) -> list[str]:
-    return [picture.b64_json for picture in answer.data]
+    return [image.b64_json for image in answer.data]
 
 
 def file(name: str) -> io.BytesIO:
-    opened = io.BytesIO(PICTURE)
+    opened = io.BytesIO(IMAGE)
     opened.name = name
     return opened
 
@@ -35,7 +35,7 @@ def main() -> dict[str, object]:
     )
     told: dict[str, object] = {
         "generated": len(drawn(whole)),
-        "links": ["/v1/results/" in picture.url for picture in links.data],
+        "links": ["/v1/results/" in image.url for image in links.data],
         "later": len(drawn(later)),
         "edited": len(drawn(edited)),
     }

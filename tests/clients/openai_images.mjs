@@ -1,7 +1,7 @@
-// What users of OpenAI's client in JavaScript do with pictures. Prints what came of it as JSON.
+// What users of OpenAI's client in JavaScript do with images. Prints what came of it as JSON.
 import OpenAI, { toFile } from "openai";
 const ai = new OpenAI({ baseURL: process.env.URL, apiKey: "unused", maxRetries: 0 });
-const bytes = Buffer.from(process.env.PICTURE, "base64");
+const bytes = Buffer.from(process.env.IMAGE, "base64");
 const file = () => toFile(bytes, "a.png", { type: "image/png" });
 const told = {};
 const answer = await ai.images.generate({ prompt: "cat", n: 2, seed: 5 });

@@ -31,31 +31,31 @@ class Answer:
 
     seed: int
     status: int
-    picture: bytes
+    image: bytes
     text: str
     sent_s: float
     ended_s: float
 
 
 def draw(url: str, seed: int) -> Answer:
-    """Ask for a picture. Its seed decides its number of steps too."""
+    """Ask for an image. Its seed decides its number of steps too."""
     steps = random.Random(seed).randint(8, 24)
     body = {"prompt": "pizza", "seed": seed, "num_inference_steps": steps}
     sent_s = time.monotonic()
-    status, text, picture = 0, "", b""
+    status, text, image = 0, "", b""
     try:
         answer = httpx.post(url + GENERATIONS, json=body, timeout=PATIENCE_S, trust_env=False)
         status, text = answer.status_code, answer.text[:300]
         if status == 200:
-            picture = base64.b64decode(answer.json()["data"][0]["b64_json"])
+            image = base64.b64decode(answer.json()["data"][0]["b64_json"])
     except httpx.TransportError as error:
         text = repr(error)
-    return Answer(seed, status, picture, text, sent_s, time.monotonic())
+    return Answer(seed, status, image, text, sent_s, time.monotonic())
 
 
 @dataclass
 class Load:
-    """Clients that draw one picture after another, for as long as a block runs.
+    """Clients that draw one image after another, for as long as a block runs.
 
     Args:
         repeat: whether a client that sees an error sends its request again until it is served.
@@ -120,8 +120,8 @@ class Load:
         failed = [answer for answer in self.answers if answer.status != 200]
         assert failed == [], [answer.text for answer in failed]
         slowest = sorted(self.answers, key=lambda answer: answer.sent_s - answer.ended_s)[:3]
-        again = [draw(self.url, answer.seed).picture for answer in slowest]
-        assert again == [answer.picture for answer in slowest]
+        again = [draw(self.url, answer.seed).image for answer in slowest]
+        assert again == [answer.image for answer in slowest]
 
     def _run(self) -> None:
         while not self._stop.is_set():

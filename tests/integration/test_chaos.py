@@ -1,4 +1,4 @@
-"""What is done to two replicas under load: nothing is lost, and a seed keeps its picture."""
+"""What is done to two replicas under load: nothing is lost, and a seed keeps its image."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def slow(pair: Pair) -> None:
 def redeploy(pair: Pair) -> None:
     """All replicas are replaced, one after another."""
     before = set(pair.replicas())
-    pair.apply(engine=pair.settings["engine"] | {"max_waiting_pictures": 80})
+    pair.apply(engine=pair.settings["engine"] | {"max_pending_images": 80})
     wait(
         lambda: len(now := set(pair.replicas())) == 2 and not now & before,
         "the replicas were not replaced",
@@ -147,7 +147,7 @@ def test_a_stream_goes_on_on_another_replica(pair: Pair) -> None:
     assert names == ["partial_image"] * 8 + ["completed"]
 
 
-def test_a_client_of_a_killed_ingress_gets_the_same_picture_when_it_asks_again(
+def test_a_client_of_a_killed_ingress_gets_the_same_image_when_it_asks_again(
     pair: Pair, say: Callable[[str], None]
 ) -> None:
     """The connections that it held end. New ones wait until there is another ingress."""

@@ -27,14 +27,14 @@ def stepserve(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[s
     return result
 
 
-def test_generate_writes_a_picture_with_its_parameters(tmp_path: Path) -> None:
+def test_generate_writes_a_image_with_its_parameters(tmp_path: Path) -> None:
     target = tmp_path / "heart.png"
     result = stepserve("generate", "a red heart", "-o", str(target), "--seed", "3", "--steps", "6")
     assert "seed 3" in result.stdout
     assert "denoising" in result.stderr, "there should be a progress bar"
-    with Image.open(target) as picture:
-        assert picture.size == (64, 64)
-        assert json.loads(picture.text["parameters"])["num_inference_steps"] == 6
+    with Image.open(target) as image:
+        assert image.size == (64, 64)
+        assert json.loads(image.text["parameters"])["num_inference_steps"] == 6
 
 
 def test_generate_several_as_jpeg(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_generate_several_as_jpeg(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p-0.jpg", "p-1.jpg"]
 
 
-def test_a_picture_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
+def test_a_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
     start, mask = tmp_path / "start.jpg", tmp_path / "mask.png"
     Image.new("RGB", (100, 80), (40, 90, 200)).save(start)
     Image.new("L", (64, 64), 255).save(mask)
@@ -52,9 +52,9 @@ def test_a_picture_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None
     masked = ("--mask", str(mask))
     stepserve("generate", "a red heart", "-o", str(tmp_path / "part.png"), *given, *masked)
     for name, task in (("changed", "image-to-image"), ("part", "inpainting")):
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.size == (64, 64)
-            told = json.loads(picture.text["parameters"])
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (64, 64)
+            told = json.loads(image.text["parameters"])
         assert (told["task"], told["strength"]) == (task, 0.5)
         assert told["guidance_start"] == (0.25 if name == "changed" else 0)
         assert len(told["image_sha256"]) == 64
@@ -129,13 +129,13 @@ def write_adapter(path: Path) -> Path:
 
 def test_generate_with_an_adapter(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "turned.v1.safetensors")
-    pictures = []
+    images = []
     for scale in ("0", "1"):
         target = tmp_path / f"{scale}.png"
         given = ("--adapter", f"{adapter}={scale}")
         stepserve("generate", "pizza", "-o", str(target), "--seed", "3", "--steps", "4", *given)
-        with Image.open(target) as picture:
-            told = json.loads(picture.text["parameters"])["adapters"]
+        with Image.open(target) as image:
+            told = json.loads(image.text["parameters"])["adapters"]
             assert told == [{"name": "turned.v1", "scale": float(scale)}]
-            pictures.append(picture.tobytes())
-    assert pictures[0] != pictures[1]
+            images.append(image.tobytes())
+    assert images[0] != images[1]

@@ -52,8 +52,8 @@ def draw(service: Service, key: str, body: dict[str, object] = QUICK) -> httpx.R
         return client.post(service.url + GENERATIONS, json=body, headers=headers)
 
 
-def test_the_first_picture_is_left_to_who_has_a_key(guarded: Service):
-    assert "first picture: left out" in guarded.log
+def test_the_first_image_is_left_to_who_has_a_key(guarded: Service):
+    assert "first image: left out" in guarded.log
     assert 'Authorization: Bearer $STEPSERVE_API_KEY"' in guarded.log
     assert draw(guarded, "wrong").status_code == 401
 

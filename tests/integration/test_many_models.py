@@ -159,7 +159,7 @@ def test_one_that_failed_is_tried_again_at_a_reload_and_once_its_folder_changes(
 
 def test_models_are_mended_added_and_removed_beside_the_traffic_of_others(many: Many) -> None:
     with Traffic(many, "steady") as traffic:
-        many.models["broken"]["engine"]["max_waiting_pictures"] = 8
+        many.models["broken"]["engine"]["max_pending_images"] = 8
         fetched = {"path": HUB_ID, "revision": REVISION, "aliases": ["dall-e-3"]}
         many.models["fetched"] = deepcopy(LIGHT) | fetched
         many.apply()
@@ -196,11 +196,11 @@ def test_a_file_that_is_wrong_changes_nothing(many: Many) -> None:
 
 def test_an_updated_model_serves_all_the_while(many: Many) -> None:
     with Traffic(many, "steady") as traffic:
-        many.models["steady"]["engine"]["max_waiting_pictures"] = 5
+        many.models["steady"]["engine"]["max_pending_images"] = 5
         many.apply()
         full = {"n": 6, "num_inference_steps": 1}
         deadline_s = time.monotonic() + PATIENCE_S
-        # The new limit: beside the traffic's own picture six more are too many.
+        # The new limit: beside the traffic's own image six more are too many.
         while many.draw("steady", **full).status_code != 429:
             assert time.monotonic() < deadline_s
             time.sleep(0.5)

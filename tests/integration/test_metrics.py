@@ -24,7 +24,7 @@ STEPS = 7
 PATIENCE_S = 20.0
 # Nothing of the load makes these happen.
 MAY_BE_EMPTY = (
-    "stepserve_content_filtered_pictures_total",
+    "stepserve_content_filtered_images_total",
     "stepserve_forward_retries_total",
     "stepserve_out_of_memory_total",
     "stepserve_request_retries_total",
@@ -39,7 +39,7 @@ def prometheus(service: Service, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 COUNTED = {
-    "pictures": 'sum(stepserve_pictures_total{model="emoji"})',
+    "images": 'sum(stepserve_images_total{model="emoji"})',
     "finished": 'sum(stepserve_requests_total{outcome="finished"})',
     "cancelled": 'sum(stepserve_requests_total{outcome="cancelled"})',
     "met": 'sum(stepserve_deadlines_total{result="met"})',
@@ -52,7 +52,7 @@ COUNTED = {
     "latencies": f'sum(stepserve_http_request_duration_seconds_count{{route="{GENERATIONS}"}})',
 }
 EXPECTED = {
-    "pictures": 6,
+    "images": 6,
     "finished": 3,
     "cancelled": 3,
     "met": 1,
@@ -90,7 +90,7 @@ def draw(client: httpx.Client, request_id: str = "", **body: object) -> httpx.Re
 
 
 def known_load(client: httpx.Client) -> None:
-    """Three requests for two pictures, one wrong, three cancelled, two refused."""
+    """Three requests for two images, one wrong, three cancelled, two refused."""
     assert draw(client, "metrics-1", n=2, deadline_s=100).status_code == 200
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda i: draw(client, f"metrics-{i}", n=2), (2, 3)))
@@ -145,7 +145,7 @@ def test_sums_agree_with_one_another(loaded: dict[str, float], prometheus: Prome
     )
     assert busy >= inside > 0
     assert prometheus.value("count(stepserve_row_limit)") == 1
-    assert prometheus.value("sum(stepserve_pictures_limit)") == 24
+    assert prometheus.value("sum(stepserve_images_limit)") == 24
     assert prometheus.value('sum(stepserve_device_memory_bytes{kind="resident"})') > 2e8
     assert prometheus.value("max(stepserve_model_load_seconds)") > 0.5
     assert prometheus.value("sum(stepserve_replica_starts_total)") == 1
@@ -188,6 +188,6 @@ def test_the_doctor_finds_a_service_that_is_well(service: Service):
     findings = {finding.name: finding for finding in examine(service.url)}
 
     assert [finding for finding in findings.values() if not finding.well] == []
-    names = "reachability version clock readiness results metrics memory picture"
+    names = "reachability version clock readiness results metrics memory image"
     assert list(findings) == names.split()
     assert "emoji on" in findings["readiness"].told

@@ -1,4 +1,4 @@
-"""The servers that Stepserve is raced against make the same pictures of the same requests."""
+"""The servers that Stepserve is raced against make the same images of the same requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def threads() -> Iterator[None]:
 
 
 def pixels(answer: dict[str, Any]) -> list[Image.Image]:
-    files = [io.BytesIO(base64.b64decode(picture["b64_json"])) for picture in answer["data"]]
+    files = [io.BytesIO(base64.b64decode(image["b64_json"])) for image in answer["data"]]
     return [Image.open(file).convert("RGB") for file in files]
 
 
@@ -57,7 +57,7 @@ async def wait(url: str) -> None:
         await wait_until_serving(session, REQUEST)
 
 
-def test_a_peer_makes_the_pictures_that_stepserve_makes(service: Any, tmp_path: Path) -> None:
+def test_a_peer_makes_the_images_that_stepserve_makes(service: Any, tmp_path: Path) -> None:
     peer = contenders(2)["fastapi-lock"]
     with running(peer, tmp_path / "peer.log") as url:
         asyncio.run(wait(url))
@@ -82,7 +82,7 @@ def requests() -> list[ImageRequest]:
 
 
 @pytest.mark.parametrize(("pad_steps", "calls"), [(False, 3), (True, 2)])
-def test_a_batch_gives_each_request_its_own_pictures(
+def test_a_batch_gives_each_request_its_own_images(
     pipeline: Any, pad_steps: bool, calls: int
 ) -> None:
     asked = requests()
@@ -91,7 +91,7 @@ def test_a_batch_gives_each_request_its_own_pictures(
     answers = make_batch(pipeline, asked, pad_steps)
     assert [len(answer["data"]) for answer in answers] == [1, 2, 1, 1]
     assert [answer["seed"] for answer in answers] == [1, 1, 5, 1]
-    assert [picture.size for picture in pixels(answers[1])] == [(48, 64)] * 2
+    assert [image.size for image in pixels(answers[1])] == [(48, 64)] * 2
     longest = max(request.num_inference_steps for request in asked)
     for index in (0, 2):
         steps = longest if pad_steps else asked[index].num_inference_steps

@@ -55,19 +55,19 @@ def test_is_ready_and_says_what_it_serves(client: httpx.Client) -> None:
     assert "DDIMScheduler" in model["schedulers"]
 
 
-def test_first_picture_was_made_on_start(service) -> None:
-    with Image.open(service.folder / "out" / "first-picture.png") as picture:
-        assert picture.size == (64, 64)
+def test_first_image_was_made_on_start(service) -> None:
+    with Image.open(service.folder / "out" / "first-image.png") as image:
+        assert image.size == (64, 64)
     assert service.url in service.log
 
 
 def test_a_red_heart_is_red(client: httpx.Client) -> None:
-    picture = generate(client, prompt="red heart", seed=3).image().convert("RGB")
-    red, green, blue = picture.getpixel((32, 30))
+    image = generate(client, prompt="red heart", seed=3).image().convert("RGB")
+    red, green, blue = image.getpixel((32, 30))
     assert red > 150
     assert red > green + 80
     assert red > blue + 80
-    assert min(picture.getpixel((1, 62))) > 200, "the background should be white"
+    assert min(image.getpixel((1, 62))) > 200, "the background should be white"
 
 
 def test_background_colour_is_obeyed(client: httpx.Client) -> None:
@@ -106,7 +106,7 @@ def test_png_holds_every_parameter(client: httpx.Client) -> None:
     assert [image["seed"] for image in answer.body["data"]] == [11, 12]
 
 
-def test_answers_say_what_shaped_the_picture_and_where_it_was_made(client: httpx.Client) -> None:
+def test_answers_say_what_shaped_the_image_and_where_it_was_made(client: httpx.Client) -> None:
     wanted = {"guidance_start": 0.1, "guidance_end": 0.6, "reproducible": True}
     given = {"priority": "interactive", "deadline_s": 60, "num_inference_steps": 10, "seed": 1}
     one, other = (generate(client, prompt="pizza", **wanted, **given) for _ in range(2))
@@ -125,7 +125,7 @@ def test_other_formats(client: httpx.Client, output_format: str, kind: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_same_picture_as_diffusers_alone_while_others_share_the_batch(
+def test_same_image_as_diffusers_alone_while_others_share_the_batch(
     client: httpx.Client,
 ) -> None:
     schedulers = ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
@@ -169,8 +169,8 @@ def test_openai_client_works_unchanged(service) -> None:
         extra_body={"seed": 4, "num_inference_steps": 4},
     )
     assert len(answer.data) == 2
-    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))) as image:
+        assert image.size == (64, 64)
     assert "emoji" in [model.id for model in client.models.list()]
     with pytest.raises(openai.BadRequestError, match="size"):
         client.images.generate(prompt="sunflower", size="1024x1024")
@@ -223,7 +223,7 @@ def test_full_server_refuses_and_a_client_that_leaves_frees_its_place(service, c
     assert refused.status_code == 429, refused.text
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error" or refused.json()["error"]["code"]
-    # 24 pictures of 1000 steps would take minutes: only if they stopped is there room again soon.
+    # 24 images of 1000 steps would take minutes: only if they stopped is there room again soon.
     deadline_s = time.monotonic() + 20
     while client.post(GENERATIONS, json={"prompt": "house", "n": 8}).status_code != 200:
         assert time.monotonic() < deadline_s, "the work of clients that left goes on"
@@ -241,7 +241,7 @@ def test_the_door_has_limits(client: httpx.Client) -> None:
     assert too_long.json()["error"]["code"] == "url_too_long"
 
 
-def test_a_half_closed_connection_gets_its_picture(client: httpx.Client) -> None:
+def test_a_half_closed_connection_gets_its_image(client: httpx.Client) -> None:
     body = json.dumps({"prompt": "red heart", "num_inference_steps": 30}).encode()
     head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     address = (client.base_url.host, client.base_url.port)

@@ -67,7 +67,7 @@ def test_requests_that_shared_forwards_are_traced_and_linked(
         assert roots[trace_id].parent_span_id == door.span_id
         children = [s for s in spans if s.parent_span_id == roots[trace_id].span_id]
         count = Counter(span.name for span in children)
-        assert count["queue"] == count["decoding"] == count["picture encoding"] == 1
+        assert count["queue"] == count["decoding"] == count["image encoding"] == 1
         assert count["text encoding"] >= 1
         steps = [attributes(s)["stepserve.steps"] for s in children if s.name == "denoising"]
         assert sum(map(int, map(str, steps))) == STEPS

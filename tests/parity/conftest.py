@@ -51,7 +51,7 @@ def serve(model_folder: Path) -> Iterator[Callable[..., tuple[PipelineRunner, Fo
 
     def start(dtype: str, **options: Any) -> tuple[PipelineRunner, ForwardCounter]:
         model = load_model("emoji", model_folder, dtype, "cpu")
-        engine = EngineOptions(max_waiting_pictures=1000, **options)
+        engine = EngineOptions(max_pending_images=1000, **options)
         # Rows that fill forwards up would be counted with the rest.
         runner = PipelineRunner(model, engine, sharing=SharingOptions(fixed_rows=False))
         runner.start()

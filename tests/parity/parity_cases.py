@@ -27,7 +27,7 @@ GUIDANCE = (4.0, 1.0, 7.5, 0.0)
 # Most requests share a shape; the others come in pairs at least, so that they can share too.
 SIZES = ((64, 64), (64, 64), (48, 48), (64, 64), (96, 64), (64, 64), (64, 128), (64, 64))
 LARGE = (128, 128)
-PICTURES = (1, 1, 2, 1, 3)
+IMAGES = (1, 1, 2, 1, 3)
 STEPS = (5, 4, 7, 6)
 
 
@@ -51,7 +51,7 @@ def mixed_requests(schedulers: Sequence[str], each: int = 2) -> list[GenerationR
                 guidance_scale=guidance_scale,
                 seed=1000 + 10 * index,
                 scheduler=schedulers[index % len(schedulers)],
-                n=PICTURES[index % len(PICTURES)],
+                n=IMAGES[index % len(IMAGES)],
             )
         )
     return requests
@@ -161,7 +161,7 @@ def submit_for_files(runner: PipelineRunner, request: GenerationRequest, answer:
 
 
 def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest, answer: Answer) -> None:
-    """Through the engine alone: the answer is pictures before they are rounded to bytes."""
+    """Through the engine alone: the answer is images before they are rounded to bytes."""
 
     def step_ended(pipeline: Any, index: int, timestep: Any, values: Any) -> dict[str, Any]:
         answer.stepped(index + 1)

@@ -41,7 +41,7 @@ STEPS = (3, 5, 4, 8, 6)
 GUIDANCE = (4.0, 1.0, 7.5, 0.0, 5.0)
 INTERVALS = ((0.0, 1.0), (0.0, 1.0), (0.25, 0.75), (0.0, 0.6))
 STRENGTHS = (1.0, 0.7, 0.5)
-PICTURES = (1, 1, 1, 2, 1, 3)
+IMAGES = (1, 1, 1, 2, 1, 3)
 ADAPTERS = ("first", "second")
 # What is in hand at a time, at most, while a load is served.
 MOST_IN_HAND = 14
@@ -71,7 +71,7 @@ def _request(index: int, scheduler: str) -> GenerationRequest:
         guidance_end=end,
         seed=5000 + 10 * index,
         scheduler=scheduler,
-        n=PICTURES[index % len(PICTURES)],
+        n=IMAGES[index % len(IMAGES)],
         task=task,
         image=None if task is Task.TEXT_TO_IMAGE else _png(_photo()),
         mask_image=_png(_mask()) if task is Task.INPAINTING else None,
@@ -120,7 +120,7 @@ def serving(
 ) -> Iterator[PipelineRunner]:
     """An engine on a model of its own."""
     model = load_model("emoji", folder, dtype, "cpu")
-    options = EngineOptions(max_waiting_pictures=10_000)
+    options = EngineOptions(max_pending_images=10_000)
     runner = PipelineRunner(
         model, options, AdapterOptions(folder=adapters), sharing or DEFAULT_SHARING
     )
@@ -150,7 +150,7 @@ def serve_alone(
     return digests
 
 
-class CompanyWatch:
+class CoBatchWatch:
     """Tells which submissions share each forward of the denoiser.
 
     Each row is known again by its content: tracks hand it to the UNet, and a part of the UNet gets

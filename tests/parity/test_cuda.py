@@ -1,4 +1,4 @@
-"""On a CUDA device: the pictures that plain diffusers makes there, with and without graphs.
+"""On a CUDA device: the images that plain diffusers makes there, with and without graphs.
 
 Skipped where there is no such device.
 """
@@ -57,7 +57,7 @@ def a_request(index: int, **changes: Any) -> GenerationRequest:
     return replace(usual, id=f"request-{index}", seed=500 + 10 * index, **changes)
 
 
-def plain_pictures(pipeline: Any, request: GenerationRequest) -> list[Pixels]:
+def plain_images(pipeline: Any, request: GenerationRequest) -> list[Pixels]:
     """What diffusers makes of it, alone."""
     scheduler = getattr(diffusers, request.scheduler)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
@@ -74,7 +74,7 @@ def plain_pictures(pipeline: Any, request: GenerationRequest) -> list[Pixels]:
     return [np.asarray(image).astype(np.int16) for image in images]
 
 
-def pictures(finished: Finished) -> list[Pixels]:
+def pixels_of(finished: Finished) -> list[Pixels]:
     return [
         np.asarray(Image.open(io.BytesIO(image.data)).convert("RGB")).astype(np.int16)
         for image in finished.images
@@ -95,16 +95,16 @@ def serve_together(
     for _ in range(ROUNDS):
         _, finished = run_engine(runner, list(requests))
     assert runner.engine.counters.retries == 0
-    return [pictures(answer) for answer in finished]
+    return [pixels_of(answer) for answer in finished]
 
 
 def serve_each_alone(
     runner: PipelineRunner, requests: Sequence[GenerationRequest]
 ) -> list[list[Pixels]]:
-    return [pictures(run_engine(runner, [request])[1][0]) for request in requests]
+    return [pixels_of(run_engine(runner, [request])[1][0]) for request in requests]
 
 
-def test_pictures_are_those_of_plain_diffusers(runner: PipelineRunner, plain: Any) -> None:
+def test_images_are_those_of_plain_diffusers(runner: PipelineRunner, plain: Any) -> None:
     assert runner.plan.same_bytes
     requests = mixed_requests()
     for _ in range(ROUNDS):
@@ -128,23 +128,23 @@ def test_so_they_are_with_every_scheduler(runner: PipelineRunner, plain: Any) ->
     ]
     made = serve_together(runner, requests)
     differences = {
-        request.scheduler: largest_difference(ours, plain_pictures(plain, request))
+        request.scheduler: largest_difference(ours, plain_images(plain, request))
         for request, ours in zip(requests, made, strict=True)
     }
     assert differences == dict.fromkeys(names, 0)
 
 
-def test_so_they_are_for_several_pictures_of_a_request(runner: PipelineRunner, plain: Any) -> None:
+def test_so_they_are_for_several_images_of_a_request(runner: PipelineRunner, plain: Any) -> None:
     requests = [a_request(index, n=n) for index, n in enumerate((1, 2, 3, 4, 2, 4))]
     made = serve_together(runner, requests)
     differences = [
-        largest_difference(ours, plain_pictures(plain, request))
+        largest_difference(ours, plain_images(plain, request))
         for request, ours in zip(requests, made, strict=True)
     ]
     assert differences == [0] * len(requests)
 
 
-def test_pictures_of_every_size_are_the_same_in_company(runner: PipelineRunner, plain: Any) -> None:
+def test_images_of_every_size_are_the_same_in_company(runner: PipelineRunner, plain: Any) -> None:
     requests = [
         a_request(index, width=width, height=height, guidance_scale=(4.0, 1.0)[index // 7])
         for index, (width, height) in enumerate(SIZES * 2)
@@ -155,13 +155,13 @@ def test_pictures_of_every_size_are_the_same_in_company(runner: PipelineRunner, 
     differences = map(largest_difference, together, alone)
     assert dict(zip(sizes, differences, strict=True)) == dict.fromkeys(sizes, 0)
     from_plain = {
-        size: mean_difference(ours, plain_pictures(plain, request))
+        size: mean_difference(ours, plain_images(plain, request))
         for size, ours, request in zip(sizes, together, requests, strict=True)
     }
     assert max(from_plain.values()) <= MOST_MEAN_LEVELS, from_plain
 
 
-def test_pictures_are_decoded_beside_the_steps_of_others(runner: PipelineRunner) -> None:
+def test_images_are_decoded_beside_the_steps_of_others(runner: PipelineRunner) -> None:
     assert runner.engine.batcher.aside is not None
     long = a_request(0, num_inference_steps=60)
     short = [a_request(index, num_inference_steps=4) for index in range(1, 5)]

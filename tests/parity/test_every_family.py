@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from families.catalogue import FAMILIES
-from families.examine import Findings, examine, make_trials
+from families.examine import Findings, examine, make_probe_requests
 from families.family import Family
 from stepserve.pipelines.facts.verified_families import VERIFIED
 from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, check_sharing
-from stepserve.pipelines.probing.sharing_plan import plan_company
+from stepserve.pipelines.probing.sharing_plan import plan_co_batching
 
 FLOAT64_BOUND = 1e-6
 FLOAT32_BOUND = 2e-4
@@ -67,8 +67,8 @@ def check_bfloat16(found: Findings) -> None:
 def test_a_vae_that_the_call_casts_runs_inside_the_call(name: str, dtype: torch.dtype) -> None:
     """The pipeline makes the shared VAE float32 for its own decode, or encode, and back."""
     pipeline = FAMILIES[name].build().to(dtype)
-    trials = make_trials(FAMILIES[name], pipeline)
-    plan = plan_company(pipeline, trials, verified=())
+    trials = make_probe_requests(FAMILIES[name], pipeline)
+    plan = plan_co_batching(pipeline, trials, verified=())
     assert (plan.alone, plan.inline) == (False, {"vae"})
     assert "vae" in plan.remark
     report = check_sharing(pipeline, trials, options=plan.parking(ENOUGH_ROWS))

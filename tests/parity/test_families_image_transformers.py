@@ -21,7 +21,7 @@ MIXED = {
 }
 # Of the range of an output: far above what another batch size may change.
 TELLING = 0.05
-# The least that a prompt alone changes: a hundred times a float32 picture's round-off.
+# The least that a prompt alone changes: a hundred times a float32 image's round-off.
 PROMPT_TELLS = 1e-3
 
 # Its time embedding hands float32 values to its weights, whatever their dtype.
@@ -48,9 +48,7 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_requests_give_finite_and_clearly_different_pictures(
-    name: str, pipelines: Pipelines
-) -> None:
+def test_requests_give_finite_and_clearly_different_images(name: str, pipelines: Pipelines) -> None:
     family, pipeline = FAMILIES[name], pipelines(name)
     one, other = (call(family, pipeline, variation) for variation in family.variations(2))
     assert one.isfinite().all()
@@ -60,7 +58,7 @@ def test_requests_give_finite_and_clearly_different_pictures(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_pipeline_built_anew_gives_the_same_picture(name: str, pipelines: Pipelines) -> None:
+def test_a_pipeline_built_anew_gives_the_same_image(name: str, pipelines: Pipelines) -> None:
     family, variation = FAMILIES[name], FAMILIES[name].variations(2)[1]
     wanted = call(family, pipelines(name), variation)
     assert torch.equal(call(family, pipelines(name), variation), wanted)

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from families import (
-    video_from_pictures,
+    video_from_images,
     video_transformers,
     video_unets,
     video_with_language_models,
@@ -20,7 +20,7 @@ from torch import Tensor
 
 MODULES = (
     video_transformers,
-    video_from_pictures,
+    video_from_images,
     video_with_language_models,
     video_unets,
 )

@@ -1,4 +1,4 @@
-"""The promise: a request gets the picture that the plain pipeline makes, at any load.
+"""The promise: a request gets the image that the plain pipeline makes, at any load.
 
 In bfloat16 the same bytes, where the CPU gives a row the same bits in any batch (found out first).
 In float32, where no CPU promises that, within a bound for each scheduler.
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 # Rows of a denoiser forward, compared with the same calls alone: less would mean that what these
 # tests are about hardly happened.
 LEAST_SHARING = 1.5
-# Largest difference of a picture in float32, on a scale of 0 to 1. Seen: 2e-5, and 1e-4 for the
+# Largest difference of an image in float32, on a scale of 0 to 1. Seen: 2e-5, and 1e-4 for the
 # schedulers that call the denoiser twice a step, which magnify what differs.
 FLOAT32_BOUND = 2e-4
 FLOAT32_BOUNDS = dict.fromkeys(
@@ -41,7 +41,7 @@ FLOAT32_BOUNDS = dict.fromkeys(
 )
 # Where kernels are not row-independent, bfloat16 rounds to three digits, over and over.
 BFLOAT16_BYTE_BOUND = 64
-# One picture of several, and the same one alone: other row counts in the VAE.
+# One image of several, and the same one alone: other row counts in the VAE.
 ALONE_BYTE_BOUND = 16
 
 
@@ -66,7 +66,7 @@ def assert_shared(served: ForwardCounter, plain: ForwardCounter, say: Say) -> No
     assert served.mean_rows >= LEAST_SHARING * plain.mean_rows
 
 
-def test_bfloat16_pictures_are_those_of_the_plain_pipeline(
+def test_bfloat16_images_are_those_of_the_plain_pipeline(
     serve: Serve, reference: Reference, row_independent: bool, say: Say
 ) -> None:
     runner, counter = serve("bfloat16")
@@ -84,8 +84,8 @@ def test_bfloat16_pictures_are_those_of_the_plain_pipeline(
                 served = Image.open(io.BytesIO(file.data))
                 key = f"{request.scheduler} {request.width}x{request.height} #{index}"
                 differences[key] = largest_byte_difference(served, image)
-    pictures = sum(request.n for request in requests)
-    say(f"bfloat16: {pictures - len(differences)} of {pictures} files byte-identical")
+    image_count = sum(request.n for request in requests)
+    say(f"bfloat16: {image_count - len(differences)} of {image_count} files byte-identical")
     if row_independent:
         assert differences == {}
     else:
@@ -93,7 +93,7 @@ def test_bfloat16_pictures_are_those_of_the_plain_pipeline(
         assert max(differences.values(), default=0) <= BFLOAT16_BYTE_BOUND, differences
 
 
-def test_float32_pictures_stay_within_a_bound_for_every_scheduler(
+def test_float32_images_stay_within_a_bound_for_every_scheduler(
     serve: Serve, reference: Reference, say: Say
 ) -> None:
     runner, counter = serve("float32")
@@ -117,16 +117,16 @@ def test_float32_pictures_stay_within_a_bound_for_every_scheduler(
 def test_different_requests_differ_by_far_more_than_the_bound(reference: Reference) -> None:
     """Else a mixed-up row would go unseen."""
     requests = [r for r in mixed_requests(["DDIMScheduler"], each=16) if r.width == r.height == 64]
-    pictures = [call_plain(reference("float32"), request, "pt")[0] for request in requests[:4]]
-    for index, one in enumerate(pictures):
-        for other in pictures[:index]:
+    images = [call_plain(reference("float32"), request, "pt")[0] for request in requests[:4]]
+    for index, one in enumerate(images):
+        for other in images[:index]:
             assert (one - other).abs().max() > 100 * FLOAT32_BOUND
 
 
-def test_each_of_several_pictures_can_be_made_again_alone(
+def test_each_of_several_images_can_be_made_again_alone(
     serve: Serve, reference: Reference, say: Say
 ) -> None:
-    """As nearly as in diffusers itself: the VAE decodes a request's pictures in one call."""
+    """As nearly as in diffusers itself: the VAE decodes a request's images in one call."""
     runner, _ = serve("bfloat16")
     request = replace(mixed_requests(["EulerAncestralDiscreteScheduler"], each=1)[0], n=4)
     (finished,) = serve_staggered(runner, [request], submit_for_files, waves=1)
@@ -139,7 +139,7 @@ def test_each_of_several_pictures_can_be_made_again_alone(
 
 
 def test_nothing_shared_would_be_noticed(serve: Serve, reference: Reference, say: Say) -> None:
-    """Served one row at a time the pictures are right, but the check on sharing fails."""
+    """Served one row at a time the images are right, but the check on sharing fails."""
     runner, counter = serve("bfloat16", max_rows=1)
     requests = mixed_requests(["DDIMScheduler", "EulerDiscreteScheduler"], each=2)
     serve_staggered(runner, requests, submit_for_files, waves=1)

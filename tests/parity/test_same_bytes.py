@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import same_bytes_cases
-from same_bytes_cases import CompanyWatch, RandomLoad, request_pool, save_adapters, serve_alone
+from same_bytes_cases import CoBatchWatch, RandomLoad, request_pool, save_adapters, serve_alone
 from same_bytes_cases import serving as serving_model
 from stepserve.domain.requests import GenerationRequest
 from stepserve.pipelines.probing.sharing_plan import FIXED_ROWS, SharingPlan
@@ -62,13 +62,13 @@ def must_be_reproducible(runner: PipelineRunner, say: Say) -> bool:
     return not runner.plan.same_bytes
 
 
-def serve_watched(load: RandomLoad, say: Say, histories: int = 0) -> CompanyWatch:
+def serve_watched(load: RandomLoad, say: Say, histories: int = 0) -> CoBatchWatch:
     """Serve a load, and then more of it until so many different histories are over.
 
     Those who march in step from end to end have one history between them. How many do depends on
     the machine.
     """
-    watch = CompanyWatch(load.runner.model.pipeline.unet)
+    watch = CoBatchWatch(load.runner.model.pipeline.unet)
     try:
         load.serve()
         while (missing := histories - distinct_histories(load, watch)) > 0:
@@ -85,12 +85,12 @@ def serve_watched(load: RandomLoad, say: Say, histories: int = 0) -> CompanyWatc
     return watch
 
 
-def distinct_histories(load: RandomLoad, watch: CompanyWatch) -> int:
+def distinct_histories(load: RandomLoad, watch: CoBatchWatch) -> int:
     """Different lists of companies that finished submissions had, step by step."""
     return len({tuple(watch.histories[request.id]) for request, _ in load.finished})
 
 
-def shared_any(load: RandomLoad, watch: CompanyWatch) -> int:
+def shared_any(load: RandomLoad, watch: CoBatchWatch) -> int:
     """Finished submissions that shared at least one forward with another."""
     return sum(
         any(len(company) > 1 for company in watch.histories[request.id])

@@ -1,8 +1,8 @@
-"""Every family that makes pictures from a prompt is served: from its folder to the picture.
+"""Every family that makes images from a prompt is served: from its folder to the image.
 
 `test_every_family` proves that calls may share forwards. Here the whole way is gone: what a request
 asks for becomes the arguments of a call, every task that is offered is done, at other sizes as
-well, and the picture is the one of the plain pipeline with the same arguments.
+well, and the image is the one of the plain pipeline with the same arguments.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ NO_NEGATIVE_PROMPT = {
 TWO_STEPS = {"Sana Sprint"}
 LEFT_OUT = {
     "FLUX Kontext": "enlarges what it is given to a million pixels, which takes minutes here",
-    "HiDream": "enlarges every picture to the area of the native size, which takes a minute here",
+    "HiDream": "enlarges every image to the area of the native size, which takes a minute here",
     "Kandinsky 5, image": "chooses among sizes of its own, which take a minute here",
     "Kandinsky 3": "divides sizes by a factor that its tiny decoder does not have",
     "Lumina Image 2": "divides sizes by a factor that its tiny decoder does not have",
@@ -106,11 +106,11 @@ LEFT_OUT = {
     "Stable Diffusion with a LoRA of the UNet": "adapters are loaded by name",
     "Stable Diffusion with a LoRA of the UNet, a scale a request": "adapters are loaded by name",
     "Stable Diffusion with a LoRA of the text encoder, a scale a request": "the same",
-    "Stable Diffusion with an IP-Adapter": "requests bring no pictures of that kind",
+    "Stable Diffusion with an IP-Adapter": "requests bring no images of that kind",
 }
 # Tables of positions that end there, or a size that is part of the model.
 ONE_SIZE = {"AuraFlow", "CogView 3 Plus", "DeepFloyd IF", "Hunyuan-DiT", "Stable Diffusion 3"}
-# These start from pictures with fewer steps than they are told to, or with all of them.
+# These start from images with fewer steps than they are told to, or with all of them.
 OWN_COUNT = {"Latent consistency model", "Sana Sprint"}
 
 
@@ -162,7 +162,7 @@ def a_request(runner: PipelineRunner, task: Task, side_px: int) -> GenerationReq
 
 
 def served(runner: PipelineRunner, request: GenerationRequest) -> tuple[Image.Image, int]:
-    """The picture, and how many steps were told of."""
+    """The image, and how many steps were told of."""
     events: SimpleQueue[Event] = SimpleQueue()
     runner.submit(request, events.put)
     steps = 0
@@ -191,8 +191,8 @@ def plain(
         **besides,
     }
     arguments = accepted_arguments(read_signature(type(pipeline)), wanted)
-    picture: Image.Image = pipeline(**arguments)[0][0]
-    return picture
+    image: Image.Image = pipeline(**arguments)[0][0]
+    return image
 
 
 def assert_router_and_engine_agree(runner: PipelineRunner) -> None:
@@ -227,7 +227,7 @@ def test_a_family_is_served_from_its_folder(
 
     monkeypatch.setattr(tasks, "accepted_arguments", accepted)
     model = load_model("m", tmp_path, "float32", "cpu")
-    runner = PipelineRunner(model, EngineOptions(max_rows=8, max_waiting_pictures=100))
+    runner = PipelineRunner(model, EngineOptions(max_rows=8, max_pending_images=100))
     runner.start()
     try:
         limits = runner.capabilities()
@@ -243,15 +243,15 @@ def test_a_family_is_served_from_its_folder(
         for task in limits.tasks:
             for side_px in sides:
                 request = a_request(runner, task, side_px)
-                picture, steps = served(runner, request)
-                assert picture.size == (side_px, side_px)
+                image, steps = served(runner, request)
+                assert image.size == (side_px, side_px)
                 if name not in OWN_COUNT:
                     assert steps == denoiser_calls(model, request)
         request = a_request(runner, Task.TEXT_TO_IMAGE, limits.sizes.native)
-        picture, _ = served(runner, request)
+        image, _ = served(runner, request)
     finally:
         runner.stop()
-    difference = np.asarray(picture, int) - np.asarray(
+    difference = np.asarray(image, int) - np.asarray(
         plain(tmp_path, request, besides, limits.guidance), int
     )
     assert np.abs(difference).max() <= LEVELS

@@ -173,7 +173,7 @@ def differences(
     finished: Sequence[Finished],
     wanted: Sequence[list[Image.Image]],
 ) -> dict[str, int]:
-    """Files that differ from the plain pictures, and by how many levels at most."""
+    """Files that differ from the plain images, and by how many levels at most."""
     found = {}
     for request, answer, images in zip(requests, finished, wanted, strict=True):
         assert len(answer.images) == request.n == len(images)
@@ -187,7 +187,7 @@ def differences(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_three_tasks_share_forwards_and_give_the_plain_pictures(
+def test_three_tasks_share_forwards_and_give_the_plain_images(
     dtype: str, serve: Serve, reference: Reference, row_independent: bool, say: Say
 ) -> None:
     runner, counter = serve(dtype)
@@ -201,10 +201,10 @@ def test_three_tasks_share_forwards_and_give_the_plain_pictures(
     wanted = [call_plain(reference(dtype), request) for request in requests]
 
     found = differences(requests, finished, wanted)
-    pictures = sum(request.n for request in requests)
+    images = sum(request.n for request in requests)
     together = sum(len(forward) == len(TASKS) for forward in watcher.forwards)
     say(
-        f"{dtype}: {pictures - len(found)} of {pictures} files byte-identical, "
+        f"{dtype}: {images - len(found)} of {images} files byte-identical, "
         f"{together} of {len(watcher.forwards)} forwards with all three tasks"
     )
     assert together >= 1
@@ -218,8 +218,8 @@ def test_three_tasks_share_forwards_and_give_the_plain_pictures(
         assert max(found.values(), default=0) <= BFLOAT16_BYTE_BOUND, found
 
 
-def test_the_pictures_of_the_tasks_differ_and_the_kept_part_is_kept(reference: Reference) -> None:
-    """Else a mixed-up row, or a picture that was ignored, would go unseen."""
+def test_the_images_of_the_tasks_differ_and_the_kept_part_is_kept(reference: Reference) -> None:
+    """Else a mixed-up row, or an image that was ignored, would go unseen."""
     requests = [
         request_for(
             task, 0, "DDIMScheduler", num_inference_steps=12, guidance_scale=4.0, strength=0.8

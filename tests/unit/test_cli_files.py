@@ -14,7 +14,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_picture_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("in the way")
     ended = run("generate", "a red heart", "-o", str(file / "heart.png"))

@@ -37,7 +37,7 @@ def test_defaults():
     assert settings.models == {"emoji": ModelSettings()}
     assert settings.default_model == "emoji"
     assert settings.models["emoji"].engine == EngineSettings(
-        max_rows=None, max_waiting_pictures=64, threads=None, niceness=10, drain_s=20.0
+        max_rows=None, max_pending_images=64, threads=None, niceness=10, drain_s=20.0
     )
     assert settings.models["emoji"].path is None
 
@@ -164,6 +164,10 @@ def test_empty_sections_mean_defaults(file: Path, content: str):
     ("content", "problem"),
     [
         ("htpp: {}", "htpp: unknown key; did you mean 'http'?"),
+        (
+            "models: {a: {path: x, engine: {max_waiting_pictures: 8}}}",
+            "this setting is now called 'models.a.engine.max_pending_images'",
+        ),
         ("http: {prot: 1}", "http.prot: unknown key; did you mean 'http.port'?"),
         (
             "models: {a: {engine: {max_row: 1}}}",
@@ -212,6 +216,10 @@ def test_wrong_file(file: Path, content: str, problem: str):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
+        (
+            "STEPSERVE_MODELS__EMOJI__ENGINE__MAX_WAITING_PICTURES",
+            "this variable is now called 'STEPSERVE_MODELS__EMOJI__ENGINE__MAX_PENDING_IMAGES'",
+        ),
         ("STEPSERVE_HTTP__PROT", "unknown variable; did you mean 'STEPSERVE_HTTP__PORT'?"),
         ("STEPSERVE_HTTP_PORT", "unknown variable; did you mean 'STEPSERVE_HTTP__PORT'?"),
         ("STEPSERVE_HTTP", "unknown variable"),

@@ -23,7 +23,7 @@ class RefusingHandler(BaseHTTPRequestHandler):
             self._answer(401, json.dumps(REFUSED) if self.path != "/metrics" else "<h1>no</h1>")
 
     def do_POST(self) -> None:
-        """Refuse pictures of a priority, and make all others."""
+        """Refuse images of a priority, and make all others."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         wrong = {"error": {"message": "priority is not open to this API key"}}
         status, told = (400, wrong) if "priority" in body else (200, {"data": [{}]})
@@ -56,9 +56,9 @@ def test_what_is_refused_is_told_in_the_words_of_the_service(refusing: str):
 
 
 def test_a_key_that_may_not_ask_for_a_priority_is_enough(refusing: str):
-    (picture,) = (finding for finding in examine(refusing) if finding.name == "picture")
+    (image,) = (finding for finding in examine(refusing) if finding.name == "image")
 
-    assert picture.well, picture.told
+    assert image.well, image.told
 
 
 def test_nobody_answers():

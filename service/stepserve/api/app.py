@@ -23,7 +23,7 @@ from stepserve.api.bodies.pending_bytes import (
     PendingBytesMiddleware,
 )
 from stepserve.api.bodies.reading import BodyBudget, BodyReader
-from stepserve.api.bodies.schemas import PictureReference
+from stepserve.api.bodies.schemas import ImageReference
 from stepserve.api.errors import UnauthorizedError
 from stepserve.api.handlers import add_error_handlers
 from stepserve.api.http.head_limits import HeadLimitMiddleware
@@ -76,10 +76,10 @@ has the body `{"error": {"message", "type", "param", "code"}}`, and every answer
 """
 
 TAGS = [
-    {"name": "images", "description": "Make, change and vary pictures, as OpenAI's Images API."},
+    {"name": "images", "description": "Make, change and vary images, as OpenAI's Images API."},
     {"name": "requests", "description": "Watch and end requests by their `X-Request-ID`."},
     {"name": "models", "description": "What is served, what it can do, and what it is doing."},
-    {"name": "results", "description": "Pictures that were answered as links."},
+    {"name": "results", "description": "Images that were answered as links."},
     {"name": "health", "description": "For load balancers and supervisors."},
 ]
 NOT_OBSERVED = Observation()
@@ -129,7 +129,7 @@ def create_app(
         app.include_router(part.router)
     app.mount(docs.ASSETS_URL, docs.ASSETS)
     app.mount(playground.ASSETS_URL, playground.ASSETS)
-    add_schemas(app, PictureReference)
+    add_schemas(app, ImageReference)
     return app
 
 

@@ -1,4 +1,4 @@
-"""What the HTTP door needs from whoever makes the pictures."""
+"""What the HTTP door needs from whoever makes the images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepserve.domain.requests import GenerationRequest
 
 
 class Backend(Protocol):
-    """Makes pictures. Implemented over Ray Serve handles, or in one process."""
+    """Makes images. Implemented over Ray Serve handles, or in one process."""
 
     async def start(self) -> None:
         """Begin to serve; called once, on the event loop of all other calls."""

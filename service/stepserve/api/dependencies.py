@@ -63,7 +63,7 @@ class Incoming:
         return cast(InFlight, self.http.app.state.in_flight).stopped
 
     async def link(self, image: EncodedImage) -> str:
-        """Keep a picture for a while, and return where it is."""
+        """Keep an image for a while, and return where it is."""
         path = await self.store.put(image.data, image.media_type)
         prefix = self.settings.public_url or str(self.http.base_url)
         return prefix.rstrip("/") + path

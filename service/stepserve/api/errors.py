@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
-from stepserve.api.exchange_context import notes_of
+from stepserve.api.exchange_context import exchange_context_of
 from stepserve.api.results.space import ResultsUnavailableError
 from stepserve.api.results.store import LinkExpiredError, ResultNotFoundError, WrongSignatureError
 from stepserve.domain.errors import (
@@ -201,7 +201,7 @@ class ErrorResponse(JSONResponse):
 
 def note_error(scope: Scope, error: Exception) -> None:
     """Let metrics and logs know how an exchange ended."""
-    notes = notes_of(scope)
+    notes = exchange_context_of(scope)
     notes.error_code = kind_of(error).code
     notes.is_refusal = isinstance(error, RefusedError)
 

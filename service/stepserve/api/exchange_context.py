@@ -15,7 +15,7 @@ UNMATCHED = "unmatched"
 
 
 @dataclass
-class Notes:
+class ExchangeContext:
     """Filled in by whoever knows: the model once it is known to be served, the error's code."""
 
     model: str = ""
@@ -25,9 +25,9 @@ class Notes:
     timings: Timings | None = None
 
 
-def notes_of(scope: Scope) -> Notes:
+def exchange_context_of(scope: Scope) -> ExchangeContext:
     """The notes of the exchange that `scope` belongs to."""
-    notes: Notes = scope.setdefault("state", {}).setdefault("notes", Notes())
+    notes: ExchangeContext = scope.setdefault("state", {}).setdefault("notes", ExchangeContext())
     return notes
 
 
@@ -49,11 +49,11 @@ class Exchange:
     status: int
     duration_s: float
     caller: str
-    notes: Notes
+    notes: ExchangeContext
 
     @property
     def asks_for_work(self) -> bool:
-        """Whether it was a request for pictures."""
+        """Whether it was a request for images."""
         return self.method == "POST"
 
     @property

@@ -10,9 +10,9 @@ StepserveError
 │   ├── ServerFullError
 │   ├── UnmeetableDeadlineError  its deadline would pass before the request could be finished
 │   └── NotReadyError            loading or draining
-└── EndedError                   accepted, then ended without a picture
+└── EndedError                   accepted, then ended without an image
     ├── GenerationFailedError
-    ├── ContentFilteredError     the model's own safety checker withheld every picture
+    ├── ContentFilteredError     the model's own safety checker withheld every image
     ├── StoppedError             the server stopped first
     ├── CancelledError
     └── ExpiredError             its deadline passed
@@ -106,7 +106,7 @@ class NotReadyError(RefusedError):
 
 
 class EndedError(StepserveError):
-    """The request was accepted but ended without a picture."""
+    """The request was accepted but ended without an image."""
 
 
 class GenerationFailedError(EndedError):

@@ -10,7 +10,7 @@ from stepserve.domain.timings import Timings
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One finished picture as a file, with the seed that it alone can be made from again.
+    """One finished image as a file, with the seed that it alone can be made from again.
 
     `content_filtered` says that the model's own safety checker withheld it: there is no data.
     """
@@ -51,7 +51,7 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class Preview:
-    """What the pictures will roughly be, foretold at step `step` of `steps`.
+    """What the images will roughly be, foretold at step `step` of `steps`.
 
     `index` counts the previews of a request from 0. The files hold no parameters.
     """
@@ -78,7 +78,7 @@ class CutPrompt:
 
 @dataclass(frozen=True)
 class Finished:
-    """All pictures are made; `fingerprint` is the short one of the model that made them."""
+    """All images are made; `fingerprint` is the short one of the model that made them."""
 
     request_id: str
     images: tuple[EncodedImage, ...]
@@ -89,7 +89,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request ended without pictures: it was refused, failed, expired or was cancelled."""
+    """The request ended without images: it was refused, failed, expired or was cancelled."""
 
     request_id: str
     error: StepserveError

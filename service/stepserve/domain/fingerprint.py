@@ -1,4 +1,4 @@
-"""What decides the bytes of a picture besides its request."""
+"""What decides the bytes of an image besides its request."""
 
 from __future__ import annotations
 

@@ -29,12 +29,12 @@ SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 20
 SHORTEST_PART = 4
 
-PICTURES_OF: dict[Task, tuple[str, ...]] = {
+IMAGES_OF: dict[Task, tuple[str, ...]] = {
     Task.TEXT_TO_IMAGE: (),
     Task.IMAGE_TO_IMAGE: ("image",),
     Task.INPAINTING: ("image", "mask_image"),
 }
-"""The request fields with pictures that each task is made of."""
+"""The request fields with images that each task is made of."""
 
 
 def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
@@ -118,7 +118,7 @@ def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
         known = ", ".join(model.tasks)
         message = f"task {request.task} is not one of model {model.id!r} (known: {known})"
         raise InvalidRequestError(message, "task")
-    wanted = PICTURES_OF[request.task]
+    wanted = IMAGES_OF[request.task]
     for field in ("image", "mask_image"):
         is_given = getattr(request, field) is not None
         if is_given != (field in wanted):
@@ -127,7 +127,7 @@ def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
 
 
 def _check_prompts(request: GenerationRequest, model: ModelCapabilities) -> None:
-    # What is made of a picture needs no words: a variation has none.
+    # What is made of an image needs no words: a variation has none.
     if not request.prompt.strip() and request.task is Task.TEXT_TO_IMAGE:
         raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
@@ -187,7 +187,7 @@ def _check_negative_prompt(request: GenerationRequest, model: ModelCapabilities)
         instead = ", which guidance_scale sets how closely to follow" * bool(guidance.argument)
         raise InvalidRequestError(
             f"negative_prompt has no effect on model {model.id!r}: leave it out, and say what the "
-            f"picture shows in prompt{instead}",
+            f"image shows in prompt{instead}",
             "negative_prompt",
         )
     if guidance.argument and not guidance.guides(request.guidance_scale):
@@ -288,7 +288,7 @@ def _check_adapter_scale(use: AdapterUse) -> None:
 
 
 def _check_seed(request: GenerationRequest) -> None:
-    # Picture i is drawn from seed + i, so the seed of the last one must be sendable again too.
+    # Image i is drawn from seed + i, so the seed of the last one must be sendable again too.
     maximum = MAX_SEED - (request.n - 1)
     if not 0 <= request.seed <= maximum:
         message = f"seed must be 0 to {maximum} (for n={request.n}), got {digits(request.seed)}"

@@ -13,7 +13,7 @@ from stepserve.domain.requests import Task
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Picture sides that a model accepts, in pixels: from `minimum` to `maximum` by `step`."""
+    """Image sides that a model accepts, in pixels: from `minimum` to `maximum` by `step`."""
 
     minimum: int
     maximum: int
@@ -21,7 +21,7 @@ class SizeRange:
     native: int
 
     def accepts(self, side_px: int) -> bool:
-        """Whether one side of a picture may be this long."""
+        """Whether one side of an image may be this long."""
         in_range = self.minimum <= side_px <= self.maximum
         return in_range and (side_px - self.minimum) % self.step == 0
 
@@ -69,7 +69,7 @@ class ModelCapabilities:
         scheduler_steps: of the schedulers that can do other numbers of steps.
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
-        same_bytes: whether a picture is the same in every bit whatever the load, on the device that
+        same_bytes: whether an image is the same in every bit whatever the load, on the device that
             serves it. Where it is not, `reproducible` requests give that.
         sharing_remark: what is unusual in how requests share forwards; empty: nothing.
         compilation: whether new requests are served by compiled code.

@@ -104,7 +104,7 @@ class RequestLog:
         record.progress = advance(record.progress, event)
         if record.progress.expected_s is not None and record.expected_at_s is None:
             record.expected_at_s = self._clock() + record.progress.expected_s
-        number = record.keep(_without_pictures(event) if isinstance(event, Finished) else event)
+        number = record.keep(_without_images(event) if isinstance(event, Finished) else event)
         if isinstance(event, Preview):
             self._keep_preview(record, number, event)
         if record.progress.ended:
@@ -123,7 +123,7 @@ class RequestLog:
     def events_since(self, key: RequestKey, number: int) -> list[NumberedEvent] | None:
         """The events of a request from `number` on, or None if it is not known.
 
-        Previews whose pictures were dropped to save memory have none.
+        Previews whose images were dropped to save memory have none.
         """
         record = self._records.get(key)
         if record is None:
@@ -152,6 +152,6 @@ class RequestLog:
                 del self._records[oldest.progress.key]
 
 
-def _without_pictures(finished: Finished) -> Finished:
-    """The pictures themselves go to whoever asked for them, and nobody keeps them."""
+def _without_images(finished: Finished) -> Finished:
+    """The images themselves go to whoever asked for them, and nobody keeps them."""
     return replace(finished, images=tuple(replace(image, data=b"") for image in finished.images))

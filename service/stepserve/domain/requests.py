@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class OutputFormat(StrEnum):
-    """File formats of finished pictures."""
+    """File formats of finished images."""
 
     PNG = "png"
     JPEG = "jpeg"
@@ -51,16 +51,16 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A request for pictures with every default filled in.
+    """A request for images with every default filled in.
 
-    Picture `i` of `n` is drawn from seed `seed + i`, so that each can be made again alone.
+    Image `i` of `n` is drawn from seed `seed + i`, so that each can be made again alone.
     What `guidance_scale` does, and how many rows a step takes, is the model's (`Guidance`); with
     most, 1 or less means no guidance and one row instead of two. Guidance is applied at denoiser
     call `i` (from 0) of `c` if `guidance_start <= i / c` and `i / c < guidance_end`; the other
     calls take one row instead of two as well.
 
     Args:
-        image: the picture to start from, as a file (image-to-image and inpainting).
+        image: the image to start from, as a file (image-to-image and inpainting).
         mask_image: white where inpainting may paint, as a file.
         strength: share of the noise schedule that is applied to `image`, over 0 up to 1; that
             share of the steps is done.
@@ -68,7 +68,7 @@ class GenerationRequest:
         deadline_s: seconds after acceptance by which an answer is of use, or None.
         reproducible: its rows never share a forward, so that its bytes depend on nothing else.
         output_compression: quality of JPEG and WEBP files, 0 to 100, or None for the usual.
-        previews: how many times, evenly spread over its steps, to foretell the pictures.
+        previews: how many times, evenly spread over its steps, to foretell the images.
         owner: who sent it; empty for anybody.
         trace_context: headers that tell which trace it belongs to, such as W3C's `traceparent`.
     """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from stepserve.engine.calls.arguments import LeafKind, Path
+from stepserve.engine.calls.arguments import ArgumentKind, Path
 from stepserve.engine.calls.call import Call, ParkableMethod, make_call
 from stepserve.engine.calls.stacking import split, stack, tensors_in
 from stepserve.engine.scheduling.row_limits import is_out_of_memory
@@ -31,7 +31,7 @@ Run = Callable[[Sequence[Call], int], list[Any]]
 
 Result = TypeVar("Result")
 
-Change = Callable[[Any, LeafKind | None], Any]
+Change = Callable[[Any, ArgumentKind | None], Any]
 
 # Where kernels differ at all, about one number in 10,000 was seen to: enough of them to be sure.
 VECTOR_NUMBERS = 2**16
@@ -251,33 +251,33 @@ def _changed(call: Call, change: Change) -> Call:
     return replace(call, args=args, kwargs=kwargs)
 
 
-def _change(value: Any, path: Path, kinds: Mapping[Path, LeafKind], change: Change) -> Any:
+def _change(value: Any, path: Path, kinds: Mapping[Path, ArgumentKind], change: Change) -> Any:
     kind = kinds.get(path)
     inner = partial(_change, kinds=kinds, change=change)
     if type(value) is dict:
         return {name: inner(part, (*path, name)) for name, part in value.items()}
-    if type(value) in (list, tuple) and kind is not LeafKind.ROW_LIST:
+    if type(value) in (list, tuple) and kind is not ArgumentKind.ROW_LIST:
         return type(value)(inner(part, (*path, index)) for index, part in enumerate(value))
     return change(value, kind)
 
 
-def _vary(value: Any, kind: LeafKind | None, generator: torch.Generator) -> Any:
+def _vary(value: Any, kind: ArgumentKind | None, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
         return value
-    if kind is LeafKind.PER_ROW or (kind is LeafKind.BATCHED and value.is_floating_point()):
+    if kind is ArgumentKind.PER_ROW or (kind is ArgumentKind.BATCHED and value.is_floating_point()):
         factors = torch.rand(value.shape, generator=generator).to(value.device)
         return (value * factors).to(value.dtype)
     return value
 
 
-def _first_row(value: Any, kind: LeafKind | None, rows: int) -> Any:
-    if kind is LeafKind.ROW_LIST:
+def _first_row(value: Any, kind: ArgumentKind | None, rows: int) -> Any:
+    if kind is ArgumentKind.ROW_LIST:
         return value[:1]
-    if kind is LeafKind.BATCHED or (kind is LeafKind.PER_ROW and value.dim() > 0):
+    if kind is ArgumentKind.BATCHED or (kind is ArgumentKind.PER_ROW and value.dim() > 0):
         return value[:1]
-    if kind is LeafKind.REPEATED:
+    if kind is ArgumentKind.REPEATED:
         return value[: value.shape[0] // rows]
-    return value[:, :1] if kind is LeafKind.LAYERED else value
+    return value[:, :1] if kind is ArgumentKind.LAYERED else value
 
 
 @contextmanager

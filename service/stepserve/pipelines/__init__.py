@@ -1,4 +1,4 @@
-"""The only room that knows diffusers: load pipelines, attach them to the engine, make pictures."""
+"""The only room that knows diffusers: load pipelines, attach them to the engine, make images."""
 
 import os
 

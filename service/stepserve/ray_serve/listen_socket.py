@@ -30,7 +30,7 @@ class AddressTakenError(StepserveError):
 
 
 @contextmanager
-def held_door(host: str, port: int, within: Path | None = None) -> Iterator[str]:
+def held_listen_socket(host: str, port: int, within: Path | None = None) -> Iterator[str]:
     """Listen on an address. Yields the path where processes of this user borrow the socket.
 
     Args:
@@ -59,7 +59,7 @@ def held_door(host: str, port: int, within: Path | None = None) -> Iterator[str]
             lender.shutdown(socket.SHUT_RDWR)
 
 
-def borrow_door(path: str) -> socket.socket:
+def borrow_listen_socket(path: str) -> socket.socket:
     """The socket behind such a path: the same queue, whoever accepts from it.
 
     Raises:

@@ -154,7 +154,7 @@ class Ledger:
         self._own_jobs -= job_id in account.own
         account.own.discard(job_id)
         # Its seconds have melted by now, more or less; the next report says it exactly.
-        self._pictures[self._places[key]] -= ended.pictures
+        self._images[self._places[key]] -= ended.images
         self._note_news(key)
         if not account.jobs:
             self._write(key)
@@ -194,8 +194,8 @@ class Ledger:
 
     def has_room(self, job: Job) -> NDArray[np.bool_]:
         """Which replicas would let `job` in; an empty one takes anything."""
-        fits = self._pictures + job.pictures <= self._limits
-        return np.asarray(fits | (self._pictures == 0))
+        fits = self._images + job.images <= self._limits
+        return np.asarray(fits | (self._images == 0))
 
     def choose(self, job: Job, count: int) -> list[ReplicaKey]:
         """The `count` best replicas for `job`, best first: with room, then soonest.
@@ -218,7 +218,7 @@ class Ledger:
         self._ahead_s = np.zeros((count, len(STEPS_AT)))
         self._steps_beside = np.zeros((count, len(STEPS_AT)))
         self._written_s = np.zeros(count)
-        self._pictures = np.zeros(count)
+        self._images = np.zeros(count)
         self._news_s = np.array([account.news_s for account in self._accounts.values()], float)
         self._limits = np.full(count, np.inf)
         self._longest_steps: dict[str, Floats] = {}
@@ -260,8 +260,8 @@ class Ledger:
         self._ahead_s[place] = 0.0
         self._steps_beside[place] = 0.0
         self._written_s[place] = self._clock()
-        self._pictures[place] = 0
-        self._limits[place] = account.report.picture_limit
+        self._images[place] = 0
+        self._limits[place] = account.report.image_limit
         for group in {job.group for job in account.jobs.values()} | set(self._longest_steps):
             self._longest(group)[place] = 0
         for size, costs in self._cost_columns.items():
@@ -281,7 +281,7 @@ class Ledger:
         steps = np.minimum(STEPS_AT, job.steps)
         self._ahead_s[place] += row_s * job.rows * steps
         self._steps_beside[place] += steps
-        self._pictures[place] += job.pictures
+        self._images[place] += job.images
 
 
 def _between(steps: int) -> tuple[int, int, float]:

@@ -31,7 +31,7 @@ class Job:
         group: requests of one size and one set of adapters; they share forwards.
         rows: rows that each of its steps takes.
         steps: denoiser calls left.
-        pictures: counted against the replica's limit.
+        images: counted against the replica's limit.
     """
 
     id: str
@@ -39,7 +39,7 @@ class Job:
     group: str
     rows: int
     steps: int
-    pictures: int = 1
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Report:
     Args:
         jobs: everything accepted and not yet ended.
         costs: by size; only those that were measured.
-        picture_limit: pictures in hand beyond which it refuses.
+        image_limit: images in hand beyond which it refuses.
         guidance: what a step of a guided request takes there, and of one that is not.
     """
 
     jobs: tuple[Job, ...] = ()
     costs: Mapping[str, StepCost] | None = None
-    picture_limit: int = 64
+    image_limit: int = 64
     guidance: Guidance = CLASSIC
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Report:
         """What `to_dict` made."""
         costs = {size: StepCost(**cost) for size, cost in (told.get("costs") or {}).items()}
         jobs = tuple(Job(**job) for job in told.get("jobs", ()))
-        return cls(jobs, costs, told.get("picture_limit", 64), _guidance(told.get("guidance")))
+        return cls(jobs, costs, told.get("image_limit", 64), _guidance(told.get("guidance")))
 
 
 def _guidance(told: Mapping[str, Any] | None) -> Guidance:
@@ -90,7 +90,7 @@ def job_of(request: GenerationRequest, guidance: Guidance) -> Job:
         group=group_of(request),
         rows=guidance.rows_of(request),
         steps=guidance.calls_of(request, steps),
-        pictures=request.n,
+        images=request.n,
     )
 
 

@@ -77,10 +77,10 @@ REQUESTS = _counter(
     "Accepted requests that ended, by outcome (finished, failed, cancelled, expired).",
     *("model", "outcome"),
 )
-PICTURES = _counter("pictures", "Pictures of finished requests.", "model")
+IMAGES = _counter("images", "Images of finished requests.", "model")
 CONTENT_FILTERED = _counter(
-    "content_filtered_pictures",
-    "Pictures that the model's own safety checker withheld.",
+    "content_filtered_images",
+    "Images that the model's own safety checker withheld.",
     "model",
 )
 QUEUE_SECONDS = _histogram(
@@ -158,11 +158,11 @@ BACKLOG_SECONDS = _gauge(
     "backlog_seconds", "Seconds until everything in hand should be finished.", "model", "replica"
 )
 IN_HAND = _gauge("requests_in_hand", "Requests accepted and not yet ended.", "model", "replica")
-PICTURES_IN_HAND = _gauge(
-    "pictures_in_hand", "Pictures of requests accepted and not yet ended.", "model", "replica"
+IMAGES_PENDING = _gauge(
+    "images_pending", "Images of requests accepted and not yet ended.", "model", "replica"
 )
-PICTURE_LIMIT = _gauge(
-    "pictures_limit", "Pictures in hand beyond which requests are refused.", "model", "replica"
+IMAGE_LIMIT = _gauge(
+    "images_limit", "Images in hand beyond which requests are refused.", "model", "replica"
 )
 ROW_LIMIT = _gauge("row_limit", "Most rows of one shared denoiser forward.", "model", "replica")
 REPLICA_STARTS = _counter(

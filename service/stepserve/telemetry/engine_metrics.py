@@ -44,7 +44,7 @@ class Ending(Protocol):
     @property
     def timings(self) -> Timings: ...  # noqa: D102
     @property
-    def pictures(self) -> int: ...  # noqa: D102
+    def images(self) -> int: ...  # noqa: D102
     @property
     def steps_left(self) -> int: ...  # noqa: D102
     @property
@@ -67,8 +67,8 @@ class Standing:
 
     backlog_s: float
     requests: int
-    pictures: int
-    picture_limit: int
+    images: int
+    image_limit: int
     row_limit: int
     load_s: float
     memory_bytes: dict[str, int]
@@ -155,7 +155,7 @@ class EngineMetrics:
 
     def _record_finished(self, ending: Ending) -> None:
         timings = ending.timings
-        self._to.count(c.PICTURES, ending.pictures, self._model)
+        self._to.count(c.IMAGES, ending.images, self._model)
         self._to.observe(c.FIRST_STEP_SECONDS, timings.first_step_s, self._model)
         for stage in ("encode", DENOISE, "decode"):
             self._to.observe(c.STAGE_SECONDS, getattr(timings, f"{stage}_s"), self._of(stage))
@@ -177,8 +177,8 @@ class EngineMetrics:
         values = {
             c.BACKLOG_SECONDS: standing.backlog_s,
             c.IN_HAND: standing.requests,
-            c.PICTURES_IN_HAND: standing.pictures,
-            c.PICTURE_LIMIT: standing.picture_limit,
+            c.IMAGES_PENDING: standing.images,
+            c.IMAGE_LIMIT: standing.image_limit,
             c.ROW_LIMIT: standing.row_limit,
             c.LOAD_SECONDS: standing.load_s,
         }

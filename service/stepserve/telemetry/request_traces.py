@@ -163,7 +163,7 @@ class RequestTraces:
         self.flush()
         now_s = self._clock()
         for traced in self._requests.values():
-            self._end_company(traced)
+            self._end_co_batching(traced)
             traced.span.end(self._ns(now_s))
         self._requests.clear()
         self._provider.shutdown()
@@ -179,7 +179,7 @@ class RequestTraces:
             if report.stage in DENOISING:
                 self._denoise(traced, names - {key}, report)
             else:
-                self._end_company(traced)
+                self._end_co_batching(traced)
                 began_s = report.ended_s - report.seconds
                 module: dict[str, str | int | float] = {
                     "stepserve.module": report.module,
@@ -191,7 +191,7 @@ class RequestTraces:
         company = traced.company
         changed = company is None or company.companions != companions
         if company is None or (changed and traced.spans < MOST_SPANS):
-            self._end_company(traced)
+            self._end_co_batching(traced)
             began_s = report.ended_s - report.seconds
             traced.spans += 1
             company = Company(companions, began_s, report.ended_s, first_step=traced.steps + 1)
@@ -212,7 +212,7 @@ class RequestTraces:
             attributes = {"stepserve.request_id": key.id}
             company.links.setdefault(context.span_id, Link(context, attributes))
 
-    def _end_company(self, traced: TracedRequest) -> None:
+    def _end_co_batching(self, traced: TracedRequest) -> None:
         company, traced.company = traced.company, None
         if company is None:
             return
@@ -229,7 +229,7 @@ class RequestTraces:
         traced = self._requests.get(report.key)
         if traced is None:
             return
-        self._end_company(traced)
+        self._end_co_batching(traced)
         accepted_s = report.ended_s - report.timings.total_s
         self._child(traced, "queue", (accepted_s, accepted_s + report.timings.queue_s))
         traced.work_ended_s = report.ended_s
@@ -245,7 +245,7 @@ class RequestTraces:
             return
         if isinstance(traced.ending, Finished) and traced.work_ended_s is not None:
             times = (traced.work_ended_s, max(traced.work_ended_s, traced.ended_s))
-            self._child(traced, "picture encoding", times)
+            self._child(traced, "image encoding", times)
         _tell_ending(traced.span, traced.ending)
         traced.span.end(self._ns(traced.ended_s))
         del self._requests[key]
@@ -279,13 +279,13 @@ def _span_name(report: Forward) -> str:
 
 
 def _asked(request: GenerationRequest) -> dict[str, str | int | float]:
-    """What is told of a request. No prompt: traces go to other places than pictures do."""
+    """What is told of a request. No prompt: traces go to other places than images do."""
     return {
         "stepserve.request_id": request.id,
         "stepserve.model": request.model,
         "stepserve.task": request.task.value,
         "stepserve.size": f"{request.width}x{request.height}",
-        "stepserve.pictures": request.n,
+        "stepserve.images": request.n,
         "stepserve.num_inference_steps": request.num_inference_steps,
         "stepserve.guidance_scale": request.guidance_scale,
         "stepserve.scheduler": request.scheduler,

@@ -21,7 +21,7 @@ TEMPLATES = Path(stepserve.models.__file__).parent / "templates"
 
 
 def write_card(
-    folder: Path, pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, pictures: int
+    folder: Path, pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, images: int
 ) -> None:
     """Write `README.md` into a model folder whose weights are there already."""
     weights_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
@@ -30,7 +30,7 @@ def write_card(
         "weights_mb": f"{weights_bytes / 1e6:.0f}",
         "folder_name": "path/to/this/folder",
         **_history_values(folder),
-        **_data_values(pictures),
+        **_data_values(images),
         **_shape_values(pipeline, recipe),
         **_objective_values(recipe),
     }
@@ -52,7 +52,7 @@ def count_parameters(pipeline: StableDiffusionPipeline) -> dict[str, int]:
 
 
 def sizes(pipeline: StableDiffusionPipeline) -> dict[str, int]:
-    """Picture sides in pixels: three quarters of the native one to twice it.
+    """Image sides in pixels: three quarters of the native one to twice it.
 
     The UNet must be able to halve the latents as often as it does, and diffusers insists on
     multiples of 8.
@@ -64,11 +64,11 @@ def sizes(pipeline: StableDiffusionPipeline) -> dict[str, int]:
     return {"minimum": smallest, "maximum": 2 * native, "step": step, "native": native}
 
 
-def _data_values(pictures: int) -> dict[str, str]:
+def _data_values(images: int) -> dict[str, str]:
     lines = [f"- `{p.name}` {p.version} from npm ({p.licence})" for p in PACKAGES]
     return {
         "packages": "\n".join(lines),
-        "pictures": f"{pictures:,}",
+        "images": f"{images:,}",
         "backgrounds": ", ".join(f"`{name}`" for name in BACKGROUNDS),
         "background_count": str(len(BACKGROUNDS)),
         "resvg_version": library_version("resvg-py"),

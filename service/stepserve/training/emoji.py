@@ -111,7 +111,7 @@ def make_recipe(
 
 
 def tiny_recipe(seed: int = 0, steps: int = 4) -> EmojiRecipe:
-    """A recipe of seconds, for tests: 16 px pictures, 8x8 latents, a useless model."""
+    """A recipe of seconds, for tests: 16 px images, 8x8 latents, a useless model."""
     loop = LoopConfig(
         steps=steps,
         batch_size=4,
@@ -124,7 +124,7 @@ def tiny_recipe(seed: int = 0, steps: int = 4) -> EmojiRecipe:
     return EmojiRecipe(
         seed=seed,
         vae=AutoencoderConfig(
-            picture_px=16, latent_channels=4, block_channels=(8, 16), norm_groups=4
+            image_px=16, latent_channels=4, block_channels=(8, 16), norm_groups=4
         ),
         vae_loop=loop,
         denoiser=DenoiserConfig(
@@ -151,8 +151,8 @@ def train_emoji(
     Args:
         recipe: hyperparameters and seed.
         folder: checkpoints and sample grids; the finished model lands in `folder/model`.
-        cache: artwork packages and rendered pictures.
-        artwork: pictures to learn instead of the packages', twice `recipe.vae.picture_px` wide.
+        cache: artwork packages and rendered images.
+        artwork: images to learn instead of the packages', twice `recipe.vae.image_px` wide.
 
     Returns:
         The folder of the finished diffusers pipeline.
@@ -167,10 +167,10 @@ def train_emoji(
         check_own(own)
     torch.manual_seed(recipe.seed)
     start = None if recipe.start_from is None else load_start(Path(recipe.start_from))
-    artwork = artwork or load_artwork(cache, 2 * recipe.vae.picture_px)
-    pictures = artwork_tensor(artwork)
-    autoencoder = _autoencoder(recipe, start, pictures, folder)
-    latents = encode_artwork(autoencoder, pictures, folder / "latents.safetensors")
+    artwork = artwork or load_artwork(cache, 2 * recipe.vae.image_px)
+    images = artwork_tensor(artwork)
+    autoencoder = _autoencoder(recipe, start, images, folder)
+    latents = encode_artwork(autoencoder, images, folder / "latents.safetensors")
     autoencoder.register_to_config(scaling_factor=latents.scaling_factor)
     tokenizer = start.tokenizer if start else _tokenizer(recipe.denoiser, artwork, folder)
     torch.manual_seed(recipe.seed + 1)
@@ -185,7 +185,7 @@ def train_emoji(
     )
     if start is not None:
         stage.start_from(start)
-    return export_pipeline(stage.train(), recipe, folder / "model", pictures=len(artwork))
+    return export_pipeline(stage.train(), recipe, folder / "model", images=len(artwork))
 
 
 def load_start(folder: Path) -> StableDiffusionPipeline:
@@ -203,11 +203,11 @@ def load_start(folder: Path) -> StableDiffusionPipeline:
 
 
 def _autoencoder(
-    recipe: EmojiRecipe, start: StableDiffusionPipeline | None, pictures: torch.Tensor, folder: Path
+    recipe: EmojiRecipe, start: StableDiffusionPipeline | None, images: torch.Tensor, folder: Path
 ) -> AutoencoderKL:
     if start is not None:
         return start.vae
-    return AutoencoderStage(recipe.vae, recipe.vae_loop, pictures, folder / "vae").train()
+    return AutoencoderStage(recipe.vae, recipe.vae_loop, images, folder / "vae").train()
 
 
 def _tokenizer(shape: DenoiserConfig, artwork: Artwork, folder: Path) -> CLIPTokenizer:

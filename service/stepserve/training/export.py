@@ -37,14 +37,14 @@ LIBRARIES = (
 
 
 def export_pipeline(
-    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, folder: Path, pictures: int
+    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, folder: Path, images: int
 ) -> Path:
     """Save a trained pipeline with its card, recipe and licences; `pipeline` becomes bfloat16.
 
     The folder appears as a whole, in place of an older one.
 
     Args:
-        pictures: how many pictures it was trained on.
+        images: how many images it was trained on.
 
     Returns:
         `folder`.
@@ -56,10 +56,10 @@ def export_pipeline(
     pipeline.to(torch.bfloat16)
     pipeline.unet.to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(partial, safe_serialization=True)
-    write_json(partial / "training.json", describe_training(pipeline, recipe, pictures))
+    write_json(partial / "training.json", describe_training(pipeline, recipe, images))
     write_json(partial / "stepserve.json", describe_for_server(pipeline))
     shutil.copytree(TEMPLATES / "LICENSES", partial / "LICENSES")
-    write_card(partial, pipeline, recipe, pictures)
+    write_card(partial, pipeline, recipe, images)
     _open_permissions(partial)
     check_promises(partial)
     replace_folder(partial, folder)
@@ -67,7 +67,7 @@ def export_pipeline(
 
 
 def describe_training(
-    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, pictures: int
+    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, images: int
 ) -> dict[str, Any]:
     """The whole recipe and what it was run with, as plain values."""
     return {
@@ -75,7 +75,7 @@ def describe_training(
         "recipe": asdict(recipe),
         "started_from": read_earlier(recipe.start_from),
         "artwork": [asdict(package) for package in PACKAGES],
-        "pictures": pictures,
+        "images": images,
         "parameters": count_parameters(pipeline),
         "python": platform.python_version(),
         "versions": {name: library_version(name) for name in LIBRARIES},
@@ -85,7 +85,7 @@ def describe_training(
 def describe_for_server(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     """What Stepserve's loader wants to know beyond the diffusers folder."""
     return {
-        "description": "Small emoji pictures, trained on Noto Emoji and Fluent Emoji Flat artwork",
+        "description": "Small emoji images, trained on Noto Emoji and Fluent Emoji Flat artwork",
         "sizes": sizes(pipeline),
         "default_num_inference_steps": 20,
         "default_guidance_scale": 4.0,

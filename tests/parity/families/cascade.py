@@ -1,4 +1,4 @@
-"""Stable Cascade: a prior makes small latents of a prompt, and a decoder a picture of those."""
+"""Stable Cascade: a prior makes small latents of a prompt, and a decoder an image of those."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ FAMILIES = (
         from_prompt,
         denoiser="prior",
         result=relative_output,
-        remark="makes latents, no pictures",
+        remark="makes latents, no images",
     ),
     Family(
         "Stable Cascade, decoder",

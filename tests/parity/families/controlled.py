@@ -1,4 +1,4 @@
-"""Pictures that steer the denoiser through a network of their own: ControlNets and T2I-Adapters."""
+"""Images that steer the denoiser through a network of their own: ControlNets and T2I-Adapters."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def build_adapter() -> StableDiffusionAdapterPipeline:
 
 
 def with_control(networks: int, pipeline: Any, variation: Variation) -> dict[str, Any]:
-    pictures = list(variation.tensor(networks, 1, 3, SIDE, SIDE))
+    images = list(variation.tensor(networks, 1, 3, SIDE, SIDE))
     return text_to_image(pipeline, variation) | {
-        "image": pictures if networks > 1 else pictures[0],
+        "image": images if networks > 1 else images[0],
         "controlnet_conditioning_scale": [0.9, 0.6][:networks] if networks > 1 else 0.8,
     }
 
 
 def with_adapter(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    picture = variation.tensor(1, 3, SIDE, SIDE)
+    image = variation.tensor(1, 3, SIDE, SIDE)
     # For anything but files and latents the pipeline calls a method that warns it will go.
-    return text_to_image(pipeline, variation) | {"image": picture, "output_type": "latent"}
+    return text_to_image(pipeline, variation) | {"image": image, "output_type": "latent"}
 
 
 FAMILIES = (
@@ -106,6 +106,6 @@ FAMILIES = (
         denoiser="unet",
         schedulers=SCHEDULERS,
         result=relative_output,
-        remark="latents are compared: the pipeline gives no tensor of a picture",
+        remark="latents are compared: the pipeline gives no tensor of an image",
     ),
 )

@@ -51,7 +51,7 @@ def tiny_scheduler(**changes: Any) -> DDPMScheduler:
 
 
 def build_super_resolution() -> IFSuperResolutionPipeline:
-    # It sees the small picture beside the noise, and how noisy that one was made.
+    # It sees the small image beside the noise, and how noisy that one was made.
     components = pixel_components(in_channels=6, class_embed_type="timestep")
     return IFSuperResolutionPipeline(**components, image_noising_scheduler=tiny_scheduler())
 
@@ -62,8 +62,8 @@ def pixels(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def larger(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    picture = 2 * variation.tensor(1, 3, SIDE // 2, SIDE // 2) - 1
-    return pixels(pipeline, variation) | {"image": picture, "noise_level": 200 + variation.index}
+    image = 2 * variation.tensor(1, 3, SIDE // 2, SIDE // 2) - 1
+    return pixels(pipeline, variation) | {"image": image, "noise_level": 200 + variation.index}
 
 
 FAMILIES = (

@@ -26,8 +26,8 @@ def build_instructed() -> StableDiffusionInstructPix2PixPipeline:
 
 
 def instructed(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    picture = variation.tensor(1, 3, SIDE, SIDE)
-    return prompted(variation) | {"image": picture, "image_guidance_scale": 1.5}
+    image = variation.tensor(1, 3, SIDE, SIDE)
+    return prompted(variation) | {"image": image, "image_guidance_scale": 1.5}
 
 
 def build_upscaler() -> StableDiffusionUpscalePipeline:
@@ -41,8 +41,8 @@ def build_upscaler() -> StableDiffusionUpscalePipeline:
 
 
 def upscaled(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    picture = variation.tensor(1, 3, SIDE // 2, SIDE // 2)
-    return prompted(variation) | {"image": picture, "noise_level": 20 + 10 * variation.index}
+    image = variation.tensor(1, 3, SIDE // 2, SIDE // 2)
+    return prompted(variation) | {"image": image, "noise_level": 20 + 10 * variation.index}
 
 
 FAMILIES = (
@@ -52,7 +52,7 @@ FAMILIES = (
         instructed,
         denoiser="unet",
         schedulers=SCHEDULERS,
-        remark="three rows a request: with all, with the picture only, with neither",
+        remark="three rows a request: with all, with the image only, with neither",
     ),
     Family(
         "Stable Diffusion upscaler",

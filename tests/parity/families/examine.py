@@ -23,7 +23,7 @@ from stepserve.pipelines.probing.sharing_plan import (
     SharingPlan,
     calls_to_try,
     most_independent_rows,
-    plan_company,
+    plan_co_batching,
 )
 from torch import Tensor
 
@@ -62,9 +62,9 @@ class Findings:
 def examine(family: Family) -> Findings:
     """Run everything. It takes seconds."""
     pipeline = family.build()
-    trials = make_trials(family, pipeline)
+    trials = make_probe_requests(family, pipeline)
     plain = run_plainly(pipeline, trials)
-    plan = plan_company(pipeline, trials, verified=())
+    plan = plan_co_batching(pipeline, trials, verified=())
     check = partial(check_sharing, pipeline, trials, plain, one_at_a_time=plan.alone)
     bfloat16, independent = examine_bfloat16(family)
     return Findings(
@@ -79,7 +79,7 @@ def examine(family: Family) -> Findings:
     )
 
 
-def make_trials(family: Family, pipeline: Any) -> list[Trial]:
+def make_probe_requests(family: Family, pipeline: Any) -> list[Trial]:
     """Its requests, each with a scheduler of its own."""
     return [partial(_call, family, pipeline, variation) for variation in family.variations()]
 
@@ -89,8 +89,8 @@ def examine_float64(family: Family) -> SharingReport | None:
     if not family.float64:
         return None
     pipeline = family.build().to(torch.float64)
-    trials = make_trials(family, pipeline)
-    plan = plan_company(pipeline, trials, verified=())
+    trials = make_probe_requests(family, pipeline)
+    plan = plan_co_batching(pipeline, trials, verified=())
     options = plan.parking(ENOUGH_ROWS)
     return check_sharing(pipeline, trials, options=options, one_at_a_time=plan.alone)
 
@@ -100,9 +100,9 @@ def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
     if not family.bfloat16:
         return None, False
     pipeline = family.build().to(torch.bfloat16)
-    trials = make_trials(family, pipeline)
+    trials = make_probe_requests(family, pipeline)
     plain = run_plainly(pipeline, trials)
-    plan = plan_company(pipeline, trials, verified=())
+    plan = plan_co_batching(pipeline, trials, verified=())
     options = plan.parking(ENOUGH_ROWS)
     with parked_at(Stage.DENOISE, pipeline, trials, options) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, CHECKED_ROWS)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Equally many words, so that tokenizers that do not pad give equally many tokens.
 PROMPTS = ("a red heart", "a big apple", "a wet stone", "a new house", "a blue bird", "a cold lake")
-NEGATIVE_PROMPT = "a bad picture"
+NEGATIVE_PROMPT = "a bad image"
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Variation:
         return torch.Generator("cpu").manual_seed(self.seed)
 
     def tensor(self, *shape: int) -> Tensor:
-        """Something of its own to start from, between 0 and 1: a picture, a mask, an embedding."""
+        """Something of its own to start from, between 0 and 1: an image, a mask, an embedding."""
         return torch.rand(shape, generator=torch.Generator("cpu").manual_seed(9000 + self.seed))
 
 
 def first_output(output: Any) -> Tensor:
-    """The first value of a pipeline's output as a float tensor: pictures, frames, embeddings."""
+    """The first value of a pipeline's output as a float tensor: images, frames, embeddings."""
     value = output[0]
     if isinstance(value, list) and isinstance(value[0], np.ndarray | Tensor):
         value = torch.stack([torch.as_tensor(item) for item in value])

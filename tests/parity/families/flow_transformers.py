@@ -133,7 +133,7 @@ def lumina_2() -> Lumina2Pipeline:
 
 
 def lumina_2_from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    """It takes its VAE for one that divides by eight: the picture is a quarter as wide."""
+    """It takes its VAE for one that divides by eight: the image is a quarter as wide."""
     arguments = from_text(pipeline, variation)
     return {**arguments, "height": 4 * SIZE, "width": 4 * SIZE, "system_prompt": "describe"}
 
@@ -211,7 +211,7 @@ def hidream() -> HiDreamImagePipeline:
         text_encoder_4=LlamaForCausalLM(language_model),
         tokenizer_4=word_tokenizer(TOKENS),
     )
-    # In latents: whatever size is asked for, it makes pictures of that many pixels.
+    # In latents: whatever size is asked for, it makes images of that many pixels.
     pipeline.default_sample_size = SIZE // 2
     return pipeline
 

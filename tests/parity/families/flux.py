@@ -41,8 +41,8 @@ from .image_transformer_parts import (
     decoder_arguments,
     mask,
     old_position_embedding,
-    picture,
     shifted_vae,
+    start_image,
     text_arguments,
     tiny_t5,
     without_zeros,
@@ -98,21 +98,21 @@ def from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def from_image(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    image, strength = picture(variation), variation.strength
+    image, strength = start_image(variation), variation.strength
     return {**from_text(pipeline, variation), "image": image, "strength": strength}
 
 
 def in_context(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return {
         **from_text(pipeline, variation),
-        "image": picture(variation),
+        "image": start_image(variation),
         "max_area": SIZE * SIZE,
         "_auto_resize": False,
     }
 
 
 def filled(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    image = picture(variation)
+    image = start_image(variation)
     return {**from_text(pipeline, variation), "image": image, "mask_image": mask(variation)}
 
 
@@ -121,13 +121,13 @@ def masked(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def with_control_latents(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    return {**from_text(pipeline, variation), "control_image": picture(variation)}
+    return {**from_text(pipeline, variation), "control_image": start_image(variation)}
 
 
 def controlled(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return {
         **from_text(pipeline, variation),
-        "control_image": picture(variation),
+        "control_image": start_image(variation),
         "controlnet_conditioning_scale": 0.7,
     }
 
@@ -243,7 +243,7 @@ def guided(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def guided_from_image(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    image, strength = picture(variation), variation.strength
+    image, strength = start_image(variation), variation.strength
     return {**guided(pipeline, variation), "image": image, "strength": strength}
 
 
@@ -266,7 +266,7 @@ FAMILIES = (
     ),
     Family(
         "FLUX Fill",
-        # Latents, the masked picture's latents, and the mask folded into as many channels.
+        # Latents, the masked image's latents, and the mask folded into as many channels.
         seeded(lambda: FluxFillPipeline(**components(3 * PACKED_CHANNELS))),
         filled,
     ),
@@ -277,7 +277,7 @@ FAMILIES = (
     ),
     Family(
         "FLUX Control",
-        # Latents and those of the control picture, side by side.
+        # Latents and those of the control image, side by side.
         seeded(lambda: FluxControlPipeline(**components(2 * PACKED_CHANNELS))),
         with_control_latents,
     ),

@@ -26,7 +26,7 @@ from .tokenizers import VOCABULARY, clip_tokenizer, word_tokenizer
 Module = TypeVar("Module", bound=nn.Module)
 
 SIZE = 16
-"""Width and height of every picture, in pixels: eight by eight latents."""
+"""Width and height of every image, in pixels: eight by eight latents."""
 TOKENS = 16
 """Of a prompt, padded."""
 WIDTH = 32
@@ -189,11 +189,11 @@ def text_arguments(variation: Variation, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def picture(variation: Variation) -> torch.Tensor:
+def start_image(variation: Variation) -> torch.Tensor:
     """One of its own, to start from."""
     return variation.tensor(1, 3, SIZE, SIZE)
 
 
 def mask(variation: Variation) -> torch.Tensor:
-    """Which pixels of the picture to paint anew: about half of them."""
+    """Which pixels of the image to paint anew: about half of them."""
     return variation.tensor(1, 1, SIZE, SIZE).round()

@@ -142,7 +142,7 @@ FAMILIES = (
         seeded(build_prior),
         lambda pipeline, variation: prompted(variation),
         denoiser="prior",
-        remark="makes embeddings, no pictures",
+        remark="makes embeddings, no images",
     ),
     Family(
         "Kandinsky 2.2, decoder",

@@ -34,8 +34,8 @@ from .image_transformer_parts import (
     WIDTH,
     decoder_arguments,
     mask,
-    picture,
     shifted_vae,
+    start_image,
     text_arguments,
     tiny_clip,
     without_zeros,
@@ -51,7 +51,7 @@ def from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def with_image(arguments: dict[str, Any], variation: Variation) -> dict[str, Any]:
-    return {**arguments, "image": picture(variation), "strength": variation.strength}
+    return {**arguments, "image": start_image(variation), "strength": variation.strength}
 
 
 def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
@@ -186,13 +186,13 @@ def kandinsky_5() -> Kandinsky5T2IPipeline:
         text_encoder_2=tiny_clip(),
         tokenizer_2=clip_tokenizer(),
     )
-    # It makes pictures of listed sizes only, all of about a megapixel.
+    # It makes images of listed sizes only, all of about a megapixel.
     pipeline.resolutions = [(4 * SIZE, 4 * SIZE)]
     return pipeline
 
 
 def kandinsky_5_from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    """It takes its VAE for one that divides by eight: the picture is a quarter as wide."""
+    """It takes its VAE for one that divides by eight: the image is a quarter as wide."""
     return {**from_text(pipeline, variation), "height": 4 * SIZE, "width": 4 * SIZE}
 
 

@@ -61,7 +61,7 @@ def ip_adapter_weights(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def with_image_prompt(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    # The picture's embedding stands behind that of no picture, as the pipeline prepares them.
+    # The image's embedding stands behind that of no image, as the pipeline prepares them.
     embedding = 4 * variation.tensor(1, 1, WIDTH) - 2
     embeddings = torch.cat([torch.zeros_like(embedding), embedding])
     return text_to_image(pipeline, variation) | {"ip_adapter_image_embeds": [embeddings]}

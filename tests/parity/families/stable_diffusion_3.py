@@ -1,4 +1,4 @@
-"""Stable Diffusion 3, plain, from a picture, inside a mask, and with a ControlNet."""
+"""Stable Diffusion 3, plain, from an image, inside a mask, and with a ControlNet."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .image_transformer_parts import (
     WIDTH,
     SharpVAE,
     mask,
-    picture,
     shifted_vae,
+    start_image,
     text_arguments,
     tiny_clip_with_projection,
     tiny_t5,
@@ -70,7 +70,7 @@ def from_text(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def from_image(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    image, strength = picture(variation), variation.strength
+    image, strength = start_image(variation), variation.strength
     return {**from_text(pipeline, variation), "image": image, "strength": strength}
 
 
@@ -81,7 +81,7 @@ def masked(pipeline: Any, variation: Variation) -> dict[str, Any]:
 def controlled(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return {
         **from_text(pipeline, variation),
-        "control_image": picture(variation),
+        "control_image": start_image(variation),
         "controlnet_conditioning_scale": 0.7,
     }
 

@@ -23,7 +23,7 @@ CHANNELS = (16, 32)
 WIDTH = 32
 """Of every text encoder and of every cross attention."""
 SIDE = 32
-"""Of pictures, in pixels. Latents are half of that."""
+"""Of images, in pixels. Latents are half of that."""
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -65,7 +65,7 @@ XL_SETTINGS: dict[str, Any] = {
 
 
 def tiny_vae(**changes: Any) -> AutoencoderKL:
-    """Halves a picture once."""
+    """Halves an image once."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -198,13 +198,13 @@ def text_to_image(pipeline: Any, variation: Variation) -> dict[str, Any]:
 
 
 def image_to_image(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    """A prompt and a picture to begin with."""
-    picture = variation.tensor(1, 3, SIDE, SIDE)
-    return prompted(variation) | {"image": picture, "strength": variation.strength}
+    """A prompt and an image to begin with."""
+    image = variation.tensor(1, 3, SIDE, SIDE)
+    return prompted(variation) | {"image": image, "strength": variation.strength}
 
 
 def inpainting(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    """A prompt, a picture, and which half of its pixels to replace."""
+    """A prompt, an image, and which half of its pixels to replace."""
     mask = (variation.tensor(1, 1, SIDE, SIDE) > 0.5).to(torch.float32)
     size = {"mask_image": mask, "height": SIDE, "width": SIDE}
     return image_to_image(pipeline, variation) | size

@@ -39,15 +39,15 @@ def embeddings_to_video(variation: Variation, size: int, **more: Any) -> dict[st
     return text_to_video(variation, size, **more) | texts | embeddings
 
 
-def picture(variation: Variation, size: int) -> Tensor:
-    """A picture to start from, as most pipelines take it."""
+def start_image(variation: Variation, size: int) -> Tensor:
+    """An image to start from, as most pipelines take it."""
     return variation.tensor(1, 3, size, size)
 
 
-def pil_pictures(variation: Variation, size: int, count: int = 1) -> list[Image.Image]:
-    """The same for pipelines that take PIL pictures only, or a clip of them."""
+def pil_images(variation: Variation, size: int, count: int = 1) -> list[Image.Image]:
+    """The same for pipelines that take PIL images only, or a clip of them."""
     pixels = variation.tensor(count, size, size, 3).mul(255).byte().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def t5(kind: str = "T5", width: int = TEXT_WIDTH) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def ltx_vae() -> Any:
 
 
 def image_vae() -> Any:
-    """A VAE that takes each frame for a picture: 2 pixels to a latent."""
+    """A VAE that takes each frame for an image: 2 pixels to a latent."""
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,

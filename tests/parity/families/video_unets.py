@@ -12,10 +12,10 @@ from .video_parts import (
     clip_text,
     clip_vision,
     image_vae,
-    picture,
-    pil_pictures,
+    pil_images,
     randomize_zeros,
     second,
+    start_image,
     text_to_video,
 )
 
@@ -67,7 +67,7 @@ def animatediff_from_video_arguments(_: Any, variation: Variation) -> dict[str, 
     return text_to_video(
         variation,
         16,
-        video=pil_pictures(variation, 16, 2),
+        video=pil_images(variation, 16, 2),
         strength=variation.strength,
         enforce_inference_steps=True,
     )
@@ -88,7 +88,7 @@ def animatediff_controlled() -> Any:
 
 
 def animatediff_controlled_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    frames = pil_pictures(variation, 16, 2)
+    frames = pil_images(variation, 16, 2)
     return text_to_video(variation, 16, num_frames=2, conditioning_frames=frames)
 
 
@@ -144,7 +144,7 @@ def stable_video() -> Any:
 
 def stable_video_arguments(_: Any, variation: Variation) -> dict[str, Any]:
     return {
-        "image": picture(variation, 16),
+        "image": start_image(variation, 16),
         "generator": variation.generator(),
         "num_inference_steps": variation.num_inference_steps,
         "min_guidance_scale": 1.0,

@@ -13,9 +13,9 @@ from .video_parts import (
     clip_text,
     embeddings_to_video,
     hunyuan_vae,
-    picture,
     randomize_zeros,
     second,
+    start_image,
     t5,
     text_to_video,
     wan_vae,
@@ -125,13 +125,13 @@ def sana_video_arguments(_: Any, variation: Variation) -> dict[str, Any]:
     )
 
 
-def sana_video_from_picture() -> Any:
+def sana_video_from_image() -> Any:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     return diffusers.SanaImageToVideoPipeline(scheduler=scheduler, **sana_video_parts())
 
 
-def sana_video_from_picture_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    return sana_video_arguments(_, variation) | {"image": picture(variation, 32)}
+def sana_video_from_image_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    return sana_video_arguments(_, variation) | {"image": start_image(variation, 32)}
 
 
 def easyanimate() -> Any:
@@ -268,8 +268,8 @@ FAMILIES = (
     Family("Sana Video, text to video", seeded(sana_video), sana_video_arguments),
     Family(
         "Sana Video, image to video",
-        seeded(sana_video_from_picture),
-        sana_video_from_picture_arguments,
+        seeded(sana_video_from_image),
+        sana_video_from_image_arguments,
     ),
     Family("EasyAnimate", seeded(easyanimate), easyanimate_arguments),
     Family(

@@ -163,7 +163,7 @@ class Blocking:
 
 
 async def finish(request: GenerationRequest) -> Outcome:
-    """Make "pictures" that say their seed."""
+    """Make "images" that say their seed."""
     seeds = range(request.seed, request.seed + request.n)
     images = tuple(EncodedImage(b"seed %d" % seed, "image/png", seed) for seed in seeds)
     return Finished(request.id, images, TIMINGS, FINGERPRINT.short)

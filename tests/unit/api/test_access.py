@@ -133,7 +133,7 @@ async def test_every_route_of_the_api_is_guarded_but_for_signed_links(backend: F
     assert {path for path, status in statuses.items() if status != 401} == {"/v1/results/{name}"}
 
 
-@pytest.mark.parametrize("prefix", ["/pictures", "/v", "/v1"])
+@pytest.mark.parametrize("prefix", ["/images", "/v", "/v1"])
 async def test_the_door_is_shut_below_a_prefix_too(backend: FakeBackend, prefix: str):
     transport = httpx.ASGITransport(app=guarded(backend), root_path=prefix)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -218,7 +218,7 @@ async def test_the_rate_is_told_and_then_kept(backend: FakeBackend):
     assert after_waiting.status_code == 200
 
 
-async def test_only_requests_for_pictures_count(backend: FakeBackend):
+async def test_only_requests_for_images_count(backend: FakeBackend):
     async with client_of(guarded(backend, entry(requests_per_minute=1))) as client:
         for _ in range(3):
             assert (await client.get("/v1/models")).status_code == 200

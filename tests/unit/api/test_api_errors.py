@@ -188,12 +188,12 @@ async def test_unknown_model(client: httpx.AsyncClient):
 
 
 async def test_unknown_url(client: httpx.AsyncClient):
-    response = await client.get("/v1/picture")
+    response = await client.get("/v1/image")
 
     assert response.status_code == 404
     error = error_of(response)
     assert error["code"] == "unknown_url"
-    assert "GET '/v1/picture'" in error["message"]
+    assert "GET '/v1/image'" in error["message"]
 
 
 async def test_wrong_method(client: httpx.AsyncClient):

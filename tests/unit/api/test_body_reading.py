@@ -195,7 +195,7 @@ async def test_forms_have_limits_of_their_own(backend: FakeBackend):
     ],
 )
 async def test_parts_of_forms_choose_no_codec(client: httpx.AsyncClient, headers: bytes):
-    """The text is taken as it is: what is missing is only the picture."""
+    """The text is taken as it is: what is missing is only the image."""
     charset = form(b'name="_charset_"', b"punycode").replace(b"--x--\r\n", b"")
     body = charset + form(b'name="prompt"', "kät-".encode(), headers)
     answer = await client.post(EDITS, content=body, headers=FORM)

@@ -1,4 +1,4 @@
-"""Edits and variations: forms and JSON, real pictures, and what becomes of them."""
+"""Edits and variations: forms and JSON, real images, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ VARIATIONS = "/v1/images/variations"
 SETTINGS = ApiSettings("emoji", uploads=UploadLimits(max_bytes=50_000, max_pixels=40_000))
 
 
-def picture(size: tuple[int, int] = (64, 48), mode: str = "RGB", kind: str = "PNG", **options: Any):
+def drawn_image(
+    size: tuple[int, int] = (64, 48), mode: str = "RGB", kind: str = "PNG", **options: Any
+):
     buffer = io.BytesIO()
     Image.new(mode, size, options.pop("color", "red")).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -57,7 +59,7 @@ async def test_an_edit_without_mask_is_image_to_image(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
     fields = {"prompt": "blue", "strength": "0.5", "n": "2", "seed": "7", "quality": "high"}
-    answer = await client.post(EDITS, data=fields, files={"image": picture()})
+    answer = await client.post(EDITS, data=fields, files={"image": drawn_image()})
 
     assert answer.status_code == 200, answer.text
     [request] = backend.requests
@@ -76,32 +78,32 @@ async def test_an_edit_without_mask_is_image_to_image(
     "mask",
     [
         # OpenAI's: transparent is repainted. diffusers': white is.
-        picture(mode="RGBA", color=(0, 0, 0, 0)),
-        picture(mode="L", color=255),
-        picture(mode="RGBA", color=(255, 255, 255, 255)),
+        drawn_image(mode="RGBA", color=(0, 0, 0, 0)),
+        drawn_image(mode="L", color=255),
+        drawn_image(mode="RGBA", color=(255, 255, 255, 255)),
     ],
 )
 async def test_an_edit_with_mask_is_inpainting(
     client: httpx.AsyncClient, backend: FakeBackend, mask: bytes
 ):
-    files = {"image": picture(), "mask": mask}
+    files = {"image": drawn_image(), "mask": mask}
     answer = await client.post(EDITS, data={"prompt": "blue"}, files=files)
 
     assert answer.status_code == 200, answer.text
     [request] = backend.requests
     assert request.task is Task.INPAINTING
-    assert (request.image, request.mask_image) == (picture(), mask)
+    assert (request.image, request.mask_image) == (drawn_image(), mask)
 
 
 @pytest.mark.parametrize("name", ["image", "image[]", "images"])
-async def test_names_of_the_picture(client: httpx.AsyncClient, backend: FakeBackend, name: str):
-    await client.post(EDITS, data={"prompt": "blue"}, files={name: picture()})
+async def test_names_of_the_image(client: httpx.AsyncClient, backend: FakeBackend, name: str):
+    await client.post(EDITS, data={"prompt": "blue"}, files={name: drawn_image()})
 
     assert len(backend.requests) == 1
 
 
 async def test_json_with_a_data_url(client: httpx.AsyncClient, backend: FakeBackend):
-    url = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(drawn_image()).decode()}"
     bodies = [
         {"prompt": "blue", "image": url, "mask": url},
         {"prompt": "blue", "images": [{"image_url": url}], "mask": {"image_url": url}},
@@ -124,7 +126,7 @@ async def test_json_with_a_data_url(client: httpx.AsyncClient, backend: FakeBack
 async def test_what_is_wrong_with_a_mask_is_said_in_the_callers_words(
     client: httpx.AsyncClient, mask: object, field: str, message: str
 ):
-    image = base64.b64encode(picture()).decode()
+    image = base64.b64encode(drawn_image()).decode()
     answer = await client.post(EDITS, json={"prompt": "blue", "image": image, "mask": mask})
 
     assert answer.status_code == 400
@@ -143,7 +145,7 @@ async def test_an_adapter_without_braces_is_told_to_be_an_object(
 
 
 async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: FakeBackend):
-    answer = await client.post(VARIATIONS, data={"n": "1"}, files={"image": picture()})
+    answer = await client.post(VARIATIONS, data={"n": "1"}, files={"image": drawn_image()})
 
     assert answer.status_code == 200, answer.text
     [request] = backend.requests
@@ -152,19 +154,19 @@ async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: F
 
 async def test_streamed_edits_have_names_of_their_own(client: httpx.AsyncClient):
     fields = {"prompt": "blue", "stream": "true", "partial_images": "1"}
-    answer = await client.post(EDITS, data=fields, files={"image": picture()})
+    answer = await client.post(EDITS, data=fields, files={"image": drawn_image()})
 
     assert "event: image_edit.partial_image" in answer.text
     assert "event: image_edit.completed" in answer.text
 
 
-async def test_pictures_lose_all_but_their_pixels_and_how_to_turn_them(
+async def test_images_lose_all_but_their_pixels_and_how_to_turn_them(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     exif[0x010F] = "Camera maker"
-    file = picture((64, 48), kind="JPEG", exif=exif)
+    file = drawn_image((64, 48), kind="JPEG", exif=exif)
     await client.post(EDITS, data={"prompt": "blue"}, files={"image": file})
 
     request = backend.requests[0]
@@ -176,24 +178,29 @@ async def test_pictures_lose_all_but_their_pixels_and_how_to_turn_them(
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 WRONG: list[tuple[dict[str, str], dict[str, bytes], str, str]] = [
-    ({"prompt": "x"}, {"mask": picture()}, "image", "is required"),
-    ({}, {"image": picture()}, "prompt", "is required"),
-    ({"prompt": " "}, {"image": picture()}, "prompt", "is empty"),
-    ({"prompt": "x"}, {"image": SVG}, "image", "cannot be read as a picture"),
-    ({"prompt": "x"}, {"image": picture()[:60]}, "image", "cannot be read as a picture"),
-    ({"prompt": "x"}, {"image": picture(kind="GIF")}, "image", "known: PNG, JPEG, WEBP"),
+    ({"prompt": "x"}, {"mask": drawn_image()}, "image", "is required"),
+    ({}, {"image": drawn_image()}, "prompt", "is required"),
+    ({"prompt": " "}, {"image": drawn_image()}, "prompt", "is empty"),
+    ({"prompt": "x"}, {"image": SVG}, "image", "cannot be read as an image"),
+    ({"prompt": "x"}, {"image": drawn_image()[:60]}, "image", "cannot be read as an image"),
+    ({"prompt": "x"}, {"image": drawn_image(kind="GIF")}, "image", "known: PNG, JPEG, WEBP"),
     (
         {"prompt": "x"},
-        {"image": picture((201, 200))},
+        {"image": drawn_image((201, 200))},
         "image",
         "201x200 pixels; the limit is 40000",
     ),
     ({"prompt": "x"}, {"image": b"\0" * 50_001}, "image", "50001 bytes long; the limit is 50000"),
-    ({"prompt": "x"}, {"image": picture(), "mask": picture((8, 8))}, "mask", "must be equal"),
-    ({"prompt": "x"}, {"image": picture(), "msk": picture()}, "msk", "unknown file"),
-    ({"prompt": "x", "strength": "2"}, {"image": picture()}, "strength", "at most 1, got 2"),
-    ({"prompt": "x", "strength": "much"}, {"image": picture()}, "strength", "valid number"),
-    ({"prompt": "x", "stepz": "2"}, {"image": picture()}, "stepz", "unknown field"),
+    (
+        {"prompt": "x"},
+        {"image": drawn_image(), "mask": drawn_image((8, 8))},
+        "mask",
+        "must be equal",
+    ),
+    ({"prompt": "x"}, {"image": drawn_image(), "msk": drawn_image()}, "msk", "unknown file"),
+    ({"prompt": "x", "strength": "2"}, {"image": drawn_image()}, "strength", "at most 1, got 2"),
+    ({"prompt": "x", "strength": "much"}, {"image": drawn_image()}, "strength", "valid number"),
+    ({"prompt": "x", "stepz": "2"}, {"image": drawn_image()}, "stepz", "unknown field"),
     ({"prompt": "x", "image": "http://10.0.0.1/"}, {}, "image", "fetches no addresses"),
     ({"prompt": "x", "image": "data:text/html;base64,aaaa"}, {}, "image", "cannot be read"),
     ({"prompt": "x", "image": "data:image/png"}, {}, "image", "must be written as"),
@@ -219,11 +226,11 @@ async def test_mistakes_are_named(
     assert message in answer.json()["error"]["message"]
 
 
-async def test_two_pictures_are_one_too_many(client: httpx.AsyncClient):
-    files = [("image[]", picture()), ("image[]", picture())]
+async def test_two_images_are_one_too_many(client: httpx.AsyncClient):
+    files = [("image[]", drawn_image()), ("image[]", drawn_image())]
     answer = await client.post(EDITS, data={"prompt": "x"}, files=files)
 
-    assert answer.json()["error"]["message"] == "image must be one picture, got 2"
+    assert answer.json()["error"]["message"] == "image must be one image, got 2"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +300,9 @@ async def test_what_decoding_finds_wrong_is_told_as_what_the_header_says(
 
     backend.generate_with, backend.stream_with = refuse, refuse_in_a_stream
     fields = {"prompt": "blue", "stream": stream}
-    answer = await client.post(EDITS, data=fields, files={"image": picture(), "mask": picture()})
+    answer = await client.post(
+        EDITS, data=fields, files={"image": drawn_image(), "mask": drawn_image()}
+    )
 
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "mask"
@@ -309,7 +318,7 @@ async def test_what_a_browser_sends_of_what_nobody_filled_in_counts_as_absent(
         part(f'name="{name}"; filename=""\r\nContent-Type: application/octet-stream', b"")
         for name in ("mask", "image[]", "other")
     )
-    chosen = part('name="image"; filename="a.png"', picture())
+    chosen = part('name="image"; filename="a.png"', drawn_image())
     body = fields + unchosen + part('name="prompt"', b"blue") + chosen + "--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     answer = await client.post(EDITS, content=body.encode("latin-1"), headers=headers)
@@ -332,7 +341,7 @@ def part(disposition: str, content: bytes) -> str:
     return head + content.decode("latin-1") + "\r\n"
 
 
-PNG = base64.b64encode(picture()).decode()
+PNG = base64.b64encode(drawn_image()).decode()
 
 
 @pytest.mark.parametrize(
@@ -348,12 +357,12 @@ PNG = base64.b64encode(picture()).decode()
         "data:image/png;base64," + "\r\n".join(PNG[i : i + 76] for i in range(0, len(PNG), 76)),
         f"data:image/png;base64,{quote(PNG, safe='')}",
         "data:image/png;base64," + PNG.replace("+", "-").replace("/", "_").rstrip("="),
-        f"data:image/png,{quote(picture())}",
+        f"data:image/png,{quote(drawn_image())}",
         PNG,
         PNG.rstrip("="),
     ],
 )
-async def test_pictures_as_text_however_they_are_written(
+async def test_images_as_text_however_they_are_written(
     client: httpx.AsyncClient, backend: FakeBackend, address: str
 ):
     bodies = [
@@ -363,7 +372,7 @@ async def test_pictures_as_text_however_they_are_written(
     for body in bodies:
         answer = await client.post(EDITS, json=body)
         assert answer.status_code == 200, answer.text
-        assert backend.requests[-1].image == backend.requests[-1].mask_image == picture()
+        assert backend.requests[-1].image == backend.requests[-1].mask_image == drawn_image()
 
 
 @pytest.mark.parametrize("field", ["image", "mask"])
@@ -374,9 +383,9 @@ async def test_addresses_are_counted_before_any_is_fetched(
 
     async def fetch(address: str, field: str, limits: UploadLimits) -> bytes:
         fetched.append(address)
-        return picture()
+        return drawn_image()
 
-    monkeypatch.setattr(inputs, "fetch_picture", fetch)
+    monkeypatch.setattr(inputs, "fetch_image", fetch)
     settings = ApiSettings("emoji", uploads=UploadLimits(urls=True))
     urls = [{"image_url": f"https://example.com/{i}"} for i in range(300)]
     body: dict[str, Any] = {"prompt": "x", "images": urls}
@@ -387,7 +396,7 @@ async def test_addresses_are_counted_before_any_is_fetched(
 
     told = "images must have at most 64 entries, got 300"
     if field == "mask":
-        told = "image must be one picture, got 2"
+        told = "image must be one image, got 2"
     assert answer.json()["error"]["message"] == told
     assert fetched == []
 
@@ -409,7 +418,7 @@ async def test_a_form_that_a_page_from_elsewhere_sends_is_refused(
 ):
     # Browsers send forms to any server, without asking it first.
     headers = {"Sec-Fetch-Site": site, "Origin": "https://other.example"}
-    files = {"image": picture()}
+    files = {"image": drawn_image()}
 
     answer = await client.post(EDITS, data={"prompt": "x"}, files=files, headers=headers)
 

@@ -1,4 +1,4 @@
-"""Pictures by address, against real servers; the guard against names is tried with a fake resolver.
+"""Images by address, against real servers; the guard against names is tried with a fake resolver.
 
 The tests' own servers are on the loopback address, which nobody may be led to but here.
 """
@@ -16,12 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpcore
 import pytest
 from stepserve.api import fetch
-from stepserve.api.inputs.fetch import FetchTurns, GuardedBackend, fetch_picture, is_public, resolve
+from stepserve.api.inputs.fetch import FetchTurns, GuardedBackend, fetch_image, is_public, resolve
 from stepserve.api.inputs.uploads import UploadLimits
 from stepserve.domain.errors import InvalidRequestError, ServerFullError
 
 LIMITS = UploadLimits(urls=True, max_bytes=1000, fetch_timeout_s=5)
-FILE = b"a picture"
+FILE = b"an image"
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Site:
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
 
-    def url(self, path: str = "/picture", host: str = "127.0.0.1") -> str:
+    def url(self, path: str = "/image", host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.port}{path}"
 
 
@@ -57,7 +57,7 @@ def handler_of(site: Site) -> type[BaseHTTPRequestHandler]:
                 self.wfile.flush()
                 site.release.wait(10)
             else:
-                self.send_response(200 if self.path == "/picture" else 404)
+                self.send_response(200 if self.path == "/image" else 404)
                 self.send_header("Content-Length", str(len(FILE)))
                 self.end_headers()
                 self.wfile.write(FILE)
@@ -95,21 +95,21 @@ def loopback_only(address: str) -> bool:
 
 
 async def fetched(url: str, limits: UploadLimits = LIMITS) -> bytes:
-    return await fetch_picture(url, "image", limits, allow=loopback_only)
+    return await fetch_image(url, "image", limits, allow=loopback_only)
 
 
 async def refusal(url: str, limits: UploadLimits = LIMITS, **guards: Callable[..., object]) -> str:
     with pytest.raises(InvalidRequestError) as refused:
-        await fetch_picture(url, "image", limits, **({"allow": loopback_only} | guards))  # type: ignore[arg-type]
+        await fetch_image(url, "image", limits, **({"allow": loopback_only} | guards))  # type: ignore[arg-type]
     assert refused.value.field == "image"
     return refused.value.message
 
 
-async def test_a_picture_is_fetched(site: Site):
+async def test_a_image_is_fetched(site: Site):
     assert await fetched(site.url()) == FILE
 
     [(path, headers)] = site.asked
-    assert path == "/picture"
+    assert path == "/image"
     assert headers["host"] == f"127.0.0.1:{site.port}"
     assert headers["user-agent"].startswith("stepserve/")
     assert not {"cookie", "authorization", "referer"} & set(headers)
@@ -125,7 +125,7 @@ async def test_nothing_is_fetched_by_default(site: Site):
 async def test_data_urls_need_no_permission():
     url = f"data:image/webp;base64,{base64.b64encode(FILE).decode()}"
 
-    assert await fetch_picture(url, "image", UploadLimits(urls=False)) == FILE
+    assert await fetch_image(url, "image", UploadLimits(urls=False)) == FILE
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ async def test_data_urls_need_no_permission():
         ("data:image/png;base64,a", "wrong base64"),
         ("data:image/png;base64,aa=aa", "wrong base64"),
         ("data:image/png;base64,\xe4aaa", "wrong base64"),
-        ("//127.0.0.1/picture", "must be a 'data:' URL, an address or an image file in base64"),
+        ("//127.0.0.1/image", "must be a 'data:' URL, an address or an image file in base64"),
     ],
 )
 async def test_wrong_data_urls(url: str, problem: str):
@@ -148,10 +148,10 @@ async def test_wrong_data_urls(url: str, problem: str):
     "url",
     [
         "file:///etc/passwd",
-        "ftp://127.0.0.1/picture",
+        "ftp://127.0.0.1/image",
         "gopher://127.0.0.1/",
         "http://",
-        "http:///picture",
+        "http:///image",
     ],
 )
 async def test_only_http(url: str):
@@ -196,13 +196,13 @@ def resolve_to(*addresses: str) -> Callable[..., object]:
 @pytest.mark.parametrize(
     "url",
     [
-        "http://127.0.0.1:{port}/picture",
-        "http://localhost:{port}/picture",
-        "http://127.1:{port}/picture",
-        "http://2130706433:{port}/picture",
-        "http://0x7f.0.0.1:{port}/picture",
-        "http://0.0.0.0:{port}/picture",
-        "http://[::ffff:127.0.0.1]:{port}/picture",
+        "http://127.0.0.1:{port}/image",
+        "http://localhost:{port}/image",
+        "http://127.1:{port}/image",
+        "http://2130706433:{port}/image",
+        "http://0x7f.0.0.1:{port}/image",
+        "http://0.0.0.0:{port}/image",
+        "http://[::ffff:127.0.0.1]:{port}/image",
     ],
 )
 async def test_this_machine_is_not_fetched_from_however_it_is_written(site: Site, url: str):
@@ -228,14 +228,14 @@ async def test_a_name_that_means_something_else_a_moment_later_is_asked_once(sit
         return next(answers)
 
     url = site.url(host="name.invalid")
-    file = await fetch_picture(url, "image", LIMITS, resolver=rebinding, allow=loopback_only)
+    file = await fetch_image(url, "image", LIMITS, resolver=rebinding, allow=loopback_only)
 
     assert file == FILE
     assert site.asked[0][1]["host"] == f"name.invalid:{site.port}"
 
 
 async def test_a_name_is_checked_anew_for_every_redirect(site: Site):
-    site.redirects["/picture"] = "/again"
+    site.redirects["/image"] = "/again"
     site.redirects["/again"] = site.url("/inner", host="name.invalid")
     answers = iter([["127.0.0.1"], ["127.0.0.1"], ["10.0.0.1"]])
 
@@ -245,7 +245,7 @@ async def test_a_name_is_checked_anew_for_every_redirect(site: Site):
     message = await refusal(site.url(host="other.invalid"), resolver=rebinding)
 
     assert "public" in message
-    assert [path for path, _ in site.asked] == ["/picture", "/again"]
+    assert [path for path, _ in site.asked] == ["/image", "/again"]
 
 
 async def test_the_next_address_is_tried_where_one_does_not_answer(site: Site):
@@ -266,7 +266,7 @@ def closed_port() -> int:
 
 @pytest.mark.parametrize("hops", [1, fetch.MAX_REDIRECTS])
 async def test_redirects_are_followed(site: Site, hops: int):
-    site.redirects = {f"/{n}": f"/{n - 1}" for n in range(2, hops + 1)} | {"/1": "/picture"}
+    site.redirects = {f"/{n}": f"/{n - 1}" for n in range(2, hops + 1)} | {"/1": "/image"}
 
     assert await fetched(site.url(f"/{hops}")) == FILE
 
@@ -281,7 +281,7 @@ async def test_but_not_for_ever(site: Site):
 async def test_a_redirect_to_where_nobody_may_go(site: Site, inner_site: Site):
     """The first address is allowed; what it leads to could be reached, and is not."""
     verdicts = iter([True, False])
-    site.redirects["/picture"] = inner_site.url()
+    site.redirects["/image"] = inner_site.url()
     message = await refusal(site.url(), allow=lambda address: next(verdicts))
 
     # Where it leads is not told: it may be a place that only this server knows.
@@ -296,7 +296,7 @@ async def test_a_redirect_to_where_nobody_may_go(site: Site, inner_site: Site):
     ["file:///etc/passwd", "data:image/png;base64,aaaa", "http://user@127.0.0.1/", "ftp:x"],
 )
 async def test_a_redirect_to_something_else(site: Site, target: str):
-    site.redirects["/picture"] = target
+    site.redirects["/image"] = target
 
     assert "must be at a public" in await refusal(site.url())
 
@@ -398,11 +398,11 @@ def test_addresses_that_are_public(address: str):
 
 
 async def test_a_path_is_no_address_of_a_file():
-    assert await fetch_picture("/etc/passwd", "image", LIMITS) == base64.b64decode("/etc/passwd=")
+    assert await fetch_image("/etc/passwd", "image", LIMITS) == base64.b64decode("/etc/passwd=")
 
 
 async def test_an_address_of_any_length_is_no_address(site: Site):
-    assert "the limit is 8192" in await refusal(site.url("/picture?" + "x" * 10_000))
+    assert "the limit is 8192" in await refusal(site.url("/image?" + "x" * 10_000))
 
 
 async def test_only_so_many_requests_fetch_at_once_and_each_waits_its_turn():

@@ -23,7 +23,7 @@ EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
 
 
-def picture() -> bytes:
+def drawn_image() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -42,7 +42,7 @@ async def generate(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
 
 
 async def send_form(client: httpx.AsyncClient, url: str, **fields: str) -> httpx.Response:
-    return await client.post(url, data={"prompt": "cat", **fields}, files={"image": picture()})
+    return await client.post(url, data={"prompt": "cat", **fields}, files={"image": drawn_image()})
 
 
 async def test_what_was_used_is_not_named(client: httpx.AsyncClient):
@@ -127,7 +127,7 @@ async def test_forms(client: httpx.AsyncClient, url: str):
 
 
 async def test_json_with_addresses(client: httpx.AsyncClient, backend: FakeBackend):
-    address = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    address = f"data:image/png;base64,{base64.b64encode(drawn_image()).decode()}"
     body = {"prompt": "cat", "images": [{"image_url": address, "detail": "high"}]}
     answer = await client.post(EDITS, json=body)
 

@@ -98,9 +98,9 @@ async def test_dall_e_answers_with_links(
 ):
     backend.statuses = [ModelStatus(replace(EMOJI, aliases=("dall-e-3",)), ready=True)]
     body = {"prompt": "cat", "model": "dall-e-3"} | fields
-    [picture] = (await client.post(GENERATIONS, json=body)).json()["data"]
+    [image] = (await client.post(GENERATIONS, json=body)).json()["data"]
 
-    assert set(picture) == {key, "seed"}
+    assert set(image) == {key, "seed"}
 
 
 async def test_unknown_model(client: httpx.AsyncClient):

@@ -46,7 +46,7 @@ class Watched:
         return self.exchanges[-1]
 
 
-async def test_a_picture_that_was_made():
+async def test_a_image_that_was_made():
     headers = {"X-Request-ID": "mine", "traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
     told = await Watched().post(headers)
 

@@ -33,8 +33,8 @@ def test_generate(ai: openai.OpenAI, backend: FakeBackend):
 
     assert answer.created > 0
     assert answer.data is not None
-    pictures = [base64.b64decode(image.b64_json or "") for image in answer.data]
-    assert pictures == [b"seed 5", b"seed 6"]
+    images = [base64.b64decode(image.b64_json or "") for image in answer.data]
+    assert images == [b"seed 5", b"seed 6"]
     assert (answer.output_format, answer.size) == ("webp", "64x64")
     assert answer.model_extra is not None
     assert answer.model_extra["seed"] == 5

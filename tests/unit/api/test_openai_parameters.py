@@ -20,14 +20,14 @@ from openai.types import (
     image_edit_params,
     image_generate_params,
 )
-from running_clients import picture
+from running_clients import drawn_image
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange
 from stepserve.domain.requests import Task
 
 # Of the client itself; they send nothing of their own, or what a user makes up.
 OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
-FILES = {"image": ("a.png", picture("RGB")), "mask": ("m.png", picture())}
+FILES = {"image": ("a.png", drawn_image("RGB")), "mask": ("m.png", drawn_image())}
 NEEDED: dict[str, dict[str, Any]] = {
     "generate": {"prompt": "cat"},
     "edit": {"prompt": "cat", "image": FILES["image"]},
@@ -69,7 +69,7 @@ WITHOUT_EFFECT = {
     "svg",
 }
 AS_EVER = {"quality": ("auto",), "moderation": ("auto",), "background": ("auto", "opaque")}
-# What was asked for would be something else altogether: other files, or another picture.
+# What was asked for would be something else altogether: other files, or another image.
 REFUSED = {"output_format": ("gif", "svg"), "markup": (FILES["mask"],)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 from api_fakes import EMOJI, FakeBackend
-from running_clients import picture, run_javascript
+from running_clients import drawn_image, run_javascript
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.requests import Task
 
@@ -46,7 +46,7 @@ def test_generation_is_streamed(ai: openai.OpenAI):
 
 
 def test_edits_whole_and_streamed(ai: openai.OpenAI, backend: FakeBackend):
-    image, mask = ("a.png", picture("RGB")), ("m.png", picture())
+    image, mask = ("a.png", drawn_image("RGB")), ("m.png", drawn_image())
     whole = ai.images.edit(image=image, mask=mask, prompt="blue", n=2, quality="high")
     with ai.images.edit(image=[image], prompt="blue", stream=True, partial_images=1) as events:
         told = [event.type for event in events]
@@ -58,7 +58,7 @@ def test_edits_whole_and_streamed(ai: openai.OpenAI, backend: FakeBackend):
 
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")
 def test_variations_as_links(ai: openai.OpenAI):
-    answer = ai.images.create_variation(image=("a.png", picture()), response_format="url")
+    answer = ai.images.create_variation(image=("a.png", drawn_image()), response_format="url")
 
     assert answer.data is not None
     assert "/v1/results/" in (answer.data[0].url or "")

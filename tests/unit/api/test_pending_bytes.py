@@ -16,7 +16,7 @@ from stepserve.api.inputs.uploads import UploadLimits
 from stepserve.domain.errors import ServerFullError
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.requests import Task
-from test_edits_route import EDITS, picture
+from test_edits_route import EDITS, drawn_image
 
 LARGE = 100_000
 
@@ -60,7 +60,7 @@ def settings(most_bytes: int) -> ApiSettings:
 
 
 def padded(size_bytes: int) -> bytes:
-    file = picture()
+    file = drawn_image()
     return file + b"\0" * (size_bytes - len(file))
 
 

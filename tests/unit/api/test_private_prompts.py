@@ -26,7 +26,7 @@ async def client(backend: FakeBackend) -> httpx.AsyncClient:
     return client_for(backend, ApiSettings("emoji"))
 
 
-def picture() -> bytes:
+def drawn_image() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -36,7 +36,7 @@ async def test_no_prompt_is_logged(
     client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
-    url = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(drawn_image()).decode()}"
     good = {"prompt": SECRET, "negative_prompt": SECRET}
     bodies = [
         good,
@@ -53,7 +53,7 @@ async def test_no_prompt_is_logged(
     statuses = [(await client.post(GENERATIONS, json=body)).status_code for body in bodies]
     statuses.append((await client.post(GENERATIONS, content=SECRET)).status_code)
     edits = [
-        await client.post(EDITS, data=good, files={"image": picture()}),
+        await client.post(EDITS, data=good, files={"image": drawn_image()}),
         await client.post(EDITS, data=good, files={"image": SECRET.encode()}),
         await client.post(EDITS, json=good | {"image": url}),
         await client.post(EDITS, json=good | {"image": f"https://a.example/{SECRET}"}),

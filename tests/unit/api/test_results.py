@@ -1,4 +1,4 @@
-"""Pictures as links: kept, signed, expired and swept."""
+"""Images as links: kept, signed, expired and swept."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ async def test_answers_hold_links_that_work(client: httpx.AsyncClient, backend: 
     body = {"prompt": "cat", "n": 2, "seed": 3, "response_format": "url"}
     answer = await client.post(URL, json=body)
     data = answer.json()["data"]
-    files = [await client.get(picture["url"]) for picture in data]
+    files = [await client.get(image["url"]) for image in data]
 
-    assert [set(picture) for picture in data] == [{"url", "seed"}] * 2
+    assert [set(image) for image in data] == [{"url", "seed"}] * 2
     assert data[0]["url"].startswith("http://test/v1/results/")
     assert [file.content for file in files] == [b"seed 3", b"seed 4"]
     assert files[0].headers["content-type"] == "image/png"
@@ -233,12 +233,12 @@ def test_a_folder_that_others_write_to_is_refused_whatever_the_secret(
 
 @pytest.mark.parametrize("secret", [None, SECRET])
 @pytest.mark.parametrize("there", [False, True])
-async def test_pictures_are_for_their_owner_alone(tmp_path: Path, secret: str | None, there: bool):
+async def test_images_are_for_their_owner_alone(tmp_path: Path, secret: str | None, there: bool):
     folder = tmp_path / "results"
     if there:
         folder.mkdir(mode=0o755)
     store = open_store(str(folder), 60, secret)
-    await store.put(b"a picture", "image/png")
+    await store.put(b"an image", "image/png")
 
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     files = list(folder.iterdir())
@@ -246,7 +246,7 @@ async def test_pictures_are_for_their_owner_alone(tmp_path: Path, secret: str | 
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
-async def test_a_folder_that_another_user_made_meanwhile_gets_no_picture(
+async def test_a_folder_that_another_user_made_meanwhile_gets_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Temporary folders are cleaned by age while a service runs."""
@@ -256,7 +256,7 @@ async def test_a_folder_that_another_user_made_meanwhile_gets_no_picture(
     folder.mkdir(mode=0o777)
     disown(folder, monkeypatch)
     with pytest.raises(ResultsUnavailableError):
-        await store.put(b"a picture", "image/png")
+        await store.put(b"an image", "image/png")
     assert list(folder.iterdir()) == []
 
 
@@ -265,7 +265,7 @@ async def test_what_another_user_put_there_is_not_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forged: str
 ):
     store = open_store(str(tmp_path), 60, SECRET)
-    link = await store.put(b"a picture", "image/png")
+    link = await store.put(b"an image", "image/png")
     name, signature = link.removeprefix("/v1/results/").split("?signature=")
     path = tmp_path / name
     if forged == "a link":

@@ -16,7 +16,7 @@ from stepserve.api.results.store import (
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
 moto = pytest.importorskip("moto.server", reason="moto is not installed")
 
-ADDRESS = "s3://pictures/results"
+ADDRESS = "s3://images/results"
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem(use_listings_cache=False)
-    files.mkdir("pictures")
+    files.mkdir("images")
     yield
-    files.rm("pictures", recursive=True)
+    files.rm("images", recursive=True)
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -61,9 +61,9 @@ async def test_another_replica_reads_what_one_kept():
     clock = Clock()
     clock.now_s = 1.8e9
     one, other = store_of_a_replica(clock), store_of_a_replica(clock)
-    name, signature = parts_of(await one.put(b"picture", "image/webp"))
+    name, signature = parts_of(await one.put(b"image", "image/webp"))
 
-    assert await other.get(name, signature) == (b"picture", "image/webp", 60)
+    assert await other.get(name, signature) == (b"image", "image/webp", 60)
     clock.now_s += 60
     with pytest.raises(LinkExpiredError):
         await other.get(name, signature)

@@ -26,7 +26,7 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     return events
 
 
-async def test_a_stream_holds_partial_pictures_and_then_the_finished_ones(
+async def test_a_stream_holds_partial_images_and_then_the_finished_ones(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
     body = {"prompt": "cat", "stream": True, "partial_images": 2, "n": 2, "seed": 5}

@@ -1,4 +1,4 @@
-"""Exchanges as spans: W3C trace context in and out, and on to whoever makes the pictures."""
+"""Exchanges as spans: W3C trace context in and out, and on to whoever makes the images."""
 
 from __future__ import annotations
 

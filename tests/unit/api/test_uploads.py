@@ -55,7 +55,7 @@ def test_a_file_is_passed_on_with_its_size(kind: str):
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO", "PPM"])
 def test_other_formats_are_refused_whatever_they_are_called(kind: str):
-    assert "cannot be read as a picture (known: PNG, JPEG, WEBP)" in refusal(file_of(plain(), kind))
+    assert "cannot be read as an image (known: PNG, JPEG, WEBP)" in refusal(file_of(plain(), kind))
 
 
 @pytest.mark.parametrize(

@@ -228,13 +228,13 @@ def test_of_moving_images_the_first_is_taken(kind: str):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("cut", [1, 4, 9, 12, 20, 30])
 def test_files_that_end_in_their_header_are_refused(kind: str, cut: int):
-    assert "cannot be read as a picture" in refusal(file_of(noise(), kind)[:cut])
+    assert "cannot be read as an image" in refusal(file_of(noise(), kind)[:cut])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_files_that_end_in_their_pixels_are_refused_undecoded(kind: str):
     file = file_of(noise(), kind)
-    assert "cannot be read as a picture" in refusal(file[: len(file) // 2])
+    assert "cannot be read as an image" in refusal(file[: len(file) // 2])
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO", "PPM"])

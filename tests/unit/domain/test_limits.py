@@ -171,12 +171,12 @@ def test_exactly_the_numbers_within_bounds_pass(width: int, height: int, steps: 
 
 
 @given(n=st.integers(1, 4), below=st.integers(-3, 3))
-def test_the_seed_of_every_picture_can_be_sent_again(n: int, below: int):
+def test_the_seed_of_every_image_can_be_sent_again(n: int, below: int):
     request = replace(VALID, n=n, seed=MAX_SEED - below)
     if below >= n - 1:
         check_request(request, MODEL)
-        for picture in range(n):
-            check_request(replace(request, n=1, seed=request.seed + picture), MODEL)
+        for image in range(n):
+            check_request(replace(request, n=1, seed=request.seed + image), MODEL)
     else:
         with pytest.raises(InvalidRequestError, match=f"for n={n}"):
             check_request(request, MODEL)
@@ -211,11 +211,11 @@ def test_strengths_that_leave_a_step_pass(steps: int, strength: float):
             check_request(request, MODEL)
 
 
-def test_strength_does_not_matter_without_a_picture():
+def test_strength_does_not_matter_without_a_image():
     check_request(replace(VALID, num_inference_steps=1, strength=0.5), MODEL)
 
 
-def test_inpainting_takes_a_picture_and_a_mask():
+def test_inpainting_takes_a_image_and_a_mask():
     model = replace(MODEL, tasks=tuple(Task))
     request = replace(VALID, task=Task.INPAINTING, image=b"x", mask_image=b"x")
     check_request(request, model)

@@ -113,7 +113,7 @@ def test_an_id_is_free_again_when_its_request_has_ended(log: RequestLog):
     assert state_of(log) is RequestState.QUEUED
 
 
-def test_pictures_are_not_kept(log: RequestLog):
+def test_images_are_not_kept(log: RequestLog):
     log.open(request())
     add(log, finished())
 

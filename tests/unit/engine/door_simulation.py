@@ -73,7 +73,7 @@ class Score:
         return len(self.finished) / self.seconds
 
 
-class Door:
+class ListenSocket:
     """One engine and the requests that come to it."""
 
     def __init__(self, traffic: Traffic) -> None:
@@ -83,7 +83,7 @@ class Door:
         assert isinstance(self.modules.denoiser, NoisyDenoiser)
         self.modules.denoiser.chance = random.Random(traffic.seed + 1)
         self.clock = self.modules.clock
-        options = EngineOptions(max_rows=MAX_ROWS, max_waiting_pictures=MANY)
+        options = EngineOptions(max_rows=MAX_ROWS, max_pending_images=MANY)
         self.engine = Engine(options, clock=self.clock)
         self.works: list[Work] = []
         self.refused: dict[str, RefusedError] = {}
@@ -111,7 +111,7 @@ class Door:
         steps = self.chance.choices(list(STEPS), weights=list(STEPS.values()))[0]
         job = Job(len(self.works), steps, rows=2 if self.chance.random() < GUIDED else 1)
         patient = self.chance.random() < self.traffic.without_deadline
-        deadline_s = None if patient else self.traffic.slack * alone_s(job)
+        deadline_s = None if patient else self.traffic.slack * serial_s(job)
         return replace(job_work(self.modules, job), deadline_s=deadline_s)
 
     def submit(self, work: Work) -> None:
@@ -140,7 +140,7 @@ class Door:
         return score
 
 
-def alone_s(job: Job) -> float:
+def serial_s(job: Job) -> float:
     """What a request takes alone, without noise: encoder, steps, decoder."""
     return 0.007 + 0.0011 * job.rows + job.steps * (0.040 + 0.002 * job.rows)
 
@@ -148,5 +148,5 @@ def alone_s(job: Job) -> float:
 def capacity_per_s(count: int = 200) -> float:
     """Requests a second that an engine finishes which always has a queue."""
     traffic = Traffic(per_s=1e9, count=count + WARM_UP, without_deadline=1.0)
-    score = Door(traffic).run()
+    score = ListenSocket(traffic).run()
     return (count + WARM_UP) / score.seconds

@@ -160,10 +160,10 @@ def make_work(
     name: str = "r",
     rows: int = 2,
     steps: int = 3,
-    pictures: int = 1,
+    images: int = 1,
     ear: Any = None,
 ) -> Work:
-    return Work(name, rows, steps, pictures, run, ear or Ear())
+    return Work(name, rows, steps, images, run, ear or Ear())
 
 
 def job_work(modules: Modules, job: Job, ear: Ear | None = None) -> Work:

@@ -14,30 +14,30 @@ def test_load_sums_up_what_is_in_hand() -> None:
     assert load_of([]) == Load(0, 0, 0.0)
 
 
-@given(pictures=st.integers(1, 1000), limit=st.integers(1, 10))
-def test_an_empty_server_takes_any_request(pictures: int, limit: int) -> None:
-    check_room([], pictures, limit)
+@given(images=st.integers(1, 1000), limit=st.integers(1, 10))
+def test_an_empty_server_takes_any_request(images: int, limit: int) -> None:
+    check_room([], images, limit)
 
 
-def test_pictures_up_to_the_limit_get_in() -> None:
+def test_images_up_to_the_limit_get_in() -> None:
     in_hand = [Ending(1.0, 2)] * 3
     check_room(in_hand, 2, limit=8)
-    with pytest.raises(ServerFullError, match="6 pictures are in hand and the limit is 8"):
+    with pytest.raises(ServerFullError, match="6 images are in hand and the limit is 8"):
         check_room(in_hand, 3, limit=8)
 
 
-@pytest.mark.parametrize(("pictures", "retry_after_s"), [(1, 2.0), (2, 2.0), (3, 7.0), (9, 9.0)])
-def test_retry_after_is_when_there_should_be_room(pictures: int, retry_after_s: float) -> None:
+@pytest.mark.parametrize(("images", "retry_after_s"), [(1, 2.0), (2, 2.0), (3, 7.0), (9, 9.0)])
+def test_retry_after_is_when_there_should_be_room(images: int, retry_after_s: float) -> None:
     with pytest.raises(ServerFullError) as refused:
-        check_room([Ending(9.0, 1), Ending(2.0, 2), Ending(7.0, 1)], pictures, limit=4)
+        check_room([Ending(9.0, 1), Ending(2.0, 2), Ending(7.0, 1)], images, limit=4)
     assert refused.value.retry_after_s == retry_after_s
 
 
-@given(in_hand=endings, pictures=st.integers(1, 8))
-def test_once_those_have_ended_the_request_is_let_in(in_hand: list[Ending], pictures: int) -> None:
-    limit = max(sum(item.pictures for item in in_hand), pictures)
+@given(in_hand=endings, images=st.integers(1, 8))
+def test_once_those_have_ended_the_request_is_let_in(in_hand: list[Ending], images: int) -> None:
+    limit = max(sum(item.images for item in in_hand), images)
     with pytest.raises(ServerFullError) as refused:
-        check_room([*in_hand, Ending(0.0, limit)], pictures, limit)
+        check_room([*in_hand, Ending(0.0, limit)], images, limit)
     retry_after_s = refused.value.retry_after_s
     assert retry_after_s >= MINIMUM_RETRY_S
-    check_room([item for item in in_hand if item.seconds > retry_after_s], pictures, limit)
+    check_room([item for item in in_hand if item.seconds > retry_after_s], images, limit)

@@ -38,7 +38,7 @@ def test_requests_of_different_lengths_share_every_step_they_can() -> None:
     ),
     ticks=st.lists(st.integers(0, 4), min_size=8, max_size=8),
 )
-def test_joining_at_any_step_changes_no_picture(jobs: list[Job], ticks: list[int]) -> None:
+def test_joining_at_any_step_changes_no_image(jobs: list[Job], ticks: list[int]) -> None:
     bench = Bench(max_rows=12)
     ears = []
     for job, wait in zip(jobs, ticks, strict=False):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_fakes import tensor_call
-from stepserve.engine.calls.arguments import ArgumentRules, LeafKind, classify
+from stepserve.engine.calls.arguments import ArgumentKind, ArgumentRules, classify
 from stepserve.engine.calls.call import MOST_KNOWN_KEYS, ParkableMethod, count_rows
 
 SAMPLE = torch.zeros(2, 3)
@@ -147,8 +147,12 @@ def test_named_shared_tensors_are_never_stacked() -> None:
         tensor_call(SAMPLE, ids=two_rows_ids),
         tensor_call(SAMPLE, rule=rule, ids=two_rows_ids),
     )
-    assert [kind for path, kind, _ in plain.key.leaves if path == (1, "ids")] == [LeafKind.BATCHED]
-    assert [kind for path, kind, _ in named.key.leaves if path == (1, "ids")] == [LeafKind.SHARED]
+    assert [kind for path, kind, _ in plain.key.leaves if path == (1, "ids")] == [
+        ArgumentKind.BATCHED
+    ]
+    assert [kind for path, kind, _ in named.key.leaves if path == (1, "ids")] == [
+        ArgumentKind.SHARED
+    ]
     assert named.key != tensor_call(SAMPLE, rule=rule, ids=two_rows_ids + 1).key
 
 
@@ -163,7 +167,7 @@ def test_arguments_by_position_are_ruled_by_the_name_of_their_parameter() -> Non
     rules = ArgumentRules(shared=frozenset({"ids"}))
     method = ParkableMethod("m", "f", lambda: None, parameters=("sample", "ids"), rules=rules)
     call = tensor_call(SAMPLE, torch.zeros(2, 3), rule=method)
-    assert [kind for path, kind, _ in call.key.leaves if path == (0, 1)] == [LeafKind.SHARED]
+    assert [kind for path, kind, _ in call.key.leaves if path == (0, 1)] == [ArgumentKind.SHARED]
 
 
 def test_rows_are_those_of_the_first_parameter_whatever_the_alphabet_says() -> None:
@@ -218,8 +222,8 @@ def test_rows_are_those_of_the_first_tensor(
 
 
 def test_a_tensor_of_one_entry_beside_many_rows_serves_all() -> None:
-    assert classify(torch.zeros(1, 77, 8), rows=2) is LeafKind.SHARED
-    assert classify(torch.zeros(1, 77, 8), rows=1) is LeafKind.BATCHED
+    assert classify(torch.zeros(1, 77, 8), rows=2) is ArgumentKind.SHARED
+    assert classify(torch.zeros(1, 77, 8), rows=1) is ArgumentKind.BATCHED
 
 
 def test_cost_shape_forgets_what_does_not_cost() -> None:

@@ -16,15 +16,20 @@ from hypothesis import strategies as st
 from stepserve.domain.errors import RefusedError, ServerFullError, UnmeetableDeadlineError
 from stepserve.engine.loop.engine import STALE_S, Engine, EngineOptions
 from stepserve.engine.scheduling.admission import MINIMUM_RETRY_S, check_deadline, check_promises
-from stepserve.engine.scheduling.forecast import Device, Prospect
+from stepserve.engine.scheduling.forecast import CompletionEstimate, Device
 from stepserve.engine.scheduling.forecast import Job as Expected
-from stepserve.engine.scheduling.lateness import FIRST_SHARE, FORWARDS_AHEAD, MOST_SHARE, Margin
-from stepserve.engine.tracks.prediction import Foretold
+from stepserve.engine.scheduling.lateness import (
+    FIRST_SHARE,
+    FORWARDS_AHEAD,
+    MOST_SHARE,
+    LatenessQuantile,
+)
+from stepserve.engine.tracks.prediction import Prediction
 
 STEP_S = 0.012
 
 
-class Exact(Margin):
+class Exact(LatenessQuantile):
     """Of forecasts that are never wrong."""
 
     def safe_s(self, seconds: float, forward_s: float) -> float:
@@ -39,12 +44,12 @@ def newcomer(steps: int) -> Expected:
     return expected(steps, started=False, rank=9.0)
 
 
-def prospect(*jobs: Expected, max_rows: int = 2) -> Prospect:
+def prospect(*jobs: Expected, max_rows: int = 2) -> CompletionEstimate:
     """One at a time with two rows; a forward takes 10 ms, and 1 ms a row."""
     device = Device(
         lambda shape, rows: 0.010 + 0.001 * rows, lambda shape: max_rows, max_rows, max_rows
     )
-    return Prospect(jobs, device)
+    return CompletionEstimate(jobs, device)
 
 
 def test_what_can_be_met_is_let_in() -> None:
@@ -123,18 +128,18 @@ def test_the_error_survives_pickling(error: UnmeetableDeadlineError) -> None:
     assert (copy.message, copy.retry_after_s, copy.expected_s) == ("soon", 1.5, 3.5)
 
 
-def taught(latenesses: Sequence[float]) -> Margin:
-    margin = Margin()
+def taught(latenesses: Sequence[float]) -> LatenessQuantile:
+    margin = LatenessQuantile()
     for late in latenesses:
         scale_s = 1.0 + FORWARDS_AHEAD * 0.1
-        margin.observe(Foretold(5.0, 1.0, 0.1), 6.0 + late * scale_s)
+        margin.observe(Prediction(5.0, 1.0, 0.1), 6.0 + late * scale_s)
     return margin
 
 
 def test_before_anything_was_seen_there_is_some_margin() -> None:
-    assert Margin().share == FIRST_SHARE
+    assert LatenessQuantile().share == FIRST_SHARE
     assert taught([-0.5]).share == FIRST_SHARE
-    assert Margin().safe_s(1.0, 0.1) == pytest.approx(1.0 + FIRST_SHARE * 1.2)
+    assert LatenessQuantile().safe_s(1.0, 0.1) == pytest.approx(1.0 + FIRST_SHARE * 1.2)
 
 
 def test_forecasts_that_are_never_late_need_none() -> None:
@@ -153,7 +158,7 @@ def test_the_margin_covers_98_of_100(seed: int) -> None:
     margin, covered = taught(latenesses[:300]), 0
     for late in latenesses[300:]:
         covered += late <= margin.share
-        margin.observe(Foretold(0.0, 1.0, 0.0), 1.0 + late)
+        margin.observe(Prediction(0.0, 1.0, 0.0), 1.0 + late)
     assert covered / 4700 >= 0.975
 
 
@@ -167,7 +172,7 @@ class Bench:
     def __init__(self, max_rows: int = 32) -> None:
         self.modules = Modules(max_rows=max_rows)
         self.clock = self.modules.clock
-        options = EngineOptions(max_rows=max_rows, max_waiting_pictures=1000)
+        options = EngineOptions(max_rows=max_rows, max_pending_images=1000)
         self.engine = Engine(options, clock=self.clock)
 
     def submit(self, seed: int, steps: int, deadline_s: float | None = None) -> Ear:

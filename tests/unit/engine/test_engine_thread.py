@@ -117,7 +117,7 @@ def test_accepted_is_heard_before_started_even_if_the_engine_is_quicker(
 def test_position_counts_those_ahead(engines: Callable[..., Engine], modules: Modules) -> None:
     engine = engines(started=False)
     assert [engine.submit(job_work(modules, Job(seed=s), Ear())) for s in range(3)] == [0, 1, 2]
-    assert engine.load().requests == engine.load().pictures == 3
+    assert engine.load().requests == engine.load().images == 3
 
 
 def test_the_caller_is_told_when_to_expect_it(
@@ -170,13 +170,13 @@ def test_grad_is_disabled_in_tracks(engines: Callable[..., Engine], modules: Mod
 def test_a_full_server_refuses_and_says_when_to_come_back(
     engines: Callable[..., Engine], modules: Modules
 ) -> None:
-    engine = engines(max_waiting_pictures=3)
+    engine = engines(max_pending_images=3)
     gate, ear = Gate(), WaitingEar()
-    engine.submit(make_work(gate.run, name="gate", pictures=2, ear=ear))
+    engine.submit(make_work(gate.run, name="gate", images=2, ear=ear))
     assert gate.entered.wait(PATIENCE_S)
     accepted = submit(engine, modules, Job(seed=1))
     refused = Ear()
-    with pytest.raises(ServerFullError, match="3 pictures are in hand and the limit is 3") as full:
+    with pytest.raises(ServerFullError, match="3 images are in hand and the limit is 3") as full:
         engine.submit(job_work(modules, Job(seed=2), refused))
     assert full.value.retry_after_s >= 1
     assert refused.news == []
@@ -202,7 +202,7 @@ def test_who_was_told_of_an_end_may_send_the_next_at_once(
     engines: Callable[..., Engine], modules: Modules
 ) -> None:
     """An answered request takes no place any more, even if the engine has yet to forget it."""
-    engine, last = engines(max_waiting_pictures=1), WaitingEar()
+    engine, last = engines(max_pending_images=1), WaitingEar()
     first = NextOne(lambda: engine.submit(job_work(modules, Job(seed=2), last)))
     engine.submit(job_work(modules, Job(seed=1), first))
     first.wait()
@@ -413,7 +413,7 @@ def test_every_request_of_500_random_lives_is_answered_exactly_once(
 ) -> None:
     """Four threads submit, cancel and fail at random while a fifth drains and stops the engine."""
     caplog.set_level(logging.CRITICAL, "stepserve.engine.tracks.track")
-    crowd = Crowd(engines(max_rows=12, max_waiting_pictures=100_000), modules)
+    crowd = Crowd(engines(max_rows=12, max_pending_images=100_000), modules)
     threads = [threading.Thread(target=crowd.live, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 from engine_fakes import Ear, FakeClock
-from stepserve.engine.calls.output_cache import Memo, content_key
+from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.tracks.interception import make_parkable
 from stepserve.engine.tracks.track import Track, Work
@@ -38,7 +38,7 @@ def serve(module: Counting, *tokens: Tensor, variant: str | None = None) -> list
 
 def test_a_call_seen_before_is_answered_without_a_forward() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=Memo(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
     first, other, again = serve(module, torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 3))
     assert module.runs == 2
     assert torch.equal(first, again)
@@ -47,7 +47,7 @@ def test_a_call_seen_before_is_answered_without_a_forward() -> None:
 
 def test_writing_into_an_answer_spoils_nobody_elses() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=Memo(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
     for _ in range(3):
         (output,) = serve(module, torch.ones(1, 3))
         assert torch.equal(output, torch.ones(1, 3))
@@ -57,7 +57,7 @@ def test_writing_into_an_answer_spoils_nobody_elses() -> None:
 
 def test_another_adapter_is_another_answer() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=Memo(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
     serve(module, torch.ones(1, 3))
     serve(module, torch.ones(1, 3), variant="adapter")
     assert module.runs == 2
@@ -65,7 +65,7 @@ def test_another_adapter_is_another_answer() -> None:
 
 def test_a_call_that_wants_gradients_runs_itself() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=Memo(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
     tokens = torch.ones(1, 3, requires_grad=True)
     serve(module, tokens)
     with torch.enable_grad():
@@ -75,7 +75,7 @@ def test_a_call_that_wants_gradients_runs_itself() -> None:
 
 
 def test_it_holds_no_more_than_it_may_and_forgets_the_least_used() -> None:
-    memo = Memo(max_bytes=2 * 4 * 3)
+    memo = OutputCache(max_bytes=2 * 4 * 3)
     keys = [content_key(None, (torch.full((3,), float(i)),), {}) for i in range(3)]
     memo.keep(keys[0], torch.zeros(3))
     memo.keep(keys[1], torch.ones(3))

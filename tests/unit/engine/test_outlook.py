@@ -66,9 +66,9 @@ def test_queued_ones_start_by_rank_as_rows_get_free() -> None:
 def test_a_queued_one_waits_for_rows_of_its_own_group_only(in_turns: bool) -> None:
     """Of the other group it starts at once, where the first group has no room left."""
     jobs = [
-        expected(10, rows=4, alone_s=0.14, step_s=0.014),
-        expected(5, rows=4, started=False, rank=1.0, alone_s=0.07, step_s=0.014),
-        expected(2, group="b", rows=4, started=False, rank=2.0, alone_s=0.028, step_s=0.014),
+        expected(10, rows=4, serial_s=0.14, step_s=0.014),
+        expected(5, rows=4, started=False, rank=1.0, serial_s=0.07, step_s=0.014),
+        expected(2, group="b", rows=4, started=False, rank=2.0, serial_s=0.028, step_s=0.014),
     ]
     rows = replace(device(max_active_rows=8, max_group_rows=4), in_turns=in_turns)
     first, same, other = finish_times_s(jobs, rows)
@@ -100,8 +100,8 @@ class WidthCosts(Denoiser):
         self.clock.advance(per_width_s * value.shape[1] / 4)
 
 
-def make_picture(modules: Modules, width: int, rows: int, steps: int) -> torch.Tensor:
-    """A pipeline call for a picture of that width."""
+def make_image(modules: Modules, width: int, rows: int, steps: int) -> torch.Tensor:
+    """A pipeline call for an image of that width."""
     text = modules.encoder(torch.zeros(rows, 1))
     sample = torch.zeros(rows, width)
     for step in range(steps):
@@ -145,7 +145,7 @@ class TwoSizes:
         size = self.chance.choices(["small", "large"], weights=[0.7, 0.3])[0]
         steps = self.chance.choices([4, 10, 20, 50], weights=[0.25, 0.25, 0.35, 0.15])[0]
         rows = self.chance.choice([1, 2, 2, 2, 4])
-        run = partial(make_picture, self.bench.modules, WIDTHS[size], rows, steps)
+        run = partial(make_image, self.bench.modules, WIDTHS[size], rows, steps)
         work = make_work(run, name=str(number), rows=rows, steps=steps)
         track = Track(replace(work, size=size), self.bench.clock)
         expected_s = self.bench.batcher.expected_finish_s(track)

@@ -60,11 +60,11 @@ def parked(
     rows: int = 1,
     width: int = 3,
     left_s: float = 0.0,
-    alone_s: float = 0.0,
+    serial_s: float = 0.0,
     priority: int = Priority.NORMAL,
 ) -> Parked:
     call = tensor_call(torch.zeros(rows, width), rule=RULES[name], sequence=sequence)
-    return Parked(call, parked_s, priority, left_s=left_s, alone_s=alone_s)
+    return Parked(call, parked_s, priority, left_s=left_s, serial_s=serial_s)
 
 
 @st.composite
@@ -80,7 +80,7 @@ def waiting(draw: st.DrawFn) -> list[Parked]:
             rows=draw(st.integers(1, 12)),
             width=draw(st.integers(1, 2)),
             left_s=draw(st.floats(0, 10)),
-            alone_s=draw(st.floats(0, 20)),
+            serial_s=draw(st.floats(0, 20)),
         )
         for sequence, parked_s in enumerate(times)
     ]
@@ -186,7 +186,7 @@ class Adversary:
         rule = ParkableMethod(name, "forward", lambda: None, max_rows=4)
         call = tensor_call(torch.zeros(rows, 1), rule=rule, sequence=self.sequence)
         latest_s = self.now_s + slack_s
-        return Parked(call, self.now_s, priority, latest_s, left_s=left_s, alone_s=2 * left_s)
+        return Parked(call, self.now_s, priority, latest_s, left_s=left_s, serial_s=2 * left_s)
 
 
 NAMES = ("a", "b", "c", "d")
@@ -295,17 +295,17 @@ def line_price(key: CallKey, rows: int) -> float:
     return PRICES[key.method.split(".")[0]] * (0.1 + 0.1 * rows)
 
 
-def step(sequence: int, left_s: float, alone_s: float = 0.0, **more: Any) -> Parked:
+def step(sequence: int, left_s: float, serial_s: float = 0.0, **more: Any) -> Parked:
     """A step of a request, parked at this moment."""
     name = more.pop("name", "small")
-    return parked(name, 0.0, sequence, left_s=left_s, alone_s=alone_s or left_s, **more)
+    return parked(name, 0.0, sequence, left_s=left_s, serial_s=serial_s or left_s, **more)
 
 
 def test_of_two_shapes_the_one_with_the_shortest_request_goes_on() -> None:
     long, short = step(0, 2.0), step(1, 0.2, name="large")
     assert shortest_first([long, short], price) == [short]
     # What it asked for counts as well as what is left of it.
-    nearly_done = step(2, 0.1, alone_s=8.0)
+    nearly_done = step(2, 0.1, serial_s=8.0)
     assert shortest_first([nearly_done, short], price) == [short]
     assert shortest_first([long, nearly_done], price)[0] == nearly_done
 
@@ -320,7 +320,7 @@ def test_the_patient_weigh_less() -> None:
 def test_encoders_and_decoders_go_ahead_of_the_steps_that_all_wait_for() -> None:
     steps = [step(n, 0.2) for n in range(3)]
     for name in ("encoder", "decoder"):
-        newcomer = parked(name, 0.0, 9, alone_s=50.0)
+        newcomer = parked(name, 0.0, 9, serial_s=50.0)
         assert shortest_first([*steps, newcomer], price) == [newcomer]
 
 

@@ -45,8 +45,8 @@ def test_short_requests_do_not_wait_for_long_ones_and_those_are_no_later(policy:
 def test_a_request_alone_takes_its_own_time() -> None:
     (request,) = Mix({"large": 1.0}, {10: 1.0}).draw(1, seed=0)
     (seconds,) = Simulation(SHORTEST_FIRST).run([request])
-    assert seconds == pytest.approx(request.alone_s)
-    assert request.alone_s == pytest.approx(10 * 4 * MEASURED_S[2])
+    assert seconds == pytest.approx(request.serial_s)
+    assert request.serial_s == pytest.approx(10 * 4 * MEASURED_S[2])
 
 
 def test_forward_times_are_those_measured_and_lines_between() -> None:

@@ -31,7 +31,7 @@ TRACE = draw_trace(HOMOGENEOUS, 20, 0)
 TIMING = 'queue;dur=2.5, first-step;dur=10.0, total;dur=50.0, batch;desc="share 0.250"'
 
 
-def picture(size: str = "64x64") -> str:
+def drawn_image(size: str = "64x64") -> str:
     width, height = map(int, size.split("x"))
     file = io.BytesIO()
     Image.new("RGB", (width, height)).save(file, "PNG")
@@ -40,7 +40,7 @@ def picture(size: str = "64x64") -> str:
 
 async def answer(request: web.Request) -> web.Response:
     body = await request.json()
-    data = [{"b64_json": picture(body["size"])} for _ in range(body["n"])]
+    data = [{"b64_json": drawn_image(body["size"])} for _ in range(body["n"])]
     return web.json_response({"data": data}, headers={"Server-Timing": TIMING})
 
 
@@ -159,7 +159,7 @@ async def test_a_window_bounds_what_is_in_flight_and_sends_refused_again() -> No
     assert [outcome.index for outcome in outcomes] == list(range(20))
 
 
-async def test_deadlines_and_pictures_to_change_are_sent_where_asked() -> None:
+async def test_deadlines_and_images_to_change_are_sent_where_asked() -> None:
     seen = []
 
     async def keeps(request: web.Request) -> web.Response:
@@ -181,10 +181,10 @@ async def test_deadlines_and_pictures_to_change_are_sent_where_asked() -> None:
     ("data", "complaint"),
     [
         (b"not json", "not as expected"),
-        (b'{"data": []}', "0 pictures"),
+        (b'{"data": []}', "0 images"),
         (b'{"data": [{"b64_json": "AAAA"}]}', "no PNG"),
-        (f'{{"data": [{{"b64_json": "{picture("48x64")}"}}]}}'.encode(), "48x64"),
-        (f'{{"data": [{{"b64_json": "{picture()}"}}]}}'.encode(), ""),
+        (f'{{"data": [{{"b64_json": "{drawn_image("48x64")}"}}]}}'.encode(), "48x64"),
+        (f'{{"data": [{{"b64_json": "{drawn_image()}"}}]}}'.encode(), ""),
     ],
 )
 def test_answers_that_are_not_what_was_asked_for_are_noticed(data: bytes, complaint: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from loadtests.answer_checks import complaint_about_pictures, read_events
+from loadtests.answer_checks import complaint_about_images, read_events
 from loadtests.shapes import SHAPES, users_at
 
 
@@ -46,25 +46,25 @@ def test_shapes_are_what_they_are_called() -> None:
 BODY: dict[str, Any] = {"size": "64x64", "seed": 7, "n": 2}
 
 
-def pictures(*seeds: int, **kwargs: int) -> dict[str, Any]:
+def images(*seeds: int, **kwargs: int) -> dict[str, Any]:
     return {"data": [{"b64_json": encoded(**kwargs), "seed": seed} for seed in seeds]}
 
 
 @pytest.mark.parametrize(
     ("answer", "complaint"),
     [
-        (pictures(7, 8), ""),
-        (pictures(7), "2 pictures"),
-        ({}, "2 pictures"),
-        (pictures(8, 9), "seeds"),
-        (pictures(7, 8, width=48), "48x64"),
-        (pictures(7, 8, cut=400), "decoded"),
+        (images(7, 8), ""),
+        (images(7), "2 images"),
+        ({}, "2 images"),
+        (images(8, 9), "seeds"),
+        (images(7, 8, width=48), "48x64"),
+        (images(7, 8, cut=400), "decoded"),
         ({"data": [{"seed": 7}, {"seed": 8}]}, "decoded"),
         ({"data": [{"b64_json": "!", "seed": 7}, {"b64_json": "!", "seed": 8}]}, "decoded"),
     ],
 )
 def test_wrong_answers_are_noticed(answer: dict[str, Any], complaint: str) -> None:
-    found = complaint_about_pictures(answer, BODY)
+    found = complaint_about_images(answer, BODY)
     assert complaint in found
     assert bool(found) == bool(complaint)
 

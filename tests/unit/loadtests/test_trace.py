@@ -74,7 +74,7 @@ def test_requests_of_the_homogeneous_mix_differ_in_prompt_and_seed_only() -> Non
     assert len(keys) == 1
 
 
-def test_rows_and_calls_follow_guidance_pictures_and_strength() -> None:
+def test_rows_and_calls_follow_guidance_images_and_strength() -> None:
     request = TraceRequest("x", "64x64", 20, 4.0, "DDIMScheduler", 1, n=3, strength=0.6)
     assert (request.rows, request.denoiser_calls) == (6, 12)
     unguided = TraceRequest("x", "64x64", 20, 1.0, "DDIMScheduler", 1)

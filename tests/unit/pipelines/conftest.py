@@ -31,7 +31,7 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 
 @pytest.fixture
 def runner(tiny: LoadedModel) -> Iterator[PipelineRunner]:
-    made = PipelineRunner(tiny, EngineOptions(max_rows=16, max_waiting_pictures=8), sharing=UNTRIED)
+    made = PipelineRunner(tiny, EngineOptions(max_rows=16, max_pending_images=8), sharing=UNTRIED)
     made.start()
     yield made
     made.stop()

@@ -25,7 +25,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.requests import AdapterUse
-from stepserve.pipelines.adapters.cache import AdapterShelf
+from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import hush_libraries
 
@@ -157,20 +157,20 @@ def plain_forward(denoiser: Denoiser, file: Path) -> torch.Tensor:
 
 def shelf_forwards(denoiser: Denoiser, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """With the adapter, and set to none while it is loaded."""
-    shelf = AdapterShelf(denoiser.pipeline, AdapterOptions(folder=file.parent))
-    variant = shelf.resolve([AdapterUse(file.stem, SCALE)])
+    adapter_cache = AdapterCache(denoiser.pipeline, AdapterOptions(folder=file.parent))
+    variant = adapter_cache.resolve([AdapterUse(file.stem, SCALE)])
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         outputs = []
         for wanted in (variant, None):
-            shelf.enter()[denoiser.component](wanted)
+            adapter_cache.enter()[denoiser.component](wanted)
             outputs.append(denoiser.forward())
         return outputs[0], outputs[1]
 
     try:
-        return shelf.run_with(variant, run)
+        return adapter_cache.run_with(variant, run)
     finally:
-        shelf.close()
+        adapter_cache.close()
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.requests import AdapterUse
-from stepserve.pipelines.adapters.cache import AdapterShelf
+from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import hush_libraries
 from test_adapter_families import sdxl as sdxl_denoiser
@@ -98,18 +98,18 @@ def parts_of(pipeline: Any, ends: tuple[str, ...] = ATTENTION) -> dict[str, Fact
 
 def with_loaded(pipeline: Any, path: Path, look: Callable[[str], Any]) -> Any:
     """What `look` sees, by PEFT's name of the adapter, while it is loaded and applied."""
-    shelf = AdapterShelf(pipeline, AdapterOptions(named={"a": path}))
-    variant = shelf.resolve([AdapterUse("a", 1.0)])
+    adapter_cache = AdapterCache(pipeline, AdapterOptions(named={"a": path}))
+    variant = adapter_cache.resolve([AdapterUse("a", 1.0)])
 
     def run() -> Any:
-        for enter in shelf.enter().values():
+        for enter in adapter_cache.enter().values():
             enter(variant)
-        return look(next(iter(shelf._loaded.values())))
+        return look(next(iter(adapter_cache._loaded.values())))
 
     try:
-        return shelf.run_with(variant, run)
+        return adapter_cache.run_with(variant, run)
     finally:
-        shelf.close()
+        adapter_cache.close()
 
 
 def loaded_differences(pipeline: Any, path: Path) -> dict[str, Tensor]:
@@ -177,16 +177,16 @@ def test_any_scale_is_of_that_alpha(sd: Any, tmp_path: Path) -> None:
     """PEFT works a scale out anew, of what it was told of the layer."""
     parts = parts_of(sd)
     file = write(kohya(parts), tmp_path / "a.safetensors")
-    shelf = AdapterShelf(sd, AdapterOptions(named={"a": file}))
-    variant = shelf.resolve([AdapterUse("a", 0.5)])
+    adapter_cache = AdapterCache(sd, AdapterOptions(named={"a": file}))
+    variant = adapter_cache.resolve([AdapterUse("a", 0.5)])
 
     def run() -> dict[str, float]:
-        shelf.enter()["unet"](variant)
-        name = next(iter(shelf._loaded.values()))
+        adapter_cache.enter()["unet"](variant)
+        name = next(iter(adapter_cache._loaded.values()))
         return {p: sd.unet.get_submodule(p).scaling[name] for p in parts["unet"]}
 
-    scalings = shelf.run_with(variant, run)
-    shelf.close()
+    scalings = adapter_cache.run_with(variant, run)
+    adapter_cache.close()
     for path, (first, _) in parts["unet"].items():
         rank = first.shape[0]
         assert scalings[path] == pytest.approx(0.5 * alpha_of_its_own(path, rank) / rank)

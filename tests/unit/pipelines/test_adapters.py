@@ -24,7 +24,7 @@ from stepserve.domain.requests import AdapterUse, GenerationRequest, RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.engine.tracks.track import Work
-from stepserve.pipelines.adapters.cache import AdapterShelf
+from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import LoadedModel, ModelLoadError
 from stepserve.pipelines.serving.runner import PipelineRunner
@@ -76,7 +76,7 @@ def make(tiny: LoadedModel, folder: Path) -> Iterator[Make]:
 
     def make_runner(**options: Any) -> PipelineRunner:
         adapters = AdapterOptions(**({"folder": folder} | options))
-        engine = EngineOptions(max_rows=32, max_waiting_pictures=100)
+        engine = EngineOptions(max_rows=32, max_pending_images=100)
         runners.append(PipelineRunner(tiny, engine, adapters, sharing=UNTRIED))
         return runners[-1]
 
@@ -138,13 +138,13 @@ class Waiting:
 
 
 def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest) -> Waiting:
-    """Through shelf and engine: the answer is pictures before they are rounded to bytes."""
-    shelf, waiting = runner.adapters, Waiting()
-    variant = shelf.resolve(request.adapters)
+    """Through shelf and engine: the answer is images before they are rounded to bytes."""
+    adapter_cache, waiting = runner.adapters, Waiting()
+    variant = adapter_cache.resolve(request.adapters)
 
     def run() -> torch.Tensor:
         lent = runner.model.lender.lend(request.scheduler)
-        return shelf.run_with(variant, lambda: call_plain(lent, request))
+        return adapter_cache.run_with(variant, lambda: call_plain(lent, request))
 
     work = Work(request.id, CLASSIC.rows_of(request), 4, request.n, run, waiting, variant=variant)
     runner.engine.submit(work)
@@ -195,14 +195,14 @@ class ForwardLog:
 
     def __init__(self, runner: PipelineRunner) -> None:
         self.seen: list[tuple[tuple[tuple[str, float], ...], int]] = []
-        self._shelf = runner.adapters
+        self._adapter_cache = runner.adapters
         unet = runner.model.pipeline.unet
         self._block = unet.mid_block
         self._handle = self._block.register_forward_pre_hook(self._log)
 
     def _log(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
-        names = {name: file.name for file, name in self._shelf._loaded.items()}
+        names = {name: file.name for file, name in self._adapter_cache._loaded.items()}
         active = {
             (names[name], layer.scaling[name] / (layer.lora_alpha[name] / layer.r[name]))
             for layer in layers
@@ -215,9 +215,7 @@ class ForwardLog:
         self._handle.remove()
 
 
-def test_every_request_gets_the_picture_of_plain_diffusers(
-    make: Make, reference: Reference
-) -> None:
+def test_every_request_gets_the_image_of_plain_diffusers(make: Make, reference: Reference) -> None:
     requests = requests_with(*MIXED)
     served = serve_together(make(max_loaded=5), requests)
     wanted = [reference(request) for request in requests]
@@ -228,9 +226,9 @@ def test_every_request_gets_the_picture_of_plain_diffusers(
 def test_the_adapters_can_be_seen(reference: Reference) -> None:
     """Else a mix-up would go unseen."""
     sets = [MIXED[index] for index in (0, 1, 2, 3, 6, 8, 9, 10)]
-    pictures = [reference(a_request(seed=0, adapters=used)) for used in sets]
-    for index, one in enumerate(pictures):
-        for other in pictures[:index]:
+    images = [reference(a_request(seed=0, adapters=used)) for used in sets]
+    for index, one in enumerate(images):
+        for other in images[:index]:
             assert difference(one, other) > VISIBLE
 
 
@@ -317,7 +315,7 @@ def ask(runner: PipelineRunner, request: GenerationRequest) -> tuple[Inbox, Fini
     return inbox, inbox.wait()
 
 
-def picture(runner: PipelineRunner, *adapters: AdapterUse) -> bytes:
+def drawn_image(runner: PipelineRunner, *adapters: AdapterUse) -> bytes:
     _, outcome = ask(runner, a_request(adapters=adapters))
     assert isinstance(outcome, Finished), outcome
     return pixels(outcome.images[0].data)
@@ -338,12 +336,12 @@ def test_an_adapter_added_while_serving_is_found(
     aside = (folder / "plain.safetensors").rename(tmp_path / "aside")
     runner = make()
     runner.start()
-    bare = picture(runner)
+    bare = drawn_image(runner)
     assert "plain" not in runner.capabilities().adapters
     refusal(runner, AdapterUse("plain"))
     aside.rename(folder / "plain.safetensors")
     assert "plain" in runner.capabilities().adapters
-    assert picture(runner, AdapterUse("plain")) != bare
+    assert drawn_image(runner, AdapterUse("plain")) != bare
     served = submit_for_tensors(runner, a_request(adapters=use("plain"))).wait()
     assert difference(served, reference(a_request(adapters=use("plain")))) < FLOAT32_BOUND
 
@@ -351,9 +349,9 @@ def test_an_adapter_added_while_serving_is_found(
 def test_a_replaced_file_is_another_adapter(make: Make, folder: Path) -> None:
     runner = make()
     runner.start()
-    before, other = (picture(runner, AdapterUse(name)) for name in ("plain", "conv"))
+    before, other = (drawn_image(runner, AdapterUse(name)) for name in ("plain", "conv"))
     shutil.copy(folder / "conv.safetensors", folder / "plain.safetensors")
-    assert picture(runner, AdapterUse("plain")) == other != before
+    assert drawn_image(runner, AdapterUse("plain")) == other != before
 
 
 def test_a_file_replaced_while_its_request_waits_is_told(make: Make, folder: Path) -> None:
@@ -364,7 +362,7 @@ def test_a_file_replaced_while_its_request_waits_is_told(make: Make, folder: Pat
     outcome = inbox.wait()
     assert isinstance(outcome, Failed)
     assert "was replaced meanwhile; send the request again" in outcome.error.message
-    assert picture(runner, AdapterUse("plain")) == picture(runner, AdapterUse("conv"))
+    assert drawn_image(runner, AdapterUse("plain")) == drawn_image(runner, AdapterUse("conv"))
 
 
 def test_an_unknown_name_is_refused_at_the_door(make: Make) -> None:
@@ -530,7 +528,7 @@ def test_no_memory_for_an_adapter_is_no_fault_of_its_file(
     assert isinstance(outcome, Failed)
     assert isinstance(outcome.error, GenerationFailedError)
     monkeypatch.undo()
-    picture(runner, AdapterUse("plain"))
+    drawn_image(runner, AdapterUse("plain"))
 
 
 def test_an_adapter_of_another_model_is_told_by_its_sizes(
@@ -561,7 +559,7 @@ def test_a_cancelled_request_gives_its_adapters_back(make: Make) -> None:
 
     runner.submit(a_request(adapters=use("plain"), num_inference_steps=900), cancel_when_started)
     assert isinstance(inbox.wait(), Failed)
-    picture(runner, AdapterUse("conv"))
+    drawn_image(runner, AdapterUse("conv"))
     assert runner.adapters.loaded == ("conv",)
     assert not runner.adapters._users
 
@@ -585,7 +583,7 @@ def test_named_adapters_may_be_folders(make: Make, folder: Path, made: Path) -> 
     runner = make(folder=None, named=named)
     runner.start()
     assert runner.capabilities().adapters == tuple(sorted(named))
-    one, two, three = (picture(runner, AdapterUse(n)) for n in ("alone", "preferred", "file"))
+    one, two, three = (drawn_image(runner, AdapterUse(n)) for n in ("alone", "preferred", "file"))
     assert one == two == three
     assert "holds 5 .safetensors files" in refusal(runner, AdapterUse("many"))[1]
     assert "No such file" in refusal(runner, AdapterUse("missing"))[1]
@@ -600,22 +598,22 @@ def test_a_model_without_adapters_takes_none(runner: PipelineRunner) -> None:
 
 def test_a_pipeline_that_takes_no_adapters_is_told_at_once(folder: Path) -> None:
     with pytest.raises(ModelLoadError, match="no adapters into a SimpleNamespace"):
-        AdapterShelf(SimpleNamespace(unet=torch.nn.Linear(1, 1)), AdapterOptions(folder=folder))
+        AdapterCache(SimpleNamespace(unet=torch.nn.Linear(1, 1)), AdapterOptions(folder=folder))
     offloaded = torch.nn.Linear(1, 1)
     offloaded._hf_hook = object()  # type: ignore[assignment]
     pipeline = SimpleNamespace(unet=offloaded, _lora_loadable_modules=["unet", "text_encoder"])
     with pytest.raises(ModelLoadError, match="CPU offload"):
-        AdapterShelf(pipeline, AdapterOptions(folder=folder))
-    assert AdapterShelf(pipeline, AdapterOptions()).names() == ()
+        AdapterCache(pipeline, AdapterOptions(folder=folder))
+    assert AdapterCache(pipeline, AdapterOptions()).names() == ()
 
 
 def test_setting_what_is_set_already_writes_nothing(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = make()
-    shelf = runner.adapters
-    variant = shelf.resolve(uses(plain=0.5, conv=1.0))
-    enter = shelf.enter()["unet"]
+    adapter_cache = runner.adapters
+    variant = adapter_cache.resolve(uses(plain=0.5, conv=1.0))
+    enter = adapter_cache.enter()["unet"]
 
     def alternate() -> None:
         layers = [m for m in runner.model.pipeline.unet.modules() if isinstance(m, BaseTunerLayer)]
@@ -627,8 +625,8 @@ def test_setting_what_is_set_already_writes_nothing(
         writes.clear()
         for other in (None, variant, variant, None, variant):
             enter(other)
-            wanted = [] if other is None else [shelf._loaded[used.file] for used in other]
+            wanted = [] if other is None else [adapter_cache._loaded[used.file] for used in other]
             assert all(layer.active_adapters == wanted for layer in layers)
         assert writes == []
 
-    shelf.run_with(variant, alternate)
+    adapter_cache.run_with(variant, alternate)

@@ -13,7 +13,7 @@ from stepserve.domain.requests import GenerationRequest
 from stepserve.engine.calls.call import Call, ParkableMethod, make_call
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.probing.probe_requests import make_probe_requests
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 from stepserve.pipelines.probing.vae_batching import (
     DecodingRules,
@@ -81,7 +81,7 @@ def rows_decoded(tiny: LoadedModel) -> Iterator[list[int]]:
     handle.remove()
 
 
-def test_pictures_of_several_requests_are_decoded_together_with_the_bytes_of_one(
+def test_images_of_several_requests_are_decoded_together_with_the_bytes_of_one(
     tiny: LoadedModel, rows_decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One thread, as of the replicas that this is for."""
@@ -90,7 +90,7 @@ def test_pictures_of_several_requests_are_decoded_together_with_the_bytes_of_one
     runner.start()
     try:
         if not shares_decodings(runner):
-            pytest.skip("this CPU rounds otherwise for several pictures, with one thread too")
+            pytest.skip("this CPU rounds otherwise for several images, with one thread too")
         requests = [a_request(id=str(seed), seed=seed) for seed in range(4)]
         other = a_request(id="other", seed=9, width=32, height=32)
         alone = [serve(runner, [request])[0] for request in requests]
@@ -119,4 +119,4 @@ def serve(runner: PipelineRunner, requests: list[GenerationRequest]) -> list[Fin
 def test_nothing_is_shared_where_the_decoder_runs_inside_the_call(tiny: LoadedModel) -> None:
     plan = SharingPlan(inline=frozenset({"vae"}))
     with torch.no_grad():
-        assert decoding_rules(tiny.pipeline, make_trials(tiny)[0], plan).rows == {}
+        assert decoding_rules(tiny.pipeline, make_probe_requests(tiny)[0], plan).rows == {}

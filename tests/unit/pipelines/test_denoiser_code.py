@@ -98,7 +98,7 @@ class Backend:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_pictures_stay_and_fingerprints_change_with_the_code(
+def test_images_stay_and_fingerprints_change_with_the_code(
     model: LoadedModel, backend: str
 ) -> None:
     with serving(model) as runner:
@@ -135,7 +135,7 @@ def test_eager_code_serves_until_the_last_graph_is_ready(model: LoadedModel) -> 
     assert backend.graphs == len(BUCKETS)
 
 
-def test_no_picture_is_made_by_both_codes(model: LoadedModel) -> None:
+def test_no_image_is_made_by_both_codes(model: LoadedModel) -> None:
     """Requests are at work while the code changes, and share no forward with a later one."""
     steps: list[tuple[str, str]] = []
     begun, changed = Flag(), Flag()

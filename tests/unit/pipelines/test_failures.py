@@ -18,7 +18,7 @@ from stepserve.domain.requests import Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline
-from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import (
     STABLE_DIFFUSION,
@@ -47,7 +47,7 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runner(sd_folder: Path) -> Iterator[PipelineRunner]:
     model = load_model("sd", sd_folder, dtype="float32", device="cpu")
-    made = PipelineRunner(model, EngineOptions(max_rows=8, max_waiting_pictures=64), None, UNTRIED)
+    made = PipelineRunner(model, EngineOptions(max_rows=8, max_pending_images=64), None, UNTRIED)
     made.start()
     yield made
     made.stop()
@@ -75,7 +75,7 @@ def test_a_count_between_others_that_cannot_be_done_is_refused_too(tiny: LoadedM
     """Limits are a range; that this count is none of it is seen when it is asked for."""
     assert tiny.capabilities.steps_of("DEISMultistepScheduler").maximum == 1000
     with pytest.raises(InvalidRequestError, match="998 cannot be done by DEISMultistepScheduler"):
-        make_pictures(
+        make_images(
             tiny, a_request(scheduler="DEISMultistepScheduler", num_inference_steps=SINGULAR)
         )
 
@@ -94,12 +94,12 @@ def test_who_cannot_do_its_steps_alone_is_to_blame(
         raise IndexError("index 7 is out of bounds")
 
     # As if the ends had been fine.
-    make_pictures(alone, request)
+    make_images(alone, request)
     monkeypatch.setattr(alone.schedulers["DDIMScheduler"], "step", step)
     with pytest.raises(
         InvalidRequestError, match=r"by DDIMScheduler \(IndexError: index 7"
     ) as told:
-        make_pictures(alone, request)
+        make_images(alone, request)
     assert told.value.field == "num_inference_steps"
     assert "choose another number, or another scheduler" in told.value.message
 
@@ -117,13 +117,13 @@ def test_who_can_do_its_steps_alone_is_not(
 
     monkeypatch.setattr(alone.schedulers["DDIMScheduler"], "step", step)
     with pytest.raises(ValueError, match="not mine"):
-        make_pictures(alone, a_request())
+        make_images(alone, a_request())
 
 
 def test_numbers_that_overflow_in_the_network_are_the_servers_fault(alone: LoadedModel) -> None:
     alone.pipeline.unet.conv_out.register_forward_hook(lambda m, a, output: output * torch.nan)
     with pytest.raises(GenerationFailedError, match="not finite"):
-        make_pictures(alone, a_request())
+        make_images(alone, a_request())
 
 
 class TwoSteps:
@@ -157,7 +157,7 @@ def test_steps_that_a_pipeline_itself_refuses_are_not_told(tiny: LoadedModel) ->
 
 def test_a_pipelines_own_refusal_is_answered_as_one(tiny: LoadedModel) -> None:
     with pytest.raises(InvalidRequestError, match="refuses: Intermediate timesteps"):
-        make_pictures(two_steps(tiny), a_request(num_inference_steps=3))
+        make_images(two_steps(tiny), a_request(num_inference_steps=3))
 
 
 @pytest.mark.parametrize("task", [Task.IMAGE_TO_IMAGE, Task.INPAINTING])

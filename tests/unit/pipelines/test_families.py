@@ -1,4 +1,4 @@
-"""Any pipeline that makes pictures from a prompt loads; others are refused with the reason."""
+"""Any pipeline that makes images from a prompt loads; others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model("sd3", folder, dtype="float32", device="cpu")
 
 
-def picture(model: LoadedModel, side_px: int) -> Image.Image:
+def drawn_image(model: LoadedModel, side_px: int) -> Image.Image:
     wanted = {
         "prompt": "red heart",
         "negative_prompt": "big apple",
@@ -82,11 +82,11 @@ def test_stable_diffusion_3_is_no_larger_than_its_table_of_positions(sd3: Loaded
     assert sd3.capabilities.default_guidance_scale == 7.0
 
 
-def test_a_lent_pipeline_of_another_family_makes_pictures(
+def test_a_lent_pipeline_of_another_family_makes_images(
     flux: LoadedModel, sd3: LoadedModel
 ) -> None:
-    assert picture(flux, 32).size == (32, 32)
-    assert picture(sd3, 24).size == (24, 24)
+    assert drawn_image(flux, 32).size == (32, 32)
+    assert drawn_image(sd3, 24).size == (24, 24)
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
@@ -109,7 +109,7 @@ def test_a_prompt_is_taken_that_one_of_several_encoders_reads_whole(
         assert f"{field} is 82 tokens long and the limit" in refused.value.message
 
 
-def test_what_an_encoder_cut_is_told_with_the_pictures(flux: LoadedModel) -> None:
+def test_what_an_encoder_cut_is_told_with_the_images(flux: LoadedModel) -> None:
     runner = PipelineRunner(flux, EngineOptions(max_rows=4), sharing=UNTRIED)
     runner.start()
     sizes, scheduler = flux.capabilities.sizes, flux.capabilities.default_scheduler
@@ -186,10 +186,10 @@ def test_a_class_conditional_model_is_refused(tmp_path: Path) -> None:
         ("StableDiffusionImg2ImgPipeline", "needs more than a prompt: image"),
         ("StableDiffusionInpaintPipeline", "needs more than a prompt: image, mask_image"),
         ("FluxControlPipeline", "needs more than a prompt: control_image"),
-        ("WanPipeline", "makes videos, not pictures"),
-        ("SanaVideoPipeline", "makes videos, not pictures"),
-        ("StableAudioPipeline", "makes sound, not pictures"),
-        ("KandinskyV22PriorPipeline", "makes embeddings, not pictures"),
+        ("WanPipeline", "makes videos, not images"),
+        ("SanaVideoPipeline", "makes videos, not images"),
+        ("StableAudioPipeline", "makes sound, not images"),
+        ("KandinskyV22PriorPipeline", "makes embeddings, not images"),
         ("DDPMPipeline", "takes no prompt; served are pipelines"),
         ("NoSuchPipeline", "diffusers has no pipeline 'NoSuchPipeline'"),
         (["own_code", "OwnPipeline"], "no code of a folder is run"),

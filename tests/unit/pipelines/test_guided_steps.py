@@ -108,7 +108,7 @@ def started(model: LoadedModel) -> PipelineRunner:
     """A runner that tried what its model does, but not how rows may share."""
     runner = PipelineRunner(
         model,
-        EngineOptions(max_rows=8, max_waiting_pictures=64, threads=1),
+        EngineOptions(max_rows=8, max_pending_images=64, threads=1),
         sharing=SharingOptions(plan=SharingPlan()),
     )
     runner._settle_capabilities()

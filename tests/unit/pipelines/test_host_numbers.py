@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from stepserve.pipelines import host_numbers
-from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.modules.third_party.pinned_noise import (
     bring_arguments,
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def test_every_scheduler_makes_the_same_latents_with_its_timesteps_on_the_host(
     model: LoadedModel,
 ) -> None:
-    lenders = [PipelineLender(model.pipeline, model.schedulers, kept) for kept in (False, True)]
+    lenders = [PipelineFactory(model.pipeline, model.schedulers, kept) for kept in (False, True)]
     usual, on_host_lender = [
         LoadedModel(model.pipeline, model.capabilities, model.schedulers, model.prompt_meter, one)
         for one in lenders

@@ -34,7 +34,7 @@ requests = st.builds(
 )
 
 
-def picture(shade: int = 120) -> Image.Image:
+def drawn_image(shade: int = 120) -> Image.Image:
     return Image.linear_gradient("L").resize((16, 16)).convert("RGB").point(lambda v: v % shade)
 
 
@@ -49,10 +49,10 @@ def parameters_in(data: bytes) -> dict[str, object]:
 
 @settings(max_examples=50)
 @given(requests, st.integers(0, 7))
-def test_a_picture_tells_the_request_that_makes_it_again(
+def test_a_image_tells_the_request_that_makes_it_again(
     request: GenerationRequest, index: int
 ) -> None:
-    encoded = encode_image(picture(), request, index)
+    encoded = encode_image(drawn_image(), request, index)
     told = parameters_in(encoded.data)
     assert str(told.pop("software")).startswith("stepserve ")
     told["adapters"] = tuple(told["adapters"])
@@ -63,16 +63,16 @@ def test_a_picture_tells_the_request_that_makes_it_again(
 
 
 @pytest.mark.parametrize("output_format", OutputFormat)
-def test_same_picture_and_parameters_same_bytes(output_format: OutputFormat) -> None:
-    one = encode_image(picture(), a_request(id="a", output_format=output_format), 0)
-    other = encode_image(picture(), a_request(id="b", output_format=output_format), 0)
+def test_same_image_and_parameters_same_bytes(output_format: OutputFormat) -> None:
+    one = encode_image(drawn_image(), a_request(id="a", output_format=output_format), 0)
+    other = encode_image(drawn_image(), a_request(id="b", output_format=output_format), 0)
     assert one == other
-    assert one.data != encode_image(picture(90), a_request(output_format=output_format), 0).data
+    assert one.data != encode_image(drawn_image(90), a_request(output_format=output_format), 0).data
 
 
-def test_a_picture_of_a_batch_has_the_bytes_of_the_same_picture_alone() -> None:
-    of_batch = encode_image(picture(), a_request(seed=5, n=4), 2)
-    assert of_batch == encode_image(picture(), a_request(seed=7, n=1), 0)
+def test_a_image_of_a_batch_has_the_bytes_of_the_same_image_alone() -> None:
+    of_batch = encode_image(drawn_image(), a_request(seed=5, n=4), 2)
+    assert of_batch == encode_image(drawn_image(), a_request(seed=7, n=1), 0)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_a_picture_of_a_batch_has_the_bytes_of_the_same_picture_alone() -> None:
     [("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "image/webp")],
 )
 def test_files_can_be_decoded(output_format: str, media_type: str) -> None:
-    encoded = encode_image(picture(), a_request(output_format=OutputFormat(output_format)), 0)
+    encoded = encode_image(drawn_image(), a_request(output_format=OutputFormat(output_format)), 0)
     image = Image.open(io.BytesIO(encoded.data))
     image.load()
     assert encoded.media_type == media_type == Image.MIME[image.format]
     assert image.size == (16, 16)
     if output_format == "png":
-        assert image.tobytes() == picture().tobytes()
+        assert image.tobytes() == drawn_image().tobytes()
 
 
 def test_long_prompts_fit_into_every_format() -> None:
@@ -94,4 +94,6 @@ def test_long_prompts_fit_into_every_format() -> None:
         request = a_request(
             prompt="\U0001f600" * 1000, negative_prompt="é" * 1000, output_format=output_format
         )
-        assert parameters_in(encode_image(picture(), request, 0).data)["prompt"] == request.prompt
+        assert (
+            parameters_in(encode_image(drawn_image(), request, 0).data)["prompt"] == request.prompt
+        )

@@ -16,9 +16,9 @@ from stepserve.domain.requests import GenerationRequest, RequestKey, Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines import input_decoding
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.requests.encoding import PictureEncoder
+from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import InputDecoder, Inputs
-from stepserve.pipelines.requests.inputs import InputPictures, decode_inputs
+from stepserve.pipelines.requests.inputs import InputImages, decode_inputs
 from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import UNTRIED, Inbox, a_request
 
@@ -48,7 +48,7 @@ class Gate:
     decoded: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, request: GenerationRequest) -> InputPictures:
+    def __call__(self, request: GenerationRequest) -> InputImages:
         with self.lock:
             self.at_once += 1
             self.most = max(self.most, self.at_once)
@@ -107,7 +107,7 @@ def test_a_few_are_decoded_at_a_time_on_threads_of_their_own(
 def test_what_is_refused_is_never_decoded(
     runners: Callable[..., PipelineRunner], gate: Gate
 ) -> None:
-    runner, first, second = runners(max_waiting_pictures=1), Inbox(), Inbox()
+    runner, first, second = runners(max_pending_images=1), Inbox(), Inbox()
     runner.submit(an_edit("first"), first)
     runner.submit(an_edit("second"), second)
     refused = second.wait()
@@ -193,7 +193,7 @@ class Engine:
 
 
 def test_a_bug_in_a_decoder_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(request: GenerationRequest) -> InputPictures:
+    def broken(request: GenerationRequest) -> InputImages:
         raise MemoryError("no room")
 
     monkeypatch.setattr(input_decoding, "decode_inputs", broken)
@@ -208,12 +208,12 @@ def test_a_bug_in_a_decoder_ends_the_request(monkeypatch: pytest.MonkeyPatch) ->
     assert engine.released == []
 
 
-def test_finished_pictures_that_wait_for_their_files_are_counted() -> None:
-    encoder, gate = PictureEncoder(most_pictures=4), threading.Event()
+def test_finished_images_that_wait_for_their_files_are_counted() -> None:
+    encoder, gate = ImageEncoder(most_images=4), threading.Event()
     encoder.submit(3, lambda: assert_waited(gate))
     encoder.check_room()
     encoder.submit(1, lambda: None)
-    with pytest.raises(ServerFullError, match="4 finished pictures wait to be encoded"):
+    with pytest.raises(ServerFullError, match="4 finished images wait to be encoded"):
         encoder.check_room()
     gate.set()
     encoder.shutdown()

@@ -25,7 +25,7 @@ def file_of(image: Image.Image, file_format: str = "PNG", **options: object) -> 
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises a size and ends where its picture should begin."""
+    """A PNG that promises a size and ends where its image should begin."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     checked = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + checked + struct.pack(">I", 1000) + b"IDAT"
@@ -37,13 +37,13 @@ def refusal(**files: bytes) -> InvalidRequestError:
     return refused.value
 
 
-def test_without_files_there_are_no_pictures() -> None:
+def test_without_files_there_are_no_images() -> None:
     inputs = decode_inputs(a_request())
     assert (inputs.image, inputs.mask_image) == (None, None)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_pictures_get_the_size_and_colours_that_pipelines_take(file_format: str) -> None:
+def test_images_get_the_size_and_colours_that_pipelines_take(file_format: str) -> None:
     file = file_of(Image.new("RGB", (100, 40), (200, 30, 40)), file_format)
     inputs = decode_inputs(a_request(image=file, mask_image=file, width=64, height=48))
     assert inputs.image is not None
@@ -62,7 +62,7 @@ def test_any_kind_of_pixel_is_taken(mode: str) -> None:
     assert inputs.image.mode == "RGB"
 
 
-def test_a_picture_of_the_right_size_keeps_every_pixel() -> None:
+def test_a_image_of_the_right_size_keeps_every_pixel() -> None:
     image = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     inputs = decode_inputs(a_request(image=file_of(image)))
     assert inputs.image is not None
@@ -85,7 +85,7 @@ def test_photos_are_turned_upright() -> None:
     "file",
     [
         b"",
-        b"no picture",
+        b"no image",
         png_header(64, 64),
         file_of(Image.new("RGB", (64, 64)), "JPEG")[:300],
         file_of(Image.effect_noise((64, 64), 50))[:1000],
@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_refused_by_name(field: str, told: str, file: byt
     error = refusal(**{"image": fine, field: file})
     assert error.field == told
     assert error.message == (
-        f"{told} of {len(file)} bytes cannot be read as a picture (known: PNG, JPEG, WEBP)"
+        f"{told} of {len(file)} bytes cannot be read as an image (known: PNG, JPEG, WEBP)"
     )
 
 
@@ -161,7 +161,7 @@ def test_print_colours_are_converted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_of_moving_pictures_the_first_is_taken(kind: str) -> None:
+def test_of_moving_images_the_first_is_taken(kind: str) -> None:
     frames = [plain(color=color) for color in ("blue", "red")]
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     file = file_of(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -171,7 +171,7 @@ def test_of_moving_pictures_the_first_is_taken(kind: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", FORMATS)
-def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+def test_images_are_turned_upright(kind: str, orientation: int) -> None:
     marked = plain(color="white", size=(64, 64))
     marked.paste("black", (0, 0, 32, 16))
     turned = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
@@ -226,7 +226,7 @@ def test_metadata_that_decoders_choke_on_is_not_read() -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from(FORMATS), st.data())
-def test_whatever_is_sent_is_a_picture_or_told_to_be_none(
+def test_whatever_is_sent_is_a_image_or_told_to_be_none(
     content: bytes, kind: str, data: st.DataObject
 ) -> None:
     file = bytearray(file_of(plain(size=(8, 6)), kind))

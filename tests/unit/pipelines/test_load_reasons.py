@@ -30,7 +30,7 @@ def copied(tiny_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder, tmp_path / "copied"))
 
 
-def rename_class(folder: Path) -> None:
+def rebind_class(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     index["unet"] = ["diffusers", "NoSuchUNet"]
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -49,7 +49,7 @@ def other_width(folder: Path) -> None:
         (lambda f: (f / "model_index.json").write_text("{"), "a JSON file of it is not valid JSON"),
         (lambda f: shutil.rmtree(f / "unet"), "a file of it is missing or cannot be read"),
         (lambda f: (f / WEIGHTS).write_bytes(b"cut"), "is cut short, or is no safetensors file"),
-        (rename_class, "its files do not fit together"),
+        (rebind_class, "its files do not fit together"),
         (other_width, "its files do not fit together"),
     ],
     ids=["index", "JSON", "unet", "weights", "class", "width"],

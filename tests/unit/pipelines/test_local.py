@@ -4,7 +4,7 @@ import pytest
 import torch
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.local import generate_locally
 from tiny_model import MAX_TOKENS, a_request, pixels
 
@@ -15,7 +15,7 @@ def test_a_request_is_served_as_the_plain_pipeline_would(
     request = a_request(n=2, num_inference_steps=3)
     finished = generate_locally(tiny, request)
     with torch.no_grad():
-        wanted = make_pictures(tiny, request)
+        wanted = make_images(tiny, request)
     assert [pixels(image.data) for image in finished.images] == [w.tobytes() for w in wanted]
     assert "denoising" in capsys.readouterr().err
 
@@ -36,6 +36,6 @@ def test_failures_are_raised(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: object) -> None:
         raise InvalidRequestError("no", "prompt")
 
-    monkeypatch.setattr("stepserve.pipelines.serving.runner.make_pictures", broken)
+    monkeypatch.setattr("stepserve.pipelines.serving.runner.make_images", broken)
     with pytest.raises(InvalidRequestError, match="no"):
         generate_locally(tiny, a_request())

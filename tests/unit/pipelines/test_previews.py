@@ -1,4 +1,4 @@
-"""Pictures on the way: what is foretold, when, and that nothing else changes."""
+"""Images on the way: what is foretold, when, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from stepserve.domain.events import Finished, Preview
 from stepserve.pipelines.loading.folders import load_model
-from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.requests.previews import Denoised, Observed, clean_latents, preview_steps
 from stepserve.pipelines.schedulers.usable import build_scheduler, usable_schedulers
 from stepserve.pipelines.serving.runner import PipelineRunner
@@ -55,10 +55,10 @@ def test_a_perfect_network_is_understood_by_every_scheduler(name: str, predictio
     arguments = {"generator": generator} if "Ancestral" in name else {}
     scheduler.step(output, timestep, sample, **arguments)
 
-    foretold = observed.foretell()
-    assert foretold is not None
+    predicted = observed.predict()
+    assert predicted is not None
     # At the very first step alpha is small, and float32 leaves few digits.
-    assert torch.allclose(foretold, clean, atol=2e-2)
+    assert torch.allclose(predicted, clean, atol=2e-2)
 
 
 def level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
@@ -123,7 +123,7 @@ def test_other_families_are_previewed_too(save: Any, tmp_path: Path):
     )
     seen: list[tuple[int, int, int, tuple[int, int]]] = []
     with torch.inference_mode():
-        make_pictures(
+        make_images(
             model,
             request,
             on_preview=lambda i, step, steps, images: seen.append((i, step, steps, images[0].size)),

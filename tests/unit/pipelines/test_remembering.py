@@ -16,8 +16,8 @@ from diffusers import (
 )
 from stepserve.pipelines.copies.factory import copy_scheduler
 from stepserve.pipelines.modules.third_party.memoized_schedulers import (
-    remember_numbers,
-    remembering_class,
+    memoize_numbers,
+    memoizing_class,
 )
 from stepserve.pipelines.schedulers.usable import build_scheduler, usable_schedulers
 from tiny_model import default_scheduler
@@ -35,7 +35,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def remembering(scheduler: Any) -> Any:
     other = copy_scheduler(scheduler)
-    other.__class__ = remembering_class(scheduler)
+    other.__class__ = memoizing_class(scheduler)
     return other
 
 
@@ -108,9 +108,9 @@ def test_other_settings_are_not_answered_from_memory() -> None:
 
 
 def test_names_and_signatures_stay_and_others_are_left_alone() -> None:
-    assert remembering_class(build(DDIMScheduler, {})) is DDIMScheduler
+    assert memoizing_class(build(DDIMScheduler, {})) is DDIMScheduler
     for cls in (DEISMultistepScheduler, DPMSolverSinglestepScheduler):
-        made = remembering_class(build(cls, {}))
+        made = memoizing_class(build(cls, {}))
         assert made.__name__ == cls.__name__
         assert issubclass(made, cls)
         assert inspect.signature(made.step) == inspect.signature(cls.step)
@@ -123,7 +123,7 @@ def test_numbers_are_told_apart_by_all_that_decides_the_answer() -> None:
         calls.append(number)
         return np.log(number)
 
-    log = remember_numbers(function)
+    log = memoize_numbers(function)
     numbers = [torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64), torch.tensor(3.0)]
     for number in [*numbers, *numbers]:
         assert torch.equal(log(number), np.log(number))
@@ -139,7 +139,7 @@ def test_numbers_are_told_apart_by_all_that_decides_the_answer() -> None:
 )
 def test_all_else_passes_through(other: Any) -> None:
     calls = []
-    function = remember_numbers(lambda value: calls.append(value) or value)
+    function = memoize_numbers(lambda value: calls.append(value) or value)
     assert function(other) is other
     assert function(other) is other
     assert len(calls) == 2

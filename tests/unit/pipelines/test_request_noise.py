@@ -31,9 +31,7 @@ STEPS = 4
 
 def started(folder: Path) -> PipelineRunner:
     model = load_model("tiny", folder, dtype="float32", device="cpu")
-    runner = PipelineRunner(
-        model, EngineOptions(max_rows=8, max_waiting_pictures=64), None, UNTRIED
-    )
+    runner = PipelineRunner(model, EngineOptions(max_rows=8, max_pending_images=64), None, UNTRIED)
     runner.start()
     return runner
 

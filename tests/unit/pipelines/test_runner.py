@@ -25,8 +25,8 @@ from stepserve.pipelines import runner as runner_module
 from stepserve.pipelines import warm_up as warm_up_module
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.modules.attach import ParkingOptions, attach, parkable_methods
-from stepserve.pipelines.requests.call import denoiser_calls, make_pictures
-from stepserve.pipelines.requests.encoding import PictureEncoder
+from stepserve.pipelines.requests.call import denoiser_calls, make_images
+from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import Inputs
 from stepserve.pipelines.serving.runner import PipelineRunner, RequestListener
 from stepserve.pipelines.serving.warm_up import CpuTimes, Curve, measure_steps, warm_up
@@ -84,7 +84,7 @@ def test_what_nobody_expected_is_answered_too(
 
 
 def test_a_full_or_stopped_server_is_answered_at_once(tiny: LoadedModel) -> None:
-    runner = PipelineRunner(tiny, EngineOptions(max_waiting_pictures=1), sharing=UNTRIED)
+    runner = PipelineRunner(tiny, EngineOptions(max_pending_images=1), sharing=UNTRIED)
     first, second, late = Inbox(), Inbox(), Inbox()
     runner.submit(a_request(id="1"), first)
     runner.submit(a_request(id="2"), second)
@@ -128,7 +128,7 @@ def test_a_sink_that_raises_harms_nobody(
     assert "the listener of request broken raised" in caplog.text
 
 
-def test_a_picture_that_cannot_be_written_is_a_failure(
+def test_a_image_that_cannot_be_written_is_a_failure(
     runner: PipelineRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
@@ -144,7 +144,7 @@ def test_a_picture_that_cannot_be_written_is_a_failure(
 
 
 def test_an_encoder_that_is_gone_is_a_failure() -> None:
-    encoder = PictureEncoder(8)
+    encoder = ImageEncoder(8)
     encoder.shutdown()
     inbox, request = Inbox(), a_request()
     listener = RequestListener(request, inbox, encoder, Inputs(request))
@@ -152,7 +152,7 @@ def test_an_encoder_that_is_gone_is_a_failure() -> None:
     assert inbox.kinds == ["Failed"]
 
 
-def test_numbers_that_overflow_are_a_failure_and_not_a_black_picture(
+def test_numbers_that_overflow_are_a_failure_and_not_a_black_image(
     runner: PipelineRunner, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bias = tiny.pipeline.unet.conv_out.bias
@@ -186,7 +186,7 @@ def test_steps_are_shared_and_encodes_and_decodes_are_not(tiny: LoadedModel) -> 
     for n, result in enumerate(results, start=1):
         assert isinstance(result, Finished)
         with torch.no_grad():
-            wanted = make_pictures(tiny, a_request(n=n, seed=10 * n))
+            wanted = make_images(tiny, a_request(n=n, seed=10 * n))
         for image, reference in zip(result.images, wanted, strict=True):
             difference = [
                 abs(a - b) for a, b in zip(pixels(image.data), reference.tobytes(), strict=True)
@@ -241,8 +241,8 @@ def test_warming_up_runs_growing_row_counts(
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
-def test_a_model_that_takes_few_pictures_at_once_warms_up(tiny: LoadedModel, most: int) -> None:
-    options = EngineOptions(max_rows=16, max_waiting_pictures=most)
+def test_a_model_that_takes_few_images_at_once_warms_up(tiny: LoadedModel, most: int) -> None:
+    options = EngineOptions(max_rows=16, max_pending_images=most)
     runner = PipelineRunner(tiny, options, sharing=UNTRIED)
     runner.start()
     assert warm_up(runner) > 0
@@ -323,13 +323,13 @@ def test_measuring_stops_when_its_time_is_over(tiny: LoadedModel) -> None:
     assert curve.cut_short
 
 
-def test_warming_up_a_model_that_makes_no_picture_says_why(
+def test_warming_up_a_model_that_makes_no_image_says_why(
     runner: PipelineRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(runner_module, "make_pictures", broken)
+    monkeypatch.setattr(runner_module, "make_images", broken)
     with pytest.raises(GenerationFailedError, match="no kernel image is available"):
         warm_up(runner)
 

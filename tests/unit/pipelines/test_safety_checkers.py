@@ -23,8 +23,8 @@ from stepserve.domain.events import Failed, Finished, Preview
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.copies.safety_checker import guardrail, withheld_images
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.probing.probe_requests import make_trials
-from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.probing.probe_requests import make_probe_requests
+from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.warm_up import warm_up
 from tiny_model import NATIVE_PX, UNTRIED, Inbox, a_request, submit_all
@@ -59,7 +59,7 @@ def scores(model: LoadedModel) -> list[float]:
             torch.nn.functional.cosine_similarity(output, checker.concept_embeds[:1]).tolist()
         )
     )
-    make_pictures(model, a_request(seed=SEED, n=N))
+    make_images(model, a_request(seed=SEED, n=N))
     handle.remove()
     return seen
 
@@ -87,7 +87,7 @@ def serve(model: LoadedModel) -> Iterator[Callable[[], PipelineRunner]]:
     runners = []
 
     def start() -> PipelineRunner:
-        options = EngineOptions(max_rows=16, max_waiting_pictures=64)
+        options = EngineOptions(max_rows=16, max_pending_images=64)
         runners.append(PipelineRunner(model, options, sharing=UNTRIED))
         return runners[-1]
 
@@ -179,7 +179,7 @@ def test_a_model_whose_warm_up_is_flagged_serves(
 def test_trials_compare_what_was_drawn(model: LoadedModel) -> None:
     """Two black images would look equal, whatever sharing did to them."""
     flag_above(model, -2.0)
-    one, other, *_ = (trial() for trial in make_trials(model))
+    one, other, *_ = (trial() for trial in make_probe_requests(model))
     assert not torch.equal(one, other)
 
 
@@ -190,8 +190,8 @@ def test_a_checker_may_be_dropped(folder: Path) -> None:
     assert not dropped.capabilities.safety_checker
     flag_above(kept, -2.0)
     with pytest.raises(ContentFilteredError):
-        make_pictures(kept, a_request())
-    (image,) = make_pictures(dropped, a_request())
+        make_images(kept, a_request())
+    (image,) = make_images(dropped, a_request())
     assert image is not None
 
 
@@ -199,7 +199,7 @@ def test_a_folder_without_a_checker_is_the_same_either_way(tiny_folder: Path) ->
     for choice in ("keep", "drop"):
         model = load_model("tiny", tiny_folder, "float32", "cpu", safety_checker=choice)  # type: ignore[arg-type]
         assert not model.capabilities.safety_checker
-        assert make_pictures(model, a_request())[0] is not None
+        assert make_images(model, a_request())[0] is not None
 
 
 @pytest.mark.parametrize(

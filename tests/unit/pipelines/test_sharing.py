@@ -21,18 +21,18 @@ from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines import attach as attach_module
 from stepserve.pipelines import sharing as sharing_module
-from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.modules.attach import ParkingOptions
-from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.probing.probe_requests import make_probe_requests
 from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, check_sharing
 from stepserve.pipelines.probing.sharing_plan import (
     FIXED_ROWS,
     SharingPlan,
-    plan_company,
+    plan_co_batching,
     plan_sharing,
 )
-from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.requests.images import encode_image
 from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 from tiny_model import a_request, submit_all
@@ -87,7 +87,7 @@ def as_class(model: LoadedModel, pipeline_class: type) -> LoadedModel:
     pipeline = pipeline_class(**model.pipeline.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     capabilities = replace(model.capabilities, tasks=(Task.TEXT_TO_IMAGE,))
-    lender = PipelineLender(pipeline, model.schedulers)
+    lender = PipelineFactory(pipeline, model.schedulers)
     return replace(model, pipeline=pipeline, capabilities=capabilities, lender=lender)
 
 
@@ -120,7 +120,7 @@ REQUESTS = [
 def assert_files_are_plain(runner: PipelineRunner, requests: list[GenerationRequest]) -> None:
     """Served at once they are what plain calls give, one after another, in every byte."""
     with torch.no_grad():
-        wanted = [make_pictures(runner.model, request) for request in requests]
+        wanted = [make_images(runner.model, request) for request in requests]
     inboxes = submit_all(runner, requests)
     outcomes = [inbox.wait() for inbox in inboxes]
     for request, images, finished in zip(requests, wanted, outcomes, strict=True):
@@ -129,7 +129,7 @@ def assert_files_are_plain(runner: PipelineRunner, requests: list[GenerationRequ
 
 
 def company_of(model: LoadedModel) -> SharingPlan:
-    return plan_company(model.pipeline, make_trials(model))
+    return plan_co_batching(model.pipeline, make_probe_requests(model))
 
 
 def test_a_verified_pipeline_shares_unchecked(
@@ -177,7 +177,7 @@ def test_a_text_encoder_that_a_call_changes_runs_inside_it(fresh: LoadedModel) -
     assert plan.remark == "text_encoder: changed by a call, so runs inside it"
     with torch.no_grad():
         report = check_sharing(
-            model.pipeline, make_trials(model), options=plan.parking(ENOUGH_ROWS)
+            model.pipeline, make_probe_requests(model), options=plan.parking(ENOUGH_ROWS)
         )
     assert report.objection == ""
     assert report.calls_per_forward == 2
@@ -243,14 +243,14 @@ def test_forwards_get_as_many_rows_as_keep_the_bits(
     for name, found in limited_to(kept, fixed).items():
         monkeypatch.setattr(sharing_module, name, found)
     with torch.no_grad():
-        assert plan_sharing(tiny.pipeline, make_trials(tiny), MAX_ROWS) == wanted
+        assert plan_sharing(tiny.pipeline, make_probe_requests(tiny), MAX_ROWS) == wanted
 
 
 def test_fixed_rows_may_be_declined(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, found in limited_to(1, fixed=True).items():
         monkeypatch.setattr(sharing_module, name, found)
     with torch.no_grad():
-        plan = plan_sharing(tiny.pipeline, make_trials(tiny), MAX_ROWS, fix_rows=False)
+        plan = plan_sharing(tiny.pipeline, make_probe_requests(tiny), MAX_ROWS, fix_rows=False)
     assert plan.filled_rows == ()
     assert not plan.same_bytes
 
@@ -275,7 +275,7 @@ def test_row_policies_are_told_by_the_fingerprint(fresh: LoadedModel) -> None:
             assert fingerprint is not None
             assert fingerprint.row_buckets == plan.row_policy
             told.append(fingerprint.short)
-    # A lower limit does not change a picture where rows do not depend on their company.
+    # A lower limit does not change an image where rows do not depend on their company.
     assert told[0] == told[1] != told[2]
 
 
@@ -295,6 +295,6 @@ def test_nothing_of_the_trials_is_left_behind(fresh: LoadedModel) -> None:
     modules = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     before = [set(vars(module)) for module in modules]
     with torch.no_grad():
-        plan_sharing(pipeline, make_trials(fresh), MAX_ROWS)
+        plan_sharing(pipeline, make_probe_requests(fresh), MAX_ROWS)
     assert [set(vars(module)) for module in modules] == before
     assert not any("forward" in vars(module) for module in modules)

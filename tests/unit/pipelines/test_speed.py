@@ -43,7 +43,7 @@ def in_channels_last(module: torch.nn.Module) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def a_picture(model: LoadedModel) -> bytes:
+def an_image(model: LoadedModel) -> bytes:
     request = a_request()
     with torch.no_grad():
         return (
@@ -67,7 +67,7 @@ def test_channels_last(tiny_folder: Path, wanted: bool | None, found: bool) -> N
 
 
 def test_modules_with_convolutions_of_videos_are_left_alone() -> None:
-    """Torch raises for them; some models for pictures have such a VAE."""
+    """Torch raises for them; some models for images have such a VAE."""
     still, moving = torch.nn.Conv2d(2, 2, 3), torch.nn.Conv3d(2, 2, 3)
 
     class Pipeline:
@@ -113,7 +113,7 @@ def test_slicing_and_tiling(tiny_folder: Path) -> None:
     assert knobs.pipeline.vae.use_slicing
     assert knobs.pipeline.vae.use_tiling
     # Smaller than a tile, and alone: nothing to cut.
-    assert a_picture(knobs) == a_picture(plain)
+    assert an_image(knobs) == an_image(plain)
 
 
 def test_a_vae_without_tiling_is_named(tiny: LoadedModel) -> None:
@@ -149,7 +149,7 @@ def test_offloading_first_and_parking_second_survives_the_end_of_a_call(tiny_fol
     offloading = unet.forward
     detach = make_parkable(unet, "unet", "forward", stage="denoise")
     parked = unet.forward
-    a_picture(model)
+    an_image(model)
     assert unet.forward is parked
     detach()
     assert unet.forward is offloading
@@ -178,4 +178,4 @@ def test_quantization_makes_the_denoisers_linear_layers_integers(
     assert kinds == {"Int8Tensor"}
     assert not any(type(p).__name__ == "Int8Tensor" for p in model.pipeline.vae.parameters())
     if family == "tiny_folder":
-        assert len(a_picture(model)) == 64 * 64 * 3
+        assert len(an_image(model)) == 64 * 64 * 3

@@ -22,10 +22,10 @@ from stepserve.engine.loop.engine import EngineOptions
 from stepserve.engine.tracks.track import Work
 from stepserve.pipelines import tasks as tasks_module
 from stepserve.pipelines.copies.blending import BlendedDenoiser, denoiser_for_inpainting
-from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.copies.guidance_interval import can_limit_guidance, narrow_to_interval
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.requests.call import count_left, denoiser_calls, make_pictures
+from stepserve.pipelines.requests.call import count_left, denoiser_calls, make_images
 from stepserve.pipelines.requests.inputs import decode_inputs
 from stepserve.pipelines.schedulers.watch import watch_steps
 from stepserve.pipelines.serving.runner import PipelineRunner
@@ -66,7 +66,7 @@ def a_request_for(task: Task, **changes: Any) -> GenerationRequest:
 def serve(model: LoadedModel, *requests: GenerationRequest) -> tuple[list[Any], PipelineRunner]:
     """All at once, so that whatever may share does."""
     runner = PipelineRunner(
-        model, EngineOptions(max_rows=16, max_waiting_pictures=20), sharing=UNTRIED
+        model, EngineOptions(max_rows=16, max_pending_images=20), sharing=UNTRIED
     )
     inboxes = submit_all(runner, requests)
     runner.start()
@@ -125,30 +125,30 @@ def test_a_pipeline_without_other_tasks_has_one() -> None:
         layers_per_block=1,
     )
     pipeline = DDPMPipeline(unet, DDPMScheduler())
-    assert PipelineLender(pipeline, {}).tasks == (Task.TEXT_TO_IMAGE,)
+    assert PipelineFactory(pipeline, {}).tasks == (Task.TEXT_TO_IMAGE,)
     assert not can_limit_guidance(pipeline)
 
 
 def test_all_tasks_share_their_steps(tiny: LoadedModel, rows: list[int]) -> None:
-    # One that needs no picture encoded is a few steps ahead of the others.
+    # One that needs no image encoded is a few steps ahead of the others.
     requests = [a_request_for(task, strength=1.0, num_inference_steps=16) for task in Task]
     outcomes, runner = serve(tiny, *requests)
     assert 6 in rows
     assert runner.engine.counters.retries == 0
-    pictures = {pixels(outcome.images[0].data) for outcome in outcomes}
-    assert len(pictures) == 3
+    images = {pixels(outcome.images[0].data) for outcome in outcomes}
+    assert len(images) == 3
     for request, outcome in zip(requests, outcomes, strict=True):
         with torch.no_grad():
-            (wanted,) = make_pictures(tiny, request, decode_inputs(request))
+            (wanted,) = make_images(tiny, request, decode_inputs(request))
         pairs = zip(pixels(outcome.images[0].data), wanted.tobytes(), strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 1
 
 
-def test_the_picture_and_the_mask_matter(tiny: LoadedModel) -> None:
+def test_the_image_and_the_mask_matter(tiny: LoadedModel) -> None:
     request = a_request_for(Task.INPAINTING, strength=0.5)
     others = [replace(request, image=png(10)), replace(request, mask_image=png(128, "L"))]
     with torch.no_grad():
-        made = [make_pictures(tiny, r, decode_inputs(r))[0].tobytes() for r in [request, *others]]
+        made = [make_images(tiny, r, decode_inputs(r))[0].tobytes() for r in [request, *others]]
     assert len(set(made)) == 3
 
 
@@ -253,7 +253,7 @@ def test_steps_outside_the_interval_take_half_of_the_rows(
     assert rows == wanted
 
 
-def test_an_interval_makes_another_picture_than_none_and_than_all(tiny: LoadedModel) -> None:
+def test_an_interval_makes_another_image_than_none_and_than_all(tiny: LoadedModel) -> None:
     request = a_request(num_inference_steps=4, guidance_scale=20.0)
     variants = [request, replace(request, guidance_end=0.5), replace(request, guidance_scale=1.0)]
     made = [serve(tiny, variant)[0][0].images[0].data for variant in variants]
@@ -292,7 +292,7 @@ def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedM
         id="r",
         rows=2,
         steps=2,
-        pictures=1,
+        images=1,
         run=lambda: pipeline("red heart", guidance_scale=1.0, num_inference_steps=2),
         listener=SimpleNamespace(**dict.fromkeys(("accepted", "started"), lambda *args: None)),
         narrowing=narrow_to_interval(
@@ -332,12 +332,12 @@ def test_what_the_policy_needs_reaches_the_engine(
     plain, work = submitted
     assert (plain.priority, plain.deadline_s, plain.isolated) == (1, None, False)
     assert (work.priority, work.deadline_s, work.isolated) == (0, 3.5, True)
-    assert (work.rows, work.steps, work.pictures) == (4, 2, 2)
+    assert (work.rows, work.steps, work.images) == (4, 2, 2)
 
 
-def test_a_file_that_is_no_picture_is_refused_at_once(runner: PipelineRunner) -> None:
+def test_a_file_that_is_no_image_is_refused_at_once(runner: PipelineRunner) -> None:
     inbox = Inbox()
-    runner.submit(a_request_for(Task.IMAGE_TO_IMAGE, image=b"no picture"), inbox)
+    runner.submit(a_request_for(Task.IMAGE_TO_IMAGE, image=b"no image"), inbox)
     outcome = inbox.wait()
     assert inbox.kinds == ["Failed"]
     assert isinstance(outcome, Failed)

@@ -7,7 +7,7 @@ import torch
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.modules.third_party.memoized_tokenizers import (
     MOST_TEXTS,
-    remembering_tokenizer,
+    memoizing_tokenizer,
 )
 
 PADDED = {"padding": "max_length", "max_length": 12, "truncation": True, "return_tensors": "pt"}
@@ -39,7 +39,7 @@ def plain(tiny: LoadedModel) -> Any:
 def test_answers_are_those_of_the_tokenizer(
     plain: Any, text: str | list[str], arguments: dict[str, Any]
 ) -> None:
-    tokenizer = remembering_tokenizer(plain)
+    tokenizer = memoizing_tokenizer(plain)
     expected = plain(text, **arguments)
     for _ in range(2):
         found = tokenizer(text, **arguments)
@@ -51,7 +51,7 @@ def test_answers_are_those_of_the_tokenizer(
 
 
 def test_the_same_text_is_read_once(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = remembering_tokenizer(plain)
+    tokenizer = memoizing_tokenizer(plain)
     calls = Calls(plain, monkeypatch)
     for _ in range(3):
         tokenizer("red heart", **PADDED)
@@ -61,7 +61,7 @@ def test_the_same_text_is_read_once(plain: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_arguments_are_told_apart(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = remembering_tokenizer(plain)
+    tokenizer = memoizing_tokenizer(plain)
     calls = Calls(plain, monkeypatch)
     tokenizer("red", max_length=4, truncation=True)
     tokenizer("red", max_length=5, truncation=True)
@@ -71,7 +71,7 @@ def test_arguments_are_told_apart(plain: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_whoever_writes_into_an_answer_spoils_nobody_elses(plain: Any) -> None:
-    tokenizer = remembering_tokenizer(plain)
+    tokenizer = memoizing_tokenizer(plain)
     expected = plain("red heart", **PADDED).input_ids
     tokenizer("red heart", **PADDED).input_ids.zero_()
     tokenizer("red heart", **PADDED).data.clear()
@@ -81,7 +81,7 @@ def test_whoever_writes_into_an_answer_spoils_nobody_elses(plain: Any) -> None:
 
 
 def test_an_attribute_that_is_set_makes_it_forget(plain: Any) -> None:
-    tokenizer = remembering_tokenizer(plain)
+    tokenizer = memoizing_tokenizer(plain)
     right = tokenizer("red", **PADDED).input_ids
     before = plain.padding_side
     tokenizer.padding_side = "left"
@@ -91,7 +91,7 @@ def test_an_attribute_that_is_set_makes_it_forget(plain: Any) -> None:
 
 
 def test_it_keeps_a_limited_number(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = remembering_tokenizer(plain)
+    tokenizer = memoizing_tokenizer(plain)
     for index in range(MOST_TEXTS + 1):
         tokenizer(f"red {index}")
     calls = Calls(plain, monkeypatch)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file
+from stepserve.composition import trust_of
 from stepserve.config import ModelSettings
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.fingerprint import hash_weights
 from stepserve.pipelines.facts.trust import Trust
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.ray_serve.replica.replica import trust_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PICKLE = "unet/diffusion_pytorch_model.bin"

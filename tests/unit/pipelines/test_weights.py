@@ -111,7 +111,7 @@ def test_what_there_was_no_time_to_look_at_is_found_by_the_warm_up(
         runner.stop()
 
 
-def test_a_vae_that_overflows_is_told_and_makes_no_black_picture(runner: PipelineRunner) -> None:
+def test_a_vae_that_overflows_is_told_and_makes_no_black_image(runner: PipelineRunner) -> None:
     weight, inbox = runner.model.pipeline.vae.decoder.conv_out.weight, Inbox()
     before = weight.detach().clone()
     try:

@@ -76,7 +76,7 @@ def with_adapters(pipeline: Any, files: Sequence[Path]) -> Any:
 
 
 def call_plain(pipeline: Any, request: GenerationRequest) -> torch.Tensor:
-    """One direct pipeline call: pictures before they are rounded to bytes."""
+    """One direct pipeline call: images before they are rounded to bytes."""
     seeds = range(request.seed, request.seed + request.n)
     images: torch.Tensor = pipeline(
         prompt=request.prompt,

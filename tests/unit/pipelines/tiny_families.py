@@ -36,7 +36,7 @@ WORDS = ("<pad>", "</s>", "<unk>", "red", "big", "heart", "apple")
 
 
 def save_tiny_flux(folder: Path, guidance_embeds: bool = True, **manifest: object) -> Path:
-    """FLUX: packed latents, guidance as an input, noise shifted by the picture's size."""
+    """FLUX: packed latents, guidance as an input, noise shifted by the image's size."""
     torch.manual_seed(0)
     pipeline = FluxPipeline(
         transformer=FluxTransformer2DModel(

@@ -21,7 +21,7 @@ from diffusers import (
 from PIL import Image
 from stepserve.domain.events import Event, Failed, Finished
 from stepserve.domain.requests import GenerationRequest, Task
-from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
@@ -143,7 +143,7 @@ def a_request(**changes: Any) -> GenerationRequest:
 
 def changed_call(model: LoadedModel, mixin: type) -> LoadedModel:
     """The model with a call that is wrapped by a class of its own."""
-    lender = PipelineLender(model.pipeline, model.schedulers)
+    lender = PipelineFactory(model.pipeline, model.schedulers)
     pipeline, cls = lender._lenders[Task.TEXT_TO_IMAGE]
     lender._lenders[Task.TEXT_TO_IMAGE] = pipeline, type(cls.__name__, (mixin, cls), {})
     return replace(model, lender=lender)

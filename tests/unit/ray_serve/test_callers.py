@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepserve.domain.requests import RequestKey
-from stepserve.ray_serve.replica.heartbeats import Callers
+from stepserve.ray_serve.replica.heartbeats import IngressHeartbeats
 
 
 class Clock:
@@ -15,7 +15,7 @@ class Clock:
 
 def test_requests_of_a_caller_that_falls_silent_are_orphans() -> None:
     clock = Clock()
-    callers = Callers(clock, orphaned_after_s=10)
+    callers = IngressHeartbeats(clock, orphaned_after_s=10)
     for request, caller in (("a", "one"), ("b", "two"), ("c", "one"), ("d", "")):
         callers.begin(RequestKey(request), caller)
     callers.end(RequestKey("c"))
@@ -30,7 +30,7 @@ def test_requests_of_a_caller_that_falls_silent_are_orphans() -> None:
 
 def test_who_begins_a_request_was_heard() -> None:
     clock = Clock()
-    callers = Callers(clock, orphaned_after_s=10)
+    callers = IngressHeartbeats(clock, orphaned_after_s=10)
     callers.hear("one")
     clock.now_s += 20
     callers.begin(RequestKey("a"), "one")

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 from stepserve.ray_serve import door as door_module
-from stepserve.ray_serve.listen_socket import AddressTakenError, borrow_door, held_door
+from stepserve.ray_serve.listen_socket import (
+    AddressTakenError,
+    borrow_listen_socket,
+    held_listen_socket,
+)
 
 from loadtests.contenders import free_port
 
@@ -45,7 +49,7 @@ def greet(door: str, words: str) -> None:
 def test_whoever_connects_before_there_is_anybody_is_answered_by_who_comes() -> None:
     port = free_port()
     with (
-        held_door(HOST, port) as door,
+        held_listen_socket(HOST, port) as door,
         socket.create_connection((HOST, port), timeout=60) as early,
     ):
         greet(door, "welcome")
@@ -54,7 +58,7 @@ def test_whoever_connects_before_there_is_anybody_is_answered_by_who_comes() -> 
 
 def test_the_queue_outlives_one_that_took_from_it() -> None:
     port = free_port()
-    with held_door(HOST, port) as door:
+    with held_listen_socket(HOST, port) as door:
         with socket.create_connection((HOST, port), timeout=60) as first:
             greet(door, "one")
             assert first.recv(100) == b"one"
@@ -65,7 +69,11 @@ def test_the_queue_outlives_one_that_took_from_it() -> None:
 
 def test_several_take_turns() -> None:
     port = free_port()
-    with held_door(HOST, port) as door, borrow_door(door) as one, borrow_door(door) as other:
+    with (
+        held_listen_socket(HOST, port) as door,
+        borrow_listen_socket(door) as one,
+        borrow_listen_socket(door) as other,
+    ):
         for taker in (one, other, one):
             with socket.create_connection((HOST, port), timeout=5) as client:
                 taker.settimeout(5)
@@ -75,16 +83,16 @@ def test_several_take_turns() -> None:
 
 
 def test_a_borrower_that_leaves_at_once_does_not_keep_it_from_others() -> None:
-    with held_door(HOST, free_port()) as door:
+    with held_listen_socket(HOST, free_port()) as door:
         for _ in range(3):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hasty:
                 hasty.connect(door)
-        borrow_door(door).close()
+        borrow_listen_socket(door).close()
 
 
 def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
     with (
-        held_door(HOST, free_port()) as door,
+        held_listen_socket(HOST, free_port()) as door,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second,
     ):
@@ -105,27 +113,27 @@ def test_a_holder_that_is_silent_is_not_waited_for_for_ever(
         silent.bind(str(tmp_path / "door"))
         silent.listen()
         with pytest.raises(TimeoutError):
-            borrow_door(str(tmp_path / "door"))
+            borrow_listen_socket(str(tmp_path / "door"))
 
 
 def test_an_address_belongs_to_one_service() -> None:
     port = free_port()
     with (
-        held_door(HOST, port),
+        held_listen_socket(HOST, port),
         pytest.raises(AddressTakenError, match=f"cannot listen on {HOST} port {port}"),
     ):
-        held_door(HOST, port).__enter__()
-    with held_door(HOST, port) as door:
-        borrow_door(door).close()
+        held_listen_socket(HOST, port).__enter__()
+    with held_listen_socket(HOST, port) as door:
+        borrow_listen_socket(door).close()
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(AddressTakenError, match=r"cannot listen on 192\.0\.2\.1 port 8000"):
-        held_door("192.0.2.1", 8000).__enter__()
+        held_listen_socket("192.0.2.1", 8000).__enter__()
 
 
 def test_nothing_is_lent_once_the_service_has_stopped() -> None:
-    with held_door(HOST, free_port()) as door:
+    with held_listen_socket(HOST, free_port()) as door:
         pass
     with pytest.raises(OSError, match="No such file"):
-        borrow_door(door)
+        borrow_listen_socket(door)

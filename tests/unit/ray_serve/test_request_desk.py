@@ -15,7 +15,7 @@ from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.domain.states import RequestState
 from stepserve.domain.timings import Timings
-from stepserve.ray_serve.replica.request_tracker import RequestDesk
+from stepserve.ray_serve.replica.request_tracker import RequestTracker
 
 
 class ThreadedRunner:
@@ -37,7 +37,7 @@ class ThreadedRunner:
     def cancel(self, key: RequestKey) -> None:
         self.cancelled.append(key)
 
-    def outlook_of(self, key: RequestKey) -> tuple[int, float] | None:
+    def estimator_of(self, key: RequestKey) -> tuple[int, float] | None:
         return (2, 5.0)
 
     def tell(self, *events: Event) -> None:
@@ -65,11 +65,11 @@ def runner() -> ThreadedRunner:
 
 
 @pytest.fixture
-def desk(runner: ThreadedRunner) -> RequestDesk:
-    return RequestDesk(cast(Any, runner), leaving_s=0)
+def desk(runner: ThreadedRunner) -> RequestTracker:
+    return RequestTracker(cast(Any, runner), leaving_s=0)
 
 
-async def test_events_arrive_in_order(desk: RequestDesk, runner: ThreadedRunner):
+async def test_events_arrive_in_order(desk: RequestTracker, runner: ThreadedRunner):
     queue = await desk.submit(request())
     runner.tell(Started("a"), *(StepFinished("a", i, 50) for i in range(1, 51)), finished())
     told = [await queue.get() for _ in range(53)]
@@ -79,7 +79,7 @@ async def test_events_arrive_in_order(desk: RequestDesk, runner: ThreadedRunner)
     assert isinstance(told[-1], Finished)
 
 
-async def test_the_engine_is_asked_how_long_it_takes(desk: RequestDesk, runner: ThreadedRunner):
+async def test_the_engine_is_asked_how_long_it_takes(desk: RequestTracker, runner: ThreadedRunner):
     await desk.submit(request())
     runner.tell(Started("a"))
     await asyncio.sleep(0)
@@ -95,7 +95,7 @@ async def test_the_engine_is_asked_how_long_it_takes(desk: RequestDesk, runner: 
     assert desk.progress(RequestKey("b")) is None
 
 
-async def test_news_wakes_those_who_wait(desk: RequestDesk, runner: ThreadedRunner):
+async def test_news_wakes_those_who_wait(desk: RequestTracker, runner: ThreadedRunner):
     await desk.submit(request())
     await asyncio.sleep(0)
     waiting = asyncio.create_task(desk.events(RequestKey("a"), 1, 30.0))
@@ -107,7 +107,7 @@ async def test_news_wakes_those_who_wait(desk: RequestDesk, runner: ThreadedRunn
     assert [numbered.event for numbered in news] == [Started("a")]
 
 
-async def test_without_news_the_wait_ends(desk: RequestDesk):
+async def test_without_news_the_wait_ends(desk: RequestTracker):
     await desk.submit(request())
     await asyncio.sleep(0)
 
@@ -116,7 +116,7 @@ async def test_without_news_the_wait_ends(desk: RequestDesk):
 
 
 async def test_giving_up_reaches_the_engine_once_it_is_at_work(
-    desk: RequestDesk, runner: ThreadedRunner
+    desk: RequestTracker, runner: ThreadedRunner
 ):
     desk.give_up(RequestKey("a"))
     await desk.submit(request())
@@ -131,7 +131,7 @@ async def test_giving_up_reaches_the_engine_once_it_is_at_work(
     assert progress.state is RequestState.CANCELLED
 
 
-async def test_a_client_that_left_may_come_again(desk: RequestDesk, runner: ThreadedRunner):
+async def test_a_client_that_left_may_come_again(desk: RequestTracker, runner: ThreadedRunner):
     await desk.submit(request())
     with pytest.raises(RequestIdInUseError):
         await desk.submit(request())
@@ -146,7 +146,7 @@ async def test_a_client_that_left_may_come_again(desk: RequestDesk, runner: Thre
 
 
 async def test_a_request_of_another_owner_is_unknown_and_not_ended(
-    desk: RequestDesk, runner: ThreadedRunner
+    desk: RequestTracker, runner: ThreadedRunner
 ):
     await desk.submit(request(owner="team-a"))
     await asyncio.sleep(0)
@@ -165,7 +165,7 @@ async def test_a_request_of_another_owner_is_unknown_and_not_ended(
 
 
 async def test_one_that_the_runner_cannot_take_ends_and_its_id_is_free_again(
-    desk: RequestDesk, runner: ThreadedRunner
+    desk: RequestTracker, runner: ThreadedRunner
 ):
     runner.error = ValueError("a tokenizer's")
     queue = await desk.submit(request())
@@ -182,7 +182,7 @@ async def test_one_that_the_runner_cannot_take_ends_and_its_id_is_free_again(
 
 
 async def test_two_owners_work_under_one_id_and_neither_ends_or_hides_the_others(
-    desk: RequestDesk, runner: ThreadedRunner
+    desk: RequestTracker, runner: ThreadedRunner
 ):
     alice, bob = RequestKey("a", "alice"), RequestKey("a", "bob")
     queues = {}
@@ -209,7 +209,7 @@ async def test_two_owners_work_under_one_id_and_neither_ends_or_hides_the_others
 async def test_a_client_that_left_unnoticed_and_comes_again_at_once_waits_for_that_to_show(
     runner: ThreadedRunner,
 ):
-    desk = RequestDesk(cast(Any, runner), leaving_s=30)
+    desk = RequestTracker(cast(Any, runner), leaving_s=30)
     await desk.submit(request())
     again = asyncio.create_task(desk.submit(request()))
     await asyncio.sleep(0)

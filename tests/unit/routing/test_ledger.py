@@ -190,7 +190,7 @@ def test_who_is_full_comes_last_and_among_the_full_the_soonest_comes_first() -> 
     longer = (*long, *(a_job(f"x{i}", 100) for i in range(3)))
     assert a_ledger(longer, many, limit=4).choose(a_job(), 2) == [1, 0]
     # An empty one takes what is larger than its limit.
-    assert a_ledger((), many, limit=4).choose(replace(a_job(), pictures=8), 1) == [0]
+    assert a_ledger((), many, limit=4).choose(replace(a_job(), images=8), 1) == [0]
 
 
 def test_what_is_known_of_those_that_stay_is_kept() -> None:

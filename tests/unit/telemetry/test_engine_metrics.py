@@ -13,8 +13,8 @@ from stepserve.telemetry.engine_metrics import EngineMetrics, Standing, Totals
 STANDING = Standing(
     backlog_s=1.5,
     requests=2,
-    pictures=3,
-    picture_limit=64,
+    images=3,
+    image_limit=64,
     row_limit=16,
     load_s=12.0,
     memory_bytes={"resident": 1000},
@@ -75,7 +75,7 @@ def test_what_was_flushed_is_not_counted_again(
     assert recorded.value("stepserve_forward_retries_total", model="emoji") == 3
     assert recorded.value("stepserve_out_of_memory_total", model="emoji") == 1
     assert recorded.value("stepserve_engine_busy_seconds_total", model="emoji") == 1.5
-    assert recorded.value("stepserve_content_filtered_pictures_total", model="emoji") == 4
+    assert recorded.value("stepserve_content_filtered_images_total", model="emoji") == 4
 
 
 def test_endings_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstruments):
@@ -89,7 +89,7 @@ def test_endings_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstrume
         labels = {"model": "emoji", "outcome": outcome}
         assert recorded.value("stepserve_requests_total", **labels) == 1
         assert recorded.value("stepserve_request_duration_seconds_count", **labels) == 1
-    assert recorded.value("stepserve_pictures_total", model="emoji") == 2
+    assert recorded.value("stepserve_images_total", model="emoji") == 2
     assert recorded.value("stepserve_cancelled_steps_saved_total", model="emoji") == 35
     assert recorded.value("stepserve_deadlines_total", model="emoji", result="met") == 1
     assert recorded.value("stepserve_deadlines_total", model="emoji", result="missed") == 1
@@ -106,7 +106,7 @@ def test_how_a_replica_stands(metrics: EngineMetrics, recorded: PrometheusInstru
 
     replica = {"model": "emoji", "replica": "r1"}
     assert recorded.value("stepserve_backlog_seconds", **replica) == 1.5
-    assert recorded.value("stepserve_pictures_in_hand", **replica) == 3
+    assert recorded.value("stepserve_images_pending", **replica) == 3
     assert recorded.value("stepserve_model_load_seconds", **replica) == 12
     assert recorded.value("stepserve_device_memory_bytes", kind="resident", **replica) == 1000
     assert recorded.value("stepserve_replica_starts_total", model="emoji") == 1

@@ -9,9 +9,9 @@ SCOPE = 'otel_scope_name="x",otel_scope_version=""'
 def page(worker: str, count: int, node: str = "10.0.0.1") -> str:
     labels = f'Component="w",NodeAddress="{node}",Version="2",WorkerId="{worker}",model="e",{SCOPE}'
     return f"""\
-# HELP ray_stepserve_pictures_total Pictures.
-# TYPE ray_stepserve_pictures_total counter
-ray_stepserve_pictures_total{{{labels}}} {count}.0
+# HELP ray_stepserve_images_total Images.
+# TYPE ray_stepserve_images_total counter
+ray_stepserve_images_total{{{labels}}} {count}.0
 # HELP ray_stepserve_queue_wait_seconds Wait.
 # TYPE ray_stepserve_queue_wait_seconds histogram
 ray_stepserve_queue_wait_seconds_bucket{{{labels},le="1.0"}} {count}.0
@@ -57,9 +57,9 @@ def test_processes_of_a_node_are_added_up_and_nodes_stay_apart():
     first = joined(page("a", 3), page("b", 4))
     told = samples(merge({"10.0.0.1": first, "10.0.0.2": page("c", 5, "10.0.0.2")}))
 
-    pictures = "stepserve_pictures_total"
-    assert told[pictures, "model=e", "node=10.0.0.1"] == 7
-    assert told[pictures, "model=e", "node=10.0.0.2"] == 5
+    images = "stepserve_images_total"
+    assert told[images, "model=e", "node=10.0.0.1"] == 7
+    assert told[images, "model=e", "node=10.0.0.2"] == 5
     wait = "stepserve_queue_wait_seconds"
     assert told[f"{wait}_bucket", "le=1.0", "model=e", "node=10.0.0.1"] == 7
     assert told[f"{wait}_count", "model=e", "node=10.0.0.1"] == 7
@@ -90,7 +90,7 @@ def test_a_node_that_does_not_answer_is_told():
     told = samples(merge({"n": page("a", 1), "m": None}))
 
     assert told["stepserve_metrics_unreachable_nodes",] == 1
-    assert told["stepserve_pictures_total", "model=e", "node=n"] == 1
+    assert told["stepserve_images_total", "model=e", "node=n"] == 1
 
 
 def test_texts_with_quotes_and_backslashes_survive():

@@ -106,7 +106,7 @@ def test_a_request_has_a_span_for_each_part_of_its_life(traced: Traced) -> None:
         "input encoding": (1.0, 2.0),
         "denoising": (2.0, 5.0),
         "decoding": (5.0, 6.0),
-        "picture encoding": (6.0, 6.25),
+        "image encoding": (6.0, 6.25),
     }
     for name, times in expected.items():
         (child,) = traced.spans(name)
@@ -190,7 +190,7 @@ def test_refused_and_cancelled_requests_end_with_an_error(traced: Traced) -> Non
     assert told["no"].attributes["stepserve.outcome"] == "ServerFullError"
     assert told["gone"].attributes["stepserve.outcome"] == "CancelledError"
     assert {s.status.status_code for s in told.values()} == {StatusCode.ERROR}
-    assert traced.spans("picture encoding") == []
+    assert traced.spans("image encoding") == []
 
 
 def test_what_was_not_sampled_leaves_no_span(traced: Traced) -> None:

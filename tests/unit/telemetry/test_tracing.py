@@ -68,10 +68,10 @@ def test_spans_tell_whose_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (told["service.name"], told["service.instance.id"]) == ("stepserve", "replica-1")
     provider.shutdown()
 
-    monkeypatch.setenv("OTEL_SERVICE_NAME", "pictures")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "images")
     provider = open_traces("replica-1", {"OTEL_TRACES_EXPORTER": "console"})
     assert provider is not None
-    assert provider.resource.attributes["service.name"] == "pictures"
+    assert provider.resource.attributes["service.name"] == "images"
     provider.shutdown()
 
 

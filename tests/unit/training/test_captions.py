@@ -30,7 +30,7 @@ def tokenizer() -> CLIPTokenizer:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_every_caption_names_picture_and_colour(name: str, background: str) -> None:
+def test_every_caption_names_image_and_colour(name: str, background: str) -> None:
     chance = random.Random(0)
     for _ in range(50):
         text = write_caption(Caption(name, "noto", background), chance)

@@ -32,8 +32,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_model_loads_in_plain_diffusers_and_draws(pipeline: StableDiffusionPipeline) -> None:
-    picture = pipeline("red apple", num_inference_steps=2, guidance_scale=4.0).images[0]
-    assert picture.size == (16, 16)
+    image = pipeline("red apple", num_inference_steps=2, guidance_scale=4.0).images[0]
+    assert image.size == (16, 16)
     assert pipeline.unet.dtype == pipeline.vae.dtype == torch.bfloat16
     assert pipeline.text_encoder.dtype == torch.bfloat16
     assert pipeline.vae.config.scaling_factor != 0.18215
@@ -41,8 +41,8 @@ def test_model_loads_in_plain_diffusers_and_draws(pipeline: StableDiffusionPipel
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 32), (32, 24)])
 def test_other_sizes_work(pipeline: StableDiffusionPipeline, height: int, width: int) -> None:
-    picture = pipeline("owl", height=height, width=width, num_inference_steps=1).images[0]
-    assert picture.size == (width, height)
+    image = pipeline("owl", height=height, width=width, num_inference_steps=1).images[0]
+    assert image.size == (width, height)
 
 
 def test_loaded_tokens_are_those_of_the_training(
@@ -92,7 +92,7 @@ def test_training_json_holds_the_whole_recipe(trained: Path) -> None:
     content = json.loads((trained / "model" / "training.json").read_text())
     assert content["recipe"]["denoiser"]["text_width"] == 32
     assert content["recipe"]["vae_loop"]["steps"] == 4
-    assert content["pictures"] == 5
+    assert content["images"] == 5
     assert content["versions"]["torch"] == torch.__version__
     assert content["command"].startswith("stepserve train emoji --seed 0 --steps 4")
 

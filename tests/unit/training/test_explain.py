@@ -50,7 +50,7 @@ def test_moments_are_a_chain_of_ddim_steps(pipeline: StableDiffusionPipeline) ->
 
 def test_recording_changes_nothing(pipeline: StableDiffusionPipeline) -> None:
     before = pipeline.scheduler
-    _, picture = denoise(pipeline, "red apple", seed=1, steps=3)
+    _, image = denoise(pipeline, "red apple", seed=1, steps=3)
     assert pipeline.scheduler is before
     plain = pipeline(
         "red apple",
@@ -59,24 +59,24 @@ def test_recording_changes_nothing(pipeline: StableDiffusionPipeline) -> None:
         generator=torch.Generator().manual_seed(1),
         output_type="pt",
     ).images[0]
-    torch.testing.assert_close(picture, plain * 2 - 1, rtol=0, atol=0)
+    torch.testing.assert_close(image, plain * 2 - 1, rtol=0, atol=0)
 
 
-def test_forward_strip_goes_from_picture_to_static(pipeline: StableDiffusionPipeline) -> None:
-    picture = torch.zeros(3, 16, 16)
-    strip = forward_strip(pipeline, picture, seed=0, columns=4)
+def test_forward_strip_goes_from_image_to_static(pipeline: StableDiffusionPipeline) -> None:
+    image = torch.zeros(3, 16, 16)
+    strip = forward_strip(pipeline, image, seed=0, columns=4)
     assert strip.size == strip_size(columns=4, rows=2)
     spreads = [_spread(cell(strip, column, 0)) for column in range(4)]
     assert spreads == sorted(spreads)
     assert spreads[0] < 10 < 40 < spreads[-1]
 
 
-def test_reverse_strip_ends_where_the_picture_is(pipeline: StableDiffusionPipeline) -> None:
-    moments, picture = denoise(pipeline, "red apple", seed=1, steps=12)
+def test_reverse_strip_ends_where_the_image_is(pipeline: StableDiffusionPipeline) -> None:
+    moments, image = denoise(pipeline, "red apple", seed=1, steps=12)
     strip = reverse_strip(pipeline, moments)
     assert strip.size == strip_size(columns=8, rows=2)
     last = cell(strip, 7, 1).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    mean = ((picture.mean(dim=(1, 2)) + 1) * 127.5).tolist()
+    mean = ((image.mean(dim=(1, 2)) + 1) * 127.5).tolist()
     assert last == pytest.approx(mean, abs=3)
 
 
@@ -116,7 +116,7 @@ def test_spread_has_both_ends(count: int, wanted: int, indices: list[int]) -> No
     assert spread(count, wanted) == indices
 
 
-def _spread(picture: Image.Image) -> float:
+def _spread(image: Image.Image) -> float:
     """Standard deviation of the gray levels."""
-    levels = torch.tensor(list(picture.convert("L").tobytes())).float()
+    levels = torch.tensor(list(image.convert("L").tobytes())).float()
     return levels.std().item()

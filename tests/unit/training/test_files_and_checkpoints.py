@@ -88,11 +88,11 @@ def test_a_checkpoint_that_others_may_have_written_is_not_read(
 
 
 def test_other_settings_are_listed() -> None:
-    state = {"fingerprint": {"loop.batch_size": "64", "vae.picture_px": "64", "gone": "1"}}
-    wanted = {"loop.batch_size": "32", "vae.picture_px": "64"}
+    state = {"fingerprint": {"loop.batch_size": "64", "vae.image_px": "64", "gone": "1"}}
+    wanted = {"loop.batch_size": "32", "vae.image_px": "64"}
     with pytest.raises(CheckpointError, match="batch_size was 64, is now 32") as caught:
         check_origin(Path("checkpoint.pt"), state, wanted)
-    assert "picture_px" not in str(caught.value)
+    assert "image_px" not in str(caught.value)
     assert "gone was 1, is now absent" in str(caught.value)
 
 

@@ -94,7 +94,7 @@ def test_one_jump_has_the_statistics_of_many_small_steps(schedule: NoiseSchedule
     assert x.std().item() == pytest.approx(sigma.item(), abs=0.02)
 
 
-def test_schedule_goes_from_picture_to_noise(schedule: NoiseSchedule) -> None:
+def test_schedule_goes_from_image_to_noise(schedule: NoiseSchedule) -> None:
     assert schedule.timesteps == CONFIG.timesteps
     assert bool((schedule.alpha_bar.diff() < 0).all())
     assert schedule.alpha_bar[0] > 0.999

@@ -15,7 +15,7 @@ SAME_AS = {"x-gzip": "gzip"}
 NOTHING_TO_DO = ("", "identity", "chunked")
 
 MAX_RATIO = 100
-"""How many times longer a body may become. Pictures and base64 become hardly longer."""
+"""How many times longer a body may become. Images and base64 become hardly longer."""
 
 FREE_BYTES = 65_536
 """Up to which the ratio does not matter."""

@@ -48,7 +48,7 @@ LIKENESS = 0.75
 
 EDITS = "/v1/images/edits"
 OF_EDITS = ("image", "images", "mask", "strength")
-"""Fields without which another picture would be made, where a body does not have them."""
+"""Fields without which another image would be made, where a body does not have them."""
 
 OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -71,7 +71,7 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "mask_url": "mask",
     }
 )
-"""What other servers call fields of ours. Setting one aside would make another picture."""
+"""What other servers call fields of ours. Setting one aside would make another image."""
 
 OPEN: Mapping[str, Any] = MappingProxyType({"additionalProperties": True})
 """For the schema of a body: fields that it does not list may be sent."""

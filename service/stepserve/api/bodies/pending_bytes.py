@@ -1,7 +1,7 @@
 """Bytes of bodies whose requests are not answered yet: counted, and bounded.
 
 A request with images keeps them until its answer, as another replica may have to take it over. How
-many pictures may wait is limited elsewhere; how long their files are is not known there.
+many images may wait is limited elsewhere; how long their files are is not known there.
 """
 
 from __future__ import annotations

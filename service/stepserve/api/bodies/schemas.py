@@ -1,4 +1,4 @@
-"""The bodies of requests for pictures, as they arrive.
+"""The bodies of requests for images, as they arrive.
 
 Only types are checked here. What a model can do is checked by `stepserve.domain.limits`.
 """
@@ -22,7 +22,7 @@ from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputForma
 T = TypeVar("T")
 
 UNUSED = "Accepted for compatibility and not used; the answer names it in `ignored_fields`."
-STRENGTH = "How far to go from the picture; 1 keeps nothing of it. 0.8 if left out."
+STRENGTH = "How far to go from the image; 1 keeps nothing of it. 0.8 if left out."
 MAX_PARTIAL_IMAGES = 3
 
 MAX_LISTED = 64
@@ -57,51 +57,51 @@ class AdapterBody(Body):
 
 
 class ImageRequestBase(Body):
-    """What every request for pictures may say: OpenAI's fields, then Stepserve's own."""
+    """What every request for images may say: OpenAI's fields, then Stepserve's own."""
 
     model: str | None = _documented(
         "A model's id or alias in `GET /v1/models`; else the default model."
     )
-    n: WholeNumber | None = _documented("How many pictures; 1 if left out.", minimum=1)
+    n: WholeNumber | None = _documented("How many images; 1 if left out.", minimum=1)
     size: str | None = _documented(
         "`WIDTHxHEIGHT` in pixels, or `auto` for the model's native size.",
         pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
     )
     response_format: Literal["b64_json", "url"] | None = _documented(
-        "How pictures are returned: in the answer, or as links that expire; `b64_json` if left "
+        "How images are returned: in the answer, or as links that expire; `b64_json` if left "
         "out, but `url` where `model` is an alias that begins with `dall-e-`."
     )
     output_format: Literal["png", "jpeg", "webp"] | None = _documented(
-        "The file format of the pictures; `png` if left out."
+        "The file format of the images; `png` if left out."
     )
     output_compression: WholeNumber | None = _documented(
         "Quality of JPEG and WEBP files; 95 if left out.", minimum=0, maximum=100
     )
     stream: bool | None = _documented(
-        "Answer with server-sent events: pictures on the way, then the finished ones."
+        "Answer with server-sent events: images on the way, then the finished ones."
     )
     partial_images: WholeNumber | None = _documented(
-        "How many pictures on the way a stream holds; 0 if left out.", minimum=0, maximum=3
+        "How many images on the way a stream holds; 0 if left out.", minimum=0, maximum=3
     )
     user: str | None = _documented(UNUSED)
     quality: str | None = _documented(UNUSED)
     moderation: str | None = _documented(UNUSED)
     style: str | None = _documented(UNUSED)
-    background: str | None = _documented(f"{UNUSED} Pictures are opaque.")
+    background: str | None = _documented(f"{UNUSED} Images are opaque.")
     safety_identifier: str | None = _documented(UNUSED)
     complexity: str | None = _documented(UNUSED)
     frame_count: Any = _documented(UNUSED)
     frame_duration_ms: Any = _documented(UNUSED)
     svg: Any = _documented(UNUSED)
-    negative_prompt: str | None = _documented("What the picture must not show.")
+    negative_prompt: str | None = _documented("What the image must not show.")
     num_inference_steps: WholeNumber | None = _documented("Denoising steps.", minimum=1)
     guidance_scale: float | None = _documented(
         "How closely to follow the prompt; 1 or less turns guidance off, which is twice as fast.",
         minimum=0,
     )
     seed: WholeNumber | None = _documented(
-        "The same seed and parameters give the same picture; random if left out. "
-        "Picture `i` (from 0) of `n` is drawn from `seed + i`.",
+        "The same seed and parameters give the same image; random if left out. "
+        "Image `i` (from 0) of `n` is drawn from `seed + i`.",
         minimum=0,
         maximum=MAX_SEED,
     )
@@ -131,7 +131,7 @@ class ImageRequestBase(Body):
         "every device; slower. `false` if left out."
     )
     previews: WholeNumber | None = _documented(
-        "How many pictures on the way to make, in a stream or to be followed under "
+        "How many images on the way to make, in a stream or to be followed under "
         "`/v1/requests/{id}/events`; `partial_images` without its limit of 3.",
         minimum=0,
         maximum=MAX_PREVIEWS,
@@ -154,7 +154,7 @@ class ImageRequestBase(Body):
 
     @property
     def wants_urls(self) -> bool:
-        """Whether the pictures are to be links."""
+        """Whether the images are to be links."""
         if self.response_format is None:
             return (self.model or "").startswith(URLS_BY_DEFAULT)
         return self.response_format == "url"
@@ -187,7 +187,7 @@ class ImageRequestBase(Body):
     ) -> GenerationRequest:
         """Return a request with everything left out filled in from `model`; draws a seed.
 
-        What it is made of, a prompt or pictures, is left to the kind of request.
+        What it is made of, a prompt or images, is left to the kind of request.
         """
         width, height = _parse_size(self.size, model.sizes.native)
         return GenerationRequest(
@@ -234,7 +234,7 @@ class ImageRequest(ImageRequestBase):
         },
     )
 
-    prompt: Annotated[str, Field(description="What the picture shows.")]
+    prompt: Annotated[str, Field(description="What the image shows.")]
 
     def to_generation(
         self, request_id: str, caller: Caller, model: ModelCapabilities
@@ -243,8 +243,8 @@ class ImageRequest(ImageRequestBase):
         return replace(self.fill_in(request_id, caller, model), prompt=self.prompt)
 
 
-class PictureReference(Body):
-    """A picture by its address."""
+class ImageReference(Body):
+    """An image by its address."""
 
     image_url: str = Field(description="A `data:` URL; `https:` where the operator allows it.")
 
@@ -255,33 +255,33 @@ def _referred_to(value: Any) -> Any:
 
 
 Reference = Annotated[
-    PictureReference, BeforeValidator(_referred_to, json_schema_input_type=PictureReference | str)
+    ImageReference, BeforeValidator(_referred_to, json_schema_input_type=ImageReference | str)
 ]
-"""A picture by its address, also one that is written without `image_url`."""
+"""An image by its address, also one that is written without `image_url`."""
 
 
 class EditRequest(ImageRequestBase):
-    """How to change a picture. `image` and `mask` are files of a form, or addresses in JSON."""
+    """How to change an image. `image` and `mask` are files of a form, or addresses in JSON."""
 
-    prompt: Annotated[str, Field(description="What the changed picture shows.")]
-    image: str | None = _documented("The picture to change, as a `data:` URL.")
-    images: Annotated[list[PictureReference], COUNTED] | None = _documented(
-        "The picture to change, in a list of one."
+    prompt: Annotated[str, Field(description="What the changed image shows.")]
+    image: str | None = _documented("The image to change, as a `data:` URL.")
+    images: Annotated[list[ImageReference], COUNTED] | None = _documented(
+        "The image to change, in a list of one."
     )
     mask: Reference | None = _documented(
-        "Where to repaint: where it is transparent, or white in a picture without transparency."
+        "Where to repaint: where it is transparent, or white in an image without transparency."
     )
     strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
     input_fidelity: str | None = _documented(UNUSED)
 
 
 class VariationRequest(ImageRequestBase):
-    """How to vary a picture. `image` is a file of a form, or an address in JSON."""
+    """How to vary an image. `image` is a file of a form, or an address in JSON."""
 
     prompt: str | None = _documented("What the variations show; nothing in particular if left out.")
-    image: str | None = _documented("The picture to vary, as a `data:` URL.")
-    images: Annotated[list[PictureReference], COUNTED] | None = _documented(
-        "The picture to vary, in a list of one."
+    image: str | None = _documented("The image to vary, as a `data:` URL.")
+    images: Annotated[list[ImageReference], COUNTED] | None = _documented(
+        "The image to vary, in a list of one."
     )
     strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
 

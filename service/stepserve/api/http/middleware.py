@@ -105,7 +105,7 @@ class _Answer:
 class BodyLimitMiddleware:
     """Reads the whole body before anything else runs, and refuses one over the limits.
 
-    Its length is limited to `max_upload_bytes` for URLs that take pictures, `max_bytes` for all
+    Its length is limited to `max_upload_bytes` for URLs that take images, `max_bytes` for all
     others. What the app sees of it is never compressed.
     """
 

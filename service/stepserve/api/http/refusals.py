@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from stepserve.api.errors import error_response, kind_of
-from stepserve.api.exchange_context import UNMATCHED, Exchange, ExchangeListener, Notes
+from stepserve.api.exchange_context import UNMATCHED, Exchange, ExchangeContext, ExchangeListener
 from stepserve.api.request_id import REQUEST_ID_HEADER
 from stepserve.domain.errors import RefusedError, StepserveError
 
@@ -47,5 +47,5 @@ def _exchange(error: StepserveError, request_id: str) -> Exchange:
         status=kind.status,
         duration_s=0.0,
         caller="",
-        notes=Notes(error_code=kind.code, is_refusal=isinstance(error, RefusedError)),
+        notes=ExchangeContext(error_code=kind.code, is_refusal=isinstance(error, RefusedError)),
     )

@@ -1,4 +1,4 @@
-"""Server-sent events: what streams of pictures and of progress are made of."""
+"""Server-sent events: what streams of images and of progress are made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checked request to the answer with its pictures: whole, or as a stream."""
+"""From a checked request to the answer with its images: whole, or as a stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi import Response
 from stepserve.api.bodies.schemas import ImageRequestBase
 from stepserve.api.dependencies import Incoming
 from stepserve.api.errors import error_detail, note_error
-from stepserve.api.exchange_context import notes_of
+from stepserve.api.exchange_context import exchange_context_of
 from stepserve.api.http.connection import stream_while_connected, while_connected
 from stepserve.api.images.events import KEEP_ALIVE, KEEP_ALIVE_S, EventStreamResponse, sse
 from stepserve.api.images.responses import (
@@ -35,12 +35,12 @@ NO_USAGE: dict[str, Any] = {
     "output_tokens": 0,
     "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
 }
-"""OpenAI's clients want to be told how many tokens a picture took: none."""
+"""OpenAI's clients want to be told how many tokens an image took: none."""
 
 
 @dataclass(frozen=True)
-class PictureCall:
-    """One call for pictures: how it came in, its body, and what is to be made.
+class ImageCall:
+    """One call for images: how it came in, its body, and what is to be made.
 
     `ignored_fields` were sent and change nothing.
     `event_prefix` begins the names of streamed events: `image_generation` or `image_edit`.
@@ -53,13 +53,13 @@ class PictureCall:
     event_prefix: str = "image_generation"
 
 
-async def answer_pictures(call: PictureCall, response: Response) -> ImagesAnswer | Response:
+async def answer_images(call: ImageCall, response: Response) -> ImagesAnswer | Response:
     """Serve a call to its end, or begin to stream it. The client leaving cancels the work.
 
     Raises:
-        StepserveError: there are no pictures.
+        StepserveError: there are no images.
     """
-    notes_of(call.incoming.http.scope).generation = call.generation
+    exchange_context_of(call.incoming.http.scope).generation = call.generation
     if call.body.stream:
         return await _begin_stream(call)
     outcome = await while_connected(
@@ -70,13 +70,13 @@ async def answer_pictures(call: PictureCall, response: Response) -> ImagesAnswer
     )
     if isinstance(outcome, Failed):
         raise outcome.error
-    notes_of(call.incoming.http.scope).timings = outcome.timings
+    exchange_context_of(call.incoming.http.scope).timings = outcome.timings
     response.headers["Server-Timing"] = outcome.timings.server_timing()
     data = [await _image_data(call, image) for image in outcome.images]
     return images_answer(call.generation, outcome, data, call.ignored_fields)
 
 
-async def _image_data(call: PictureCall, image: EncodedImage) -> ImageData:
+async def _image_data(call: ImageCall, image: EncodedImage) -> ImageData:
     if image.content_filtered:
         return ImageData(seed=image.seed, content_filtered=True)
     if call.body.wants_urls:
@@ -84,7 +84,7 @@ async def _image_data(call: PictureCall, image: EncodedImage) -> ImageData:
     return ImageData(b64_json=base64_of(image), seed=image.seed)
 
 
-async def _begin_stream(call: PictureCall) -> Response:
+async def _begin_stream(call: ImageCall) -> Response:
     """Wait for the first event, so that a refusal still has a status of its own."""
     events = stream_while_connected(
         call.incoming.http.receive,
@@ -106,7 +106,7 @@ async def _begin_stream(call: PictureCall) -> Response:
 
 
 async def _stream(
-    call: PictureCall, events: AsyncGenerator[Event | None, None]
+    call: ImageCall, events: AsyncGenerator[Event | None, None]
 ) -> AsyncIterator[bytes]:
     try:
         async with aclosing(events):
@@ -121,7 +121,7 @@ async def _stream(
         yield _error_event(call, error)
 
 
-async def _chunks(call: PictureCall, event: Event | None) -> AsyncIterator[bytes]:
+async def _chunks(call: ImageCall, event: Event | None) -> AsyncIterator[bytes]:
     match event:
         case None:
             yield KEEP_ALIVE
@@ -130,14 +130,14 @@ async def _chunks(call: PictureCall, event: Event | None) -> AsyncIterator[bytes
                 if not image.content_filtered:
                     yield _partial_event(call, event, index, image)
         case Finished(images=images, timings=timings):
-            notes_of(call.incoming.http.scope).timings = timings
+            exchange_context_of(call.incoming.http.scope).timings = timings
             for index, image in enumerate(images):
                 yield await _completed_event(call, event, index, image)
         case Failed(error=error):
             yield _error_event(call, error)
 
 
-def _partial_event(call: PictureCall, preview: Preview, index: int, image: EncodedImage) -> bytes:
+def _partial_event(call: ImageCall, preview: Preview, index: int, image: EncodedImage) -> bytes:
     name = f"{call.event_prefix}.partial_image"
     told = {
         "b64_json": base64_of(image),
@@ -149,7 +149,7 @@ def _partial_event(call: PictureCall, preview: Preview, index: int, image: Encod
 
 
 async def _completed_event(
-    call: PictureCall, finished: Finished, index: int, image: EncodedImage
+    call: ImageCall, finished: Finished, index: int, image: EncodedImage
 ) -> bytes:
     name = f"{call.event_prefix}.completed"
     data = await _image_data(call, image)
@@ -167,7 +167,7 @@ async def _completed_event(
     return sse(name, {"type": name, **_described(call, index, image), **told})
 
 
-def _described(call: PictureCall, index: int, image: EncodedImage) -> dict[str, Any]:
+def _described(call: ImageCall, index: int, image: EncodedImage) -> dict[str, Any]:
     generation = call.generation
     return {
         "id": generation.id,
@@ -181,7 +181,7 @@ def _described(call: PictureCall, index: int, image: EncodedImage) -> dict[str, 
     }
 
 
-def _error_event(call: PictureCall, error: Exception) -> bytes:
+def _error_event(call: ImageCall, error: Exception) -> bytes:
     note_error(call.incoming.http.scope, error)
     detail = error_detail(error, call.generation.id).model_dump()
     return sse("error", {"type": "error", "error": detail})

@@ -1,4 +1,4 @@
-"""Requests that begin with a picture: their bodies, and the pictures they bring along."""
+"""Requests that begin with an image: their bodies, and the images they bring along."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.forms import parse_body, parse_fields, read_form
 from stepserve.api.bodies.reading import JSON
-from stepserve.api.bodies.schemas import EditRequest, PictureReference, VariationRequest
+from stepserve.api.bodies.schemas import EditRequest, ImageReference, VariationRequest
 from stepserve.api.dependencies import FORM, Incoming, declared_type
 from stepserve.api.errors import MalformedJsonError
-from stepserve.api.inputs.fetch import fetch_picture, is_elsewhere
+from stepserve.api.inputs.fetch import fetch_image, is_elsewhere
 from stepserve.api.inputs.uploads import read_upload
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import ImageFile
@@ -26,7 +26,7 @@ InputBody = EditRequest | VariationRequest
 
 @dataclass(frozen=True)
 class Inputs:
-    """The body of a request, the picture it begins with, and where to repaint that, or None."""
+    """The body of a request, the image it begins with, and where to repaint that, or None."""
 
     body: InputBody
     image: ImageFile
@@ -37,7 +37,7 @@ class Inputs:
     ) -> GenerationRequest:
         """Return the request with everything left out filled in from `model`; draws a seed.
 
-        Where no size is asked for, it is the picture's own, or the nearest one of the model.
+        Where no size is asked for, it is the image's own, or the nearest one of the model.
         """
         filled = self.body.fill_in(request_id, caller, model)
         prompt = self.body.prompt or ""
@@ -58,10 +58,10 @@ class Inputs:
 
 
 def nearest_size(width: int, height: int, sizes: SizeRange) -> tuple[int, int]:
-    """Return the size that a picture of `width` x `height` is best served in.
+    """Return the size that an image of `width` x `height` is best served in.
 
     Its own if the model has it; else about as many pixels as the native size has, in the shape that
-    is nearest to the picture's.
+    is nearest to the image's.
     """
     if sizes.accepts(width) and sizes.accepts(height):
         return width, height
@@ -162,7 +162,7 @@ def _without_files(body: InputBody) -> InputBody:
 def _emptied(value: Any) -> Any:
     if isinstance(value, list):
         return [_emptied(item) for item in value]
-    if isinstance(value, PictureReference):
+    if isinstance(value, ImageReference):
         return value.model_copy(update={"image_url": ""})
     return ""
 
@@ -178,7 +178,7 @@ async def _json(incoming: Incoming) -> object:
 
 
 async def _fetch(incoming: Incoming, field: str, address: str) -> bytes:
-    return await fetch_picture(address, field, incoming.settings.uploads)
+    return await fetch_image(address, field, incoming.settings.uploads)
 
 
 def _image_addresses(body: InputBody) -> list[str]:
@@ -195,5 +195,5 @@ def _mask_addresses(body: InputBody) -> list[str]:
 
 def _only(field: str, sources: Sequence[Source]) -> Source | None:
     if len(sources) > 1:
-        raise InvalidRequestError(f"{field} must be one picture, got {len(sources)}", field)
+        raise InvalidRequestError(f"{field} must be one image, got {len(sources)}", field)
     return sources[0] if sources else None

@@ -23,14 +23,14 @@ from stepserve.domain.timings import Timings
 
 
 class ImageData(BaseModel):
-    """One picture."""
+    """One image."""
 
-    b64_json: str | None = Field(default=None, description="The picture file, base64.")
+    b64_json: str | None = Field(default=None, description="The image file, base64.")
     url: str | None = Field(default=None, description="Where the file is, until the link expires.")
-    seed: int = Field(description="With `n` of 1, this seed makes this picture again.")
+    seed: int = Field(description="With `n` of 1, this seed makes this image again.")
     content_filtered: Literal[True] | None = Field(
         default=None,
-        description="The model's own safety checker withheld the picture: there is no file.",
+        description="The model's own safety checker withheld the image: there is no file.",
     )
 
 
@@ -42,7 +42,7 @@ class AdapterAnswer(BaseModel):
 
 
 class Parameters(BaseModel):
-    """Everything that shaped the pictures: sent back as a request body, it makes them again."""
+    """Everything that shaped the images: sent back as a request body, it makes them again."""
 
     model: str
     prompt: str
@@ -112,7 +112,7 @@ _EXAMPLE: dict[str, Any] = {
 
 
 class ImagesAnswer(BaseModel):
-    """The finished pictures."""
+    """The finished images."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
@@ -128,7 +128,7 @@ class ImagesAnswer(BaseModel):
     parameters: Parameters
     fingerprint: str = Field(
         description="The `short` fingerprint of the model in `GET /v1/models`: where it is the "
-        "same, the same parameters give the same pictures."
+        "same, the same parameters give the same images."
     )
     timings: TimingsAnswer
     ignored_fields: list[str] | None = Field(
@@ -143,7 +143,7 @@ class ImagesAnswer(BaseModel):
 
 
 class SizesAnswer(BaseModel):
-    """Sides a picture may have, in pixels: from `minimum` to `maximum` by `step`."""
+    """Sides an image may have, in pixels: from `minimum` to `maximum` by `step`."""
 
     minimum: int
     maximum: int
@@ -152,10 +152,10 @@ class SizesAnswer(BaseModel):
 
 
 class FingerprintAnswer(BaseModel):
-    """What decides the bytes of a picture besides its request."""
+    """What decides the bytes of an image besides its request."""
 
     digest: str = Field(description="SHA-256 over everything below.")
-    short: str = Field(description="The beginning of the digest, as every picture's answer has it.")
+    short: str = Field(description="The beginning of the digest, as every image's answer has it.")
     weights: str = Field(description="SHA-256 over the weights and the settings of components.")
     stepserve: str
     torch: str
@@ -237,7 +237,7 @@ class ModelAnswer(BaseModel):
         description="Whether the model's own checker looks at images, and may withhold them."
     )
     same_bytes: bool = Field(
-        description="Whether a picture has the same bytes at any load, on the device at hand."
+        description="Whether an image has the same bytes at any load, on the device at hand."
     )
     sharing_remark: str = Field(
         description="What is unusual in how requests share computation; empty where nothing is."
@@ -279,7 +279,7 @@ class ProgressAnswer(BaseModel):
     expected_s: float | None = Field(
         description="Seconds until it should be finished; null where nobody knows."
     )
-    error: ErrorDetail | None = Field(description="Why there are no pictures.")
+    error: ErrorDetail | None = Field(description="Why there are no images.")
     timings: TimingsAnswer | None = Field(description="Once it is finished.")
 
 
@@ -356,7 +356,7 @@ def images_answer(
     data: list[ImageData],
     ignored_fields: Sequence[str] = (),
 ) -> ImagesAnswer:
-    """Return the answer to `request`, dated now, with its pictures as `data`."""
+    """Return the answer to `request`, dated now, with its images as `data`."""
     parameters = parameters_answer(request)
     return ImagesAnswer(
         id=request.id,
@@ -393,12 +393,12 @@ def model_answer(status: ModelStatus) -> ModelAnswer:
 
 
 def base64_of(image: EncodedImage) -> str:
-    """A picture file as JSON can hold it."""
+    """An image file as JSON can hold it."""
     return b64encode(image.data).decode("ascii")
 
 
 def parameters_answer(request: GenerationRequest) -> Parameters:
-    """Everything that shaped the pictures of a request."""
+    """Everything that shaped the images of a request."""
     told = asdict(request) | {"size": f"{request.width}x{request.height}"}
     if request.task is Task.TEXT_TO_IMAGE:
         told["strength"] = None

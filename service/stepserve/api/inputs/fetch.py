@@ -48,7 +48,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class AddressNotAllowedError(Exception):
-    """The address is not one that pictures may be fetched from."""
+    """The address is not one that images may be fetched from."""
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -134,7 +134,7 @@ def is_elsewhere(address: str) -> bool:
     return is_address(address) and not is_data_url(address)
 
 
-async def fetch_picture(
+async def fetch_image(
     address: str,
     field: str,
     limits: UploadLimits,

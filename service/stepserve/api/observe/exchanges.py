@@ -8,7 +8,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stepserve.api.exchange_context import UNMATCHED, Exchange, notes_of
+from stepserve.api.exchange_context import UNMATCHED, Exchange, exchange_context_of
 from stepserve.api.http.middleware import UPLOADS
 from stepserve.api.request_id import request_id_of
 from stepserve.api.settings import Observation
@@ -47,7 +47,7 @@ class ObservationMiddleware:
         try:
             await self._app(scope, receive, noticed)
         except asyncio.CancelledError:
-            notes_of(scope).error_code = "request_cancelled"
+            exchange_context_of(scope).error_code = "request_cancelled"
             raise
         finally:
             trace_id = trace_id_in(Headers(scope=scope)) if span is None else span.trace_id
@@ -101,7 +101,7 @@ def _exchange(scope: Scope, status: int, trace_id: str, duration_s: float) -> Ex
         status=status,
         duration_s=duration_s,
         caller="" if caller is None else caller.name,
-        notes=notes_of(scope),
+        notes=exchange_context_of(scope),
     )
 
 

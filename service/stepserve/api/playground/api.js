@@ -45,7 +45,7 @@ export async function cancel(id) {
   await checked(await fetch(`/v1/requests/${encodeURIComponent(id)}`, { method: "DELETE", headers: headers() }));
 }
 
-/** The request for a body and the pictures it begins with, as `fetch` takes it. */
+/** The request for a body and the images it begins with, as `fetch` takes it. */
 function asFetch(body, files) {
   if (!files.image) {
     return ["/v1/images/generations", { "Content-Type": "application/json" }, JSON.stringify(body)];

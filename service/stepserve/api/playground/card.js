@@ -1,4 +1,4 @@
-// One request on the page: its pictures as they appear, where it stands, and what can be done with it.
+// One request on the page: its images as they appear, where it stands, and what can be done with it.
 
 import { apiKey } from "./api.js";
 import { $, announce, button, copy, download } from "./page.js";
@@ -48,13 +48,13 @@ export class Card {
     this.tell(step ? `step ${step} of ${steps}` : "accepted");
   }
 
-  picture(index, source) {
+  image(index, source) {
     const frames = this.part(".frames");
     if (frames.querySelector(".waiting")) frames.replaceChildren();
     while (frames.children.length <= index) frames.append(this.frame(frames.children.length));
     const image = frames.children[index].firstChild;
     image.src = source;
-    image.alt = `${this.entry.body.prompt}, picture ${index + 1}`;
+    image.alt = `${this.entry.body.prompt}, image ${index + 1}`;
   }
 
   frame(index) {
@@ -75,8 +75,8 @@ export class Card {
   end() {
     const { entry } = this;
     this.node.classList.remove("running");
-    entry.pictures.forEach((source, index) => this.picture(index, source));
-    this.part(".bar i").style.width = entry.pictures.length ? "100%" : "0";
+    entry.images.forEach((source, index) => this.image(index, source));
+    this.part(".bar i").style.width = entry.images.length ? "100%" : "0";
     if (entry.news) this.tell(entry.news);
     this.actions([...this.reruns(), ...this.uses(), button("Remove", () => this.does.remove(this), { icon: "remove" })]);
   }
@@ -88,12 +88,12 @@ export class Card {
     ];
   }
 
-  /** What can be done with picture `index`. */
+  /** What can be done with image `index`. */
   uses(index = 0) {
-    const { body, files, pictures } = this.entry;
-    if (!pictures.length) return [];
+    const { body, files, images } = this.entry;
+    if (!images.length) return [];
     return [
-      button("Start from it", () => this.does.startFrom(pictures[index]), { icon: "input" }),
+      button("Start from it", () => this.does.startFrom(images[index]), { icon: "input" }),
       button("Download", () => this.download(), { icon: "download" }),
       button("Copy as curl", (b) => this.copy(b, asCurl(body, files, Boolean(apiKey.get()))), { word: "curl" }),
       button("Copy as Python", (b) => this.copy(b, asPython(body, files, Boolean(apiKey.get()))), { word: "py" }),
@@ -112,11 +112,11 @@ export class Card {
     setTimeout(() => { copier.textContent = before; }, COPIED_MS);
   }
 
-  /** The pictures, and what they began with under the names that copied commands read. */
+  /** The images, and what they began with under the names that copied commands read. */
   download() {
-    const { body, files, pictures } = this.entry;
+    const { body, files, images } = this.entry;
     const name = body.prompt.replace(/\W+/g, "-").slice(0, 60);
-    pictures.forEach((source, index) => download(source, `${name}-${body.seed + index}.png`));
+    images.forEach((source, index) => download(source, `${name}-${body.seed + index}.png`));
     for (const kind of ["image", "mask"]) {
       if (!files[kind]) continue;
       const url = URL.createObjectURL(files[kind]);

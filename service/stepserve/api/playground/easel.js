@@ -1,4 +1,4 @@
-// The picture to start from, and the mask painted over it: white is to be repainted.
+// The image to start from, and the mask painted over it: white is to be repainted.
 
 import { $ } from "./page.js";
 
@@ -6,9 +6,9 @@ const PAINT = "#ff5fa2", READ_OFTEN = { willReadFrequently: true };
 
 let file = null, isErasing = false, last = null;
 
-export function hasPicture() { return file !== null; }
+export function hasImage() { return file !== null; }
 
-/** The picture and, if something is painted, the mask: as files. */
+/** The image and, if something is painted, the mask: as files. */
 export async function files() {
   if (!file) return {};
   return { image: file, mask: isPainted() ? await maskFile() : null };
@@ -56,7 +56,7 @@ function isPainted() {
 function explain() {
   $("mask-hint").textContent = isPainted()
     ? "Only what is painted changes."
-    : "Nothing is painted: the whole picture changes. Paint to change only a part.";
+    : "Nothing is painted: the whole image changes. Paint to change only a part.";
 }
 
 function maskFile() {
@@ -103,11 +103,11 @@ function choose(erasing) {
 export function setUp(say) {
   const take = (files) => {
     if ($("start-from").hidden || !files?.length) return;
-    const picture = [...files].find((each) => each.type.startsWith("image/"));
-    const taken = picture ? put(picture) : Promise.reject(new Error("no picture"));
+    const image = [...files].find((each) => each.type.startsWith("image/"));
+    const taken = image ? put(image) : Promise.reject(new Error("no image"));
     taken.then(() => say(""), () => {
       remove();
-      say("That file cannot be read as a picture.");
+      say("That file cannot be read as an image.");
     });
   };
   const drop = $("start-from"), canvas = $("mask");

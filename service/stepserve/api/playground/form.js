@@ -150,14 +150,14 @@ export function body() {
   if (model().adapters.includes($("adapter").value)) {
     told.adapters = [{ name: $("adapter").value, scale: Number($("scale").value) }];
   }
-  if (easel.hasPicture()) told.strength = Number($("strength").value);
+  if (easel.hasImage()) told.strength = Number($("strength").value);
   return told;
 }
 
 /** `heard` is called whenever it was heard how the models are. */
 export function setUp(heard) {
   onModels = heard;
-  // A phone shows pictures first; what is seldom changed is folded away.
+  // A phone shows images first; what is seldom changed is folded away.
   if (matchMedia("(max-width: 900px)").matches) $("settings").open = false;
   $("scheduler").addEventListener("change", () => { showSteps(); showValues(); });
   $("form").addEventListener("input", showValues);

@@ -22,13 +22,13 @@ async function submit() {
   if (!form.model()?.ready) return form.say("The model is not ready yet.");
   if (!$("prompt").value.trim()) {
     $("prompt").focus();
-    return form.say("Write what the picture should show.");
+    return form.say("Write what the image should show.");
   }
   requests.enqueue(form.body(), await easel.files());
   showStage();
 }
 
-/** On a phone the pictures are below the form. */
+/** On a phone the images are below the form. */
 function showStage() {
   if (!matchMedia("(max-width: 900px)").matches) return;
   const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -54,7 +54,7 @@ function demo() {
 function onKey(event) {
   if (event.isComposing) return;
   if (event.key === "Enter" && event.target === $("key")) {
-    // Tries the key, instead of making a picture without one.
+    // Tries the key, instead of making an image without one.
     event.preventDefault();
     event.target.blur();
     return;

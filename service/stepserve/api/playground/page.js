@@ -28,7 +28,7 @@ export async function copy(text) {
   if (!isCopied) throw new Error("copying is not allowed here");
 }
 
-/** A button with a picture of `icons.svg`, or with a word where `icon` is null. */
+/** A button with an image of `icons.svg`, or with a word where `icon` is null. */
 export function button(label, act, { icon = null, word = null } = {}) {
   const made = Object.assign(document.createElement("button"), { type: "button" });
   made.addEventListener("click", () => act(made));

@@ -52,7 +52,7 @@ const does = {
 
 /** Puts a request in line, with a card of its own. */
 export function enqueue(request, files = {}) {
-  const card = new Card({ id: newId(), body: request, files, pictures: [], made: Date.now(), hue: freeHue() }, does);
+  const card = new Card({ id: newId(), body: request, files, images: [], made: Date.now(), hue: freeHue() }, does);
   card.abort = new AbortController();
   card.begin();
   $("cards").prepend(card.node);
@@ -73,7 +73,7 @@ async function run(card) {
   try {
     const asked = { ...entry.body, previews: PREVIEWS };
     for await (const [name, data] of stream(entry.id, asked, entry.files, card.abort.signal)) take(card, name, data);
-    if (!entry.pictures.length) throw new Error("the service ended without a picture");
+    if (!entry.images.length) throw new Error("the service ended without an image");
     if (entry.withheld) entry.news += ` · ${entry.withheld} withheld by the safety checker`;
     card.end();
     announce(`finished: ${entry.body.prompt}`);
@@ -94,21 +94,21 @@ function take(card, name, data) {
     return;
   }
   const source = `data:image/${data.output_format};base64,${data.b64_json}`;
-  card.picture(data.image_index, source);
+  card.image(data.image_index, source);
   if (name.endsWith("partial_image")) {
     card.step(data.step, data.steps);
     return;
   }
-  entry.pictures[data.image_index] = source;
+  entry.images[data.image_index] = source;
   const { total_s, batch_share } = data.timings;
   entry.news = `${total_s.toFixed(2)} s · ${Math.round(batch_share * 100)} % of the batch`;
 }
 
 function fail(card, error) {
-  card.entry.pictures = [];
+  card.entry.images = [];
   card.entry.news = "";
   const isCancelled = error.name === "AbortError" || error.code === "request_cancelled";
-  card.wait(isCancelled ? "cancelled" : "no picture");
+  card.wait(isCancelled ? "cancelled" : "no image");
   card.tell(isCancelled ? "" : error.message, !isCancelled);
   card.end();
   announce(isCancelled ? "cancelled" : `failed: ${error.message}`);

@@ -1,5 +1,5 @@
 // A request as a command line, and as Python: both run as they are copied. A request that began
-// with a picture reads it from input.png (and mask.png), which its card downloads.
+// with an image reads it from input.png (and mask.png), which its card downloads.
 
 const KEY = "STEPSERVE_API_KEY";  // the key itself is never copied
 const OWN = ["negative_prompt", "num_inference_steps", "guidance_scale", "scheduler", "seed", "adapters", "strength"];
@@ -62,6 +62,6 @@ client = openai.OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_
 answer = client.images.${files.image ? "edit" : "generate"}(
 ${given.map((line) => `    ${line},\n`).join("")})
 for i, image in enumerate(answer.data):
-    open(f"picture-{i}.png", "wb").write(base64.b64decode(image.b64_json))
+    open(f"image-{i}.png", "wb").write(base64.b64decode(image.b64_json))
 `;
 }

@@ -1,4 +1,4 @@
-// One picture, enlarged, with everything that made it. Arrow keys go to its neighbours.
+// One image, enlarged, with everything that made it. Arrow keys go to its neighbours.
 
 import { $ } from "./page.js";
 
@@ -15,7 +15,7 @@ function lines(body, index) {
   return [...told, ["Seed", body.seed + index]];
 }
 
-/** Shows picture `index` of a card, which may still be on its way. */
+/** Shows image `index` of a card, which may still be on its way. */
 export function view(card, index, source) {
   const viewer = $("viewer"), { body } = card.entry;
   frame = card.part(".frames").children[index];
@@ -25,7 +25,7 @@ export function view(card, index, source) {
     Object.assign(document.createElement("dt"), { textContent: label }),
     Object.assign(document.createElement("dd"), { textContent: value }),
   ]));
-  const isDone = card.entry.pictures.length > 0;
+  const isDone = card.entry.images.length > 0;
   viewer.querySelector(".actions").replaceChildren(...(isDone ? [...card.reruns(), ...card.uses(index)] : []));
   if (!viewer.open) viewer.showModal();
 }

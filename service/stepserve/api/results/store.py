@@ -1,4 +1,4 @@
-"""Finished pictures that are kept for a while, and links that nobody can guess or forge.
+"""Finished images that are kept for a while, and links that nobody can guess or forge.
 
 A link holds its own expiry and a signature over it, so that any ingress replica can check it.
 """
@@ -53,7 +53,7 @@ class ResultNotFoundError(InvalidRequestError):
 
 
 class LinkExpiredError(InvalidRequestError):
-    """The link has expired; the same request makes the picture again."""
+    """The link has expired; the same request makes the image again."""
 
 
 class WrongSignatureError(InvalidRequestError):
@@ -65,7 +65,7 @@ class StoreUnusableError(StepserveError):
 
 
 class ResultStore:
-    """Keeps pictures in a folder, or under any other address that fsspec knows.
+    """Keeps images in a folder, or under any other address that fsspec knows.
 
     Args:
         address: a local folder, or such as `s3://bucket/prefix`.
@@ -226,7 +226,7 @@ def expired(names: Iterable[str], now: float) -> list[str]:
 def open_store(address: str, expires_s: float, secret: str | None = None) -> ResultStore:
     """A store as the settings describe it.
 
-    A local folder is made where there is none. It and the pictures in it are for its owner alone.
+    A local folder is made where there is none. It and the images in it are for its owner alone.
     Without a secret one is made in the folder and shared by all replicas that see the folder.
 
     Raises:

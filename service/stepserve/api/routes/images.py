@@ -7,7 +7,12 @@ from dataclasses import replace
 from fastapi import APIRouter, Depends, Response
 
 from stepserve.api.bodies.fields import ignored_queries
-from stepserve.api.bodies.schemas import EditRequest, ImageRequest, ImageRequestBase, VariationRequest
+from stepserve.api.bodies.schemas import (
+    EditRequest,
+    ImageRequest,
+    ImageRequestBase,
+    VariationRequest,
+)
 from stepserve.api.dependencies import (
     Incoming,
     IncomingDep,
@@ -21,8 +26,8 @@ from stepserve.api.errors import (
     RequestTimedOutError,
     UnsupportedMediaTypeError,
 )
-from stepserve.api.exchange_context import notes_of
-from stepserve.api.images.generation import PictureCall, answer_pictures
+from stepserve.api.exchange_context import exchange_context_of
+from stepserve.api.images.generation import ImageCall, answer_images
 from stepserve.api.images.inputs import Inputs, read_inputs
 from stepserve.api.images.responses import ImagesAnswer
 from stepserve.api.observe.exchanges import trace_context_of
@@ -74,17 +79,17 @@ _ERRORS = error_responses(
 
 def _answers(prefix: str) -> Responses:
     names = f"{prefix}.partial_image", f"{prefix}.completed", "error"
-    stream = event_stream("With `stream`: partial pictures, then the finished ones.", *names)
+    stream = event_stream("With `stream`: partial images, then the finished ones.", *names)
     return {200: {"headers": REQUEST_ID | SERVER_TIMING, "content": stream}}
 
 
 @router.post(
     "/v1/images/generations",
-    summary="Make pictures from a prompt",
+    summary="Make images from a prompt",
     dependencies=[Depends(require_json)],
     response_model=ImagesAnswer,
     response_model_exclude_none=True,
-    response_description="The pictures, and all parameters that make them again.",
+    response_description="The images, and all parameters that make them again.",
     responses=_ERRORS | _answers("image_generation"),
     openapi_extra={"parameters": [REQUEST_ID_PARAMETER]},
 )
@@ -94,16 +99,16 @@ async def create_images(
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
     model = await _chosen_model(incoming, body)
     generation = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    call = PictureCall(incoming, body, generation, _ignored(incoming, body, generation, model))
+    call = ImageCall(incoming, body, generation, _ignored(incoming, body, generation, model))
     return await _answer(call, model, response)
 
 
 @router.post(
     "/v1/images/edits",
-    summary="Change a picture, or repaint a part of it",
+    summary="Change an image, or repaint a part of it",
     response_model=ImagesAnswer,
     response_model_exclude_none=True,
-    response_description="The pictures, and all parameters that shaped them.",
+    response_description="The images, and all parameters that shaped them.",
     responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_edit"),
     openapi_extra={
         "parameters": [REQUEST_ID_PARAMETER],
@@ -114,20 +119,20 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesAnswer 
     """Compatible with OpenAI's `images.edit`.
 
     With a mask, only what is transparent in it is repainted (or white, where it has no
-    transparency). Without one the whole picture is changed, by as much as `strength` says.
+    transparency). Without one the whole image is changed, by as much as `strength` says.
     """
     inputs = await read_inputs(incoming, EditRequest)
     if not (inputs.body.prompt or "").strip():
         raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
-    return await _from_picture(incoming, inputs, "image_edit", response)
+    return await _from_image(incoming, inputs, "image_edit", response)
 
 
 @router.post(
     "/v1/images/variations",
-    summary="Make pictures like one that is given",
+    summary="Make images like one that is given",
     response_model=ImagesAnswer,
     response_model_exclude_none=True,
-    response_description="The pictures, and all parameters that shaped them.",
+    response_description="The images, and all parameters that shaped them.",
     responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_variation"),
     openapi_extra={
         "parameters": [REQUEST_ID_PARAMETER],
@@ -137,16 +142,16 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesAnswer 
 async def vary_image(incoming: IncomingDep, response: Response) -> ImagesAnswer | Response:
     """Compatible with OpenAI's `images.create_variation`: image-to-image without a prompt."""
     inputs = await read_inputs(incoming, VariationRequest)
-    return await _from_picture(incoming, inputs, "image_variation", response)
+    return await _from_image(incoming, inputs, "image_variation", response)
 
 
-async def _from_picture(
+async def _from_image(
     incoming: Incoming, inputs: Inputs, event_prefix: str, response: Response
 ) -> ImagesAnswer | Response:
     model = await _chosen_model(incoming, inputs.body)
     generation = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
     ignored = _ignored(incoming, inputs.body, generation, model)
-    call = PictureCall(incoming, inputs.body, generation, ignored, event_prefix)
+    call = ImageCall(incoming, inputs.body, generation, ignored, event_prefix)
     return await _answer(call, model, response)
 
 
@@ -162,12 +167,12 @@ def _ignored(
 async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStatus:
     default = incoming.settings.default_model
     model = await find_model(incoming.backend, default if body.model is None else body.model)
-    notes_of(incoming.http.scope).model = model.capabilities.id
+    exchange_context_of(incoming.http.scope).model = model.capabilities.id
     return model
 
 
 async def _answer(
-    call: PictureCall, model: ModelStatus, response: Response
+    call: ImageCall, model: ModelStatus, response: Response
 ) -> ImagesAnswer | Response:
     """Serve the call if the model can do what is wanted, and is there."""
     if not model.is_known:
@@ -178,4 +183,4 @@ async def _answer(
         await call.incoming.store.check(needed_bytes(call.generation))
     context = trace_context_of(call.incoming.http.scope)
     traced = replace(call.generation, trace_context=context)
-    return await answer_pictures(replace(call, generation=traced), response)
+    return await answer_images(replace(call, generation=traced), response)

@@ -21,7 +21,7 @@ ASSET_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 HEADERS = ASSET_HEADERS | {
-    # Nothing from elsewhere, and no script but our own files. Pictures arrive as data and blobs.
+    # Nothing from elsewhere, and no script but our own files. Images arrive as data and blobs.
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data: blob:; connect-src 'self' data:; "
         "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -51,5 +51,5 @@ ASSETS = Assets(directory=FOLDER)
 
 @router.get("/")
 async def playground() -> FileResponse:
-    """Make pictures, and watch the batch that makes them."""
+    """Make images, and watch the batch that makes them."""
     return FileResponse(FOLDER / "index.html", headers=HEADERS)

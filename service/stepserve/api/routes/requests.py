@@ -70,7 +70,7 @@ async def show_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # noq
     "/v1/requests/{id}", summary="Cancel it", responses=error_responses(UnknownRequestError)
 )
 async def cancel_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # noqa: A002
-    """End a request at its next step; whoever waits for its pictures is told with status 499."""
+    """End a request at its next step; whoever waits for its images is told with status 499."""
     progress = await _find(incoming, id)
     if not progress.ended:
         progress = await incoming.backend.cancel(id, incoming.caller.name) or progress

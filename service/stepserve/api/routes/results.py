@@ -1,4 +1,4 @@
-"""`GET /v1/results/{name}`: pictures by signed link."""
+"""`GET /v1/results/{name}`: images by signed link."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from stepserve.api.results.store import LinkExpiredError, ResultNotFoundError, W
 
 router = APIRouter(tags=["results"])
 
-_PICTURE = {"schema": {"type": "string", "format": "binary"}}
+_IMAGE = {"schema": {"type": "string", "format": "binary"}}
 
 
 # Clients and proxies ask with HEAD for size and type; the document tells of GET alone.
 @router.head("/v1/results/{name}", include_in_schema=False)
 @router.get(
     "/v1/results/{name}",
-    summary="Fetch a picture by its link",
+    summary="Fetch an image by its link",
     response_class=Response,
     responses=error_responses(WrongSignatureError, ResultNotFoundError, LinkExpiredError)
     | {
         200: {
-            "description": "The picture file.",
-            "content": dict.fromkeys(("image/png", "image/jpeg", "image/webp"), _PICTURE),
+            "description": "The image file.",
+            "content": dict.fromkeys(("image/png", "image/jpeg", "image/webp"), _IMAGE),
         }
     },
 )

@@ -56,7 +56,7 @@ def read_image_file(file: bytes, field: str) -> ImageFile:
 def unreadable(field: str, file: bytes) -> InvalidRequestError:
     """What to raise for a file whose pixels cannot be read."""
     known = ", ".join(FORMATS)
-    message = f"{field} of {len(file)} bytes cannot be read as a picture (known: {known})"
+    message = f"{field} of {len(file)} bytes cannot be read as an image (known: {known})"
     return InvalidRequestError(message, field)
 
 

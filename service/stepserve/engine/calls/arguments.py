@@ -21,7 +21,7 @@ PROMOTABLE = frozenset(
 SIMPLE = frozenset({type(None), bool, int, float, str})
 
 
-class LeafKind(Enum):
+class ArgumentKind(Enum):
     """How one part of the arguments behaves when calls are stacked.
 
     - CONTAINER: a tuple, list or dict; the same type and keys required, and read part by part.
@@ -70,18 +70,18 @@ class ArgumentRules:
     layered: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
 
-    def kind_of(self, name: Hashable) -> LeafKind | None:
+    def kind_of(self, name: Hashable) -> ArgumentKind | None:
         """How the argument of that name is read, if a rule says so."""
         return self._kinds.get(name)
 
     @cached_property
-    def _kinds(self) -> dict[Hashable, LeafKind]:
+    def _kinds(self) -> dict[Hashable, ArgumentKind]:
         named = {
-            LeafKind.IGNORED: self.ignored,
-            LeafKind.SHARED: self.shared,
-            LeafKind.REPEATED: self.repeated,
-            LeafKind.LAYERED: self.layered,
-            LeafKind.ROW_LIST: self.row_lists,
+            ArgumentKind.IGNORED: self.ignored,
+            ArgumentKind.SHARED: self.shared,
+            ArgumentKind.REPEATED: self.repeated,
+            ArgumentKind.LAYERED: self.layered,
+            ArgumentKind.ROW_LIST: self.row_lists,
         }
         return {name: kind for kind, names in named.items() for name in names}
 
@@ -104,7 +104,7 @@ def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
             _collect(item, (*path, index), found)
 
 
-def classify(value: Any, rows: int, ruled: LeafKind | None = None) -> LeafKind:
+def classify(value: Any, rows: int, ruled: ArgumentKind | None = None) -> ArgumentKind:
     """How one part of a call of `rows` rows behaves when it is stacked with others.
 
     Args:
@@ -114,31 +114,31 @@ def classify(value: Any, rows: int, ruled: LeafKind | None = None) -> LeafKind:
     """
     if not isinstance(value, torch.Tensor):
         container = isinstance(value, dict | tuple | list)
-        return LeafKind.CONTAINER if container else LeafKind.PLAIN
+        return ArgumentKind.CONTAINER if container else ArgumentKind.PLAIN
     if ruled is not None:
         return ruled
     if value.dim() == 0 or (value.dim() == 1 and value.shape[0] in (1, rows)):
-        return LeafKind.PER_ROW
-    return LeafKind.BATCHED if value.shape[0] == rows else LeafKind.SHARED
+        return ArgumentKind.PER_ROW
+    return ArgumentKind.BATCHED if value.shape[0] == rows else ArgumentKind.SHARED
 
 
-def describe(kind: LeafKind, value: Any, rows: int) -> Hashable:
+def describe(kind: ArgumentKind, value: Any, rows: int) -> Hashable:
     """What must agree between calls that share a forward."""
-    if kind is LeafKind.PLAIN:
+    if kind is ArgumentKind.PLAIN:
         return describe_plain(value)
-    if kind is LeafKind.BATCHED:
+    if kind is ArgumentKind.BATCHED:
         return value.dtype, value.shape[1:], value.device
-    if kind is LeafKind.PER_ROW:
+    if kind is ArgumentKind.PER_ROW:
         return "number" if value.dtype in PROMOTABLE else value.dtype, value.device
-    if kind is LeafKind.SHARED:
+    if kind is ArgumentKind.SHARED:
         return value.dtype, value.shape, value.device, content_digest(value)
-    if kind is LeafKind.REPEATED:
+    if kind is ArgumentKind.REPEATED:
         return value.dtype, value.shape[1:], value.device, value.shape[0] / rows
-    if kind is LeafKind.LAYERED:
+    if kind is ArgumentKind.LAYERED:
         return value.dtype, (value.shape[0], *value.shape[2:]), value.device
-    if kind is LeafKind.ROW_LIST:
+    if kind is ArgumentKind.ROW_LIST:
         return frozenset(_describe_entry(entry) for entry in value)
-    return id(type(value)) if kind is LeafKind.CONTAINER else None
+    return id(type(value)) if kind is ArgumentKind.CONTAINER else None
 
 
 def _describe_entry(entry: Any) -> Hashable:

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from stepserve.engine.calls.arguments import (
+    ArgumentKind,
     ArgumentRules,
-    LeafKind,
     Path,
     classify,
     describe,
@@ -27,9 +27,9 @@ from stepserve.engine.calls.arguments import (
 )
 
 if TYPE_CHECKING:
-    from stepserve.engine.calls.output_cache import Memo
+    from stepserve.engine.calls.output_cache import OutputCache
 
-Leaf = tuple[Path, LeafKind, Hashable]
+Argument = tuple[Path, ArgumentKind, Hashable]
 NO_RULES = ArgumentRules()
 MOST_KNOWN_KEYS = 256
 
@@ -61,7 +61,7 @@ class ParkableMethod:
     max_rows: int = 32
     bucket_rows: tuple[int, ...] = ()
     enter: Callable[[Hashable], None] | None = None
-    memo: Memo | None = None
+    memo: OutputCache | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class CallKey:
     """Calls with equal keys may share a forward. Row counts, prompts and seeds stay out of it."""
 
     method: str
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[Argument, ...]
     variant: Hashable = None
 
     # Looked up at every tick for every parked call.
@@ -114,8 +114,8 @@ class CallKey:
 
         Where nothing is, the rows are a list, of which there may be one for prompts as well.
         """
-        batched = [text for _, kind, text in self.leaves if kind is LeafKind.BATCHED]
-        listed = [text for _, kind, text in self.leaves if kind is LeafKind.ROW_LIST]
+        batched = [text for _, kind, text in self.leaves if kind is ArgumentKind.BATCHED]
+        listed = [text for _, kind, text in self.leaves if kind is ArgumentKind.ROW_LIST]
         return (self.method, *(batched or listed[:1]))
 
 
@@ -172,7 +172,7 @@ def _find_key(
     if found is None:
         found = _read_key(method, args, kwargs, variant)
         # What is SHARED is told by its content, which is in no outline.
-        if not any(kind is LeafKind.SHARED for _, kind, _ in found[0].leaves):
+        if not any(kind is ArgumentKind.SHARED for _, kind, _ in found[0].leaves):
             if len(known) >= MOST_KNOWN_KEYS:
                 known.clear()
             known[outlined, variant] = found
@@ -184,7 +184,7 @@ def _read_key(
 ) -> tuple[CallKey, int]:
     arguments = list(_arguments(method, args, kwargs))
     rows = _count_rows(method, arguments)
-    leaves: list[Leaf] = [((), LeafKind.CONTAINER, len(args))]
+    leaves: list[Argument] = [((), ArgumentKind.CONTAINER, len(args))]
     for path, name, value in arguments:
         leaves += _read(value, path, rows, method.rules.kind_of(name))
     return CallKey(method.name, tuple(leaves), variant), rows
@@ -204,7 +204,7 @@ def _arguments(
 def _count_rows(method: ParkableMethod, arguments: list[tuple[Path, Hashable, Any]]) -> int:
     for _, name, value in arguments:
         kind = method.rules.kind_of(name)
-        if kind is LeafKind.ROW_LIST and isinstance(value, list):
+        if kind is ArgumentKind.ROW_LIST and isinstance(value, list):
             return max(len(value), 1)
         rows = leading_size(value) if kind is None else None
         if rows is not None:
@@ -212,13 +212,13 @@ def _count_rows(method: ParkableMethod, arguments: list[tuple[Path, Hashable, An
     return 1
 
 
-def _read(value: Any, path: Path, rows: int, ruled: LeafKind | None) -> list[Leaf]:
+def _read(value: Any, path: Path, rows: int, ruled: ArgumentKind | None) -> list[Argument]:
     """Everything in one argument, and how it behaves when calls are stacked."""
-    if ruled is LeafKind.IGNORED:
+    if ruled is ArgumentKind.IGNORED:
         return [(path, ruled, None)]
-    if ruled is LeafKind.ROW_LIST and isinstance(value, list):
+    if ruled is ArgumentKind.ROW_LIST and isinstance(value, list):
         return [(path, ruled, describe(ruled, value, rows))]
-    ruled = None if ruled is LeafKind.ROW_LIST else ruled
+    ruled = None if ruled is ArgumentKind.ROW_LIST else ruled
     parts = walk(value, path) if isinstance(value, dict | tuple | list) else [(path, value)]
     leaves = []
     for inner, part in parts:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stepserve.engine.calls.arguments import LeafKind, classify
+from stepserve.engine.calls.arguments import ArgumentKind, classify
 
 CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -96,7 +96,7 @@ def _has_rows(value: Any, rows: int) -> bool:
         return any(_has_rows(part, rows) for part in value.values())
     if isinstance(value, tuple | list):
         return any(_has_rows(part, rows) for part in value)
-    return classify(value, rows) is LeafKind.BATCHED
+    return classify(value, rows) is ArgumentKind.BATCHED
 
 
 def _second_half(value: Any, rows: int) -> Any:

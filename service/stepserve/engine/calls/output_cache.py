@@ -12,7 +12,7 @@ from stepserve.engine.calls.arguments import content_digest, describe_plain, wal
 from stepserve.engine.calls.stacking import UnsplittableError, duplicate, tensors_in
 
 
-class Memo:
+class OutputCache:
     """The latest outputs of one method by the content of its arguments; least used go first.
 
     It holds at most `max_bytes` of tensors. Callers get copies, so that a pipeline that writes into

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stepserve.engine.calls.arguments import LeafKind, Path
+from stepserve.engine.calls.arguments import ArgumentKind, Path
 from stepserve.engine.calls.call import Call
 
 # Output parts that every call may be handed as they are: immutable, and rarely about one row.
@@ -77,12 +77,12 @@ class Stacking:
 
     rows: list[int]
     padding: int
-    kinds: dict[Path, LeafKind]
+    kinds: dict[Path, ArgumentKind]
 
     def join(self, values: list[Any], path: Path) -> Any:
         """One argument, or one part of it, of every call: as one."""
         kind = self.kinds[path]
-        if kind is not LeafKind.CONTAINER:
+        if kind is not ArgumentKind.CONTAINER:
             return self._join_leaves(values, kind)
         first = values[0]
         parts = {
@@ -91,18 +91,18 @@ class Stacking:
         }
         return _rebuild(first, parts)
 
-    def _join_leaves(self, values: list[Any], kind: LeafKind) -> Any:
-        if kind is LeafKind.PER_ROW:
+    def _join_leaves(self, values: list[Any], kind: ArgumentKind) -> Any:
+        if kind is ArgumentKind.PER_ROW:
             # Schedulers disagree on int or float timesteps; cat promotes, which loses nothing.
             values = [v.reshape(-1).expand(r) for v, r in zip(values, self.rows, strict=True)]
             return self._cat(values, each=1)
-        if kind is LeafKind.BATCHED:
+        if kind is ArgumentKind.BATCHED:
             return self._cat(values, each=1)
-        if kind is LeafKind.REPEATED:
+        if kind is ArgumentKind.REPEATED:
             return self._cat(values, each=values[0].shape[0] // self.rows[0])
-        if kind is LeafKind.LAYERED:
+        if kind is ArgumentKind.LAYERED:
             return self._cat([value.transpose(0, 1) for value in values], each=1).transpose(0, 1)
-        if kind is LeafKind.ROW_LIST:
+        if kind is ArgumentKind.ROW_LIST:
             return [entry for value in values for entry in value] + values[-1][-1:] * self.padding
         return values[0]
 

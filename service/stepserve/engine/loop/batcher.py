@@ -18,11 +18,11 @@ from stepserve.engine.calls.call import Call, CallKey
 from stepserve.engine.calls.stacking import split, stack
 from stepserve.engine.loop.device_loss import is_device_lost
 from stepserve.engine.loop.observer import NOBODY, ForwardReport, Observer, WorkReport
-from stepserve.engine.loop.side_stream import Aside
+from stepserve.engine.loop.side_stream import SideStream
 from stepserve.engine.loop.timing import ForwardTiming, WallTiming
 from stepserve.engine.scheduling.cost import CostModel
-from stepserve.engine.scheduling.estimator import Outlook, Room, latest_start_s
-from stepserve.engine.scheduling.forecast import Prospect
+from stepserve.engine.scheduling.estimator import CompletionEstimator, Room, latest_start_s
+from stepserve.engine.scheduling.forecast import CompletionEstimate
 from stepserve.engine.scheduling.policy import (
     SHORTEST_FIRST,
     Parked,
@@ -131,7 +131,7 @@ class Batcher:
         self.row_limits = RowLimits()
         # Set for pipelines that cannot share: nobody starts before the one at work has ended.
         self.one_at_a_time = False
-        self.outlook = Outlook(self.cost)
+        self.outlook = CompletionEstimator(self.cost)
         self.latest_forwards: deque[SharedForward] = deque(maxlen=SHOWN_FORWARDS)
         self.observer: Observer = NOBODY
         self.start_timing: Callable[[Clock], ForwardTiming] = WallTiming
@@ -140,7 +140,7 @@ class Batcher:
         # Forwards that may still run while their tracks are woken.
         self._running: list[Launched] = []
         # Where the device decodes beside steps, and what it decodes there, oldest first.
-        self.aside: Aside | None = None
+        self.aside: SideStream | None = None
         self._decoding: deque[Decoding] = deque()
         # What calls of a shape need to keep their bits, where that is not the same for all.
         self.adjust: Callable[[Call], Call] | None = None
@@ -198,7 +198,7 @@ class Batcher:
         seconds = self.prospect([*self.active, *self.queued, track]).finish_s[-1]
         return self.outlook.stretched_s(track, seconds)
 
-    def prospect(self, tracks: Sequence[Track]) -> Prospect:
+    def prospect(self, tracks: Sequence[Track]) -> CompletionEstimate:
         """What becomes of these tracks if there are no others; the last one is the newcomer."""
         return self.outlook.prospect(tracks, self._room, self._policy)
 
@@ -276,7 +276,7 @@ class Batcher:
         self._settle(group, outputs)
         self._await_running()
 
-    def _decode_aside(self, track: Track, aside: Aside) -> None:
+    def _decode_aside(self, track: Track, aside: SideStream) -> None:
         with aside.launching():
             (output,) = self._run([track])
         if isinstance(output, Raised):
@@ -308,7 +308,7 @@ class Batcher:
             self.aside.rejoin()
 
     def _as_parked(self, call: Call, track: Track) -> Parked:
-        left_s, alone_s = self.outlook.run_and_alone_s(track)
+        left_s, serial_s = self.outlook.run_and_serial_s(track)
         return Parked(
             call,
             track.parked_s,
@@ -316,7 +316,7 @@ class Batcher:
             latest_start_s(track, left_s),
             track.arrival,
             left_s,
-            alone_s,
+            serial_s,
         )
 
     def _run(self, group: Sequence[Track]) -> list[Any]:
@@ -507,7 +507,7 @@ def _ending(track: Track, now_s: float) -> WorkReport:
         ended_s=now_s,
         state=track.state,
         timings=track.clockwork.timings(now_s),
-        pictures=work.pictures,
+        images=work.images,
         steps_left=track.steps_left,
         has_deadline=work.deadline_s is not None,
     )

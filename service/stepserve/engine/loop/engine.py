@@ -34,10 +34,10 @@ from stepserve.engine.scheduling.admission import (
     load_of,
 )
 from stepserve.engine.scheduling.cost import CostModel
-from stepserve.engine.scheduling.forecast import Prospect
+from stepserve.engine.scheduling.forecast import CompletionEstimate
 from stepserve.engine.scheduling.policy import POLICIES
 from stepserve.engine.tracks.listener import tell
-from stepserve.engine.tracks.prediction import Foretold
+from stepserve.engine.tracks.prediction import Prediction
 from stepserve.engine.tracks.track import Clock, Track, Work
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class EngineOptions:
     Args:
         max_rows: most rows of one shared denoiser forward, or None if that is to be measured; see
             `Engine.limit_rows`.
-        max_waiting_pictures: pictures in hand beyond which new requests are refused.
+        max_pending_images: images in hand beyond which new requests are refused.
         threads: torch threads of the engine, or None for torch's default.
         niceness: how far the engine thread steps back behind the threads that answer HTTP.
         policy: decides who goes next, one of `policy.POLICIES`.
@@ -69,7 +69,7 @@ class EngineOptions:
     """
 
     max_rows: int | None = None
-    max_waiting_pictures: int = 64
+    max_pending_images: int = 64
     threads: int | None = None
     niceness: int = 0
     policy: str = "shortest-first"
@@ -132,7 +132,7 @@ class Engine:
         """Accept work and return how many requests are ahead of it.
 
         Raises:
-            ServerFullError: too many pictures are in hand already, or with this work too some in
+            ServerFullError: too many images are in hand already, or with this work too some in
                 hand would miss their deadlines.
             UnmeetableDeadlineError: it would not be finished within its own deadline.
             NotReadyError: the engine is draining or has stopped.
@@ -143,7 +143,7 @@ class Engine:
             if not self._open:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
             in_hand = self._not_ended()
-            self._check_room(in_hand, work.pictures)
+            self._check_room(in_hand, work.images)
             track = Track(work, self.batcher.clock)
             prospect = self.batcher.prospect([*in_hand, track])
             self._check_deadlines(in_hand, track, prospect)
@@ -168,7 +168,7 @@ class Engine:
         with self._lock:
             return load_of(self._endings(self._not_ended()))
 
-    def outlook_of(self, key: RequestKey) -> tuple[int, float] | None:
+    def estimator_of(self, key: RequestKey) -> tuple[int, float] | None:
         """How many requests in hand came before this one, and when it should end, in seconds.
 
         None if it is not in hand.
@@ -190,7 +190,7 @@ class Engine:
         """What was learned of steps; see `Outlook.step_costs`."""
         return self.batcher.outlook.step_costs()
 
-    def alone_s(self, work: Work) -> float:
+    def serial_s(self, work: Work) -> float:
         """Seconds that `work` should take if there were no other; 0 while nothing is learned."""
         return self.batcher.finish_times_s([Track(work, self.batcher.clock)])[0]
 
@@ -330,12 +330,14 @@ class Engine:
             (track for track in self._in_hand if not track.ended), key=lambda track: track.arrival
         )
 
-    def _check_room(self, in_hand: Sequence[Track], pictures: int) -> None:
-        limit = self.options.max_waiting_pictures
-        if sum(track.work.pictures for track in in_hand) + pictures > limit:
-            check_room(self._endings(in_hand), pictures, limit)
+    def _check_room(self, in_hand: Sequence[Track], images: int) -> None:
+        limit = self.options.max_pending_images
+        if sum(track.work.images for track in in_hand) + images > limit:
+            check_room(self._endings(in_hand), images, limit)
 
-    def _check_deadlines(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
+    def _check_deadlines(
+        self, in_hand: Sequence[Track], track: Track, prospect: CompletionEstimate
+    ) -> None:
         now_s, outlook = track.clockwork.submitted_s, self.batcher.outlook
         check_promises(prospect, outlook.margin, [other.expires_s - now_s for other in in_hand])
         deadline_s = track.work.deadline_s
@@ -349,10 +351,10 @@ class Engine:
         """Whether the last work in hand is so long ago that what was learned may have changed."""
         return not self._in_hand and now_s - self._last_in_hand_s >= STALE_S
 
-    def _let_in(self, in_hand: Sequence[Track], track: Track, prospect: Prospect) -> None:
+    def _let_in(self, in_hand: Sequence[Track], track: Track, prospect: CompletionEstimate) -> None:
         now_s, forward_s = track.clockwork.submitted_s, prospect.forward_s
         for other, seconds in zip([*in_hand, track], prospect.finish_s, strict=True):
-            other.foretold = Foretold(now_s, seconds, forward_s)
+            other.predicted = Prediction(now_s, seconds, forward_s)
         expected_s = self.batcher.outlook.stretched_s(track, prospect.finish_s[-1])
         self._in_hand.add(track)
         tell(track.work.id, track.work.listener.accepted, len(in_hand), expected_s)
@@ -360,7 +362,7 @@ class Engine:
 
     def _endings(self, tracks: Sequence[Track]) -> list[Ending]:
         seconds = self.batcher.finish_times_s(tracks)
-        return [Ending(s, t.work.pictures) for s, t in zip(seconds, tracks, strict=True)]
+        return [Ending(s, t.work.images) for s, t in zip(seconds, tracks, strict=True)]
 
 
 def _answer(answer: Future[T], function: Callable[[], T]) -> None:

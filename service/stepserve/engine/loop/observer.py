@@ -37,7 +37,7 @@ class WorkReport(NamedTuple):
     ended_s: float
     state: RequestState
     timings: Timings
-    pictures: int
+    images: int
     steps_left: int
     has_deadline: bool
 
@@ -54,7 +54,7 @@ class Observer(Protocol):
         ...
 
 
-class Nobody:
+class NullObserver:
     """Watches nothing."""
 
     def forward_ended(self, report: ForwardReport) -> None:
@@ -64,10 +64,10 @@ class Nobody:
         """Ignored."""
 
 
-NOBODY = Nobody()
+NOBODY = NullObserver()
 
 
-class Several:
+class CompositeObserver:
     """Tells each of several observers."""
 
     def __init__(self, *observers: Observer) -> None:

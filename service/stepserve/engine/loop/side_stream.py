@@ -1,7 +1,7 @@
 """Decoding beside the steps of others, on devices that can do two things at a time.
 
 What a request decodes at its end concerns nobody else, and takes a GPU as long as some steps. On a
-stream of its own the others step on meanwhile; the request is woken when its pictures are there.
+stream of its own the others step on meanwhile; the request is woken when its images are there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 
-class Aside(Protocol):
+class SideStream(Protocol):
     """A second queue of a device."""
 
     def launching(self) -> AbstractContextManager[None]:
@@ -29,7 +29,7 @@ class Aside(Protocol):
         ...
 
 
-class CudaAside:
+class CudaSideStream:
     """A CUDA stream beside the current one.
 
     Memory that is allocated on it is used again on it alone, and only after `launching`, which

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from itertools import compress
 
 from stepserve.domain.errors import ServerFullError, UnmeetableDeadlineError
-from stepserve.engine.scheduling.forecast import Prospect
-from stepserve.engine.scheduling.lateness import Margin
+from stepserve.engine.scheduling.forecast import CompletionEstimate
+from stepserve.engine.scheduling.lateness import LatenessQuantile
 
 MINIMUM_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Ending:
-    """A request in hand will be finished in `seconds`, and with it so many pictures."""
+    """A request in hand will be finished in `seconds`, and with it so many images."""
 
     seconds: float
-    pictures: int
+    images: int
 
 
 @dataclass(frozen=True)
 class Load:
-    """Work in hand: requests accepted and not yet ended, their pictures, and seconds to do it."""
+    """Work in hand: requests accepted and not yet ended, their images, and seconds to do it."""
 
     requests: int
-    pictures: int
+    images: int
     backlog_s: float
 
 
@@ -35,35 +35,35 @@ def load_of(endings: Sequence[Ending]) -> Load:
     """Everything in hand, summed up."""
     return Load(
         requests=len(endings),
-        pictures=sum(ending.pictures for ending in endings),
+        images=sum(ending.images for ending in endings),
         backlog_s=max((ending.seconds for ending in endings), default=0.0),
     )
 
 
-def check_room(endings: Sequence[Ending], pictures: int, limit: int) -> None:
-    """Let a request for `pictures` pictures in, or refuse it.
+def check_room(endings: Sequence[Ending], images: int, limit: int) -> None:
+    """Let a request for `images` images in, or refuse it.
 
-    Pictures are counted rather than requests, because they are what takes memory and time. An
+    Images are counted rather than requests, because they are what takes memory and time. An
     empty server takes any request.
 
     Args:
         endings: of everything in hand.
 
     Raises:
-        ServerFullError: more than `limit` pictures would be in hand; `retry_after_s` is the time
+        ServerFullError: more than `limit` images would be in hand; `retry_after_s` is the time
             until so many of them should be finished that this request would be let in.
     """
-    in_hand = sum(ending.pictures for ending in endings)
-    if endings and in_hand + pictures > limit:
+    in_hand = sum(ending.images for ending in endings)
+    if endings and in_hand + images > limit:
         raise ServerFullError(
-            f"the server is full: {in_hand} pictures are in hand and the limit is {limit}; "
-            f"this request asks for {pictures} more",
-            retry_after_s=max(_room_s(endings, in_hand + pictures - limit), MINIMUM_RETRY_S),
+            f"the server is full: {in_hand} images are in hand and the limit is {limit}; "
+            f"this request asks for {images} more",
+            retry_after_s=max(_room_s(endings, in_hand + images - limit), MINIMUM_RETRY_S),
         )
 
 
 def check_deadline(
-    prospect: Prospect, margin: Margin, deadline_s: float, doubt: float = 1.0
+    prospect: CompletionEstimate, margin: LatenessQuantile, deadline_s: float, doubt: float = 1.0
 ) -> None:
     """Let a newcomer in if its own deadline can be promised, or refuse it.
 
@@ -77,9 +77,9 @@ def check_deadline(
     safe_s = margin.safe_s(prospect.finish_s[-1], prospect.forward_s)
     if safe_s <= doubt * deadline_s:
         return
-    alone_s = _alone_s(prospect, margin)
-    if alone_s > deadline_s:
-        message = f"this request can only be promised within {alone_s:.3g} s, even alone"
+    serial_s = _serial_s(prospect, margin)
+    if serial_s > deadline_s:
+        message = f"this request can only be promised within {serial_s:.3g} s, even alone"
         wait_s = math.inf
     else:
         message = f"with what is in hand this request can only be promised within {safe_s:.3g} s"
@@ -88,7 +88,9 @@ def check_deadline(
     raise UnmeetableDeadlineError(message, max(wait_s, MINIMUM_RETRY_S), safe_s)
 
 
-def check_promises(prospect: Prospect, margin: Margin, left_s: Sequence[float]) -> None:
+def check_promises(
+    prospect: CompletionEstimate, margin: LatenessQuantile, left_s: Sequence[float]
+) -> None:
     """Let a newcomer in if everyone in hand still meets its deadline, or refuse it.
 
     A promise that cannot be kept any more, newcomer or not, keeps nobody out.
@@ -113,12 +115,12 @@ def check_promises(prospect: Prospect, margin: Margin, left_s: Sequence[float]) 
         )
 
 
-def _alone_s(prospect: Prospect, margin: Margin) -> float:
+def _serial_s(prospect: CompletionEstimate, margin: LatenessQuantile) -> float:
     alone = prospect.alone()
     return margin.safe_s(alone.finish_s[-1], alone.forward_s)
 
 
-def _wait_s(prospect: Prospect, margin: Margin, deadline_s: float) -> float:
+def _wait_s(prospect: CompletionEstimate, margin: LatenessQuantile, deadline_s: float) -> float:
     """When a newcomer that can be promised alone could be promised beside what is then in hand.
 
     Each second of waiting gains at most a second: what is too late after one trial is added.
@@ -129,11 +131,11 @@ def _wait_s(prospect: Prospect, margin: Margin, deadline_s: float) -> float:
 
 
 def _room_s(endings: Sequence[Ending], too_many: int) -> float:
-    """When `too_many` pictures are finished, or all, if that is not enough."""
+    """When `too_many` images are finished, or all, if that is not enough."""
     seconds = 0.0
     for ending in sorted(endings, key=lambda item: item.seconds):
         seconds = ending.seconds
-        too_many -= ending.pictures
+        too_many -= ending.images
         if too_many <= 0:
             break
     return seconds

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from stepserve.domain.states import RequestState
 from stepserve.engine.calls.call import Call
 from stepserve.engine.scheduling.cost import CostModel
-from stepserve.engine.scheduling.forecast import Device, Job, Prospect
-from stepserve.engine.scheduling.lateness import Margin
+from stepserve.engine.scheduling.forecast import CompletionEstimate, Device, Job
+from stepserve.engine.scheduling.lateness import LatenessQuantile
 from stepserve.engine.scheduling.policy import Policy, Queued
 from stepserve.engine.tracks.track import Stage, Track
 
@@ -53,7 +53,7 @@ class Room:
     one_at_a_time: bool = False
 
 
-class Outlook:
+class CompletionEstimator:
     """Learns what requests of each size take, and foretells when those in hand will end.
 
     Written by the engine thread only; others may read slightly old values.
@@ -61,7 +61,7 @@ class Outlook:
 
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
-        self.margin = Margin()
+        self.margin = LatenessQuantile()
         self._shapes: dict[Hashable, StepShape] = {}
         self._latest = UNKNOWN
         self._tick_overhead_s = Average()
@@ -85,8 +85,8 @@ class Outlook:
             self._other_row_s.observe(other_s / track.work.rows)
             self._learn_stretch(track, now_s - track.clockwork.submitted_s)
         # What expired would have ended even later. Without it only those on time would be heeded.
-        if track.foretold and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
-            self.margin.observe(track.foretold, now_s)
+        if track.predicted and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
+            self.margin.observe(track.predicted, now_s)
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
         """Seconds of a step by size: those of any forward, and those of each row in it."""
@@ -94,9 +94,9 @@ class Outlook:
 
     def run_s(self, track: Track) -> float:
         """Seconds that the steps left to a track would take, were it alone."""
-        return self.run_and_alone_s(track)[0]
+        return self.run_and_serial_s(track)[0]
 
-    def run_and_alone_s(self, track: Track) -> tuple[float, float]:
+    def run_and_serial_s(self, track: Track) -> tuple[float, float]:
         """What the steps left to a track, and all its steps, would take, were it alone."""
         step_s = self._forward_s(self._step_shape(track).shape, track.work.rows)
         return track.steps_left * step_s, track.work.steps * step_s
@@ -114,7 +114,7 @@ class Outlook:
             track.kind,
         )
 
-    def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> Prospect:
+    def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> CompletionEstimate:
         """What becomes of these tracks if there are no others; the last one is the newcomer."""
         # Looked up once: the engine thread may be learning a new shape at this moment.
         shapes = [self._step_shape(track) for track in tracks]
@@ -129,7 +129,7 @@ class Outlook:
             in_turns=policy.in_turns and UNKNOWN.shape not in limits,
         )
         jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
-        return Prospect(jobs, device)
+        return CompletionEstimate(jobs, device)
 
     def finish_times_s(
         self, tracks: Sequence[Track], room: Room, policy: Policy
@@ -141,21 +141,21 @@ class Outlook:
         """Whether steps of its size were ever measured, so that there is more than a guess."""
         return track.work.size in self._shapes
 
-    def stretched_s(self, track: Track, foretold_s: float) -> float:
+    def stretched_s(self, track: Track, predicted_s: float) -> float:
         """What was foretold for a new track, made longer by as much as it usually gets.
 
         Forecasts know nothing of those who come later and share the device.
         """
-        track.first_foretold_s = foretold_s
+        track.first_predicted_s = predicted_s
         stretch = self._stretches.get(_kind(track))
-        return foretold_s * math.exp(float(stretch or 0.0))
+        return predicted_s * math.exp(float(stretch or 0.0))
 
     def _row_limit(self, step: StepShape, room: Room) -> int:
         return step.max_rows if room.one_at_a_time else min(step.max_rows, room.row_limit)
 
     def _learn_stretch(self, track: Track, total_s: float) -> None:
-        if track.first_foretold_s and total_s > 0:
-            log_ratio = math.log(total_s / track.first_foretold_s)
+        if track.first_predicted_s and total_s > 0:
+            log_ratio = math.log(total_s / track.first_predicted_s)
             stretch = self._stretches.setdefault(_kind(track), Average())
             stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
 
@@ -173,7 +173,7 @@ class Outlook:
             rank=0.0 if started else policy.rank(self.as_queued(track)),
             started=started,
             step_s=step_s,
-            alone_s=work.steps * step_s,
+            serial_s=work.steps * step_s,
         )
 
     def _step_shape(self, track: Track) -> StepShape:

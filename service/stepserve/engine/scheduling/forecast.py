@@ -36,7 +36,7 @@ class Job(NamedTuple):
         rank: orders those that were not started.
         arrives_s: seconds from now at which it is submitted; only of one that was not started.
         step_s: seconds of a step of it alone. This and the next are for `SHORTEST_FIRST` only.
-        alone_s: what all its steps take alone, those that are done included.
+        serial_s: what all its steps take alone, those that are done included.
     """
 
     group: Hashable
@@ -49,7 +49,7 @@ class Job(NamedTuple):
     started: bool
     arrives_s: float = 0.0
     step_s: float = 0.0
-    alone_s: float = 0.0
+    serial_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def finish_times_s(jobs: Sequence[Job], device: Device) -> list[float]:
     return forecast(jobs, device).run()
 
 
-class Prospect:
+class CompletionEstimate:
     """What becomes of the jobs in hand and of a newcomer, which is the last of `jobs`.
 
     Args:
@@ -154,9 +154,9 @@ class Prospect:
         """When each in hand is done if the newcomer is not let in."""
         return finish_times_s(self._jobs[:-1], self._device)
 
-    def alone(self) -> Prospect:
+    def alone(self) -> CompletionEstimate:
         """What becomes of the newcomer if nothing is in hand."""
-        return Prospect(self._jobs[-1:], self._device)
+        return CompletionEstimate(self._jobs[-1:], self._device)
 
     def later_s(self, wait_s: float) -> float:
         """How long the newcomer takes if it comes in `wait_s` seconds, and nobody before it."""
@@ -287,7 +287,7 @@ class _InTurns(_Forecast):
         self.left = [float(job.steps) for job in jobs]
         self.patience = [patience(job.priority) for job in jobs]
         self.weight = [
-            1 / (patient * max(job.alone_s, SHORTEST_S))
+            1 / (patient * max(job.serial_s, SHORTEST_S))
             for job, patient in zip(jobs, self.patience, strict=True)
         ]
         self.step_rank = [

@@ -6,7 +6,7 @@ import math
 from bisect import insort
 from collections import deque
 
-from stepserve.engine.tracks.prediction import Foretold
+from stepserve.engine.tracks.prediction import Prediction
 
 PROMISED_SHARE = 0.985
 REMEMBERED = 256
@@ -20,7 +20,7 @@ MOST_SHARE = 0.6
 FORWARDS_AHEAD = 2
 
 
-class Margin:
+class LatenessQuantile:
     """A high quantile of how late requests were, by what had been foretold of them last.
 
     Conformal: of n latenesses that were seen, the next one is at most the one of rank
@@ -35,10 +35,10 @@ class Margin:
         self._sorted: list[float] = []
         self.share = FIRST_SHARE
 
-    def observe(self, foretold: Foretold, ended_s: float) -> None:
+    def observe(self, predicted: Prediction, ended_s: float) -> None:
         """Learn from a request that ended, or expired, at `ended_s` on the engine's clock."""
-        late_s = ended_s - foretold.at_s - foretold.seconds
-        scale_s = _scale_s(foretold.seconds, foretold.forward_s)
+        late_s = ended_s - predicted.at_s - predicted.seconds
+        scale_s = _scale_s(predicted.seconds, predicted.forward_s)
         if len(self._latest) == REMEMBERED:
             self._sorted.remove(self._latest.popleft())
         late = late_s / scale_s if scale_s > 0 else 0.0

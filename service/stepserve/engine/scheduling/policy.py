@@ -112,7 +112,7 @@ class Parked:
         latest_start_s: when it must run for its request to meet its deadline.
         arrival: orders requests by their submission.
         left_s: what the steps left to its request would take alone.
-        alone_s: what all its steps would take alone.
+        serial_s: what all its steps would take alone.
     """
 
     call: Call
@@ -121,7 +121,7 @@ class Parked:
     latest_start_s: float = math.inf
     arrival: int = 0
     left_s: float = 0.0
-    alone_s: float = 0.0
+    serial_s: float = 0.0
 
     @property
     def is_step(self) -> bool:
@@ -131,7 +131,7 @@ class Parked:
     @property
     def weight(self) -> float:
         """What a second of waiting counts for it."""
-        return 1 / (patience(self.priority) * max(self.alone_s, SHORTEST_S))
+        return 1 / (patience(self.priority) * max(self.serial_s, SHORTEST_S))
 
 
 class Queued(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
 from stepserve.engine.calls.guidance_interval import Narrowing
-from stepserve.engine.calls.output_cache import Memo, content_key
+from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.calls.stacking import tensors_in
 from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
 
@@ -31,7 +31,7 @@ def make_parkable(
     max_rows: int = 32,
     bucket_rows: tuple[int, ...] = (),
     enter: Callable[[Hashable], None] | None = None,
-    memo: Memo | None = None,
+    memo: OutputCache | None = None,
 ) -> Callable[[], None]:
     """Replace a method on one module instance; outside a track it behaves as before.
 
@@ -132,7 +132,7 @@ def _park_narrowed(
 
 
 def _recall(
-    track: Track, method: ParkableMethod, memo: Memo, args: tuple[Any, ...], kwargs: Any
+    track: Track, method: ParkableMethod, memo: OutputCache, args: tuple[Any, ...], kwargs: Any
 ) -> Any:
     key = content_key(track.work.variant, args, kwargs)
     known, output = memo.find(key)

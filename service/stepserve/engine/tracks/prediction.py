@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Prediction:
     """What was last foretold of a request, and when.
 
     Args:

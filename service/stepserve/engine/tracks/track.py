@@ -29,7 +29,7 @@ from stepserve.domain.timings import Timings
 from stepserve.engine.calls.call import Call
 from stepserve.engine.calls.guidance_interval import Narrowing
 from stepserve.engine.tracks.listener import Listener, tell
-from stepserve.engine.tracks.prediction import Foretold
+from stepserve.engine.tracks.prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Work:
         id: names the work in messages, and among the works of its owner.
         rows: rows that each denoiser call will take, unless it is narrowed.
         steps: denoiser calls expected, for estimates.
-        pictures: pictures it makes, counted against the limit on waiting work.
+        images: images it makes, counted against the limit on waiting work.
         run: the pipeline call; it runs in a greenlet on the engine thread.
         listener: hears the end, exactly once.
         variant: what the shared modules must be set to while they serve it, such as a set of
@@ -76,7 +76,7 @@ class Work:
     id: str
     rows: int
     steps: int
-    pictures: int
+    images: int
     run: Callable[[], Any]
     listener: Listener
     variant: Hashable = None
@@ -95,7 +95,7 @@ class Work:
 
 
 @dataclass
-class Clockwork:
+class TrackTimings:
     """Seconds a track spent in each stage, and the row shares of its denoiser forwards."""
 
     submitted_s: float
@@ -133,7 +133,7 @@ class Track:
     def __init__(self, work: Work, clock: Clock) -> None:
         self.work = work
         self.state = RequestState.QUEUED
-        self.clockwork = Clockwork(submitted_s=clock())
+        self.clockwork = TrackTimings(submitted_s=clock())
         self.call: Call | None = None
         self.held = work.held
         self.parked_s = 0.0
@@ -141,9 +141,9 @@ class Track:
         # Orders tracks by their submission.
         self.arrival = next(_arrivals)
         # Seconds that it should take if nothing more came; what that was worth is learned.
-        self.first_foretold_s: float | None = None
+        self.first_predicted_s: float | None = None
         # The same, foretold anew with each that came later.
-        self.foretold: Foretold | None = None
+        self.predicted: Prediction | None = None
         self._clock = clock
         self._stopped_by: BaseException | None = None
         # Made on start: a greenlet belongs to the thread that makes it, which must be the engine's.

@@ -59,7 +59,7 @@ Variant = tuple[AppliedAdapter, ...] | None
 """What the modules are set to for a request, sorted by name; None without adapters."""
 
 
-class AdapterShelf:
+class AdapterCache:
     """Keeps adapters loaded on the modules of one pipeline, and sets the modules to some of them.
 
     `resolve` and `names` may be called from any thread; everything else belongs to the engine's.

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from stepserve.domain.requests import Task
 from stepserve.pipelines.copies.blending import denoiser_for_inpainting
 from stepserve.pipelines.facts.signature import CallSignature, read_signature
-from stepserve.pipelines.modules.third_party.memoized_schedulers import remembering_class
-from stepserve.pipelines.modules.third_party.memoized_tokenizers import remembering_tokenizer
+from stepserve.pipelines.modules.third_party.memoized_schedulers import memoizing_class
+from stepserve.pipelines.modules.third_party.memoized_tokenizers import memoizing_tokenizer
 from stepserve.pipelines.modules.third_party.pinned_noise import on_host, with_pinned_noise
 from stepserve.pipelines.schedulers.usable import build_scheduler
 
@@ -33,7 +33,7 @@ OTHER_TASKS = {
 }
 
 
-class PipelineLender:
+class PipelineFactory:
     """Hands out shallow copies of one pipeline: modules shared, scheduler of their own.
 
     For other tasks than the pipeline's own they are of diffusers' classes for these, over the same
@@ -59,7 +59,7 @@ class PipelineLender:
         pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
         self._lenders = {task: (p, _lent_class(p, keeps_on_host)) for task, p in pipelines.items()}
         self._tokenizers = {
-            name: remembering_tokenizer(value)
+            name: memoizing_tokenizer(value)
             for name, value in vars(pipeline).items()
             if isinstance(value, PreTrainedTokenizerBase)
         }
@@ -94,7 +94,7 @@ class PipelineLender:
         if name not in self._prototypes:
             config = self._pipeline.scheduler.config
             prototype = build_scheduler(self._schedulers[name], config)
-            prototype.__class__ = remembering_class(prototype)
+            prototype.__class__ = memoizing_class(prototype)
             if self._keeps_on_host:
                 prototype.__class__ = on_host(type(prototype))
             self._prototypes[name] = prototype

@@ -47,7 +47,7 @@ def denoiser_of(pipeline: Any) -> Any:
 
 
 def check_serves_prompts(pipeline_class: type, signature: CallSignature) -> None:
-    """Refuse a pipeline that needs more than a prompt, or makes no pictures.
+    """Refuse a pipeline that needs more than a prompt, or makes no images.
 
     Raises:
         ModelLoadError: it is no text-to-image pipeline.
@@ -61,8 +61,8 @@ def check_serves_prompts(pipeline_class: type, signature: CallSignature) -> None
     others = ", ".join(sorted(signature.needed - {"prompt"}))
     if others:
         raise ModelLoadError(f"{name} needs more than a prompt: {others}")
-    if signature.makes != "pictures":
-        raise ModelLoadError(f"{name} makes {signature.makes}, not pictures")
+    if signature.makes != "images":
+        raise ModelLoadError(f"{name} makes {signature.makes}, not images")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

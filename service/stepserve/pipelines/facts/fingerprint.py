@@ -18,7 +18,7 @@ ANY_ROWS = "any rows"
 def take_fingerprint(
     folder: Path, dtype: torch.dtype, device: torch.device, row_buckets: str = ANY_ROWS
 ) -> Fingerprint:
-    """What decides the bytes of the pictures of the model in `folder`, besides the requests."""
+    """What decides the bytes of the images of the model in `folder`, besides the requests."""
     return Fingerprint(
         weights=hash_weights(folder),
         stepserve=__version__,

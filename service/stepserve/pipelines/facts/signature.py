@@ -10,8 +10,8 @@ from types import UnionType
 from typing import Any
 
 # Pipelines give these a default of None and raise when they are left out.
-PICTURE_INPUTS = ("image", "mask_image", "control_image")
-# Arguments that tell a pipeline for something else than pictures.
+IMAGE_INPUTS = ("image", "mask_image", "control_image")
+# Arguments that tell a pipeline for something else than images.
 OTHER_MEDIA = {
     "num_frames": "videos",
     "frames": "videos",
@@ -35,7 +35,7 @@ class CallSignature:
     names: frozenset[str]
     needed: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    makes: str = "pictures"
+    makes: str = "images"
 
     def accepts(self, name: str) -> bool:
         """Whether a call that passes this argument is heard.
@@ -95,7 +95,7 @@ def _is_needed(parameter: Parameter) -> bool:
     if parameter.name == "image":
         # Editing pipelines that can also start from nothing say so in the annotation.
         return not _may_be_none(parameter.annotation)
-    return parameter.name in PICTURE_INPUTS
+    return parameter.name in IMAGE_INPUTS
 
 
 def _may_be_none(annotation: Any) -> bool:
@@ -107,4 +107,4 @@ def _product(pipeline_class: type, names: Mapping[str, Parameter]) -> str:
         return "sound"
     if "Prior" in pipeline_class.__name__:
         return "embeddings"
-    return next((media for name, media in OTHER_MEDIA.items() if name in names), "pictures")
+    return next((media for name, media in OTHER_MEDIA.items() if name in names), "images")

@@ -1,4 +1,4 @@
-"""Loading a diffusers folder: any pipeline that makes pictures from a prompt."""
+"""Loading a diffusers folder: any pipeline that makes images from a prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from stepserve.config import SpeedSettings
 from stepserve.domain.models import ModelCapabilities
-from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.copies.guidance_interval import can_limit_guidance
 from stepserve.pipelines.copies.safety_checker import CHECKER, has_checker, names_checker
 from stepserve.pipelines.errors import ModelLoadError
@@ -61,7 +61,7 @@ class LoadedModel:
     capabilities: ModelCapabilities
     schedulers: dict[str, type]
     prompt_meter: PromptMeter
-    lender: PipelineLender
+    lender: PipelineFactory
     denoiser_forward: SwitchableForward | None = None
     cuda_graphs: bool = False
     sizes_are_said: bool = False
@@ -140,7 +140,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         for _, module, rule in parkable_methods(pipeline):
             if rule.shared:
                 bring_arguments(module, chosen)
-    lender = PipelineLender(pipeline, schedulers, keeps_on_host)
+    lender = PipelineFactory(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),
         tasks=lender.tasks,

@@ -103,7 +103,7 @@ def _modules_for_channels_last(pipeline: Any, wanted: bool | None) -> Iterator[t
     helped = [getattr(pipeline, name, None) for name in ("unet", "vae")]
     for module in _modules(pipeline):
         ranks = {parameter.dim() for parameter in module.parameters()}
-        # Torch refuses the format for the convolutions of videos, which some VAEs of pictures have.
+        # Torch refuses the format for the convolutions of videos, which some VAEs of images have.
         if (wanted or module in helped) and 4 in ranks and 5 not in ranks:
             yield module
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from functools import partial
 
 from stepserve.domain.models import ModelCapabilities, StepRange
-from stepserve.pipelines.copies.factory import PipelineLender
+from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.schedulers.probes import can_do, find_steps
 
 # Where a model's default count does not work, one of these may.
 LIKELY_STEPS = (4, 2, 1)
 
 
-def triable_schedulers(lender: PipelineLender, capabilities: ModelCapabilities) -> frozenset[str]:
+def triable_schedulers(lender: PipelineFactory, capabilities: ModelCapabilities) -> frozenset[str]:
     """Those of a model's schedulers that can be tried without its network."""
     likely = likely_steps(capabilities)
     with warnings.catch_warnings():
@@ -28,7 +28,7 @@ def triable_schedulers(lender: PipelineLender, capabilities: ModelCapabilities) 
 
 
 def scheduler_steps(
-    lender: PipelineLender, capabilities: ModelCapabilities, triable: Collection[str]
+    lender: PipelineFactory, capabilities: ModelCapabilities, triable: Collection[str]
 ) -> dict[str, StepRange]:
     """How many steps each scheduler can do; of those that cannot be tried, any number."""
     most, likely = capabilities.max_num_inference_steps, likely_steps(capabilities)

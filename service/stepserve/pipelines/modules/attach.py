@@ -12,7 +12,7 @@ from torch import nn
 
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.call import NO_RULES
-from stepserve.engine.calls.output_cache import Memo
+from stepserve.engine.calls.output_cache import OutputCache
 from stepserve.engine.tracks.interception import make_parkable
 from stepserve.engine.tracks.track import Stage
 
@@ -30,7 +30,7 @@ class ParkingRule:
         shared: whether calls of several requests may share a forward. Text encoders and VAEs run
             one call at a time: they take a few percent of the time and gain little from sharing,
             while on many processors their kernels round differently for another row count, and the
-            picture would no longer be the one that diffusers makes alone. See `decodings` for where
+            image would no longer be the one that diffusers makes alone. See `decodings` for where
             that is otherwise.
         remembered: whether outputs are kept for calls with equal arguments. Most requests have the
             same negative prompt, and people try a prompt again and again.
@@ -139,7 +139,7 @@ def attach(pipeline: Any, options: ParkingOptions) -> Callable[[], None]:
                 max_rows=options.max_rows if rule.shared else 1,
                 bucket_rows=options.bucket_rows if rule.shared else (),
                 enter=options.enter.get(path),
-                memo=Memo(options.prompt_cache_bytes) if remembers else None,
+                memo=OutputCache(options.prompt_cache_bytes) if remembers else None,
             )
         )
 

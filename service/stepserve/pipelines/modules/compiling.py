@@ -66,7 +66,7 @@ class SwitchableForward:
 
     @property
     def in_use(self) -> str:
-        """`eager` or `compiled`: the two round differently, so a picture depends on it."""
+        """`eager` or `compiled`: the two round differently, so an image depends on it."""
         return "eager" if self._run is self.eager else "compiled"
 
     def switch(self, run: Forward) -> None:
@@ -78,7 +78,7 @@ def row_buckets(max_rows: int) -> tuple[int, ...]:
     """Powers of two up to `max_rows`, and that itself: few graphs, at most half of one unused.
 
     There is none of one row: the compiler makes other kernels for it, which round differently, so
-    that the bits of a picture would depend on its company.
+    that the bits of an image would depend on its company.
     """
     powers = (2**n for n in range(1, max_rows.bit_length()))
     return tuple(sorted({*(rows for rows in powers if rows < max_rows), max_rows}))

@@ -1,8 +1,8 @@
 """Forwards recorded once and replayed: CUDA graphs.
 
 Launching the thousand kernels of a forward takes Python longer than a GPU takes to run them, unless
-there are many rows of large pictures. A CUDA graph launches all of them at once. It runs the very
-kernels of eager code, so pictures keep their bytes; that is checked when a graph is recorded.
+there are many rows of large images. A CUDA graph launches all of them at once. It runs the very
+kernels of eager code, so images keep their bytes; that is checked when a graph is recorded.
 
 A graph fits arguments of one shape and lies at fixed addresses: arguments are copied in, outputs
 are copied out. All graphs of a forward use the same memory one after another.
@@ -181,7 +181,7 @@ class CudaRecording:
         ]
         args, kwargs = tree_unflatten(self._inputs, structure)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may copy pictures from the device meanwhile.
+        # Other threads may copy images from the device meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = forward(*args, **kwargs)
 

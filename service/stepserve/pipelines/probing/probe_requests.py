@@ -15,13 +15,13 @@ from stepserve.domain.requests import GenerationRequest, Task
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.sharing_check import Trial
 from stepserve.pipelines.requests.call import call_pipeline
-from stepserve.pipelines.requests.inputs import InputPictures
+from stepserve.pipelines.requests.inputs import InputImages
 
 PROMPTS = ("a red heart", "a blue house")
 STEPS = 2
 
 
-def make_trials(model: LoadedModel, tasks: Sequence[Task] | None = None) -> list[Trial]:
+def make_probe_requests(model: LoadedModel, tasks: Sequence[Task] | None = None) -> list[Trial]:
     """Two requests of each task, one with guidance and one without: calls of two and of one row.
 
     Args:
@@ -39,7 +39,7 @@ def make_trials(model: LoadedModel, tasks: Sequence[Task] | None = None) -> list
 def trial_request(
     capabilities: ModelCapabilities, task: Task, index: int, side_px: int
 ) -> GenerationRequest:
-    """A small request for a square picture; the second is without guidance."""
+    """A small request for a square image; the second is without guidance."""
     return GenerationRequest(
         id=f"trial-{task}-{index}",
         model=capabilities.id,
@@ -56,16 +56,16 @@ def trial_request(
 
 
 def run_trial(model: LoadedModel, request: GenerationRequest) -> Tensor:
-    """Its picture, of shape (1, channels, height, width)."""
-    pictures: Tensor = call_pipeline(model, request, _pictures(request), output_type="pt")
-    return torch.as_tensor(pictures)
+    """Its image, of shape (1, channels, height, width)."""
+    images: Tensor = call_pipeline(model, request, _images(request), output_type="pt")
+    return torch.as_tensor(images)
 
 
-def _pictures(request: GenerationRequest) -> InputPictures:
+def _images(request: GenerationRequest) -> InputImages:
     """Something to start from: a slope of greys, whose right half may be repainted."""
     slope = np.linspace(0, 255, request.width, dtype=np.uint8)
     greys = np.broadcast_to(slope, (request.height, request.width))
-    return InputPictures(
+    return InputImages(
         image=Image.fromarray(greys).convert("RGB"),
         mask_image=Image.fromarray((greys > 127).astype(np.uint8) * 255),
     )

@@ -1,7 +1,7 @@
 """What a pipeline really does of what it seems to offer: tried once, before it serves.
 
 Whether diffusers has a class for a task, and whether a call takes a width, says little: some
-pipelines cannot do a task with these modules or take what it needs, some make pictures of their own
+pipelines cannot do a task with these modules or take what it needs, some make images of their own
 choice of sizes whatever they are asked for.
 """
 
@@ -27,7 +27,7 @@ from stepserve.pipelines.schedulers.probes import find_steps
 logger = logging.getLogger(__name__)
 
 Side = Callable[[Task, int], int]
-"""The side of the picture that is made for a task when so many pixels are asked for; may raise."""
+"""The side of the image that is made for a task when so many pixels are asked for; may raise."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def tried_offer(model: LoadedModel) -> Offer:
 def find_offer(tasks: Sequence[Task], sizes: SizeRange, side: Side) -> Offer:
     """Those of the tasks that can be done, and the native size alone where others cannot.
 
-    A model that cannot even make a picture from a prompt will say so when it is warmed up.
+    A model that cannot even make an image from a prompt will say so when it is warmed up.
     """
     kept = []
     for task in tasks:

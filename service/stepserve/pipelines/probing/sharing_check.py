@@ -248,7 +248,7 @@ def run_at_once(
 
 def trial_work(index: int, trial: Trial, ear: Ear) -> Work:
     """A trial as the engine wants it."""
-    return Work(f"trial-{index}", rows=1, steps=1, pictures=1, run=trial, listener=ear)
+    return Work(f"trial-{index}", rows=1, steps=1, images=1, run=trial, listener=ear)
 
 
 def difference(one: Tensor, other: Tensor) -> float:

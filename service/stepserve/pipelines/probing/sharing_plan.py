@@ -58,12 +58,12 @@ class SharingPlan:
     Args:
         alone: they do not: they run one at a time.
         inline: components that run inside a call, unparked.
-        max_rows: most rows of a shared forward that keep pictures as they are; 0: any number.
+        max_rows: most rows of a shared forward that keep images as they are; 0: any number.
         filled_rows: for the sake of equal bytes every shared forward is filled up to the next of
             these, and has no more rows than the last; empty: any row count.
         row_buckets: where there are none, forwards are filled up to the next of these; empty: not
             at all.
-        same_bytes: whether a picture is the same in every bit at any load, on this device.
+        same_bytes: whether an image is the same in every bit at any load, on this device.
         remark: why it is not the usual plan; for people.
     """
 
@@ -77,7 +77,7 @@ class SharingPlan:
 
     @property
     def row_policy(self) -> str:
-        """In a few words, for fingerprints: pictures of different policies may differ."""
+        """In a few words, for fingerprints: images of different policies may differ."""
         if self.alone:
             return "one request at a time"
         buckets = self.filled_rows or self.row_buckets
@@ -117,14 +117,14 @@ def plan_sharing(
         fix_rows: whether forwards may be filled up for the sake of equal bytes.
         row_buckets: what forwards are to be filled up to in any case.
     """
-    plan = plan_company(pipeline, trials)
+    plan = plan_co_batching(pipeline, trials)
     if plan.alone:
         return plan
     plan = replace(plan, row_buckets=row_buckets)
     return plan_rows(pipeline, trials, plan, max_rows, fix_rows)
 
 
-def plan_company(
+def plan_co_batching(
     pipeline: Any, trials: Sequence[Trial], verified: Collection[str] = VERIFIED
 ) -> SharingPlan:
     """Whether requests may run at once, and which components must run inside a call.
@@ -153,7 +153,7 @@ def plan_company(
 def plan_rows(
     pipeline: Any, trials: Sequence[Trial], plan: SharingPlan, max_rows: int, fix_rows: bool
 ) -> SharingPlan:
-    """Whether pictures have the same bytes at any load, and what it takes."""
+    """Whether images have the same bytes at any load, and what it takes."""
     with parked_at(Stage.DENOISE, pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
         found = same_bits(tried, max_rows, fix_rows)

@@ -1,9 +1,9 @@
 """Decodings of several requests in one forward, where that changes no bit and saves time.
 
-Usually a VAE rounds otherwise for another number of pictures, so decodings run one call at a time.
-With one thread a replica it was seen not to: what depended on the number of pictures was how work
+Usually a VAE rounds otherwise for another number of images, so decodings run one call at a time.
+With one thread a replica it was seen not to: what depended on the number of images was how work
 is split among threads. So on CPUs it is tried at the start, at the native size; other sizes, which
-were not tried, keep forwards of their own. On GPUs pictures are decoded beside the steps of others.
+were not tried, keep forwards of their own. On GPUs images are decoded beside the steps of others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MOST_ROWS = 8
 # Who would have been first waits for all the others. So it must be worth it, which it is for small
-# pictures only, whose forwards take longer than their arithmetic.
+# images only, whose forwards take longer than their arithmetic.
 LONGEST_ALONE_S = 0.1
 MOST_OF_ALONE = 0.75
 
@@ -62,7 +62,7 @@ def decoding_rules(pipeline: Any, trial: Trial, plan: SharingPlan) -> DecodingRu
         found = {calls[0].key.shape: rows_worth_sharing(calls[0]) for calls in groups}
     rules = DecodingRules({shape: rows for shape, rows in found.items() if rows > 1})
     if rules.rows:
-        logger.info("up to %d pictures are decoded together", max(rules.rows.values()))
+        logger.info("up to %d images are decoded together", max(rules.rows.values()))
     return rules
 
 
@@ -78,11 +78,11 @@ def rows_worth_sharing(
     """
     generator = torch.Generator().manual_seed(0)
     calls = [varied(one_row(call), generator) for _ in range(most_rows)]
-    alone_s = _seconds(calls[:1], clock)
-    if alone_s > LONGEST_ALONE_S:
+    serial_s = _seconds(calls[:1], clock)
+    if serial_s > LONGEST_ALONE_S:
         return 1
     rows = independent_rows(calls, most_rows)
-    return rows if _seconds(calls[:rows], clock) <= MOST_OF_ALONE * rows * alone_s else 1
+    return rows if _seconds(calls[:rows], clock) <= MOST_OF_ALONE * rows * serial_s else 1
 
 
 def _seconds(calls: Sequence[Call], clock: Callable[[], float]) -> float:

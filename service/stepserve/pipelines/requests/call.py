@@ -18,13 +18,13 @@ from stepserve.pipelines.copies.safety_checker import guardrail, remove_checker,
 from stepserve.pipelines.facts.signature import accepted_arguments
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.requests.failures import blaming_settings, cannot_be_done
-from stepserve.pipelines.requests.inputs import InputPictures
+from stepserve.pipelines.requests.inputs import InputImages
 from stepserve.pipelines.requests.previews import OnPreview, Previewer, can_preview
 from stepserve.pipelines.schedulers.probes import set_steps, try_ends
 from stepserve.pipelines.schedulers.watch import draw_from, watch_images, watch_steps
 
 OnStep = Callable[[int, int], None]
-NO_PICTURES = InputPictures()
+NO_IMAGES = InputImages()
 # What the authors of Qwen-Image give; no encoder sees more in it than in an empty one.
 NO_NEGATIVE_PROMPT = " "
 # Clients choose what they are known by.
@@ -32,20 +32,20 @@ MOST_KNOWN_COUNTS = 1024
 
 
 def make_generators(seed: int, n: int) -> list[torch.Generator]:
-    """One CPU generator a picture: the same seed gives the same noise on every device."""
+    """One CPU generator an image: the same seed gives the same noise on every device."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in range(n)]
 
 
-def make_pictures(
+def make_images(
     model: LoadedModel,
     request: GenerationRequest,
-    inputs: InputPictures = NO_PICTURES,
+    inputs: InputImages = NO_IMAGES,
     on_step: OnStep | None = None,
     on_preview: OnPreview | None = None,
 ) -> list[Image.Image | None]:
-    """Make the pictures of a request. `on_step(i, n)` is called after each scheduler step.
+    """Make the images of a request. `on_step(i, n)` is called after each scheduler step.
 
-    In place of a picture that the pipeline's own safety checker withheld there is None.
+    In place of an image that the pipeline's own safety checker withheld there is None.
 
     Raises:
         ContentFilteredError: it withheld all.
@@ -64,7 +64,7 @@ def make_pictures(
 def call_pipeline(
     model: LoadedModel,
     request: GenerationRequest,
-    inputs: InputPictures = NO_PICTURES,
+    inputs: InputImages = NO_IMAGES,
     output_type: str = "pil",
 ) -> Any:
     """What a pipeline draws for a request, whatever its safety checker would say of it."""
@@ -74,7 +74,7 @@ def call_pipeline(
 def run_pipeline(
     model: LoadedModel,
     request: GenerationRequest,
-    inputs: InputPictures = NO_PICTURES,
+    inputs: InputImages = NO_IMAGES,
     on_step: OnStep | None = None,
     output_type: str = "pil",
     on_preview: OnPreview | None = None,
@@ -157,18 +157,18 @@ def guidance_arguments(guidance: Guidance, request: GenerationRequest) -> dict[s
     return told
 
 
-def task_arguments(request: GenerationRequest, inputs: InputPictures) -> dict[str, Any]:
+def task_arguments(request: GenerationRequest, inputs: InputImages) -> dict[str, Any]:
     """What the pipeline call of one task takes and those of others do not."""
     size = {"width": request.width, "height": request.height}
     match request.task:
         case Task.TEXT_TO_IMAGE:
             return size
         case Task.IMAGE_TO_IMAGE:
-            # The picture has the wanted size already; pipelines that take one have their own else.
+            # The image has the wanted size already; pipelines that take one have their own else.
             return size | {"image": inputs.image, "strength": request.strength}
         case Task.INPAINTING:
-            pictures = {"image": inputs.image, "mask_image": inputs.mask_image}
-            return pictures | size | {"strength": request.strength}
+            images = {"image": inputs.image, "mask_image": inputs.mask_image}
+            return images | size | {"strength": request.strength}
 
 
 def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
@@ -234,7 +234,7 @@ def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int
 
 
 def _check_finite(latents: torch.Tensor, request: GenerationRequest) -> None:
-    """A picture of numbers that are none would be black, and look like an answer."""
+    """An image of numbers that are none would be black, and look like an answer."""
     if not bool(torch.isfinite(latents).all()):
         adapters = "".join(f", adapter {use.name} at {use.scale:g}" for use in request.adapters)
         raise GenerationFailedError(

@@ -1,4 +1,4 @@
-"""Finished pictures wait for the one thread that makes files of them: counted, and bounded."""
+"""Finished images wait for the one thread that makes files of them: counted, and bounded."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Telling = Callable[[], None]
 """Tells of files that were made."""
 
 
-class PictureEncoder:
-    """One thread, so that previews and pictures stay in order.
+class ImageEncoder:
+    """One thread, so that previews and images stay in order.
 
     Args:
-        most_pictures: that may wait before new requests are refused.
+        most_images: that may wait before new requests are refused.
     """
 
-    def __init__(self, most_pictures: int) -> None:
-        self._most = most_pictures
+    def __init__(self, most_images: int) -> None:
+        self._most = most_images
         self._waiting = 0
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
@@ -33,40 +33,40 @@ class PictureEncoder:
         """Return if new requests may be let in.
 
         Raises:
-            ServerFullError: too many pictures wait.
+            ServerFullError: too many images wait.
         """
         if self._waiting >= self._most:
             raise ServerFullError(
-                f"the server is full: {self._waiting} finished pictures wait to be encoded and the "
+                f"the server is full: {self._waiting} finished images wait to be encoded and the "
                 f"limit is {self._most}",
                 RETRY_AFTER_S,
             )
 
-    def submit(self, pictures: int, encode: Callable[[], Telling]) -> None:
-        """Make files of so many pictures when it is their turn, and tell of them.
+    def submit(self, images: int, encode: Callable[[], Telling]) -> None:
+        """Make files of so many images when it is their turn, and tell of them.
 
         Raises:
             RuntimeError: it has ended.
         """
-        self._count(pictures)
+        self._count(images)
         try:
-            self._thread.submit(self._run, pictures, encode)
+            self._thread.submit(self._run, images, encode)
         except RuntimeError:
-            self._count(-pictures)
+            self._count(-images)
             raise
 
     def shutdown(self) -> None:
         """Finish what waits, and end."""
         self._thread.shutdown(wait=True)
 
-    def _run(self, pictures: int, encode: Callable[[], Telling]) -> None:
+    def _run(self, images: int, encode: Callable[[], Telling]) -> None:
         try:
             told = encode()
         finally:
-            self._count(-pictures)
+            self._count(-images)
         # Afterwards, as whoever is told may send the next request at once.
         told()
 
-    def _count(self, pictures: int) -> None:
+    def _count(self, images: int) -> None:
         with self._lock:
-            self._waiting += pictures
+            self._waiting += images

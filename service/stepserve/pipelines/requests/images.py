@@ -1,4 +1,4 @@
-"""Finished pictures as files, with everything needed to make them again inside."""
+"""Finished images as files, with everything needed to make them again inside."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEDIA_TYPES = {
     OutputFormat.WEBP: "image/webp",
 }
 PARAMETERS_KEY = "parameters"
-# They decide no pixel, and the same picture should be the same bytes.
+# They decide no pixel, and the same image should be the same bytes.
 WITHOUT_EFFECT = (
     "id",
     "output_format",
@@ -41,7 +41,7 @@ USUAL_QUALITY = 95
 
 
 def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
-    """What picture `index` of a request can be made again from, alone."""
+    """What image `index` of a request can be made again from, alone."""
     alone = asdict(replace(request, seed=request.seed + index, n=1))
     for field in WITHOUT_EFFECT:
         del alone[field]
@@ -53,7 +53,7 @@ def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
 
 
 def encode_image(image: Image.Image | None, request: GenerationRequest, index: int) -> EncodedImage:
-    """Write one picture in the wanted format. Same picture and parameters: same bytes.
+    """Write one image in the wanted format. Same image and parameters: same bytes.
 
     None stands for one that the model's own safety checker withheld.
     """
@@ -72,7 +72,7 @@ def encode_image(image: Image.Image | None, request: GenerationRequest, index: i
 def encode_preview(
     image: Image.Image | None, request: GenerationRequest, index: int
 ) -> EncodedImage:
-    """Write what a picture will roughly be in the wanted format."""
+    """Write what an image will roughly be in the wanted format."""
     if image is None:
         return _withheld(request, index)
     return _encode(image, request, index)

@@ -14,7 +14,7 @@ from typing import Protocol
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.engine.tracks.listener import tell
 from stepserve.engine.tracks.track import as_stepserve_error
-from stepserve.pipelines.requests.inputs import InputPictures, decode_inputs
+from stepserve.pipelines.requests.inputs import InputImages, decode_inputs
 
 DECODERS = 2
 """Images decoded at once: each takes a core and up to 200 MB for a moment."""
@@ -26,15 +26,15 @@ class Inputs:
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.are_needed = request.image is not None or request.mask_image is not None
-        self._pictures: InputPictures | None = None if self.are_needed else InputPictures()
+        self._images: InputImages | None = None if self.are_needed else InputImages()
         self._is_wanted = True
         self._then: list[Callable[[], None]] = []
 
     @property
-    def pictures(self) -> InputPictures:
+    def images(self) -> InputImages:
         """As decoded: what needs them is released afterwards."""
-        assert self._pictures is not None
-        return self._pictures
+        assert self._images is not None
+        return self._images
 
     def then(self, call: Callable[[], None]) -> None:
         """Call once the images are known to be fine; at once where there are none."""
@@ -46,7 +46,7 @@ class Inputs:
     def forget(self) -> None:
         """Nobody needs them any more."""
         self._is_wanted = False
-        self._pictures = None
+        self._images = None
 
     def decode(self) -> None:
         """Decode them if somebody still needs them.
@@ -55,7 +55,7 @@ class Inputs:
             InvalidRequestError: names the field that is wrong.
         """
         if self._is_wanted:
-            self._pictures = decode_inputs(self.request)
+            self._images = decode_inputs(self.request)
         # It may have been cancelled meanwhile.
         if self._is_wanted:
             for call in self._then:

@@ -17,14 +17,14 @@ OPAQUE = 255
 
 
 @dataclass(frozen=True)
-class InputPictures:
-    """What a request starts from, in the size of its answer: RGB picture and grey mask, or None."""
+class InputImages:
+    """What a request starts from, in the size of its answer: RGB image and grey mask, or None."""
 
     image: Image.Image | None = None
     mask_image: Image.Image | None = None
 
 
-def decode_inputs(request: GenerationRequest) -> InputPictures:
+def decode_inputs(request: GenerationRequest) -> InputImages:
     """Decode the images of a request and resize them to the size that it asks for.
 
     Transparent parts of the image become white. In the mask white is to be repainted: in OpenAI's
@@ -36,7 +36,7 @@ def decode_inputs(request: GenerationRequest) -> InputPictures:
             marks nothing to repaint.
     """
     size = request.width, request.height
-    return InputPictures(
+    return InputImages(
         image=_decode("image", request.image, size, _on_white),
         mask_image=_decode("mask", request.mask_image, size, _mask_of),
     )
@@ -106,7 +106,7 @@ def _mask_of(image: Image.Image) -> Image.Image:
     mask = _transparency_of(image) or image.convert("L")
     if mask.getextrema() == (0, 0):
         raise InvalidRequestError(
-            "mask marks nothing to repaint: make that part transparent, or white in a picture "
+            "mask marks nothing to repaint: make that part transparent, or white in an image "
             "without transparency",
             "mask",
         )

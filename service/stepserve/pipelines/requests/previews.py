@@ -1,7 +1,7 @@
-"""What the pictures of a request will roughly be, told before its last step.
+"""What the images of a request will roughly be, told before its last step.
 
 A scheduler is given the noisy latents and what the network says of them. The two foretell the clean
-latents, x_0, which the VAE decodes like any others: an intermediate picture, not a thumbnail.
+latents, x_0, which the VAE decodes like any others: an intermediate image, not a thumbnail.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stepserve.pipelines.copies.safety_checker import flagged_previews
 from stepserve.pipelines.schedulers.watch import after_steps
 
 OnPreview = Callable[[int, int, int, list[Image.Image | None]], None]
-"""Hears index, step, steps and pictures."""
+"""Hears index, step, steps and images."""
 
 IMAGE_LATENT_DIMENSIONS = 4
 
@@ -51,7 +51,7 @@ class Observed:
         after = getattr(self.scheduler, "step_index", None)
         self.latest = Denoised(sample, output, timestep, None if after is None else after - 1)
 
-    def foretell(self) -> torch.Tensor | None:
+    def predict(self) -> torch.Tensor | None:
         """The clean latents as of the latest evaluation; None if nothing can be said."""
         if self.latest is None or not isinstance(self.latest.output, torch.Tensor):
             return None
@@ -148,10 +148,10 @@ class Previewer:
         """Foretell, if it is time to."""
         if step not in preview_steps(self._request.previews, steps):
             return
-        latents = self._observed.foretell()
-        pictures = None if latents is None else self._decode(latents)
-        if pictures is not None:
-            self._on_preview(self._told, step, steps, pictures)
+        latents = self._observed.predict()
+        images = None if latents is None else self._decode(latents)
+        if images is not None:
+            self._on_preview(self._told, step, steps, images)
             self._told += 1
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image | None] | None:
@@ -164,9 +164,9 @@ class Previewer:
             return None
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         decoded = pipeline.vae.decode(scaled.to(pipeline.vae.dtype), return_dict=False)[0]
-        pictures: list[Image.Image] = pipeline.image_processor.postprocess(
+        images: list[Image.Image] = pipeline.image_processor.postprocess(
             decoded.detach(), output_type="pil"
         )
         # What the checker would withhold in the end is not to be seen on the way.
         flagged = flagged_previews(pipeline, decoded.detach())
-        return [None if index in flagged else image for index, image in enumerate(pictures)]
+        return [None if index in flagged else image for index, image in enumerate(images)]

@@ -10,7 +10,7 @@ from stepserve.pipelines.schedulers.probes import can_do, draws_from_elsewhere
 
 PROBE_STEPS = 4
 
-# Left out because they would make a wrong picture, or not the same one twice, rather than raise.
+# Left out because they would make a wrong image, or not the same one twice, rather than raise.
 UNSUITABLE = {
     "CosineDPMSolverMultistepScheduler": "made for models that learned the cosine schedule in EDM",
     "DPMSolverSDEScheduler": "draws noise from a source of its own, not from the request's seed",

@@ -40,10 +40,10 @@ def after_steps(scheduler: Any, hear: Callable[..., None]) -> None:
 
 
 def watch_images(pipeline: Any, hear: Callable[[Any], None]) -> None:
-    """Call `hear` with what was decoded before it becomes pictures, where that can be seen.
+    """Call `hear` with what was decoded before it becomes images, where that can be seen.
 
     Args:
-        pipeline: one that a request has to itself; what it makes pictures with is replaced.
+        pipeline: one that a request has to itself; what it makes images with is replaced.
     """
     processor: Any = getattr(pipeline, "image_processor", None)
     if not hasattr(processor, "postprocess"):

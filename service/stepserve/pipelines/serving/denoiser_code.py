@@ -1,6 +1,6 @@
 """Which code runs the denoiser for which request: eager at first, compiled once that is ready.
 
-Eager and compiled code round differently, so a picture is never made by both: a request keeps the
+Eager and compiled code round differently, so an image is never made by both: a request keeps the
 code that was in use when it was submitted, and the engine runs requests of different code in
 different forwards, as it does with adapters. Nobody waits for the change.
 

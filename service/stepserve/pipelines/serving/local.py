@@ -17,7 +17,7 @@ from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 def generate_locally(
     model: LoadedModel, request: GenerationRequest, adapters: AdapterOptions | None = None
 ) -> Finished:
-    """Run one request through an engine of its own and wait for its pictures.
+    """Run one request through an engine of its own and wait for its images.
 
     Raises:
         StepserveError: the request was refused or failed.

@@ -29,11 +29,11 @@ from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import Engine, EngineOptions
-from stepserve.engine.loop.side_stream import CudaAside
+from stepserve.engine.loop.side_stream import CudaSideStream
 from stepserve.engine.loop.timing import timing_for
 from stepserve.engine.tracks.listener import tell
 from stepserve.engine.tracks.track import Work, as_stepserve_error
-from stepserve.pipelines.adapters.cache import AdapterShelf
+from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.copies.guidance_interval import narrow_to_interval
 from stepserve.pipelines.errors import ModelLoadError
@@ -44,14 +44,14 @@ from stepserve.pipelines.modules.compiling import row_buckets
 from stepserve.pipelines.modules.cuda_graphs import CudaRecorder, GraphedForward, graph_denoisers
 from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
 from stepserve.pipelines.probing.guidance_cost import settle_guidance
-from stepserve.pipelines.probing.probe_requests import make_trials
+from stepserve.pipelines.probing.probe_requests import make_probe_requests
 from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline, tried_offer
 from stepserve.pipelines.probing.shape_rules import SizeRules
 from stepserve.pipelines.probing.sharing_check import Trial
 from stepserve.pipelines.probing.sharing_plan import SharingPlan, plan_sharing
 from stepserve.pipelines.probing.vae_batching import decoding_rules
-from stepserve.pipelines.requests.call import denoiser_calls, make_pictures
-from stepserve.pipelines.requests.encoding import PictureEncoder, Telling
+from stepserve.pipelines.requests.call import denoiser_calls, make_images
+from stepserve.pipelines.requests.encoding import ImageEncoder, Telling
 from stepserve.pipelines.requests.images import encode_image, encode_preview
 from stepserve.pipelines.requests.input_decoding import InputDecoder, Inputs
 from stepserve.pipelines.serving.denoiser_code import Code, DenoiserCode
@@ -68,7 +68,7 @@ class SharingOptions:
     """What an operator decides about how requests share forwards.
 
     Args:
-        fixed_rows: where pictures would else depend on the load in their last bits, fill forwards
+        fixed_rows: where images would else depend on the load in their last bits, fill forwards
             up to one row count if that cures it.
         prompt_cache_bytes: how much is kept of each text encoder's outputs.
         plan: made before; None makes one when the engine starts.
@@ -88,7 +88,7 @@ class RequestListener:
 
     request: GenerationRequest
     sink: Sink
-    encoder: PictureEncoder
+    encoder: ImageEncoder
     inputs: Inputs
     fingerprint: Callable[[], str] = str
     withheld: Callable[[int], None] = lambda images: None
@@ -106,10 +106,10 @@ class RequestListener:
         """The pipeline call got one step further. Called inside it, where raising would end it."""
         tell(self.request.id, self.sink, StepFinished(self.request.id, step, steps))
 
-    def foretold(self, index: int, step: int, steps: int, images: Images) -> None:
-        """What the pictures will roughly be. Called inside the pipeline call, as `step_ended` is.
+    def predicted(self, index: int, step: int, steps: int, images: Images) -> None:
+        """What the images will roughly be. Called inside the pipeline call, as `step_ended` is.
 
-        Previews and the pictures themselves are encoded by one thread, so they stay in order.
+        Previews and the images themselves are encoded by one thread, so they stay in order.
         """
         encode = partial(self._encode_preview, index, step, steps, images)
         tell(self.request.id, self.encoder.submit, len(images), encode)
@@ -170,13 +170,13 @@ class PipelineRunner:
         compiled = model.denoiser_forward is not None
         options = options or EngineOptions()
         self.engine = Engine(replace(options, gradients=options.gradients or compiled))
-        self.adapters = AdapterShelf(model.pipeline, adapters or AdapterOptions())
+        self.adapters = AdapterCache(model.pipeline, adapters or AdapterOptions())
         self.plan = SharingPlan()
         # By the model's own safety checker, since the start.
         self.images_withheld = 0
         self._sharing = sharing
         self._limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
-        self._encoder = PictureEncoder(options.max_waiting_pictures)
+        self._encoder = ImageEncoder(options.max_pending_images)
         self._decoder = InputDecoder(self.engine)
         self._threads = 0
         self.denoiser_code: DenoiserCode | None = None
@@ -246,9 +246,9 @@ class PipelineRunner:
             logger.exception("request %s could not be handed to the engine", request.id)
             sink(Failed(request.id, as_stepserve_error(error, request.id)))
 
-    def outlook_of(self, key: RequestKey) -> tuple[int, float] | None:
+    def estimator_of(self, key: RequestKey) -> tuple[int, float] | None:
         """Requests in hand that came before this one, and seconds until it should end, or None."""
-        return self.engine.outlook_of(key)
+        return self.engine.estimator_of(key)
 
     def view(self) -> BatchView:
         """What is in hand, and the latest forwards."""
@@ -280,7 +280,7 @@ class PipelineRunner:
         pipeline, ceiling = self.model.pipeline, self.engine.options.row_ceiling
         if self._sharing.plan is None:
             self._settle_capabilities()
-        trials = make_trials(self.model, self._limits.tasks)
+        trials = make_probe_requests(self.model, self._limits.tasks)
         buckets = row_buckets(ceiling) if self.denoiser_code else ()
         self.plan = self._sharing.plan or plan_sharing(
             pipeline, trials, ceiling, self._sharing.fixed_rows, buckets
@@ -290,7 +290,7 @@ class PipelineRunner:
         elif self.plan.same_bytes and not self.plan.alone:
             self._adjust_calls(trials[0])
         if can_keep_on_host(pipeline, device) and not self.plan.alone:
-            self.engine.batcher.aside = CudaAside()
+            self.engine.batcher.aside = CudaSideStream()
         # Adapters change modules, and a graph is of a module as it was.
         if self.model.cuda_graphs and not (self.adapters.options.any or self.plan.alone):
             self.graphs = graph_denoisers(pipeline, self.plan.inline, CudaRecorder())
@@ -346,15 +346,15 @@ class PipelineRunner:
         variant = self.adapters.resolve(request.adapters)
 
         def make() -> Images:
-            steps, previews = listener.step_ended, listener.foretold
-            return make_pictures(self.model, request, inputs.pictures, steps, previews)
+            steps, previews = listener.step_ended, listener.predicted
+            return make_images(self.model, request, inputs.images, steps, previews)
 
         guidance = self.guidance
         return Work(
             id=request.id,
             rows=guidance.rows_of(request),
             steps=guidance.calls_of(request, calls),
-            pictures=request.n,
+            images=request.n,
             run=partial(self.adapters.run_with, variant, make),
             listener=listener,
             # Compared at every tick, and an enumeration's members are slow at that.
@@ -386,10 +386,10 @@ class PipelineRunner:
             seed=0,
             scheduler=limits.default_scheduler,
         )
-        return self.engine.alone_s(self._work(usual, lambda event: None, Inputs(usual))) or None
+        return self.engine.serial_s(self._work(usual, lambda event: None, Inputs(usual))) or None
 
     def _fingerprint(self, code: Code | None) -> str:
-        """Of a picture that was made since `code` was in use; None without a choice of code."""
+        """Of an image that was made since `code` was in use; None without a choice of code."""
         fingerprint = self._limits.fingerprint
         if fingerprint is None:
             return ""

@@ -31,7 +31,7 @@ from stepserve.domain.timings import Timings
 from stepserve.engine.scheduling.row_limits import is_out_of_memory, knee
 from stepserve.engine.tracks.track import Work
 from stepserve.pipelines.loading.weights import check_all_weights
-from stepserve.pipelines.requests.call import make_pictures
+from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.runner import PipelineRunner
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ def warm_up(runner: PipelineRunner) -> float:
     """Run small requests of growing row counts through the engine; returns seconds taken.
 
     Raises:
-        StepserveError: the model cannot make a picture.
+        StepserveError: the model cannot make an image.
     """
     started_s = time.perf_counter()
-    pictures = 1
+    images = 1
     limit = min(runner.model.capabilities.max_n, runner.engine.row_ceiling // 2)
-    while pictures <= max(limit, 1):
-        _run(runner, _request(runner, pictures))
-        pictures *= 2
+    while images <= max(limit, 1):
+        _run(runner, _request(runner, images))
+        images *= 2
     if runner.engine.options.max_rows is None and not runner.plan.has_one_row_count:
         _set_measured_limit(runner)
     # What is loaded by now stays: the garbage collector need not walk a million objects again and
@@ -221,15 +221,15 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
         id=request.id,
         rows=_rows(runner, request),
         steps=guidance.calls_of(request, request.num_inference_steps),
-        pictures=request.n,
-        run=partial(make_pictures, runner.model, request, on_step=stopwatch.step_ended),
+        images=request.n,
+        run=partial(make_images, runner.model, request, on_step=stopwatch.step_ended),
         listener=stopwatch,
         size=(request.width, request.height),
     )
     runner.engine.submit(work)
     error = stopwatch.ended.get()
     if error is not None and not is_out_of_memory(error):
-        logger.warning("%d pictures could not be measured: %s", request.n, error)
+        logger.warning("%d images could not be measured: %s", request.n, error)
     return None if error is not None else min(stopwatch.seconds, default=None)
 
 
@@ -237,12 +237,10 @@ def _rows(runner: PipelineRunner, request: GenerationRequest) -> int:
     return runner.model.capabilities.guidance.rows_of(request)
 
 
-def _request(
-    runner: PipelineRunner, pictures: int, steps: int = WARM_UP_STEPS
-) -> GenerationRequest:
+def _request(runner: PipelineRunner, images: int, steps: int = WARM_UP_STEPS) -> GenerationRequest:
     capabilities = runner.model.capabilities
     return GenerationRequest(
-        id=f"warm-up-{pictures}",
+        id=f"warm-up-{images}",
         model=capabilities.id,
         prompt="warm up",
         width=capabilities.sizes.native,
@@ -251,7 +249,7 @@ def _request(
         guidance_scale=capabilities.default_guidance_scale,
         seed=0,
         scheduler=capabilities.default_scheduler,
-        n=pictures,
+        n=images,
     )
 
 

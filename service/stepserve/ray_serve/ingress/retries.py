@@ -1,4 +1,4 @@
-"""Requests whose replica was lost are served by another one: same seed, same pictures."""
+"""Requests whose replica was lost are served by another one: same seed, same images."""
 
 from __future__ import annotations
 

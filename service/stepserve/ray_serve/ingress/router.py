@@ -1,7 +1,7 @@
 """The batching request router: Ray Serve asks it which replica a request goes to.
 
-Each process that sends requests has a router of its own; `stepserve.routing` holds what it knows and
-how it decides.
+Each process that sends requests has a router of its own; `routing/` holds what it knows and how
+it decides.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RoutingUnavailableError(StepserveError):
 class BatchingRouter(RequestRouter):
     """Sends each request to the replica that should finish it first.
 
-    Calls that make no pictures go to whichever replica Ray Serve likes.
+    Calls that make no images go to whichever replica Ray Serve likes.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:

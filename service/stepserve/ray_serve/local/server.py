@@ -35,7 +35,7 @@ from stepserve.ray_serve.applications import (
     model_handle,
 )
 from stepserve.ray_serve.exposure import check_exposure
-from stepserve.ray_serve.listen_socket import held_door
+from stepserve.ray_serve.listen_socket import held_listen_socket
 from stepserve.ray_serve.local.draining import drain
 from stepserve.ray_serve.local.failed_models import failed_models, failure_of
 from stepserve.ray_serve.local.local_ray import (
@@ -375,7 +375,7 @@ def _settled(read_settings: Callable[[], Settings], pause: Callable[[float], Non
 @contextmanager
 def _door(settings: Settings, folder: RuntimeFolder) -> Iterator[str | None]:
     """Where the ingress borrows its listening socket; None if Ray Serve's proxies are to listen."""
-    with held_door(settings.http.host, settings.http.port, folder.path) as door:
+    with held_listen_socket(settings.http.host, settings.http.port, folder.path) as door:
         if not joins_cluster():
             yield door
             return

@@ -11,7 +11,7 @@ from stepserve.domain.requests import RequestKey
 ORPHANED_AFTER_S = 10.0
 
 
-class Callers:
+class IngressHeartbeats:
     """Ingress replicas by id, and the requests that each waits for.
 
     A killed ingress cancels nothing: what it had asked for would be worked on for nobody.

@@ -43,10 +43,12 @@ class ReplicaMetrics:
 
     def start(self) -> None:
         """Begin. What warmed the replica up is not counted."""
-        from stepserve.engine.loop.observer import Several
+        from stepserve.engine.loop.observer import CompositeObserver
 
         batcher, traces = self._runner.engine.batcher, self._traces
-        batcher.observer = self._metrics if traces is None else Several(self._metrics, traces)
+        batcher.observer = (
+            self._metrics if traces is None else CompositeObserver(self._metrics, traces)
+        )
         self._metrics.started()
         self._flusher.start()
 
@@ -81,8 +83,8 @@ class ReplicaMetrics:
         return Standing(
             backlog_s=load.backlog_s,
             requests=load.requests,
-            pictures=load.pictures,
-            picture_limit=engine.options.max_waiting_pictures,
+            images=load.images,
+            image_limit=engine.options.max_pending_images,
             row_limit=engine.batcher.row_limit,
             load_s=self._load_s,
             memory_bytes=self._runner.memory_bytes(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepserve.config import EngineSettings, ModelSettings, TelemetrySettings
+from stepserve.config import ModelSettings, TelemetrySettings
 from stepserve.domain.batch import BatchView
 from stepserve.domain.errors import (
     NotReadyError,
@@ -35,18 +34,15 @@ from stepserve.models.catalogue import ModelNotFoundError
 from stepserve.ray_serve.autoscaling import BACKLOG
 from stepserve.ray_serve.heap import TRIM_INTERVAL_S, heap_trimmer
 from stepserve.ray_serve.logging import start_logging
-from stepserve.ray_serve.replica.heartbeats import Callers
+from stepserve.ray_serve.replica.heartbeats import IngressHeartbeats
 from stepserve.ray_serve.replica.load_attempts import LoadAttempts, folder_state
 from stepserve.ray_serve.replica.metrics import ReplicaMetrics, open_request_traces
-from stepserve.ray_serve.replica.request_tracker import NOT_WATCHED, RequestDesk
+from stepserve.ray_serve.replica.request_tracker import NOT_WATCHED, RequestTracker
 from stepserve.ray_serve.replica.watchdog import watch_interpreter, watch_work
 from stepserve.ray_serve.replica_port import listen_on_node_address
 from stepserve.telemetry.flusher import Flusher
 
 if TYPE_CHECKING:
-    from stepserve.engine.loop.engine import EngineOptions
-    from stepserve.pipelines.adapters.files import AdapterOptions
-    from stepserve.pipelines.facts.trust import Trust
     from stepserve.pipelines.serving.runner import PipelineRunner
 
 logger = logging.getLogger(__name__)
@@ -72,7 +68,7 @@ class ModelReplica:
     def __init__(self, spec: ReplicaSpec) -> None:
         listen_on_node_address()
         self.spec = spec
-        self.callers = Callers(time.monotonic)
+        self.callers = IngressHeartbeats(time.monotonic)
         self._draining = False
         self._orphaned: set[RequestKey] = set()
         self._attempts = LoadAttempts(partial(folder_state, _own_folder(spec)), time.monotonic)
@@ -87,10 +83,12 @@ class ModelReplica:
 
     def _load(self) -> bool:
         """Load the model, and be ready to serve it; False if it cannot be loaded."""
+        from stepserve.composition import load_runner
+
         began_s = time.monotonic()
         self._attempts.begin()
         try:
-            runner = _load_runner(self.spec)
+            runner = load_runner(self.spec.model_id, self.spec.settings)
         except Exception as error:
             self._note_failure(error)
             return False
@@ -127,7 +125,7 @@ class ModelReplica:
         traces = open_request_traces()
         self.metrics = ReplicaMetrics(runner, model_id, load_s, traces)
         self.metrics.start()
-        self.desk = RequestDesk(runner, traces or NOT_WATCHED)
+        self.desk = RequestTracker(runner, traces or NOT_WATCHED)
         if (trim := heap_trimmer()) is not None:
             Flusher(trim, TRIM_INTERVAL_S, "heap").start()
         stuck_after_s = self.spec.settings.engine.stuck_after_s
@@ -252,85 +250,7 @@ class ModelReplica:
         return 0.0 if self._draining else self.runner.engine.silent_s()
 
 
-def _load_runner(spec: ReplicaSpec) -> PipelineRunner:
-    from stepserve.pipelines.loading.folders import leave_cores_to_engine, load_model
-    from stepserve.pipelines.loading.reasons import first_image_failed
-    from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
-    from stepserve.pipelines.serving.warm_up import warm_up
-
-    settings = spec.settings
-    leave_cores_to_engine()
-    model = load_model(
-        spec.model_id,
-        find_model(settings),
-        settings.dtype,
-        settings.device,
-        settings,
-        trust_of(settings),
-        settings.safety_checker,
-    )
-    sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
-    adapters = adapter_options(settings)
-    runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing)
-    try:
-        runner.start()
-        seconds = warm_up(runner)
-    except Exception as error:
-        runner.stop()
-        raise first_image_failed(spec.model_id, model.pipeline, error) from error
-    logger.info("model %s: the warm-up took %.1f s", spec.model_id, seconds)
-    runner.start_compiling()
-    return runner
-
-
 def _own_folder(spec: ReplicaSpec) -> Path | None:
     """Where the model lies, if that is not the embedded model's folder or a hub."""
     settings = spec.settings
     return None if settings.path is None or settings.revision else Path(settings.path)
-
-
-def find_model(settings: ModelSettings) -> Path:
-    """The diffusers folder of a model; one of a hub is downloaded if it has to be.
-
-    Raises:
-        ModelNotFoundError: there is no diffusers pipeline in that folder.
-        ModelLoadError: it cannot be fetched.
-    """
-    from stepserve.models.catalogue import model_folder
-    from stepserve.pipelines.loading.hub import fetch_model
-
-    if settings.path is None or settings.revision is None:
-        return model_folder(settings.path)
-    return fetch_model(settings.path, settings.revision, trust_of(settings))
-
-
-def trust_of(settings: ModelSettings) -> Trust:
-    """What an operator allows a model's folder."""
-    from stepserve.pipelines.facts.trust import Trust
-
-    return Trust(remote_code=settings.trust_remote_code, pickle=settings.allow_pickle)
-
-
-def adapter_options(settings: ModelSettings) -> AdapterOptions:
-    """Where the adapters of a model are, from an operator's settings."""
-    from stepserve.pipelines.adapters.files import AdapterOptions
-
-    return AdapterOptions(
-        named={name: Path(path) for name, path in settings.adapters.items()},
-        folder=Path(settings.adapters_folder) if settings.adapters_folder else None,
-        max_loaded=settings.max_loaded_adapters,
-    )
-
-
-def engine_options(settings: EngineSettings) -> EngineOptions:
-    """The engine's options from an operator's settings."""
-    from stepserve.engine.loop.engine import EngineOptions
-
-    return EngineOptions(
-        max_rows=settings.max_rows,
-        max_waiting_pictures=settings.max_waiting_pictures,
-        # Said in so many words, as Ray sets torch's default by the CPUs that a replica reserves.
-        threads=settings.threads or os.cpu_count(),
-        niceness=settings.niceness,
-        gradients=settings.gradients,
-    )

@@ -58,7 +58,7 @@ class NotWatched:
 NOT_WATCHED = NotWatched()
 
 
-class RequestDesk:
+class RequestTracker:
     """Between an event loop, whose calls these are, and the engine's threads.
 
     Args:
@@ -123,7 +123,7 @@ class RequestDesk:
         progress = self._log.progress(key)
         if progress is None or progress.ended:
             return progress
-        outlook = self._runner.outlook_of(key)
+        outlook = self._runner.estimator_of(key)
         if outlook is None:
             return progress
         position, expected_s = outlook
@@ -138,7 +138,7 @@ class RequestDesk:
                 replace(job, steps=steps[key]) for key, job in self._jobs.items() if key in steps
             ),
             costs={_size(size): StepCost(*cost) for size, cost in engine.step_costs().items()},
-            picture_limit=engine.options.max_waiting_pictures,
+            image_limit=engine.options.max_pending_images,
             guidance=self._runner.guidance,
         )
 

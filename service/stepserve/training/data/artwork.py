@@ -1,8 +1,8 @@
-"""Open emoji artwork: fetched from npm by package name, rendered from SVG to RGBA pictures.
+"""Open emoji artwork: fetched from npm by package name, rendered from SVG to RGBA images.
 
 Two sets are used: Noto Emoji (Apache-2.0) and Fluent Emoji Flat (MIT). Skin-tone variants, flags,
 people, clock faces and abstract symbols are left out: at 64 px they are hard to tell apart, and a
-small model that must remember fewer pictures remembers them better.
+small model that must remember fewer images remembers them better.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Artwork:
-    """Rendered pictures with their names and styles, in the same order.
+    """Rendered images with their names and styles, in the same order.
 
-    `pixels` has shape (pictures, size_px, size_px, 4), uint8, straight (not premultiplied) alpha.
+    `pixels` has shape (images, size_px, size_px, 4), uint8, straight (not premultiplied) alpha.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -219,10 +219,10 @@ def _render_all(cache: Path, size_px: int, target: Path) -> None:
     pixels: list[npt.NDArray[np.uint8]] = []
     for package in PACKAGES:
         archive = fetch_package(package, cache)
-        for name, picture in render_package(package, archive, size_px):
+        for name, image in render_package(package, archive, size_px):
             names.append(name)
             styles.append(package.style)
-            pixels.append(picture)
+            pixels.append(image)
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer, pixels=np.stack(pixels), names=np.array(names), styles=np.array(styles)

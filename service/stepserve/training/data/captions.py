@@ -16,14 +16,14 @@ from stepserve.training.loop.files import fresh_sibling, replace_folder
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-OPENINGS = ("{name}", "{name}", "{name}", "{article} {name}", "{name} emoji", "a picture of {name}")
+OPENINGS = ("{name}", "{name}", "{name}", "{article} {name}", "{name} emoji", "an image of {name}")
 STYLES = ("", "", ", {style}", ", {style} style")
 BACKGROUND_PHRASES = (" on a {colour} background", ", {colour} background")
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a picture shows: its name, its artwork style and the colour painted behind it."""
+    """What an image shows: its name, its artwork style and the colour painted behind it."""
 
     name: str
     style: str
@@ -42,7 +42,7 @@ def write_caption(caption: Caption, chance: random.Random) -> str:
 
 def all_phrases(names: Iterable[str]) -> list[str]:
     """Text that contains every word the captions use."""
-    frame = ["a an the emoji picture of on background style noto fluent", *BACKGROUNDS]
+    frame = ["a an the emoji image of on background style noto fluent", *BACKGROUNDS]
     # Repeated, so that the words of every caption become single tokens.
     return frame * 100 + list(names)
 

@@ -1,4 +1,4 @@
-"""Artwork to training pictures: painted on a background, mirrored, cropped."""
+"""Artwork to training images: painted on a background, mirrored, cropped."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 
 def artwork_tensor(artwork: Artwork) -> torch.Tensor:
-    """Pixels as (pictures, 4, size, size) uint8."""
+    """Pixels as (images, 4, size, size) uint8."""
     return torch.from_numpy(np.ascontiguousarray(artwork.pixels.transpose(0, 3, 1, 2)))
 
 
 def paint(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """Lay pictures over plain backgrounds.
+    """Lay images over plain backgrounds.
 
     Args:
         rgba: (batch, 4, height, width) in 0..255, straight alpha.
@@ -46,7 +46,7 @@ def paint(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
 
 
 def shrink(rgba: torch.Tensor, size_px: int) -> torch.Tensor:
-    """Scale (batch, 4, height, width) pictures down by a whole factor, alpha-aware."""
+    """Scale (batch, 4, height, width) images down by a whole factor, alpha-aware."""
     factor = rgba.shape[-1] // size_px
     if factor == 1:
         return rgba
@@ -57,6 +57,6 @@ def shrink(rgba: torch.Tensor, size_px: int) -> torch.Tensor:
     return torch.cat([rgb, small_alpha], dim=1).round().clamp(0, 255).to(torch.uint8)
 
 
-def mirror(pictures: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Flip the chosen pictures (batch,) left to right."""
-    return torch.where(chosen[:, None, None, None], pictures.flip(-1), pictures)
+def mirror(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Flip the chosen images (batch,) left to right."""
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)

@@ -1,4 +1,4 @@
-"""Latents of every picture on every background, computed once and kept."""
+"""Latents of every image on every background, computed once and kept."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ ORIGIN = "autoencoder"
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Scaled latents, bfloat16, (pictures, backgrounds, 2 mirrorings, channels, size, size)."""
+    """Scaled latents, bfloat16, (images, backgrounds, 2 mirrorings, channels, size, size)."""
 
     scaled: torch.Tensor
     scaling_factor: float
 
     def select(
-        self, pictures: Sequence[int], backgrounds: Sequence[int], mirrored: Sequence[bool]
+        self, images: Sequence[int], backgrounds: Sequence[int], mirrored: Sequence[bool]
     ) -> torch.Tensor:
         """Latents (batch, channels, size, size) in float32."""
         side = [int(m) for m in mirrored]
-        return self.scaled[list(pictures), list(backgrounds), side].float()
+        return self.scaled[list(images), list(backgrounds), side].float()
 
 
 @torch.no_grad()
 def encode_artwork(autoencoder: AutoencoderKL, artwork: torch.Tensor, path: Path) -> LatentSet:
-    """Encode all pictures (pictures, 4, height, width) uint8, or read an earlier result.
+    """Encode all images (images, 4, height, width) uint8, or read an earlier result.
 
     An earlier result of another autoencoder or of other artwork is computed anew. The scaling
     factor brings the latents to unit variance, as the noise schedule assumes.
@@ -71,11 +71,11 @@ def _origin(content: bytes) -> str | None:
     return metadata.get(ORIGIN)
 
 
-def _encode_all(autoencoder: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+def _encode_all(autoencoder: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     colours = torch.tensor(list(BACKGROUNDS.values()))
     encoded = []
-    for picture in tqdm(pictures, desc="latents", unit="picture", mininterval=1):
-        painted = paint(picture.expand(len(colours), -1, -1, -1), colours)
+    for image in tqdm(images, desc="latents", unit="image", mininterval=1):
+        painted = paint(image.expand(len(colours), -1, -1, -1), colours)
         both = torch.cat([painted, painted.flip(-1)])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             mode = autoencoder.encode(both).latent_dist.mode()

@@ -1,8 +1,8 @@
-"""Both directions of a diffusion model as picture strips, drawn by the model itself.
+"""Both directions of a diffusion model as image strips, drawn by the model itself.
 
-Forward (Ho et al. 2020, arXiv:2006.11239): a picture is noised in closed form until it is static.
-Reverse (Song et al. 2021, arXiv:2010.02502): static becomes a picture, and beside each state stands
-the clean picture that the model has in mind there. `docs/diffusion.md` explains the formulas.
+Forward (Ho et al. 2020, arXiv:2006.11239): an image is noised in closed form until it is static.
+Reverse (Song et al. 2021, arXiv:2010.02502): static becomes an image, and beside each state stands
+the clean image that the model has in mind there. `docs/diffusion.md` explains the formulas.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from stepserve.training.diffusion import NoiseSchedule
-from stepserve.training.drawing.grids import to_picture
+from stepserve.training.drawing.grids import to_image
 from stepserve.training.drawing.strips import draw_strip
 from stepserve.training.errors import ModelNotExplainableError
 from stepserve.training.loop.files import write_atomically
@@ -41,7 +41,7 @@ def explain(
 ) -> list[Path]:
     """Write `explain-forward.png` and `explain-reverse.png` into the folder `out`.
 
-    Needs nothing but the model: the picture that is noised is one it made from the prompt.
+    Needs nothing but the model: the image that is noised is one it made from the prompt.
 
     Args:
         pipeline_folder: a diffusers folder of a Stable Diffusion layout with velocity prediction.
@@ -51,9 +51,9 @@ def explain(
         ModelNotExplainableError: the folder holds no such pipeline.
     """
     pipeline = load_for_explaining(pipeline_folder)
-    moments, picture = denoise(pipeline, prompt, seed, steps)
+    moments, image = denoise(pipeline, prompt, seed, steps)
     strips = {
-        "explain-forward.png": forward_strip(pipeline, picture, seed),
+        "explain-forward.png": forward_strip(pipeline, image, seed),
         "explain-reverse.png": reverse_strip(pipeline, moments),
     }
     return [_save(strip, out / name) for name, strip in strips.items()]
@@ -90,13 +90,13 @@ def denoise(
     """Run the pipeline, recording every step.
 
     Returns:
-        The moments from the noisiest to the cleanest, and the picture (3, height, width) in -1..1.
+        The moments from the noisiest to the cleanest, and the image (3, height, width) in -1..1.
     """
     plain = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_config(plain.config)
     moments = record_steps(pipeline.scheduler)
     try:
-        pictures = pipeline(
+        images = pipeline(
             prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
@@ -105,7 +105,7 @@ def denoise(
         ).images
     finally:
         pipeline.scheduler = plain
-    return moments, pictures[0].float() * 2 - 1
+    return moments, images[0].float() * 2 - 1
 
 
 def record_steps(scheduler: Any) -> list[Moment]:
@@ -124,19 +124,19 @@ def record_steps(scheduler: Any) -> list[Moment]:
 
 @torch.no_grad()
 def forward_strip(
-    pipeline: StableDiffusionPipeline, picture: torch.Tensor, seed: int, columns: int = COLUMNS
+    pipeline: StableDiffusionPipeline, image: torch.Tensor, seed: int, columns: int = COLUMNS
 ) -> Image.Image:
-    """A picture (3, height, width) in -1..1, ever noisier: its pixels above, its latents below."""
+    """An image (3, height, width) in -1..1, ever noisier: its pixels above, its latents below."""
     schedule = schedule_of(pipeline)
-    # Denser at the start, where the picture is lost.
+    # Denser at the start, where the image is lost.
     t = (torch.linspace(0, 1, columns) ** 1.5 * (schedule.timesteps - 1)).round().long()
     generator = torch.Generator().manual_seed(seed)
-    clean = picture[None]
+    clean = image[None]
     latents = pipeline.vae.encode(clean).latent_dist.mode() * pipeline.vae.config.scaling_factor
     rows = [_noised(schedule, x_0, t, generator) for x_0 in (clean, latents)]
     return draw_strip(
         {
-            "pixels": [to_picture(pixels) for pixels in rows[0]],
+            "pixels": [to_image(pixels) for pixels in rows[0]],
             "latents,\ndecoded": decode(pipeline, rows[1]),
         },
         [f"t = {timestep}" for timestep in t.tolist()],
@@ -147,7 +147,7 @@ def forward_strip(
 def reverse_strip(
     pipeline: StableDiffusionPipeline, moments: Sequence[Moment], columns: int = COLUMNS
 ) -> Image.Image:
-    """From static to a picture: x_t above, the clean sample that is predicted from it below."""
+    """From static to an image: x_t above, the clean sample that is predicted from it below."""
     shown = [moments[index] for index in spread(len(moments), columns)]
     t = torch.tensor([moment.timestep for moment in shown])
     x_t = torch.cat([moment.x_t for moment in shown])
@@ -160,9 +160,9 @@ def reverse_strip(
 
 
 def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Scaled latents (batch, channels, height, width) as pictures."""
+    """Scaled latents (batch, channels, height, width) as images."""
     pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    return [to_picture(one) for one in pixels]
+    return [to_image(one) for one in pixels]
 
 
 def schedule_of(pipeline: StableDiffusionPipeline) -> NoiseSchedule:

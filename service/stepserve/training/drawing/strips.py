@@ -1,4 +1,4 @@
-"""Picture strips: rows of pictures, with names before the rows and above the columns."""
+"""Image strips: rows of images, with names before the rows and above the columns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ INK = (40, 40, 40)
 
 
 def draw_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]) -> Image.Image:
-    """Lay rows of pictures out below the column names.
+    """Lay rows of images out below the column names.
 
     Args:
-        rows: the pictures of each row by the row's name, which may have several lines.
-        columns: one name for each picture of a row.
+        rows: the images of each row by the row's name, which may have several lines.
+        columns: one name for each image of a row.
     """
     pitch = CELL_PX + GAP_PX
     sheet = Image.new(
@@ -30,13 +30,13 @@ def draw_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]
     for column, name in enumerate(columns):
         centre = (MARGIN_PX + column * pitch + CELL_PX // 2, HEAD_PX // 2)
         draw.text(centre, name, INK, font, anchor="mm")
-    for row, (name, pictures) in enumerate(rows.items()):
+    for row, (name, images) in enumerate(rows.items()):
         top = HEAD_PX + row * pitch
         draw.multiline_text((GAP_PX, top + CELL_PX // 2), name, INK, font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            sheet.paste(_cell(picture), (MARGIN_PX + column * pitch, top))
+        for column, image in enumerate(images):
+            sheet.paste(_cell(image), (MARGIN_PX + column * pitch, top))
     return sheet
 
 
-def _cell(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BICUBIC)
+def _cell(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BICUBIC)

@@ -1,7 +1,7 @@
 """The training loop shared by every stage: optimizers, EMA weights, checkpoints, progress.
 
 The random numbers of a step depend on the seed and the step alone, so a run that was killed and
-resumed sees the same pictures and the same noise as one that was not.
+resumed sees the same images and the same noise as one that was not.
 """
 
 from __future__ import annotations

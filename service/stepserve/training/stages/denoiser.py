@@ -72,7 +72,7 @@ def build_unet(config: DenoiserConfig) -> UNet2DConditionModel:
         out_channels=config.latent_channels,
         layers_per_block=1,
         block_out_channels=config.block_channels,
-        # One attention over picture and caption together and no feed-forward layers, as in
+        # One attention over image and caption together and no feed-forward layers, as in
         # DeepFloyd IF: fewer operations for the same size, and each of them gives a row the same
         # bits whatever other rows it shares a forward with (in bfloat16, channels last).
         down_block_types=("SimpleCrossAttnDownBlock2D",) * blocks,
@@ -215,14 +215,14 @@ class DenoiserStage:
         size = self.loop.batch_size
         chance = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
         colours = list(BACKGROUNDS)
-        pictures = torch.randint(len(self.artwork), (size,), generator=generator).tolist()
-        backgrounds = [self._background(chance, colours) for _ in pictures]
-        mirrored = [chance.random() < 0.5 for _ in pictures]
+        images = torch.randint(len(self.artwork), (size,), generator=generator).tolist()
+        backgrounds = [self._background(chance, colours) for _ in images]
+        mirrored = [chance.random() < 0.5 for _ in images]
         captions = [
-            self._caption(picture, colours[background], chance)
-            for picture, background in zip(pictures, backgrounds, strict=True)
+            self._caption(image, colours[background], chance)
+            for image, background in zip(images, backgrounds, strict=True)
         ]
-        return self.latents.select(pictures, backgrounds, mirrored), captions
+        return self.latents.select(images, backgrounds, mirrored), captions
 
     def tokens(self, captions: Sequence[str]) -> torch.Tensor:
         """Token ids, padded to the fixed length that the pipeline uses too."""
@@ -240,22 +240,22 @@ class DenoiserStage:
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            pictures = pipeline(
+            images = pipeline(
                 list(SAMPLE_PROMPTS),
                 num_inference_steps=20,
                 guidance_scale=4.0,
                 generator=[torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))],
                 output_type="pt",
             ).images
-        save_grid(pictures.float() * 2 - 1, self.folder / f"samples-{step:06d}.png", columns=6)
+        save_grid(images.float() * 2 - 1, self.folder / f"samples-{step:06d}.png", columns=6)
 
     def _background(self, chance: random.Random, colours: list[str]) -> int:
         if chance.random() < self.config.white_share:
             return colours.index("white")
         return chance.randrange(len(colours))
 
-    def _caption(self, picture: int, background: str, chance: random.Random) -> str:
+    def _caption(self, image: int, background: str, chance: random.Random) -> str:
         if chance.random() < self.config.caption_dropout:
             return ""
-        name, style = self.artwork.names[picture], self.artwork.styles[picture]
+        name, style = self.artwork.names[image], self.artwork.styles[image]
         return write_caption(Caption(name, style, background), chance)

@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder that turns 64 px pictures into 8x8 latents of 16 channels.
+"""Stage 1: the autoencoder that turns 64 px images into 8x8 latents of 16 channels.
 
 Trained with an L1 loss on pixels and on their gradients, and a small KL term that keeps latents
 near a unit Gaussian (Kingma and Welling 2013; the latent-diffusion recipe of Rombach et al. 2022).
@@ -25,7 +25,7 @@ from stepserve.training.loop.loop import Trainer
 class AutoencoderConfig:
     """Shape of the autoencoder and weights of its losses."""
 
-    picture_px: int = 64
+    image_px: int = 64
     latent_channels: int = 16
     block_channels: tuple[int, ...] = (32, 64, 96, 128)
     norm_groups: int = 8
@@ -35,15 +35,15 @@ class AutoencoderConfig:
 
     @property
     def latent_size(self) -> int:
-        """Side of the latents: each block but the last halves the picture."""
-        return self.picture_px >> (len(self.block_channels) - 1)
+        """Side of the latents: each block but the last halves the image."""
+        return self.image_px >> (len(self.block_channels) - 1)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
-    """An untrained AutoencoderKL; each block but the last halves the picture."""
+    """An untrained AutoencoderKL; each block but the last halves the image."""
     blocks = len(config.block_channels)
     return AutoencoderKL(
-        sample_size=config.picture_px,
+        sample_size=config.image_px,
         latent_channels=config.latent_channels,
         block_out_channels=config.block_channels,
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -54,7 +54,7 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
 
 
 def sharpness_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """L1 between the pixel differences of both pictures: keeps edges sharp."""
+    """L1 between the pixel differences of both images: keeps edges sharp."""
     difference = made - wanted
     rows = (difference[:, :, 1:] - difference[:, :, :-1]).abs().mean()
     columns = (difference[:, :, :, 1:] - difference[:, :, :, :-1]).abs().mean()
@@ -62,7 +62,7 @@ def sharpness_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 class AutoencoderStage:
-    """Loss and sample grids of the autoencoder over RGBA artwork (pictures, 4, 128, 128) uint8."""
+    """Loss and sample grids of the autoencoder over RGBA artwork (images, 4, 128, 128) uint8."""
 
     def __init__(
         self, config: AutoencoderConfig, loop: LoopConfig, artwork: torch.Tensor, folder: Path
@@ -70,7 +70,7 @@ class AutoencoderStage:
         self.config = config
         self.loop = loop
         self.large = artwork
-        self.small = shrink(artwork, config.picture_px)
+        self.small = shrink(artwork, config.image_px)
         self.folder = folder
         self.autoencoder = build_autoencoder(config)
 
@@ -84,19 +84,19 @@ class AutoencoderStage:
 
     def loss(self, step: int, generator: torch.Generator) -> torch.Tensor:
         """Pixels, edges and KL of one batch, in float32 (scalar)."""
-        pictures = self.batch(generator)
+        images = self.batch(generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            posterior = self.autoencoder.encode(pictures).latent_dist
+            posterior = self.autoencoder.encode(images).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             made = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample
         made = made.float()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        pixels = functional.l1_loss(made, pictures)
-        edges = sharpness_loss(made, pictures)
+        pixels = functional.l1_loss(made, images)
+        edges = sharpness_loss(made, images)
         return pixels + self.config.gradient_weight * edges + self.config.kl_weight * kl
 
     def batch(self, generator: torch.Generator) -> torch.Tensor:
-        """(batch, 3, picture_px, picture_px) in -1..1: whole pictures and some close-up crops."""
+        """(batch, 3, image_px, image_px) in -1..1: whole images and some close-up crops."""
         size = self.loop.batch_size
         crops = round(size * self.config.crop_share)
         chosen = torch.randint(len(self.small), (size,), generator=generator)
@@ -108,12 +108,12 @@ class AutoencoderStage:
         """Originals above their reconstructions."""
         some = torch.linspace(0, len(self.small) - 1, 12).long()
         colours = torch.tensor(list(BACKGROUNDS.values()))[:12]
-        pictures = paint(self.small[some], colours)
-        made = self.autoencoder.decode(self.autoencoder.encode(pictures).latent_dist.mode()).sample
-        save_grid(torch.cat([pictures, made]), self.folder / f"vae-{step:06d}.png", columns=12)
+        images = paint(self.small[some], colours)
+        made = self.autoencoder.decode(self.autoencoder.encode(images).latent_dist.mode()).sample
+        save_grid(torch.cat([images, made]), self.folder / f"vae-{step:06d}.png", columns=12)
 
     def _crops(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        size = self.config.picture_px
+        size = self.config.image_px
         room = self.large.shape[-1] - size + 1
         corners = torch.randint(room, (len(chosen), 2), generator=generator).tolist()
         pairs = zip(chosen.tolist(), corners, strict=True)

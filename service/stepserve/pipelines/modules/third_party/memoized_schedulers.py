@@ -34,7 +34,7 @@ METHODS_WITH_LOGARITHMS = {
 }
 
 
-def remember_numbers(function: NumberFunction) -> NumberFunction:
+def memoize_numbers(function: NumberFunction) -> NumberFunction:
     """A pure function of one number that remembers its answers; other arguments pass through.
 
     Nobody may write into its answers. It asks nothing of other devices than the CPU, as that would
@@ -60,7 +60,7 @@ def remember_numbers(function: NumberFunction) -> NumberFunction:
     return answer
 
 
-def remembering_class(scheduler: Any) -> type:
+def memoizing_class(scheduler: Any) -> type:
     """A subclass for copies of one scheduler that share what they remember.
 
     Its name is that of the scheduler's class, which is returned as it is if nothing in it is to be
@@ -69,7 +69,7 @@ def remembering_class(scheduler: Any) -> type:
     cls = type(scheduler)
     names = [name for name in METHODS_OF_SIGMA if hasattr(cls, name)]
     methods: dict[str, Any] = {name: _remember_method(scheduler, name) for name in names}
-    log = remember_numbers(np.log)
+    log = memoize_numbers(np.log)
     for name in METHODS_WITH_LOGARITHMS.get(cls.__name__, ()):
         methods[name] = _with_logarithm(getattr(cls, name), log)
     return type(cls.__name__, (cls,), methods) if methods else cls
@@ -78,7 +78,7 @@ def remembering_class(scheduler: Any) -> type:
 def _remember_method(scheduler: Any, name: str) -> Callable[[Any, torch.Tensor], Any]:
     original = getattr(type(scheduler), name)
     settings = scheduler.config
-    remembered = remember_numbers(getattr(scheduler, name))
+    remembered = memoize_numbers(getattr(scheduler, name))
 
     def answer(self: Any, sigma: torch.Tensor) -> Any:
         # Copies share the very settings, until a pipeline gives one others.

@@ -18,7 +18,7 @@ MOST_TEXTS = 256
 SIMPLE = (str, int, float, type(None))
 
 
-def remembering_tokenizer(tokenizer: Any) -> Any:
+def memoizing_tokenizer(tokenizer: Any) -> Any:
     """A copy of a tokenizer, of the same class name, that remembers its latest answers.
 
     Whoever sets an attribute of it makes it forget, and so does a token that is added. Callers get

@@ -1,6 +1,6 @@
-"""Make the pictures of the README and the docs with the embedded model, through the engine.
+"""Make the images of the README and the docs with the embedded model, through the engine.
 
-python docs/make_pictures.py
+python docs/make_images.py
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def draw_grid(path: Path) -> None:
     rows = -(-len(PROMPTS) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * CELL_PX, rows * (CELL_PX + LABEL_PX)), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (prompt, picture) in enumerate(zip(PROMPTS, make_all(), strict=True)):
+    for index, (prompt, image) in enumerate(zip(PROMPTS, make_all(), strict=True)):
         left, top = index % COLUMNS * CELL_PX, index // COLUMNS * (CELL_PX + LABEL_PX)
-        larger = picture.resize((CELL_PX - 4, CELL_PX - 4), Image.Resampling.LANCZOS)
+        larger = image.resize((CELL_PX - 4, CELL_PX - 4), Image.Resampling.LANCZOS)
         sheet.paste(larger, (left, top))
         draw.text((left + 2, top + CELL_PX - 2), prompt.replace("background", "bg"), fill="black")
     sheet.save(path, optimize=True)
 
 
 def make_all() -> list[Image.Image]:
-    """One picture of each prompt."""
+    """One image of each prompt."""
     model = load_model("emoji", EMBEDDED)
-    return [open_picture(generate_locally(model, request(prompt))) for prompt in PROMPTS]
+    return [open_image(generate_locally(model, request(prompt))) for prompt in PROMPTS]
 
 
 def request(prompt: str) -> GenerationRequest:
@@ -84,8 +84,8 @@ def request(prompt: str) -> GenerationRequest:
     )
 
 
-def open_picture(finished: Finished) -> Image.Image:
-    """The first picture of an answer."""
+def open_image(finished: Finished) -> Image.Image:
+    """The first image of an answer."""
     return Image.open(io.BytesIO(finished.images[0].data)).convert("RGB")
 
 

@@ -1,4 +1,4 @@
-"""Pictures and videos to video, with transformers."""
+"""Images and videos to video, with transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import diffusers
 import transformers
 
 from .family import Family, Variation, seeded
-from .video_parts import clip_vision, embeddings_to_video, picture, pil_pictures, text_to_video
+from .video_parts import clip_vision, embeddings_to_video, pil_images, start_image, text_to_video
 from .video_transformers import (
     HUNYUAN,
     SIXTEEN_WORDS,
@@ -22,7 +22,7 @@ from .video_transformers import (
 )
 
 IMAGE_TOKEN = 101
-PATCHES = 16  # of the picture that Llava is shown
+PATCHES = 16  # of the image that Llava is shown
 
 
 def clip_parts() -> dict[str, Any]:
@@ -32,7 +32,7 @@ def clip_parts() -> dict[str, Any]:
     }
 
 
-def wan_from_picture() -> Any:
+def wan_from_image() -> Any:
     return diffusers.WanImageToVideoPipeline(
         transformer=wan_transformer(in_channels=36, image_dim=4, added_kv_proj_dim=24),
         **clip_parts(),
@@ -40,7 +40,7 @@ def wan_from_picture() -> Any:
     )
 
 
-def wan_from_picture_two_experts() -> Any:
+def wan_from_image_two_experts() -> Any:
     return diffusers.WanImageToVideoPipeline(
         transformer=wan_transformer(in_channels=36),
         transformer_2=wan_transformer(in_channels=36),
@@ -49,8 +49,8 @@ def wan_from_picture_two_experts() -> Any:
     )
 
 
-def wan_from_picture_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    image = pil_pictures(variation, 16)[0]
+def wan_from_image_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    image = pil_images(variation, 16)[0]
     return embeddings_to_video(variation, 16, image=image, num_frames=5)
 
 
@@ -59,7 +59,7 @@ def wan_from_video() -> Any:
 
 
 def wan_from_video_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    video = pil_pictures(variation, 16, 5)
+    video = pil_images(variation, 16, 5)
     return embeddings_to_video(variation, 16, video=video, strength=variation.strength)
 
 
@@ -72,13 +72,13 @@ def wan_vace_arguments(_: Any, variation: Variation) -> dict[str, Any]:
     return embeddings_to_video(
         variation,
         16,
-        video=pil_pictures(variation, 16, 5),
-        mask=[image.convert("L") for image in pil_pictures(variation, 16, 5)],
+        video=pil_images(variation, 16, 5),
+        mask=[image.convert("L") for image in pil_images(variation, 16, 5)],
         num_frames=5,
     )
 
 
-def skyreels_from_picture() -> Any:
+def skyreels_from_image() -> Any:
     transformer = wan_transformer(
         "SkyReelsV2Transformer3DModel", in_channels=36, image_dim=4, added_kv_proj_dim=24
     )
@@ -87,12 +87,12 @@ def skyreels_from_picture() -> Any:
     )
 
 
-def ltx_from_picture() -> Any:
+def ltx_from_image() -> Any:
     return diffusers.LTXImageToVideoPipeline(**ltx_parts())
 
 
-def ltx_from_picture_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    image = picture(variation, 32)
+def ltx_from_image_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    image = start_image(variation, 32)
     return text_to_video(variation, 32, image=image, num_frames=9, **SIXTEEN_WORDS)
 
 
@@ -100,7 +100,7 @@ def ltx_conditioned() -> Any:
     return diffusers.LTXConditionPipeline(**ltx_parts())
 
 
-def cogvideox_from_picture() -> Any:
+def cogvideox_from_image() -> Any:
     parts = cogvideox_parts(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -111,8 +111,8 @@ def cogvideox_from_picture() -> Any:
     return diffusers.CogVideoXImageToVideoPipeline(**parts)
 
 
-def cogvideox_from_picture_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    image = picture(variation, 16)
+def cogvideox_from_image_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+    image = start_image(variation, 16)
     return text_to_video(variation, 16, image=image, num_frames=8, **SIXTEEN_WORDS)
 
 
@@ -121,7 +121,7 @@ def cogvideox_from_video() -> Any:
 
 
 def cogvideox_from_video_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    video = pil_pictures(variation, 16, 8)
+    video = pil_images(variation, 16, 8)
     return text_to_video(variation, 16, video=video, strength=variation.strength, **SIXTEEN_WORDS)
 
 
@@ -144,7 +144,7 @@ def llava() -> Any:
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def hunyuan_from_picture() -> Any:
+def hunyuan_from_image() -> Any:
     transformer = hunyuan_transformer(in_channels=9, image_condition_type="latent_concat")
     return diffusers.HunyuanVideoImageToVideoPipeline(
         transformer=transformer,
@@ -154,7 +154,7 @@ def hunyuan_from_picture() -> Any:
     )
 
 
-def hunyuan_from_picture_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+def hunyuan_from_image_arguments(_: Any, variation: Variation) -> dict[str, Any]:
     template = {
         "template": "{}",
         "crop_start": 0,
@@ -165,7 +165,7 @@ def hunyuan_from_picture_arguments(_: Any, variation: Variation) -> dict[str, An
     return text_to_video(
         variation,
         16,
-        image=pil_pictures(variation, 16)[0],
+        image=pil_images(variation, 16)[0],
         num_frames=9,
         prompt_template=template,
         max_sequence_length=32,
@@ -201,7 +201,7 @@ def framepack_arguments(_: Any, variation: Variation) -> dict[str, Any]:
     return text_to_video(
         variation,
         32,
-        image=pil_pictures(variation, 32)[0],
+        image=pil_images(variation, 32)[0],
         num_frames=9,
         latent_window_size=3,
         prompt_template={"template": "{}", "crop_start": 0},
@@ -214,31 +214,31 @@ def cogvideox_controlled() -> Any:
 
 
 def cogvideox_controlled_arguments(_: Any, variation: Variation) -> dict[str, Any]:
-    video = pil_pictures(variation, 16, 8)
+    video = pil_images(variation, 16, 8)
     return text_to_video(variation, 16, control_video=video, **SIXTEEN_WORDS)
 
 
 FAMILIES = (
-    Family("Wan 2.1, image to video", seeded(wan_from_picture), wan_from_picture_arguments),
+    Family("Wan 2.1, image to video", seeded(wan_from_image), wan_from_image_arguments),
     Family(
         "Wan 2.2, image to video",
-        seeded(wan_from_picture_two_experts),
-        wan_from_picture_arguments,
+        seeded(wan_from_image_two_experts),
+        wan_from_image_arguments,
         remark="two transformers, one after the other",
     ),
     Family("Wan, video to video", seeded(wan_from_video), wan_from_video_arguments),
     Family("Wan VACE", seeded(wan_vace), wan_vace_arguments),
     Family(
         "SkyReels V2, image to video",
-        seeded(skyreels_from_picture),
-        wan_from_picture_arguments,
+        seeded(skyreels_from_image),
+        wan_from_image_arguments,
     ),
-    Family("LTX, image to video", seeded(ltx_from_picture), ltx_from_picture_arguments),
-    Family("LTX, conditioned", seeded(ltx_conditioned), ltx_from_picture_arguments),
+    Family("LTX, image to video", seeded(ltx_from_image), ltx_from_image_arguments),
+    Family("LTX, conditioned", seeded(ltx_conditioned), ltx_from_image_arguments),
     Family(
         "CogVideoX, image to video",
-        seeded(cogvideox_from_picture),
-        cogvideox_from_picture_arguments,
+        seeded(cogvideox_from_image),
+        cogvideox_from_image_arguments,
         schedulers=("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
     ),
     Family(
@@ -249,8 +249,8 @@ FAMILIES = (
     ),
     Family(
         "HunyuanVideo, image to video",
-        seeded(hunyuan_from_picture),
-        hunyuan_from_picture_arguments,
+        seeded(hunyuan_from_image),
+        hunyuan_from_image_arguments,
     ),
     Family(
         "CogVideoX, with a control video",

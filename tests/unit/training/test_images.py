@@ -1,4 +1,4 @@
-"""Painting, mirroring, shrinking, and picture sheets."""
+"""Painting, mirroring, shrinking, and image sheets."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from stepserve.training.data.artwork import Artwork
 from stepserve.training.data.images import artwork_tensor, mirror, paint, shrink
-from stepserve.training.drawing.grids import save_grid, tile, to_picture
+from stepserve.training.drawing.grids import save_grid, tile, to_image
 
 
 def rgba(red: int, alpha: int, size: int = 4) -> torch.Tensor:
-    picture = torch.zeros(1, 4, size, size, dtype=torch.uint8)
-    picture[:, 0], picture[:, 3] = red, alpha
-    return picture
+    image = torch.zeros(1, 4, size, size, dtype=torch.uint8)
+    image[:, 0], image[:, 3] = red, alpha
+    return image
 
 
 @pytest.mark.parametrize(("alpha", "wanted"), [(0, -1.0), (255, 1.0)])
-def test_paint_lays_the_picture_over_its_background(alpha: int, wanted: float) -> None:
+def test_paint_lays_the_image_over_its_background(alpha: int, wanted: float) -> None:
     painted = paint(rgba(255, alpha), torch.tensor([[0, 255, 0]]))
     assert painted.shape == (1, 3, 4, 4)
     assert painted[0, 0].flatten().tolist() == pytest.approx([wanted] * 16)
@@ -33,17 +33,17 @@ def test_half_transparent_paint_is_half_of_both() -> None:
 
 
 def test_mirror_flips_the_chosen_only() -> None:
-    pictures = torch.arange(2 * 4 * 2 * 3).view(2, 4, 2, 3)
-    flipped = mirror(pictures, torch.tensor([True, False]))
-    assert torch.equal(flipped[0], pictures[0].flip(-1))
-    assert torch.equal(flipped[1], pictures[1])
+    images = torch.arange(2 * 4 * 2 * 3).view(2, 4, 2, 3)
+    flipped = mirror(images, torch.tensor([True, False]))
+    assert torch.equal(flipped[0], images[0].flip(-1))
+    assert torch.equal(flipped[1], images[1])
 
 
 def test_shrink_does_not_bleed_transparent_colours() -> None:
-    picture = rgba(255, 255)
-    picture[:, :3, :, 1::2] = 0  # every second column is black, and transparent
-    picture[:, 3, :, 1::2] = 0
-    small = shrink(picture, 2)
+    image = rgba(255, 255)
+    image[:, :3, :, 1::2] = 0  # every second column is black, and transparent
+    image[:, 3, :, 1::2] = 0
+    small = shrink(image, 2)
     assert small.shape == (1, 4, 2, 2)
     assert small.dtype == torch.uint8
     assert small[0, 0].flatten().tolist() == [255] * 4
@@ -51,8 +51,8 @@ def test_shrink_does_not_bleed_transparent_colours() -> None:
 
 
 def test_shrink_to_the_same_size_changes_nothing() -> None:
-    picture = rgba(10, 20)
-    assert shrink(picture, 4) is picture
+    image = rgba(10, 20)
+    assert shrink(image, 4) is image
 
 
 def test_artwork_tensor_puts_channels_first(artwork: Artwork) -> None:
@@ -61,9 +61,9 @@ def test_artwork_tensor_puts_channels_first(artwork: Artwork) -> None:
     assert tensor[2, 1, 5, 9].item() == artwork.pixels[2, 5, 9, 1]
 
 
-def test_to_picture_clamps_and_scales() -> None:
-    picture = to_picture(torch.tensor([-9.0, 0.0, 9.0]).view(3, 1, 1))
-    assert picture.getpixel((0, 0)) == (0, 128, 255)
+def test_to_image_clamps_and_scales() -> None:
+    image = to_image(torch.tensor([-9.0, 0.0, 9.0]).view(3, 1, 1))
+    assert image.getpixel((0, 0)) == (0, 128, 255)
 
 
 def test_sheets_have_rows_and_gaps(tmp_path: Path) -> None:
