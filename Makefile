@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-all check format bench clean help
+.PHONY: run test test-all check format docs bench clean help
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -50,6 +50,10 @@ format: $(INSTALLED)  ## Format the code and mend what the linter can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The theme announces its successor at each build; the pages are built by pinned versions.
+docs: $(INSTALLED)  ## Build the documentation as a site into site/; it needs no network.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(INSTALLED)  ## Race the service against two others for five minutes; the page is out/bench/benchmarks.md.
 	$(BIN)/python -m loadtests.race --servers stepserve fastapi-lock ray-batch-keyed --rounds 1 \
 	  --requests 40 --in-flight 10 --calibration-repeats 1 --no-knees --out out/bench/race.json
@@ -61,4 +65,4 @@ bench-engine: $(INSTALLED)  ## Measure the engine against plain diffusers, side 
 	$(BIN)/python -m loadtests.http_bench
 
 clean:  ## Remove the virtual environment and caches.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build site *.egg-info

@@ -32,7 +32,7 @@ from when they should have been sent, so that no queue stays unseen; a run that 
 than 99 % of its rate is void. Latency targets are multiples of what a request takes on an idle
 server that makes one at a time. Absolute numbers mean something on this machine only, ratios may
 elsewhere; on a machine of two cores the client's share is not nothing, for any of the servers.
-[performance.md](performance.md#what-the-race-shows) says where time goes and why goals are missed.
+[The CPU report](cpu-report.md#what-the-race-shows) says where time goes and why goals are missed.
 """
 
 

@@ -26,6 +26,8 @@ REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted(
     [
         REPOSITORY / "README.md",
+        REPOSITORY / "CONTRIBUTING.md",
+        REPOSITORY / "SECURITY.md",
         REPOSITORY / "service" / "stepserve" / "models" / "emoji" / "README.md",
         *(REPOSITORY / "docs").rglob("*.md"),
     ]

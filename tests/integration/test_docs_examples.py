@@ -33,10 +33,11 @@ CONTAINERS = "needs docker, or a cluster with KubeRay; deploy's own suites check
 # Page, how the block begins, and why it is not run.
 NOT_RUN = {
     ("README.md", "make run"): "serves until it is stopped, as the `service` of these tests does",
-    ("README.md", "docker compose"): CONTAINERS,
-    ("README.md", ".venv/bin/stepserve train"): "trains for two hours; test_training_loop.py",
-    ("README.md", ".venv/bin/locust"): "loads for two minutes; test_load.py",
-    ("README.md", "make test"): "runs these tests",
+    ("CONTRIBUTING.md", "make"): "runs these tests",
+    ("docs/getting-started.md", "docker compose"): CONTAINERS,
+    ("docs/getting-started.md", ".venv/bin/stepserve train"): (
+        "trains for two hours; test_training_loop.py"
+    ),
     ("docs/benchmarks.md", "python -m loadtests.race"): LONG,
     ("docs/load-testing.md", ".venv/bin/locust"): "loads for two minutes; test_load.py",
     ("docs/load-testing.md", ".venv/bin/python -m loadtests.bench"): LONG,
