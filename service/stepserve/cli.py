@@ -29,6 +29,7 @@ from stepserve.config import (
 )
 from stepserve.domain.errors import InvalidRequestError, StepserveError
 from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.garbage import collection_paused
 
 if TYPE_CHECKING:
     from stepserve.domain.events import EncodedImage
@@ -165,8 +166,9 @@ def generate(
 
     Example: stepserve generate "a red heart" -o heart.png --seed 7
     """
-    from stepserve.pipelines.probing.guidance_cost import settle_guidance
-    from stepserve.pipelines.serving.local import generate_locally
+    with collection_paused():
+        from stepserve.pipelines.probing.guidance_cost import settle_guidance
+        from stepserve.pipelines.serving.local import generate_locally
 
     _check_writable(output)
     settings = _settings(config)
@@ -273,9 +275,10 @@ def explain(
     Forward: an image turning into static. Reverse: static turning into an image, with the
     predicted clean image beside each noisy one. docs/diffusion.md explains both.
     """
-    from stepserve.composition import find_model
-    from stepserve.pipelines.loading.folders import hush_libraries
-    from stepserve.training.drawing.explain import explain as draw
+    with collection_paused():
+        from stepserve.composition import find_model
+        from stepserve.pipelines.loading.folders import hush_libraries
+        from stepserve.training.drawing.explain import explain as draw
 
     if wanted is not None and prompt is not None:
         raise InvalidRequestError(f"the prompt is said twice: {wanted!r} and --prompt {prompt!r}")

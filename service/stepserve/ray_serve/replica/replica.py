@@ -30,6 +30,7 @@ from stepserve.domain.model_status import ModelStatus, unknown_status
 from stepserve.domain.progress import Progress
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.garbage import collection_paused
 from stepserve.models.catalogue import ModelNotFoundError
 from stepserve.ray_serve.autoscaling import BACKLOG
 from stepserve.ray_serve.heap import TRIM_INTERVAL_S, heap_trimmer
@@ -83,7 +84,8 @@ class ModelReplica:
 
     def _load(self) -> bool:
         """Load the model, and be ready to serve it; False if it cannot be loaded."""
-        from stepserve.composition import load_runner
+        with collection_paused():
+            from stepserve.composition import load_runner
 
         began_s = time.monotonic()
         self._attempts.begin()
