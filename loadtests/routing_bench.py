@@ -118,7 +118,7 @@ with costs like those of the embedded model on a CPU; Poisson arrivals of 4 to 1
 (heavy-tailed), three sizes, one to four images, most with guidance; routers that see what they
 would see in service, which is what they sent themselves and reports that are a second apart.
 Requests of the first third of a simulation are not counted, as the fleet is empty then. Load
-is told in shares of what ordinary routers can just serve: {CAPACITY:.1f} requests a second and
+is given in shares of what ordinary routers can just serve: {CAPACITY:.1f} requests a second and
 replica.
 
 ![Latency against load](images/routing-load.svg)

@@ -46,7 +46,7 @@ class Service:
     def start(self) -> None:
         command = [STEPSERVE, "serve", "--port", str(self.port)]
         command += ["--first-image", str(self.folder / "out")]
-        variable = "STEPSERVE_MODELS__EMOJI__ENGINE__MAX_WAITING_IMAGES"
+        variable = "STEPSERVE_MODELS__EMOJI__ENGINE__MAX_PENDING_IMAGES"
         limit = {variable: str(WAITING_LIMIT)} if self.limit_waiting else {}
         with (self.folder / "serve.log").open("wb") as log:
             self.process = subprocess.Popen(

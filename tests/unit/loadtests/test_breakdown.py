@@ -10,8 +10,8 @@ import pytest
 from loadtests.breakdown import part_of, read_stacks, requests_ended, shares_of
 
 FORWARD = (
-    "_main (/x/service/stepserve/engine/engine.py)",
-    "_run_shared (/x/service/stepserve/engine/batcher.py)",
+    "_main (/x/service/stepserve/engine/loop/engine.py)",
+    "_run_shared (/x/service/stepserve/engine/loop/batcher.py)",
     "forward (/x/diffusers/models/unets/unet_2d_condition.py)",
     "forward (/x/torch/nn/modules/conv.py)",
 )
@@ -25,7 +25,7 @@ SCHEDULER = ("step (/x/diffusers/schedulers/scheduling_ddim.py)",)
         (FORWARD[:2], "engine, besides"),
         (("_decode (/x/diffusers/models/autoencoders/autoencoder_kl.py)",), "decoding latents"),
         ((*FORWARD[:1], *SCHEDULER), "scheduler steps"),
-        (("pick (/x/service/stepserve/engine/policy.py)",), "engine: deciding"),
+        (("pick (/x/service/stepserve/engine/scheduling/policy.py)",), "engine: deciding"),
     ],
 )
 def test_a_stack_belongs_to_what_is_deepest_in_the_work(stack: tuple[str, ...], part: str) -> None:
@@ -41,7 +41,7 @@ def test_stacks_are_read_as_py_spy_writes_them(tmp_path: Path) -> None:
 def test_an_engine_is_divided_and_others_are_not() -> None:
     roles, used_s, engines_s = {1: "replica", 2: "ingress"}, {1: 9.0, 2: 1.0}, {1: 8.0}
     elsewhere = ("run (/x/ray/serve.py)",)
-    in_a_track = ("run_with (/x/service/stepserve/pipelines/adapters.py)", *SCHEDULER)
+    in_a_track = ("run_with (/x/service/stepserve/pipelines/adapters/cache.py)", *SCHEDULER)
     stacks = {
         1: Counter({FORWARD: 6, FORWARD[:1]: 1, in_a_track: 1, elsewhere: 50}),
         2: Counter({elsewhere: 1}),
