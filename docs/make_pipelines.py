@@ -44,7 +44,7 @@ plain diffusers.
 
 A pipeline whose class is not in this table gets the same check when it is loaded, before its
 requests may share anything. One that fails it is served correctly, one request at a time, and
-`sharing_remark` in `GET /v1/models` tells why. Components that a call changes while it runs (a text
+`sharing_remark` in `GET /v1/models` says why. Components that a call changes while it runs (a text
 encoder whose adapter it scales, a VAE that it casts to float32 and back) run inside the call, where
 nobody else gets to see the change.
 
@@ -52,7 +52,7 @@ Of these families, those that draw from a prompt alone are also taken the whole 
 on disk through `load_model` and the engine to an image, for every task that they offer and at
 other sizes than the native one; the image is the plain pipeline's
 (`tests/parity/test_served_families.py`, which says which tiny models cannot be tried so, and why).
-When a model is loaded, each task is tried once at the smallest size. One that raises is not
+When a model is loaded, each task is probed once at the smallest size. One that raises is not
 offered, and a pipeline that makes sizes of its own choice, whatever it is asked for, offers its
 native size only.
 
