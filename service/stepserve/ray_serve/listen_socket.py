@@ -10,7 +10,7 @@ import contextlib
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,14 +29,25 @@ class AddressTakenError(StepserveError):
     """The service cannot listen where it was told to; the message says why."""
 
 
+def rest(closed: threading.Event) -> None:
+    """Wait a little before the next try, but no longer than the socket is held."""
+    closed.wait(PAUSE_S)
+
+
 @contextmanager
-def held_listen_socket(host: str, port: int, within: Path | None = None) -> Iterator[str]:
+def held_listen_socket(
+    host: str,
+    port: int,
+    within: Path | None = None,
+    rest: Callable[[threading.Event], None] = rest,
+) -> Iterator[str]:
     """Listen on an address. Yields the path where processes of this user borrow the socket.
 
     Args:
         host: the address.
         port: of it.
         within: a folder for that path; None: the one for temporary files.
+        rest: called when nobody can be let in, with what is set once the socket is no longer held.
 
     Raises:
         AddressTakenError: somebody listens there, or it is no address of this machine.
@@ -50,7 +61,7 @@ def held_listen_socket(host: str, port: int, within: Path | None = None) -> Iter
         lender.bind(path)
         lender.listen()
         closed = threading.Event()
-        threading.Thread(target=_lend, args=(door, lender, closed), daemon=True).start()
+        threading.Thread(target=_lend, args=(door, lender, closed, rest), daemon=True).start()
         try:
             yield path
         finally:
@@ -88,12 +99,17 @@ def _listening(host: str, port: int) -> socket.socket:
     return door
 
 
-def _lend(door: socket.socket, lender: socket.socket, closed: threading.Event) -> None:
+def _lend(
+    door: socket.socket,
+    lender: socket.socket,
+    closed: threading.Event,
+    rest: Callable[[threading.Event], None],
+) -> None:
     while not closed.is_set():
         try:
             borrower, _ = lender.accept()
         except OSError:
-            closed.wait(PAUSE_S)
+            rest(closed)
             continue
         # One that left in between is no reason not to lend it to others.
         with borrower, contextlib.suppress(OSError):

@@ -128,7 +128,8 @@ async def test_a_follower_is_told(
     following = asyncio.create_task(client.get("/v1/requests/r/events"))
     while len(in_flight._exchanges) < 2:
         await asyncio.sleep(0)
-    await asyncio.sleep(0.02)
+    while not backend.asked_for_events:
+        await asyncio.sleep(0)
     await in_flight.settle(0.0)
     last = (await following).text.strip().split("\n\n")[-1]
     assert last.startswith("event: failed\n")

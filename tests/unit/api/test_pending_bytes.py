@@ -68,6 +68,7 @@ async def edit(client: httpx.AsyncClient, size_bytes: int) -> httpx.Response:
     return await client.post(EDITS, data={"prompt": "x"}, files={"image": padded(size_bytes)})
 
 
+@pytest.mark.virtual_time
 async def test_a_body_for_which_there_is_no_room_is_refused_and_small_ones_get_in(
     backend: FakeBackend,
 ):

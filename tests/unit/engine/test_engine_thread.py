@@ -21,7 +21,7 @@ from stepserve.domain.errors import (
 )
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.timings import Timings
-from stepserve.engine.loop.engine import Engine, EngineOptions
+from stepserve.engine.loop.engine import IDLE_WAIT_S, Engine, EngineOptions
 from stepserve.engine.scheduling.policy import STRICT_FIFO
 from stepserve.engine.tracks.interception import make_parkable
 
@@ -53,6 +53,18 @@ class WaitingEar(Ear):
         return self
 
 
+class LifeClock:
+    """Stands still, and tells when the engine looks at it."""
+
+    def __init__(self) -> None:
+        self.now_s, self.read = 100.0, threading.Event()
+
+    def __call__(self) -> float:
+        if threading.current_thread().name == "engine":
+            self.read.set()
+        return self.now_s
+
+
 class Gate:
     """Work that holds the engine thread until the test opens it."""
 
@@ -74,8 +86,13 @@ def modules() -> Modules:
 def engines() -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
-    def make(started: bool = True, **options: Any) -> Engine:
-        engine = Engine(EngineOptions(**options))
+    def make(
+        started: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+        idle_wait_s: float = IDLE_WAIT_S,
+        **options: Any,
+    ) -> Engine:
+        engine = Engine(EngineOptions(**options), clock=clock, idle_wait_s=idle_wait_s)
         made.append(engine)
         if started:
             engine.start()
@@ -104,13 +121,18 @@ def test_work_is_done_as_if_alone(engines: Callable[..., Engine], modules: Modul
 def test_accepted_is_heard_before_started_even_if_the_engine_is_quicker(
     engines: Callable[..., Engine], modules: Modules
 ) -> None:
+    engine = engines()
+
     class SlowEar(WaitingEar):
         def accepted(self, position: int, expected_s: float) -> None:
-            assert not self.begun.wait(0.02)
+            for _ in range(3):
+                # So many times the engine has looked for work, and ticked.
+                engine.call(lambda: None)
+            assert not self.begun.is_set()
             super().accepted(position, expected_s)
 
     ear = SlowEar()
-    engines().submit(job_work(modules, Job(seed=1), ear))
+    engine.submit(job_work(modules, Job(seed=1), ear))
     assert ear.wait().news == ["accepted", "started", "finished"]
 
 
@@ -228,7 +250,7 @@ def await_refusal(engine: Engine, modules: Modules) -> NotReadyError:
         except NotReadyError as error:
             return error
         except ServerFullError:
-            time.sleep(0.001)
+            os.sched_yield()
 
 
 def test_while_draining_new_work_is_refused(
@@ -462,12 +484,16 @@ def test_a_priority_that_cannot_be_set_is_no_reason_to_stop(
 def test_an_idle_engine_shows_life_and_uses_next_to_no_time(
     engines: Callable[..., Engine], modules: Modules
 ) -> None:
-    engine = engines()
+    engine = engines(clock=(clock := LifeClock()), idle_wait_s=0.05)
     submit(engine, modules, Job(seed=1)).wait()
+    clock.now_s += 1000
+    clock.read.clear()
     used_s = time.process_time()
-    time.sleep(0.6)
+    for _ in range(3):
+        assert clock.read.wait(PATIENCE_S)
+        clock.read.clear()
     assert time.process_time() - used_s < 0.1
-    assert engine.silent_s() < 5
+    assert engine.silent_s() == 0
 
 
 def test_a_function_runs_on_the_engine_thread_between_ticks(engines: Callable[..., Engine]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import os
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -169,12 +169,13 @@ def test_servers_have_one_role_that_the_report_knows() -> None:
 
 
 def test_a_server_is_started_on_a_free_port_and_stopped(tmp_path: Path) -> None:
+    os.mkfifo(log := tmp_path / "log")
+    # Its output is read while the server writes it: when it has said so, it serves.
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
     command = ("-u", "-m", "http.server", "--bind", "127.0.0.1", "{port}")
-    with running(Contender("web", command, "", "ours"), tmp_path / "log") as url:
-        for _ in range(100):
-            if "Serving HTTP" in (tmp_path / "log").read_text():
-                break
-            time.sleep(0.05)
+    with running(Contender("web", command, "", "ours"), log) as url, os.fdopen(reader) as output:
+        assert "Serving HTTP" in output.readline()
         assert urllib.request.urlopen(url).status == 200
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url)

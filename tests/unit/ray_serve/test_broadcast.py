@@ -17,9 +17,10 @@ class Replica:
 
     def __init__(self, answer: str = "", error: Exception | None = None) -> None:
         self.answer, self.error = answer, error
-        self.is_left = False
+        self.is_asked, self.is_left = asyncio.Event(), False
 
     async def get_async(self) -> str:
+        self.is_asked.set()
         try:
             return await self._reply()
         except asyncio.CancelledError:
@@ -69,7 +70,7 @@ async def test_who_asked_and_left_leaves_nothing_behind() -> None:
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     silent = Replica()
     asking = asyncio.create_task(answers(Question(silent, Replica(error=ValueError())), 30.0))
-    await asyncio.sleep(0.01)
+    await silent.is_asked.wait()
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking

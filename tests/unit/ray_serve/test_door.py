@@ -6,17 +6,18 @@ import resource
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from stepserve.ray_serve import door as door_module
+from stepserve.ray_serve import listen_socket
 from stepserve.ray_serve.listen_socket import (
     AddressTakenError,
     borrow_listen_socket,
     held_listen_socket,
+    rest,
 )
 
 from loadtests.contenders import free_port
@@ -91,8 +92,14 @@ def test_a_borrower_that_leaves_at_once_does_not_keep_it_from_others() -> None:
 
 
 def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
+    tired = threading.Event()
+
+    def note_and_rest(closed: threading.Event) -> None:
+        tired.set()
+        rest(closed)
+
     with (
-        held_listen_socket(HOST, free_port()) as door,
+        held_listen_socket(HOST, free_port(), rest=note_and_rest) as door,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second,
     ):
@@ -101,14 +108,14 @@ def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
             # The kernel has set one descriptor aside for the borrower that is waited for.
             first.connect(door)
             second.connect(door)
-            time.sleep(0.3)
+            assert tired.wait(5)
         assert second.recv(1)
 
 
 def test_a_holder_that_is_silent_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(door_module, "BORROW_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(listen_socket, "BORROW_TIMEOUT_S", 0.05)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
         silent.bind(str(tmp_path / "door"))
         silent.listen()

@@ -11,14 +11,20 @@ import pytest
 from ray.exceptions import RayActorError
 from stepserve.domain.model_status import ModelStatus, unknown_status
 from stepserve.domain.models import ModelCapabilities, SizeRange
-from stepserve.ray_serve import model_watch
 from stepserve.ray_serve.applications import Listed
-from stepserve.ray_serve.ingress.model_watch import ModelWatch
+from stepserve.ray_serve.ingress.model_watch import (
+    LOADING_INTERVAL_S,
+    PROBE_INTERVAL_S,
+    SILENCE_S,
+    STEADY_LISTING_S,
+    ModelWatch,
+)
+from virtual_time import clock, pass_time, until
 
 EMOJI = ModelCapabilities("emoji", "small", SizeRange(8, 64, 8, 64), ("DDIM",), "DDIM")
-
-
 READY = ModelStatus(EMOJI, ready=True)
+
+pytestmark = pytest.mark.virtual_time
 
 
 class Models:
@@ -53,25 +59,15 @@ class Models:
         return await self.ask(model_id)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_watch, "FIRST_LOOK_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(model_watch, "PROBE_INTERVAL_S", 0.01)
-    monkeypatch.setattr(model_watch, "STEADY_LISTING_S", 0.02)
-    monkeypatch.setattr(model_watch, "LOADING_INTERVAL_S", 0.01)
-
-
-async def until(watch: ModelWatch, **wanted: object) -> ModelStatus:
-    async with asyncio.timeout(5):
-        while True:
-            status = watch.statuses()[0]
-            if wanted.items() <= dataclasses.asdict(status).items():
-                return status
-            await asyncio.sleep(0.005)
+async def told(watch: ModelWatch, **wanted: object) -> ModelStatus:
+    """The status of the first model, once it is as wanted."""
+    await until(lambda: wanted.items() <= dataclasses.asdict(watch.statuses()[0]).items())
+    return watch.statuses()[0]
 
 
 async def started(models: Models) -> ModelWatch:
-    watch = ModelWatch(models.list_models, models.ask, models.wake, {"emoji": ("dall-e-2",)})
+    aliases = {"emoji": ("dall-e-2",)}
+    watch = ModelWatch(models.list_models, models.ask, models.wake, aliases, clock)
     await watch.start()
     return watch
 
@@ -94,27 +90,25 @@ async def test_aliases_are_those_of_the_start_until_the_model_tells_its_own() ->
     models.loaded.set()
 
     assert loading == [("dall-e-2",), ()]
-    told = await until(watch, ready=True)
-    assert told.capabilities.aliases == ("gpt-image-1",)
+    loaded = await told(watch, ready=True)
+    assert loaded.capabilities.aliases == ("gpt-image-1",)
 
 
-async def test_models_are_seldom_listed_while_nothing_changes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(model_watch, "STEADY_LISTING_S", 60.0)
+async def test_models_are_seldom_listed_while_nothing_changes() -> None:
     models = Models()
     models.loaded.set()
     watch = await started(models)
-    await asyncio.sleep(0.3)
-    # While anything changes it would be thirty.
-    assert models.looks <= 2
+    await pass_time(6 * STEADY_LISTING_S)
+    # While anything changes it would be five times as many.
+    assert models.looks <= 7
     # A model that nobody has heard of may be new.
     models.listed["pizza"] = Listed()
     assert await watch.status("pizza") == READY
     models.answer = replace(READY, detail="draining")
-    await until(watch, detail="draining")
-    await asyncio.sleep(0.1)
-    assert models.looks > 4
+    await told(watch, detail="draining")
+    looks = models.looks
+    await pass_time(6 * STEADY_LISTING_S)
+    assert models.looks > looks + 25
 
 
 async def test_who_loads_is_told_at_once_among_all_and_waited_for_when_named() -> None:
@@ -123,7 +117,7 @@ async def test_who_loads_is_told_at_once_among_all_and_waited_for_when_named() -
     assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "loading")]
 
     naming = [asyncio.create_task(watch.status("emoji")) for _ in range(8)]
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     model.loaded.set()
     assert [status.ready for status in await asyncio.gather(*naming) if status] == [True] * 8
 
@@ -132,7 +126,7 @@ async def test_who_is_cancelled_while_it_waits_stops_no_other() -> None:
     model = Models()
     watch = await started(model)
     leaving, staying = (asyncio.create_task(watch.status("emoji")) for _ in range(2))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     leaving.cancel()
     model.loaded.set()
     status = await staying
@@ -147,14 +141,14 @@ async def test_one_that_never_answers_is_loading_and_named_after_a_brief_wait() 
     assert (status.ready, status.is_known) == (False, False)
 
 
-async def test_a_model_that_loads_is_asked_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_that_loads_is_asked_more_often() -> None:
     """Who waits for it should hear at once that it is there."""
-    monkeypatch.setattr(model_watch, "PROBE_INTERVAL_S", 60.0)
     model = Models()
     watch = await started(model)
     model.loaded.set()
-    await until(watch, ready=True)
-    assert model.asked > 2
+    began_s = clock()
+    await told(watch, ready=True)
+    assert clock() - began_s < 1.1 * LOADING_INTERVAL_S
 
 
 async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known() -> None:
@@ -162,9 +156,9 @@ async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known()
     model.loaded.set()
     watch = await started(model)
     model.answer = ModelStatus(EMOJI, ready=False, detail="draining")
-    await until(watch, ready=False, detail="draining")
+    await told(watch, ready=False, detail="draining")
     model.answer = READY
-    await until(watch, ready=True, detail="")
+    await told(watch, ready=True, detail="")
 
 
 @pytest.mark.parametrize("error", [RayActorError(), KeyError("does not exist."), ValueError()])
@@ -173,10 +167,10 @@ async def test_a_model_is_asked_again_whatever_became_of_the_question(error: Exc
     model.loaded.set()
     model.answer = error
     watch = await started(model)
-    await until(watch, ready=False, detail="loading")
+    await told(watch, ready=False, detail="loading")
     asked = model.asked
     model.answer = READY
-    await until(watch, ready=True)
+    await told(watch, ready=True)
     assert model.asked > asked
 
 
@@ -186,14 +180,10 @@ async def test_models_are_listed_again_whatever_became_of_the_last_time() -> Non
     watch = await started(model)
     model.list_error = TypeError()
     looks = model.looks
-    async with asyncio.timeout(5):
-        while model.looks < looks + 2:
-            await asyncio.sleep(0.005)
+    await until(lambda: model.looks >= looks + 2)
     model.list_error = None
     model.listed["pizza"] = Listed()
-    async with asyncio.timeout(5):
-        while len(watch.statuses()) < 2:
-            await asyncio.sleep(0.005)
+    await until(lambda: len(watch.statuses()) == 2)
 
 
 @pytest.mark.parametrize("error", [RayActorError(), ValueError()])
@@ -205,23 +195,22 @@ async def test_a_first_listing_that_fails_keeps_nobody_from_starting(error: Exce
     watch = await started(models)
     assert watch.statuses() == []
     models.list_error = None
-    async with asyncio.timeout(5):
-        while await watch.status("emoji") != READY:
-            await asyncio.sleep(0.005)
+    assert await watch.status("emoji") is None
+    await pass_time(PROBE_INTERVAL_S)
+    assert await watch.status("emoji") == READY
 
 
-async def test_a_short_silence_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_watch, "SILENCE_S", 1.0)
+async def test_a_short_silence_keeps_nobody_out() -> None:
     model = Models()
     model.loaded.set()
     watch = await started(model)
     model.answer = RayActorError()
-    await asyncio.sleep(0.05)
+    await pass_time(0.9 * SILENCE_S)
     assert watch.statuses() == [READY]
-    status = await until(watch, ready=False, detail="loading")
+    status = await told(watch, ready=False, detail="loading")
     assert status.is_known
     model.answer = READY
-    await until(watch, ready=True, detail="")
+    await told(watch, ready=True, detail="")
 
 
 async def test_models_come_and_go() -> None:
@@ -229,13 +218,10 @@ async def test_models_come_and_go() -> None:
     models.loaded.set()
     watch = await started(models)
     models.listed["sd"] = Listed()
-    async with asyncio.timeout(5):
-        while len(watch.statuses()) < 2:
-            await asyncio.sleep(0.005)
+    await until(lambda: len(watch.statuses()) == 2)
     del models.listed["emoji"]
-    async with asyncio.timeout(5):
-        while await watch.status("emoji") is not None:
-            await asyncio.sleep(0.005)
+    await until(lambda: len(watch.statuses()) == 1)
+    assert await watch.status("emoji") is None
     assert await watch.status("sd") == READY
 
 
@@ -245,9 +231,7 @@ async def test_a_model_that_was_given_up_says_why_whatever_it_answers() -> None:
     models.listed["emoji"] = Listed(failure="failed: out of memory")
     watch = await started(models)
     # Replicas of before may still be at work: to be asked tells them that somebody waits.
-    async with asyncio.timeout(5):
-        while models.asked < 3:
-            await asyncio.sleep(0.005)
+    await until(lambda: models.asked >= 3)
     assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "failed: out of memory")]
 
 
@@ -258,16 +242,16 @@ async def test_a_sleeping_model_takes_requests_and_is_not_woken_by_questions() -
     watch = await started(models)
     models.listed["emoji"] = Listed(asleep=True)
     detail = "asleep: the next request waits 12 s for it"
-    await until(watch, ready=True, detail=detail)
+    await told(watch, ready=True, detail=detail)
     asked = models.asked
-    await asyncio.sleep(0.1)
+    await pass_time(60)
     assert models.asked == asked
 
     models.loaded.clear()
     models.listed["emoji"] = Listed()
-    await until(watch, ready=True, detail="waking up")
+    await told(watch, ready=True, detail="waking up")
     models.loaded.set()
-    await until(watch, ready=True, detail="")
+    await told(watch, ready=True, detail="")
 
 
 async def test_a_sleeping_model_that_was_never_seen_is_woken_once_to_tell_its_limits() -> None:
@@ -277,8 +261,8 @@ async def test_a_sleeping_model_that_was_never_seen_is_woken_once_to_tell_its_li
     watch = await started(models)
     assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "loading")]
     models.loaded.set()
-    await until(watch, ready=True, detail="asleep")
-    await asyncio.sleep(0.1)
+    await told(watch, ready=True, detail="asleep")
+    await pass_time(60)
     assert (models.woken, models.asked) == (1, 1)
 
 
@@ -288,15 +272,15 @@ async def test_a_sleeping_model_that_cannot_be_loaded_is_not_woken_again_and_aga
     models.answer = unknown_status("emoji", "cannot be loaded: no weights")
     models.listed["emoji"] = Listed(asleep=True)
     watch = await started(models)
-    await until(watch, ready=False, detail="cannot be loaded: no weights")
-    await asyncio.sleep(0.1)
+    await told(watch, ready=False, detail="cannot be loaded: no weights")
+    await pass_time(60)
     assert models.woken == 1
 
     models.answer = RayActorError()
     models.listed["emoji"] = Listed()
-    await until(watch, ready=False, detail="loading")
+    await told(watch, ready=False, detail="loading")
     models.listed["emoji"] = Listed(asleep=True)
-    await until(watch, ready=False, detail="cannot be loaded: no weights")
+    await told(watch, ready=False, detail="cannot be loaded: no weights")
     assert models.woken == 1
 
 
@@ -306,9 +290,9 @@ async def test_a_sleeping_model_that_cannot_be_woken_is_tried_again() -> None:
     models.answer = RayActorError()
     models.listed["emoji"] = Listed(asleep=True)
     watch = await started(models)
-    await until(watch, ready=False, detail="loading")
+    await told(watch, ready=False, detail="loading")
     models.answer = READY
-    await until(watch, ready=True, detail="asleep")
+    await told(watch, ready=True, detail="asleep")
 
 
 @pytest.fixture(autouse=True)

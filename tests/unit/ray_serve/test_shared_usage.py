@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from stepserve.api.auth.keys import ApiKey
 from stepserve.api.auth.usage import Grant
 from stepserve.ray_serve.ingress.shared_usage import SharedUsage
@@ -17,7 +18,7 @@ class Counter:
 
     def __init__(self) -> None:
         self.errors = [RuntimeError("no router"), KeyError("none")]
-        self.renewed: list[Any] = []
+        self.renewed: asyncio.Queue[Any] = asyncio.Queue()
         self.take = self._method(self._take)
         self.renew = self._method(self._renew)
 
@@ -30,16 +31,15 @@ class Counter:
     def _renew(self, held: Any) -> None:
         if self.errors:
             raise self.errors.pop()
-        self.renewed.append(held)
+        self.renewed.put_nowait(held)
 
 
+@pytest.mark.virtual_time
 async def test_leases_are_renewed_again_whatever_became_of_the_last_time() -> None:
     counter = Counter()
-    usage = SharedUsage(counter, renew_s=0.01)
+    usage = SharedUsage(counter)
     await usage.take(ApiKey(name="a", sha256="0" * 64), "lease")
-    async with asyncio.timeout(5):
-        while not counter.renewed:
-            await asyncio.sleep(0.005)
-    assert counter.renewed[0] == {"a": ("lease",)}
+    assert await counter.renewed.get() == {"a": ("lease",)}
+    assert counter.errors == []
     assert usage._renewing is not None
     usage._renewing.cancel()

@@ -52,4 +52,9 @@ def final_weights(trainer: Trainer) -> list[torch.Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    build_trainer(Path(sys.argv[1]), checkpoint_interval_steps=1).run()
+    # A line every ten steps, for whoever waits to kill it.
+    build_trainer(
+        Path(sys.argv[1]),
+        checkpoint_interval_steps=1,
+        on_sample=lambda step: print(step, flush=True),
+    ).run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -133,13 +132,14 @@ async def _events(
     incoming: Incoming, request_id: str, number: int
 ) -> AsyncGenerator[NumberedEvent, None]:
     """Events from `number` on, up to the last one. Ends as well where the request is forgotten."""
-    known_s = time.monotonic()
-    while time.monotonic() - known_s < FORGOTTEN_AFTER_S:
+    clock = asyncio.get_running_loop().time
+    known_s = clock()
+    while clock() - known_s < FORGOTTEN_AFTER_S:
         events = await incoming.backend.events(request_id, incoming.caller.name, number, POLL_S)
         if events is None:
             await asyncio.sleep(ASK_AGAIN_S)
             continue
-        known_s = time.monotonic()
+        known_s = clock()
         for event in events:
             number = event.number + 1
             yield event

@@ -87,6 +87,10 @@ class Engine:
     All methods may be called from any thread, and by listeners; only `stop` may not be called by
     `Listener.accepted`, which runs while the door is held. `row_limit` is the most rows of one
     shared denoiser forward, as configured or measured, and `row_ceiling` the most it may become.
+
+    Args:
+        clock: seconds, monotonic.
+        idle_wait_s: how long an engine without work rests before it shows a sign of life.
     """
 
     def __init__(
@@ -94,7 +98,9 @@ class Engine:
         options: EngineOptions | None = None,
         cost: CostModel | None = None,
         clock: Clock = time.perf_counter,
+        idle_wait_s: float = IDLE_WAIT_S,
     ) -> None:
+        self._idle_wait_s = idle_wait_s
         self.options = options or EngineOptions()
         self.row_limit = self.row_ceiling = self.options.row_ceiling
         self.batcher = Batcher(
@@ -116,7 +122,7 @@ class Engine:
         self._prepare: Callable[[], None] = lambda: None
         # Written by the engine thread only.
         self._running = True
-        self._last_sign_of_life_s = time.monotonic()
+        self._last_sign_of_life_s = clock()
 
     def start(self, prepare: Callable[[], None] = lambda: None) -> None:
         """Start the engine thread, and wait until `prepare` has run on it, ahead of any work.
@@ -227,7 +233,7 @@ class Engine:
         """
         if not self._thread.is_alive() or self.batcher.device_lost:
             return float("inf")
-        return time.monotonic() - self._last_sign_of_life_s
+        return self.batcher.clock() - self._last_sign_of_life_s
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Take no new work, finish what is in hand within `drain_s`, cancel the rest, end.
@@ -278,7 +284,7 @@ class Engine:
             if not self._running:
                 return
             worked = self.batcher.tick()
-            self._last_sign_of_life_s = time.monotonic()
+            self._last_sign_of_life_s = self.batcher.clock()
             if not worked:
                 self._take_commands(wait=True)
         except Exception as error:
@@ -291,7 +297,7 @@ class Engine:
     def _take_commands(self, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):
             if wait:
-                self._commands.get(timeout=IDLE_WAIT_S)()
+                self._commands.get(timeout=self._idle_wait_s)()
             while True:
                 self._commands.get_nowait()()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ class Watched:
     """What is known of one model, and since when.
 
     Args:
+        clock: seconds, monotonic.
         answered: set once there was anything to tell but that it loads.
         heard_s: when it last answered.
         told: what it then said of itself.
@@ -50,6 +52,7 @@ class Watched:
 
     listed: Listed
     status: ModelStatus
+    clock: Callable[[], float]
     answered: asyncio.Event = field(default_factory=asyncio.Event)
     heard_s: float = 0.0
     told: str = ""
@@ -64,14 +67,14 @@ class Watched:
         """It answered."""
         self.status = status
         self.told = status.detail
-        self.heard_s = time.monotonic()
+        self.heard_s = self.clock()
         self.answered.set()
 
     def note_silence(self) -> None:
         """Requests wait for one that wakes up, and for a replica that takes a lost one's place."""
         if self.status.ready and self.status.detail:
             self.note(ready=True, detail="waking up")
-        elif not self.status.ready or time.monotonic() - self.heard_s > SILENCE_S:
+        elif not self.status.ready or self.clock() - self.heard_s > SILENCE_S:
             self.note(ready=False, detail=self.listed.waiting or LOADING)
 
 
@@ -84,20 +87,27 @@ class ModelWatch:
             must not wait for one: that would wake a model that sleeps.
         wake: asks it as well, and waits for a replica, which wakes a model that sleeps.
         aliases: other names of models, by id, until they tell theirs.
+        clock: seconds, monotonic.
     """
 
     def __init__(
-        self, list_models: List, ask: Ask, wake: Ask, aliases: Mapping[str, tuple[str, ...]]
+        self,
+        list_models: List,
+        ask: Ask,
+        wake: Ask,
+        aliases: Mapping[str, tuple[str, ...]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._aliases = aliases
         self._list_models = list_models
         self._ask = ask
         self._wake = wake
+        self._clock = clock
         self._watched: dict[str, Watched] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._listing: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
-        self._looked_s = 0.0
+        self._looked_s = -math.inf
 
     async def start(self) -> None:
         """Begin to ask, and wait briefly: who is there already is known before anybody calls."""
@@ -138,7 +148,7 @@ class ModelWatch:
     async def _look_again(self, least_s: float) -> None:
         """Look if the last time is at least so long ago."""
         async with self._looking:
-            if time.monotonic() - self._looked_s < least_s:
+            if self._clock() - self._looked_s < least_s:
                 return
             try:
                 await self._look()
@@ -149,7 +159,7 @@ class ModelWatch:
                 logger.exception("models cannot be listed")
 
     async def _look(self) -> None:
-        self._looked_s = time.monotonic()
+        self._looked_s = self._clock()
         found = await self._list_models()
         for model_id in set(self._watched) - set(found):
             self._tasks.pop(model_id).cancel()
@@ -162,7 +172,7 @@ class ModelWatch:
                 known.listed = listed
                 continue
             aliases = self._aliases.get(model_id, ())
-            watched = Watched(listed, unknown_status(model_id, LOADING, aliases))
+            watched = Watched(listed, unknown_status(model_id, LOADING, aliases), self._clock)
             self._watched[model_id] = watched
             self._tasks[model_id] = asyncio.create_task(self._watch(model_id, watched))
 
