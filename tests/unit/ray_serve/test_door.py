@@ -25,8 +25,8 @@ from loadtests.contenders import free_port
 HOST = "127.0.0.1"
 GREETER = """
 import sys
-from stepserve.ray_serve.listen_socket import borrow_door
-connection, _ = borrow_door(sys.argv[1]).accept()
+from stepserve.ray_serve.listen_socket import borrow_listen_socket
+connection, _ = borrow_listen_socket(sys.argv[1]).accept()
 connection.sendall(sys.argv[2].encode())
 """
 
