@@ -1,6 +1,6 @@
 """Writes stepserve.json: `python deploy/grafana/dashboard.py`.
 
-It tells a story from top to bottom: are users served, how full are the batches, where does time go,
+It is read from top to bottom: are users served, how full are the batches, where does time go,
 is it scaling.
 """
 
@@ -57,7 +57,7 @@ SERVED = (
     ),
     Panel(
         "Failing share",
-        "Answers with 5xx as a share of all, missed deadlines apart. Alert: StepserveErrors.",
+        "Responses with 5xx as a share of all, missed deadlines apart. Alert: StepserveErrors.",
         {"{{model}}": f"stepserve:http_errors:ratio_rate5m{{{MODEL}}}"},
         "percentunit",
         thresholds={"red": 0.02},
@@ -181,7 +181,7 @@ TIME = (
         stacked=True,
     ),
     Panel(
-        "Engines at work",
+        "Engines busy",
         "Share of the time that engines work. Near 100 %, more load only makes queues longer.",
         {"{{model}}": f"stepserve:engine_busy:ratio_rate5m{{{MODEL}}}"},
         "percentunit",
@@ -205,17 +205,17 @@ TIME = (
 SCALING = (
     Panel(
         "Warm replicas",
-        "Replicas that told of themselves in the last seconds.",
+        "Replicas that reported in the last seconds.",
         {"{{model}}": f"count by (model) (stepserve_row_limit{{{MODEL}}})"},
     ),
     Panel(
         "Backlog",
-        "Seconds until a replica has done everything in hand: what autoscaling should look at.",
+        "Seconds until a replica has done everything in flight: what autoscaling should look at.",
         {"{{model}} {{replica}}": f"stepserve_backlog_seconds{{{MODEL}}}"},
         "s",
     ),
     Panel(
-        "Images in hand",
+        "Images pending",
         "As a share of the limit beyond which requests are refused.",
         {
             "{{model}} {{replica}}": f"stepserve_images_pending{{{MODEL}}} / "

@@ -21,7 +21,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its name in full, what it means, and what tells its series apart."""
+    """One metric: its name in full, what it means, and what its series differ in."""
 
     name: str
     kind: Kind
@@ -58,17 +58,17 @@ def _histogram(name: str, buckets: tuple[float, ...], text: str, *labels: str) -
 # Seen by the ingress: what clients get.
 HTTP_REQUESTS = _counter(
     "http_requests",
-    "HTTP requests answered, by route, model, status and outcome (ok, or the code of the error).",
+    "HTTP requests served, by route, model, status and outcome (ok, or the code of the error).",
     *("route", "model", "status", "outcome"),
 )
 HTTP_SECONDS = _histogram(
     "http_request_duration_seconds",
     LATENCY_BUCKETS_S,
-    "Seconds from the arrival of an HTTP request to the last byte of its answer.",
+    "Seconds from the arrival of an HTTP request to the last byte of its response.",
     *("route", "model"),
 )
 REFUSALS = _counter(
-    "refusals", "Requests refused at the door with 429 or 503, by reason.", "model", "reason"
+    "refusals", "Requests refused with 429 or 503 before any work, by reason.", "model", "reason"
 )
 
 # Seen by a replica: what became of accepted requests.
@@ -155,14 +155,14 @@ REQUEST_RETRIES = _counter(
 
 # How things stand. A replica's values vanish some seconds after the replica.
 BACKLOG_SECONDS = _gauge(
-    "backlog_seconds", "Seconds until everything in hand should be finished.", "model", "replica"
+    "backlog_seconds", "Seconds until everything in flight should be finished.", "model", "replica"
 )
 IN_HAND = _gauge("requests_in_hand", "Requests accepted and not yet ended.", "model", "replica")
 IMAGES_PENDING = _gauge(
     "images_pending", "Images of requests accepted and not yet ended.", "model", "replica"
 )
 IMAGE_LIMIT = _gauge(
-    "images_limit", "Images in hand beyond which requests are refused.", "model", "replica"
+    "images_limit", "Images pending beyond which requests are refused.", "model", "replica"
 )
 ROW_LIMIT = _gauge("row_limit", "Most rows of one shared denoiser forward.", "model", "replica")
 REPLICA_STARTS = _counter(
