@@ -210,7 +210,7 @@ class Call:
         told = _Told(Status.GIVEN_UP if leave_s is None else Status.CANCELLED)
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s if limit_s < float("inf") else None):
-                told = await self._answer()
+                told = await self._response()
         return Outcome(
             index=self.index,
             status=told.status,
@@ -224,7 +224,7 @@ class Call:
             detail=told.detail,
         )
 
-    async def _answer(self) -> _Told:
+    async def _response(self) -> _Told:
         url = GENERATIONS if self.request.strength is None else EDITS
         body = body_of(self.request, self.patience.deadline_s[self.index])
         try:

@@ -63,7 +63,7 @@ def wait_until_ready(url: str) -> None:
 
 def http_call(client: httpx.Client, request: GenerationRequest) -> None:
     """The same request as JSON."""
-    answer = client.post(
+    response = client.post(
         "/v1/images/generations",
         json={
             "prompt": request.prompt,
@@ -73,7 +73,7 @@ def http_call(client: httpx.Client, request: GenerationRequest) -> None:
             "scheduler": request.scheduler,
         },
     )
-    answer.raise_for_status()
+    response.raise_for_status()
 
 
 def measure(url: str, pipeline: Any, repeats: int) -> dict[str, Any]:

@@ -26,18 +26,18 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 from requests.exceptions import Timeout
 
-from loadtests.answer_checks import complaint_about_image, complaint_about_images, read_events
 from loadtests.http_shape import EDITS, GENERATIONS, REFUSED, read_server_timing
+from loadtests.response_checks import complaint_about_image, complaint_about_images, read_events
 from loadtests.shapes import SHAPES, users_at
 from loadtests.trace import Mix, TraceRequest, draw_trace
 
 BURST = 4
-EDITS_OF_A_IMAGE = 3
+EDITS_OF_AN_IMAGE = 3
 STRENGTH = 0.6
 PARTIAL_IMAGES = 2
 SHORTEST_PATIENCE_S, LONGEST_PATIENCE_S = 0.05, 1.0
 LONGEST_RETRY_S = 5.0
-ANSWER_TIMEOUT_S = 600.0
+RESPONSE_TIMEOUT_S = 600.0
 METRIC, REFUSAL, LEFT = "METRIC", "REFUSED", "LEFT"
 TOLD_APART = (METRIC, REFUSAL, LEFT)
 
@@ -108,7 +108,7 @@ class StepserveUser(HttpUser):
     def ask(self, url: str, body: dict[str, Any], name: str) -> dict[str, Any] | None:
         """Send a request and check its answer; None if there are no right images."""
         with self.client.post(
-            url, json=body, name=name, catch_response=True, timeout=ANSWER_TIMEOUT_S
+            url, json=body, name=name, catch_response=True, timeout=RESPONSE_TIMEOUT_S
         ) as response:
             if self.was_refused(response):
                 return None
@@ -194,7 +194,7 @@ class Editor(StepserveUser):
         """Each edit starts from the last answer."""
         body = self.draw() | {"n": 1}
         answer = self.ask(GENERATIONS, body, "first of an editor")
-        for _ in range(EDITS_OF_A_IMAGE):
+        for _ in range(EDITS_OF_AN_IMAGE):
             if answer is None:
                 return
             image = f"data:image/png;base64,{answer['data'][0]['b64_json']}"
@@ -219,7 +219,7 @@ class Streamer(StepserveUser):
             name="stream",
             stream=True,
             catch_response=True,
-            timeout=ANSWER_TIMEOUT_S,
+            timeout=RESPONSE_TIMEOUT_S,
         ) as response:
             if self.was_refused(response):
                 return
@@ -285,12 +285,12 @@ def judge(environment: Environment, **_: Any) -> None:
 def verdicts_on(environment: Environment) -> list[tuple[bool, str]]:
     """What the test had to show, and whether it did."""
     options, entries = environment.parsed_options, list(environment.stats.entries.values())
-    answers = [entry for entry in entries if entry.method not in TOLD_APART]
+    responses = [entry for entry in entries if entry.method not in TOLD_APART]
     refused = sum(entry.num_requests for entry in entries if entry.method == REFUSAL)
     left = sum(entry.num_requests for entry in entries if entry.method == LEFT)
     failed = sum(entry.num_failures for entry in entries)
-    asked = sum(entry.num_requests for entry in answers) + refused
-    answered = sum(entry.num_requests - entry.num_failures for entry in answers)
+    asked = sum(entry.num_requests for entry in responses) + refused
+    answered = sum(entry.num_requests - entry.num_failures for entry in responses)
     failed_share, refused_share = (count / max(asked, 1) for count in (failed, refused))
     verdicts = [
         (answered > 0, f"{answered} right answers; {left} clients left before theirs"),
@@ -298,6 +298,6 @@ def verdicts_on(environment: Environment) -> list[tuple[bool, str]]:
         (refused_share <= options.max_refusals, f"{refused} refusals ({refused_share:.1%})"),
     ]
     if options.max_p95_s:
-        p95_s = max((e.get_response_time_percentile(0.95) for e in answers), default=0) / 1000
+        p95_s = max((e.get_response_time_percentile(0.95) for e in responses), default=0) / 1000
         verdicts.append((p95_s <= options.max_p95_s, f"the worst p95 is {p95_s:.2f} s"))
     return verdicts

@@ -149,12 +149,12 @@ async def settle(bench: Bench) -> None:
     """
     probe = replace(bench.trace[0], num_inference_steps=4, cancel_after=None)
     limit_s = 2 * bench.unloaded.seconds(probe) + 0.1
-    deadline_s, answers = time.monotonic() + SETTLE_TIMEOUT_S, 0
+    deadline_s, responses = time.monotonic() + SETTLE_TIMEOUT_S, 0
     while time.monotonic() < deadline_s:
         (outcome,) = await send_open_loop(bench.session, [probe], [0.0], endless_patience(1))
         is_answered = outcome.status is Status.OK
-        answers += is_answered
-        if answers == MOST_PROBES or (is_answered and outcome.latency_s <= limit_s):
+        responses += is_answered
+        if responses == MOST_PROBES or (is_answered and outcome.latency_s <= limit_s):
             return
         await asyncio.sleep(PROBE_PAUSE_S)
     raise SettleError("a short request is not answered any more")

@@ -20,9 +20,9 @@ class Occupancy:
 
     seen: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
 
-    def add(self, answer: dict[str, Any]) -> None:
+    def add(self, response: dict[str, Any]) -> None:
         """Take in one answer of `/v1/models/{id}/batch`, which holds the latest forwards."""
-        for replica, batch in enumerate(answer["replicas"]):
+        for replica, batch in enumerate(response["replicas"]):
             for forward in batch["forwards"]:
                 if forward["module"].startswith(DENOISERS):
                     told = len(forward["requests"]), forward["rows"], forward["padded_rows"]

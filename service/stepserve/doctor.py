@@ -52,14 +52,14 @@ def _try(check: Check, client: httpx.Client) -> Finding:
         return Finding(name, False, f"{type(error).__name__}: {error}", _advice(client, error))
 
 
-def _refusal(answer: httpx.Response) -> str:
+def _refusal(response: httpx.Response) -> str:
     """What an answer says of an error, in the service's own words where it has some."""
-    status = f"status {answer.status_code}"
+    status = f"status {response.status_code}"
     try:
-        message = answer.json()["error"]["message"]
+        message = response.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):
-        return f"{status} from {answer.request.url}"
-    return f"{message} ({status}, request {answer.headers.get('x-request-id', 'without an id')})"
+        return f"{status} from {response.request.url}"
+    return f"{message} ({status}, request {response.headers.get('x-request-id', 'without an id')})"
 
 
 def _advice(client: httpx.Client, error: Exception) -> str:
@@ -99,9 +99,9 @@ def _clock(client: httpx.Client) -> Finding:
 
 
 def _readiness(client: httpx.Client) -> Finding:
-    answer = client.get("/readyz")
-    if answer.status_code != httpx.codes.OK:
-        message = answer.json()["error"]["message"]
+    response = client.get("/readyz")
+    if response.status_code != httpx.codes.OK:
+        message = response.json()["error"]["message"]
         return Finding("readiness", False, message, "see docs/runbooks/no-replica.md")
     models = _get(client, "/v1/models").json()["data"]
     told = ", ".join(f"{model['id']} on {_device(model)}" for model in models)
@@ -150,10 +150,10 @@ def _image(client: httpx.Client) -> Finding:
     started_s = time.perf_counter()
     # Without a priority: a key may be kept from asking for one.
     body = {"prompt": "red heart", "num_inference_steps": 4}
-    answer = client.post("/v1/images/generations", json=body, timeout=IMAGE_TIMEOUT_S)
-    answer.raise_for_status()
+    response = client.post("/v1/images/generations", json=body, timeout=IMAGE_TIMEOUT_S)
+    response.raise_for_status()
     elapsed_s = time.perf_counter() - started_s
-    return Finding("image", bool(answer.json()["data"]), f"made in {elapsed_s:.2f} s")
+    return Finding("image", bool(response.json()["data"]), f"made in {elapsed_s:.2f} s")
 
 
 def _samples(page: str) -> dict[str, float]:

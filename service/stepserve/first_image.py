@@ -47,14 +47,14 @@ def _try_to_make_one(url: str, folder: Path) -> str:
 
 def make_first_image(url: str, folder: Path) -> Path:
     """Ask the running service for an image and write it to `folder`."""
-    answer = httpx.post(
+    response = httpx.post(
         f"{url}/v1/images/generations",
         json={"prompt": PROMPT, "seed": 2},
         timeout=REQUEST_TIMEOUT_S,
         trust_env=False,
     )
-    answer.raise_for_status()
+    response.raise_for_status()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "first-image.png"
-    path.write_bytes(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+    path.write_bytes(base64.b64decode(response.json()["data"][0]["b64_json"]))
     return path

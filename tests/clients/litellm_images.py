@@ -15,8 +15,8 @@ CALL = {"api_base": os.environ["URL"], "api_key": "unused", "timeout": 60, "max_
 IMAGE = base64.b64decode(os.environ["IMAGE"])
 
 
-def drawn(answer: Any) -> list[str]:
-    return [image.b64_json for image in answer.data]
+def drawn(response: Any) -> list[str]:
+    return [image.b64_json for image in response.data]
 
 
 def file(name: str) -> io.BytesIO:

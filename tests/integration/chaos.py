@@ -44,10 +44,10 @@ def draw(url: str, seed: int) -> Answer:
     sent_s = time.monotonic()
     status, text, image = 0, "", b""
     try:
-        answer = httpx.post(url + GENERATIONS, json=body, timeout=PATIENCE_S, trust_env=False)
-        status, text = answer.status_code, answer.text[:300]
+        response = httpx.post(url + GENERATIONS, json=body, timeout=PATIENCE_S, trust_env=False)
+        status, text = response.status_code, response.text[:300]
         if status == 200:
-            image = base64.b64decode(answer.json()["data"][0]["b64_json"])
+            image = base64.b64decode(response.json()["data"][0]["b64_json"])
     except httpx.TransportError as error:
         text = repr(error)
     return Answer(seed, status, image, text, sent_s, time.monotonic())
@@ -65,7 +65,7 @@ class Load:
     first_seed: int
     clients: int = 6
     repeat: bool = False
-    answers: list[Answer] = field(default_factory=list)
+    responses: list[Answer] = field(default_factory=list)
     errors: list[Answer] = field(default_factory=list)
     broken_s: float = 0.0
 
@@ -95,19 +95,19 @@ class Load:
     @property
     def recovery_s(self) -> float:
         """From the fault to the first answer to a request that was sent after it."""
-        return min(answer.ended_s for answer in self._after()) - self.broken_s
+        return min(response.ended_s for response in self._after()) - self.broken_s
 
     @property
     def slowest_s(self) -> float:
         """The longest that a client waited."""
-        return max(answer.ended_s - answer.sent_s for answer in self.answers)
+        return max(response.ended_s - response.sent_s for response in self.responses)
 
     def tell(self, name: str, retried: int) -> str:
         """The account, in a line."""
-        lost = sum(answer.status != 200 for answer in self.answers)
+        lost = sum(response.status != 200 for response in self.responses)
         return (
-            f"{name:24} sent {len(self.answers) + len(self.errors):3}, "
-            f"answered {len(self.answers) - lost:3}, errors {len(self.errors)}, "
+            f"{name:24} sent {len(self.responses) + len(self.errors):3}, "
+            f"answered {len(self.responses) - lost:3}, errors {len(self.errors)}, "
             f"retried {retried}, lost {lost}; first answer after {self.recovery_s:.1f} s, "
             f"slowest {self.slowest_s:.1f} s"
         )
@@ -117,23 +117,25 @@ class Load:
 
         Those that took longest went through most.
         """
-        failed = [answer for answer in self.answers if answer.status != 200]
-        assert failed == [], [answer.text for answer in failed]
-        slowest = sorted(self.answers, key=lambda answer: answer.sent_s - answer.ended_s)[:3]
-        again = [draw(self.url, answer.seed).image for answer in slowest]
-        assert again == [answer.image for answer in slowest]
+        failed = [response for response in self.responses if response.status != 200]
+        assert failed == [], [response.text for response in failed]
+        slowest = sorted(self.responses, key=lambda response: response.sent_s - response.ended_s)[
+            :3
+        ]
+        again = [draw(self.url, response.seed).image for response in slowest]
+        assert again == [response.image for response in slowest]
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            answer = draw(self.url, next(self._seeds))
-            while self.repeat and answer.status != 200:
-                self.errors.append(answer)
+            response = draw(self.url, next(self._seeds))
+            while self.repeat and response.status != 200:
+                self.errors.append(response)
                 time.sleep(0.2)
-                answer = draw(self.url, answer.seed)
-            self.answers.append(answer)
+                response = draw(self.url, response.seed)
+            self.responses.append(response)
 
     def _after(self) -> Sequence[Answer]:
-        return [answer for answer in self.answers if answer.sent_s >= self.broken_s > 0]
+        return [response for response in self.responses if response.sent_s >= self.broken_s > 0]
 
 
 def processes_of(root: psutil.Process, deployment: str) -> list[psutil.Process]:
@@ -166,8 +168,8 @@ def wait_for_replicas(url: str, count: int) -> None:
 def replicas_told(url: str) -> list[dict[str, Any]] | None:
     """What each replica has in hand; None where nobody tells."""
     try:
-        answer = httpx.get(f"{url}/v1/models/emoji/batch", timeout=10, trust_env=False)
-        replicas: list[dict[str, Any]] = answer.json()["replicas"]
+        response = httpx.get(f"{url}/v1/models/emoji/batch", timeout=10, trust_env=False)
+        replicas: list[dict[str, Any]] = response.json()["replicas"]
     except (httpx.TransportError, KeyError, ValueError):
         return None
     return replicas

@@ -34,7 +34,7 @@ class LocalHub:
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return [str(path.relative_to(self.folder)) for path in paths]
 
-    def answer(self, path: str) -> Any:
+    def response(self, path: str) -> Any:
         """JSON for a path below `/api/`, or None if there is no such thing."""
         if path == f"/api/models/{self.hub_id}/revision/{REVISION}":
             siblings = [{"rfilename": name} for name in self.files]
@@ -71,15 +71,15 @@ class Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self._response(with_body=False)
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        self._response(with_body=True)
 
-    def _answer(self, with_body: bool) -> None:
+    def _response(self, with_body: bool) -> None:
         hub, path = self.server.hub, urlsplit(self.path).path
         if path.startswith("/api/"):
-            told = hub.answer(path)
+            told = hub.response(path)
             self._send(json.dumps(told).encode(), with_body, "" if told else "RevisionNotFound")
         elif (name := hub.named(path)) is not None:
             if with_body:

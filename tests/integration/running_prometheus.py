@@ -27,9 +27,9 @@ class Prometheus:
 
     def query(self, promql: str) -> list[dict]:
         """The series of an instant query."""
-        answer = self.client.get("/api/v1/query", params={"query": promql})
-        assert answer.status_code == 200, answer.text
-        return answer.json()["data"]["result"]
+        response = self.client.get("/api/v1/query", params={"query": promql})
+        assert response.status_code == 200, response.text
+        return response.json()["data"]["result"]
 
     def value(self, promql: str) -> float:
         """The value of a query that is a sum: 0 where there are no series."""

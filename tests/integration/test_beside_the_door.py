@@ -180,10 +180,10 @@ def refused_calls(port: int) -> set[str]:
 def may_be_read(port: int) -> bool:
     """Whether this port tells strangers nothing by HTTP but measurements."""
     try:
-        answer = httpx.get(f"http://127.0.0.1:{port}/logs", timeout=10, trust_env=False)
+        response = httpx.get(f"http://127.0.0.1:{port}/logs", timeout=10, trust_env=False)
     except httpx.TransportError:
         return True
-    return answer.status_code == 401 or answer.text.startswith("# HELP")
+    return response.status_code == 401 or response.text.startswith("# HELP")
 
 
 def test_the_token_is_seen_by_nobody_else(running: Service) -> None:
@@ -201,8 +201,8 @@ def test_the_token_is_seen_by_nobody_else(running: Service) -> None:
 
 def test_nothing_of_the_current_folder_is_imported(running: Service, hostile: Path) -> None:
     with httpx.Client(base_url=running.url, timeout=120, trust_env=False) as client:
-        answer = client.post("/v1/images/generations", json={"prompt": "house"})
-        assert answer.status_code == 200, answer.text
+        response = client.post("/v1/images/generations", json={"prompt": "house"})
+        assert response.status_code == 200, response.text
         assert client.get("/metrics").status_code == 200
     looked = subprocess.run([STEPSERVE, "doctor", running.url], cwd=hostile, capture_output=True)
     assert looked.returncode == 0, looked.stdout.decode()

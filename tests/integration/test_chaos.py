@@ -137,9 +137,9 @@ def test_a_stream_goes_on_on_another_replica(pair: Pair) -> None:
     names = []
     with (
         httpx.Client(trust_env=False, timeout=120) as client,
-        client.stream("POST", pair.url + GENERATIONS, json=body) as answer,
+        client.stream("POST", pair.url + GENERATIONS, json=body) as response,
     ):
-        for line in answer.iter_lines():
+        for line in response.iter_lines():
             if line.startswith("event: "):
                 names.append(line.removeprefix("event: image_generation."))
                 if len(names) == 2:

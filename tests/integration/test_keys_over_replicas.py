@@ -60,17 +60,19 @@ def test_the_first_image_is_left_to_who_has_a_key(guarded: Service):
 
 def test_the_rate_is_exact_over_replicas(guarded: Service, keys: dict[str, str]):
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: draw(guarded, keys["steady"]), range(16)))
-    statuses = [answer.status_code for answer in answers]
+        responses = list(pool.map(lambda _: draw(guarded, keys["steady"]), range(16)))
+    statuses = [response.status_code for response in responses]
 
-    assert sorted(statuses) == [200] * 6 + [429] * 10, [answer.text[:200] for answer in answers]
+    assert sorted(statuses) == [200] * 6 + [429] * 10, [
+        response.text[:200] for response in responses
+    ]
     left = [
-        int(answer.headers["x-ratelimit-remaining-requests"])
-        for answer in answers
-        if answer.status_code == 200
+        int(response.headers["x-ratelimit-remaining-requests"])
+        for response in responses
+        if response.status_code == 200
     ]
     assert sorted(left) == [0, 1, 2, 3, 4, 5]
-    assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 429)
+    assert all(int(a.headers["retry-after"]) >= 1 for a in responses if a.status_code == 429)
     assert draw(guarded, keys["free"]).status_code == 200
 
 
@@ -78,11 +80,11 @@ def test_one_at_once_over_replicas_and_a_client_that_leaves(guarded: Service, ke
     headers = {"Authorization": f"Bearer {keys['single']}"}
     with (
         httpx.Client(timeout=60, trust_env=False) as client,
-        client.stream("POST", guarded.url + GENERATIONS, json=LONG, headers=headers) as answer,
+        client.stream("POST", guarded.url + GENERATIONS, json=LONG, headers=headers) as response,
     ):
-        assert answer.status_code == 200
+        assert response.status_code == 200
         # Kept: httpx closes the connection once nobody holds the iterator.
-        lines = answer.iter_lines()
+        lines = response.iter_lines()
         assert next(lines).startswith("event: image_generation.partial_image")
         with ThreadPoolExecutor(8) as pool:
             others = list(pool.map(lambda _: draw(guarded, keys["single"]), range(8)))
@@ -113,8 +115,8 @@ def test_requests_are_found_whichever_ingress_is_asked(guarded: Service, keys: d
         cancelled = httpx.delete(url, headers=headers)
         ended = making.result()
 
-    assert [answer.status_code for answer in told] == [200] * 12
-    assert {answer.json()["state"] for answer in told} == {"running"}
+    assert [response.status_code for response in told] == [200] * 12
+    assert {response.json()["state"] for response in told} == {"running"}
     assert "event: accepted" in lines
     assert foreign.status_code == 404
     assert cancelled.status_code == 200

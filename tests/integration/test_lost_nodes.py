@@ -112,10 +112,12 @@ def test_a_lost_node_takes_no_request_with_it(nodes: Nodes, say: Callable[[str],
     assert len(nodes.processes_by_node()) == 1 + cluster_of_nodes.WORKERS
     expendable = nodes.expendable()
     with Load(url, first_seed=20_000, clients=CLIENTS, repeat=True) as load:
-        chaos.wait(lambda: len(load.answers) >= CLIENTS, "nobody is answered")
+        chaos.wait(lambda: len(load.responses) >= CLIENTS, "nobody is answered")
         # Of that many some are connected to another node: those are tried again for their clients.
         chaos.wait(lambda: least_in_hand(url) >= 5, "the replicas have little to do")
-        usual_s = statistics.median(answer.ended_s - answer.sent_s for answer in load.answers)
+        usual_s = statistics.median(
+            response.ended_s - response.sent_s for response in load.responses
+        )
         load.breaks_now()
         lose(expendable)
         load.wait_for_answers_after(8)

@@ -64,8 +64,8 @@ class Many:
         os.kill(self.service.process.pid, signal.SIGHUP)
 
     def told(self) -> dict[str, dict[str, Any]]:
-        answer = httpx.get(f"{self.service.url}/v1/models", timeout=30)
-        return {model["id"]: model for model in answer.json()["data"]}
+        response = httpx.get(f"{self.service.url}/v1/models", timeout=30)
+        return {model["id"]: model for model in response.json()["data"]}
 
     def wait(self, until: Callable[[dict[str, dict[str, Any]]], bool]) -> dict[str, dict[str, Any]]:
         deadline_s = time.monotonic() + PATIENCE_S
@@ -83,8 +83,8 @@ class Many:
         return len(self.batch(model))
 
     def batch(self, model: str) -> list[dict[str, Any]]:
-        answer = httpx.get(f"{self.service.url}/v1/models/{model}/batch", timeout=30)
-        return answer.json()["replicas"]
+        response = httpx.get(f"{self.service.url}/v1/models/{model}/batch", timeout=30)
+        return response.json()["replicas"]
 
     def wait_until_in_hand(self, *models: str) -> None:
         deadline_s = time.monotonic() + PATIENCE_S

@@ -93,8 +93,8 @@ def known_load(client: httpx.Client) -> None:
     """Three requests for two images, one wrong, three cancelled, two refused."""
     assert draw(client, "metrics-1", n=2, deadline_s=100).status_code == 200
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda i: draw(client, f"metrics-{i}", n=2), (2, 3)))
-    assert [answer.status_code for answer in answers] == [200, 200]
+        responses = list(pool.map(lambda i: draw(client, f"metrics-{i}", n=2), (2, 3)))
+    assert [response.status_code for response in responses] == [200, 200]
     assert draw(client, num_inference_steps=1000, deadline_s=0.2).status_code == 429
     assert draw(client, n=99).status_code == 400
     fill_and_cancel(client)
@@ -158,16 +158,16 @@ def test_each_panel_has_an_answer(
 ):
     # A rate takes two scrapes of a series that has only just begun.
     deadline_s = time.monotonic() + PATIENCE_S
-    while not (answer := prometheus.query(query)) and time.monotonic() < deadline_s:
+    while not (response := prometheus.query(query)) and time.monotonic() < deadline_s:
         if any(name in query for name in MAY_BE_EMPTY):
             return
         time.sleep(0.5)
-    assert answer
+    assert response
 
 
 def test_rules_are_evaluated(loaded: dict[str, float], prometheus: Prometheus):
-    answer = prometheus.client.get("/api/v1/rules").json()["data"]["groups"]
-    rules = [rule for group in answer for rule in group["rules"]]
+    response = prometheus.client.get("/api/v1/rules").json()["data"]["groups"]
+    rules = [rule for group in response for rule in group["rules"]]
 
     assert len(rules) >= 18
     assert {rule["health"] for rule in rules} == {"ok"}, rules

@@ -35,8 +35,8 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pixels(answer: dict[str, Any]) -> list[Image.Image]:
-    files = [io.BytesIO(base64.b64decode(image["b64_json"])) for image in answer["data"]]
+def pixels(response: dict[str, Any]) -> list[Image.Image]:
+    files = [io.BytesIO(base64.b64decode(image["b64_json"])) for image in response["data"]]
     return [Image.open(file).convert("RGB") for file in files]
 
 
@@ -47,9 +47,11 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def ask(url: str) -> list[Image.Image]:
-    answer = httpx.post(f"{url}{GENERATIONS}", json=body_of(REQUEST), timeout=120, trust_env=False)
-    assert answer.status_code == 200, answer.text
-    return pixels(answer.json())
+    response = httpx.post(
+        f"{url}{GENERATIONS}", json=body_of(REQUEST), timeout=120, trust_env=False
+    )
+    assert response.status_code == 200, response.text
+    return pixels(response.json())
 
 
 async def wait(url: str) -> None:
@@ -88,14 +90,14 @@ def test_a_batch_gives_each_request_its_own_images(
     asked = requests()
     keys = {request.padded_key if pad_steps else request.exact_key for request in asked}
     assert len(keys) == calls
-    answers = make_batch(pipeline, asked, pad_steps)
-    assert [len(answer["data"]) for answer in answers] == [1, 2, 1, 1]
-    assert [answer["seed"] for answer in answers] == [1, 1, 5, 1]
-    assert [image.size for image in pixels(answers[1])] == [(48, 64)] * 2
+    responses = make_batch(pipeline, asked, pad_steps)
+    assert [len(response["data"]) for response in responses] == [1, 2, 1, 1]
+    assert [response["seed"] for response in responses] == [1, 1, 5, 1]
+    assert [image.size for image in pixels(responses[1])] == [(48, 64)] * 2
     longest = max(request.num_inference_steps for request in asked)
     for index in (0, 2):
         steps = longest if pad_steps else asked[index].num_inference_steps
         alone = asked[index].model_copy(update={"num_inference_steps": steps})
-        (answer,) = make_batch(pipeline, [alone], pad_steps=False)
-        (one,), (other,) = pixels(answers[index]), pixels(answer)
+        (response,) = make_batch(pipeline, [alone], pad_steps=False)
+        (one,), (other,) = pixels(responses[index]), pixels(response)
         assert difference(one, other) < CLOSE

@@ -71,13 +71,13 @@ def test_a_red_heart_is_red(client: httpx.Client) -> None:
 
 
 def test_background_colour_is_obeyed(client: httpx.Client) -> None:
-    answer = generate(client, prompt="rocket on a blue background", seed=5)
-    red, _, blue = answer.image().convert("RGB").getpixel((2, 2))
+    response = generate(client, prompt="rocket on a blue background", seed=5)
+    red, _, blue = response.image().convert("RGB").getpixel((2, 2))
     assert blue > red + 60
 
 
 def test_png_holds_every_parameter(client: httpx.Client) -> None:
-    answer = generate(
+    response = generate(
         client,
         prompt="pizza",
         negative_prompt="cheese",
@@ -88,7 +88,7 @@ def test_png_holds_every_parameter(client: httpx.Client) -> None:
         seed=11,
         scheduler="EulerDiscreteScheduler",
     )
-    second = answer.image(1)
+    second = response.image(1)
     assert second.size == (80, 48)
     parameters = json.loads(second.text["parameters"])
     expected = {
@@ -103,7 +103,7 @@ def test_png_holds_every_parameter(client: httpx.Client) -> None:
         "height": 48,
     }
     assert expected.items() <= parameters.items()
-    assert [image["seed"] for image in answer.body["data"]] == [11, 12]
+    assert [image["seed"] for image in response.body["data"]] == [11, 12]
 
 
 def test_answers_say_what_shaped_the_image_and_where_it_was_made(client: httpx.Client) -> None:
@@ -120,8 +120,8 @@ def test_answers_say_what_shaped_the_image_and_where_it_was_made(client: httpx.C
 
 @pytest.mark.parametrize(("output_format", "kind"), [("jpeg", "JPEG"), ("webp", "WEBP")])
 def test_other_formats(client: httpx.Client, output_format: str, kind: str) -> None:
-    answer = generate(client, prompt="pizza", num_inference_steps=2, output_format=output_format)
-    assert answer.image().format == kind
+    response = generate(client, prompt="pizza", num_inference_steps=2, output_format=output_format)
+    assert response.image().format == kind
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -140,12 +140,12 @@ def test_same_image_as_diffusers_alone_while_others_share_the_batch(
         for index in range(9)
     ]
     with ThreadPoolExecutor(len(bodies)) as pool:
-        answers = list(pool.map(lambda body: generate(client, **body), bodies))
-    shares = [float(a.headers["server-timing"].split("share ")[1].strip('"')) for a in answers]
+        responses = list(pool.map(lambda body: generate(client, **body), bodies))
+    shares = [float(a.headers["server-timing"].split("share ")[1].strip('"')) for a in responses]
     assert min(shares) < 0.6, "no forward was shared"
     # The replica's torch uses all cores; so must the reference.
     pipeline = load_model("emoji", EMBEDDED).pipeline
-    for body, answer in zip(bodies, answers, strict=True):
+    for body, response in zip(bodies, responses, strict=True):
         scheduler = getattr(diffusers, body["scheduler"])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         plain = pipeline(
@@ -154,12 +154,12 @@ def test_same_image_as_diffusers_alone_while_others_share_the_batch(
             guidance_scale=body["guidance_scale"],
             generator=[torch.Generator().manual_seed(body["seed"])],
         ).images[0]
-        assert plain.tobytes() == answer.image().convert("RGB").tobytes(), body
+        assert plain.tobytes() == response.image().convert("RGB").tobytes(), body
 
 
 def test_openai_client_works_unchanged(service) -> None:
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0)
-    answer = client.images.generate(
+    response = client.images.generate(
         model="emoji",
         prompt="sunflower",
         n=2,
@@ -168,8 +168,8 @@ def test_openai_client_works_unchanged(service) -> None:
         user="someone",
         extra_body={"seed": 4, "num_inference_steps": 4},
     )
-    assert len(answer.data) == 2
-    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))) as image:
+    assert len(response.data) == 2
+    with Image.open(io.BytesIO(base64.b64decode(response.data[0].b64_json))) as image:
         assert image.size == (64, 64)
     assert "emoji" in [model.id for model in client.models.list()]
     with pytest.raises(openai.BadRequestError, match="size"):

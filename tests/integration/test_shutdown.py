@@ -27,7 +27,7 @@ def test_accepted_work_is_finished_at_ctrl_c_and_the_exit_code_is_0(
     service.start()
     body = {"prompt": "house", "num_inference_steps": 150}
     with ThreadPoolExecutor(2) as pool:
-        answer = pool.submit(
+        response = pool.submit(
             httpx.post,
             f"{service.url}/v1/images/generations",
             json=body,
@@ -35,12 +35,12 @@ def test_accepted_work_is_finished_at_ctrl_c_and_the_exit_code_is_0(
             trust_env=False,
         )
         time.sleep(0.7)
-        assert not answer.done()
+        assert not response.done()
         started_s = time.monotonic()
         ready = pool.submit(readiness_until, service, 503)
         assert service.interrupt() == 0, service.log
         assert "draining" in ready.result()
-        assert answer.result().status_code == 200, answer.result().text
+        assert response.result().status_code == 200, response.result().text
     assert time.monotonic() - started_s < 55
     assert service.log.rstrip().endswith("stopped")
 
@@ -56,7 +56,7 @@ def test_at_sigterm_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
         service = Service(tmp_path)
         service.start()
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(
+            response = pool.submit(
                 httpx.post,
                 f"{service.url}/v1/images/generations",
                 json={"prompt": "house", "num_inference_steps": 1000},
@@ -65,8 +65,8 @@ def test_at_sigterm_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
             )
             time.sleep(2)
             assert service.terminate() == 0, service.log
-            assert answer.result().status_code == 503, answer.result().text
-            assert answer.result().json()["error"]["code"] == "server_stopped"
+            assert response.result().status_code == 503, response.result().text
+            assert response.result().json()["error"]["code"] == "server_stopped"
     assert service.log.rstrip().endswith("stopped")
 
 
@@ -90,11 +90,11 @@ def ask(service: Service, number: int) -> tuple[str, str]:
     headers = {"X-Request-ID": name}
     with httpx.Client(timeout=90, trust_env=False) as client:
         if number % 3 == 0:
-            answer = client.post(url, json=body, headers=headers)
-            return "answer", f"{answer.status_code} {answer.json()['error']['code']}"
+            response = client.post(url, json=body, headers=headers)
+            return "answer", f"{response.status_code} {response.json()['error']['code']}"
         if number % 3 == 1:
-            answer = client.post(url, json=body | {"stream": True}, headers=headers)
-            return "stream", answer.text.strip().split("\n\n")[-1]
+            response = client.post(url, json=body | {"stream": True}, headers=headers)
+            return "stream", response.text.strip().split("\n\n")[-1]
         followed = f"{service.url}/v1/requests/long-{number - 2}"
         while client.get(followed).status_code == 404:
             time.sleep(0.1)
@@ -159,9 +159,9 @@ def test_a_signal_while_it_starts_ends_it_without_a_word_of_python(
 def readiness_until(service: Service, status: int) -> str:
     """The body of the first answer with that status; load balancers ask until then."""
     with httpx.Client(base_url=service.url, timeout=5, trust_env=False) as client:
-        while (answer := client.get("/readyz")).status_code != status:
+        while (response := client.get("/readyz")).status_code != status:
             time.sleep(0.1)
-    return answer.text
+    return response.text
 
 
 def test_a_port_that_is_taken_is_refused_in_a_line() -> None:

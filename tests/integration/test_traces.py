@@ -56,14 +56,14 @@ def test_requests_that_shared_forwards_are_traced_and_linked(
     traced: Service, received: Received
 ) -> None:
     with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda number: draw(traced, number), range(3)))
+        responses = list(pool.map(lambda number: draw(traced, number), range(3)))
     roots: dict[str, Span] = {}
-    for trace_id, answer in answers:
-        assert answer.status_code == 200, answer.text
+    for trace_id, response in responses:
+        assert response.status_code == 200, response.text
         spans = received.wait_for(trace_id, is_whole)
         by_name = {span.name: span for span in spans}
         door, roots[trace_id] = by_name[f"POST {GENERATIONS}"], by_name["generate"]
-        assert answer.headers["traceparent"].split("-")[1:3] == [trace_id, door.span_id.hex()]
+        assert response.headers["traceparent"].split("-")[1:3] == [trace_id, door.span_id.hex()]
         assert roots[trace_id].parent_span_id == door.span_id
         children = [s for s in spans if s.parent_span_id == roots[trace_id].span_id]
         count = Counter(span.name for span in children)
@@ -83,8 +83,8 @@ def test_requests_that_shared_forwards_are_traced_and_linked(
 
 
 def test_log_lines_name_the_trace(traced: Service) -> None:
-    trace_id, answer = draw(traced, 9)
-    assert answer.status_code == 200
+    trace_id, response = draw(traced, 9)
+    assert response.status_code == 200
     # Lines of other processes arrive a little later than their answers.
     deadline_s = time.monotonic() + LOG_PATIENCE_S
     while f'"trace_id": "{trace_id}"' not in traced.log:

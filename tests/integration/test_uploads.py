@@ -54,10 +54,10 @@ async def watch(service: Service, count: int, ask: Ask) -> Seen:
             assert (await client.get("/healthz")).status_code == 200
             slowest_s = max(slowest_s, time.monotonic() - began_s)
             await asyncio.sleep(LOOK_EVERY_S)
-        answers = [task.result() for task in asking]
-    for answer in answers:
-        assert answer.status_code != 429 or int(answer.headers["Retry-After"]) >= 1
-    return Seen(Counter(answer.status_code for answer in answers), peak_bytes, slowest_s)
+        responses = [task.result() for task in asking]
+    for response in responses:
+        assert response.status_code != 429 or int(response.headers["Retry-After"]) >= 1
+    return Seen(Counter(response.status_code for response in responses), peak_bytes, slowest_s)
 
 
 def assert_given_back(service: Service) -> None:

@@ -27,11 +27,11 @@ from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
 from stepserve.domain.models import StepRange
 from stepserve.domain.requests import GenerationRequest, Task
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.pipelines import tasks
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import check_serves_prompts
 from stepserve.pipelines.facts.signature import accepted_arguments, read_signature
 from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.requests import call as tasks
 from stepserve.pipelines.requests.call import denoiser_calls, guidance_arguments
 from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.routing.reports import job_of

@@ -18,18 +18,18 @@ class RefusingHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Say that it is up and ready, and refuse the rest."""
         if self.path in ("/healthz", "/readyz"):
-            self._answer(200, json.dumps({"status": "ok", "version": "0", "results": ""}))
+            self._response(200, json.dumps({"status": "ok", "version": "0", "results": ""}))
         else:
-            self._answer(401, json.dumps(REFUSED) if self.path != "/metrics" else "<h1>no</h1>")
+            self._response(401, json.dumps(REFUSED) if self.path != "/metrics" else "<h1>no</h1>")
 
     def do_POST(self) -> None:
         """Refuse images of a priority, and make all others."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         wrong = {"error": {"message": "priority is not open to this API key"}}
         status, told = (400, wrong) if "priority" in body else (200, {"data": [{}]})
-        self._answer(status, json.dumps(told))
+        self._response(status, json.dumps(told))
 
-    def _answer(self, status: int, text: str) -> None:
+    def _response(self, status: int, text: str) -> None:
         self.send_response(status)
         self.send_header("X-Request-ID", "some-id")
         self.end_headers()

@@ -26,19 +26,19 @@ PREFLIGHT = "Access-Control-Request-Method"
 def add_error_handlers(app: FastAPI) -> None:
     """Make `app` answer our errors, FastAPI's and the router's in one shape."""
     for error_class in (StepserveError, RequestValidationError, HTTPException):
-        app.add_exception_handler(error_class, _answer)
+        app.add_exception_handler(error_class, _response)
 
 
-async def _answer(request: Request, error: Exception) -> Response:
+async def _response(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return _answer_method(request)
+        return _respond_to_method(request)
     response = error_response(_translate(request, error), request_id_of(request.scope))
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
     return response
 
 
-def _answer_method(request: Request) -> Response:
+def _respond_to_method(request: Request) -> Response:
     """Tell the methods of a path: as an error, unless that was the question."""
     allowed = allowed_methods(request.app, request.scope)
     if request.method == "OPTIONS" and PREFLIGHT not in request.headers:

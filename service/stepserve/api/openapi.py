@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from stepserve.api.errors import TABLE
-from stepserve.api.images.responses import ErrorAnswer
+from stepserve.api.images.responses import ErrorResponse
 from stepserve.domain.errors import RefusedError, StepserveError, UnmeetableDeadlineError
 
 Responses = dict[int | str, dict[str, Any]]
@@ -45,7 +45,7 @@ def error_responses(*classes: type[StepserveError]) -> Responses:
 
     The "default" entry stands for all others (and keeps FastAPI from promising a 422).
     """
-    responses: Responses = {"default": {"model": ErrorAnswer, "description": "Any other error."}}
+    responses: Responses = {"default": {"model": ErrorResponse, "description": "Any other error."}}
     for error_class in classes:
         _add(responses, error_class)
     return responses
@@ -58,7 +58,7 @@ def _add(responses: Responses, error_class: type[StepserveError]) -> None:
     response = responses.setdefault(
         kind.status,
         {
-            "model": ErrorAnswer,
+            "model": ErrorResponse,
             "description": text,
             "headers": REQUEST_ID | (RETRY_AFTER if is_refusal else {}),
             "content": {"application/json": {"examples": {}}},

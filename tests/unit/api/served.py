@@ -55,23 +55,23 @@ class Answer:
         return error
 
 
-def answer_in(received: bytes) -> Answer:
+def response_in(received: bytes) -> Answer:
     """The first answer in what was received; its body is all that follows."""
     head, _, body = received.partition(b"\r\n\r\n")
     return Answer(int(head.split()[1]), head.lower(), body)
 
 
-def read_answer(client: socket.socket) -> Answer:
+def read_response(client: socket.socket) -> Answer:
     """The next answer, of a connection that stays open."""
     received = b""
     while b"\r\n\r\n" not in received:
         received += _more(client)
-    answer = answer_in(received)
-    length = next(v for n, v in _headers(answer.head) if n == b"content-length")
-    while len(answer.body) < int(length):
+    response = response_in(received)
+    length = next(v for n, v in _headers(response.head) if n == b"content-length")
+    while len(response.body) < int(length):
         received += _more(client)
-        answer = answer_in(received)
-    return answer
+        response = response_in(received)
+    return response
 
 
 def _more(client: socket.socket) -> bytes:

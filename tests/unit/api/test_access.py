@@ -53,9 +53,9 @@ async def draw(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
 
 async def test_a_key_opens_the_door(backend: FakeBackend):
     async with client_of(guarded(backend)) as client:
-        answer = await draw(client)
+        response = await draw(client)
 
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert backend.requests[0].owner == "app"
 
 
@@ -103,12 +103,12 @@ async def test_without_a_key_nothing_is_told(
 ):
     headers = {} if header is None else {"Authorization": header}
     async with client_of(guarded(backend), key=None) as client:
-        answer = await client.request(method, path, headers=headers, content=b"not even JSON")
+        response = await client.request(method, path, headers=headers, content=b"not even JSON")
 
-    assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
-    assert answer.headers["x-request-id"]
-    assert answer.json()["error"] == {
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["x-request-id"]
+    assert response.json()["error"] == {
         "message": message,
         "type": "authentication_error",
         "param": None,
@@ -138,8 +138,8 @@ async def test_the_door_is_shut_below_a_prefix_too(backend: FakeBackend, prefix:
     transport = httpx.ASGITransport(app=guarded(backend), root_path=prefix)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for path in (GENERATIONS, prefix + GENERATIONS):
-            answer = await client.post(path, json={"prompt": "cat"})
-            assert answer.status_code in (401, 404)
+            response = await client.post(path, json={"prompt": "cat"})
+            assert response.status_code in (401, 404)
 
     assert backend.requests == []
 
@@ -161,15 +161,15 @@ async def test_anothers_request_is_as_unknown_as_none(backend: FakeBackend):
     app = guarded(backend, entry(), entry(OTHER_KEY, "other"))
     async with client_of(app) as client, client_of(app, OTHER_KEY) as other:
         await client.post(GENERATIONS, json={"prompt": "cat"}, headers={"X-Request-ID": "mine"})
-        answers = [
+        responses = [
             await other.get("/v1/requests/mine"),
             await other.delete("/v1/requests/mine"),
             await other.get("/v1/requests/mine/events"),
             await other.get("/v1/requests/nobodys"),
         ]
 
-    assert {answer.status_code for answer in answers} == {404}
-    assert {answer.json()["error"]["code"] for answer in answers} == {"request_not_found"}
+    assert {response.status_code for response in responses} == {404}
+    assert {response.json()["error"]["code"] for response in responses} == {"request_not_found"}
 
 
 async def test_who_knows_the_id_of_anothers_request_cannot_end_it(backend: FakeBackend):
@@ -203,17 +203,17 @@ async def test_the_keys_priority_is_kept_to(backend: FakeBackend):
 async def test_the_rate_is_told_and_then_kept(backend: FakeBackend):
     clock = Clock()
     async with client_of(guarded(backend, entry(requests_per_minute=2), clock=clock)) as client:
-        answers = [await draw(client) for _ in range(3)]
-        clock.now_s += int(answers[2].headers["retry-after"])
+        responses = [await draw(client) for _ in range(3)]
+        clock.now_s += int(responses[2].headers["retry-after"])
         after_waiting = await draw(client)
 
-    assert [answer.status_code for answer in answers] == [200, 200, 429]
-    told = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
+    assert [response.status_code for response in responses] == [200, 200, 429]
+    told = [response.headers["x-ratelimit-remaining-requests"] for response in responses]
     assert told == ["1", "0", "0"]
-    assert {answer.headers["x-ratelimit-limit-requests"] for answer in answers} == {"2"}
-    assert answers[0].headers["x-ratelimit-reset-requests"] == "30s"
-    assert answers[2].headers["retry-after"] == "30"
-    error = answers[2].json()["error"]
+    assert {response.headers["x-ratelimit-limit-requests"] for response in responses} == {"2"}
+    assert responses[0].headers["x-ratelimit-reset-requests"] == "30s"
+    assert responses[2].headers["retry-after"] == "30"
+    error = responses[2].json()["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
     assert after_waiting.status_code == 200
 
@@ -227,9 +227,9 @@ async def test_only_requests_for_images_count(backend: FakeBackend):
 
 async def test_a_key_without_limits_is_told_none(backend: FakeBackend):
     async with client_of(guarded(backend)) as client:
-        answer = await draw(client)
+        response = await draw(client)
 
-    assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
+    assert not [name for name in response.headers if name.startswith("x-ratelimit")]
 
 
 async def until(condition: Any) -> None:
@@ -290,11 +290,11 @@ async def test_a_stream_has_its_place_until_its_end(backend: FakeBackend):
         await begun.wait()
         meanwhile = await draw(client)
         ending.set()
-        answer = await streaming
+        response = await streaming
         afterwards = await draw(client)
 
     assert (meanwhile.status_code, afterwards.status_code) == (429, 200)
-    assert "image_generation.completed" in answer.text
+    assert "image_generation.completed" in response.text
 
 
 class Leaving:
@@ -351,10 +351,10 @@ async def test_nobody_is_let_in_uncounted(backend: FakeBackend):
     usage = Silent()
     access = Access(KeyRing([entry(max_concurrent=1)]), usage)
     async with client_of(create_app(backend, SETTINGS, make_store(), access)) as client:
-        answer = await draw(client)
+        response = await draw(client)
 
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-    assert answer.json()["error"]["code"] == "not_ready"
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+    assert response.json()["error"]["code"] == "not_ready"
     assert backend.requests == []
     assert len(usage.given_back) == 1
 
@@ -383,10 +383,10 @@ def with_cors(origins: Sequence[str]) -> ApiSettings:
 async def test_pages_from_elsewhere_may_not_call_by_default(backend: FakeBackend):
     async with client_for(backend) as client:
         asked = await client.options(GENERATIONS, headers=PAGE)
-        answer = await client.get("/v1/models", headers=PAGE)
+        response = await client.get("/v1/models", headers=PAGE)
 
     assert asked.status_code == 405
-    assert "access-control-allow-origin" not in {*asked.headers, *answer.headers}
+    assert "access-control-allow-origin" not in {*asked.headers, *response.headers}
 
 
 async def test_pages_that_the_operator_names_may(backend: FakeBackend):

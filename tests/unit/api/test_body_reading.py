@@ -43,8 +43,8 @@ async def post(client: httpx.AsyncClient, content: Any, **headers: str) -> httpx
     return await client.post(GENERATIONS, content=content, headers=JSON | named)
 
 
-def error_of(answer: httpx.Response) -> tuple[int, str]:
-    return answer.status_code, answer.json()["error"]["code"]
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ async def test_compressed_bodies_are_read(
     in_chunks = await post(client, parts(body), content_encoding=coding)
     transferred = await post(client, parts(body), transfer_encoding=f"{coding}, chunked")
 
-    statuses = [answer.status_code for answer in (whole, in_chunks, transferred)]
+    statuses = [response.status_code for response in (whole, in_chunks, transferred)]
     assert statuses == [200, 200, 200]
     assert [request.prompt for request in backend.requests] == ["kät"] * 3
 
@@ -75,28 +75,28 @@ async def test_compressed_bodies_are_read(
 async def test_other_codings_are_refused_with_those_there_are(
     client: httpx.AsyncClient, coding: str
 ):
-    answer = await post(client, gzip.compress(BODY), content_encoding=coding)
+    response = await post(client, gzip.compress(BODY), content_encoding=coding)
 
-    assert error_of(answer) == (415, "unsupported_media_type")
-    assert answer.headers["accept-encoding"] == "gzip, deflate"
-    assert "must be gzip or deflate" in answer.json()["error"]["message"]
+    assert error_of(response) == (415, "unsupported_media_type")
+    assert response.headers["accept-encoding"] == "gzip, deflate"
+    assert "must be gzip or deflate" in response.json()["error"]["message"]
 
 
 async def test_what_unfolds_over_the_limit_is_refused(client: httpx.AsyncClient):
-    answer = await post(client, gzip.compress(b" " * 10**5), content_encoding="gzip")
+    response = await post(client, gzip.compress(b" " * 10**5), content_encoding="gzip")
 
-    assert error_of(answer) == (413, "body_too_large")
-    assert f"unfolds to {SETTINGS.max_body_bytes} bytes" in answer.json()["error"]["message"]
+    assert error_of(response) == (413, "body_too_large")
+    assert f"unfolds to {SETTINGS.max_body_bytes} bytes" in response.json()["error"]["message"]
 
 
 async def test_what_unfolds_too_far_is_refused(backend: FakeBackend):
     bomb = gzip.compress(b" " * LARGE.max_upload_bytes)
     headers = JSON | {"Content-Encoding": "gzip"}
     async with client_for(backend, LARGE) as client:
-        answer = await client.post(EDITS, content=bomb, headers=headers)
+        response = await client.post(EDITS, content=bomb, headers=headers)
 
-    assert error_of(answer) == (413, "body_too_large")
-    assert "over 100 times" in answer.json()["error"]["message"]
+    assert error_of(response) == (413, "body_too_large")
+    assert "over 100 times" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ async def test_what_unfolds_too_far_is_refused(backend: FakeBackend):
     ],
 )
 async def test_what_is_not_compressed_as_it_says_is_told_so(client: httpx.AsyncClient, body: bytes):
-    answer = await post(client, body, content_encoding="gzip")
+    response = await post(client, body, content_encoding="gzip")
 
-    assert error_of(answer) == (400, "invalid_body")
-    assert "gzip" in answer.json()["error"]["message"]
+    assert error_of(response) == (400, "invalid_body")
+    assert "gzip" in response.json()["error"]["message"]
 
 
 CHARSETS = [
@@ -132,10 +132,12 @@ CHARSETS = [
 @pytest.mark.parametrize("charset", CHARSETS)
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
 async def test_no_charset_but_utf_8(client: httpx.AsyncClient, kind: str, charset: str):
-    answer = await client.post(EDITS, content=b"x", headers={"Content-Type": f"{kind}; {charset}"})
+    response = await client.post(
+        EDITS, content=b"x", headers={"Content-Type": f"{kind}; {charset}"}
+    )
 
-    assert error_of(answer) == (400, "unsupported_charset")
-    assert "must be 'utf-8'" in answer.json()["error"]["message"]
+    assert error_of(response) == (400, "unsupported_charset")
+    assert "must be 'utf-8'" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +145,9 @@ async def test_no_charset_but_utf_8(client: httpx.AsyncClient, kind: str, charse
 )
 async def test_utf_8_may_be_said(client: httpx.AsyncClient, backend: FakeBackend, charset: str):
     kind = f"application/json; charset={charset}"
-    answer = await client.post(GENERATIONS, content=BODY, headers={"Content-Type": kind})
+    response = await client.post(GENERATIONS, content=BODY, headers={"Content-Type": kind})
 
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert backend.requests[0].prompt == "kät"
 
 
@@ -168,10 +170,10 @@ FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 async def test_texts_of_forms_that_are_not_utf_8_are_refused(
     client: httpx.AsyncClient, body: bytes
 ):
-    answer = await client.post(EDITS, content=body, headers=FORM)
+    response = await client.post(EDITS, content=body, headers=FORM)
 
-    assert error_of(answer) == (400, "invalid_form")
-    assert "UTF-8" in answer.json()["error"]["message"]
+    assert error_of(response) == (400, "invalid_form")
+    assert "UTF-8" in response.json()["error"]["message"]
 
 
 async def test_forms_have_limits_of_their_own(backend: FakeBackend):
@@ -198,17 +200,17 @@ async def test_parts_of_forms_choose_no_codec(client: httpx.AsyncClient, headers
     """The text is taken as it is: what is missing is only the image."""
     charset = form(b'name="_charset_"', b"punycode").replace(b"--x--\r\n", b"")
     body = charset + form(b'name="prompt"', "kät-".encode(), headers)
-    answer = await client.post(EDITS, content=body, headers=FORM)
+    response = await client.post(EDITS, content=body, headers=FORM)
 
-    assert error_of(answer) == (400, "invalid_value")
+    assert error_of(response) == (400, "invalid_value")
 
 
 @pytest.mark.parametrize("codec", ["utf-16", "utf-32", "utf-16-le", "utf-32-be"])
 async def test_json_in_other_encodings_is_refused(client: httpx.AsyncClient, codec: str):
     text = BODY.decode().encode(codec)
-    answers = [await client.post(url, content=text, headers=JSON) for url in (GENERATIONS, EDITS)]
+    responses = [await client.post(url, content=text, headers=JSON) for url in (GENERATIONS, EDITS)]
 
-    assert [error_of(answer) for answer in answers] == [(400, "invalid_json")] * 2
+    assert [error_of(response) for response in responses] == [(400, "invalid_json")] * 2
 
 
 @pytest.mark.parametrize(
@@ -223,19 +225,19 @@ async def test_json_in_other_encodings_is_refused(client: httpx.AsyncClient, cod
 @pytest.mark.parametrize("url", [GENERATIONS, EDITS])
 async def test_json_that_would_take_long_is_refused(backend: FakeBackend, url: str, body: bytes):
     async with client_for(backend, LARGE) as client:
-        answer = await client.post(url, content=body, headers=JSON)
+        response = await client.post(url, content=body, headers=JSON)
 
-    assert error_of(answer) == (400, "invalid_json")
+    assert error_of(response) == (400, "invalid_json")
 
 
 async def test_a_long_body_arrives_whole(backend: FakeBackend):
     body = json.dumps({"prompt": "x", "image": "data:image/png;base64," + "A" * 300_001}).encode()
     async with client_for(backend, LARGE) as client:
-        answers = await asyncio.gather(
+        responses = await asyncio.gather(
             *(client.post(EDITS, content=body, headers=JSON) for _ in range(5))
         )
 
-    assert [answer.json()["error"]["param"] for answer in answers] == ["image"] * 5
+    assert [response.json()["error"]["param"] for response in responses] == ["image"] * 5
 
 
 class Endless:
@@ -327,11 +329,11 @@ async def test_half_a_body_holds_no_place_of_a_key(backend: FakeBackend):
     await held.asked.wait()
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        answer = await post(client, BODY, authorization=f"Bearer {KEY}")
+        response = await post(client, BODY, authorization=f"Bearer {KEY}")
     held.goes_on.set()
     await waiting
 
-    assert answer.status_code == 200
+    assert response.status_code == 200
 
 
 async def test_long_heads_are_refused_by_the_app_too(backend: FakeBackend):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from api_fakes import Blocking, FakeBackend, make_app
-from stepserve.api import connection
 from stepserve.api.errors import RequestTimedOutError
+from stepserve.api.http import connection
 from stepserve.api.http.connection import while_connected
 from stepserve.domain.errors import CancelledError
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 from api_fakes import Blocking, FakeBackend, finish, make_app
-from served import HEALTH, answer_in, connect, is_closed, read_all, read_answer, served
+from served import HEALTH, connect, is_closed, read_all, read_response, response_in, served
 from stepserve.api.exchange_context import Exchange
 from stepserve.api.http.head_limits import HeadLimits
 from stepserve.api.http.protocol import ConnectionLimits
@@ -47,17 +47,17 @@ def refused(port: int, *parts: bytes) -> tuple[int, str, str]:
                 client.sendall(part)
         except ConnectionError:
             pass
-        answer = answer_in(read_all(client))
-    assert b"connection: close" in answer.head
-    assert b"x-request-id: " in answer.head
-    assert b"content-type: application/json" in answer.head
-    return answer.status, answer.error["code"], answer.error["message"]
+        response = response_in(read_all(client))
+    assert b"connection: close" in response.head
+    assert b"x-request-id: " in response.head
+    assert b"content-type: application/json" in response.head
+    return response.status, response.error["code"], response.error["message"]
 
 
 def is_well(port: int) -> bool:
     with connect(port) as client:
         client.sendall(HEALTH)
-        return read_answer(client).status == 200
+        return read_response(client).status == 200
 
 
 @pytest.mark.parametrize("megabytes", [0.001, 3])
@@ -102,7 +102,7 @@ def test_headers_at_the_limit_pass(port: int):
     with connect(port) as client:
         client.sendall(HEALTH[:-2] + lines + b"\r\n")
 
-        assert read_answer(client).status == 200
+        assert read_response(client).status == 200
 
 
 def test_empty_lines_before_a_request_end(port: int):
@@ -132,7 +132,7 @@ def test_the_http_before_it_is_answered(port: int):
     with connect(port) as client:
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
 
-        assert read_answer(client).status == 200
+        assert read_response(client).status == 200
 
 
 def test_a_tunnel_is_refused(port: int):
@@ -158,9 +158,9 @@ def test_trailers_are_no_headers(port: int, backend: FakeBackend):
     chunk = b"%x\r\n%s\r\n0\r\nX-Request-ID: from-a-trailer\r\n\r\n" % (len(body), body)
     with connect(port) as client:
         client.sendall(GENERATIONS + b"Transfer-Encoding: chunked\r\n\r\n" + chunk)
-        answer = read_answer(client)
+        response = read_response(client)
 
-    assert answer.status == 200
+    assert response.status == 200
     assert backend.requests[0].prompt == "cat"
     assert backend.requests[0].id != "from-a-trailer"
 
@@ -181,11 +181,11 @@ def test_a_silent_connection_is_closed_without_a_word(port: int):
 def test_a_connection_that_was_kept_alive_ends_as_well(port: int, begun: bytes):
     with connect(port) as client:
         client.sendall(HEALTH)
-        assert read_answer(client).status == 200
+        assert read_response(client).status == 200
         client.sendall(begun)
         received = read_all(client)
 
-    assert (answer_in(received).status == 408) if begun else (received == b"")
+    assert (response_in(received).status == 408) if begun else (received == b"")
 
 
 def test_what_is_refused_is_told_like_any_other_answer(backend: FakeBackend):
@@ -221,9 +221,9 @@ def test_the_longest_silent_connection_gives_way_to_a_new_one(backend: FakeBacke
         for client in (first, half, *others):
             client.close()
 
-    assert answer_in(received).status == 503
-    assert answer_in(received).error["code"] == "too_many_connections"
-    assert b"retry-after: 1" in answer_in(received).head
+    assert response_in(received).status == 503
+    assert response_in(received).error["code"] == "too_many_connections"
+    assert b"retry-after: 1" in response_in(received).head
 
 
 def test_those_at_work_do_not_give_way(backend: FakeBackend):
@@ -255,14 +255,14 @@ def test_a_connection_that_waits_holds_nothing_of_the_request_before(backend: Fa
     patient = replace(LIMITS, keep_alive_s=60, header_timeout_s=60)
     with served(make_app(backend), patient, MOST) as port, connect(port) as client:
         client.sendall(GENERATIONS + b'Content-Length: 15\r\n\r\n{"prompt": "x"}')
-        assert read_answer(client).status == 200
+        assert read_response(client).status == 200
         request = weakref.ref(backend.requests.pop())
         # By then the server has done all that it does after an answer.
         assert is_well(port)
         gc.collect()
         assert request() is None
         client.sendall(HEALTH)
-        assert read_answer(client).status == 200
+        assert read_response(client).status == 200
 
 
 def test_what_is_wrong_behind_a_good_request_is_answered_after_it(port: int):
@@ -280,10 +280,10 @@ def test_an_answer_before_the_body_is_not_lost(port: int):
         client.sendall(GENERATIONS + b"Content-Length: 90000000\r\n\r\n")
         for _ in range(20):
             client.sendall(MEGABYTE)
-        answer = answer_in(read_all(client))
+        response = response_in(read_all(client))
 
-    assert answer.status == 413
-    assert b"connection: close" in answer.head
+    assert response.status == 413
+    assert b"connection: close" in response.head
 
 
 def test_a_client_that_never_reads_is_cut_off(port: int):
@@ -313,7 +313,7 @@ def test_an_upgrade_is_ignored_and_the_body_is_read(
             body = b'{"prompt": "%s"}' % word
             client.sendall(GENERATIONS + upgrade + b"HTTP2-Settings: AA\r\n")
             client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            assert read_answer(client).status == 200
+            assert read_response(client).status == 200
 
     assert [request.prompt for request in backend.requests] == ["cat", "dog"]
 
@@ -322,10 +322,10 @@ def test_a_half_closed_connection_is_answered(port: int, backend: FakeBackend):
     with connect(port) as client:
         client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
         client.shutdown(socket.SHUT_WR)
-        answer = answer_in(read_all(client))
+        response = response_in(read_all(client))
 
-    assert answer.status == 200
-    assert b'"b64_json"' in answer.body
+    assert response.status == 200
+    assert b'"b64_json"' in response.body
 
 
 def test_a_half_closed_stream_goes_on(port: int):
@@ -333,18 +333,18 @@ def test_a_half_closed_stream_goes_on(port: int):
     with connect(port) as client:
         client.sendall(GENERATIONS + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         client.shutdown(socket.SHUT_WR)
-        answer = answer_in(read_all(client))
+        response = response_in(read_all(client))
 
-    assert answer.status == 200
-    assert b"event: image_generation.completed" in answer.body
+    assert response.status == 200
+    assert b"event: image_generation.completed" in response.body
 
 
 def test_a_half_closed_connection_is_answered_in_the_end(port: int, backend: FakeBackend):
     """After the server has tried whether the client is there, which it does not see."""
-    answers = threading.Event()
+    responses = threading.Event()
 
     async def slow(request: GenerationRequest) -> Outcome:
-        await asyncio.to_thread(answers.wait, 10)
+        await asyncio.to_thread(responses.wait, 10)
         return await finish(request)
 
     backend.generate_with = slow
@@ -354,11 +354,11 @@ def test_a_half_closed_connection_is_answered_in_the_end(port: int, backend: Fak
         begun = client.recv(9)
         while len(begun) < 2:
             begun += client.recv(9)
-        answers.set()
-        answer = answer_in(begun + read_all(client))
+        responses.set()
+        response = response_in(begun + read_all(client))
 
-    assert (begun, answer.status) == (b"HT", 200)
-    assert b'"b64_json"' in answer.body
+    assert (begun, response.status) == (b"HT", 200)
+    assert b'"b64_json"' in response.body
 
 
 @pytest.mark.parametrize("first", [b"", HEALTH])

@@ -47,10 +47,10 @@ async def test_the_others_are_answered(
 ) -> None:
     backend.generate_with = finish_with_one_withheld
     body = {"prompt": "cat", "n": 3, "seed": 5, "response_format": wanted}
-    answer = await client.post(URL, json=body)
+    response = await client.post(URL, json=body)
 
-    assert answer.status_code == 200
-    data = answer.json()["data"]
+    assert response.status_code == 200
+    data = response.json()["data"]
     assert data[1] == {"seed": 6, "content_filtered": True}
     assert [sorted(one) for one in (data[0], data[2])] == [sorted((wanted, "seed"))] * 2
 
@@ -59,10 +59,10 @@ async def test_where_none_is_left_it_is_openais_error(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     backend.generate_with = raising(ContentFilteredError(MESSAGE))
-    answer = await client.post(URL, json={"prompt": "cat"})
+    response = await client.post(URL, json={"prompt": "cat"})
 
-    assert answer.status_code == 400
-    assert answer.json()["error"] == {
+    assert response.status_code == 400
+    assert response.json()["error"] == {
         "message": MESSAGE,
         "type": "image_generation_user_error",
         "param": None,

@@ -22,28 +22,30 @@ async def test_no_page_from_elsewhere_makes_the_service_work(
 ):
     headers = FROM_ELSEWHERE | {"Sec-Fetch-Site": site, "Content-Type": media_type}
 
-    answer = await client.post(GENERATIONS, content=BODY, headers=headers)
+    response = await client.post(GENERATIONS, content=BODY, headers=headers)
 
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_site_request")
-    assert "https://other.example" in answer.json()["error"]["message"]
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "cross_site_request")
+    assert "https://other.example" in response.json()["error"]["message"]
     assert backend.requests == []
 
 
 async def test_a_request_of_a_page_from_elsewhere_that_names_no_page_is_refused(
     client: httpx.AsyncClient,
 ):
-    answer = await client.post(GENERATIONS, content=BODY, headers={"Sec-Fetch-Site": "cross-site"})
+    response = await client.post(
+        GENERATIONS, content=BODY, headers={"Sec-Fetch-Site": "cross-site"}
+    )
 
-    assert answer.status_code == 403
+    assert response.status_code == 403
 
 
 @pytest.mark.parametrize("site", ["same-origin", "none"])
 async def test_the_playground_and_the_address_bar_may_call(client: httpx.AsyncClient, site: str):
     headers = {"Sec-Fetch-Site": site, "Content-Type": "application/json"}
 
-    answer = await client.post(GENERATIONS, content=BODY, headers=headers)
+    response = await client.post(GENERATIONS, content=BODY, headers=headers)
 
-    assert answer.status_code == 200
+    assert response.status_code == 200
 
 
 @pytest.mark.parametrize("origins", [(PAGE,), ("*",)])
@@ -52,12 +54,12 @@ async def test_pages_that_are_named_may_call(backend: FakeBackend, origins: tupl
         headers = {"Sec-Fetch-Site": "cross-site", "Origin": PAGE}
         headers["Content-Type"] = "application/json"
 
-        answer = await client.post(GENERATIONS, content=BODY, headers=headers)
+        response = await client.post(GENERATIONS, content=BODY, headers=headers)
 
-    assert answer.status_code == 200
+    assert response.status_code == 200
 
 
 async def test_links_may_be_followed_from_elsewhere(client: httpx.AsyncClient):
-    answer = await client.get("/healthz", headers=FROM_ELSEWHERE)
+    response = await client.get("/healthz", headers=FROM_ELSEWHERE)
 
-    assert answer.status_code == 200
+    assert response.status_code == 200

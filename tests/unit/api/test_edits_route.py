@@ -14,7 +14,8 @@ from api_fakes import EMOJI, FakeBackend, client_for
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from stepserve.api import ApiSettings, inputs
+from stepserve.api import ApiSettings
+from stepserve.api.images import inputs
 from stepserve.api.images.inputs import nearest_size
 from stepserve.api.inputs.uploads import UploadLimits
 from stepserve.domain.errors import InvalidRequestError
@@ -59,9 +60,9 @@ async def test_an_edit_without_mask_is_image_to_image(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
     fields = {"prompt": "blue", "strength": "0.5", "n": "2", "seed": "7", "quality": "high"}
-    answer = await client.post(EDITS, data=fields, files={"image": drawn_image()})
+    response = await client.post(EDITS, data=fields, files={"image": drawn_image()})
 
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     [request] = backend.requests
     assert (request.task, request.strength, request.n, request.seed) == (
         Task.IMAGE_TO_IMAGE,
@@ -70,8 +71,8 @@ async def test_an_edit_without_mask_is_image_to_image(
         7,
     )
     assert (request.width, request.height) == (64, 48)
-    assert answer.json()["parameters"]["strength"] == 0.5
-    assert len(answer.json()["data"]) == 2
+    assert response.json()["parameters"]["strength"] == 0.5
+    assert len(response.json()["data"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -87,9 +88,9 @@ async def test_an_edit_with_mask_is_inpainting(
     client: httpx.AsyncClient, backend: FakeBackend, mask: bytes
 ):
     files = {"image": drawn_image(), "mask": mask}
-    answer = await client.post(EDITS, data={"prompt": "blue"}, files=files)
+    response = await client.post(EDITS, data={"prompt": "blue"}, files=files)
 
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     [request] = backend.requests
     assert request.task is Task.INPAINTING
     assert (request.image, request.mask_image) == (drawn_image(), mask)
@@ -108,9 +109,9 @@ async def test_json_with_a_data_url(client: httpx.AsyncClient, backend: FakeBack
         {"prompt": "blue", "image": url, "mask": url},
         {"prompt": "blue", "images": [{"image_url": url}], "mask": {"image_url": url}},
     ]
-    answers = [await client.post(EDITS, json=body) for body in bodies]
+    responses = [await client.post(EDITS, json=body) for body in bodies]
 
-    assert [answer.status_code for answer in answers] == [200, 200]
+    assert [response.status_code for response in responses] == [200, 200]
     assert {request.task for request in backend.requests} == {Task.INPAINTING}
 
 
@@ -127,10 +128,10 @@ async def test_what_is_wrong_with_a_mask_is_said_in_the_callers_words(
     client: httpx.AsyncClient, mask: object, field: str, message: str
 ):
     image = base64.b64encode(drawn_image()).decode()
-    answer = await client.post(EDITS, json={"prompt": "blue", "image": image, "mask": mask})
+    response = await client.post(EDITS, json={"prompt": "blue", "image": image, "mask": mask})
 
-    assert answer.status_code == 400
-    told = answer.json()["error"]
+    assert response.status_code == 400
+    told = response.json()["error"]
     assert (told["param"], told["message"]) == (field, message)
 
 
@@ -138,26 +139,26 @@ async def test_what_is_wrong_with_a_mask_is_said_in_the_callers_words(
 async def test_an_adapter_without_braces_is_told_to_be_an_object(
     client: httpx.AsyncClient, item: object
 ):
-    answer = await client.post("/v1/images/generations", json={"prompt": "x", "adapters": [item]})
+    response = await client.post("/v1/images/generations", json={"prompt": "x", "adapters": [item]})
 
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith("adapters[0] must be an object, got ")
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("adapters[0] must be an object, got ")
 
 
 async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: FakeBackend):
-    answer = await client.post(VARIATIONS, data={"n": "1"}, files={"image": drawn_image()})
+    response = await client.post(VARIATIONS, data={"n": "1"}, files={"image": drawn_image()})
 
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     [request] = backend.requests
     assert (request.task, request.prompt, request.n) == (Task.IMAGE_TO_IMAGE, "", 1)
 
 
 async def test_streamed_edits_have_names_of_their_own(client: httpx.AsyncClient):
     fields = {"prompt": "blue", "stream": "true", "partial_images": "1"}
-    answer = await client.post(EDITS, data=fields, files={"image": drawn_image()})
+    response = await client.post(EDITS, data=fields, files={"image": drawn_image()})
 
-    assert "event: image_edit.partial_image" in answer.text
-    assert "event: image_edit.completed" in answer.text
+    assert "event: image_edit.partial_image" in response.text
+    assert "event: image_edit.completed" in response.text
 
 
 async def test_images_lose_all_but_their_pixels_and_how_to_turn_them(
@@ -217,20 +218,20 @@ async def test_mistakes_are_named(
     message: str,
 ):
     parts = files or {"unused[]": b""}
-    answer = await client.post(EDITS, data=fields, files=parts if files else None)
+    response = await client.post(EDITS, data=fields, files=parts if files else None)
     if not files:
-        answer = await client.post(EDITS, json=fields)
+        response = await client.post(EDITS, json=fields)
 
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == param
-    assert message in answer.json()["error"]["message"]
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+    assert message in response.json()["error"]["message"]
 
 
 async def test_two_images_are_one_too_many(client: httpx.AsyncClient):
     files = [("image[]", drawn_image()), ("image[]", drawn_image())]
-    answer = await client.post(EDITS, data={"prompt": "x"}, files=files)
+    response = await client.post(EDITS, data={"prompt": "x"}, files=files)
 
-    assert answer.json()["error"]["message"] == "image must be one image, got 2"
+    assert response.json()["error"]["message"] == "image must be one image, got 2"
 
 
 @pytest.mark.parametrize(
@@ -246,10 +247,10 @@ async def test_two_images_are_one_too_many(client: httpx.AsyncClient):
 async def test_bodies_of_other_kinds(
     client: httpx.AsyncClient, content_type: str, body: bytes, status: int
 ):
-    answer = await client.post(EDITS, content=body, headers={"Content-Type": content_type})
+    response = await client.post(EDITS, content=body, headers={"Content-Type": content_type})
 
-    assert answer.status_code == status
-    assert answer.json()["error"]["message"]
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -269,10 +270,10 @@ async def test_texts_that_are_none_in_their_charset(
     prompt = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nblue\r\n'
     other = b"--x\r\nContent-Disposition: form-data; " + part + b"\r\n\r\n\\ud800\r\n--x--\r\n"
     headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
-    answer = await client.post(EDITS, content=prompt + other, headers=headers)
+    response = await client.post(EDITS, content=prompt + other, headers=headers)
 
-    assert answer.status_code == 400
-    assert "charset" in answer.json()["error"]["message"]
+    assert response.status_code == 400
+    assert "charset" in response.json()["error"]["message"]
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
@@ -300,13 +301,13 @@ async def test_what_decoding_finds_wrong_is_told_as_what_the_header_says(
 
     backend.generate_with, backend.stream_with = refuse, refuse_in_a_stream
     fields = {"prompt": "blue", "stream": stream}
-    answer = await client.post(
+    response = await client.post(
         EDITS, data=fields, files={"image": drawn_image(), "mask": drawn_image()}
     )
 
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "mask"
-    assert "marks nothing to repaint" in answer.json()["error"]["message"]
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "mask"
+    assert "marks nothing to repaint" in response.json()["error"]["message"]
 
 
 async def test_what_a_browser_sends_of_what_nobody_filled_in_counts_as_absent(
@@ -321,19 +322,19 @@ async def test_what_a_browser_sends_of_what_nobody_filled_in_counts_as_absent(
     chosen = part('name="image"; filename="a.png"', drawn_image())
     body = fields + unchosen + part('name="prompt"', b"blue") + chosen + "--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    answer = await client.post(EDITS, content=body.encode("latin-1"), headers=headers)
+    response = await client.post(EDITS, content=body.encode("latin-1"), headers=headers)
 
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     [request] = backend.requests
     assert request.task is Task.IMAGE_TO_IMAGE
-    assert "ignored_fields" not in answer.json()
+    assert "ignored_fields" not in response.json()
 
 
 async def test_a_file_that_was_chosen_and_is_empty_is_told(client: httpx.AsyncClient):
-    answer = await client.post(EDITS, data={"prompt": "x"}, files={"image": ("a.png", b"")})
+    response = await client.post(EDITS, data={"prompt": "x"}, files={"image": ("a.png", b"")})
 
-    assert answer.status_code == 400
-    assert "image of 0 bytes cannot be read" in answer.json()["error"]["message"]
+    assert response.status_code == 400
+    assert "image of 0 bytes cannot be read" in response.json()["error"]["message"]
 
 
 def part(disposition: str, content: bytes) -> str:
@@ -370,8 +371,8 @@ async def test_images_as_text_however_they_are_written(
         {"prompt": "x", "images": [{"image_url": address}], "mask": {"image_url": address}},
     ]
     for body in bodies:
-        answer = await client.post(EDITS, json=body)
-        assert answer.status_code == 200, answer.text
+        response = await client.post(EDITS, json=body)
+        assert response.status_code == 200, response.text
         assert backend.requests[-1].image == backend.requests[-1].mask_image == drawn_image()
 
 
@@ -392,12 +393,12 @@ async def test_addresses_are_counted_before_any_is_fetched(
     if field == "mask":
         body = {"prompt": "x", "image": "https://example.com/", "images": urls[:1]}
         body |= {"mask": urls[0]}
-    answer = await client_for(FakeBackend(), settings).post(EDITS, json=body)
+    response = await client_for(FakeBackend(), settings).post(EDITS, json=body)
 
     told = "images must have at most 64 entries, got 300"
     if field == "mask":
         told = "image must be one image, got 2"
-    assert answer.json()["error"]["message"] == told
+    assert response.json()["error"]["message"] == told
     assert fetched == []
 
 
@@ -405,11 +406,11 @@ async def test_long_lists_are_counted_before_their_entries_are_looked_at(
     client: httpx.AsyncClient,
 ):
     for field in ("images", "adapters"):
-        answer = await client.post(EDITS, json={"prompt": "x", "image": PNG, field: [1] * 900})
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == field
+        response = await client.post(EDITS, json={"prompt": "x", "image": PNG, field: [1] * 900})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == field
         told = f"{field} must have at most 64 entries, got 900"
-        assert answer.json()["error"]["message"] == told
+        assert response.json()["error"]["message"] == told
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin"])
@@ -420,7 +421,7 @@ async def test_a_form_that_a_page_from_elsewhere_sends_is_refused(
     headers = {"Sec-Fetch-Site": site, "Origin": "https://other.example"}
     files = {"image": drawn_image()}
 
-    answer = await client.post(EDITS, data={"prompt": "x"}, files=files, headers=headers)
+    response = await client.post(EDITS, data={"prompt": "x"}, files=files, headers=headers)
 
     assert len(backend.requests) == (site == "same-origin")
-    assert answer.status_code == (200 if site == "same-origin" else 403)
+    assert response.status_code == (200 if site == "same-origin" else 403)

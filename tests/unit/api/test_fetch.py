@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpcore
 import pytest
-from stepserve.api import fetch
+from stepserve.api.inputs import fetch
 from stepserve.api.inputs.fetch import FetchTurns, GuardedBackend, fetch_image, is_public, resolve
 from stepserve.api.inputs.uploads import UploadLimits
 from stepserve.domain.errors import InvalidRequestError, ServerFullError
@@ -222,10 +222,10 @@ async def test_one_forbidden_address_of_a_name_is_enough(site: Site):
 
 async def test_a_name_that_means_something_else_a_moment_later_is_asked_once(site: Site):
     """The address that was checked is the one that is connected to."""
-    answers = iter([["127.0.0.1"]])
+    responses = iter([["127.0.0.1"]])
 
     async def rebinding(host: str, port: int) -> list[str]:
-        return next(answers)
+        return next(responses)
 
     url = site.url(host="name.invalid")
     file = await fetch_image(url, "image", LIMITS, resolver=rebinding, allow=loopback_only)
@@ -237,10 +237,10 @@ async def test_a_name_that_means_something_else_a_moment_later_is_asked_once(sit
 async def test_a_name_is_checked_anew_for_every_redirect(site: Site):
     site.redirects["/image"] = "/again"
     site.redirects["/again"] = site.url("/inner", host="name.invalid")
-    answers = iter([["127.0.0.1"], ["127.0.0.1"], ["10.0.0.1"]])
+    responses = iter([["127.0.0.1"], ["127.0.0.1"], ["10.0.0.1"]])
 
     async def rebinding(host: str, port: int) -> list[str]:
-        return next(answers)
+        return next(responses)
 
     message = await refusal(site.url(host="other.invalid"), resolver=rebinding)
 

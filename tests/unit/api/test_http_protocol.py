@@ -89,7 +89,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.body", "body": told})
 
 
-async def answers_to(pieces: list[bytes]) -> bytes:
+async def responses_to(pieces: list[bytes]) -> bytes:
     wire = Wire()
     make = partial(LimitedHttpProtocol, LIMITS, OpenConnections(9), Refusals())
     config = uvicorn.Config(echo, http=cast(type, make), ws="none", log_config=None)
@@ -118,7 +118,7 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     st.lists(st.integers(0, 2000), max_size=30),
 )
 def test_answers_do_not_depend_on_pieces(good: list[bytes], bad: bytes, places: list[int]):
-    written = asyncio.run(answers_to(cut(b"".join(good) + bad, places)))
+    written = asyncio.run(responses_to(cut(b"".join(good) + bad, places)))
 
     begun = [f"HTTP/1.1 {status}".encode() for status in (200, 400, 414, 431)]
     assert sum(map(written.count, begun)) == len(good) + bool(bad)

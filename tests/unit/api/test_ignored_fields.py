@@ -46,10 +46,10 @@ async def send_form(client: httpx.AsyncClient, url: str, **fields: str) -> httpx
 
 
 async def test_what_was_used_is_not_named(client: httpx.AsyncClient):
-    answer = await generate(client, n=2, background="opaque", quality="auto", style=None)
+    response = await generate(client, n=2, background="opaque", quality="auto", style=None)
 
-    assert answer.status_code == 200
-    assert "ignored_fields" not in answer.json()
+    assert response.status_code == 200
+    assert "ignored_fields" not in response.json()
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ async def test_what_was_used_is_not_named(client: httpx.AsyncClient):
     ],
 )
 async def test_what_changes_nothing_is_named(client: httpx.AsyncClient, name: str, value: Any):
-    answer = await generate(client, **{name: value})
+    response = await generate(client, **{name: value})
 
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["ignored_fields"] == [name]
+    assert response.status_code == 200, response.text
+    assert response.json()["ignored_fields"] == [name]
 
 
 @pytest.mark.parametrize(
@@ -96,59 +96,63 @@ async def test_what_changes_nothing_is_named(client: httpx.AsyncClient, name: st
 async def test_what_changes_nothing_beside_the_other_fields_is_named(
     client: httpx.AsyncClient, fields: dict[str, Any], named: list[str] | None
 ):
-    answer = await generate(client, **fields)
+    response = await generate(client, **fields)
 
-    assert answer.status_code == 200, answer.text
-    assert answer.json().get("ignored_fields") == named
+    assert response.status_code == 200, response.text
+    assert response.json().get("ignored_fields") == named
 
 
 async def test_previews_take_the_place_of_partial_images(client: httpx.AsyncClient):
-    answer = await generate(client, stream=True, partial_images=1, previews=2)
-    last = [line for line in answer.text.splitlines() if line.startswith("data: ")][-1]
+    response = await generate(client, stream=True, partial_images=1, previews=2)
+    last = [line for line in response.text.splitlines() if line.startswith("data: ")][-1]
 
     assert json.loads(last[6:])["ignored_fields"] == ["partial_images"]
 
 
 async def test_names_inside_of_fields(client: httpx.AsyncClient):
     adapters = [{"name": "ink"}, {"name": "pixels", "colour": 1}]
-    answer = await generate(client, adapters=adapters, unheard_of=1)
+    response = await generate(client, adapters=adapters, unheard_of=1)
 
-    assert answer.json()["ignored_fields"] == ["unheard_of", "adapters[1].colour"]
+    assert response.json()["ignored_fields"] == ["unheard_of", "adapters[1].colour"]
 
 
 @pytest.mark.parametrize("url", [EDITS, VARIATIONS])
 async def test_forms(client: httpx.AsyncClient, url: str):
-    answer = await send_form(
+    response = await send_form(
         client, url, **{"background": "transparent", "unheard_of": "1", "svg[model]": "x"}
     )
 
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["ignored_fields"] == ["background", "unheard_of", "svg[model]"]
+    assert response.status_code == 200, response.text
+    assert response.json()["ignored_fields"] == ["background", "unheard_of", "svg[model]"]
 
 
 async def test_json_with_addresses(client: httpx.AsyncClient, backend: FakeBackend):
     address = f"data:image/png;base64,{base64.b64encode(drawn_image()).decode()}"
     body = {"prompt": "cat", "images": [{"image_url": address, "detail": "high"}]}
-    answer = await client.post(EDITS, json=body)
+    response = await client.post(EDITS, json=body)
 
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["ignored_fields"] == ["images[0].detail"]
+    assert response.status_code == 200, response.text
+    assert response.json()["ignored_fields"] == ["images[0].detail"]
 
 
 async def test_streams_name_them_in_the_end(client: httpx.AsyncClient):
-    answer = await generate(
+    response = await generate(
         client, stream=True, partial_images=1, background="transparent", unheard_of=1
     )
-    told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+    told = [
+        json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")
+    ]
 
     assert [event.get("ignored_fields") for event in told] == [None, ["background", "unheard_of"]]
     assert {(event["background"], event["quality"]) for event in told} == {("opaque", "auto")}
 
 
 async def test_query_parameters(client: httpx.AsyncClient):
-    answer = await client.post(f"{GENERATIONS}?api-version=2&unheard_of=1", json={"prompt": "cat"})
+    response = await client.post(
+        f"{GENERATIONS}?api-version=2&unheard_of=1", json={"prompt": "cat"}
+    )
 
-    assert answer.json()["ignored_fields"] == ["api-version", "unheard_of"]
+    assert response.json()["ignored_fields"] == ["api-version", "unheard_of"]
 
 
 @pytest.mark.parametrize(
@@ -162,10 +166,10 @@ async def test_query_parameters(client: httpx.AsyncClient):
 async def test_query_parameters_that_are_meant_as_fields(
     client: httpx.AsyncClient, backend: FakeBackend, query: str, message: str
 ):
-    answer = await client.post(f"{GENERATIONS}?{query}", json={"prompt": "cat"})
+    response = await client.post(f"{GENERATIONS}?{query}", json={"prompt": "cat"})
 
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == message
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == message
     assert not backend.requests
 
 
@@ -188,19 +192,19 @@ async def test_query_parameters_that_are_meant_as_fields(
 async def test_what_is_meant_as_a_field_is_refused(
     client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], message: str
 ):
-    answer = await generate(client, **fields)
+    response = await generate(client, **fields)
 
-    assert answer.status_code == 400
-    assert message in answer.json()["error"]["message"]
-    assert "unheard_of" not in answer.json()["error"]["message"]
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+    assert "unheard_of" not in response.json()["error"]["message"]
     assert not backend.requests
 
 
 async def test_a_form_with_what_is_inside_a_field_is_refused(client: httpx.AsyncClient):
-    answer = await send_form(client, EDITS, **{"adapters[][name]": "ink"})
+    response = await send_form(client, EDITS, **{"adapters[][name]": "ink"})
 
-    assert answer.status_code == 400
-    assert "did you mean 'adapters'?" in answer.json()["error"]["message"]
+    assert response.status_code == 400
+    assert "did you mean 'adapters'?" in response.json()["error"]["message"]
 
 
 @given(st.sampled_from(sorted(EditRequest.model_fields)), st.data())
@@ -220,10 +224,10 @@ async def test_whole_numbers_may_be_written_with_a_point(
     client: httpx.AsyncClient, backend: FakeBackend, name: str
 ):
     text = f'{{"prompt": "cat", "stream": true, "{name}": 2.0}}'
-    answer = await client.post(GENERATIONS, content=text, headers={"content-type": JSON_TYPE})
+    response = await client.post(GENERATIONS, content=text, headers={"content-type": JSON_TYPE})
     form = await send_form(client, EDITS, **{name: "2.0", "stream": "true"})
 
-    assert (answer.status_code, form.status_code) == (200, 200), form.text
+    assert (response.status_code, form.status_code) == (200, 200), form.text
     given, of_form = backend.requests
     attribute = "previews" if name == "partial_images" else name
     assert (getattr(given, attribute), getattr(of_form, attribute)) == (2, 2)
@@ -237,10 +241,10 @@ JSON_TYPE = "application/json"
 @pytest.mark.parametrize("name", [*WHOLE, "output_compression"])
 async def test_other_numbers_are_not_whole(client: httpx.AsyncClient, name: str, value: str):
     text = f'{{"prompt": "cat", "output_format": "webp", "{name}": {value}}}'
-    answer = await client.post(GENERATIONS, content=text, headers={"content-type": JSON_TYPE})
+    response = await client.post(GENERATIONS, content=text, headers={"content-type": JSON_TYPE})
 
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == name
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == name
 
 
 def test_every_whole_number_of_the_schema_takes_a_point():

@@ -192,11 +192,11 @@ async def test_given_request_id_is_echoed_and_names_the_request(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
     headers = {"X-Request-ID": "my.id_1-A"}
-    answers = [await client.post(URL, json={"prompt": "c"}, headers=headers) for _ in range(2)]
+    responses = [await client.post(URL, json={"prompt": "c"}, headers=headers) for _ in range(2)]
 
-    assert [answer.headers.get_list("x-request-id") for answer in answers] == [["my.id_1-A"]] * 2
+    assert [answer.headers.get_list("x-request-id") for answer in responses] == [["my.id_1-A"]] * 2
     assert [request.id for request in backend.requests] == ["my.id_1-A"] * 2
-    assert [answer.json()["id"] for answer in answers] == ["my.id_1-A"] * 2
+    assert [answer.json()["id"] for answer in responses] == ["my.id_1-A"] * 2
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a/b", "é".encode()])

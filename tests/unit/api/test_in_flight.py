@@ -102,9 +102,9 @@ async def test_who_is_late_is_told_that_the_server_stops(
     backend.generate_with = work = Blocking()
     asking = await begin(client, backend)
     assert await in_flight.settle(0.0) == 1
-    answer = await asking
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_stopped")
-    assert int(answer.headers["retry-after"]) >= 1
+    response = await asking
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "server_stopped")
+    assert int(response.headers["retry-after"]) >= 1
     assert work.cancelled.is_set()
 
 
@@ -114,8 +114,8 @@ async def test_a_stream_ends_with_an_error(
     backend.stream_with = never_ending
     asking = await begin(client, backend, stream=True)
     await in_flight.settle(0.0)
-    answer = await asking
-    last = answer.text.strip().split("\n\n")[-1]
+    response = await asking
+    last = response.text.strip().split("\n\n")[-1]
     assert last.startswith("event: error\n")
     assert '"code":"server_stopped"' in last
 

@@ -112,10 +112,10 @@ async def test_every_method_of_a_path_is_told(client: httpx.AsyncClient, path: s
 
 
 async def test_a_path_that_is_none_has_no_methods(client: httpx.AsyncClient):
-    answer = await client.options("/nowhere")
+    response = await client.options("/nowhere")
 
-    assert answer.status_code == 404
-    assert "allow" not in answer.headers
+    assert response.status_code == 404
+    assert "allow" not in response.headers
 
 
 async def test_private_networks_are_open_to_pages_that_the_operator_names(backend: FakeBackend):
@@ -133,7 +133,7 @@ async def test_private_networks_are_open_to_pages_that_the_operator_names(backen
 
 
 async def test_private_networks_are_closed_by_default(client: httpx.AsyncClient):
-    answer = await client.options("/v1/images/generations", headers=PRIVATE)
+    response = await client.options("/v1/images/generations", headers=PRIVATE)
 
-    assert answer.status_code == 405
-    assert ALLOW_PRIVATE not in answer.headers
+    assert response.status_code == 405
+    assert ALLOW_PRIVATE not in response.headers

@@ -78,10 +78,10 @@ async def test_an_alias_of_a_model_that_is_only_just_listed(
 
 async def test_no_name_is_an_alias_by_itself(client: httpx.AsyncClient, backend: FakeBackend):
     backend.statuses = [ModelStatus(replace(EMOJI, aliases=("dall-e-3",)), ready=True)]
-    answer = await client.post(GENERATIONS, json={"prompt": "cat", "model": "dall-e-2"})
+    response = await client.post(GENERATIONS, json={"prompt": "cat", "model": "dall-e-2"})
 
-    assert answer.status_code == 404
-    message = answer.json()["error"]["message"]
+    assert response.status_code == 404
+    message = response.json()["error"]["message"]
     assert message == "no model 'dall-e-2'; did you mean 'dall-e-3'? (served: emoji, dall-e-3)"
 
 

@@ -20,7 +20,7 @@ def ai(server_port: int) -> Iterator[openai.OpenAI]:
 
 
 def test_generate(ai: openai.OpenAI, backend: FakeBackend):
-    answer = ai.images.generate(
+    response = ai.images.generate(
         prompt="cat",
         model="emoji",
         n=2,
@@ -31,13 +31,13 @@ def test_generate(ai: openai.OpenAI, backend: FakeBackend):
         extra_body={"seed": 5, "num_inference_steps": 7},
     )
 
-    assert answer.created > 0
-    assert answer.data is not None
-    images = [base64.b64decode(image.b64_json or "") for image in answer.data]
+    assert response.created > 0
+    assert response.data is not None
+    images = [base64.b64decode(image.b64_json or "") for image in response.data]
     assert images == [b"seed 5", b"seed 6"]
-    assert (answer.output_format, answer.size) == ("webp", "64x64")
-    assert answer.model_extra is not None
-    assert answer.model_extra["seed"] == 5
+    assert (response.output_format, response.size) == ("webp", "64x64")
+    assert response.model_extra is not None
+    assert response.model_extra["seed"] == 5
     assert backend.requests[0].num_inference_steps == 7
 
 

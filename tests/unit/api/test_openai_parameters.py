@@ -132,8 +132,8 @@ def test_every_value_does_what_is_documented(method: str, call: Callable[..., An
                 call(method, **{name: value})
             assert caught.value.param == name
             continue
-        answer = call(method, **{name: value})
-        named = (answer.model_extra or {}).get("ignored_fields", [])
+        response = call(method, **{name: value})
+        named = (response.model_extra or {}).get("ignored_fields", [])
         is_used = name not in WITHOUT_EFFECT or value in AS_EVER.get(name, ())
         # A form says what is inside a field in its name.
         assert {field.partition("[")[0] for field in named} == (set() if is_used else {name})

@@ -58,19 +58,19 @@ def test_edits_whole_and_streamed(ai: openai.OpenAI, backend: FakeBackend):
 
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")
 def test_variations_as_links(ai: openai.OpenAI):
-    answer = ai.images.create_variation(image=("a.png", drawn_image()), response_format="url")
+    response = ai.images.create_variation(image=("a.png", drawn_image()), response_format="url")
 
-    assert answer.data is not None
-    assert "/v1/results/" in (answer.data[0].url or "")
+    assert response.data is not None
+    assert "/v1/results/" in (response.data[0].url or "")
 
 
 async def test_async_client(url: str):
     async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as ai:
-        answer = await ai.images.generate(prompt="cat", response_format="b64_json")
+        response = await ai.images.generate(prompt="cat", response_format="b64_json")
         stream = await ai.images.generate(prompt="cat", stream=True)
         told = [event.type async for event in stream]
 
-    assert answer.data is not None
+    assert response.data is not None
     assert told == ["image_generation.completed"]
 
 

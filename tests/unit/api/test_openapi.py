@@ -12,7 +12,7 @@ from api_fakes import FakeBackend, make_app
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from stepserve.api.bodies.schemas import ImageRequest
-from stepserve.api.images.responses import ErrorAnswer, ImagesAnswer
+from stepserve.api.images.responses import ErrorResponse, ImagesResponse
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def test_error_examples_have_the_shape_of_errors(document: dict[str, Any]):
             if status == "200":
                 continue
             content = response["content"]["application/json"]
-            assert content["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
+            assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
             for example in content.get("examples", {}).values():
-                ErrorAnswer.model_validate(example["value"])
+                ErrorResponse.model_validate(example["value"])
                 seen += 1
     assert seen >= 10
 
@@ -108,18 +108,18 @@ def test_request_fields_are_described_and_examples_are_valid(document: dict[str,
 
 
 def test_answer_example_is_valid_and_complete(document: dict[str, Any]):
-    schema = document["components"]["schemas"]["ImagesAnswer"]
+    schema = document["components"]["schemas"]["ImagesResponse"]
 
     for example in schema["examples"]:
-        assert ImagesAnswer.model_validate(example).model_dump(exclude_none=True) == example
+        assert ImagesResponse.model_validate(example).model_dump(exclude_none=True) == example
         ImageRequest.model_validate(example["parameters"])
 
 
 async def test_answers_fit_their_schema(client: httpx.AsyncClient, document: dict[str, Any]):
-    answer = await client.post("/v1/images/generations", json={"prompt": "cat", "n": 2})
+    response = await client.post("/v1/images/generations", json={"prompt": "cat", "n": 2})
     models = await client.get("/v1/models")
 
-    for name, body in (("ImagesAnswer", answer.json()), ("ModelList", models.json())):
+    for name, body in (("ImagesResponse", response.json()), ("ModelList", models.json())):
         root = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
         Draft202012Validator(root).validate(body)
 
@@ -185,4 +185,4 @@ async def test_the_docs_page_needs_no_other_host(client: httpx.AsyncClient):
     assert "swagger-ui-bundle.js" in page
     assert len(addresses) >= 3
     assert all(address.startswith("/docs/assets/") for address in addresses)
-    assert [answer.status_code for answer in found] == [200] * len(found)
+    assert [response.status_code for response in found] == [200] * len(found)

@@ -92,12 +92,12 @@ async def test_a_body_for_which_there_is_no_room_is_refused_and_small_ones_get_i
 
 async def test_answers_give_room(backend: FakeBackend):
     async with client_for(backend, settings(LARGE)) as client:
-        answers = [await edit(client, LARGE) for _ in range(3)]
+        responses = [await edit(client, LARGE) for _ in range(3)]
         mistakes = [await client.post(EDITS, content=bytes(2 * LARGE)) for _ in range(3)]
         last = await edit(client, LARGE)
 
-    assert [answer.status_code for answer in answers] == [200] * 3
-    assert [answer.status_code for answer in mistakes] == [415] * 3
+    assert [response.status_code for response in responses] == [200] * 3
+    assert [response.status_code for response in mistakes] == [415] * 3
     assert last.status_code == 200
 
 
@@ -127,6 +127,6 @@ async def test_who_has_waited_for_long_goes_ahead():
 
 async def test_long_bodies_that_come_at_once_are_all_served(backend: FakeBackend):
     async with client_for(backend, settings(2 * LARGE)) as client:
-        answers = await asyncio.gather(*(edit(client, LARGE) for _ in range(10)))
+        responses = await asyncio.gather(*(edit(client, LARGE) for _ in range(10)))
 
-    assert [answer.status_code for answer in answers] == [200] * 10
+    assert [response.status_code for response in responses] == [200] * 10

@@ -58,7 +58,7 @@ async def test_no_prompt_is_logged(
         await client.post(EDITS, json=good | {"image": url}),
         await client.post(EDITS, json=good | {"image": f"https://a.example/{SECRET}"}),
     ]
-    statuses += [answer.status_code for answer in edits]
+    statuses += [response.status_code for response in edits]
     for error in (GenerationFailedError("it broke"), ServerFullError("full", 1), KeyError("bug")):
         backend.generate_with = raising(error)
         statuses.append((await client.post(GENERATIONS, json=good)).status_code)

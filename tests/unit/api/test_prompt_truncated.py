@@ -37,8 +37,8 @@ async def stream_cut(request: GenerationRequest) -> AsyncIterator[Event]:
 async def test_an_answer_tells(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     assert "prompt_truncated" not in (await client.post(URL, json={"prompt": "cat"})).json()
     backend.generate_with = finish_cut
-    answer = await client.post(URL, json={"prompt": "cat"})
-    assert answer.json()["prompt_truncated"] == TOLD
+    response = await client.post(URL, json={"prompt": "cat"})
+    assert response.json()["prompt_truncated"] == TOLD
 
 
 async def test_a_stream_and_its_followers_are_told(
@@ -48,6 +48,6 @@ async def test_a_stream_and_its_followers_are_told(
     body = {"prompt": "cat", "stream": True}
     streamed = await client.post(URL, json=body, headers={"X-Request-ID": "one"})
     followed = await client.get("/v1/requests/one/events")
-    for answer in (streamed, followed):
-        last = next(line for line in reversed(answer.text.splitlines()) if line[:5] == "data:")
+    for response in (streamed, followed):
+        last = next(line for line in reversed(response.text.splitlines()) if line[:5] == "data:")
         assert json.loads(last.removeprefix("data: "))["prompt_truncated"] == TOLD

@@ -70,10 +70,10 @@ async def test_a_running_request_is_told_and_cancelled(
 async def test_unknown_requests_are_404(client: httpx.AsyncClient, method: str, path: str):
     if method == "DELETE" and path:
         return
-    answer = await client.request(method, f"/v1/requests/nobody{path}")
+    response = await client.request(method, f"/v1/requests/nobody{path}")
 
-    assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "request_not_found"
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "request_not_found"
 
 
 async def test_events_are_replayed_from_where_a_client_was(client: httpx.AsyncClient):
@@ -110,10 +110,10 @@ async def test_a_request_may_be_unknown_for_moments_while_it_is_followed(
 async def test_wrong_event_numbers_are_refused(client: httpx.AsyncClient, wrong: str):
     await make(client, "followed")
     headers = {"Last-Event-ID": wrong.encode()}
-    answer = await client.get("/v1/requests/followed/events", headers=headers)
+    response = await client.get("/v1/requests/followed/events", headers=headers)
 
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "Last-Event-ID"
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "Last-Event-ID"
 
 
 async def test_an_id_at_work_is_refused_and_one_that_ended_is_not(
@@ -125,11 +125,11 @@ async def test_an_id_at_work_is_refused_and_one_that_ended_is_not(
     making = asyncio.create_task(make(client, "twice"))
     while not backend.log.is_running(RequestKey("twice")):
         await asyncio.sleep(0)
-    answer = await make(client, "twice")
+    response = await make(client, "twice")
     making.cancel()
 
-    assert answer.status_code == 409
-    assert answer.json()["error"]["code"] == "request_id_in_use"
+    assert response.status_code == 409
+    assert response.json()["error"]["code"] == "request_id_in_use"
 
 
 async def test_the_batch_is_shown_without_the_names_of_others(
@@ -141,9 +141,9 @@ async def test_the_batch_is_shown_without_the_names_of_others(
     )
     forward = SharedForward(7, "unet.forward", (("mine", "", 2), ("theirs", "team-b", 1)), 5, 0.02)
     backend.batches = [BatchView(36, requests, (forward,))]
-    answer = (await client.get("/v1/models/emoji/batch")).json()
+    response = (await client.get("/v1/models/emoji/batch")).json()
 
-    [replica] = answer["replicas"]
+    [replica] = response["replicas"]
     assert [request["id"] for request in replica["requests"]] == ["mine", None]
     assert replica["forwards"] == [
         {

@@ -65,12 +65,12 @@ async def linking(backend: FakeBackend, store: ResultStore) -> AsyncIterator[htt
 async def refusal(client: httpx.AsyncClient, backend: FakeBackend, why: str) -> None:
     """Asking for a link is refused before any work, and readiness tells."""
     asked = len(backend.requests)
-    answer = await client.post(URL, json=WANTS_LINK)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (503, "results_unavailable")
+    response = await client.post(URL, json=WANTS_LINK)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (503, "results_unavailable")
     assert why in error["message"]
     assert "b64_json" in error["message"]
-    assert int(answer.headers["retry-after"]) >= 1
+    assert int(response.headers["retry-after"]) >= 1
     assert len(backend.requests) == asked
     ready = await client.get("/readyz")
     assert ready.status_code == 200

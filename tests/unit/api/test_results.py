@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 from api_fakes import FakeBackend
-from stepserve.api import results
+from stepserve.api.results import store as results
 from stepserve.api.results.space import ResultsUnavailableError
 from stepserve.api.results.store import (
     LinkExpiredError,
@@ -120,8 +120,8 @@ def test_a_remote_store_needs_a_secret():
 
 async def test_answers_hold_links_that_work(client: httpx.AsyncClient, backend: FakeBackend):
     body = {"prompt": "cat", "n": 2, "seed": 3, "response_format": "url"}
-    answer = await client.post(URL, json=body)
-    data = answer.json()["data"]
+    response = await client.post(URL, json=body)
+    data = response.json()["data"]
     files = [await client.get(image["url"]) for image in data]
 
     assert [set(image) for image in data] == [{"url", "seed"}] * 2
@@ -135,23 +135,23 @@ async def test_answers_hold_links_that_work(client: httpx.AsyncClient, backend: 
 
 @pytest.mark.parametrize("name", ["x.png", "..%2f..%2fetc%2fpasswd", "secret"])
 async def test_other_names_are_refused(client: httpx.AsyncClient, name: str):
-    answer = await client.get(f"/v1/results/{name}?signature=00")
+    response = await client.get(f"/v1/results/{name}?signature=00")
 
-    assert answer.status_code in (403, 404)
+    assert response.status_code in (403, 404)
 
 
 async def test_streams_hold_links_too(client: httpx.AsyncClient):
     body = {"prompt": "cat", "stream": True, "response_format": "url"}
-    answer = await client.post(URL, json=body)
+    response = await client.post(URL, json=body)
 
-    assert '"url":"http://test/v1/results/' in answer.text
-    assert "b64_json" not in answer.text
+    assert '"url":"http://test/v1/results/' in response.text
+    assert "b64_json" not in response.text
 
 
 async def test_head_tells_size_and_type(client: httpx.AsyncClient):
     body = {"prompt": "cat", "seed": 3, "response_format": "url"}
-    answer = await client.post(URL, json=body)
-    link = answer.json()["data"][0]["url"]
+    response = await client.post(URL, json=body)
+    link = response.json()["data"][0]["url"]
     head, whole = await client.head(link), await client.get(link)
     wrong = await client.head(link[:-1])
 

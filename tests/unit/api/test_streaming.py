@@ -30,11 +30,11 @@ async def test_a_stream_holds_partial_images_and_then_the_finished_ones(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
     body = {"prompt": "cat", "stream": True, "partial_images": 2, "n": 2, "seed": 5}
-    answer = await client.post(URL, json=body)
+    response = await client.post(URL, json=body)
 
-    events = parse(answer.text)
-    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert answer.headers["x-accel-buffering"] == "no"
+    events = parse(response.text)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["x-accel-buffering"] == "no"
     assert [name for name, _ in events] == [
         *["image_generation.partial_image"] * 4,
         *["image_generation.completed"] * 2,
@@ -63,10 +63,10 @@ async def test_a_refusal_has_a_status_of_its_own(client: httpx.AsyncClient, back
         yield Failed(request.id, ServerFullError("full", 3))
 
     backend.stream_with = refuse
-    answer = await client.post(URL, json={"prompt": "cat", "stream": True})
+    response = await client.post(URL, json={"prompt": "cat", "stream": True})
 
-    assert answer.status_code == 429
-    assert answer.headers["retry-after"] == "3"
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "3"
 
 
 async def test_cancelling_from_elsewhere_is_told(client: httpx.AsyncClient, backend: FakeBackend):
@@ -75,9 +75,9 @@ async def test_cancelling_from_elsewhere_is_told(client: httpx.AsyncClient, back
         yield Failed(request.id, CancelledError("cancelled"))
 
     backend.stream_with = cancelled
-    answer = await client.post(URL, json={"prompt": "cat", "stream": True})
+    response = await client.post(URL, json={"prompt": "cat", "stream": True})
 
-    [(name, data)] = parse(answer.text)
+    [(name, data)] = parse(response.text)
     assert (name, data["error"]["code"]) == ("error", "request_cancelled")
 
 
@@ -92,19 +92,19 @@ async def test_an_error_on_the_way_is_an_event(
         yield Failed(request.id, GenerationFailedError("boom"))
 
     backend.stream_with = fail
-    answer = await client.post(URL, json={"prompt": "cat", "stream": True})
+    response = await client.post(URL, json={"prompt": "cat", "stream": True})
 
-    [(name, data)] = parse(answer.text)
-    assert (answer.status_code, name, data["type"]) == (200, "error", "error")
+    [(name, data)] = parse(response.text)
+    assert (response.status_code, name, data["type"]) == (200, "error", "error")
     assert data["error"]["code"] == "generation_failed"
-    assert "boom" not in answer.text
+    assert "boom" not in response.text
 
 
 async def test_mistakes_are_answered_before_a_stream_begins(client: httpx.AsyncClient):
-    answer = await client.post(URL, json={"prompt": "cat", "stream": True, "n": 99})
+    response = await client.post(URL, json={"prompt": "cat", "stream": True, "n": 99})
 
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "n"
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "n"
 
 
 async def test_backends_that_raise_at_once_are_answered(
@@ -114,9 +114,9 @@ async def test_backends_that_raise_at_once_are_answered(
         yield await raising(ServerFullError("full", 1))(request)
 
     backend.stream_with = refuse
-    answer = await client.post(URL, json={"prompt": "cat", "stream": True})
+    response = await client.post(URL, json={"prompt": "cat", "stream": True})
 
-    assert answer.status_code == 429
+    assert response.status_code == 429
 
 
 def test_a_client_that_leaves_ends_its_request(server_port: int, backend: FakeBackend):
@@ -134,8 +134,8 @@ def test_a_client_that_leaves_ends_its_request(server_port: int, backend: FakeBa
     backend.stream_with = endless
     body = {"prompt": "cat", "stream": True}
     url = f"http://127.0.0.1:{server_port}{URL}"
-    with httpx.stream("POST", url, json=body, headers={"X-Request-ID": "leaver"}) as answer:
-        assert answer.status_code == 200
+    with httpx.stream("POST", url, json=body, headers={"X-Request-ID": "leaver"}) as response:
+        assert response.status_code == 200
 
     # Asked through the server, whose loop it is.
     for _ in range(200):

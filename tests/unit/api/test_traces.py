@@ -35,7 +35,7 @@ class Traced:
 async def test_a_request_goes_on_with_the_trace_it_came_with() -> None:
     traced = Traced()
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
-    answer = await traced.client.post(GENERATIONS, json={"prompt": "cat"}, headers=headers)
+    response = await traced.client.post(GENERATIONS, json={"prompt": "cat"}, headers=headers)
 
     (span,) = traced.exporter.get_finished_spans()
     assert span.name == f"POST {GENERATIONS}"
@@ -43,24 +43,24 @@ async def test_a_request_goes_on_with_the_trace_it_came_with() -> None:
     assert span.attributes["stepserve.request_id"] == "mine"
     assert span.attributes["http.response.status_code"] == 200
     below = f"00-{TRACE}-{format_span_id(span.context.span_id)}-01"
-    assert answer.headers["traceparent"] == below
+    assert response.headers["traceparent"] == below
     assert dict(traced.backend.requests[-1].trace_context)["traceparent"] == below
     assert traced.exchanges[-1].trace_id == TRACE
 
 
 async def test_a_trace_begins_where_there_was_none() -> None:
     traced = Traced()
-    answer = await traced.client.post(GENERATIONS, json={"prompt": ""})
+    response = await traced.client.post(GENERATIONS, json={"prompt": ""})
     (span,) = traced.exporter.get_finished_spans()
-    assert answer.status_code == span.attributes["http.response.status_code"] == 400
+    assert response.status_code == span.attributes["http.response.status_code"] == 400
     trace_id = format_trace_id(span.context.trace_id)
-    assert trace_id in answer.headers["traceparent"]
+    assert trace_id in response.headers["traceparent"]
     assert traced.exchanges[-1].trace_id == trace_id
 
 
 async def test_probes_and_open_pages_are_not_traced() -> None:
     traced = Traced()
     for path in ("/healthz", "/readyz", "/metrics", "/v1/models/emoji/batch"):
-        answer = await traced.client.get(path)
-        assert "traceparent" not in answer.headers
+        response = await traced.client.get(path)
+        assert "traceparent" not in response.headers
     assert traced.exporter.get_finished_spans() == ()

@@ -83,9 +83,9 @@ def test_retry_after_is_honest(requests_per_minute: float, pauses: list[float]):
     ledger = UsageLedger(clock)
     for number, pause_s in enumerate(pauses):
         clock.now_s += pause_s
-        answer = ledger.take(limited, str(number))
-        if isinstance(answer, Refusal):
-            clock.now_s += answer.retry_after_s
+        response = ledger.take(limited, str(number))
+        if isinstance(response, Refusal):
+            clock.now_s += response.retry_after_s
             assert isinstance(ledger.take(limited, f"{number} again"), Grant)
 
 

@@ -38,7 +38,7 @@ def drawn_image(size: str = "64x64") -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-async def answer(request: web.Request) -> web.Response:
+async def response(request: web.Request) -> web.Response:
     body = await request.json()
     data = [{"b64_json": drawn_image(body["size"])} for _ in range(body["n"])]
     return web.json_response({"data": data}, headers={"Server-Timing": TIMING})
@@ -64,7 +64,7 @@ async def served(handler: Handler) -> AsyncIterator[Target]:
 
 
 async def test_answers_are_read_with_what_the_server_told() -> None:
-    async with served(answer) as target, open_session(target) as session:
+    async with served(response) as target, open_session(target) as session:
         (outcome,) = await send_open_loop(session, TRACE[:1], [0.0], endless_patience(1))
     assert (outcome.status, outcome.http_status) == (Status.OK, 200)
     assert (outcome.queue_s, outcome.first_step_s) == (0.0025, 0.01)
@@ -78,7 +78,7 @@ async def test_a_server_that_stalls_does_not_slow_the_client_down() -> None:
     async def stalls(request: web.Request) -> web.Response:
         async with lock:
             await free.wait()
-            return await answer(request)
+            return await response(request)
 
     arrivals = [0.01 * index for index in range(10)]
     async with served(stalls) as target, open_session(target) as session:
@@ -150,7 +150,7 @@ async def test_a_window_bounds_what_is_in_flight_and_sends_refused_again() -> No
         if refused < 2:
             refused += 1
             return web.Response(status=429)
-        return await answer(request)
+        return await response(request)
 
     async with served(counts) as target, open_session(target) as session:
         outcomes = await send_windowed(session, TRACE, in_flight=3)
@@ -164,7 +164,7 @@ async def test_deadlines_and_images_to_change_are_sent_where_asked() -> None:
 
     async def keeps(request: web.Request) -> web.Response:
         seen.append((request.path, await request.json()))
-        return await answer(request)
+        return await response(request)
 
     edit = replace(TRACE[0], strength=0.5)
     patience = Patience(leave_s=(None, None), deadline_s=(1.5, None))

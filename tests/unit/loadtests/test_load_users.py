@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from loadtests.answer_checks import complaint_about_images, read_events
+from loadtests.response_checks import complaint_about_images, read_events
 from loadtests.shapes import SHAPES, users_at
 
 
@@ -51,7 +51,7 @@ def images(*seeds: int, **kwargs: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("answer", "complaint"),
+    ("response", "complaint"),
     [
         (images(7, 8), ""),
         (images(7), "2 images"),
@@ -63,8 +63,8 @@ def images(*seeds: int, **kwargs: int) -> dict[str, Any]:
         ({"data": [{"b64_json": "!", "seed": 7}, {"b64_json": "!", "seed": 8}]}, "decoded"),
     ],
 )
-def test_wrong_answers_are_noticed(answer: dict[str, Any], complaint: str) -> None:
-    found = complaint_about_images(answer, BODY)
+def test_wrong_answers_are_noticed(response: dict[str, Any], complaint: str) -> None:
+    found = complaint_about_images(response, BODY)
     assert complaint in found
     assert bool(found) == bool(complaint)
 

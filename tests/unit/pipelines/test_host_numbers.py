@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from stepserve.pipelines import host_numbers
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.modules.third_party import pinned_noise as host_numbers
 from stepserve.pipelines.modules.third_party.pinned_noise import (
     bring_arguments,
     can_keep_on_host,

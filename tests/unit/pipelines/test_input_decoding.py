@@ -14,8 +14,8 @@ from stepserve.domain.errors import CancelledError, InvalidRequestError, ServerF
 from stepserve.domain.events import Failed, Finished
 from stepserve.domain.requests import GenerationRequest, RequestKey, Task
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.pipelines import input_decoding
 from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.requests import input_decoding
 from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import InputDecoder, Inputs
 from stepserve.pipelines.requests.inputs import InputImages, decode_inputs

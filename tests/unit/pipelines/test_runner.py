@@ -21,13 +21,13 @@ from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.pipelines import runner as runner_module
-from stepserve.pipelines import warm_up as warm_up_module
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.modules.attach import ParkingOptions, attach, parkable_methods
 from stepserve.pipelines.requests.call import denoiser_calls, make_images
 from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import Inputs
+from stepserve.pipelines.serving import runner as runner_module
+from stepserve.pipelines.serving import warm_up as warm_up_module
 from stepserve.pipelines.serving.runner import PipelineRunner, RequestListener
 from stepserve.pipelines.serving.warm_up import CpuTimes, Curve, measure_steps, warm_up
 from tiny_model import MAX_TOKENS, UNTRIED, Inbox, a_request, pixels

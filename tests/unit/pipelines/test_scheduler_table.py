@@ -13,8 +13,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from stepserve.pipelines import schedulers
 from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.schedulers import usable as schedulers
 from stepserve.pipelines.schedulers.probes import set_steps
 from stepserve.pipelines.schedulers.usable import (
     SEEDLESS,

@@ -19,11 +19,11 @@ from stepserve.domain.events import Finished
 from stepserve.domain.requests import GenerationRequest, Task
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.pipelines import attach as attach_module
-from stepserve.pipelines import sharing as sharing_module
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.modules import attach as attach_module
 from stepserve.pipelines.modules.attach import ParkingOptions
+from stepserve.pipelines.probing import sharing_plan as sharing_module
 from stepserve.pipelines.probing.probe_requests import make_probe_requests
 from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, check_sharing
 from stepserve.pipelines.probing.sharing_plan import (

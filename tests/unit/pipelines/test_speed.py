@@ -14,8 +14,8 @@ from accelerate import cpu_offload_with_hook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from stepserve.config import ATTENTION_BACKENDS, SpeedSettings
 from stepserve.engine.tracks.interception import make_parkable
-from stepserve.pipelines import speed
 from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.loading import speed
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from tiny_families import save_tiny_flux
 from tiny_model import a_request

@@ -20,11 +20,11 @@ from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest, Priority, Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.engine.tracks.track import Work
-from stepserve.pipelines import tasks as tasks_module
 from stepserve.pipelines.copies.blending import BlendedDenoiser, denoiser_for_inpainting
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.copies.guidance_interval import can_limit_guidance, narrow_to_interval
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.requests import call as tasks_module
 from stepserve.pipelines.requests.call import count_left, denoiser_calls, make_images
 from stepserve.pipelines.requests.inputs import decode_inputs
 from stepserve.pipelines.schedulers.watch import watch_steps

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from stepserve.domain.errors import GenerationFailedError
 from stepserve.domain.events import Failed
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.pipelines import load as loading
 from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.loading import folders as loading
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.loading.weights import check_finite_weights, check_heard, is_finite
 from stepserve.pipelines.serving.runner import PipelineRunner

@@ -34,7 +34,7 @@ class Models:
         self.listed = {"emoji": Listed()}
         self.list_error: Exception | None = None
         self.loaded = asyncio.Event()
-        self.answer: ModelStatus | Exception = READY
+        self.response: ModelStatus | Exception = READY
         self.asked = 0
         self.woken = 0
         self.looks = 0
@@ -49,9 +49,9 @@ class Models:
         self.asked += 1
         if not self.loaded.is_set():
             return None
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
+        if isinstance(self.response, Exception):
+            raise self.response
+        return self.response
 
     async def wake(self, model_id: str) -> ModelStatus | None:
         self.woken += 1
@@ -84,7 +84,7 @@ async def test_who_is_there_is_known_once_it_started() -> None:
 async def test_aliases_are_those_of_the_start_until_the_model_tells_its_own() -> None:
     models = Models()
     models.listed["added later"] = Listed()
-    models.answer = ModelStatus(replace(EMOJI, aliases=("gpt-image-1",)), ready=True)
+    models.response = ModelStatus(replace(EMOJI, aliases=("gpt-image-1",)), ready=True)
     watch = await started(models)
     loading = [status.capabilities.aliases for status in watch.statuses()]
     models.loaded.set()
@@ -104,7 +104,7 @@ async def test_models_are_seldom_listed_while_nothing_changes() -> None:
     # A model that nobody has heard of may be new.
     models.listed["pizza"] = Listed()
     assert await watch.status("pizza") == READY
-    models.answer = replace(READY, detail="draining")
+    models.response = replace(READY, detail="draining")
     await told(watch, detail="draining")
     looks = models.looks
     await pass_time(6 * STEADY_LISTING_S)
@@ -155,9 +155,9 @@ async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known()
     model = Models()
     model.loaded.set()
     watch = await started(model)
-    model.answer = ModelStatus(EMOJI, ready=False, detail="draining")
+    model.response = ModelStatus(EMOJI, ready=False, detail="draining")
     await told(watch, ready=False, detail="draining")
-    model.answer = READY
+    model.response = READY
     await told(watch, ready=True, detail="")
 
 
@@ -165,11 +165,11 @@ async def test_what_a_replica_says_of_itself_is_told_and_its_limits_stay_known()
 async def test_a_model_is_asked_again_whatever_became_of_the_question(error: Exception) -> None:
     model = Models()
     model.loaded.set()
-    model.answer = error
+    model.response = error
     watch = await started(model)
     await told(watch, ready=False, detail="loading")
     asked = model.asked
-    model.answer = READY
+    model.response = READY
     await told(watch, ready=True)
     assert model.asked > asked
 
@@ -204,12 +204,12 @@ async def test_a_short_silence_keeps_nobody_out() -> None:
     model = Models()
     model.loaded.set()
     watch = await started(model)
-    model.answer = RayActorError()
+    model.response = RayActorError()
     await pass_time(0.9 * SILENCE_S)
     assert watch.statuses() == [READY]
     status = await told(watch, ready=False, detail="loading")
     assert status.is_known
-    model.answer = READY
+    model.response = READY
     await told(watch, ready=True, detail="")
 
 
@@ -238,7 +238,7 @@ async def test_a_model_that_was_given_up_says_why_whatever_it_answers() -> None:
 async def test_a_sleeping_model_takes_requests_and_is_not_woken_by_questions() -> None:
     models = Models()
     models.loaded.set()
-    models.answer = replace(READY, capabilities=replace(EMOJI, load_s=12.3))
+    models.response = replace(READY, capabilities=replace(EMOJI, load_s=12.3))
     watch = await started(models)
     models.listed["emoji"] = Listed(asleep=True)
     detail = "asleep: the next request waits 12 s for it"
@@ -269,14 +269,14 @@ async def test_a_sleeping_model_that_was_never_seen_is_woken_once_to_tell_its_li
 async def test_a_sleeping_model_that_cannot_be_loaded_is_not_woken_again_and_again() -> None:
     models = Models()
     models.loaded.set()
-    models.answer = unknown_status("emoji", "cannot be loaded: no weights")
+    models.response = unknown_status("emoji", "cannot be loaded: no weights")
     models.listed["emoji"] = Listed(asleep=True)
     watch = await started(models)
     await told(watch, ready=False, detail="cannot be loaded: no weights")
     await pass_time(60)
     assert models.woken == 1
 
-    models.answer = RayActorError()
+    models.response = RayActorError()
     models.listed["emoji"] = Listed()
     await told(watch, ready=False, detail="loading")
     models.listed["emoji"] = Listed(asleep=True)
@@ -287,11 +287,11 @@ async def test_a_sleeping_model_that_cannot_be_loaded_is_not_woken_again_and_aga
 async def test_a_sleeping_model_that_cannot_be_woken_is_tried_again() -> None:
     models = Models()
     models.loaded.set()
-    models.answer = RayActorError()
+    models.response = RayActorError()
     models.listed["emoji"] = Listed(asleep=True)
     watch = await started(models)
     await told(watch, ready=False, detail="loading")
-    models.answer = READY
+    models.response = READY
     await told(watch, ready=True, detail="asleep")
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from stepserve.config import EngineSettings, ModelSettings, Settings
-from stepserve.ray_serve import router
 from stepserve.ray_serve.application import CROWDED_SPINS, OPENMP_SPINS, model_target
+from stepserve.ray_serve.ingress import router
 
 
 def options_of(**settings: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from stepserve.domain.events import (
 )
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
-from stepserve.ray_serve import retries
+from stepserve.ray_serve.ingress import retries
 from stepserve.ray_serve.ingress.retries import MOST_TRIES, with_retries
 
 REQUEST = GenerationRequest("r", "emoji", "pizza", 64, 64, 4, 4.0, 1, "DDIMScheduler")

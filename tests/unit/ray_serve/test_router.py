@@ -17,7 +17,7 @@ from ray.serve._private.common import (
 from ray.serve.request_router import PendingRequest
 from stepserve.domain.guidance import Guidance, StepWork
 from stepserve.domain.requests import GenerationRequest
-from stepserve.ray_serve import router as router_module
+from stepserve.ray_serve.ingress import router as router_module
 from stepserve.ray_serve.ingress.router import BatchingRouter
 from stepserve.routing.reports import Report
 

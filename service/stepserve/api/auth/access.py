@@ -71,11 +71,11 @@ class UsageMiddleware:
             return await self._app(scope, receive, send)
         lease = secrets.token_hex(16)
         try:
-            answer = await self._usage.take(key, lease)
-            if isinstance(answer, Refusal):
-                error = KeyLimitError(answer.message, answer.retry_after_s)
-                return await _refuse(error, scope, receive, _with_limits(send, answer.rate))
-            await self._app(scope, receive, _with_limits(send, answer.rate))
+            response = await self._usage.take(key, lease)
+            if isinstance(response, Refusal):
+                error = KeyLimitError(response.message, response.retry_after_s)
+                return await _refuse(error, scope, receive, _with_limits(send, response.rate))
+            await self._app(scope, receive, _with_limits(send, response.rate))
         except NotReadyError as error:
             # Those of the app are answered inside it: nobody answers who counts.
             await _refuse(error, scope, receive, send)

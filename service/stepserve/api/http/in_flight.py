@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-ANSWER_S = 4.0
+RESPONSE_S = 4.0
 """How long an exchange that is told of the stop may take to say so."""
 
 
@@ -42,7 +42,7 @@ class InFlight:
         _, late = await asyncio.wait(exchanges, timeout=within_s)
         if late:
             self.stopped.set()
-            await asyncio.wait(late, timeout=ANSWER_S)
+            await asyncio.wait(late, timeout=RESPONSE_S)
         for task in exchanges:
             task.cancel()
         return len(late)

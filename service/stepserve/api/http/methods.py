@@ -40,9 +40,9 @@ class HeadMiddleware:
         if scope["type"] != "http" or scope["method"] != "HEAD":
             return await self._app(scope, receive, send)
         as_get = dict(scope, method="GET")
-        answer = _Head(receive, send)
+        response = _Head(receive, send)
         try:
-            await self._app(as_get, answer.receive, answer.send)
+            await self._app(as_get, response.receive, response.send)
         finally:
             scope.update({name: as_get[name] for name in OF_A_ROUTE if name in as_get})
 

@@ -80,17 +80,17 @@ class UnexpectedErrorMiddleware:
         """Serve one connection, and never leave it unanswered."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        answer = _Answer(send)
+        response = _Response(send)
         try:
-            await self._app(scope, receive, answer.send)
+            await self._app(scope, receive, response.send)
         except Exception as error:
-            if answer.has_begun:
+            if response.has_begun:
                 # A stream: the server cuts it off, which is all that can still be told.
                 raise
             await error_response(error, request_id_of(scope))(scope, receive, send)
 
 
-class _Answer:
+class _Response:
     """Passes an answer on, and knows whether it has begun."""
 
     def __init__(self, send: Send) -> None:

@@ -158,7 +158,7 @@ class LimitedHttpProtocol(LimitedParsing):
     def give_way(self) -> None:
         """Close for another connection's sake."""
         if self._has_unread() and not self._is_answering() and not self.transport.is_closing():
-            self._client.write(self._answer_with(self._too_many()))
+            self._client.write(self._respond_with(self._too_many()))
         self._client.drop()
 
     # Inside
@@ -177,7 +177,7 @@ class LimitedHttpProtocol(LimitedParsing):
         if is_busy or self._error is None:
             self._parse_held()
         else:
-            self._answer_error(self._error)
+            self._respond_with_error(self._error)
         if self._client_is_done and not is_busy and not self._is_working():
             self.transport.close()
 
@@ -242,18 +242,18 @@ class LimitedHttpProtocol(LimitedParsing):
         if self.pipeline and self.pipeline[0][0].more_body:
             self.pipeline.popleft()
         if not self._is_working():
-            self._answer_error(error)
+            self._respond_with_error(error)
 
-    def _answer_error(self, error: StepserveError) -> None:
+    def _respond_with_error(self, error: StepserveError) -> None:
         self._open.await_client(self)
         if self._is_answering():
             self._client.abort()
             return
         self._give_up_working()
-        self._client.write(self._answer_with(error))
+        self._client.write(self._respond_with(error))
         self._client.close()
 
-    def _answer_with(self, error: StepserveError) -> bytes:
+    def _respond_with(self, error: StepserveError) -> bytes:
         return self._refusals.answer(error, self.server_state.default_headers)
 
     def _give_up_working(self) -> None:

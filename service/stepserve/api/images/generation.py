@@ -18,12 +18,12 @@ from stepserve.api.http.connection import stream_while_connected, while_connecte
 from stepserve.api.images.events import KEEP_ALIVE, KEEP_ALIVE_S, EventStreamResponse, sse
 from stepserve.api.images.responses import (
     ImageData,
-    ImagesAnswer,
+    ImagesResponse,
     base64_of,
-    images_answer,
-    parameters_answer,
-    timings_answer,
-    truncation_answer,
+    images_response,
+    parameters_response,
+    timings_response,
+    truncation_response,
 )
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.events import EncodedImage, Event, Failed, Finished, Preview
@@ -53,7 +53,7 @@ class ImageCall:
     event_prefix: str = "image_generation"
 
 
-async def answer_images(call: ImageCall, response: Response) -> ImagesAnswer | Response:
+async def respond_with_images(call: ImageCall, response: Response) -> ImagesResponse | Response:
     """Serve a call to its end, or begin to stream it. The client leaving cancels the work.
 
     Raises:
@@ -73,7 +73,7 @@ async def answer_images(call: ImageCall, response: Response) -> ImagesAnswer | R
     exchange_context_of(call.incoming.http.scope).timings = outcome.timings
     response.headers["Server-Timing"] = outcome.timings.server_timing()
     data = [await _image_data(call, image) for image in outcome.images]
-    return images_answer(call.generation, outcome, data, call.ignored_fields)
+    return images_response(call.generation, outcome, data, call.ignored_fields)
 
 
 async def _image_data(call: ImageCall, image: EncodedImage) -> ImageData:
@@ -156,14 +156,14 @@ async def _completed_event(
     told = {
         **data.model_dump(exclude_none=True),
         "usage": NO_USAGE,
-        "parameters": parameters_answer(call.generation).model_dump(),
+        "parameters": parameters_response(call.generation).model_dump(),
         "fingerprint": finished.fingerprint,
-        "timings": timings_answer(finished.timings).model_dump(),
+        "timings": timings_response(finished.timings).model_dump(),
     }
     if call.ignored_fields:
         told["ignored_fields"] = call.ignored_fields
     if finished.cut_prompts:
-        told["prompt_truncated"] = truncation_answer(finished.cut_prompts)
+        told["prompt_truncated"] = truncation_response(finished.cut_prompts)
     return sse(name, {"type": name, **_described(call, index, image), **told})
 
 

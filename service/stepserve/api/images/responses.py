@@ -34,7 +34,7 @@ class ImageData(BaseModel):
     )
 
 
-class AdapterAnswer(BaseModel):
+class AdapterResponse(BaseModel):
     """A LoRA adapter that was applied, and how strongly."""
 
     name: str
@@ -53,7 +53,7 @@ class Parameters(BaseModel):
     guidance_scale: float
     seed: int
     scheduler: str
-    adapters: list[AdapterAnswer]
+    adapters: list[AdapterResponse]
     output_format: Literal["png", "jpeg", "webp"]
     output_compression: int | None = None
     guidance_start: float
@@ -62,7 +62,7 @@ class Parameters(BaseModel):
     strength: float | None = Field(default=None, description="Of edits and variations.")
 
 
-class TimingsAnswer(BaseModel):
+class TimingsResponse(BaseModel):
     """Seconds by stage; `batch_share` is the mean share of a forward's rows that were its own."""
 
     queue_s: float
@@ -111,7 +111,7 @@ _EXAMPLE: dict[str, Any] = {
 }
 
 
-class ImagesAnswer(BaseModel):
+class ImagesResponse(BaseModel):
     """The finished images."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
@@ -130,7 +130,7 @@ class ImagesAnswer(BaseModel):
         description="The `short` fingerprint of the model in `GET /v1/models`: where it is the "
         "same, the same parameters give the same images."
     )
-    timings: TimingsAnswer
+    timings: TimingsResponse
     ignored_fields: list[str] | None = Field(
         default=None, description="Fields that were sent and changed nothing; absent without any."
     )
@@ -142,7 +142,7 @@ class ImagesAnswer(BaseModel):
     )
 
 
-class SizesAnswer(BaseModel):
+class SizesResponse(BaseModel):
     """Sides an image may have, in pixels: from `minimum` to `maximum` by `step`."""
 
     minimum: int
@@ -151,7 +151,7 @@ class SizesAnswer(BaseModel):
     native: int
 
 
-class FingerprintAnswer(BaseModel):
+class FingerprintResponse(BaseModel):
     """What decides the bytes of an image besides its request."""
 
     digest: str = Field(description="SHA-256 over everything below.")
@@ -169,21 +169,21 @@ class FingerprintAnswer(BaseModel):
     code: str = Field(description="What runs the denoiser: eager or compiled code.")
 
 
-class StepsAnswer(BaseModel):
+class StepsResponse(BaseModel):
     """Numbers of denoising steps."""
 
     minimum: int
     maximum: int
 
 
-class StepWorkAnswer(BaseModel):
+class StepWorkResponse(BaseModel):
     """What one step takes for each image."""
 
     rows: int = Field(description="Rows of each call of the denoiser.")
     calls: int = Field(description="Calls of the denoiser.")
 
 
-class GuidanceAnswer(BaseModel):
+class GuidanceResponse(BaseModel):
     """How a model takes guidance, as it was seen to when it was loaded."""
 
     kind: GuidanceKind = Field(
@@ -197,11 +197,11 @@ class GuidanceAnswer(BaseModel):
     negative_prompt: bool = Field(
         description="Whether guided requests may have a `negative_prompt`; it costs no more."
     )
-    guided: StepWorkAnswer
-    unguided: StepWorkAnswer
+    guided: StepWorkResponse
+    unguided: StepWorkResponse
 
 
-class ModelAnswer(BaseModel):
+class ModelResponse(BaseModel):
     """One model: OpenAI's four fields, then its limits and defaults."""
 
     id: str
@@ -212,13 +212,13 @@ class ModelAnswer(BaseModel):
     description: str
     ready: bool
     detail: str = Field(description="Why the model is not ready; empty where it is.")
-    sizes: SizesAnswer
+    sizes: SizesResponse
     schedulers: list[str]
     default_scheduler: str
     default_num_inference_steps: int
     min_num_inference_steps: int = Field(description="With the default scheduler.")
     max_num_inference_steps: int = Field(description="With the default scheduler.")
-    scheduler_steps: dict[str, StepsAnswer] = Field(
+    scheduler_steps: dict[str, StepsResponse] = Field(
         description="Of the schedulers that can do other numbers of steps than the default one."
     )
     default_guidance_scale: float
@@ -229,7 +229,7 @@ class ModelAnswer(BaseModel):
     adapters: list[str] = Field(description="LoRA adapters that requests may name.")
     max_adapters: int = Field(description="Most adapters of one request.")
     tasks: list[Task]
-    guidance: GuidanceAnswer
+    guidance: GuidanceResponse
     guidance_interval: bool = Field(
         description="Whether `guidance_start` and `guidance_end` may be set."
     )
@@ -255,17 +255,17 @@ class ModelAnswer(BaseModel):
     load_s: float | None = Field(
         description="Seconds that loading it took; null while that is not known."
     )
-    fingerprint: FingerprintAnswer | None = Field(description="Null while the model is loading.")
+    fingerprint: FingerprintResponse | None = Field(description="Null while the model is loading.")
 
 
 class ModelList(BaseModel):
     """Every model that is served."""
 
     object: Literal["list"] = "list"
-    data: list[ModelAnswer]
+    data: list[ModelResponse]
 
 
-class ProgressAnswer(BaseModel):
+class ProgressResponse(BaseModel):
     """Where one request stands."""
 
     id: str
@@ -280,10 +280,10 @@ class ProgressAnswer(BaseModel):
         description="Seconds until it should be finished; null where nobody knows."
     )
     error: ErrorDetail | None = Field(description="Why there are no images.")
-    timings: TimingsAnswer | None = Field(description="Once it is finished.")
+    timings: TimingsResponse | None = Field(description="Once it is finished.")
 
 
-class RequestInBatchAnswer(BaseModel):
+class RequestInBatchResponse(BaseModel):
     """A request in hand; another caller's has no id."""
 
     id: str | None
@@ -293,14 +293,14 @@ class RequestInBatchAnswer(BaseModel):
     rows: int
 
 
-class RowsAnswer(BaseModel):
+class RowsResponse(BaseModel):
     """How many rows of a forward one request had."""
 
     id: str | None
     rows: int
 
 
-class ForwardAnswer(BaseModel):
+class ForwardResponse(BaseModel):
     """One forward of a module, shared by requests."""
 
     number: int = Field(description="Counts the forwards of its replica from 1.")
@@ -308,32 +308,32 @@ class ForwardAnswer(BaseModel):
     rows: int
     padded_rows: int = Field(description="Run besides, for nobody.")
     seconds: float
-    requests: list[RowsAnswer]
+    requests: list[RowsResponse]
 
 
-class ReplicaBatchAnswer(BaseModel):
+class ReplicaBatchResponse(BaseModel):
     """The running batch of one replica."""
 
     row_limit: int
-    requests: list[RequestInBatchAnswer]
-    forwards: list[ForwardAnswer] = Field(description="The latest, oldest first.")
+    requests: list[RequestInBatchResponse]
+    forwards: list[ForwardResponse] = Field(description="The latest, oldest first.")
 
 
-class BatchAnswer(BaseModel):
+class BatchResponse(BaseModel):
     """What the replicas of a model are working on."""
 
     model: str
-    replicas: list[ReplicaBatchAnswer]
+    replicas: list[ReplicaBatchResponse]
 
 
-class HealthAnswer(BaseModel):
+class HealthResponse(BaseModel):
     """The process answers."""
 
     status: Literal["ok"] = "ok"
     version: str
 
 
-class ReadyAnswer(BaseModel):
+class ReadyResponse(BaseModel):
     """Requests are taken, if not for every model."""
 
     status: Literal["ready"] = "ready"
@@ -344,21 +344,21 @@ class ReadyAnswer(BaseModel):
     )
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     """The body of every error."""
 
     error: ErrorDetail
 
 
-def images_answer(
+def images_response(
     request: GenerationRequest,
     finished: Finished,
     data: list[ImageData],
     ignored_fields: Sequence[str] = (),
-) -> ImagesAnswer:
+) -> ImagesResponse:
     """Return the answer to `request`, dated now, with its images as `data`."""
-    parameters = parameters_answer(request)
-    return ImagesAnswer(
+    parameters = parameters_response(request)
+    return ImagesResponse(
         id=request.id,
         created=int(time.time()),
         model=request.model,
@@ -368,13 +368,13 @@ def images_answer(
         seed=request.seed,
         parameters=parameters,
         fingerprint=finished.fingerprint,
-        timings=timings_answer(finished.timings),
+        timings=timings_response(finished.timings),
         ignored_fields=list(ignored_fields) or None,
-        prompt_truncated=truncation_answer(finished.cut_prompts),
+        prompt_truncated=truncation_response(finished.cut_prompts),
     )
 
 
-def truncation_answer(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str, int]] | None:
+def truncation_response(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str, int]] | None:
     """Return which text encoders read how many tokens only, by field, or None."""
     told: dict[str, dict[str, int]] = {}
     for cut in cut_prompts:
@@ -382,14 +382,14 @@ def truncation_answer(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str, i
     return told or None
 
 
-def model_answer(status: ModelStatus) -> ModelAnswer:
+def model_response(status: ModelStatus) -> ModelResponse:
     """Return one model as the catalogue shows it."""
     told = asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
     told["guidance"] |= {"kind": status.capabilities.guidance.kind}
     fingerprint = status.capabilities.fingerprint
     if fingerprint is not None:
         told["fingerprint"] |= {"digest": fingerprint.digest, "short": fingerprint.short}
-    return ModelAnswer.model_validate(told)
+    return ModelResponse.model_validate(told)
 
 
 def base64_of(image: EncodedImage) -> str:
@@ -397,7 +397,7 @@ def base64_of(image: EncodedImage) -> str:
     return b64encode(image.data).decode("ascii")
 
 
-def parameters_answer(request: GenerationRequest) -> Parameters:
+def parameters_response(request: GenerationRequest) -> Parameters:
     """Everything that shaped the images of a request."""
     told = asdict(request) | {"size": f"{request.width}x{request.height}"}
     if request.task is Task.TEXT_TO_IMAGE:
@@ -405,14 +405,14 @@ def parameters_answer(request: GenerationRequest) -> Parameters:
     return Parameters.model_validate(told)
 
 
-def timings_answer(timings: Timings) -> TimingsAnswer:
+def timings_response(timings: Timings) -> TimingsResponse:
     """Seconds by stage."""
-    return TimingsAnswer(**asdict(timings))
+    return TimingsResponse(**asdict(timings))
 
 
-def progress_answer(progress: Progress) -> ProgressAnswer:
+def progress_response(progress: Progress) -> ProgressResponse:
     """Return where a request stands, as its own URL tells it."""
-    return ProgressAnswer(
+    return ProgressResponse(
         id=progress.request_id,
         model=progress.model,
         created=progress.created,
@@ -422,26 +422,26 @@ def progress_answer(progress: Progress) -> ProgressAnswer:
         steps=progress.steps,
         expected_s=progress.expected_s,
         error=None if progress.error is None else error_detail(progress.error, progress.request_id),
-        timings=None if progress.timings is None else timings_answer(progress.timings),
+        timings=None if progress.timings is None else timings_response(progress.timings),
     )
 
 
-def batch_answer(model_id: str, views: Sequence[BatchView], caller: str) -> BatchAnswer:
+def batch_response(model_id: str, views: Sequence[BatchView], caller: str) -> BatchResponse:
     """Return the running batches of a model's replicas, with the ids of the caller's own requests.
 
     Requests of others are shown without their names.
     """
-    return BatchAnswer(model=model_id, replicas=[_replica_batch(view, caller) for view in views])
+    return BatchResponse(model=model_id, replicas=[_replica_batch(view, caller) for view in views])
 
 
-def _replica_batch(view: BatchView, caller: str) -> ReplicaBatchAnswer:
+def _replica_batch(view: BatchView, caller: str) -> ReplicaBatchResponse:
     def own(request_id: str, owner: str) -> str | None:
         return request_id if owner == caller else None
 
-    return ReplicaBatchAnswer(
+    return ReplicaBatchResponse(
         row_limit=view.row_limit,
         requests=[
-            RequestInBatchAnswer(
+            RequestInBatchResponse(
                 id=own(request.id, request.owner),
                 state=request.state,
                 step=request.step,
@@ -451,13 +451,15 @@ def _replica_batch(view: BatchView, caller: str) -> ReplicaBatchAnswer:
             for request in view.requests
         ],
         forwards=[
-            ForwardAnswer(
+            ForwardResponse(
                 number=forward.number,
                 module=forward.module,
                 rows=forward.rows,
                 padded_rows=forward.padded_rows,
                 seconds=forward.seconds,
-                requests=[RowsAnswer(id=own(i, owner), rows=n) for i, owner, n in forward.requests],
+                requests=[
+                    RowsResponse(id=own(i, owner), rows=n) for i, owner, n in forward.requests
+                ],
             )
             for forward in view.forwards
         ],

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from stepserve import __version__
 from stepserve.api.dependencies import NO_REASON, BackendDep, StoreDep, require_ready
-from stepserve.api.images.responses import HealthAnswer, ReadyAnswer
+from stepserve.api.images.responses import HealthResponse, ReadyResponse
 from stepserve.api.openapi import error_responses
 from stepserve.api.results.space import ResultsUnavailableError
 from stepserve.api.results.store import ResultStore
@@ -16,15 +16,15 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", summary="Is the process up?", responses=error_responses())
-async def healthz() -> HealthAnswer:
+async def healthz() -> HealthResponse:
     """Depends on nothing else, so that a slow model never gets this process restarted."""
-    return HealthAnswer(version=__version__)
+    return HealthResponse(version=__version__)
 
 
 @router.get(
     "/readyz", summary="Does any model take requests?", responses=error_responses(NotReadyError)
 )
-async def readyz(backend: BackendDep, store: StoreDep) -> ReadyAnswer:
+async def readyz(backend: BackendDep, store: StoreDep) -> ReadyResponse:
     """Answers 503 while no model is ready; the message tells why.
 
     A model that is added, or cannot be loaded, keeps nobody from the others.
@@ -34,7 +34,7 @@ async def readyz(backend: BackendDep, store: StoreDep) -> ReadyAnswer:
     if not ready:
         require_ready(statuses)
     details = {s.capabilities.id: s.detail or NO_REASON for s in statuses if not s.ready}
-    return ReadyAnswer(models=ready, not_ready=details, results=await _trouble_with(store))
+    return ReadyResponse(models=ready, not_ready=details, results=await _trouble_with(store))
 
 
 async def _trouble_with(store: ResultStore) -> str:

@@ -27,9 +27,9 @@ from stepserve.api.errors import (
     UnsupportedMediaTypeError,
 )
 from stepserve.api.exchange_context import exchange_context_of
-from stepserve.api.images.generation import ImageCall, answer_images
+from stepserve.api.images.generation import ImageCall, respond_with_images
 from stepserve.api.images.inputs import Inputs, read_inputs
-from stepserve.api.images.responses import ImagesAnswer
+from stepserve.api.images.responses import ImagesResponse
 from stepserve.api.observe.exchanges import trace_context_of
 from stepserve.api.openapi import (
     REQUEST_ID,
@@ -77,7 +77,7 @@ _ERRORS = error_responses(
 )
 
 
-def _answers(prefix: str) -> Responses:
+def _responses(prefix: str) -> Responses:
     names = f"{prefix}.partial_image", f"{prefix}.completed", "error"
     stream = event_stream("With `stream`: partial images, then the finished ones.", *names)
     return {200: {"headers": REQUEST_ID | SERVER_TIMING, "content": stream}}
@@ -87,35 +87,35 @@ def _answers(prefix: str) -> Responses:
     "/v1/images/generations",
     summary="Make images from a prompt",
     dependencies=[Depends(require_json)],
-    response_model=ImagesAnswer,
+    response_model=ImagesResponse,
     response_model_exclude_none=True,
     response_description="The images, and all parameters that make them again.",
-    responses=_ERRORS | _answers("image_generation"),
+    responses=_ERRORS | _responses("image_generation"),
     openapi_extra={"parameters": [REQUEST_ID_PARAMETER]},
 )
 async def create_images(
     body: ImageRequest, incoming: IncomingDep, response: Response
-) -> ImagesAnswer | Response:
+) -> ImagesResponse | Response:
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
     model = await _chosen_model(incoming, body)
     generation = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
     call = ImageCall(incoming, body, generation, _ignored(incoming, body, generation, model))
-    return await _answer(call, model, response)
+    return await _response(call, model, response)
 
 
 @router.post(
     "/v1/images/edits",
     summary="Change an image, or repaint a part of it",
-    response_model=ImagesAnswer,
+    response_model=ImagesResponse,
     response_model_exclude_none=True,
     response_description="The images, and all parameters that shaped them.",
-    responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_edit"),
+    responses=_ERRORS | error_responses(MalformedFormError) | _responses("image_edit"),
     openapi_extra={
         "parameters": [REQUEST_ID_PARAMETER],
         "requestBody": form_or_json(EditRequest, ("image", "mask")),
     },
 )
-async def edit_image(incoming: IncomingDep, response: Response) -> ImagesAnswer | Response:
+async def edit_image(incoming: IncomingDep, response: Response) -> ImagesResponse | Response:
     """Compatible with OpenAI's `images.edit`.
 
     With a mask, only what is transparent in it is repainted (or white, where it has no
@@ -130,16 +130,16 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesAnswer 
 @router.post(
     "/v1/images/variations",
     summary="Make images like one that is given",
-    response_model=ImagesAnswer,
+    response_model=ImagesResponse,
     response_model_exclude_none=True,
     response_description="The images, and all parameters that shaped them.",
-    responses=_ERRORS | error_responses(MalformedFormError) | _answers("image_variation"),
+    responses=_ERRORS | error_responses(MalformedFormError) | _responses("image_variation"),
     openapi_extra={
         "parameters": [REQUEST_ID_PARAMETER],
         "requestBody": form_or_json(VariationRequest, ("image",)),
     },
 )
-async def vary_image(incoming: IncomingDep, response: Response) -> ImagesAnswer | Response:
+async def vary_image(incoming: IncomingDep, response: Response) -> ImagesResponse | Response:
     """Compatible with OpenAI's `images.create_variation`: image-to-image without a prompt."""
     inputs = await read_inputs(incoming, VariationRequest)
     return await _from_image(incoming, inputs, "image_variation", response)
@@ -147,12 +147,12 @@ async def vary_image(incoming: IncomingDep, response: Response) -> ImagesAnswer 
 
 async def _from_image(
     incoming: Incoming, inputs: Inputs, event_prefix: str, response: Response
-) -> ImagesAnswer | Response:
+) -> ImagesResponse | Response:
     model = await _chosen_model(incoming, inputs.body)
     generation = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
     ignored = _ignored(incoming, inputs.body, generation, model)
     call = ImageCall(incoming, inputs.body, generation, ignored, event_prefix)
-    return await _answer(call, model, response)
+    return await _response(call, model, response)
 
 
 def _ignored(
@@ -171,9 +171,9 @@ async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStat
     return model
 
 
-async def _answer(
+async def _response(
     call: ImageCall, model: ModelStatus, response: Response
-) -> ImagesAnswer | Response:
+) -> ImagesResponse | Response:
     """Serve the call if the model can do what is wanted, and is there."""
     if not model.is_known:
         require_ready([model])
@@ -183,4 +183,4 @@ async def _answer(
         await call.incoming.store.check(needed_bytes(call.generation))
     context = trace_context_of(call.incoming.http.scope)
     traced = replace(call.generation, trace_context=context)
-    return await answer_images(replace(call, generation=traced), response)
+    return await respond_with_images(replace(call, generation=traced), response)

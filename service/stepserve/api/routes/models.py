@@ -6,11 +6,11 @@ from fastapi import APIRouter
 
 from stepserve.api.dependencies import BackendDep, IncomingDep, find_model
 from stepserve.api.images.responses import (
-    BatchAnswer,
-    ModelAnswer,
+    BatchResponse,
     ModelList,
-    batch_answer,
-    model_answer,
+    ModelResponse,
+    batch_response,
+    model_response,
 )
 from stepserve.api.openapi import error_responses
 from stepserve.domain.errors import UnknownModelError
@@ -21,15 +21,15 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models", summary="List models", responses=error_responses())
 async def list_models(backend: BackendDep) -> ModelList:
     """Every served model with its limits and defaults, also those that are still loading."""
-    return ModelList(data=[model_answer(status) for status in await backend.models()])
+    return ModelList(data=[model_response(status) for status in await backend.models()])
 
 
 @router.get(
     "/v1/models/{id}", summary="Show one model", responses=error_responses(UnknownModelError)
 )
-async def show_model(id: str, backend: BackendDep) -> ModelAnswer:  # noqa: A002 (OpenAI's name)
+async def show_model(id: str, backend: BackendDep) -> ModelResponse:  # noqa: A002 (OpenAI's name)
     """One model with its limits and defaults."""
-    return model_answer(await find_model(backend, id))
+    return model_response(await find_model(backend, id))
 
 
 @router.get(
@@ -37,8 +37,8 @@ async def show_model(id: str, backend: BackendDep) -> ModelAnswer:  # noqa: A002
     summary="Watch the running batch",
     responses=error_responses(UnknownModelError),
 )
-async def show_batch(id: str, incoming: IncomingDep) -> BatchAnswer:  # noqa: A002
+async def show_batch(id: str, incoming: IncomingDep) -> BatchResponse:  # noqa: A002
     """Which requests each replica has in hand, and which of them shared its latest forwards."""
     model_id = (await find_model(incoming.backend, id)).capabilities.id
     views = await incoming.backend.batch(model_id)
-    return batch_answer(model_id, views, incoming.caller.name)
+    return batch_response(model_id, views, incoming.caller.name)

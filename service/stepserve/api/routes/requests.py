@@ -14,11 +14,11 @@ from stepserve.api.errors import RequestTimedOutError, error_detail
 from stepserve.api.http.connection import stream_while_connected
 from stepserve.api.images.events import KEEP_ALIVE, KEEP_ALIVE_S, EventStreamResponse, sse
 from stepserve.api.images.responses import (
-    ProgressAnswer,
+    ProgressResponse,
     base64_of,
-    progress_answer,
-    timings_answer,
-    truncation_answer,
+    progress_response,
+    timings_response,
+    truncation_response,
 )
 from stepserve.api.openapi import error_responses, event_stream
 from stepserve.domain.errors import (
@@ -60,20 +60,20 @@ MAX_EVENT_NUMBER = 10**9
 @router.get(
     "/v1/requests/{id}", summary="How far is it?", responses=error_responses(UnknownRequestError)
 )
-async def show_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # noqa: A002
+async def show_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
     """Where a request stands, by its `X-Request-ID`, whichever replica works on it."""
-    return progress_answer(await _find(incoming, id))
+    return progress_response(await _find(incoming, id))
 
 
 @router.delete(
     "/v1/requests/{id}", summary="Cancel it", responses=error_responses(UnknownRequestError)
 )
-async def cancel_request(id: str, incoming: IncomingDep) -> ProgressAnswer:  # noqa: A002
+async def cancel_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
     """End a request at its next step; whoever waits for its images is told with status 499."""
     progress = await _find(incoming, id)
     if not progress.ended:
         progress = await incoming.backend.cancel(id, incoming.caller.name) or progress
-    return progress_answer(progress)
+    return progress_response(progress)
 
 
 @router.get(
@@ -193,10 +193,10 @@ def _describe(event: Event) -> tuple[str, dict[str, Any]]:
                 "content_filtered": [
                     image.seed for image in event.images if image.content_filtered
                 ],
-                "timings": timings_answer(timings).model_dump(),
+                "timings": timings_response(timings).model_dump(),
             }
             if event.cut_prompts:
-                told["prompt_truncated"] = truncation_answer(event.cut_prompts)
+                told["prompt_truncated"] = truncation_response(event.cut_prompts)
             return "finished", told
         case Failed(error=error):
             return "failed", {"error": error_detail(error, event.request_id).model_dump()}

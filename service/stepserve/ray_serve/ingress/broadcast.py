@@ -28,7 +28,7 @@ class Broadcast(Protocol):
     def _fetch_replica_results_async(self) -> Awaitable[Sequence[Reply]]: ...
 
 
-async def answers(broadcast: Broadcast, timeout_s: float) -> list[Any]:
+async def responses(broadcast: Broadcast, timeout_s: float) -> list[Any]:
     """What replicas answer within `timeout_s`; of those that fail or are silent, nothing.
 
     Raises:

@@ -45,7 +45,7 @@ class _Recorder:
 
     def __call__(self, exchange: Exchange) -> None:
         notes = exchange.notes
-        answer = HttpAnswer(
+        response = HttpAnswer(
             route=exchange.route,
             model=notes.model,
             status=exchange.status,
@@ -54,7 +54,7 @@ class _Recorder:
             # Probes of a model that loads are refused nothing.
             refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
         )
-        record_answer(self._instruments, answer)
+        record_answer(self._instruments, response)
 
 
 def _tell_version(instruments: Instruments) -> None:

@@ -184,12 +184,12 @@ class ModelWatch:
                 await self._ask_once(model_id)
             elif watched.listed.asleep:
                 await self._let_sleep(model_id, watched)
-            elif not await self._answers(model_id, watched):
+            elif not await self._responses(model_id, watched):
                 await asyncio.sleep(LOADING_INTERVAL_S)
                 continue
             await asyncio.sleep(PROBE_INTERVAL_S)
 
-    async def _answers(self, model_id: str, watched: Watched) -> bool:
+    async def _responses(self, model_id: str, watched: Watched) -> bool:
         """Whether there is anybody who answers."""
         status = await self._ask_once(model_id)
         if status is None:

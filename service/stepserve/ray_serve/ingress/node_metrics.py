@@ -39,8 +39,8 @@ def _agents() -> Sequence[tuple[str, int]]:
 async def _page(client: httpx.AsyncClient, address: str, port: int) -> str | None:
     host = f"[{address}]" if ":" in address else address
     try:
-        answer = await client.get(f"http://{host}:{port}/metrics")
-        answer.raise_for_status()
+        response = await client.get(f"http://{host}:{port}/metrics")
+        response.raise_for_status()
     except httpx.HTTPError:
         return None
-    return answer.text
+    return response.text

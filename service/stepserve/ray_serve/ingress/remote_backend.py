@@ -18,7 +18,7 @@ from stepserve.domain.progress import Progress
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.ray_serve.applications import list_models, model_handle
-from stepserve.ray_serve.ingress.broadcast import answers
+from stepserve.ray_serve.ingress.broadcast import responses
 from stepserve.ray_serve.ingress.model_watch import ModelWatch
 from stepserve.ray_serve.ingress.retries import with_retries
 from stepserve.ray_serve.ingress.shared_calls import SharedCalls
@@ -170,20 +170,20 @@ class RemoteBackend:
         of_models = await asyncio.gather(
             *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
         )
-        return [answer for of_model in of_models for answer in of_model]
+        return [response for of_model in of_models for response in of_model]
 
     async def _ask_replicas(
         self, model_id: str, method: str, *arguments: Any, slack_s: float = 0.0
     ) -> list[Any]:
         try:
             broadcast = self._handle(model_id).broadcast(method, *arguments)
-            return await answers(broadcast, ASK_TIMEOUT_S + slack_s)
+            return await responses(broadcast, ASK_TIMEOUT_S + slack_s)
         except (TimeoutError, RayError, RayServeException):
             # Loading, or gone: it has nothing to tell.
             return []
 
 
-def _first_at_work(answers: Sequence[Progress | None]) -> Progress | None:
+def _first_at_work(responses: Sequence[Progress | None]) -> Progress | None:
     """An id may have been used before, on another replica: who is at work goes before the ended."""
-    known = [answer for answer in answers if answer is not None]
+    known = [response for response in responses if response is not None]
     return min(known, key=lambda progress: (progress.ended, -progress.created), default=None)

@@ -68,13 +68,13 @@ class SharedUsage:
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_for_ever(), context=Context())
         try:
-            answer: Answer = await self._counter.take.remote(key, lease)
+            response: Answer = await self._counter.take.remote(key, lease)
         except (RayError, RayServeException) as error:
             message = "the use of API keys cannot be counted right now"
             raise NotReadyError(message, RETRY_AFTER_S) from error
-        if isinstance(answer, Grant):
+        if isinstance(response, Grant):
             self._held.setdefault(key.name, set()).add(lease)
-        return answer
+        return response
 
     def give_back(self, name: str, lease: str) -> None:
         """A request has ended. If this gets lost, the lease runs out."""

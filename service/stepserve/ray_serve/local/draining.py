@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # A forward that runs when the time is over still ends.
 SLACK_S = 1.0
 # Answers travel from the replicas through the ingress, on a machine that may be busy.
-ANSWERS_S = 8.0
+RESPONSES_S = 8.0
 # What an ingress takes beyond that: to tell who is late, and to hand over the last bytes.
 LEAVING_S = 9.0
 LOOK_S = 0.05
@@ -49,7 +49,7 @@ def drain(settings: Settings, hurried: threading.Event) -> None:
         thread.start()
     while any(thread.is_alive() for thread in draining) and not hurried.is_set():
         time.sleep(LOOK_S)
-    _drain_ingress(0.0 if hurried.is_set() else ANSWERS_S)
+    _drain_ingress(0.0 if hurried.is_set() else RESPONSES_S)
 
 
 def _with_replicas(settings: Settings) -> Iterable[tuple[str, float]]:

@@ -51,7 +51,7 @@ from stepserve.telemetry.logs import FORMAT_VARIABLE, SINK_VARIABLE, resolved_fo
 READY_TIMEOUT_S = 600.0
 READY_POLL_S = 0.25
 # Before there is an ingress, connections wait for one.
-READY_ANSWER_S = 2.0
+READY_RESPONSE_S = 2.0
 # Programs that start this one may hand on a signal that it got as well.
 ONE_WISH_S = 1.0
 # At SIGHUP the file may still be written to.
@@ -222,7 +222,7 @@ def wait_until_ready(settings: Settings, stopped: threading.Event, tell: Tell) -
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     starting = Starting(settings.models)
     url = base_url(settings)
-    with httpx.Client(base_url=url, timeout=READY_ANSWER_S, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=READY_RESPONSE_S, trust_env=False) as client:
         while not stopped.wait(READY_POLL_S):
             failures = starting.failures()
             if len(failures) == len(settings.models):

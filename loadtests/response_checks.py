@@ -11,13 +11,13 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 
-def complaint_about_images(answer: dict[str, Any], body: dict[str, Any]) -> str:
+def complaint_about_images(response: dict[str, Any], body: dict[str, Any]) -> str:
     """What is wrong with an answer to `body`; empty: nothing.
 
     Every image must be decodable to its last pixel and have the size that was asked for, and the
     seeds must be that of the request and those after it.
     """
-    images = answer.get("data")
+    images = response.get("data")
     count = body.get("n", 1)
     if not isinstance(images, list) or len(images) != count:
         return f"there should be {count} images"
