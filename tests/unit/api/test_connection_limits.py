@@ -371,7 +371,7 @@ def test_a_client_that_leaves_after_half_closing_is_gone(
         client.shutdown(socket.SHUT_WR)
         assert blocking.began.wait(10)
         if first:
-            assert read_answer(client).status == 200
+            assert read_response(client).status == 200
         # The server has tried whether the client is there.
         assert client.recv(1)
         assert not blocking.cancelled.is_set()
