@@ -5,7 +5,7 @@
 
 Starts a service (or takes one that runs on this machine already), sends the mixed trace (edits and
 clients that leave included) at one rate, and looks at the memory of every process of the service.
-At the end nothing may be at work any more. The slopes of memory and latency are those of straight
+At the end nothing may be in flight any more. The slopes of memory and latency are those of straight
 lines, of memory through what was seen once the caches of kernels had filled, and the exit code is 1
 if one of them is steeper than it may be.
 """
@@ -136,7 +136,7 @@ async def endure(url: str, process: psutil.Process, options: argparse.Namespace)
         run = await scenarios.run_arrivals(bench, arrivals)
         looking.cancel()
         await asyncio.sleep(QUIET_S)
-        left = await left_at_work(session, model or "")
+        left = await left_in_flight(session, model or "")
     return {
         "kind": "endurance",
         "facts": take_facts(),
@@ -148,7 +148,7 @@ async def endure(url: str, process: psutil.Process, options: argparse.Namespace)
             for name, points in sorted(memory.items())
         ],
         "memory": memory,
-        "left_at_work": left,
+        "left_in_flight": left,
         "slowdown": slowdown_of(run),
         "latency_by_second": latency_by_second(run, LATENCY_WINDOW_S),
         "run": summarize(run, bench.targets),
@@ -180,8 +180,8 @@ def slowdown_of(run: Run) -> float | None:
     return end / begin if begin > 0 else None
 
 
-async def left_at_work(session: aiohttp.ClientSession, model: str) -> int:
-    """How many requests the service has in hand although nobody waits any more."""
+async def left_in_flight(session: aiohttp.ClientSession, model: str) -> int:
+    """How many requests the service has in flight although nobody waits any more."""
     async with session.get(f"/v1/models/{model}/batch") as response:
         answer = await response.json()
     return sum(len(replica["requests"]) for replica in answer["replicas"])
@@ -195,8 +195,8 @@ def faults_of(report: dict[str, Any], options: argparse.Namespace) -> list[str]:
         for growth in report["growth"]
         if growth["mib_per_hour"] > options.max_mib_per_hour
     ]
-    if report["left_at_work"]:
-        faults.append(f"{report['left_at_work']} requests are still at work")
+    if report["left_in_flight"]:
+        faults.append(f"{report['left_in_flight']} requests are still in flight")
     if counts.get("failed") or counts.get("given_up"):
         faults.append(f"not all were answered: {counts} {report['run']['complaints']}")
     if report["slowdown"] is not None and report["slowdown"] > options.max_slowdown:

@@ -11,7 +11,7 @@ is.
 - the curve of that over 1 to 64 concurrent requests;
 - one homogeneous batch of eight beside diffusers' own `pipe([prompt] * 8)`;
 - guidance at 60 % of the steps beside guidance at all of them;
-- how well the end of each request was foretold when it was accepted.
+- how well the end of each request was predicted when it was accepted.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def images_per_bare_row(runner: PipelineRunner, rows: int, guidance_end: float) 
 
 
 def prediction_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
-    """Relative errors of the finish times foretold at acceptance, on a steady mixed load.
+    """Relative errors of the finish times predicted at acceptance, on a steady mixed load.
 
     Requests come at random, at 0.8 of what the engine can do.
     """
@@ -200,7 +200,7 @@ def prediction_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
     gap_s = whole_s / len(mixed_requests()) / PREDICTED_LOAD
     chance = random.Random(seed)
     drawn = chance.choices(mixed_requests(), k=PREDICTED_REQUESTS)
-    requests = [replace(request, id=f"foretold-{i}") for i, request in enumerate(drawn)]
+    requests = [replace(request, id=f"predicted-{i}") for i, request in enumerate(drawn)]
     for request in requests:
         runner.submit(request, sink)
         time.sleep(chance.expovariate(1 / gap_s))
@@ -209,7 +209,7 @@ def prediction_errors(runner: PipelineRunner, seed: int = 0) -> list[float]:
         predicted = expected_s[finished.request_id]
         assert predicted is not None
         errors[finished.request_id] = abs(predicted / finished.timings.total_s - 1)
-    # Those of the first third came when there was little in hand.
+    # Those of the first third came when there was little in flight.
     return [errors[request.id] for request in requests[len(requests) // 3 :]]
 
 
@@ -225,7 +225,7 @@ def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
     }
     images = partial(images_per_bare_row, runner, best)
     gain = statistics.median(images(INTERVAL) / images(1.0) for _ in range(repeats))
-    # How much longer requests of a kind take than foretold is learned from such a load.
+    # How much longer requests of a kind take than predicted is learned from such a load.
     prediction_errors(runner, seed=0)
     predicted = [error for seed in PREDICTED_SEEDS for error in prediction_errors(runner, seed)]
     return {
@@ -236,7 +236,7 @@ def measure(runner: PipelineRunner, repeats: int) -> dict[str, Any]:
         "share_of_bare_by_concurrency": curve,
         "batch_of_eight_ratio": batch_of_eight_ratio(runner, 3 * repeats),
         "interval_gain": gain,
-        "foretold_error": statistics.median(predicted),
+        "prediction_error": statistics.median(predicted),
         "threads": runner.engine.options.threads,
     }
 
@@ -290,7 +290,7 @@ def print_table(report: dict[str, Any]) -> None:
         ("rows/s at saturation over bare denoiser", f"{report['near_the_limit']:.3f}", ">= 0.93"),
         ("batch of 8 over pipe([prompt] * 8)", f"{report['batch_of_eight_ratio']:.3f}", "<= 1.03"),
         ("guidance at 60 % of steps, images/s", f"{report['interval_gain']:.2f}x", ">= 1.2x"),
-        ("finish times foretold, median error", f"{report['foretold_error']:.1%}", "<= 15 %"),
+        ("finish times predicted, median error", f"{report['prediction_error']:.1%}", "<= 15 %"),
         ("row limit as measured", str(report["row_limit"]), ""),
     )
     for name, value, goal in rows:

@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Unloaded:
-    """How long each kind of request takes while nothing else is at work."""
+    """How long each kind of request takes while nothing else is running."""
 
     lines: Mapping[str, Line]
 

@@ -161,7 +161,7 @@ def added_to(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     told = json.loads(json.dumps(more))
     for name in SAME_IN_ALL_TURNS:
         if before.get(name, told[name]) != told[name]:
-            raise SystemExit(f"{name}: the race in hand has {before[name]}, not {told[name]}")
+            raise SystemExit(f"{name}: the race so far has {before[name]}, not {told[name]}")
     return before | {"command": f"{before['command']}\n{more['command']}"}
 
 

@@ -142,7 +142,7 @@ async def settle(bench: Bench) -> None:
     """Wait until a short request takes about as long as it should on an idle server.
 
     Where other programs share the machine it may never do so: after some answers in a row, what was
-    at work before them has long been done.
+    running before them has long been done.
 
     Raises:
         SettleError: it was not answered at all.

@@ -10,7 +10,7 @@ from stepserve.routing.reports import Job, Report
 
 
 class CountingRouter:
-    """What ordinary routers know: how many of their own requests each replica has in hand."""
+    """What ordinary routers know: how many of their own requests each replica has in flight."""
 
     def __init__(self, replicas: int, seed: int) -> None:
         self.requests = [0] * replicas
@@ -87,7 +87,7 @@ class FinishTimeRouter:
         return self.ledger.choose(job, 1)[0]
 
     def sent(self, replica: int, job: Job) -> None:
-        """It is in hand there from now on."""
+        """It is in flight there from now on."""
         self.ledger.note_sent(replica, job)
 
     def ended(self, replica: int, job: Job) -> None:
@@ -95,5 +95,5 @@ class FinishTimeRouter:
         self.ledger.note_ended(replica, job.id)
 
     def reported(self, replica: int, report: Report) -> None:
-        """What the replica has in hand now."""
+        """What the replica has in flight now."""
         self.ledger.note_report(replica, report)

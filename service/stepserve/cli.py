@@ -510,7 +510,7 @@ def _write(images: Sequence[EncodedImage], output: Path) -> None:
 def _request(
     wanted: Mapping[str, object], capabilities: ModelCapabilities, images: Mapping[str, Any]
 ) -> GenerationRequest:
-    """Fill in and check a request as the HTTP door does."""
+    """Fill in and check a request as the HTTP API does."""
     from stepserve.api.auth.keys import ANYBODY
     from stepserve.api.bodies.schemas import ImageRequest
     from stepserve.domain.limits import check_request

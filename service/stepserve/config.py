@@ -125,7 +125,7 @@ class _Section(BaseModel):
 
 
 class HttpSettings(_Section):
-    """The HTTP door."""
+    """The HTTP API."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, _Number, Field(ge=1, le=65535)] = 8000
@@ -280,13 +280,13 @@ class SpeedSettings(_Section):
 
 
 class AutoscalingSettings(_Section):
-    """How many replicas a model has, by the work in hand."""
+    """How many replicas a model has, by the work in flight."""
 
     min_replicas: Annotated[int, _Number, Field(ge=0)] = 1
     """With 0 a model that nobody wants gives its device up, and the next request waits for it."""
     max_replicas: PositiveInt = 2
     target_backlog_s: PositiveSeconds = 5.0
-    """Seconds within which everything in hand should be finished."""
+    """Seconds within which everything in flight should be finished."""
     upscale_delay_s: Amount = 2.0
     """Seconds for which more replicas must be wanted before there are."""
     downscale_delay_s: Amount = 60.0

@@ -166,7 +166,7 @@ def wait_for_replicas(url: str, count: int) -> None:
 
 
 def replicas_told(url: str) -> list[dict[str, Any]] | None:
-    """What each replica has in hand; None where nobody tells."""
+    """What each replica has in flight; None where nobody tells."""
     try:
         response = httpx.get(f"{url}/v1/models/emoji/batch", timeout=10, trust_env=False)
         replicas: list[dict[str, Any]] = response.json()["replicas"]

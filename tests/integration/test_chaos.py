@@ -21,7 +21,7 @@ from running_service import Service
 STUCK_AFTER_S = 3
 # A busy machine takes some seconds to notice; faults of this kind that were found took fifty.
 RECOVERED_S = 8.0
-# Of requests that a replica had in hand when it hung: 3 s until it ends itself, and made anew.
+# Of requests that a replica had in flight when it hung: 3 s until it ends itself, and made anew.
 SLOWEST_S = 10.0
 SLOW_S = 6.0
 FULL_S = 15.0
@@ -60,7 +60,7 @@ class Pair:
         self.root.send_signal(signal.SIGHUP)
 
     def is_idle(self) -> bool:
-        """Whether its replicas tell that they have nothing in hand."""
+        """Whether its replicas tell that they have nothing in flight."""
         told = chaos.replicas_told(self.url)
         return told is not None and not any(replica["requests"] for replica in told)
 

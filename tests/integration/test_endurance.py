@@ -27,7 +27,7 @@ def test_a_moment_of_mixed_load_leaves_nothing_behind(
     code = endurance.main([*at, *load, *limits, "--out", str(out)])
     told = json.loads(out.read_text())
     assert (code, told["faults"]) == (0, []), capsys.readouterr().out
-    assert told["left_at_work"] == 0
+    assert told["left_in_flight"] == 0
     assert told["run"]["counts"]["ok"] > 5
     assert told["run"]["counts"]["cancelled"] > 0
     assert any(

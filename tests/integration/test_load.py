@@ -55,7 +55,7 @@ def test_a_service_that_answers_wrongly_fails_the_test(service: Service, tmp_pat
     assert "size 50x50 is not accepted" in done.stdout
 
 
-def test_nothing_is_left_at_work_after_clients_have_left(
+def test_nothing_is_left_in_flight_after_clients_have_left(
     service: Service, tmp_path: Path, client: httpx.Client
 ) -> None:
     options = ["--run-time", "3s", "--tags", "impatient", "--user-rate", "4"]

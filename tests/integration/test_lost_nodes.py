@@ -100,7 +100,7 @@ def lose(raylet: psutil.Process) -> None:
         process.kill()
 
 
-def least_in_hand(url: str) -> int:
+def least_in_flight(url: str) -> int:
     """Requests of the replica that has the fewest."""
     return min((len(told["requests"]) for told in chaos.replicas_told(url) or []), default=0)
 
@@ -114,7 +114,7 @@ def test_a_lost_node_takes_no_request_with_it(nodes: Nodes, say: Callable[[str],
     with Load(url, first_seed=20_000, clients=CLIENTS, repeat=True) as load:
         chaos.wait(lambda: len(load.responses) >= CLIENTS, "nobody is answered")
         # Of that many some are connected to another node: those are tried again for their clients.
-        chaos.wait(lambda: least_in_hand(url) >= 5, "the replicas have little to do")
+        chaos.wait(lambda: least_in_flight(url) >= 5, "the replicas have little to do")
         usual_s = statistics.median(
             response.ended_s - response.sent_s for response in load.responses
         )

@@ -86,7 +86,7 @@ class Many:
         response = httpx.get(f"{self.service.url}/v1/models/{model}/batch", timeout=30)
         return response.json()["replicas"]
 
-    def wait_until_in_hand(self, *models: str) -> None:
+    def wait_until_in_flight(self, *models: str) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
         while not all(any(r["requests"] for r in self.batch(model)) for model in models):
             assert time.monotonic() < deadline_s
@@ -233,7 +233,7 @@ def test_all_models_finish_what_they_have_in_hand_while_one_sleeps(many: Many) -
     loaded = ("steady", "fetched")
     with ThreadPoolExecutor(2) as pool:
         drawing = [pool.submit(many.draw, model, num_inference_steps=200) for model in loaded]
-        many.wait_until_in_hand(*loaded)
+        many.wait_until_in_flight(*loaded)
         assert many.service.interrupt() == 0
         assert [one.result().status_code for one in drawing] == [200, 200]
     assert many.service.log.endswith("stopped\n")

@@ -73,7 +73,7 @@ def counts(prometheus: Prometheus) -> dict[str, float]:
 def settled(prometheus: Prometheus) -> dict[str, float]:
     """The counts, once what other tests did has arrived."""
     prometheus.wait_for('sum(up{job="stepserve"})', 1)
-    prometheus.wait_for("sum(stepserve_requests_in_hand)", 0)
+    prometheus.wait_for("sum(stepserve_requests_in_flight)", 0)
     seen = counts(prometheus)
     while True:
         # Longer than it takes a value to get here.

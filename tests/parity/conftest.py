@@ -67,7 +67,7 @@ def serve(model_folder: Path) -> Iterator[Callable[..., tuple[PipelineRunner, Fo
 
 
 @pytest.fixture(scope="session")
-def row_independent(reference: Callable[[str], Any]) -> bool:
+def batch_invariant(reference: Callable[[str], Any]) -> bool:
     """Whether this CPU gives a denoiser row the same bits in any batch, in bfloat16.
 
     Only the denoiser is asked: text encoder and VAE run call by call, as they are not independent.

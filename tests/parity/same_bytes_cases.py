@@ -43,8 +43,8 @@ INTERVALS = ((0.0, 1.0), (0.0, 1.0), (0.25, 0.75), (0.0, 0.6))
 STRENGTHS = (1.0, 0.7, 0.5)
 IMAGES = (1, 1, 1, 2, 1, 3)
 ADAPTERS = ("first", "second")
-# What is in hand at a time, at most, while a load is served.
-MOST_IN_HAND = 14
+# What is in flight at a time, at most, while a load is served.
+MOST_IN_FLIGHT = 14
 
 
 def request_pool(schedulers: Sequence[str], count: int = 40) -> list[GenerationRequest]:
@@ -207,25 +207,27 @@ class RandomLoad:
     finished: list[tuple[GenerationRequest, tuple[str, ...]]] = field(default_factory=list)
     cancelled: int = 0
     _made: int = 0
-    _in_hand: dict[str, GenerationRequest] = field(default_factory=dict)
+    _in_flight: dict[str, GenerationRequest] = field(default_factory=dict)
     _events: SimpleQueue[Event] = field(default_factory=SimpleQueue)
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
 
     def serve(self) -> None:
-        """Until enough are finished, and what is in hand then.
+        """Until enough are finished, and what is in flight then.
 
         Goes on where it was when it is called again with a higher `enough`.
         """
         chance = self._chance
-        while self._in_hand or len(self.finished) < self.enough:
-            wanted = self.enough - len(self.finished) - len(self._in_hand)
-            burst = min(chance.choice((1, 1, 2, 3, 6)), MOST_IN_HAND - len(self._in_hand), wanted)
+        while self._in_flight or len(self.finished) < self.enough:
+            wanted = self.enough - len(self.finished) - len(self._in_flight)
+            burst = min(
+                chance.choice((1, 1, 2, 3, 6)), MOST_IN_FLIGHT - len(self._in_flight), wanted
+            )
             for _ in range(burst):
                 self._submit(chance)
-            if self._in_hand and chance.random() < 0.1:
-                self.runner.cancel(RequestKey(chance.choice(list(self._in_hand))))
+            if self._in_flight and chance.random() < 0.1:
+                self.runner.cancel(RequestKey(chance.choice(list(self._in_flight))))
             self._hear(chance.choice((1, 2, 5, 12)))
 
     def _submit(self, chance: random.Random) -> None:
@@ -237,20 +239,20 @@ class RandomLoad:
             reproducible=chance.random() < self.reproducible,
         )
         self._made += 1
-        self._in_hand[request.id] = request
+        self._in_flight[request.id] = request
         self.runner.submit(request, self._events.put)
 
     def _hear(self, events: int) -> None:
         for _ in range(events):
-            if not self._in_hand:
+            if not self._in_flight:
                 return
             event = self._events.get(timeout=PATIENCE_S)
             if isinstance(event, Finished):
-                self.finished.append((self._in_hand.pop(event.request_id), digest(event)))
+                self.finished.append((self._in_flight.pop(event.request_id), digest(event)))
             elif isinstance(event, Failed):
                 assert isinstance(event.error, CancelledError), event
                 self.cancelled += 1
-                del self._in_hand[event.request_id]
+                del self._in_flight[event.request_id]
 
     def wrong(self, wanted: Mapping[str, tuple[str, ...]]) -> list[str]:
         """Submissions whose bytes are not those that are wanted, by the id in the pool."""

@@ -67,7 +67,7 @@ def assert_shared(served: ForwardCounter, plain: ForwardCounter, say: Say) -> No
 
 
 def test_bfloat16_images_are_those_of_the_plain_pipeline(
-    serve: Serve, reference: Reference, row_independent: bool, say: Say
+    serve: Serve, reference: Reference, batch_invariant: bool, say: Say
 ) -> None:
     runner, counter = serve("bfloat16")
     requests = mixed_requests(runner.model.capabilities.schedulers)
@@ -86,7 +86,7 @@ def test_bfloat16_images_are_those_of_the_plain_pipeline(
                 differences[key] = largest_byte_difference(served, image)
     image_count = sum(request.n for request in requests)
     say(f"bfloat16: {image_count - len(differences)} of {image_count} files byte-identical")
-    if row_independent:
+    if batch_invariant:
         assert differences == {}
     else:
         say("THIS CPU IS NOT ROW-INDEPENDENT IN BFLOAT16: only a bound holds, not equality")

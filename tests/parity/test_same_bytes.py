@@ -1,4 +1,4 @@
-"""The promise: the files of a request are the same in every byte, whatever else is at work.
+"""The promise: the files of a request are the same in every byte, whatever else is running.
 
 By default where the engine found at its start that the device gives it, and for requests that ask
 to be `reproducible` in any case.

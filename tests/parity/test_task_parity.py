@@ -188,7 +188,7 @@ def differences(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_three_tasks_share_forwards_and_give_the_plain_images(
-    dtype: str, serve: Serve, reference: Reference, row_independent: bool, say: Say
+    dtype: str, serve: Serve, reference: Reference, batch_invariant: bool, say: Say
 ) -> None:
     runner, counter = serve(dtype)
     watcher = TaskWatcher(runner.model.pipeline.unet)
@@ -212,7 +212,7 @@ def test_three_tasks_share_forwards_and_give_the_plain_images(
     assert sum(counter.rows) == sum(sum(forward.values()) for forward in watcher.forwards)
     if dtype == "float32":
         assert max(found.values(), default=0) <= FLOAT32_BYTE_BOUND, found
-    elif row_independent:
+    elif batch_invariant:
         assert found == {}
     else:
         assert max(found.values(), default=0) <= BFLOAT16_BYTE_BOUND, found
@@ -267,7 +267,7 @@ def drop_guidance(
 
 
 def test_guidance_that_ends_early_is_diffusers_own_callback(
-    serve: Serve, reference: Reference, row_independent: bool, say: Say
+    serve: Serve, reference: Reference, batch_invariant: bool, say: Say
 ) -> None:
     runner, _ = serve("bfloat16")
     requests = [request for request in limited_requests() if request.guidance_start == 0]
@@ -285,13 +285,13 @@ def test_guidance_that_ends_early_is_diffusers_own_callback(
         )
     found = differences(requests, finished, wanted)
     say(f"ends early: {len(found)} of {len(requests)} requests differ: {found}")
-    assert max(found.values(), default=0) <= (0 if row_independent else BFLOAT16_BYTE_BOUND)
+    assert max(found.values(), default=0) <= (0 if batch_invariant else BFLOAT16_BYTE_BOUND)
 
 
 def test_guidance_in_any_interval_is_a_unet_that_skips_the_unconditional_rows(
     serve: Serve,
     reference: Reference,
-    row_independent: bool,
+    batch_invariant: bool,
     say: Say,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -324,7 +324,7 @@ def test_guidance_in_any_interval_is_a_unet_that_skips_the_unconditional_rows(
     found = differences(requests, finished, wanted)
     say(f"any interval: {len(found)} of {len(requests)} requests differ: {found}")
     assert sum(counter.rows) == rows
-    assert max(found.values(), default=0) <= (0 if row_independent else BFLOAT16_BYTE_BOUND)
+    assert max(found.values(), default=0) <= (0 if batch_invariant else BFLOAT16_BYTE_BOUND)
 
 
 def expected_calls(request: GenerationRequest) -> int:

@@ -1,4 +1,4 @@
-"""Puts the HTTP door together."""
+"""Puts the HTTP API together."""
 
 from __future__ import annotations
 

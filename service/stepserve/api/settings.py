@@ -1,4 +1,4 @@
-"""What the HTTP door must be told."""
+"""What the HTTP API must be told."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class ApiSettings:
-    """Limits and defaults of the HTTP door.
+    """Limits and defaults of the HTTP API.
 
     `default_model` serves requests that name no model. `echo_request_id` is turned off behind a
     proxy that already adds `X-Request-ID` to every answer, as Ray Serve's does. `public_url` begins

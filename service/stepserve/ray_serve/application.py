@@ -46,12 +46,12 @@ MOST_STARTS = 3
 OPENMP_SPINS = "100000"
 # Where engines have more threads than there are cores, the one that is waited for has none.
 CROWDED_SPINS = "1000"
-# Processes that want to run, for each core. An engine that is at work itself is one.
+# Processes that want to run, for each core. An engine that is running itself is one.
 BUSY_LOAD = 2.0
 
 
-def ingress_target(settings: Settings, door: str | None = None) -> serve.RunTarget:
-    """The application that answers HTTP: at a door, or behind Ray Serve's proxies.
+def ingress_target(settings: Settings, listen_path: str | None = None) -> serve.RunTarget:
+    """The application that answers HTTP: at a listen socket, or behind Ray Serve's proxies.
 
     Raises:
         KeysUnreadableError: the API keys are not written as they should be.
@@ -61,7 +61,7 @@ def ingress_target(settings: Settings, door: str | None = None) -> serve.RunTarg
     settings = settings.model_copy(update={"results": with_secret(settings.results)})
     check_results(settings.results)
     ingress = serve.deployment(
-        ProxiedIngress if door is None else OpenIngress,
+        ProxiedIngress if listen_path is None else OpenIngress,
         name=INGRESS_DEPLOYMENT,
         num_replicas=settings.http.ingress_replicas,
         **OF_EVERY_DEPLOYMENT,
@@ -71,10 +71,10 @@ def ingress_target(settings: Settings, door: str | None = None) -> serve.RunTarg
         },
     )
     counter = _counter(settings, keys)
-    if door is None:
+    if listen_path is None:
         target = ingress.bind(settings, keys, counter)
         return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix="/")
-    target = ingress.bind(settings, keys, counter, door=door)
+    target = ingress.bind(settings, keys, counter, listen_path=listen_path)
     return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix=None)
 
 

@@ -1,4 +1,4 @@
-"""How many replicas a model should have: as many as the work in hand takes.
+"""How many replicas a model should have: as many as the work in flight takes.
 
 Ray Serve asks the policy in its controller, and applies delays and bounds around it.
 """
@@ -39,7 +39,7 @@ def autoscaling_config(settings: AutoscalingSettings) -> AutoscalingConfig:
 
 
 class BacklogPolicy:
-    """Enough replicas for everything in hand to be finished within `target_backlog_s` seconds."""
+    """Enough replicas for everything in flight to be finished within `target_backlog_s` seconds."""
 
     def __init__(self, target_backlog_s: float) -> None:
         self.target_backlog_s = target_backlog_s

@@ -251,7 +251,7 @@ async def test_so_many_at_once_and_a_place_is_free_again(backend: FakeBackend):
         third = await draw(client)
 
     assert second.status_code == 429
-    assert "1 requests at work; the limit is 1" in second.json()["error"]["message"]
+    assert "1 requests in flight; the limit is 1" in second.json()["error"]["message"]
     assert int(second.headers["retry-after"]) >= 1
     assert third.status_code == 200
 

@@ -68,7 +68,7 @@ def test_a_refusal_says_when_to_come_back_and_costs_nothing(ledger: UsageLedger,
     assert isinstance(refusals[0], Refusal)
     assert refusals[0].retry_after_s == 30
     assert refusals[0].rate == Rate(limit=2, remaining=0, reset_s=60)
-    assert "'app' has sent its 2 requests of a minute" in refusals[0].message
+    assert "rate limit of 2 requests per minute exceeded for API key 'app'" in refusals[0].message
     clock.now_s += 30
     assert isinstance(ledger.take(limited, "f"), Grant)
 
@@ -116,7 +116,7 @@ def test_so_many_at_once(ledger: UsageLedger):
     assert take_all(ledger, limited, "de") == [True, False]
     refusal = ledger.take(limited, "f")
     assert isinstance(refusal, Refusal)
-    assert refusal.message == "API key 'app' has 2 requests at work; the limit is 2"
+    assert refusal.message == "API key 'app' has 2 requests in flight; the limit is 2"
     assert refusal.retry_after_s >= 1
 
 
@@ -171,18 +171,18 @@ def test_never_more_at_work_than_allowed(moves: list[tuple[int, int]]):
     """Whatever the order in which requests come, end, or are lost."""
     clock, limited = Clock(), key(max_concurrent=2)
     ledger = UsageLedger(clock)
-    at_work: dict[str, float] = {}
+    in_flight: dict[str, float] = {}
     for number, (move, which) in enumerate(moves):
-        at_work = {lease: ends_s for lease, ends_s in at_work.items() if ends_s > clock.now_s}
+        in_flight = {lease: ends_s for lease, ends_s in in_flight.items() if ends_s > clock.now_s}
         if move == 0:
             let_in = isinstance(ledger.take(limited, str(number)), Grant)
-            assert let_in == (len(at_work) < 2)
+            assert let_in == (len(in_flight) < 2)
             if let_in:
-                at_work[str(number)] = clock.now_s + LEASE_S
-        elif move == 1 and at_work:
-            lease = sorted(at_work)[which % len(at_work)]
+                in_flight[str(number)] = clock.now_s + LEASE_S
+        elif move == 1 and in_flight:
+            lease = sorted(in_flight)[which % len(in_flight)]
             ledger.give_back("app", lease)
-            del at_work[lease]
+            del in_flight[lease]
         else:
             clock.now_s += LEASE_S / 3 * which
 

@@ -18,7 +18,7 @@ OPTIONS = parse_options([])
 def report(**changes: Any) -> dict[str, Any]:
     run = {"counts": {"ok": 9, "cancelled": 1, "refused": 1}, "void": False, "complaints": []}
     flat = {"process": "replica 1", "mib_per_hour": 2.0}
-    return {"run": run, "growth": [flat], "left_at_work": 0, "slowdown": 1.01} | changes
+    return {"run": run, "growth": [flat], "left_in_flight": 0, "slowdown": 1.01} | changes
 
 
 def run_with(latencies_s: list[float]) -> Run:
@@ -50,7 +50,7 @@ def test_a_run_that_left_nothing_behind_has_no_faults() -> None:
     ("changes", "fault"),
     [
         ({"growth": [{"process": "replica 1", "mib_per_hour": 90.0}]}, "90 MiB an hour"),
-        ({"left_at_work": 2}, "2 requests are still at work"),
+        ({"left_in_flight": 2}, "2 requests are still in flight"),
         ({"slowdown": 1.5}, "1.50"),
         ({"run": report()["run"] | {"counts": {"failed": 1}}}, "not all were answered"),
         ({"run": report()["run"] | {"void": True}}, "void"),

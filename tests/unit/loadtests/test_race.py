@@ -46,5 +46,5 @@ def test_turns_are_added_to_a_race_of_the_same_kind_only() -> None:
     assert both["servers"] == before["servers"]
     assert both["unloaded"] == before["unloaded"]
     assert both["command"].startswith("before\npython -m loadtests.race")
-    with pytest.raises(SystemExit, match="requests: the race in hand has 8, not 9"):
+    with pytest.raises(SystemExit, match="requests: the race so far has 8, not 9"):
         added_to(before, new_report(parse_options(["--requests", "9"])))

@@ -15,7 +15,7 @@ import pytest
 from stepserve.ray_serve import listen_socket
 from stepserve.ray_serve.listen_socket import (
     AddressTakenError,
-    borrow_listen_socket,
+    receive_listen_socket,
     held_listen_socket,
     rest,
 )
@@ -25,8 +25,8 @@ from loadtests.contenders import free_port
 HOST = "127.0.0.1"
 GREETER = """
 import sys
-from stepserve.ray_serve.listen_socket import borrow_listen_socket
-connection, _ = borrow_listen_socket(sys.argv[1]).accept()
+from stepserve.ray_serve.listen_socket import receive_listen_socket
+connection, _ = receive_listen_socket(sys.argv[1]).accept()
 connection.sendall(sys.argv[2].encode())
 """
 
@@ -42,38 +42,38 @@ def no_descriptor_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def greet(door: str, words: str) -> None:
+def greet(listen_path: str, words: str) -> None:
     """From a process of its own, which ends after one connection."""
-    subprocess.run([sys.executable, "-c", GREETER, door, words], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", GREETER, listen_path, words], check=True, timeout=60)
 
 
 def test_whoever_connects_before_there_is_anybody_is_answered_by_who_comes() -> None:
     port = free_port()
     with (
-        held_listen_socket(HOST, port) as door,
+        held_listen_socket(HOST, port) as listen_path,
         socket.create_connection((HOST, port), timeout=60) as early,
     ):
-        greet(door, "welcome")
+        greet(listen_path, "welcome")
         assert early.recv(100) == b"welcome"
 
 
 def test_the_queue_outlives_one_that_took_from_it() -> None:
     port = free_port()
-    with held_listen_socket(HOST, port) as door:
+    with held_listen_socket(HOST, port) as listen_path:
         with socket.create_connection((HOST, port), timeout=60) as first:
-            greet(door, "one")
+            greet(listen_path, "one")
             assert first.recv(100) == b"one"
         with socket.create_connection((HOST, port), timeout=60) as second:
-            greet(door, "two")
+            greet(listen_path, "two")
             assert second.recv(100) == b"two"
 
 
 def test_several_take_turns() -> None:
     port = free_port()
     with (
-        held_listen_socket(HOST, port) as door,
-        borrow_listen_socket(door) as one,
-        borrow_listen_socket(door) as other,
+        held_listen_socket(HOST, port) as listen_path,
+        receive_listen_socket(listen_path) as one,
+        receive_listen_socket(listen_path) as other,
     ):
         for taker in (one, other, one):
             with socket.create_connection((HOST, port), timeout=5) as client:
@@ -84,11 +84,11 @@ def test_several_take_turns() -> None:
 
 
 def test_a_borrower_that_leaves_at_once_does_not_keep_it_from_others() -> None:
-    with held_listen_socket(HOST, free_port()) as door:
+    with held_listen_socket(HOST, free_port()) as listen_path:
         for _ in range(3):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hasty:
-                hasty.connect(door)
-        borrow_listen_socket(door).close()
+                hasty.connect(listen_path)
+        receive_listen_socket(listen_path).close()
 
 
 def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
@@ -99,15 +99,15 @@ def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
         rest(closed)
 
     with (
-        held_listen_socket(HOST, free_port(), rest=note_and_rest) as door,
+        held_listen_socket(HOST, free_port(), rest=note_and_rest) as listen_path,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second,
     ):
         second.settimeout(5)
         with no_descriptor_left():
             # The kernel has set one descriptor aside for the borrower that is waited for.
-            first.connect(door)
-            second.connect(door)
+            first.connect(listen_path)
+            second.connect(listen_path)
             assert tired.wait(5)
         assert second.recv(1)
 
@@ -117,10 +117,10 @@ def test_a_holder_that_is_silent_is_not_waited_for_for_ever(
 ) -> None:
     monkeypatch.setattr(listen_socket, "BORROW_TIMEOUT_S", 0.05)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
-        silent.bind(str(tmp_path / "door"))
+        silent.bind(str(tmp_path / "listen_path"))
         silent.listen()
         with pytest.raises(TimeoutError):
-            borrow_listen_socket(str(tmp_path / "door"))
+            receive_listen_socket(str(tmp_path / "listen_path"))
 
 
 def test_an_address_belongs_to_one_service() -> None:
@@ -130,8 +130,8 @@ def test_an_address_belongs_to_one_service() -> None:
         pytest.raises(AddressTakenError, match=f"cannot listen on {HOST} port {port}"),
     ):
         held_listen_socket(HOST, port).__enter__()
-    with held_listen_socket(HOST, port) as door:
-        borrow_listen_socket(door).close()
+    with held_listen_socket(HOST, port) as listen_path:
+        receive_listen_socket(listen_path).close()
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
@@ -140,7 +140,7 @@ def test_an_address_of_another_machine_is_refused() -> None:
 
 
 def test_nothing_is_lent_once_the_service_has_stopped() -> None:
-    with held_listen_socket(HOST, free_port()) as door:
+    with held_listen_socket(HOST, free_port()) as listen_path:
         pass
     with pytest.raises(OSError, match="No such file"):
-        borrow_listen_socket(door)
+        receive_listen_socket(listen_path)

@@ -57,7 +57,7 @@ Answer = Grant | Refusal
 
 @dataclass
 class Account:
-    """What one key has left, and what it has at work: when each lease runs out."""
+    """What one key has left, and what it has in flight: when each lease runs out."""
 
     tokens: float
     filled_s: float
@@ -100,7 +100,7 @@ class UsageLedger:
         return Grant(account.rate(key))
 
     def renew(self, held: Mapping[str, Collection[str]]) -> None:
-        """Some requests are still at work: their leases, by the names of their keys."""
+        """Some requests are still in flight: their leases, by the names of their keys."""
         ends_s = self._clock() + self._lease_s
         for name, leases in held.items():
             account = self._accounts.get(name)
@@ -164,7 +164,7 @@ def _check_concurrency(key: ApiKey, account: Account) -> Refusal | None:
     if limit is None or len(account.leases) < limit:
         return None
     return Refusal(
-        f"API key {key.name!r} has {len(account.leases)} requests at work; the limit is {limit}",
+        f"API key {key.name!r} has {len(account.leases)} requests in flight; the limit is {limit}",
         BUSY_RETRY_S,
         account.rate(key),
     )
@@ -176,7 +176,7 @@ def _check_rate(key: ApiKey, account: Account) -> Refusal | None:
         return None
     wait_s = math.ceil((1 - account.tokens) / limit * MINUTE_S)
     return Refusal(
-        f"API key {key.name!r} has sent its {limit:g} requests of a minute",
+        f"rate limit of {limit:g} requests per minute exceeded for API key {key.name!r}",
         float(max(wait_s, 1)),
         account.rate(key),
     )

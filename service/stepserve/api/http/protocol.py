@@ -131,7 +131,7 @@ class LimitedHttpProtocol(LimitedParsing):
         if not self._is_upgrade:
             self._open.work(self)
 
-    # Called by the request at work, and by others
+    # Called by the request in flight, and by others
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         async def closing_app(scope: Any, receive: Any, send: Any) -> None:
@@ -257,7 +257,7 @@ class LimitedHttpProtocol(LimitedParsing):
         return self._refusals.answer(error, self.server_state.default_headers)
 
     def _give_up_working(self) -> None:
-        """Tell the request at work that its client is gone."""
+        """Tell the request in flight that its client is gone."""
         if self._working is not None and not self._working.response_complete:
             self._working.disconnected = True
             self._working.message_event.set()

@@ -284,7 +284,7 @@ class ProgressResponse(BaseModel):
 
 
 class RequestInBatchResponse(BaseModel):
-    """A request in hand; another caller's has no id."""
+    """A request in flight; another caller's has no id."""
 
     id: str | None
     state: RequestState

@@ -25,7 +25,7 @@ function newId() {
   return `playground-${Array.from(bytes, (byte) => byte.toString(36).padStart(2, "0")).join("")}`;
 }
 
-/** The first hue that no request at work has. */
+/** The first hue that no request in flight has. */
 function freeHue() {
   const taken = new Set([...running.values(), ...line].map((card) => card.entry.hue));
   return HUES.find((hue) => !taken.has(hue)) ?? HUES[(running.size + line.length) % HUES.length];

@@ -38,7 +38,7 @@ async def show_model(id: str, backend: BackendDep) -> ModelResponse:  # noqa: A0
     responses=error_responses(UnknownModelError),
 )
 async def show_batch(id: str, incoming: IncomingDep) -> BatchResponse:  # noqa: A002
-    """Which requests each replica has in hand, and which of them shared its latest forwards."""
+    """Which requests each replica has in flight, and which of them shared its latest forwards."""
     model_id = (await find_model(incoming.backend, id)).capabilities.id
     views = await incoming.backend.batch(model_id)
     return batch_response(model_id, views, incoming.caller.name)

@@ -36,7 +36,7 @@ from stepserve.ray_serve.heap import (
 from stepserve.ray_serve.ingress.exchange_reports import count_retries, observe
 from stepserve.ray_serve.ingress.remote_backend import RemoteBackend
 from stepserve.ray_serve.ingress.shared_usage import SharedUsage
-from stepserve.ray_serve.listen_socket import borrow_listen_socket
+from stepserve.ray_serve.listen_socket import receive_listen_socket
 from stepserve.ray_serve.replica_port import listen_on_node_address
 from stepserve.telemetry.flusher import Flusher
 
@@ -73,14 +73,14 @@ class ProxiedIngress:
 
 
 class OpenIngress:
-    """At the door of a local service, which its starter holds; built on its replica, as the other.
+    """At the listen socket of a local service, which its starter holds; built on its replica.
 
     Args:
-        door: where to borrow the listening socket.
+        listen_path: where the listen socket is handed out.
     """
 
     def __init__(
-        self, settings: Settings, keys: KeyRing, counter: Any = None, *, door: str
+        self, settings: Settings, keys: KeyRing, counter: Any = None, *, listen_path: str
     ) -> None:
         listen_on_node_address()
         app = build_app(settings, keys, counter, echo_request_id=True)
@@ -89,7 +89,7 @@ class OpenIngress:
         most = affordable_connections(settings.http.max_connections)
         self.server = make_server(app, connection_limits(settings.http), most)
         # Ray Serve calls constructors inside the event loop that their replica's methods run in.
-        self.serving = asyncio.create_task(self.server.serve([borrow_listen_socket(door)]))
+        self.serving = asyncio.create_task(self.server.serve([receive_listen_socket(listen_path)]))
 
     async def drain(self, within_s: float) -> None:
         """Take no more connections once all that is in flight is answered.

@@ -1,4 +1,4 @@
-"""The end of a local service: what is in hand is finished, and every client hears how it ended."""
+"""The end of a local service: what is in flight is finished, and every client hears how it ended."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def drain(settings: Settings, hurried: threading.Event) -> None:
 def _with_replicas(settings: Settings) -> Iterable[tuple[str, float]]:
     """The models that have a replica, and the seconds that each gets.
 
-    Others have nothing in hand: they sleep, were given up, or still load.
+    Others have nothing in flight: they sleep, were given up, or still load.
     """
     found = applications()
     for model_id, model in settings.models.items():
@@ -77,7 +77,7 @@ def _drain_ingress(within_s: float) -> None:
 
 
 def _ask_all(handle: Any, timeout_s: float, method: str, *arguments: Any) -> None:
-    # One that was lost meanwhile has nothing in hand any more.
+    # One that was lost meanwhile has nothing in flight any more.
     with contextlib.suppress(TimeoutError, RayError, RayServeException):
         reply = handle.broadcast(method, *arguments)
         # Nothing is sent before somebody asks for the results.

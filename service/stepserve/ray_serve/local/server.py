@@ -105,10 +105,10 @@ def serve_until_stopped(
     with (
         _signals() as signals,
         runtime_folder() as folder,
-        _door(settings, folder) as door,
+        _listen_path(settings, folder) as listen_path,
         _logs_come_here(settings, folder),
     ):
-        ingress = ingress_target(settings, door)
+        ingress = ingress_target(settings, listen_path)
         tell(f"stepserve {__version__}: starting {', '.join(settings.models)} ...")
         try:
             with _ended_by_signals(signals):
@@ -122,7 +122,7 @@ def serve_until_stopped(
                     for _ in signals.reloads():
                         settings = _reload(settings, read_settings, tell)
                 tell(
-                    "stopping: new work is refused, and what is in hand is finished ... "
+                    "stopping: new work is refused, and what is in flight is finished ... "
                     "(once more stops at once)"
                 )
                 drain(settings, signals.hurried)
@@ -373,11 +373,11 @@ def _settled(read_settings: Callable[[], Settings], pause: Callable[[float], Non
 
 
 @contextmanager
-def _door(settings: Settings, folder: RuntimeFolder) -> Iterator[str | None]:
+def _listen_path(settings: Settings, folder: RuntimeFolder) -> Iterator[str | None]:
     """Where the ingress borrows its listening socket; None if Ray Serve's proxies are to listen."""
-    with held_listen_socket(settings.http.host, settings.http.port, folder.path) as door:
+    with held_listen_socket(settings.http.host, settings.http.port, folder.path) as listen_path:
         if not joins_cluster():
-            yield door
+            yield listen_path
             return
     # The address was free. Ray would share it with another service of ours, unasked.
     yield None
