@@ -210,7 +210,7 @@ class Streamer(StepserveUser):
     @tag("streamer")
     @task
     def watch(self) -> None:
-        """A stream with images on the way."""
+        """A stream with partial images."""
         body = self.draw() | {"n": 1, "stream": True, "partial_images": PARTIAL_IMAGES}
         started_s = time.perf_counter()
         with self.client.post(

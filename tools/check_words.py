@@ -1,4 +1,4 @@
-"""Words that this project does not use, and the field's words for the same: a part of `make check`."""
+"""Words that this project does not use, and the field's words instead: a part of `make check`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ WORDS = {
     r"\bdesks?\b|_desk|[a-z]Desk": "request tracker",
     r"\blen[dt]\b|\blend(?:s|er|ers|ing)\b|_lent|lent_|_lender|\blend_": "copy, factory",
     r"\bshel(?:f|ves)\b|_shelf|shelf_|Shelf": "adapter cache",
-    r"[Ll]eaf_?[Kk]ind|[Cc]oalesc|\bmemos?\b|_memo\b|[Nn]arrowing": "argument, stacking, output cache, guidance interval",
-    r"remembering|host_numbers|self_check|\bdecodings\b|size_rules|guided_steps|[Cc]lockwork": "see CONTRIBUTING.md, Words",
+    r"leaf_?kind|coalesc": "argument, stacking",
+    r"\bmemos?\b|_memo\b|narrowing": "output cache, guidance interval",
+    r"remembering|host_numbers|clockwork": "memoized schedulers, pinned noise, track timings",
+    r"self_check|size_rules|guided_steps": "sharing check, shape rules, guidance cost",
+    r"\bdecodings\b": "VAE batching, decoding",
     r"\bworked? off\b|\bmelts?\b": "decrease",
 }
 SUFFIXES = {".py", ".md", ".yml", ".yaml", ".html", ".js", ".toml", ".sh"}

@@ -71,7 +71,7 @@ DESCRIPTION = """\
 A diffusion-model server that batches requests at every denoising step.
 
 Routes and shapes are those of OpenAI's Images API, so its clients work unchanged. Every error
-has the body `{"error": {"message", "type", "param", "code"}}`, and every answer an
+has the body `{"error": {"message", "type", "param", "code"}}`, and every response an
 `X-Request-ID`.
 """
 
@@ -79,7 +79,7 @@ TAGS = [
     {"name": "images", "description": "Make, change and vary images, as OpenAI's Images API."},
     {"name": "requests", "description": "Watch and end requests by their `X-Request-ID`."},
     {"name": "models", "description": "What is served, what it can do, and what it is doing."},
-    {"name": "results", "description": "Images that were answered as links."},
+    {"name": "results", "description": "Images that were returned as links."},
     {"name": "health", "description": "For load balancers and supervisors."},
 ]
 NOT_OBSERVED = Observation()

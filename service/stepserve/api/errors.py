@@ -1,4 +1,4 @@
-"""The one table from error class to HTTP answer, and the answer's shape (OpenAI's).
+"""The one table from error class to HTTP response, and the response's shape (OpenAI's).
 
 Only answers of status 500 hide their message: what a pipeline or a bug raised may name paths,
 so it goes to the log, under the request id that the caller is told.
@@ -189,7 +189,7 @@ class ErrorResponse(JSONResponse):
     def __init__(self, error: Exception, request_id: str) -> None:
         body = {"error": error_detail(error, request_id).model_dump()}
         super().__init__(body, status_code=kind_of(error).status, headers=_headers(error))
-        # Frames that have this answer among their locals would live on with all that they hold.
+        # Frames that have this response among their locals would live on with all that they hold.
         forget_frames(error)
         self._error = error
 
@@ -207,7 +207,7 @@ def note_error(scope: Scope, error: Exception) -> None:
 
 
 def error_response(error: Exception, request_id: str) -> JSONResponse:
-    """Return the HTTP answer for `error`; a status of 500 is logged with its cause."""
+    """Return the HTTP response for `error`; a status of 500 is logged with its cause."""
     return ErrorResponse(error, request_id)
 
 

@@ -37,7 +37,7 @@ class Exchange:
 
     Args:
         route: the route's template, such as `/v1/models/{id}`; never a path as it was sent.
-        status: of the answer; 499 where the client left before there was one.
+        status: of the response; 499 where the client left before there was one.
         trace_id: of the W3C `traceparent` that came with it, or of its own span; else empty.
         caller: the name of the API key; empty without.
     """

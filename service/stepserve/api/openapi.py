@@ -35,7 +35,7 @@ REQUEST_ID_PARAMETER = {
     "name": "X-Request-ID",
     "in": "header",
     "required": False,
-    "description": "Names this request in logs and in the answer; made where it does not fit.",
+    "description": "Names this request in logs and in the response; made where it does not fit.",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
 }
 
@@ -76,7 +76,7 @@ def _add(responses: Responses, error_class: type[StepserveError]) -> None:
 
 
 def event_stream(text: str, *names: str) -> dict[str, Any]:
-    """Return the content of an answer that is a stream of server-sent events of these names."""
+    """Return the content of a response that is a stream of server-sent events of these names."""
     properties = {
         "event": {"type": "string", "enum": [*names]},
         "data": {"type": "string", "contentMediaType": "application/json", "description": text},

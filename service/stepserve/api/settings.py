@@ -28,8 +28,8 @@ class ApiSettings:
     """Limits and defaults of the HTTP API.
 
     `default_model` serves requests that name no model. `echo_request_id` is turned off behind a
-    proxy that already adds `X-Request-ID` to every answer, as Ray Serve's does. `public_url` begins
-    links to results; empty: as the client addressed the server. Pages of `cors_origins` may call
+    proxy that already adds `X-Request-ID` to every response, as Ray Serve's does. `public_url`
+    begins links to results; empty: as the client addressed the server. Pages of `cors_origins` may call
     from a browser. `max_bodies_bytes` may be received at a time, each body within `body_timeout_s`.
     """
 

@@ -76,7 +76,7 @@ def read_response(client: socket.socket) -> Answer:
 
 def _more(client: socket.socket) -> bytes:
     block = client.recv(65536)
-    assert block, "the connection was closed before the answer was whole"
+    assert block, "the connection was closed before the response was whole"
     return block
 
 

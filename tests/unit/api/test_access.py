@@ -340,7 +340,7 @@ class Silent:
 
 
 class Slow(LocalUsage):
-    """Counts, but its answer never arrives."""
+    """Counts, but its response never arrives."""
 
     async def take(self, key: ApiKey, lease: str) -> Answer:
         await super().take(key, lease)

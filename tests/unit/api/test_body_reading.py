@@ -86,7 +86,7 @@ async def test_what_unfolds_over_the_limit_is_refused(client: httpx.AsyncClient)
     response = await post(client, gzip.compress(b" " * 10**5), content_encoding="gzip")
 
     assert error_of(response) == (413, "body_too_large")
-    assert f"unfolds to {SETTINGS.max_body_bytes} bytes" in response.json()["error"]["message"]
+    assert f"decompresses to {SETTINGS.max_body_bytes} bytes" in response.json()["error"]["message"]
 
 
 async def test_what_unfolds_too_far_is_refused(backend: FakeBackend):

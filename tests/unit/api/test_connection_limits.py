@@ -40,7 +40,7 @@ def port(backend: FakeBackend) -> Iterator[int]:
 
 
 def refused(port: int, *parts: bytes) -> tuple[int, str, str]:
-    """Status, code and message of the answer to these bytes, after which the connection ends."""
+    """Status, code and message of the response to these bytes, after which the connection ends."""
     with connect(port) as client:
         try:
             for part in parts:
@@ -257,7 +257,7 @@ def test_a_connection_that_waits_holds_nothing_of_the_request_before(backend: Fa
         client.sendall(GENERATIONS + b'Content-Length: 15\r\n\r\n{"prompt": "x"}')
         assert read_response(client).status == 200
         request = weakref.ref(backend.requests.pop())
-        # By then the server has done all that it does after an answer.
+        # By then the server has done all that it does after a response.
         assert is_well(port)
         gc.collect()
         assert request() is None
@@ -275,7 +275,7 @@ def test_what_is_wrong_behind_a_good_request_is_answered_after_it(port: int):
 
 
 def test_an_answer_before_the_body_is_not_lost(port: int):
-    """The client sends on: closing at once would make its kernel drop the answer."""
+    """The client sends on: closing at once would make its kernel drop the response."""
     with connect(port) as client:
         client.sendall(GENERATIONS + b"Content-Length: 90000000\r\n\r\n")
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Whatever is sent, no answer is a 5xx, and every answer is as the OpenAPI document says."""
+"""Whatever is sent, no response is a 5xx, and every response is as the OpenAPI document says."""
 
 from __future__ import annotations
 

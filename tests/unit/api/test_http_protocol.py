@@ -1,4 +1,4 @@
-"""However bytes are cut into pieces on their way, the answers are the same."""
+"""However bytes are cut into pieces on their way, the responses are the same."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     headers = [(b"content-length", str(len(told)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
-        raise ValueError("an answer may be sent while an error is handled")
+        raise ValueError("a response may be sent while an error is handled")
     except ValueError:
         await send({"type": "http.response.body", "body": told})
 

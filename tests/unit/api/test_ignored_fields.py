@@ -1,4 +1,4 @@
-"""Fields that change nothing are named in the answer; what is meant as one of ours is refused."""
+"""Fields that change nothing are named in the response; what is meant as one of ours is refused."""
 
 from __future__ import annotations
 

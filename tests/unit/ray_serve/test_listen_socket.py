@@ -15,8 +15,8 @@ import pytest
 from stepserve.ray_serve import listen_socket
 from stepserve.ray_serve.listen_socket import (
     AddressTakenError,
-    receive_listen_socket,
     held_listen_socket,
+    receive_listen_socket,
     rest,
 )
 

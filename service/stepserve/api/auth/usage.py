@@ -1,7 +1,7 @@
 """How much each API key uses: so many requests a minute, so many at once.
 
 The count is kept in one place for all ingress replicas, so that limits are exact. Whoever takes
-names the lease, so that it can be given back even if the answer never arrived.
+names the lease, so that it can be given back even if the response never arrived.
 """
 
 from __future__ import annotations

@@ -93,11 +93,11 @@ class Inflater:
     def _check_length(self, made_bytes: int) -> None:
         if self._made_bytes > self._limit_bytes:
             raise BodyTooLargeError(
-                f"the body unfolds to {self._limit_bytes} bytes or more, which is the limit"
+                f"the body decompresses to {self._limit_bytes} bytes or more, which is the limit"
             )
         if self._made_bytes > self._most_bytes():
             raise BodyTooLargeError(
-                f"the body unfolds to over {MAX_RATIO} times its length, which is the limit"
+                f"the body decompresses to over {MAX_RATIO} times its length, which is the limit"
             )
 
 

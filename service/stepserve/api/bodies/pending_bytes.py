@@ -1,7 +1,7 @@
 """Bytes of bodies whose requests are not answered yet: counted, and bounded.
 
-A request with images keeps them until its answer, as another replica may have to take it over. How
-many images may wait is limited elsewhere; how long their files are is not known there.
+A request with images keeps them until its response, as another replica may have to take it over.
+How many images may wait is limited elsewhere; how long their files are is not known there.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class PendingBytes:
         """
         if self.held_bytes and self.held_bytes + size_bytes > self._most_bytes:
             raise ServerFullError(
-                f"the server is full: requests in hand hold {self.held_bytes} bytes of images and "
-                f"the limit is {self._most_bytes}; this one has {size_bytes} more",
+                f"the server is full: requests in flight hold {self.held_bytes} bytes of images, "
+                f"the limit is {self._most_bytes}, and this one has {size_bytes} more",
                 RETRY_S,
             )
 

@@ -21,7 +21,7 @@ from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputForma
 
 T = TypeVar("T")
 
-UNUSED = "Accepted for compatibility and not used; the answer names it in `ignored_fields`."
+UNUSED = "Accepted for compatibility and not used; the response names it in `ignored_fields`."
 STRENGTH = "How far to go from the image; 1 keeps nothing of it. 0.8 if left out."
 MAX_PARTIAL_IMAGES = 3
 
@@ -68,7 +68,7 @@ class ImageRequestBase(Body):
         pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
     )
     response_format: Literal["b64_json", "url"] | None = _documented(
-        "How images are returned: in the answer, or as links that expire; `b64_json` if left "
+        "How images are returned: in the response, or as links that expire; `b64_json` if left "
         "out, but `url` where `model` is an alias that begins with `dall-e-`."
     )
     output_format: Literal["png", "jpeg", "webp"] | None = _documented(
@@ -78,10 +78,10 @@ class ImageRequestBase(Body):
         "Quality of JPEG and WEBP files; 95 if left out.", minimum=0, maximum=100
     )
     stream: bool | None = _documented(
-        "Answer with server-sent events: images on the way, then the finished ones."
+        "Respond with server-sent events: partial images, then the finished ones."
     )
     partial_images: WholeNumber | None = _documented(
-        "How many images on the way a stream holds; 0 if left out.", minimum=0, maximum=3
+        "How many partial images a stream holds; 0 if left out.", minimum=0, maximum=3
     )
     user: str | None = _documented(UNUSED)
     quality: str | None = _documented(UNUSED)
@@ -124,14 +124,14 @@ class ImageRequestBase(Body):
         "Who goes first when there is more work than the server can do; `normal` if left out."
     )
     deadline_s: float | None = _documented(
-        "Seconds after which an answer is of no more use.", minimum=MIN_DEADLINE_S
+        "Seconds after which the response is no longer useful.", minimum=MIN_DEADLINE_S
     )
     reproducible: bool | None = _documented(
         "Share no computation with other requests, so that equal fingerprints mean equal bytes on "
         "every device; slower. `false` if left out."
     )
     previews: WholeNumber | None = _documented(
-        "How many images on the way to make, in a stream or to be followed under "
+        "How many partial images to make, in a stream or to be followed under "
         "`/v1/requests/{id}/events`; `partial_images` without its limit of 3.",
         minimum=0,
         maximum=MAX_PREVIEWS,

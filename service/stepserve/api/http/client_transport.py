@@ -1,4 +1,4 @@
-"""What an HTTP connection writes to: closing loses no answer; a client that is gone is noticed."""
+"""What an HTTP connection writes to: closing loses no response; a client that left is noticed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 LINGER_S = 5.0
-"""How long the rest of a request is read and dropped after its answer.
+"""How long the rest of a request is read and dropped after its response.
 
 Closed at once, the kernel would tell the client that the connection is broken, and most clients
-would drop the answer that is on its way."""
+would drop the response that is on its way."""
 
 DROP_S = 0.5
 
 STATUS_LINE_BEGIN = b"HTTP/1.1 "
-"""How every answer begins."""
+"""How every response begins."""
 
 MAX_ZEROS = 8
 """Before the size of a chunk: zeros in front change no number."""
@@ -62,7 +62,7 @@ class ClientTransport:
         The first refusal is heard of at the next write, so it takes two.
 
         Args:
-            in_chunks: the answer has begun, and goes on with a chunk.
+            in_chunks: the response has begun, and goes on with a chunk.
         """
         if in_chunks and self._zeros < MAX_ZEROS:
             self._zeros += 1

@@ -16,7 +16,7 @@ T = TypeVar("T")
 STOPPED = "the server stopped before the request was finished; send it again"
 
 CANCEL_GRACE_S = 1.0
-"""How long cancelled work may hold up the answer while it cleans up."""
+"""How long cancelled work may hold up the response while it cleans up."""
 
 
 async def while_connected(
@@ -119,7 +119,7 @@ async def _stop(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
         task.add_done_callback(_forget)
-    # Not awaited without end: work that ignores its cancellation must not hold the answer.
+    # Not awaited without end: work that ignores its cancellation must not hold the response.
     await asyncio.wait(tasks, timeout=CANCEL_GRACE_S)
 
 

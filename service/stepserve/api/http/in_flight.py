@@ -49,7 +49,7 @@ class InFlight:
 
 
 class InFlightMiddleware:
-    """Keeps count of exchanges, from the first byte of a request to the last of its answer."""
+    """Keeps count of exchanges, from the first byte of a request to the last of its response."""
 
     def __init__(self, app: ASGIApp, *, in_flight: InFlight) -> None:
         self._app = app

@@ -48,7 +48,7 @@ class HeadMiddleware:
 
 
 class _Head:
-    """An answer that ends with its headers; whoever would write on finds the client gone."""
+    """A response that ends with its headers; whoever would write on finds the client gone."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive

@@ -33,7 +33,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Keeps a usable `X-Request-ID` of the client or makes one, and puts it in the answer."""
+    """Keeps a usable `X-Request-ID` of the client or makes one, and puts it in the response."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
@@ -50,13 +50,13 @@ class RequestIdMiddleware:
 
 
 class TimingMiddleware:
-    """Tells in `Server-Timing` how long an answer took, where a route tells nothing more exact."""
+    """Tells in `Server-Timing` how long a response took, where a route tells nothing more exact."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection and time it up to the first byte of the answer."""
+        """Serve one connection and time it up to the first byte of the response."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         started_s = time.perf_counter()
@@ -91,7 +91,7 @@ class UnexpectedErrorMiddleware:
 
 
 class _Response:
-    """Passes an answer on, and knows whether it has begun."""
+    """Passes a response on, and knows whether it has begun."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -102,7 +102,7 @@ class LimitedParsing(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             return piece[upgrade.args[0] :]
         except httptools.HttpParserError as error:
-            malformed = MalformedHttpError(f"this is no request of HTTP/1.1: {error}")
+            malformed = MalformedHttpError(f"this is not an HTTP/1.1 request: {error}")
             self.refuse(self._wrong or malformed)
         except HeadersTooLargeError as error:
             self.refuse(error)
@@ -116,7 +116,9 @@ class LimitedParsing(HttpToolsProtocol):
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.refuse(MethodNotAllowedError("cannot CONNECT: this is no proxy"))
+            self.refuse(
+                MethodNotAllowedError("CONNECT is not supported: this server is not a proxy")
+            )
             return
         head = [method + b" " + self.url + b" HTTP/1.1"]
         head += [n + b": " + v for n, v in self.headers if n not in OF_AN_UPGRADE]
@@ -136,4 +138,4 @@ class LimitedParsing(HttpToolsProtocol):
 def _check_version(version: str) -> None:
     """The parser takes others as well, and reads them as if they were these."""
     if version not in VERSIONS:
-        raise MalformedHttpError(f"this is no request of HTTP/1.1, but of HTTP/{version}")
+        raise MalformedHttpError(f"HTTP/1.1 is required, got HTTP/{version}")

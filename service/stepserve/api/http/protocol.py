@@ -1,7 +1,7 @@
 """HTTP/1.1 on one connection, as uvicorn speaks it, with limits for whoever is on its other side.
 
 uvicorn's parser takes URLs and headers of any length and has no time limit before the first byte of
-an answer; one client could so hold up all others, which share an event loop.
+a response; one client could so hold up all others, which share an event loop.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ConnectionLimits:
 
     Args:
         header_timeout_s: from its start, or the first byte of a request, to the end of the headers.
-        send_timeout_s: how long a client may leave an answer unread.
-        keep_alive_s: how long it may be silent after an answer.
+        send_timeout_s: how long a client may leave a response unread.
+        keep_alive_s: how long it may be silent after a response.
     """
 
     head: HeadLimits = field(default_factory=HeadLimits)
@@ -45,7 +45,7 @@ class ConnectionLimits:
 class LimitedHttpProtocol(LimitedParsing):
     """One connection.
 
-    A request that is over a limit is answered as soon as that is known, after the answers to
+    A request that is over a limit is answered as soon as that is known, after the responses to
     those before it, and the connection is closed.
     """
 
@@ -99,7 +99,7 @@ class LimitedHttpProtocol(LimitedParsing):
             self._parse_held()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the answers that its client waits for, if it does."""
+        """Keep the connection for the responses that its client waits for, if it does."""
         if self._error is not None or self.transport.is_closing() or not self._is_working():
             return False
         self._client_is_done = True

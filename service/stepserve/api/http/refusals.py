@@ -25,7 +25,7 @@ class Refusals:
     listeners: tuple[ExchangeListener, ...] = ()
 
     def answer(self, error: StepserveError, headers: Iterable[RawHeader]) -> bytes:
-        """Return the answer as it is sent, with `headers` and all that errors have."""
+        """Return the response as it is sent, with `headers` and all that errors have."""
         request_id = uuid.uuid4().hex
         exchange = _exchange(error, request_id)
         for listener in self.listeners:

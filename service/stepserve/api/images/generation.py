@@ -1,4 +1,4 @@
-"""From a checked request to the answer with its images: whole, or as a stream."""
+"""From a checked request to the response with its images: whole, or as a stream."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def _stream(
         # The client left: there is nobody to tell.
         note_error(call.incoming.http.scope, error)
     except Exception as error:
-        # The answer has begun, so that its status cannot tell any more.
+        # The response has begun, so that its status cannot tell any more.
         yield _error_event(call, error)
 
 

@@ -1,4 +1,4 @@
-"""The bodies of answers, in the shapes of OpenAI's API with more fields beside them."""
+"""The bodies of responses, in the shapes of OpenAI's API with more fields beside them."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class GuidanceResponse(BaseModel):
     """How a model takes guidance, as it was seen to when it was loaded."""
 
     kind: GuidanceKind = Field(
-        description="`classifier-free`: each step works out an answer with the prompt and one "
+        description="`classifier-free`: each step predicts with the prompt and "
         "without it; `embedded`: the scale is an input of the denoiser; `none`: there is no scale."
     )
     argument: str = Field(
@@ -273,11 +273,11 @@ class ProgressResponse(BaseModel):
     model: str
     created: int = Field(description="Unix time in seconds.")
     state: RequestState
-    position: int = Field(description="So many requests were accepted before it and still run.")
+    position: int = Field(description="How many requests were accepted before it and still run.")
     step: int = Field(description="Denoising steps that are done.")
     steps: int
     expected_s: float | None = Field(
-        description="Seconds until it should be finished; null where nobody knows."
+        description="Estimated seconds until it is finished; null where that is not known."
     )
     error: ErrorDetail | None = Field(description="Why there are no images.")
     timings: TimingsResponse | None = Field(description="Once it is finished.")
@@ -306,7 +306,7 @@ class ForwardResponse(BaseModel):
     number: int = Field(description="Counts the forwards of its replica from 1.")
     module: str
     rows: int
-    padded_rows: int = Field(description="Run besides, for nobody.")
+    padded_rows: int = Field(description="Padding rows, which belong to no request.")
     seconds: float
     requests: list[RowsResponse]
 
@@ -356,7 +356,7 @@ def images_response(
     data: list[ImageData],
     ignored_fields: Sequence[str] = (),
 ) -> ImagesResponse:
-    """Return the answer to `request`, dated now, with its images as `data`."""
+    """Return the response to `request`, dated now, with its images as `data`."""
     parameters = parameters_response(request)
     return ImagesResponse(
         id=request.id,

@@ -19,5 +19,5 @@ async def metrics(request: Request) -> Response:
     """
     read = request.app.state.observation.read_metrics
     if read is None:
-        raise UnknownRouteError("this service shows no metrics")
+        raise UnknownRouteError("this service exposes no metrics (telemetry.metrics is off)")
     return Response(await read(), media_type=CONTENT_TYPE)

@@ -43,7 +43,7 @@ from stepserve.domain.request_log import NumberedEvent
 router = APIRouter(tags=["requests"])
 
 POLL_S = 5.0
-"""How long one question for news waits for an answer."""
+"""How long one question for news waits for a response."""
 
 FORGOTTEN_AFTER_S = 10.0
 """How long nobody may know a request that was known, as between a lost replica and the next try."""
@@ -58,7 +58,9 @@ MAX_EVENT_NUMBER = 10**9
 
 
 @router.get(
-    "/v1/requests/{id}", summary="How far is it?", responses=error_responses(UnknownRequestError)
+    "/v1/requests/{id}",
+    summary="Progress of a request",
+    responses=error_responses(UnknownRequestError),
 )
 async def show_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
     """Where a request stands, by its `X-Request-ID`, whichever replica works on it."""

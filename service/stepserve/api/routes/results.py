@@ -35,7 +35,7 @@ async def fetch_result(
     store: StoreDep,
     signature: Annotated[str, Query(description="As the link has it.")] = "",
 ) -> Response:
-    """The links of answers with `response_format: url` lead here, and need no API key."""
+    """The links of responses with `response_format: url` lead here, and need no API key."""
     data, media_type, left_s = await store.get(name, signature)
     headers = {
         "Content-Length": str(len(data)),

@@ -1,4 +1,4 @@
-"""The end of a local service: what is in flight is finished, and every client hears how it ended."""
+"""The end of a local service: requests in flight are finished, and every client hears the end."""
 
 from __future__ import annotations
 
