@@ -29,8 +29,9 @@ class ApiSettings:
 
     `default_model` serves requests that name no model. `echo_request_id` is turned off behind a
     proxy that already adds `X-Request-ID` to every response, as Ray Serve's does. `public_url`
-    begins links to results; empty: as the client addressed the server. Pages of `cors_origins` may call
-    from a browser. `max_bodies_bytes` may be received at a time, each body within `body_timeout_s`.
+    begins links to results; empty: as the client addressed the server. Pages of `cors_origins` may
+    call from a browser. `max_bodies_bytes` may be received at a time, each body within
+    `body_timeout_s`.
     """
 
     default_model: str

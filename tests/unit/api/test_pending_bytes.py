@@ -26,7 +26,7 @@ def test_there_is_room_up_to_the_limit_and_again_after_the_end():
     with pending.hold() as first:
         first.grow(60)
         with pending.hold() as second:
-            with pytest.raises(ServerFullError, match="hold 60 bytes of images and the limit is"):
+            with pytest.raises(ServerFullError, match="hold 60 bytes of images, the limit is"):
                 second.grow(41)
             second.grow(40)
         assert pending.held_bytes == 60

@@ -115,7 +115,7 @@ def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
 def test_a_holder_that_is_silent_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(listen_socket, "BORROW_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(listen_socket, "RECEIVE_TIMEOUT_S", 0.05)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
         silent.bind(str(tmp_path / "listen_path"))
         silent.listen()

@@ -102,7 +102,7 @@ class LimitedParsing(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             return piece[upgrade.args[0] :]
         except httptools.HttpParserError as error:
-            malformed = MalformedHttpError(f"this is not an HTTP/1.1 request: {error}")
+            malformed = MalformedHttpError(f"this is not HTTP/1.1: {error}")
             self.refuse(self._wrong or malformed)
         except HeadersTooLargeError as error:
             self.refuse(error)
