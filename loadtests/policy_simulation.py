@@ -3,7 +3,7 @@
     python -m loadtests.policy_simulation
 
 Requests arrive at random (Poisson), want one of two image sizes and a number of steps, and step
-together as `engine/scheduling/policy.py` decides. A forward takes what was measured for the 20 M
+together as one of `loadtests.policies` decides. A forward takes what was measured for the 20 M
 UNet in bf16 on two cores; the larger size takes four times as long for the same rows. Everything is
 drawn from a seed, so that two policies meet the very same requests.
 """
@@ -22,7 +22,6 @@ from typing import TypeVar
 from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, CallKey, ParkableMethod
 from stepserve.engine.scheduling.policy import (
-    POLICIES,
     Parked,
     Policy,
     Queued,
@@ -30,6 +29,8 @@ from stepserve.engine.scheduling.policy import (
     method_limit,
     next_to_start,
 )
+
+from loadtests.policies import POLICIES
 
 Choice = TypeVar("Choice", bound=Hashable)
 

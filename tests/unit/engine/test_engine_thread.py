@@ -22,7 +22,6 @@ from stepserve.domain.errors import (
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import IDLE_WAIT_S, Engine, EngineOptions
-from stepserve.engine.scheduling.policy import STRICT_FIFO
 from stepserve.engine.tracks.interception import make_parkable
 
 PATIENCE_S = 20.0
@@ -171,12 +170,6 @@ def test_an_engine_drops_what_expired(engines: Callable[..., Engine], modules: M
     engine.submit(work)
     assert isinstance(ear.wait().error, ExpiredError)
     assert engine.load().requests == 0
-
-
-def test_a_policy_is_chosen_by_name(engines: Callable[..., Engine], modules: Modules) -> None:
-    engine = engines(policy="strict-fifo")
-    assert engine.batcher._policy is STRICT_FIFO
-    assert submit(engine, modules, Job(seed=1)).wait().ends == ["finished"]
 
 
 def test_grad_is_disabled_in_tracks(engines: Callable[..., Engine], modules: Modules) -> None:

@@ -15,25 +15,21 @@ from hypothesis import strategies as st
 from stepserve.domain.requests import Priority
 from stepserve.engine.calls.call import CallKey, ParkableMethod
 from stepserve.engine.scheduling.policy import (
-    DUE_TIME,
     HOLD,
     KINDS_AT_WORK,
-    POLICIES,
     SHORTEST_FIRST,
-    STRICT_FIFO,
     Parked,
     Policy,
     Queued,
     Running,
-    by_urgency,
     due_s,
     method_limit,
     next_to_start,
     patience,
-    pick,
     shortest_first,
-    strict_fifo,
 )
+
+from loadtests.policies import DUE_TIME, POLICIES, STRICT_FIFO, by_urgency, pick, strict_fifo
 
 CHEAP_S, STEP_S = 0.002, 0.050
 RULES = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from stepserve.engine.scheduling.policy import DUE_TIME, SHORTEST_FIRST, STRICT_FIFO, Policy
+from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
 
+from loadtests.policies import DUE_TIME, STRICT_FIFO
 from loadtests.policy_simulation import (
     MEASURED_S,
     STEPS,

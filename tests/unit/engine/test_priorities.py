@@ -11,8 +11,9 @@ from stepserve.domain.errors import ExpiredError
 from stepserve.domain.requests import Priority
 from stepserve.domain.states import RequestState
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.scheduling.policy import STRICT_FIFO
 from stepserve.engine.tracks.track import Track
+
+from loadtests.policies import STRICT_FIFO
 
 
 def add(bench: Bench, job: Job, priority: int = 1, deadline_s: float | None = None) -> Ear:

@@ -18,8 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from stepserve.domain.errors import CancelledError, ExpiredError
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.scheduling.policy import POLICIES
 from stepserve.engine.tracks.track import Track, Work
+
+from loadtests.policies import DUE_TIME
 
 # Submissions (some of which fail or expire), cancellations and changes of memory.
 ACTIONS = {"total": 0}
@@ -48,7 +49,7 @@ class Lives(RuleBasedStateMachine):
             8,
             clock=self.modules.clock,
             on_ended=lambda track: self.ended.append(track.work.id),
-            policy=POLICIES["due-time"],
+            policy=DUE_TIME,
         )
         self.jobs: dict[str, Job] = {}
         self.ears: dict[str, Ear] = {}

@@ -19,7 +19,6 @@ from stepserve.domain.errors import CancelledError, StoppedError
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.calls.call import ParkableMethod
 from stepserve.engine.loop.device_loss import is_device_lost
-from stepserve.engine.scheduling.policy import DUE_TIME
 from stepserve.engine.scheduling.row_limits import (
     RECOVERY_FORWARDS,
     STRIKES,
@@ -28,6 +27,8 @@ from stepserve.engine.scheduling.row_limits import (
     knee,
 )
 from stepserve.engine.tracks.interception import make_parkable
+
+from loadtests.policies import DUE_TIME
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),

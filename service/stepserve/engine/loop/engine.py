@@ -35,7 +35,6 @@ from stepserve.engine.scheduling.admission import (
 )
 from stepserve.engine.scheduling.cost import CostModel
 from stepserve.engine.scheduling.forecast import CompletionEstimate
-from stepserve.engine.scheduling.policy import POLICIES
 from stepserve.engine.tracks.listener import tell
 from stepserve.engine.tracks.prediction import Prediction
 from stepserve.engine.tracks.track import Clock, Track, Work
@@ -63,7 +62,6 @@ class EngineOptions:
         max_pending_images: images in hand beyond which new requests are refused.
         threads: torch threads of the engine, or None for torch's default.
         niceness: how far the engine thread steps back behind the threads that answer HTTP.
-        policy: decides who goes next, one of `policy.POLICIES`.
         gradients: whether pipelines may compute gradients, as some kinds of guidance do. Without,
             every operation is a few percent cheaper.
     """
@@ -72,7 +70,6 @@ class EngineOptions:
     max_pending_images: int = 64
     threads: int | None = None
     niceness: int = 0
-    policy: str = "shortest-first"
     gradients: bool = False
 
     @property
@@ -108,7 +105,6 @@ class Engine:
             cost,
             clock,
             on_ended=self._forget,
-            policy=POLICIES[self.options.policy],
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)

@@ -126,7 +126,7 @@ class CompletionEstimator:
             max_group_rows=group_rows,
             max_active_rows=policy.rows_at_work(group_rows),
             # Before anything was learned, all are taken for equally long.
-            in_turns=policy.in_turns and UNKNOWN.shape not in limits,
+            in_turns=UNKNOWN.shape not in limits,
         )
         jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
         return CompletionEstimate(jobs, device)

@@ -1,8 +1,9 @@
 """Who goes next: which parked calls share the next forward, and which request is started next.
 
-Pure: costs and limits are arguments. There are three policies, chosen by name from `POLICIES`.
+Pure: costs and limits are arguments. There is one policy, SHORTEST_FIRST. (`loadtests.policies` has
+two others to compare it with.)
 
-SHORTEST_FIRST, the default. Users mind waiting in proportion to what they asked for, so a second of
+Users mind waiting in proportion to what they asked for, so a second of
 waiting weighs 1 / (patience * seconds that the request takes alone), where the patience is that of
 its priority: an eighth for interactive work, 1 for normal, 8 for batch. The least weighted waiting
 in all comes from Smith's rule (W. E. Smith, 1956): what has the least time left for its weight goes
@@ -12,53 +13,36 @@ first. So
   with the least `seconds left * seconds alone * patience`; what is no denoising step counts as if
   its request were nothing else, so that a newcomer's text encoder goes ahead of the step that all
   wait for, and the newcomer joins that very step;
-- in a group the rows are filled in that order. Company makes a step longer for those in front,
+- in a group the rows are filled in that order. Sharing makes a step longer for those in front,
   and spares one for those behind: of the line's front and rest, the front goes by itself where
   what it gains is worth at least twice what the rest and all others lose (`front_of`);
 - nothing starves. A call that waited for `HOLD * patience * seconds of its forward` is overdue, and
   so is one whose latest start for its request's deadline has come. Overdue calls go before others,
   first those overdue the longest.
 
-DUE_TIME, which shares the device by time. What waits is due at
-
-    since_s + patience * expected seconds
-
-If a request has a deadline, and its latest start by which that can be met comes sooner, it
-is due then, though never before `since_s`. What is due first goes first:
-
-- Among calls, `since_s` is when the call was parked and the seconds are those of the forward that
-  it can share. Calls with equal keys form a group, which is due with its most urgent call. The
-  group that is due first runs, its most urgent calls first while their rows fit.
-- A cheap call parked a little later goes ahead of an expensive one, and shapes share the device by
-  time: a step that costs six times as much comes once for every six of the cheap one. Between
-  priorities the shares of time are as 8 to 1.
-
-Under both, a queued request is due in the same way, from when it was submitted and with the seconds
-of all its steps. It is started while its rows fit beside those that running requests of at least
-its priority will still take; the rows of lower ones it may take. They stay parked, and go on later
-exactly where they stood. Rows count among requests of its kind, which it can share forwards with:
-others neither fill nor lengthen these. So each kind gets large forwards on a mixed load; but all
-together have at most `KINDS_AT_WORK` forwards' rows, as each at work gets a step now and then and
-what is started need not wait for the rest. Behind one that does not fit yet, only requests of
-higher priority (or of another kind, where it is the rows of its own that it waits for) are started,
-and only while they leave it its rows: so neither do the old block the urgent, nor the urgent starve
-them. A short request is started before long ones that were submitted a little earlier.
+A queued request is due `patience * seconds of all its steps` after it was submitted, or at its
+latest start if that is sooner. What is due first is started first, while its rows fit beside those
+that running requests of at least its priority will still take; the rows of lower ones it may take.
+They stay parked, and go on later exactly where they stood. Rows count among requests of its kind,
+which it can share forwards with: others neither fill nor lengthen these. So each kind gets large
+forwards on a mixed load; but all together have at most `KINDS_AT_WORK` forwards' rows, as each at
+work gets a step now and then and what is started need not wait for the rest. Behind one that does
+not fit yet, only requests of higher priority (or of another kind, where it is the rows of its own
+that it waits for) are started, and only while they leave it its rows: so neither do the old block
+the urgent, nor the urgent starve them. A short request is started before long ones that were
+submitted a little earlier.
 
 Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
-a forward with its key, F the longest forward and A the number of tracks at work; let H be `HOLD`
-for SHORTEST_FIRST and 1 for DUE_TIME. x's group is due by t + H * p * C, whoever else is in it.
-Nobody is due before being parked, so a call parked after that is due later still, whatever its
-priority and deadline, and no group is led by it while x waits. What leads a group before x is
-therefore parked by t + H * p * C: besides the forward that runs at that moment these are at most
-A - 1 calls, one for each other track, and each goes once. Hence x starts no later than
+a forward with its key, F the longest forward and A the number of tracks at work; let H be `HOLD`.
+x is overdue by t + H * p * C. Nobody is overdue before being parked, so a call parked after that
+is overdue later still, whatever its priority and deadline, and no group is led by it while x waits.
+What leads a group before x is therefore parked by t + H * p * C: besides the forward that runs at
+that moment these are at most A - 1 calls, one for each other track, and each goes once. Hence x
+starts no later than
 
     t + H * p * C + A * F
 
 however many urgent or cheap newcomers arrive. Counted in ticks: after t + H * p * C at most A.
-
-STRICT_FIFO is what other servers do, and is kept to compare with: calls run for the oldest request
-alone and for those right behind it that happen to want the same; the first request that wants
-something else blocks all behind it. Priorities and deadlines are not heeded.
 """
 
 from __future__ import annotations
@@ -71,7 +55,6 @@ from enum import Enum
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter
-from types import MappingProxyType
 from typing import NamedTuple
 
 from stepserve.domain.requests import Priority
@@ -185,17 +168,6 @@ def patience(priority: int) -> float:
     return PATIENCE[min(max(priority, Priority.INTERACTIVE), Priority.BATCH)]
 
 
-def pick(
-    parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
-) -> list[Parked]:
-    """The calls for the next forward, most urgent first; empty if nothing is parked."""
-    # A group is due with its most urgent call. `min` keeps the first of equals, which is the group
-    # with the oldest call.
-    lines = [by_urgency(g, cost_of, limit_of(g[0].call)) for g in _groups(parked)]
-    _, line = min(lines, key=itemgetter(0), default=(0.0, []))
-    return fit_rows(line, limit_of(line[0].call)) if line else []
-
-
 def shortest_first(
     parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
 ) -> list[Parked]:
@@ -206,8 +178,8 @@ def shortest_first(
     now_s = max(item.parked_s for item in parked)
     overdue: list[tuple[float, list[Parked]]] = []
     ranked: list[tuple[float, list[Parked]]] = []
-    for group in _groups(parked):
-        seconds = _forward_s(group, cost_of, limit_of(group[0].call))
+    for group in groups(parked):
+        seconds = forward_s(group, cost_of, limit_of(group[0].call))
         ranks = sorted(((_rank(item, seconds), item) for item in group), key=itemgetter(0))
         line = [item for _, item in ranks]
         ranked.append((ranks[0][0], line))
@@ -267,17 +239,6 @@ def front_of(
     return chosen
 
 
-def by_urgency(group: Sequence[Parked], cost_of: CostOf, limit: int) -> tuple[float, list[Parked]]:
-    """When calls with equal keys are due, and they themselves, the most urgent first.
-
-    Args:
-        group: oldest first, which is kept among those that are equally urgent.
-    """
-    seconds = _forward_s(group, cost_of, limit)
-    line = sorted(((_call_due_s(p, seconds), p) for p in group), key=itemgetter(0))
-    return line[0][0], [item for _, item in line]
-
-
 def fit_rows(group: Sequence[Parked], limit: int) -> list[Parked]:
     """The first calls whose rows fit into one forward; at least one, however large."""
     chosen: list[Parked] = []
@@ -288,22 +249,6 @@ def fit_rows(group: Sequence[Parked], limit: int) -> list[Parked]:
         chosen.append(item)
         rows += item.call.rows
     return chosen
-
-
-def strict_fifo(
-    parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
-) -> list[Parked]:
-    """The oldest request's call, with those right behind that have the same key.
-
-    Calls that are no denoising step go first, one by one: they belong to the start and the end of
-    a request, and would else keep newcomers from ever joining.
-    """
-    others = [item for item in parked if item.call.method.stage != DENOISE]
-    if others:
-        return [min(others, key=_sequence)]
-    line = sorted(parked, key=lambda item: item.arrival)
-    same = next((i for i, p in enumerate(line) if p.call.key != line[0].call.key), len(line))
-    return fit_rows(line[:same], limit_of(line[0].call)) if line else []
 
 
 def request_due_s(queued: Queued) -> float:
@@ -340,11 +285,6 @@ def as_urgent(queued: Queued | Running, running: Sequence[Running]) -> Sequence[
     return [item for item in running if item.priority <= queued.priority]
 
 
-def all_running(queued: Queued | Running, running: Sequence[Running]) -> Sequence[Running]:
-    """All running requests."""
-    return running
-
-
 @dataclass(frozen=True)
 class Policy:
     """One way to decide.
@@ -353,14 +293,12 @@ class Policy:
         pick: the calls for the next forward.
         rank: of queued requests, the one of the lowest rank is started next.
         beside: the running requests that one has to fit beside.
-        in_turns: whether one group goes on until a request of it ends, rather than all by turns.
         kinds_at_work: rows of all running requests, over those of one kind.
     """
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
     rank: Callable[[Queued], float]
     beside: Callable[[Queued | Running, Sequence[Running]], Sequence[Running]]
-    in_turns: bool = False
     kinds_at_work: int = KINDS_AT_WORK
 
     def rows_at_work(self, max_rows: int) -> int:
@@ -392,12 +330,7 @@ class Policy:
         return None
 
 
-SHORTEST_FIRST = Policy(shortest_first, request_due_s, as_urgent, in_turns=True)
-DUE_TIME = Policy(pick, request_due_s, as_urgent)
-STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, all_running, kinds_at_work=1)
-POLICIES = MappingProxyType(
-    {"shortest-first": SHORTEST_FIRST, "due-time": DUE_TIME, "strict-fifo": STRICT_FIFO}
-)
+SHORTEST_FIRST = Policy(shortest_first, request_due_s, as_urgent)
 
 
 def _may_pass(item: Queued, head: Queued, lacking: Lacking) -> bool:
@@ -407,19 +340,19 @@ def _may_pass(item: Queued, head: Queued, lacking: Lacking) -> bool:
     return lacking is Lacking.ROWS_OF_ITS_KIND and item.kind != head.kind
 
 
-def _forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
+def forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
     """Expected seconds of the forward that a group would get, were it to run now."""
     rows = sum(item.call.rows for item in group)
     largest = max(item.call.rows for item in group)
     return cost_of(group[0].call.key, max(min(rows, limit), largest))
 
 
-def _groups(parked: Iterable[Parked]) -> list[list[Parked]]:
+def groups(parked: Iterable[Parked]) -> list[list[Parked]]:
     """Calls that can share a forward, oldest first, and the group of the oldest call first."""
-    groups: dict[CallKey, list[Parked]] = {}
+    by_key: dict[CallKey, list[Parked]] = {}
     for item in sorted(parked, key=_sequence):
-        groups.setdefault(item.call.key, []).append(item)
-    return list(groups.values())
+        by_key.setdefault(item.call.key, []).append(item)
+    return list(by_key.values())
 
 
 def _rank(item: Parked, seconds: float) -> float:
@@ -432,10 +365,6 @@ def _rank(item: Parked, seconds: float) -> float:
 def _overdue_s(item: Parked, seconds: float) -> float:
     """When a call is passed over no more."""
     return due_s(item.parked_s, HOLD * seconds, item.priority, item.latest_start_s)
-
-
-def _call_due_s(item: Parked, seconds: float) -> float:
-    return due_s(item.parked_s, seconds, item.priority, item.latest_start_s)
 
 
 def _sequence(item: Parked) -> int:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.scheduling.policy import DUE_TIME
 from stepserve.engine.tracks.interception import replace_method
 from stepserve.engine.tracks.track import Track, Work
 from stepserve.pipelines.modules.attach import ParkingOptions, ParkingRule, attach, parkable_methods
@@ -32,6 +31,8 @@ from stepserve.pipelines.modules.attach import ParkingOptions, ParkingRule, atta
 Trial = Callable[[], Tensor]
 """One request: calls a borrowed pipeline, and returns what is to be compared."""
 
+# More than any trial has.
+TRIAL_STEPS = 1000
 # Nothing is remembered: every trial is to take its own way.
 ENOUGH_ROWS = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
 # Largest difference that rounding explains, as a share of the largest value.
@@ -203,8 +204,7 @@ def check_sharing(
     changed = plain.changed - options.inline
     if changed and not one_at_a_time:
         return SharingReport(changed=tuple(sorted(changed)))
-    # The policy that has most of them in step: what is tried is that they may share.
-    batcher = Batcher(row_limit=len(trials), policy=DUE_TIME)
+    batcher = Batcher(row_limit=len(trials))
     batcher.one_at_a_time = one_at_a_time
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
@@ -247,8 +247,8 @@ def run_at_once(
 
 
 def trial_work(index: int, trial: Trial, ear: Ear) -> Work:
-    """A trial as the engine wants it."""
-    return Work(f"trial-{index}", rows=1, steps=1, images=1, run=trial, listener=ear)
+    """A trial as the engine wants it: long, so that all are in step before the first step."""
+    return Work(f"trial-{index}", rows=1, steps=TRIAL_STEPS, images=1, run=trial, listener=ear)
 
 
 def difference(one: Tensor, other: Tensor) -> float:
