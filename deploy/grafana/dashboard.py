@@ -267,7 +267,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def _variables() -> list[dict[str, Any]]:
-    query = "label_values(stepserve_requests_in_hand, model)"
+    query = "label_values(stepserve_requests_in_flight, model)"
     return [
         {"name": "datasource", "type": "datasource", "query": "prometheus"},
         {

@@ -157,7 +157,7 @@ REQUEST_RETRIES = _counter(
 BACKLOG_SECONDS = _gauge(
     "backlog_seconds", "Seconds until everything in flight should be finished.", "model", "replica"
 )
-IN_HAND = _gauge("requests_in_hand", "Requests accepted and not yet ended.", "model", "replica")
+IN_FLIGHT = _gauge("requests_in_flight", "Requests accepted and not yet ended.", "model", "replica")
 IMAGES_PENDING = _gauge(
     "images_pending", "Images of requests accepted and not yet ended.", "model", "replica"
 )

@@ -176,7 +176,7 @@ class EngineMetrics:
     def _record_standing(self, standing: Standing) -> None:
         values = {
             c.BACKLOG_SECONDS: standing.backlog_s,
-            c.IN_HAND: standing.requests,
+            c.IN_FLIGHT: standing.requests,
             c.IMAGES_PENDING: standing.images,
             c.IMAGE_LIMIT: standing.image_limit,
             c.ROW_LIMIT: standing.row_limit,

@@ -92,7 +92,7 @@ def test_every_metric_is_of_use_to_somebody():
         "stepserve_requests_total",
         "stepserve_forward_calls_total",
         "stepserve_batch_rows",
-        "stepserve_requests_in_hand",
+        "stepserve_requests_in_flight",
         "stepserve_build_info",
     }
 
