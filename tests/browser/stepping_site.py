@@ -74,7 +74,7 @@ class SteppingBackend(FakeBackend):
         steps = request.num_inference_steps
         for step in range(1, steps + 1):
             await asyncio.sleep(self.step_s)
-            if not self.log.is_running(request.key):
+            if not self.log.is_in_flight(request.key):
                 yield Failed(request.id, CancelledError(f"request {request.id} was cancelled"))
                 return
             self._show(request, step)

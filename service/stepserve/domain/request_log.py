@@ -1,9 +1,9 @@
-"""What became of the requests of one engine: its running ones, and the latest that ended."""
+"""What became of the requests of one engine: those in flight, and the latest that ended."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from stepserve.domain.errors import RequestIdInUseError
@@ -29,14 +29,36 @@ class NumberedEvent:
     event: Event
 
 
-@dataclass
-class Record:
-    """One request: where it stands, all that was heard of it, and when it was to be finished."""
+@dataclass(eq=False)
+class RequestRecord:
+    """All that a replica knows of one request, from its submission until it is forgotten.
+
+    Args:
+        progress: where it stands; `expected_s` counts from its acceptance.
+        request: what was asked for; None once it has ended, as it may hold large images.
+        ingress: the id of the ingress that waits for it, or empty where that need not be watched.
+        events: what happened to it, by number; some may have been dropped.
+        heard: how many events there were.
+        expected_at_s: when it should be finished, on the log's clock.
+        listeners: called with each event, after it was noted.
+        is_cancelled: its end was asked for.
+        is_orphaned: because its ingress was not heard from any more.
+    """
 
     progress: Progress
+    request: GenerationRequest | None
+    ingress: str = ""
     events: dict[int, Event] = field(default_factory=dict)
     heard: int = 0
     expected_at_s: float | None = None
+    listeners: list[Callable[[Event], None]] = field(default_factory=list)
+    is_cancelled: bool = False
+    is_orphaned: bool = False
+
+    @property
+    def key(self) -> RequestKey:
+        """Of the request."""
+        return self.progress.key
 
     def keep(self, event: Event) -> int:
         """Note an event and return its number."""
@@ -69,38 +91,49 @@ class RequestLog:
     ) -> None:
         self._clock = clock
         self._wall_clock = wall_clock
-        self._records: dict[RequestKey, Record] = {}
-        self._ended: deque[Record] = deque()
-        self._previews: deque[tuple[Record, int, int]] = deque()
+        self._in_flight: dict[RequestKey, RequestRecord] = {}
+        # In the order in which they ended.
+        self._ended: dict[RequestKey, RequestRecord] = {}
+        self._previews: deque[tuple[RequestRecord, int, int]] = deque()
         self._previews_bytes = 0
         self._most_previews_bytes = previews_bytes
         self._most_ended = most_ended
 
-    def open(self, request: GenerationRequest) -> None:
+    def open(self, request: GenerationRequest, ingress: str = "") -> RequestRecord:
         """Begin a record. The id of a request that has ended may be used again.
 
         Raises:
-            RequestIdInUseError: a request of that id and owner is still at work.
+            RequestIdInUseError: a request of that id and owner is still in flight.
         """
-        if self.is_running(request.key):
+        key = request.key
+        if key in self._in_flight:
             raise RequestIdInUseError(
-                f"X-Request-ID {request.id!r} names a request that is still at work; "
+                f"X-Request-ID {request.id!r} names a request that is still in flight; "
                 "send another, or none",
                 "X-Request-ID",
             )
-        created = int(self._wall_clock())
-        self._records[request.key] = Record(new_progress(request, created))
+        self._ended.pop(key, None)
+        progress = new_progress(request, int(self._wall_clock()))
+        record = self._in_flight[key] = RequestRecord(progress, request, ingress)
+        return record
 
-    def is_running(self, key: RequestKey) -> bool:
+    def in_flight(self) -> Sequence[RequestRecord]:
+        """Every request that has not ended."""
+        return tuple(self._in_flight.values())
+
+    def is_in_flight(self, key: RequestKey) -> bool:
         """Whether a request is known and has not ended."""
-        record = self._records.get(key)
-        return record is not None and not record.progress.ended
+        return key in self._in_flight
+
+    def find(self, key: RequestKey) -> RequestRecord | None:
+        """What is known of a request, in flight or ended, or None."""
+        return self._in_flight.get(key) or self._ended.get(key)
 
     def add(self, key: RequestKey, event: Event) -> None:
-        """Note what happened to a request that is at work. Anything else is ignored."""
-        if not self.is_running(key):
+        """Note what happened to a request in flight, and tell its listeners. Else ignored."""
+        record = self._in_flight.get(key)
+        if record is None:
             return
-        record = self._records[key]
         record.progress = advance(record.progress, event)
         if record.progress.expected_s is not None and record.expected_at_s is None:
             record.expected_at_s = self._clock() + record.progress.expected_s
@@ -109,10 +142,12 @@ class RequestLog:
             self._keep_preview(record, number, event)
         if record.progress.ended:
             self._retire(record)
+        for listener in tuple(record.listeners):
+            listener(event)
 
     def progress(self, key: RequestKey) -> Progress | None:
         """Where a request stands now, or None if it is not known."""
-        record = self._records.get(key)
+        record = self.find(key)
         if record is None:
             return None
         if record.progress.ended or record.expected_at_s is None:
@@ -125,12 +160,12 @@ class RequestLog:
 
         Previews whose images were dropped to save memory have none.
         """
-        record = self._records.get(key)
+        record = self.find(key)
         if record is None:
             return None
         return [NumberedEvent(n, event) for n, event in record.events.items() if n >= number]
 
-    def _keep_preview(self, record: Record, number: int, preview: Preview) -> None:
+    def _keep_preview(self, record: RequestRecord, number: int, preview: Preview) -> None:
         size_bytes = sum(len(image.data) for image in preview.images)
         self._previews.append((record, number, size_bytes))
         self._previews_bytes += size_bytes
@@ -141,15 +176,15 @@ class RequestLog:
                 oldest.events[oldest_number] = replace(kept, images=())
             self._previews_bytes -= freed_bytes
 
-    def _retire(self, record: Record) -> None:
-        self._ended.append(record)
-        if len(self._ended) > MOST_REPLAYABLE:
-            self._ended[-MOST_REPLAYABLE - 1].drop_steps()
-        if len(self._ended) > self._most_ended:
-            oldest = self._ended.popleft()
-            # Its id may have been used again meanwhile.
-            if self._records.get(oldest.progress.key) is oldest:
-                del self._records[oldest.progress.key]
+    def _retire(self, record: RequestRecord) -> None:
+        del self._in_flight[record.key]
+        record.request = None
+        ended = self._ended
+        ended[record.key] = record
+        if len(ended) > MOST_REPLAYABLE:
+            list(ended.values())[-MOST_REPLAYABLE - 1].drop_steps()
+        if len(ended) > self._most_ended:
+            del ended[next(iter(ended))]
 
 
 def _without_images(finished: Finished) -> Finished:

@@ -138,7 +138,7 @@ class FakeBackend:
         if next(self.unheard, False):
             return None
         events = self.log.events_since(key, number)
-        if not events and self.log.is_running(key):
+        if not events and self.log.is_in_flight(key):
             # Somebody asks again at once.
             await asyncio.sleep(0)
             events = self.log.events_since(key, number)

@@ -178,7 +178,7 @@ async def test_who_knows_the_id_of_anothers_request_cannot_end_it(backend: FakeB
     async with client_of(app) as client, client_of(app, OTHER_KEY) as other:
         body, headers = {"prompt": "cat"}, {"X-Request-ID": "mine"}
         drawing = asyncio.create_task(client.post(GENERATIONS, json=body, headers=headers))
-        while not backend.log.is_running(RequestKey("mine", "app")):
+        while not backend.log.is_in_flight(RequestKey("mine", "app")):
             await asyncio.sleep(0)
         refused = await other.delete("/v1/requests/mine")
         told = await client.get("/v1/requests/mine")
@@ -436,7 +436,7 @@ async def test_two_keys_work_under_one_id_and_neither_sees_or_ends_the_others(
             asyncio.create_task(c.post(GENERATIONS, json=body, headers=headers))
             for c in (client, other)
         ]
-        while not backend.log.is_running(RequestKey("order", "other")):
+        while not backend.log.is_in_flight(RequestKey("order", "other")):
             await asyncio.sleep(0)
         ended = await other.delete("/v1/requests/order")
         told = await client.get("/v1/requests/order")

@@ -48,7 +48,7 @@ async def test_a_running_request_is_told_and_cancelled(
 ):
     backend.generate_with = Blocking()
     making = asyncio.create_task(make(client, "slow"))
-    while not backend.log.is_running(RequestKey("slow")):
+    while not backend.log.is_in_flight(RequestKey("slow")):
         await asyncio.sleep(0)
     backend.log.add(RequestKey("slow"), Accepted("slow", 3, 9.0))
     queued = (await client.get("/v1/requests/slow")).json()
@@ -123,7 +123,7 @@ async def test_an_id_at_work_is_refused_and_one_that_ended_is_not(
     assert (await make(client, "twice")).status_code == 200
     backend.generate_with = Blocking()
     making = asyncio.create_task(make(client, "twice"))
-    while not backend.log.is_running(RequestKey("twice")):
+    while not backend.log.is_in_flight(RequestKey("twice")):
         await asyncio.sleep(0)
     response = await make(client, "twice")
     making.cancel()

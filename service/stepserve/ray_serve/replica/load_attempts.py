@@ -1,4 +1,4 @@
-"""When a model that could not be loaded is tried again, and what is told of it until then."""
+"""When a model that could not be loaded is tried again, and what is said of it until then."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class LoadAttempts:
         """Why it is not loaded, and when it is tried again; empty where nothing went wrong."""
         if not self._reason:
             return ""
-        return f"cannot be loaded: {self._reason}; {self.prospect}"
+        return f"cannot be loaded: {self._reason}; {self.next_try}"
 
     @property
-    def prospect(self) -> str:
+    def next_try(self) -> str:
         """When it is tried again."""
         seconds = math.ceil(self.retry_after_s)
         if not seconds:

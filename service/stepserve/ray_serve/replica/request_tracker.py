@@ -1,4 +1,4 @@
-"""The requests of one replica by id and owner: handed in, followed, asked after, given up."""
+"""The requests of one replica by id and owner: submitted, followed, asked after, cancelled."""
 
 from __future__ import annotations
 
@@ -6,38 +6,37 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from stepserve.domain.errors import GenerationFailedError
-from stepserve.domain.events import Event, Failed
+from stepserve.domain.errors import GenerationFailedError, RequestIdInUseError, StoppedError
+from stepserve.domain.events import Event, Failed, Finished
 from stepserve.domain.progress import Progress
-from stepserve.domain.request_log import NumberedEvent, RequestLog
+from stepserve.domain.request_log import NumberedEvent, RequestLog, RequestRecord
 from stepserve.domain.requests import GenerationRequest, RequestKey
-from stepserve.routing.reports import Job, Report, StepCost, job_of, size_of
+from stepserve.ray_serve.replica.heartbeats import IngressHeartbeats
+from stepserve.routing.reports import Report, StepCost, job_of, size_of
 
 if TYPE_CHECKING:
     from stepserve.pipelines.serving.runner import PipelineRunner
 
 logger = logging.getLogger(__name__)
 
-STEP_BACK_S = 2.0
-"""How long a request waits for one of the same id that was given up to reach its next step."""
+CANCELLING_S = 2.0
+"""How long a request waits for a cancelled one of the same id to reach its next step."""
 
 LEAVING_S = 1.0
-"""How long a request waits for one of the same id to be given up: its client may have left just
+"""How long a request waits for one of the same id to be cancelled: its client may have left just
 now, and that shows only when it is written to."""
-
-EventQueue = asyncio.Queue[Event]
 
 
 class Watcher(Protocol):
     """Hears of requests and of what happens to them; must return at once."""
 
     def begin(self, request: GenerationRequest) -> None:
-        """A request is about to be handed in."""
+        """A request is about to be submitted to the engine."""
         ...
 
     def hear(self, key: RequestKey, event: Event) -> None:
@@ -46,7 +45,7 @@ class Watcher(Protocol):
 
 
 class NotWatched:
-    """Nobody cares."""
+    """Nobody watches."""
 
     def begin(self, request: GenerationRequest) -> None:
         """Ignored."""
@@ -62,7 +61,8 @@ class RequestTracker:
     """Between an event loop, whose calls these are, and the engine's threads.
 
     Args:
-        leaving_s: how long a request waits for one of the same id that is at work.
+        leaving_s: how long a request waits for one of the same id that is in flight.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -70,52 +70,60 @@ class RequestTracker:
         runner: PipelineRunner,
         watcher: Watcher = NOT_WATCHED,
         leaving_s: float = LEAVING_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
-        self._leaving_s = leaving_s
         self._watcher = watcher
-        self._log = RequestLog(time.monotonic, time.time)
-        self._queues: dict[RequestKey, EventQueue] = {}
-        self._given_up: set[RequestKey] = set()
-        self._jobs: dict[RequestKey, Job] = {}
+        self._leaving_s = leaving_s
+        self._clock = clock
+        self._log = RequestLog(clock, time.time)
+        self._heartbeats = IngressHeartbeats(clock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._posted: deque[tuple[RequestKey, Event]] = deque()
         self._collecting = False
-        # Replaced at every event: whoever waits for news waits for the one there is now.
-        self._news: dict[RequestKey, asyncio.Event] = {}
 
-    async def submit(self, request: GenerationRequest) -> EventQueue:
-        """Hand a request in; its events come in order, the last one is its end.
+    async def submit(
+        self, request: GenerationRequest, ingress: str = ""
+    ) -> AsyncGenerator[Event, None]:
+        """Submit a request, and yield its events in order; the last one is its end.
 
-        Raises:
-            RequestIdInUseError: a request of that id and owner is still at work.
+        Closing this, or cancelling whoever reads it, cancels the request; so does an `ingress` of
+        that id that is not heard from any more.
         """
-        key = request.key
-        await self._let_step_back(key)
-        self._log.open(request)
-        queue = self._queues[key] = EventQueue()
-        self._jobs[key] = job_of(request, self._runner.guidance)
-        self._loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
         try:
-            self._watcher.begin(request)
-            self._runner.submit(request, partial(self._post, key))
-        except Exception as error:
-            # Else its id would be at work for ever, and whoever waits would never hear of an end.
-            logger.exception("request %s cannot be handed in", request.id)
-            message = f"request {request.id} cannot be handed in: {error!r}"
-            self._post(key, Failed(request.id, GenerationFailedError(message)))
-        return queue
+            record = await self._open(request, ingress)
+        except RequestIdInUseError as error:
+            yield Failed(request.id, error)
+            return
+        record.listeners.append(events.put_nowait)
+        self._submit(request)
+        try:
+            while not isinstance(event := await events.get(), Finished | Failed):
+                yield event
+            yield event
+        finally:
+            self._cancel(record)
 
-    def give_up(self, key: RequestKey) -> None:
-        """End a request at its next step. Does nothing if it has ended or is not known."""
-        if self._log.is_running(key):
-            self._given_up.add(key)
-            self._runner.cancel(key)
-            self._tell_news(key)
+    def hear(self, ingress: str) -> None:
+        """Note that an ingress is there."""
+        self._heartbeats.hear(ingress)
+
+    def cancel_orphans(self) -> None:
+        """Cancel the requests whose ingress has been silent for too long: nobody waits for them."""
+        for record in self._log.in_flight():
+            if record.is_orphaned or not record.ingress:
+                continue
+            if self._heartbeats.is_silent(record.ingress):
+                logger.warning("request %s is cancelled: its ingress is gone", record.key.id)
+                record.is_orphaned = True
+                self._cancel(record)
 
     def cancel(self, key: RequestKey) -> Progress | None:
-        """Give up a request, and tell where it stands; None if there is none such."""
-        self.give_up(key)
+        """End a request at its next step, and tell where it stands; None if there is none such."""
+        record = self._log.find(key)
+        if record is not None:
+            self._cancel(record)
         return self.progress(key)
 
     def progress(self, key: RequestKey) -> Progress | None:
@@ -123,23 +131,26 @@ class RequestTracker:
         progress = self._log.progress(key)
         if progress is None or progress.ended:
             return progress
-        outlook = self._runner.estimator_of(key)
-        if outlook is None:
+        estimate = self._runner.estimator_of(key)
+        if estimate is None:
             return progress
-        position, expected_s = outlook
+        position, expected_s = estimate
         return replace(progress, position=position, expected_s=expected_s)
 
     def report(self) -> Report:
-        """What routers should know of what is in hand, and of what steps cost here."""
-        engine = self._runner.engine
+        """What routers should know of the requests in flight, and of what steps cost here."""
+        engine, guidance = self._runner.engine, self._runner.guidance
         steps = engine.steps_left()
+        requests = (record.request for record in self._log.in_flight())
         return Report(
             jobs=tuple(
-                replace(job, steps=steps[key]) for key, job in self._jobs.items() if key in steps
+                replace(job_of(request, guidance), steps=steps[request.key])
+                for request in requests
+                if request is not None and request.key in steps
             ),
             costs={_size(size): StepCost(*cost) for size, cost in engine.step_costs().items()},
             image_limit=engine.options.max_pending_images,
-            guidance=self._runner.guidance,
+            guidance=guidance,
         )
 
     async def events(
@@ -149,11 +160,38 @@ class RequestTracker:
 
         None if its owner has no such request.
         """
-        events = self._log.events_since(key, number)
-        if events or events is None or not self._log.is_running(key):
+        record, events = self._log.find(key), self._log.events_since(key, number)
+        if record is None or events or record.progress.ended:
             return events
-        await self._wait_for_news(key, wait_s)
+        await _wait_for_event(record, wait_s)
         return self._log.events_since(key, number)
+
+    async def _open(self, request: GenerationRequest, ingress: str) -> RequestRecord:
+        """A record of a request; one of the same id that is about to end is waited for.
+
+        Raises:
+            RequestIdInUseError: a request of that id and owner is still in flight.
+        """
+        if ingress:
+            self._heartbeats.hear(ingress)
+        await self._wait_until_free(request.key)
+        return self._log.open(request, ingress)
+
+    def _submit(self, request: GenerationRequest) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._watcher.begin(request)
+            self._runner.submit(request, partial(self._post, request.key))
+        except Exception as error:
+            # Else its id would be in use for ever, and whoever waits would never hear of an end.
+            logger.exception("request %s cannot be submitted", request.id)
+            message = f"request {request.id} cannot be submitted: {error!r}"
+            self._post(request.key, Failed(request.id, GenerationFailedError(message)))
+
+    def _cancel(self, record: RequestRecord) -> None:
+        if not record.progress.ended:
+            record.is_cancelled = True
+            self._runner.cancel(record.key)
 
     def _post(self, key: RequestKey, event: Event) -> None:
         """Called by the engine's threads at every step of every request: must cost next to nothing.
@@ -173,38 +211,36 @@ class RequestTracker:
             self._hear(*self._posted.popleft())
 
     def _hear(self, key: RequestKey, event: Event) -> None:
-        self._log.add(key, event)
+        record = self._log.find(key)
+        if record is not None and record.is_orphaned and isinstance(event, Failed):
+            event = Failed(key.id, StoppedError("cancelled: lost contact with the ingress"))
         self._watcher.hear(key, event)
-        queue = self._queues.get(key)
-        if queue is not None:
-            queue.put_nowait(event)
-        if not self._log.is_running(key):
-            self._queues.pop(key, None)
-            self._jobs.pop(key, None)
-            self._given_up.discard(key)
-        self._tell_news(key)
+        self._log.add(key, event)
 
-    def _tell_news(self, key: RequestKey) -> None:
-        news = self._news.pop(key, None)
-        if news is not None:
-            news.set()
-
-    async def _let_step_back(self, key: RequestKey) -> None:
+    async def _wait_until_free(self, key: RequestKey) -> None:
         """A client that left and comes again must not be told that it is still here."""
-        began_s = time.monotonic()
-        while self._log.is_running(key):
-            patience_s = STEP_BACK_S if key in self._given_up else self._leaving_s
-            left_s = began_s + patience_s - time.monotonic()
+        began_s = self._clock()
+        while (record := self._log.find(key)) is not None and not record.progress.ended:
+            patience_s = CANCELLING_S if record.is_cancelled else self._leaving_s
+            left_s = began_s + patience_s - self._clock()
             if left_s <= 0:
                 return
-            await self._wait_for_news(key, left_s)
+            await _wait_for_event(record, left_s)
 
-    async def _wait_for_news(self, key: RequestKey, wait_s: float) -> None:
-        news = self._news.setdefault(key, asyncio.Event())
-        try:
-            await asyncio.wait_for(news.wait(), wait_s)
-        except TimeoutError:
-            return
+
+async def _wait_for_event(record: RequestRecord, wait_s: float) -> None:
+    heard = asyncio.Event()
+
+    def listener(event: Event) -> None:
+        heard.set()
+
+    record.listeners.append(listener)
+    try:
+        await asyncio.wait_for(heard.wait(), wait_s)
+    except TimeoutError:
+        return
+    finally:
+        record.listeners.remove(listener)
 
 
 def _size(size: object) -> str:
