@@ -23,14 +23,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from loadtests import scenarios
-from loadtests.client import DEFAULT_GIVE_UP_S, Target, open_session
-from loadtests.facts import describe, take_facts
-from loadtests.measures import Line, Unloaded, make_targets, summarize
-from loadtests.plots import plot_bench
-from loadtests.scenarios import Bench, shown
-from loadtests.trace import MIXES, Mix, draw_gaps, draw_trace, read_trace, weigh_sizes
-from loadtests.watch import served_model
+from loadtests.load import scenarios
+from loadtests.load.client import DEFAULT_GIVE_UP_S, Target, open_session
+from loadtests.load.scenarios import Bench, shown
+from loadtests.load.trace import MIXES, Mix, draw_gaps, draw_trace, read_trace, weigh_sizes
+from loadtests.load.watch import served_model
+from loadtests.results.facts import describe, take_facts
+from loadtests.results.measures import Line, Unloaded, make_targets, summarize
+from loadtests.results.plots import plot_bench
 
 DEFAULT_SCENARIOS = ("offline", "sweep", "knee", "overload")
 OVERLOAD_REQUESTS = 20_000

@@ -37,13 +37,13 @@ import torch
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 
-from loadtests import scenarios
-from loadtests.client import Target, open_session, send_windowed
-from loadtests.contenders import FULL_QUEUE, contenders, running
 from loadtests.engine_bench import denoiser_step_s, over_neighbours
-from loadtests.facts import take_facts
-from loadtests.measures import steady_per_s
-from loadtests.trace import HOMOGENEOUS, MIXED, TraceRequest, draw_trace
+from loadtests.load import scenarios
+from loadtests.load.client import Target, open_session, send_windowed
+from loadtests.load.contenders import FULL_QUEUE, contenders, running
+from loadtests.load.trace import HOMOGENEOUS, MIXED, TraceRequest, draw_trace
+from loadtests.results.facts import take_facts
+from loadtests.results.measures import steady_per_s
 
 # Sampling takes CPU time from a machine that has none left.
 SAMPLES_PER_S = 15

@@ -28,15 +28,15 @@ from typing import Any
 import aiohttp
 import psutil
 
-from loadtests import scenarios
 from loadtests.bench import write_unloaded
-from loadtests.client import Status, Target, open_session
-from loadtests.contenders import contenders, running
-from loadtests.facts import take_facts
-from loadtests.measures import Run, latency_by_second, make_targets, slope_per_s, summarize
-from loadtests.scenarios import Bench
-from loadtests.trace import MIXED, arrivals_through, draw_gaps, draw_trace
-from loadtests.watch import served_model
+from loadtests.load import scenarios
+from loadtests.load.client import Status, Target, open_session
+from loadtests.load.contenders import contenders, running
+from loadtests.load.scenarios import Bench
+from loadtests.load.trace import MIXED, arrivals_through, draw_gaps, draw_trace
+from loadtests.load.watch import served_model
+from loadtests.results.facts import take_facts
+from loadtests.results.measures import Run, latency_by_second, make_targets, slope_per_s, summarize
 
 LOOK_EVERY_S = 5.0
 LATENCY_WINDOW_S = 10.0

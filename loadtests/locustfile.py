@@ -26,10 +26,14 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 from requests.exceptions import Timeout
 
-from loadtests.http_shape import EDITS, GENERATIONS, REFUSED, read_server_timing
-from loadtests.response_checks import complaint_about_image, complaint_about_images, read_events
-from loadtests.shapes import SHAPES, users_at
-from loadtests.trace import Mix, TraceRequest, draw_trace
+from loadtests.load.http_shape import EDITS, GENERATIONS, REFUSED, read_server_timing
+from loadtests.load.response_checks import (
+    complaint_about_image,
+    complaint_about_images,
+    read_events,
+)
+from loadtests.load.shapes import SHAPES, users_at
+from loadtests.load.trace import Mix, TraceRequest, draw_trace
 
 BURST = 4
 EDITS_OF_AN_IMAGE = 3

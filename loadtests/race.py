@@ -29,10 +29,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from loadtests import scenarios
 from loadtests.bench import read_unloaded, write_unloaded
-from loadtests.client import Target, open_session
-from loadtests.contenders import (
+from loadtests.load import scenarios
+from loadtests.load.client import Target, open_session
+from loadtests.load.contenders import (
     FULL_QUEUE,
     OPENMP,
     PEERS_PYTHON,
@@ -41,12 +41,12 @@ from loadtests.contenders import (
     on_cuda,
     running,
 )
-from loadtests.facts import take_facts
-from loadtests.measures import make_targets
+from loadtests.load.scenarios import Bench
+from loadtests.load.trace import HOMOGENEOUS, MIXED, Mix, draw_gaps, draw_trace, weigh_sizes
+from loadtests.load.watch import served_model
 from loadtests.report import BATCHING, OURS, homogeneous, knee_of_turn, throughput
-from loadtests.scenarios import Bench
-from loadtests.trace import HOMOGENEOUS, MIXED, Mix, draw_gaps, draw_trace, weigh_sizes
-from loadtests.watch import served_model
+from loadtests.results.facts import take_facts
+from loadtests.results.measures import make_targets
 
 REFERENCE = "fastapi-lock"
 """One at a time, with nothing but diffusers and an HTTP server: others are compared with it."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtests.facts import describe
-from loadtests.plots import plot_bars, plot_bench, plot_lines
-from loadtests.scenarios import shown
+from loadtests.load.scenarios import shown
+from loadtests.results.facts import describe
+from loadtests.results.plots import plot_bars, plot_bench, plot_lines
 
 OURS, ONE_AT_A_TIME, BATCHING = "ours", "one-at-a-time", "batching"
 

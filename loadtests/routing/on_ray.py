@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from loadtests import bench
-from loadtests.contenders import contenders, running
-from loadtests.facts import take_facts
+from loadtests.load.contenders import contenders, running
+from loadtests.results.facts import take_facts
 
 ROUTINGS = ("power-of-two", "expected-finish")
 REPLICAS = 2

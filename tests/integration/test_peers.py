@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from loadtests.client import Target, body_of, open_session
-from loadtests.contenders import contenders, running
-from loadtests.http_shape import GENERATIONS
+from loadtests.load.client import Target, body_of, open_session
+from loadtests.load.contenders import contenders, running
+from loadtests.load.http_shape import GENERATIONS
+from loadtests.load.scenarios import wait_until_serving
+from loadtests.load.trace import TraceRequest
 from loadtests.peers.common import ImageRequest, PeerSettings, load_pipeline, make_batch
-from loadtests.scenarios import wait_until_serving
-from loadtests.trace import TraceRequest
 
 REQUEST = TraceRequest("red heart", "48x64", 4, 4.0, "EulerDiscreteScheduler", seed=3, n=2)
 CLOSE = 0.2

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from loadtests.client import (
+from loadtests.load.client import (
     Patience,
     Status,
     Target,
@@ -23,8 +23,8 @@ from loadtests.client import (
     send_open_loop,
     send_windowed,
 )
-from loadtests.http_shape import EDITS, GENERATIONS, read_server_timing
-from loadtests.trace import HOMOGENEOUS, arrivals_at, draw_trace
+from loadtests.load.http_shape import EDITS, GENERATIONS, read_server_timing
+from loadtests.load.trace import HOMOGENEOUS, arrivals_at, draw_trace
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 TRACE = draw_trace(HOMOGENEOUS, 20, 0)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from loadtests.client import Outcome, Status
 from loadtests.endurance import faults_of, growth_of, main, parse_options, slowdown_of
-from loadtests.measures import Run
-from loadtests.trace import HOMOGENEOUS, draw_trace
+from loadtests.load.client import Outcome, Status
+from loadtests.load.trace import HOMOGENEOUS, draw_trace
+from loadtests.results.measures import Run
 
 OPTIONS = parse_options([])
 

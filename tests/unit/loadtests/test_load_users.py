@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from loadtests.response_checks import complaint_about_images, read_events
-from loadtests.shapes import SHAPES, users_at
+from loadtests.load.response_checks import complaint_about_images, read_events
+from loadtests.load.shapes import SHAPES, users_at
 
 
 def encoded(width: int = 64, height: int = 64, cut: int = 0) -> str:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.client import Outcome, Status
-from loadtests.measures import (
+from loadtests.load.client import Outcome, Status
+from loadtests.load.trace import HOMOGENEOUS, MIXED, draw_trace
+from loadtests.results.measures import (
     LatencyTarget,
     Line,
     Run,
@@ -27,7 +28,6 @@ from loadtests.measures import (
     summarize,
     summarize_overload,
 )
-from loadtests.trace import HOMOGENEOUS, MIXED, draw_trace
 
 TARGET = LatencyTarget("3x", share=0.9, factor=3)
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from loadtests.load.trace import HOMOGENEOUS, MIXED
 from loadtests.race import added_to, known_to, mixes, new_report, parse_options
-from loadtests.trace import HOMOGENEOUS, MIXED
 
 
 def test_by_default_all_race_on_the_cpu() -> None:

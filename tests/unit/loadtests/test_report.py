@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from loadtests.bench import has_void, parse_options, print_table
-from loadtests.client import Outcome, Status
-from loadtests.contenders import Contender, contenders, running
-from loadtests.measures import Run, make_targets, summarize, summarize_overload
+from loadtests.load.client import Outcome, Status
+from loadtests.load.contenders import Contender, contenders, running
+from loadtests.load.trace import MIXED, draw_trace
 from loadtests.race import REFERENCE, finalists, in_order
 from loadtests.race import parse_options as parse_race_options
 from loadtests.report import goals, main
-from loadtests.trace import MIXED, draw_trace
+from loadtests.results.measures import Run, make_targets, summarize, summarize_overload
 
 TARGETS = make_targets(2.0)
 FACTS = {

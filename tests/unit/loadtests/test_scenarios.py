@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadtests.scenarios import LEAST_KNEE_RUN_S, long_enough
-from loadtests.trace import arrivals_at, draw_gaps
+from loadtests.load.scenarios import LEAST_KNEE_RUN_S, long_enough
+from loadtests.load.trace import arrivals_at, draw_gaps
 
 
 @pytest.mark.parametrize("rate_per_s", [0.3, 2.0, 9.0])

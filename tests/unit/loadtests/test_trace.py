@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.trace import (
+from loadtests.load.trace import (
     HOMOGENEOUS,
     MIXED,
     Mix,

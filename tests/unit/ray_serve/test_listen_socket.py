@@ -20,7 +20,7 @@ from stepserve.ray_serve.listen_socket import (
     rest,
 )
 
-from loadtests.contenders import free_port
+from loadtests.load.contenders import free_port
 
 HOST = "127.0.0.1"
 GREETER = """

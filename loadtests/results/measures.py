@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from loadtests.client import Outcome, Status
-from loadtests.trace import TraceRequest, offered_rate_per_s
+from loadtests.load.client import Outcome, Status
+from loadtests.load.trace import TraceRequest, offered_rate_per_s
 
 LEAST_ACHIEVED = 0.99
 """A run that sent at less than this share of the offered rate is void."""

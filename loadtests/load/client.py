@@ -23,8 +23,8 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from loadtests.http_shape import EDITS, EXPIRED, GENERATIONS, REFUSED, read_server_timing
-from loadtests.trace import TraceRequest
+from loadtests.load.http_shape import EDITS, EXPIRED, GENERATIONS, REFUSED, read_server_timing
+from loadtests.load.trace import TraceRequest
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER_CHARACTERS = 32

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from loadtests.client import (
+from loadtests.load.client import (
     DEFAULT_GIVE_UP_S,
     Outcome,
     Patience,
@@ -21,7 +21,14 @@ from loadtests.client import (
     send_open_loop,
     send_windowed,
 )
-from loadtests.measures import (
+from loadtests.load.trace import (
+    TraceRequest,
+    arrivals_at,
+    arrivals_through,
+    draw_gaps,
+)
+from loadtests.load.watch import watched
+from loadtests.results.measures import (
     LEAST_ACHIEVED,
     LatencyTarget,
     Run,
@@ -35,13 +42,6 @@ from loadtests.measures import (
     summarize,
     summarize_overload,
 )
-from loadtests.trace import (
-    TraceRequest,
-    arrivals_at,
-    arrivals_through,
-    draw_gaps,
-)
-from loadtests.watch import watched
 
 CALIBRATION_STEPS = (4, 24)
 SWEEP_FACTORS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5, 2.0)

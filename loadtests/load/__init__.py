@@ -1,0 +1,1 @@
+"""The requests that load tests send, who sends them, and what comes back."""

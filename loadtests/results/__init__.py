@@ -1,0 +1,1 @@
+"""What load tests measure, and how it is shown."""
