@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "api"))
 from api_fakes import EMOJI, TIMINGS, FakeBackend, make_app
 from stepserve.api import ApiSettings
 from stepserve.api.auth.keys import ApiKey
-from stepserve.domain.batch import BatchView, RequestInBatch, SharedForward
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.events import (
     Accepted,
@@ -35,6 +34,7 @@ from stepserve.domain.events import (
 )
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.reports import BatchView, RequestInBatch, RowsInForward, SharedForward
 from stepserve.domain.requests import GenerationRequest, Task
 from stepserve.domain.states import RequestState
 
@@ -93,14 +93,14 @@ class SteppingBackend(FakeBackend):
         self.forwards += 1
         shown = RequestInBatch(
             request.id,
-            "",
             RequestState.RUNNING,
             step,
             request.num_inference_steps,
             CLASSIC.rows_of(request),
         )
-        rows = ((request.id, "", CLASSIC.rows_of(request)), ("someone", "else", 1))
-        forward = SharedForward(self.forwards, "unet.forward", rows, 0, 0.02)
+        own_rows = CLASSIC.rows_of(request)
+        rows = (RowsInForward(request.id, own_rows), RowsInForward(None, 1))
+        forward = SharedForward(self.forwards, "unet.forward", own_rows + 1, 0, 0.02, rows)
         before = self.batches[0].forwards if self.batches else ()
         self.batches = [BatchView(32, (shown,), (*before, forward)[-64:])]
 

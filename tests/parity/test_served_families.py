@@ -202,10 +202,10 @@ def assert_router_and_engine_agree(runner: PipelineRunner) -> None:
     served(runner, request)
     job = job_of(request, runner.guidance)
     forwards = [
-        rows
+        part.rows
         for forward in runner.view().forwards
-        for request_id, _, rows in forward.requests
-        if request_id == request.id and forward.module.startswith(("unet", "transformer"))
+        for part in forward.requests
+        if part.id == request.id and forward.module.startswith(("unet", "transformer"))
     ]
     assert set(forwards) == {job.rows}
     calls = runner.guidance.calls_of(request, denoiser_calls(runner.model, request))

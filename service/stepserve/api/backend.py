@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from stepserve.domain.batch import BatchView
 from stepserve.domain.events import Event, Outcome
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.progress import Progress
+from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import GenerationRequest
 
@@ -63,6 +63,6 @@ class Backend(Protocol):
         """
         ...
 
-    async def batch(self, model_id: str) -> Sequence[BatchView]:
-        """Return what each replica of a model has in hand."""
+    async def batch(self, model_id: str, owner: str) -> Sequence[BatchView]:
+        """Return the batch of each replica of a model, without the ids of others' requests."""
         ...

@@ -1,54 +1,20 @@
-"""What an engine reports, gathered on its thread for next to nothing and recorded elsewhere."""
+"""An engine's reports as metrics: kept on the engine's thread, recorded on another."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.states import RequestState
-from stepserve.domain.timings import Timings
 from stepserve.telemetry import catalogue as c
 from stepserve.telemetry.instruments import Instruments
 
 Item = TypeVar("Item")
 
 DENOISE = "denoise"
-
-
-class Forward(Protocol):
-    """One shared forward that succeeded."""
-
-    @property
-    def stage(self) -> str: ...  # noqa: D102
-    @property
-    def calls(self) -> int: ...  # noqa: D102
-    @property
-    def rows(self) -> int: ...  # noqa: D102
-    @property
-    def padded_rows(self) -> int: ...  # noqa: D102
-    @property
-    def row_limit(self) -> int: ...  # noqa: D102
-    @property
-    def seconds(self) -> float: ...  # noqa: D102
-    @property
-    def expected_s(self) -> float | None: ...  # noqa: D102
-
-
-class Ending(Protocol):
-    """One piece of work that ended."""
-
-    @property
-    def state(self) -> RequestState: ...  # noqa: D102
-    @property
-    def timings(self) -> Timings: ...  # noqa: D102
-    @property
-    def images(self) -> int: ...  # noqa: D102
-    @property
-    def steps_left(self) -> int: ...  # noqa: D102
-    @property
-    def has_deadline(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -88,50 +54,49 @@ class EngineMetrics:
         self._model = {"model": model}
         self._replica = {"model": model, "replica": replica}
         # Appending and popping at the ends is safe between threads.
-        self._forwards: deque[Forward] = deque()
-        self._endings: deque[Ending] = deque()
-        self._told = Totals()
+        self._forwards: deque[ForwardReport] = deque()
+        self._ends: deque[EndReport] = deque()
+        self._totals = Totals()
 
-    def forward_ended(self, report: Forward) -> None:
-        """A shared forward succeeded."""
+    def forward_ended(self, report: ForwardReport) -> None:
+        """A forward succeeded."""
         self._forwards.append(report)
 
-    def work_ended(self, report: Ending) -> None:
-        """A piece of work was answered."""
-        self._endings.append(report)
+    def request_ended(self, report: EndReport) -> None:
+        """A request ended."""
+        self._ends.append(report)
 
-    def started(self) -> None:
-        """The replica is warm."""
+    def started(self, totals: Totals) -> None:
+        """The replica is warm. What `totals` holds by now is not counted."""
+        self._totals = totals
         self._to.count(c.REPLICA_STARTS, 1, self._model)
 
     def flush(self, totals: Totals, standing: Standing) -> None:
         """Record what was heard, and how things stand now. Not on the engine's thread."""
         self._record_forwards(list(_taken(self._forwards)))
-        for ending in _taken(self._endings):
-            self._record_ending(ending)
+        for end in _taken(self._ends):
+            self._record_end(end)
         self._record_totals(totals)
         self._record_standing(standing)
 
-    def _record_forwards(self, forwards: list[Forward]) -> None:
+    def _record_forwards(self, forwards: list[ForwardReport]) -> None:
         for forward in forwards:
             self._observe_forward(forward)
-        sums: dict[c.Metric, Counter[str]] = {}
-        for metric, name in (
-            (c.CALLS, "calls"),
-            (c.ROWS, "rows"),
-            (c.PADDED_ROWS, "padded_rows"),
-            (c.FORWARD_SECONDS, "seconds"),
-        ):
-            sums[metric] = Counter()
-            for forward in forwards:
-                sums[metric][forward.stage] += getattr(forward, name)
-        sums[c.FORWARDS] = Counter(forward.stage for forward in forwards)
-        for metric, by_stage in sums.items():
-            for stage, amount in by_stage.items():
-                self._to.count(metric, amount, self._of(stage))
-        self._to.count(c.STEPS, sums[c.CALLS][DENOISE], self._model)
+        sums: defaultdict[tuple[c.Metric, str], float] = defaultdict(float)
+        for forward in forwards:
+            for metric, amount in (
+                (c.FORWARDS, 1),
+                (c.CALLS, len(forward.requests)),
+                (c.ROWS, forward.rows),
+                (c.PADDED_ROWS, forward.padded_rows),
+                (c.FORWARD_SECONDS, forward.seconds),
+            ):
+                sums[metric, forward.stage] += amount
+        for (metric, stage), amount in sums.items():
+            self._to.count(metric, amount, self._of(stage))
+        self._to.count(c.STEPS, sums[c.CALLS, DENOISE], self._model)
 
-    def _observe_forward(self, forward: Forward) -> None:
+    def _observe_forward(self, forward: ForwardReport) -> None:
         labels = self._of(forward.stage)
         self._to.observe(c.BATCH_ROWS, forward.rows, labels)
         if forward.stage == DENOISE:
@@ -141,21 +106,21 @@ class EngineMetrics:
             error = abs(forward.expected_s - forward.seconds) / forward.seconds
             self._to.observe(c.COST_ERROR, error, labels)
 
-    def _record_ending(self, ending: Ending) -> None:
-        timings, outcome = ending.timings, {**self._model, "outcome": ending.state.value}
+    def _record_end(self, end: EndReport) -> None:
+        timings, outcome = end.timings, {**self._model, "outcome": end.state.value}
         self._to.count(c.REQUESTS, 1, outcome)
         self._to.observe(c.REQUEST_SECONDS, timings.total_s, outcome)
         self._to.observe(c.QUEUE_SECONDS, timings.queue_s, self._model)
-        if ending.state is RequestState.FINISHED:
-            self._record_finished(ending)
-        elif ending.state in (RequestState.CANCELLED, RequestState.EXPIRED):
-            self._to.count(c.STEPS_SAVED, ending.steps_left, self._model)
-        if ending.has_deadline:
-            self._record_deadline(ending.state)
+        if end.state is RequestState.FINISHED:
+            self._record_finished(end)
+        elif end.state in (RequestState.CANCELLED, RequestState.EXPIRED):
+            self._to.count(c.STEPS_SAVED, end.steps_left, self._model)
+        if end.has_deadline:
+            self._record_deadline(end.state)
 
-    def _record_finished(self, ending: Ending) -> None:
-        timings = ending.timings
-        self._to.count(c.IMAGES, ending.images, self._model)
+    def _record_finished(self, end: EndReport) -> None:
+        timings = end.timings
+        self._to.count(c.IMAGES, end.images, self._model)
         self._to.observe(c.FIRST_STEP_SECONDS, timings.first_step_s, self._model)
         for stage in ("encode", DENOISE, "decode"):
             self._to.observe(c.STAGE_SECONDS, getattr(timings, f"{stage}_s"), self._of(stage))
@@ -166,12 +131,14 @@ class EngineMetrics:
             self._to.count(c.DEADLINES, 1, {**self._model, "result": results[state]})
 
     def _record_totals(self, totals: Totals) -> None:
-        told, self._told = self._told, totals
-        self._to.count(c.RETRIES, totals.retries - told.retries, self._model)
-        self._to.count(c.OUT_OF_MEMORY, totals.out_of_memory - told.out_of_memory, self._model)
-        self._to.count(c.BUSY_SECONDS, totals.busy_s - told.busy_s, self._model)
-        withheld = totals.images_withheld - told.images_withheld
-        self._to.count(c.CONTENT_FILTERED, withheld, self._model)
+        before, self._totals = self._totals, totals
+        for metric, amount in (
+            (c.RETRIES, totals.retries - before.retries),
+            (c.OUT_OF_MEMORY, totals.out_of_memory - before.out_of_memory),
+            (c.BUSY_SECONDS, totals.busy_s - before.busy_s),
+            (c.CONTENT_FILTERED, totals.images_withheld - before.images_withheld),
+        ):
+            self._to.count(metric, amount, self._model)
 
     def _record_standing(self, standing: Standing) -> None:
         values = {

@@ -1,8 +1,8 @@
-"""The spans of one replica's requests, made from what its engine and its events tell.
+"""The spans of one replica's requests, made from its engine's reports and from their events.
 
 One span for each request, below the span that its trace context names, with children for its wait,
-its encoding, its denoising, its decoding and its files. Forwards with the same companions in a row
-are one denoising span, linked to the spans of those companions.
+its encoding, its denoising, its decoding and its files. Denoising forwards in a row that the same
+requests shared are one span, linked to the spans of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from statistics import mean
 
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Link, Span, Status, StatusCode
@@ -20,77 +20,37 @@ from opentelemetry.trace.propagation import set_span_in_context
 
 from stepserve import __version__
 from stepserve.domain.events import Accepted, Event, Failed, Finished
+from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import GenerationRequest, RequestKey
-from stepserve.domain.timings import Timings
 from stepserve.telemetry.engine_metrics import DENOISE
 from stepserve.telemetry.tracing import NAME, carried_context
 
 MOST_SPANS = 32
-"""Of the denoising of one request: with more changes of company the last one goes on to the end."""
+"""Most denoising spans of one request: where others join and leave more often, the last is long."""
 
 DENOISING = (DENOISE, "control")
 TEXT_ENCODER = "text_encoder"
 
 Attributes = Mapping[str, str | int | float]
-
-
-class Forward(Protocol):
-    """One shared forward that succeeded."""
-
-    @property
-    def stage(self) -> str: ...  # noqa: D102
-    @property
-    def module(self) -> str: ...  # noqa: D102
-    @property
-    def requests(self) -> Sequence[tuple[str, str, int]]: ...  # noqa: D102
-    @property
-    def ended_s(self) -> float: ...  # noqa: D102
-    @property
-    def seconds(self) -> float: ...  # noqa: D102
-
-
-class Ending(Protocol):
-    """One piece of work that ended."""
-
-    @property
-    def key(self) -> RequestKey: ...  # noqa: D102
-    @property
-    def ended_s(self) -> float: ...  # noqa: D102
-    @property
-    def timings(self) -> Timings: ...  # noqa: D102
-
-
-@dataclass
-class Company:
-    """Denoising forwards in a row that a request had with the same companions."""
-
-    companions: set[RequestKey]
-    began_s: float
-    ended_s: float
-    first_step: int
-    steps: int = 0
-    forwards: int = 0
-    rows: int = 0
-    links: dict[int, Link] = field(default_factory=dict)
+Shared = tuple[ForwardReport, dict[RequestKey, Span]]
+"""A forward, and the spans of the traced requests that shared it."""
 
 
 @dataclass
 class TracedRequest:
-    """A request at work: its span, and what is known of it so far."""
+    """The span of a request, and what was heard of it so far."""
 
     span: Span
-    steps: int = 0
-    spans: int = 0
-    company: Company | None = None
-    work_ended_s: float | None = None
+    forwards: list[Shared] = field(default_factory=list)
     is_accepted: bool = False
-    ending: Finished | Failed | None = None
-    ended_s: float = 0.0
+    end: EndReport | None = None
+    outcome: Finished | Failed | None = None
+    outcome_s: float = 0.0
 
     @property
     def is_over(self) -> bool:
-        """Whether everything has been heard: a request that was refused was never at work."""
-        return self.ending is not None and (self.work_ended_s is not None or not self.is_accepted)
+        """Whether everything was heard: of a refused request the engine reports no end."""
+        return self.outcome is not None and (self.end is not None or not self.is_accepted)
 
 
 class RequestTraces:
@@ -141,17 +101,17 @@ class RequestTraces:
             case Accepted():
                 self._heard.append(partial(self._accepted, key))
             case Finished() | Failed():
-                self._heard.append(partial(self._ended, key, event, self._clock()))
+                self._heard.append(partial(self._outcome, key, event, self._clock()))
 
-    def forward_ended(self, report: Forward) -> None:
+    def forward_ended(self, report: ForwardReport) -> None:
         """A shared forward succeeded."""
         if self._requests or self._heard:
             self._heard.append(partial(self._forward, report))
 
-    def work_ended(self, report: Ending) -> None:
+    def request_ended(self, report: EndReport) -> None:
         """The engine is done with a request."""
         if self._requests or self._heard:
-            self._heard.append(partial(self._work_ended, report))
+            self._heard.append(partial(self._request_ended, report))
 
     def flush(self) -> None:
         """Make spans of what was heard. Not on the engine's thread."""
@@ -163,8 +123,7 @@ class RequestTraces:
         self.flush()
         now_s = self._clock()
         for traced in self._requests.values():
-            self._end_co_batching(traced)
-            traced.span.end(self._ns(now_s))
+            self._end(traced, now_s)
         self._requests.clear()
         self._provider.shutdown()
 
@@ -172,83 +131,70 @@ class RequestTraces:
         if traced := self._requests.get(key):
             traced.is_accepted = True
 
-    def _forward(self, report: Forward) -> None:
-        names = {RequestKey(request_id, owner) for request_id, owner, _ in report.requests}
-        for key in names & self._requests.keys():
-            traced = self._requests[key]
-            if report.stage in DENOISING:
-                self._denoise(traced, names - {key}, report)
-            else:
-                self._end_co_batching(traced)
-                began_s = report.ended_s - report.seconds
-                module: dict[str, str | int | float] = {
-                    "stepserve.module": report.module,
-                    "stepserve.companions": len(names) - 1,
-                }
-                self._child(traced, _span_name(report), (began_s, report.ended_s), module)
+    def _forward(self, report: ForwardReport) -> None:
+        keys = [key for key, _ in report.requests if key in self._requests]
+        spans = {key: self._requests[key].span for key in keys}
+        for key in keys:
+            self._requests[key].forwards.append((report, spans))
 
-    def _denoise(self, traced: TracedRequest, companions: set[RequestKey], report: Forward) -> None:
-        company = traced.company
-        changed = company is None or company.companions != companions
-        if company is None or (changed and traced.spans < MOST_SPANS):
-            self._end_co_batching(traced)
-            began_s = report.ended_s - report.seconds
-            traced.spans += 1
-            company = Company(companions, began_s, report.ended_s, first_step=traced.steps + 1)
-            traced.company = company
-        company.companions = companions
-        company.ended_s = report.ended_s
-        company.forwards += 1
-        company.rows += sum(rows for _, _, rows in report.requests)
-        evaluations = report.stage == DENOISE
-        company.steps += evaluations
-        traced.steps += evaluations
-        if changed:
-            self._link(company, companions)
+    def _request_ended(self, report: EndReport) -> None:
+        if traced := self._requests.get(report.key):
+            traced.end = report
+            self._end_if_over(report.key, traced)
 
-    def _link(self, company: Company, companions: set[RequestKey]) -> None:
-        for key in companions & self._requests.keys():
-            context = self._requests[key].span.get_span_context()
-            attributes = {"stepserve.request_id": key.id}
-            company.links.setdefault(context.span_id, Link(context, attributes))
-
-    def _end_co_batching(self, traced: TracedRequest) -> None:
-        company, traced.company = traced.company, None
-        if company is None:
-            return
-        attributes = {
-            "stepserve.first_step": company.first_step,
-            "stepserve.steps": company.steps,
-            "stepserve.companions": len(company.companions),
-            "stepserve.rows_per_forward": round(company.rows / company.forwards, 2),
-        }
-        times = (company.began_s, company.ended_s)
-        self._child(traced, "denoising", times, attributes, list(company.links.values()))
-
-    def _work_ended(self, report: Ending) -> None:
-        traced = self._requests.get(report.key)
-        if traced is None:
-            return
-        self._end_co_batching(traced)
-        accepted_s = report.ended_s - report.timings.total_s
-        self._child(traced, "queue", (accepted_s, accepted_s + report.timings.queue_s))
-        traced.work_ended_s = report.ended_s
-        self._end_if_over(report.key, traced)
-
-    def _ended(self, key: RequestKey, event: Finished | Failed, now_s: float) -> None:
+    def _outcome(self, key: RequestKey, event: Finished | Failed, now_s: float) -> None:
         if traced := self._requests.get(key):
-            traced.ending, traced.ended_s = event, now_s
+            traced.outcome, traced.outcome_s = event, now_s
             self._end_if_over(key, traced)
 
     def _end_if_over(self, key: RequestKey, traced: TracedRequest) -> None:
-        if not traced.is_over:
-            return
-        if isinstance(traced.ending, Finished) and traced.work_ended_s is not None:
-            times = (traced.work_ended_s, max(traced.work_ended_s, traced.ended_s))
-            self._child(traced, "image encoding", times)
-        _tell_ending(traced.span, traced.ending)
-        traced.span.end(self._ns(traced.ended_s))
-        del self._requests[key]
+        if traced.is_over:
+            self._end(traced, traced.outcome_s)
+            del self._requests[key]
+
+    def _end(self, traced: TracedRequest, ended_s: float) -> None:
+        self._end_stages(traced)
+        self._end_denoising(traced)
+        if traced.end is not None:
+            end = traced.end
+            accepted_s = end.ended_s - end.timings.total_s
+            self._child(traced, "queue", (accepted_s, accepted_s + end.timings.queue_s))
+            if isinstance(traced.outcome, Finished):
+                times = (end.ended_s, max(end.ended_s, ended_s))
+                self._child(traced, "image encoding", times)
+        _set_outcome(traced.span, traced.outcome)
+        traced.span.end(self._ns(ended_s))
+
+    def _end_stages(self, traced: TracedRequest) -> None:
+        """A span for each forward that is no denoising."""
+        for report, _ in traced.forwards:
+            if report.stage not in DENOISING:
+                attributes: Attributes = {
+                    "stepserve.module": report.module,
+                    "stepserve.companions": len(report.requests) - 1,
+                }
+                self._child(traced, _span_name(report), _times(report, report), attributes)
+
+    def _end_denoising(self, traced: TracedRequest) -> None:
+        """A span for all denoising forwards in a row that the same requests shared."""
+        first_step = 1
+        for group in _by_sharing(traced.forwards):
+            reports = [report for report, _ in group]
+            steps = sum(report.stage == DENOISE for report in reports)
+            attributes = {
+                "stepserve.first_step": first_step,
+                "stepserve.steps": steps,
+                "stepserve.companions": len(reports[-1].requests) - 1,
+                "stepserve.rows_per_forward": round(mean(report.rows for report in reports), 2),
+            }
+            others = {k: s for _, spans in group for k, s in spans.items() if s is not traced.span}
+            links = [
+                Link(span.get_span_context(), {"stepserve.request_id": key.id})
+                for key, span in others.items()
+            ]
+            times = _times(reports[0], reports[-1])
+            self._child(traced, "denoising", times, attributes, links)
+            first_step += steps
 
     def _child(
         self,
@@ -272,7 +218,26 @@ class RequestTraces:
         return int((self._epoch_s + at_s) * 1e9)
 
 
-def _span_name(report: Forward) -> str:
+def _by_sharing(forwards: Sequence[Shared]) -> list[list[Shared]]:
+    """Denoising forwards in groups, a new one where others share it, up to MOST_SPANS."""
+    groups: list[list[Shared]] = []
+    latest: set[RequestKey] = set()
+    for report, spans in forwards:
+        if report.stage not in DENOISING:
+            continue
+        sharing = {key for key, _ in report.requests}
+        if sharing != latest and len(groups) < MOST_SPANS:
+            groups.append([])
+        latest = sharing
+        groups[-1].append((report, spans))
+    return groups
+
+
+def _times(first: ForwardReport, last: ForwardReport) -> tuple[float, float]:
+    return first.ended_s - first.seconds, last.ended_s
+
+
+def _span_name(report: ForwardReport) -> str:
     if report.stage == "encode":
         return "text encoding" if report.module.startswith(TEXT_ENCODER) else "input encoding"
     return "decoding"
@@ -293,12 +258,12 @@ def _asked(request: GenerationRequest) -> dict[str, str | int | float]:
     }
 
 
-def _tell_ending(span: Span, ending: Finished | Failed | None) -> None:
-    if isinstance(ending, Finished):
+def _set_outcome(span: Span, outcome: Finished | Failed | None) -> None:
+    if isinstance(outcome, Finished):
         span.set_attribute("stepserve.outcome", "finished")
-        span.set_attribute("stepserve.batch_share", round(ending.timings.batch_share, 4))
-    elif ending is not None:
-        kind = type(ending.error).__name__
+        span.set_attribute("stepserve.batch_share", round(outcome.timings.batch_share, 4))
+    elif outcome is not None:
+        kind = type(outcome.error).__name__
         span.set_attribute("stepserve.outcome", kind)
         # The message of an error may quote what the client wrote.
         span.set_status(Status(StatusCode.ERROR, kind))

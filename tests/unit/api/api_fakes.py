@@ -15,7 +15,6 @@ from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import ApiKey, KeyRing
 from stepserve.api.auth.usage import LocalUsage
 from stepserve.api.results.store import ResultStore
-from stepserve.domain.batch import BatchView
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.events import (
     Accepted,
@@ -32,6 +31,7 @@ from stepserve.domain.fingerprint import Fingerprint
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.domain.progress import Progress
+from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent, RequestLog
 from stepserve.domain.requests import GenerationRequest, RequestKey, Task
 from stepserve.domain.timings import Timings
@@ -144,7 +144,7 @@ class FakeBackend:
             events = self.log.events_since(key, number)
         return events
 
-    async def batch(self, model_id: str) -> Sequence[BatchView]:
+    async def batch(self, model_id: str, owner: str) -> Sequence[BatchView]:
         return self.batches
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from api_fakes import Blocking, FakeBackend
-from stepserve.domain.batch import BatchView, RequestInBatch, SharedForward
 from stepserve.domain.events import Accepted, StepFinished
+from stepserve.domain.reports import BatchView, RequestInBatch, RowsInForward, SharedForward
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState
 
@@ -132,14 +132,13 @@ async def test_an_id_at_work_is_refused_and_one_that_ended_is_not(
     assert response.json()["error"]["code"] == "request_id_in_use"
 
 
-async def test_the_batch_is_shown_without_the_names_of_others(
-    client: httpx.AsyncClient, backend: FakeBackend
-):
+async def test_the_batch_is_shown(client: httpx.AsyncClient, backend: FakeBackend):
     requests = (
-        RequestInBatch("mine", "", RequestState.RUNNING, 3, 20, 2),
-        RequestInBatch("theirs", "team-b", RequestState.QUEUED, 0, 4, 1),
+        RequestInBatch("mine", RequestState.RUNNING, 3, 20, 2),
+        RequestInBatch(None, RequestState.QUEUED, 0, 4, 1),
     )
-    forward = SharedForward(7, "unet.forward", (("mine", "", 2), ("theirs", "team-b", 1)), 5, 0.02)
+    rows = (RowsInForward("mine", 2), RowsInForward(None, 1))
+    forward = SharedForward(7, "unet.forward", 3, 5, 0.02, rows)
     backend.batches = [BatchView(36, requests, (forward,))]
     response = (await client.get("/v1/models/emoji/batch")).json()
 

@@ -181,10 +181,10 @@ def test_the_router_counts_what_the_engine_runs(
     job, work = job_of(wanted, runner.guidance), work_of(runner, wanted)
     image(runner, wanted)
     forwards = [
-        rows
+        part.rows
         for forward in runner.view().forwards
-        for request_id, _, rows in forward.requests
-        if request_id == wanted.id and forward.module.startswith("transformer")
+        for part in forward.requests
+        if part.id == wanted.id and forward.module.startswith("transformer")
     ]
     assert (job.rows, job.steps) == (work.rows, work.steps)
     assert forwards == [job.rows] * job.steps

@@ -4,10 +4,10 @@ import time
 
 import pytest
 from recording import PrometheusInstruments
+from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState
 from stepserve.domain.timings import Timings
-from stepserve.engine.loop.observer import ForwardReport, WorkReport
 from stepserve.telemetry.engine_metrics import EngineMetrics, Standing, Totals
 
 STANDING = Standing(
@@ -35,12 +35,12 @@ def metrics(recorded: PrometheusInstruments) -> EngineMetrics:
 
 
 def forward(stage: str = "denoise", expected_s: float | None = 0.03, rows: int = 4):
-    requests = (("a", "", rows - 1), ("b", "", 1))
-    return ForwardReport(stage, "unet", requests, 9.0, 2, rows, 1, 16, 0.02, expected_s)
+    requests = ((RequestKey("a"), rows - 1), (RequestKey("b"), 1))
+    return ForwardReport(1, stage, "unet", requests, rows, 1, 16, 0.02, expected_s, 9.0)
 
 
-def ending(state: RequestState, steps_left: int = 0, has_deadline: bool = False):
-    return WorkReport(RequestKey("a"), 9.0, state, TIMINGS, 2, steps_left, has_deadline)
+def end(state: RequestState, steps_left: int = 0, has_deadline: bool = False):
+    return EndReport(RequestKey("a"), state, TIMINGS, 2, steps_left, has_deadline, 9.0)
 
 
 def test_forwards_are_added_up(metrics: EngineMetrics, recorded: PrometheusInstruments):
@@ -68,21 +68,22 @@ def test_what_was_flushed_is_not_counted_again(
     metrics: EngineMetrics, recorded: PrometheusInstruments
 ):
     metrics.forward_ended(forward())
+    metrics.started(Totals(retries=1, out_of_memory=1, busy_s=0.5, images_withheld=1))
     metrics.flush(Totals(retries=2, out_of_memory=1, busy_s=1.0, images_withheld=1), STANDING)
     metrics.flush(Totals(retries=3, out_of_memory=1, busy_s=1.5, images_withheld=4), STANDING)
 
     assert recorded.value("stepserve_forwards_total", model="emoji", stage="denoise") == 1
-    assert recorded.value("stepserve_forward_retries_total", model="emoji") == 3
-    assert recorded.value("stepserve_out_of_memory_total", model="emoji") == 1
-    assert recorded.value("stepserve_engine_busy_seconds_total", model="emoji") == 1.5
-    assert recorded.value("stepserve_content_filtered_images_total", model="emoji") == 4
+    assert recorded.value("stepserve_forward_retries_total", model="emoji") == 2
+    assert recorded.value("stepserve_out_of_memory_total", model="emoji") is None
+    assert recorded.value("stepserve_engine_busy_seconds_total", model="emoji") == 1
+    assert recorded.value("stepserve_content_filtered_images_total", model="emoji") == 3
 
 
-def test_endings_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstruments):
-    metrics.work_ended(ending(RequestState.FINISHED, has_deadline=True))
-    metrics.work_ended(ending(RequestState.CANCELLED, steps_left=30, has_deadline=True))
-    metrics.work_ended(ending(RequestState.EXPIRED, steps_left=5, has_deadline=True))
-    metrics.work_ended(ending(RequestState.FAILED, steps_left=7))
+def test_ends_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstruments):
+    metrics.request_ended(end(RequestState.FINISHED, has_deadline=True))
+    metrics.request_ended(end(RequestState.CANCELLED, steps_left=30, has_deadline=True))
+    metrics.request_ended(end(RequestState.EXPIRED, steps_left=5, has_deadline=True))
+    metrics.request_ended(end(RequestState.FAILED, steps_left=7))
     metrics.flush(Totals(), STANDING)
 
     for outcome in ("finished", "cancelled", "expired", "failed"):
@@ -101,7 +102,7 @@ def test_endings_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstrume
 
 
 def test_how_a_replica_stands(metrics: EngineMetrics, recorded: PrometheusInstruments):
-    metrics.started()
+    metrics.started(Totals())
     metrics.flush(Totals(), STANDING)
 
     replica = {"model": "emoji", "replica": "r1"}

@@ -12,10 +12,10 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
 from stepserve.domain.errors import CancelledError, ServerFullError
 from stepserve.domain.events import Accepted, Failed, Finished
+from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.domain.states import RequestState
 from stepserve.domain.timings import Timings
-from stepserve.engine.loop.observer import ForwardReport, WorkReport
 from stepserve.telemetry.request_traces import MOST_SPANS, RequestTraces
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -47,16 +47,16 @@ class Traced:
 
     def forward(self, *names: str, stage: str = "denoise", module: str = "unet.forward") -> None:
         self.now_s += 1.0
-        requests = tuple((name, "", 2) for name in names)
+        requests = tuple((RequestKey(name), 2) for name in names)
         rows = 2 * len(names)
         self.traces.forward_ended(
-            ForwardReport(stage, module, requests, self.now_s, len(names), rows, 0, 16, 1.0, None)
+            ForwardReport(1, stage, module, requests, rows, 0, 16, 1.0, None, self.now_s)
         )
 
     def finish(self, name: str, total_s: float, queue_s: float = 0.5) -> None:
         timings = Timings(queue_s=queue_s, total_s=total_s, batch_share=0.5)
-        self.traces.work_ended(
-            WorkReport(RequestKey(name), self.now_s, RequestState.FINISHED, timings, 1, 0, False)
+        self.traces.request_ended(
+            EndReport(RequestKey(name), RequestState.FINISHED, timings, 1, 0, False, self.now_s)
         )
         self.now_s += 0.25
         self.traces.hear(RequestKey(name), Finished(name, (), timings))
@@ -164,8 +164,8 @@ def test_the_end_may_be_heard_before_the_engine_has_told_its_own(traced: Traced)
     timings = Timings(total_s=1.0)
     traced.traces.hear(RequestKey("a"), Finished("a", (), timings))
     assert traced.spans("generate") == []
-    traced.traces.work_ended(
-        WorkReport(RequestKey("a"), traced.now_s, RequestState.FINISHED, timings, 1, 0, False)
+    traced.traces.request_ended(
+        EndReport(RequestKey("a"), RequestState.FINISHED, timings, 1, 0, False, traced.now_s)
     )
     assert len(traced.spans("generate")) == 1
     assert len(traced.spans("queue")) == 1
@@ -177,9 +177,9 @@ def test_refused_and_cancelled_requests_end_with_an_error(traced: Traced) -> Non
     traced.traces.hear(RequestKey("no"), Failed("no", ServerFullError("full", 1.0)))
     traced.begin("gone")
     traced.forward("gone")
-    traced.traces.work_ended(
-        WorkReport(
-            RequestKey("gone"), 1.0, RequestState.CANCELLED, Timings(total_s=1.0), 1, 19, False
+    traced.traces.request_ended(
+        EndReport(
+            RequestKey("gone"), RequestState.CANCELLED, Timings(total_s=1.0), 1, 19, False, 1.0
         )
     )
     traced.traces.hear(

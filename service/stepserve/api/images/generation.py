@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastapi import Response
@@ -22,7 +22,6 @@ from stepserve.api.images.responses import (
     base64_of,
     images_response,
     parameters_response,
-    timings_response,
     truncation_response,
 )
 from stepserve.domain.errors import CancelledError
@@ -158,7 +157,7 @@ async def _completed_event(
         "usage": NO_USAGE,
         "parameters": parameters_response(call.generation).model_dump(),
         "fingerprint": finished.fingerprint,
-        "timings": timings_response(finished.timings).model_dump(),
+        "timings": asdict(finished.timings),
     }
     if call.ignored_fields:
         told["ignored_fields"] = call.ignored_fields

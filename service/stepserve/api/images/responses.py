@@ -11,12 +11,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from stepserve.api.errors import ErrorDetail, error_detail
-from stepserve.domain.batch import BatchView
 from stepserve.domain.events import CutPrompt, EncodedImage, Finished
 from stepserve.domain.guidance import GuidanceKind
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import Compilation
 from stepserve.domain.progress import Progress
+from stepserve.domain.reports import BatchView
 from stepserve.domain.requests import GenerationRequest, Task
 from stepserve.domain.states import RequestState
 from stepserve.domain.timings import Timings
@@ -60,18 +60,6 @@ class Parameters(BaseModel):
     guidance_end: float
     reproducible: bool
     strength: float | None = Field(default=None, description="Of edits and variations.")
-
-
-class TimingsResponse(BaseModel):
-    """Seconds by stage; `batch_share` is the mean share of a forward's rows that were its own."""
-
-    queue_s: float
-    first_step_s: float
-    encode_s: float
-    denoise_s: float
-    decode_s: float
-    total_s: float
-    batch_share: float
 
 
 _EXAMPLE: dict[str, Any] = {
@@ -130,7 +118,7 @@ class ImagesResponse(BaseModel):
         description="The `short` fingerprint of the model in `GET /v1/models`: where it is the "
         "same, the same parameters give the same images."
     )
-    timings: TimingsResponse
+    timings: Timings
     ignored_fields: list[str] | None = Field(
         default=None, description="Fields that were sent and changed nothing; absent without any."
     )
@@ -280,50 +268,14 @@ class ProgressResponse(BaseModel):
         description="Estimated seconds until it is finished; null where that is not known."
     )
     error: ErrorDetail | None = Field(description="Why there are no images.")
-    timings: TimingsResponse | None = Field(description="Once it is finished.")
-
-
-class RequestInBatchResponse(BaseModel):
-    """A request in flight; another caller's has no id."""
-
-    id: str | None
-    state: RequestState
-    step: int
-    steps: int
-    rows: int
-
-
-class RowsResponse(BaseModel):
-    """How many rows of a forward one request had."""
-
-    id: str | None
-    rows: int
-
-
-class ForwardResponse(BaseModel):
-    """One forward of a module, shared by requests."""
-
-    number: int = Field(description="Counts the forwards of its replica from 1.")
-    module: str
-    rows: int
-    padded_rows: int = Field(description="Padding rows, which belong to no request.")
-    seconds: float
-    requests: list[RowsResponse]
-
-
-class ReplicaBatchResponse(BaseModel):
-    """The running batch of one replica."""
-
-    row_limit: int
-    requests: list[RequestInBatchResponse]
-    forwards: list[ForwardResponse] = Field(description="The latest, oldest first.")
+    timings: Timings | None = Field(description="Once it is finished.")
 
 
 class BatchResponse(BaseModel):
     """What the replicas of a model are working on."""
 
     model: str
-    replicas: list[ReplicaBatchResponse]
+    replicas: list[BatchView]
 
 
 class HealthResponse(BaseModel):
@@ -368,7 +320,7 @@ def images_response(
         seed=request.seed,
         parameters=parameters,
         fingerprint=finished.fingerprint,
-        timings=timings_response(finished.timings),
+        timings=finished.timings,
         ignored_fields=list(ignored_fields) or None,
         prompt_truncated=truncation_response(finished.cut_prompts),
     )
@@ -405,11 +357,6 @@ def parameters_response(request: GenerationRequest) -> Parameters:
     return Parameters.model_validate(told)
 
 
-def timings_response(timings: Timings) -> TimingsResponse:
-    """Seconds by stage."""
-    return TimingsResponse(**asdict(timings))
-
-
 def progress_response(progress: Progress) -> ProgressResponse:
     """Return where a request stands, as its own URL tells it."""
     return ProgressResponse(
@@ -422,45 +369,5 @@ def progress_response(progress: Progress) -> ProgressResponse:
         steps=progress.steps,
         expected_s=progress.expected_s,
         error=None if progress.error is None else error_detail(progress.error, progress.request_id),
-        timings=None if progress.timings is None else timings_response(progress.timings),
-    )
-
-
-def batch_response(model_id: str, views: Sequence[BatchView], caller: str) -> BatchResponse:
-    """Return the running batches of a model's replicas, with the ids of the caller's own requests.
-
-    Requests of others are shown without their names.
-    """
-    return BatchResponse(model=model_id, replicas=[_replica_batch(view, caller) for view in views])
-
-
-def _replica_batch(view: BatchView, caller: str) -> ReplicaBatchResponse:
-    def own(request_id: str, owner: str) -> str | None:
-        return request_id if owner == caller else None
-
-    return ReplicaBatchResponse(
-        row_limit=view.row_limit,
-        requests=[
-            RequestInBatchResponse(
-                id=own(request.id, request.owner),
-                state=request.state,
-                step=request.step,
-                steps=request.steps,
-                rows=request.rows,
-            )
-            for request in view.requests
-        ],
-        forwards=[
-            ForwardResponse(
-                number=forward.number,
-                module=forward.module,
-                rows=forward.rows,
-                padded_rows=forward.padded_rows,
-                seconds=forward.seconds,
-                requests=[
-                    RowsResponse(id=own(i, owner), rows=n) for i, owner, n in forward.requests
-                ],
-            )
-            for forward in view.forwards
-        ],
+        timings=progress.timings,
     )

@@ -9,7 +9,6 @@ from stepserve.api.images.responses import (
     BatchResponse,
     ModelList,
     ModelResponse,
-    batch_response,
     model_response,
 )
 from stepserve.api.openapi import error_responses
@@ -40,5 +39,5 @@ async def show_model(id: str, backend: BackendDep) -> ModelResponse:  # noqa: A0
 async def show_batch(id: str, incoming: IncomingDep) -> BatchResponse:  # noqa: A002
     """Which requests each replica has in flight, and which of them shared its latest forwards."""
     model_id = (await find_model(incoming.backend, id)).capabilities.id
-    views = await incoming.backend.batch(model_id)
-    return batch_response(model_id, views, incoming.caller.name)
+    views = await incoming.backend.batch(model_id, incoming.caller.name)
+    return BatchResponse(model=model_id, replicas=list(views))

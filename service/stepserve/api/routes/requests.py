@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Response
@@ -17,7 +18,6 @@ from stepserve.api.images.responses import (
     ProgressResponse,
     base64_of,
     progress_response,
-    timings_response,
     truncation_response,
 )
 from stepserve.api.openapi import error_responses, event_stream
@@ -195,7 +195,7 @@ def _describe(event: Event) -> tuple[str, dict[str, Any]]:
                 "content_filtered": [
                     image.seed for image in event.images if image.content_filtered
                 ],
-                "timings": timings_response(timings).model_dump(),
+                "timings": asdict(timings),
             }
             if event.cut_prompts:
                 told["prompt_truncated"] = truncation_response(event.cut_prompts)

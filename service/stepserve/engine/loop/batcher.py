@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 
-from stepserve.domain.batch import BatchView, RequestInBatch, SharedForward
 from stepserve.domain.errors import ExpiredError, StoppedError, forget_frames
+from stepserve.domain.reports import (
+    BatchView,
+    EndReport,
+    ForwardReport,
+    RequestInBatch,
+    forward_for,
+    id_for,
+)
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.calls.call import Call, CallKey
 from stepserve.engine.calls.stacking import split, stack
 from stepserve.engine.loop.device_loss import is_device_lost
-from stepserve.engine.loop.observer import NOBODY, ForwardReport, Observer, WorkReport
+from stepserve.engine.loop.observer import Observer
 from stepserve.engine.loop.side_stream import SideStream
 from stepserve.engine.loop.timing import ForwardTiming, WallTiming
 from stepserve.engine.scheduling.cost import CostModel
@@ -132,8 +139,9 @@ class Batcher:
         # Set for pipelines that cannot share: nobody starts before the one at work has ended.
         self.one_at_a_time = False
         self.outlook = CompletionEstimator(self.cost)
-        self.latest_forwards: deque[SharedForward] = deque(maxlen=SHOWN_FORWARDS)
-        self.observer: Observer = NOBODY
+        self.latest_forwards: deque[ForwardReport] = deque(maxlen=SHOWN_FORWARDS)
+        # May be appended to from any thread.
+        self.observers: list[Observer] = []
         self.start_timing: Callable[[Clock], ForwardTiming] = WallTiming
         # Nothing runs any more, as each operation raises.
         self.device_lost = False
@@ -210,12 +218,12 @@ class Batcher:
     def _room(self) -> Room:
         return Room(self.row_limit, self.one_at_a_time)
 
-    def view(self) -> BatchView:
-        """What is in hand, and the latest forwards. May be called from any thread."""
+    def view(self, owner: str = "") -> BatchView:
+        """The batch as `owner` may see it. May be called from any thread."""
         return BatchView(
             row_limit=self.row_limit,
-            requests=tuple(map(_in_batch, [*self.active, *self.queued])),
-            forwards=tuple(self.latest_forwards.copy()),
+            requests=tuple(_in_batch(track, owner) for track in [*self.active, *self.queued]),
+            forwards=tuple(forward_for(owner, report) for report in self.latest_forwards.copy()),
         )
 
     def _drop_expired(self, now_s: float) -> None:
@@ -370,23 +378,23 @@ class Batcher:
             self._account(launched)
 
     def _report(self, launched: Launched, seconds: float) -> ForwardReport:
-        """Before anything is learned from it: what was foretold is told as well."""
+        """Before anything is learned from it, as it says what was predicted."""
         # In the engine's own time, so nothing else is worked out here.
         pairs = zip(launched.group, launched.calls, strict=True)
-        requests = tuple((track.work.id, track.work.owner, call.rows) for track, call in pairs)
+        requests = tuple((track.work.key, call.rows) for track, call in pairs)
         call, rows = launched.calls[0], launched.rows
         shape = call.key.shape
         return ForwardReport(
+            number=self.counters.forwards,
             stage=call.method.stage,
             module=call.method.name,
             requests=requests,
-            ended_s=self.clock(),
-            calls=len(launched.calls),
             rows=rows,
             padded_rows=launched.padded_rows,
             row_limit=self.row_limit,
             seconds=seconds,
             expected_s=self.cost.predict(shape, rows) if self.cost.knows(shape) else None,
+            ended_s=self.clock(),
         )
 
     def _padded_rows(self, calls: Sequence[Call]) -> int:
@@ -443,38 +451,30 @@ class Batcher:
         rows = launched.rows
         self.counters.denoiser_rows += rows
         for track, call in zip(launched.group, launched.calls, strict=True):
-            clockwork = track.clockwork
             track.steps_done += 1
-            clockwork.shares.append(call.rows / rows)
-            clockwork.first_step_s = clockwork.first_step_s or launched.timing.started_s
+            track.shares.append(call.rows / rows)
+            track.first_step_s = track.first_step_s or launched.timing.started_s
             self.outlook.step_ended(track, call)
 
     def _account(self, launched: Launched) -> None:
         """A forward has ended: tell, and learn from it."""
         seconds, rows, call = launched.timing.wait(), launched.rows, launched.calls[0]
+        self.counters.forwards += 1
         report = self._report(launched, seconds)
-        self.observer.forward_ended(report)
+        self.latest_forwards.append(report)
+        for observer in self.observers:
+            observer.forward_ended(report)
         for track in launched.group:
-            stage_s = track.clockwork.stage_s
+            stage_s = track.stage_s
             stage_s[launched.stage] = stage_s.get(launched.stage, 0.0) + seconds
         if launched.stage is Stage.DENOISE:
             self.counters.denoiser_s += seconds
         self.cost.observe(call.key.shape, rows, seconds)
         self.row_limits.succeeded(call, rows)
         self.counters.padded_rows += launched.padded_rows
-        self.counters.forwards += 1
         self.counters.rows += rows
         self.counters.calls += len(launched.calls)
         self.counters.forward_s += seconds
-        self.latest_forwards.append(
-            SharedForward(
-                self.counters.forwards,
-                report.module,
-                report.requests,
-                report.padded_rows,
-                report.seconds,
-            )
-        )
 
     def _expected_s(self, key: CallKey, rows: int) -> float:
         return self.cost.predict(key.shape, rows)
@@ -488,28 +488,30 @@ class Batcher:
             now_s = self.clock()
             self.outlook.track_ended(track, now_s)
             self._on_ended(track)
-            self.observer.work_ended(_ending(track, now_s))
+            report = _end_report(track, now_s)
+            for observer in self.observers:
+                observer.request_ended(report)
 
 
 def _as_running(track: Track) -> Running:
     return Running(track.rows_ahead, track.work.priority, track.kind)
 
 
-def _in_batch(track: Track) -> RequestInBatch:
-    work = track.work
-    return RequestInBatch(work.id, work.owner, track.state, track.steps_done, work.steps, work.rows)
+def _in_batch(track: Track, owner: str) -> RequestInBatch:
+    work, shown_id = track.work, id_for(owner, track.work.key)
+    return RequestInBatch(shown_id, track.state, track.steps_done, work.steps, work.rows)
 
 
-def _ending(track: Track, now_s: float) -> WorkReport:
+def _end_report(track: Track, now_s: float) -> EndReport:
     work = track.work
-    return WorkReport(
+    return EndReport(
         key=work.key,
-        ended_s=now_s,
         state=track.state,
-        timings=track.clockwork.timings(now_s),
+        timings=track.timings(now_s),
         images=work.images,
         steps_left=track.steps_left,
         has_deadline=work.deadline_s is not None,
+        ended_s=now_s,
     )
 
 

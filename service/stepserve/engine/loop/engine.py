@@ -25,6 +25,7 @@ from stepserve.domain.errors import (
 )
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.loop.batcher import Batcher, Counters
+from stepserve.engine.loop.observer import Observer
 from stepserve.engine.scheduling.admission import (
     Ending,
     Load,
@@ -217,6 +218,10 @@ class Engine:
         self.row_limit = min(rows, self.row_ceiling)
         self._commands.put(partial(self.batcher.limit_rows, self.row_limit))
 
+    def observe(self, observer: Observer) -> None:
+        """Report the forwards and ends that come from now on to `observer`."""
+        self.batcher.observers.append(observer)
+
     @property
     def counters(self) -> Counters:
         """Totals since the start."""
@@ -340,7 +345,7 @@ class Engine:
     def _check_deadlines(
         self, in_hand: Sequence[Track], track: Track, prospect: CompletionEstimate
     ) -> None:
-        now_s, outlook = track.clockwork.submitted_s, self.batcher.outlook
+        now_s, outlook = track.submitted_s, self.batcher.outlook
         check_promises(prospect, outlook.margin, [other.expires_s - now_s for other in in_hand])
         deadline_s = track.work.deadline_s
         if deadline_s is None or not outlook.knows(track):
@@ -354,7 +359,7 @@ class Engine:
         return not self._in_hand and now_s - self._last_in_hand_s >= STALE_S
 
     def _let_in(self, in_hand: Sequence[Track], track: Track, prospect: CompletionEstimate) -> None:
-        now_s, forward_s = track.clockwork.submitted_s, prospect.forward_s
+        now_s, forward_s = track.submitted_s, prospect.forward_s
         for other, seconds in zip([*in_hand, track], prospect.finish_s, strict=True):
             other.predicted = Prediction(now_s, seconds, forward_s)
         expected_s = self.batcher.outlook.stretched_s(track, prospect.finish_s[-1])

@@ -80,10 +80,10 @@ class CompletionEstimator:
     def track_ended(self, track: Track, now_s: float) -> None:
         """A track is over: learn what requests take apart from their steps."""
         if track.state is RequestState.FINISHED:
-            stage_s = track.clockwork.stage_s
+            stage_s = track.stage_s
             other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
             self._other_row_s.observe(other_s / track.work.rows)
-            self._learn_stretch(track, now_s - track.clockwork.submitted_s)
+            self._learn_stretch(track, now_s - track.submitted_s)
         # What expired would have ended even later. Without it only those on time would be heeded.
         if track.predicted and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
             self.margin.observe(track.predicted, now_s)
@@ -107,7 +107,7 @@ class CompletionEstimator:
         return Queued(
             track.arrival,
             track.rows_ahead,
-            track.clockwork.submitted_s,
+            track.submitted_s,
             run_s,
             work.priority,
             latest_start_s(track, run_s),

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -94,29 +94,6 @@ class Work:
         return RequestKey(self.id, self.owner)
 
 
-@dataclass
-class TrackTimings:
-    """Seconds a track spent in each stage, and the row shares of its denoiser forwards."""
-
-    submitted_s: float
-    started_s: float | None = None
-    first_step_s: float | None = None
-    stage_s: dict[Stage, float] = field(default_factory=dict)
-    shares: list[float] = field(default_factory=list)
-
-    def timings(self, now_s: float) -> Timings:
-        """What to tell about the track at this moment."""
-        return Timings(
-            queue_s=(now_s if self.started_s is None else self.started_s) - self.submitted_s,
-            first_step_s=(self.first_step_s or now_s) - self.submitted_s,
-            encode_s=self.stage_s.get(Stage.ENCODE, 0.0),
-            denoise_s=self.stage_s.get(Stage.DENOISE, 0.0) + self.stage_s.get(Stage.CONTROL, 0.0),
-            decode_s=self.stage_s.get(Stage.DECODE, 0.0),
-            total_s=now_s - self.submitted_s,
-            batch_share=sum(self.shares) / len(self.shares) if self.shares else 1.0,
-        )
-
-
 class TrackGreenlet(greenlet.greenlet):
     """A greenlet that knows its track, so that a parkable module finds it."""
 
@@ -133,7 +110,13 @@ class Track:
     def __init__(self, work: Work, clock: Clock) -> None:
         self.work = work
         self.state = RequestState.QUEUED
-        self.clockwork = TrackTimings(submitted_s=clock())
+        self.submitted_s = clock()
+        self.started_s: float | None = None
+        # When its first denoising step began.
+        self.first_step_s: float | None = None
+        self.stage_s: dict[Stage, float] = {}
+        # Its part of the rows of each denoiser forward.
+        self.shares: list[float] = []
         self.call: Call | None = None
         self.held = work.held
         self.parked_s = 0.0
@@ -179,12 +162,25 @@ class Track:
     def expires_s(self) -> float:
         """When its deadline passes, on the engine's clock."""
         deadline_s = self.work.deadline_s
-        return math.inf if deadline_s is None else self.clockwork.submitted_s + deadline_s
+        return math.inf if deadline_s is None else self.submitted_s + deadline_s
+
+    def timings(self, now_s: float) -> Timings:
+        """Seconds by stage up to this moment."""
+        stage_s = self.stage_s
+        return Timings(
+            queue_s=(now_s if self.started_s is None else self.started_s) - self.submitted_s,
+            first_step_s=(self.first_step_s or now_s) - self.submitted_s,
+            encode_s=stage_s.get(Stage.ENCODE, 0.0),
+            denoise_s=stage_s.get(Stage.DENOISE, 0.0) + stage_s.get(Stage.CONTROL, 0.0),
+            decode_s=stage_s.get(Stage.DECODE, 0.0),
+            total_s=now_s - self.submitted_s,
+            batch_share=sum(self.shares) / len(self.shares) if self.shares else 1.0,
+        )
 
     def start(self) -> None:
         """Run up to the first module call."""
         self.state = move(self.state, RequestState.RUNNING)
-        self.clockwork.started_s = self._clock()
+        self.started_s = self._clock()
         tell(self.work.id, self.work.listener.started)
         self._greenlet = TrackGreenlet(self.work.run)
         self._greenlet.track = self
@@ -252,7 +248,7 @@ class Track:
             self._fail(result)
         else:
             self._end(RequestState.FINISHED)
-            timings = self.clockwork.timings(self._clock())
+            timings = self.timings(self._clock())
             tell(self.work.id, self.work.listener.finished, result, timings)
 
     def _fail(self, error: BaseException) -> None:
@@ -266,7 +262,7 @@ class Track:
             if not isinstance(error, InvalidRequestError):
                 logger.warning("request %s failed", self.work.id, exc_info=error)
         forget_frames(error)
-        tell(self.work.id, self.work.listener.failed, error, self.clockwork.timings(self._clock()))
+        tell(self.work.id, self.work.listener.failed, error, self.timings(self._clock()))
 
     def _end(self, state: RequestState) -> None:
         self.state = move(self.state, state)

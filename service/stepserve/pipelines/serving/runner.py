@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from stepserve.domain.batch import BatchView
 from stepserve.domain.errors import ContentFilteredError, InvalidRequestError, RefusedError
 from stepserve.domain.events import (
     Accepted,
@@ -26,6 +25,7 @@ from stepserve.domain.events import (
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.limits import check_request
 from stepserve.domain.models import ModelCapabilities
+from stepserve.domain.reports import BatchView
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import Engine, EngineOptions
@@ -250,9 +250,9 @@ class PipelineRunner:
         """Requests in hand that came before this one, and seconds until it should end, or None."""
         return self.engine.estimator_of(key)
 
-    def view(self) -> BatchView:
-        """What is in hand, and the latest forwards."""
-        return self.engine.batcher.view()
+    def view(self, owner: str = "") -> BatchView:
+        """The batch as `owner` may see it: without the ids of others."""
+        return self.engine.batcher.view(owner)
 
     def memory_bytes(self) -> dict[str, int]:
         """Memory that the model's device holds, by kind."""

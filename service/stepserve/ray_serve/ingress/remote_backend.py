@@ -11,10 +11,10 @@ from uuid import uuid4
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from stepserve.domain.batch import BatchView
 from stepserve.domain.events import Event, Failed, Finished, Outcome
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.progress import Progress
+from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.ray_serve.applications import list_models, model_handle
@@ -139,9 +139,9 @@ class RemoteBackend:
         known: list[Sequence[NumberedEvent]] = [events for events in told if events is not None]
         return max(known, key=len) if known else None
 
-    async def batch(self, model_id: str) -> Sequence[BatchView]:
-        """What each replica of a model has in hand."""
-        views: list[BatchView | None] = await self._ask_replicas(model_id, "batch")
+    async def batch(self, model_id: str, owner: str) -> Sequence[BatchView]:
+        """The batch of each replica of a model, without the ids of other owners' requests."""
+        views: list[BatchView | None] = await self._ask_replicas(model_id, "batch", owner)
         return [view for view in views if view is not None]
 
     def _model_ids(self) -> list[str]:

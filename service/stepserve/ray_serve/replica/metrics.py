@@ -38,18 +38,14 @@ class ReplicaMetrics:
         self._instruments = RayInstruments()
         self._metrics = EngineMetrics(self._instruments, model_id, replica_name())
         self._traces = traces
-        self._before = self._totals()
         self._flusher = Flusher(self._flush)
 
     def start(self) -> None:
         """Begin. What warmed the replica up is not counted."""
-        from stepserve.engine.loop.observer import CompositeObserver
-
-        batcher, traces = self._runner.engine.batcher, self._traces
-        batcher.observer = (
-            self._metrics if traces is None else CompositeObserver(self._metrics, traces)
-        )
-        self._metrics.started()
+        self._runner.engine.observe(self._metrics)
+        if self._traces is not None:
+            self._runner.engine.observe(self._traces)
+        self._metrics.started(self._totals())
         self._flusher.start()
 
     def stop(self) -> None:
@@ -59,14 +55,7 @@ class ReplicaMetrics:
             self._traces.close()
 
     def _flush(self) -> None:
-        before, now = self._before, self._totals()
-        totals = Totals(
-            now.retries - before.retries,
-            now.out_of_memory - before.out_of_memory,
-            now.busy_s - before.busy_s,
-            now.images_withheld - before.images_withheld,
-        )
-        self._metrics.flush(totals, self._standing())
+        self._metrics.flush(self._totals(), self._standing())
         labels = {"version": __version__, "process": "replica"}
         self._instruments.set(catalogue.BUILD, 1, labels)
         if self._traces is not None:

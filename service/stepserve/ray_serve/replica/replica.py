@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepserve.config import ModelSettings, TelemetrySettings
-from stepserve.domain.batch import BatchView
 from stepserve.domain.errors import NotReadyError, StepserveError
 from stepserve.domain.events import Event, Failed, Finished, Outcome
 from stepserve.domain.model_status import ModelStatus, unknown_status
 from stepserve.domain.progress import Progress
+from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.garbage import collection_paused
@@ -197,9 +197,9 @@ class ModelReplica:
             None if self._model is None else await self._model.tracker.events(key, number, wait_s)
         )
 
-    async def batch(self) -> BatchView | None:
-        """The requests in flight, and the latest forwards; None where there is no engine."""
-        return None if self._model is None else self._model.runner.view()
+    async def batch(self, owner: str) -> BatchView | None:
+        """The engine's batch as `owner` may see it; None where there is no engine."""
+        return None if self._model is None else self._model.runner.view(owner)
 
     async def drain(self) -> None:
         """Refuse new requests, and return when those in flight have ended."""
