@@ -19,8 +19,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import optree
 from stepserve.engine.calls.arguments import ArgumentKind
-from stepserve.engine.calls.call import Call, CallKey, ParkableMethod
+from stepserve.engine.calls.call import Call, CallKey, Layout, ParkableMethod
 from stepserve.engine.scheduling.policy import (
     Parked,
     Policy,
@@ -151,7 +152,7 @@ class Simulation:
 
     def _park(self, number: int, request: Request) -> None:
         self._sequence += 1
-        call = Call(DENOISER, (), {}, KEYS[request.size], request.rows, self._sequence)
+        call = Call(DENOISER, (), {}, (), KEYS[request.size], request.rows, self._sequence)
         left_s = self.steps_left[number] * forward_s(request.size, request.rows)
         self.parked[number] = Parked(
             call, self.now_s, arrival=number, left_s=left_s, serial_s=request.serial_s
@@ -244,7 +245,8 @@ def _as_running(parked: Parked) -> Running:
 
 
 def _key(size: str) -> CallKey:
-    return CallKey("unet.forward", (((0,), ArgumentKind.BATCHED, size),))
+    layout = Layout((), optree.tree_structure(((0,), [])))
+    return CallKey("unet.forward", layout, ((ArgumentKind.BATCHED, size),))
 
 
 KEYS = {size: _key(size) for size in COSTS}

@@ -11,9 +11,9 @@ Such layers are therefore tried by themselves as well, with far more rows than r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from stepserve.engine.calls.arguments import ArgumentKind, Path
+from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, ParkableMethod, make_call
 from stepserve.engine.calls.stacking import split, stack, tensors_in
 from stepserve.engine.scheduling.row_limits import is_out_of_memory
@@ -30,8 +30,6 @@ Run = Callable[[Sequence[Call], int], list[Any]]
 """Runs calls together, in a forward of so many rows, or of as many as their method wants if 0."""
 
 Result = TypeVar("Result")
-
-Change = Callable[[Any, ArgumentKind | None], Any]
 
 # Where kernels differ at all, about one number in 10,000 was seen to: enough of them to be sure.
 VECTOR_NUMBERS = 2**16
@@ -131,12 +129,18 @@ def varied(call: Call, generator: torch.Generator) -> Call:
 
     What is batched, and of integers only timesteps: others may be masks or places in a table.
     """
-    return _changed(call, partial(_vary, generator=generator))
+    kinds = [kind for kind, _ in call.key.arguments]
+    return call.with_leaves(
+        [_vary(*pair, generator) for pair in zip(call.leaves, kinds, strict=True)], call.rows
+    )
 
 
 def one_row(call: Call) -> Call:
     """The first row of a call."""
-    return replace(_changed(call, partial(_first_row, rows=call.rows)), rows=1)
+    kinds = [kind for kind, _ in call.key.arguments]
+    return call.with_leaves(
+        [_first_row(*pair, call.rows) for pair in zip(call.leaves, kinds, strict=True)], 1
+    )
 
 
 def row_counts(max_rows: int) -> list[int]:
@@ -242,26 +246,7 @@ def _is_coprime(one: int, other: int) -> bool:
     return one == 1
 
 
-def _changed(call: Call, change: Change) -> Call:
-    """The same call with other leaves; `change` is told of each how it is stacked."""
-    kinds = {path: kind for path, kind, _ in call.key.leaves}
-    other = partial(_change, kinds=kinds, change=change)
-    args = tuple(other(value, (0, index)) for index, value in enumerate(call.args))
-    kwargs = {name: other(value, (1, name)) for name, value in call.kwargs.items()}
-    return replace(call, args=args, kwargs=kwargs)
-
-
-def _change(value: Any, path: Path, kinds: Mapping[Path, ArgumentKind], change: Change) -> Any:
-    kind = kinds.get(path)
-    inner = partial(_change, kinds=kinds, change=change)
-    if type(value) is dict:
-        return {name: inner(part, (*path, name)) for name, part in value.items()}
-    if type(value) in (list, tuple) and kind is not ArgumentKind.ROW_LIST:
-        return type(value)(inner(part, (*path, index)) for index, part in enumerate(value))
-    return change(value, kind)
-
-
-def _vary(value: Any, kind: ArgumentKind | None, generator: torch.Generator) -> Any:
+def _vary(value: Any, kind: ArgumentKind, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
         return value
     if kind is ArgumentKind.PER_ROW or (kind is ArgumentKind.BATCHED and value.is_floating_point()):
@@ -270,7 +255,7 @@ def _vary(value: Any, kind: ArgumentKind | None, generator: torch.Generator) -> 
     return value
 
 
-def _first_row(value: Any, kind: ArgumentKind | None, rows: int) -> Any:
+def _first_row(value: Any, kind: ArgumentKind, rows: int) -> Any:
     if kind is ArgumentKind.ROW_LIST:
         return value[:1]
     if kind is ArgumentKind.BATCHED or (kind is ArgumentKind.PER_ROW and value.dim() > 0):

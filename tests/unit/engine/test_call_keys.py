@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_fakes import tensor_call
 from stepserve.engine.calls.arguments import ArgumentKind, ArgumentRules, classify
-from stepserve.engine.calls.call import MOST_KNOWN_KEYS, ParkableMethod, count_rows
+from stepserve.engine.calls.call import MOST_KNOWN_KEYS, ParkableMethod
 
 SAMPLE = torch.zeros(2, 3)
 
@@ -147,12 +147,8 @@ def test_named_shared_tensors_are_never_stacked() -> None:
         tensor_call(SAMPLE, ids=two_rows_ids),
         tensor_call(SAMPLE, rule=rule, ids=two_rows_ids),
     )
-    assert [kind for path, kind, _ in plain.key.leaves if path == (1, "ids")] == [
-        ArgumentKind.BATCHED
-    ]
-    assert [kind for path, kind, _ in named.key.leaves if path == (1, "ids")] == [
-        ArgumentKind.SHARED
-    ]
+    assert [kind for kind, _ in plain.key.arguments] == [ArgumentKind.BATCHED] * 2
+    assert [kind for kind, _ in named.key.arguments] == [ArgumentKind.BATCHED, ArgumentKind.SHARED]
     assert named.key != tensor_call(SAMPLE, rule=rule, ids=two_rows_ids + 1).key
 
 
@@ -167,7 +163,7 @@ def test_arguments_by_position_are_ruled_by_the_name_of_their_parameter() -> Non
     rules = ArgumentRules(shared=frozenset({"ids"}))
     method = ParkableMethod("m", "f", lambda: None, parameters=("sample", "ids"), rules=rules)
     call = tensor_call(SAMPLE, torch.zeros(2, 3), rule=method)
-    assert [kind for path, kind, _ in call.key.leaves if path == (0, 1)] == [ArgumentKind.SHARED]
+    assert [kind for kind, _ in call.key.arguments] == [ArgumentKind.BATCHED, ArgumentKind.SHARED]
 
 
 def test_rows_are_those_of_the_first_parameter_whatever_the_alphabet_says() -> None:
@@ -218,7 +214,7 @@ def test_a_list_with_one_entry_a_row_counts_the_rows_and_not_its_tensors() -> No
 def test_rows_are_those_of_the_first_tensor(
     args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
 ) -> None:
-    assert count_rows(args, kwargs) == rows
+    assert tensor_call(*args, **kwargs).rows == rows
 
 
 def test_a_tensor_of_one_entry_beside_many_rows_serves_all() -> None:

@@ -1,17 +1,17 @@
-"""Reading call arguments generically: everything in them, and how each part may be shared."""
+"""Reading call arguments generically: every value in them, and how each may be shared."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import Any
 
+import optree
 import torch
-
-Path = tuple[Hashable, ...]
+from optree import PyTreeSpec
 
 # Keep their precision when promoted to one another; half precision would round a timestep of 999.
 PROMOTABLE = frozenset(
@@ -22,9 +22,8 @@ SIMPLE = frozenset({type(None), bool, int, float, str})
 
 
 class ArgumentKind(Enum):
-    """How one part of the arguments behaves when calls are stacked.
+    """How one value in the arguments behaves when calls are stacked.
 
-    - CONTAINER: a tuple, list or dict; the same type and keys required, and read part by part.
     - BATCHED: a tensor whose leading size is the row count; stacked along that dimension.
     - PER_ROW: a number (no dimension, or one element) or one number a row, such as timesteps;
       repeated for each row where there is only one, and stacked.
@@ -40,7 +39,6 @@ class ArgumentKind(Enum):
     - ROW_LIST: a Python list with one entry a row; the lists are joined.
     """
 
-    CONTAINER = "container"
     BATCHED = "batched"
     PER_ROW = "per_row"
     SHARED = "shared"
@@ -70,6 +68,11 @@ class ArgumentRules:
     layered: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
 
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Arguments that are not read part by part, where they are lists."""
+        return self.ignored | self.row_lists
+
     def kind_of(self, name: Hashable) -> ArgumentKind | None:
         """How the argument of that name is read, if a rule says so."""
         return self._kinds.get(name)
@@ -86,36 +89,29 @@ class ArgumentRules:
         return {name: kind for kind, names in named.items() for name in names}
 
 
-def walk(value: Any, path: Path = ()) -> list[tuple[Path, Any]]:
-    """A value and everything inside it, with the path that leads to each; outermost first."""
-    found: list[tuple[Path, Any]] = []
-    _collect(value, path, found)
-    return found
+def flatten(
+    value: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], PyTreeSpec]:
+    """Every value inside tuples, lists and dicts, and the structure of those.
 
-
-def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
-    # Read for every call of every step: a list is filled faster than nested generators yield.
-    found.append((path, value))
-    if isinstance(value, dict):
-        for key in sorted(value, key=_order):
-            _collect(value[key], (*path, key), found)
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            _collect(item, (*path, index), found)
+    None is a value, and so is a container of any other type.
+    """
+    return optree.tree_flatten(value, is_leaf, none_is_leaf=True)
 
 
 def classify(value: Any, rows: int, ruled: ArgumentKind | None = None) -> ArgumentKind:
-    """How one part of a call of `rows` rows behaves when it is stacked with others.
+    """How one value in a call of `rows` rows behaves when it is stacked with others.
 
     Args:
-        value: the part.
+        value: no tuple, list or dict.
         rows: of the call.
-        ruled: what a rule says of the argument that the part belongs to.
+        ruled: what a rule says of the argument that the value belongs to.
     """
+    if ruled is ArgumentKind.IGNORED or (ruled is ArgumentKind.ROW_LIST and type(value) is list):
+        return ruled
     if not isinstance(value, torch.Tensor):
-        container = isinstance(value, dict | tuple | list)
-        return ArgumentKind.CONTAINER if container else ArgumentKind.PLAIN
-    if ruled is not None:
+        return ArgumentKind.PLAIN
+    if ruled not in (None, ArgumentKind.ROW_LIST):
         return ruled
     if value.dim() == 0 or (value.dim() == 1 and value.shape[0] in (1, rows)):
         return ArgumentKind.PER_ROW
@@ -137,60 +133,39 @@ def describe(kind: ArgumentKind, value: Any, rows: int) -> Hashable:
     if kind is ArgumentKind.LAYERED:
         return value.dtype, (value.shape[0], *value.shape[2:]), value.device
     if kind is ArgumentKind.ROW_LIST:
-        return frozenset(_describe_entry(entry) for entry in value)
-    return id(type(value)) if kind is ArgumentKind.CONTAINER else None
+        return frozenset(map(_describe_entry, value))
+    return None
 
 
 def _describe_entry(entry: Any) -> Hashable:
     """One entry of a list with one entry a row: tensors by shape, all else by value."""
-    return tuple(
-        (path, value.dtype, value.shape, value.device)
-        if isinstance(value, torch.Tensor)
-        else (
-            path,
-            describe_plain(type(value) if isinstance(value, dict | tuple | list) else value),
-        )
-        for path, value in walk(entry)
+    leaves, structure = flatten(entry)
+    return structure, *(
+        (leaf.dtype, leaf.shape, leaf.device)
+        if isinstance(leaf, torch.Tensor)
+        else describe_plain(leaf)
+        for leaf in leaves
     )
 
 
-def outline(value: Any) -> Hashable | None:
+def outline(leaves: Sequence[Any], layout: Hashable) -> tuple[Hashable, ...] | None:
     """All that can be told of arguments without looking into tensors; None if they hold objects.
 
     Where no tensor is SHARED, arguments of equal outlines are described equally.
     """
-    parts: list[Hashable] = []
-    return tuple(parts) if _outline(value, parts) else None
-
-
-def _outline(value: Any, parts: list[Hashable]) -> bool:
-    # Taken for every call of every step. Each part says its type first and containers their size,
-    # so that no two values read the same.
-    if isinstance(value, torch.Tensor):
-        parts += (value.dtype, value.shape, value.device)
-        return True
-    kind: Any = type(value)
-    if kind in SIMPLE:
-        parts += (kind, value)
-        return True
-    if not isinstance(value, dict | tuple | list):
-        # Comparing it might mean anything, and keeping it in an outline would keep it alive.
-        return False
-    parts += (kind, len(value))
-    if isinstance(value, dict):
-        parts += value
-        value = value.values()
-    return all(_outline(item, parts) for item in value)
-
-
-def leading_size(value: Any) -> int | None:
-    """Leading size of the first tensor with dimensions in `value`; None where there is none."""
-    if isinstance(value, torch.Tensor):
-        return max(value.shape[0], 1) if value.dim() else None
-    for _, part in walk(value):
-        if isinstance(part, torch.Tensor) and part.dim() > 0:
-            return max(part.shape[0], 1)
-    return None
+    # Taken for every call of every step. Each value says its type first.
+    parts: list[Any] = [layout]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            parts += (leaf.dtype, leaf.shape, leaf.device)
+        elif type(leaf) in SIMPLE:
+            parts += (type(leaf), leaf)
+        elif type(leaf) is list and (entries := outline(*flatten(leaf))):
+            parts.append(entries)
+        else:
+            # Comparing it might mean anything, and keeping it in an outline would keep it alive.
+            return None
+    return tuple(parts)
 
 
 def content_digest(value: torch.Tensor) -> bytes:
@@ -207,8 +182,3 @@ def describe_plain(value: Any) -> Hashable:
         # The call keeps the object alive, so that no other one can have its id meanwhile.
         return "object", id(value)
     return type(value), value
-
-
-def _order(key: Hashable) -> tuple[str, str]:
-    """Any order will do, as long as it is the same for equal sets of keys of any types."""
-    return type(key).__name__, repr(key)

@@ -1,8 +1,8 @@
 """A parked module call, and the key that says which calls may share one forward.
 
 The row count of a call is the leading size of its first tensor that has dimensions, in the order of
-the method's parameters. `leaves.LeafKind` lists how each part of the arguments is then treated, and
-`leaves.ArgumentRules` what has to be said by name because the arguments themselves do not tell.
+the method's parameters. `ArgumentKind` lists how each value in the arguments is then treated, and
+`ArgumentRules` what has to be said by name because the arguments themselves do not tell.
 
 Python numbers are PLAIN, because they may as well be settings: calls share a forward only if they
 agree.
@@ -10,28 +10,43 @@ agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from optree import PyTreeSpec
 
 from stepserve.engine.calls.arguments import (
     ArgumentKind,
     ArgumentRules,
-    Path,
     classify,
     describe,
-    leading_size,
+    flatten,
     outline,
-    walk,
 )
 
 if TYPE_CHECKING:
     from stepserve.engine.calls.output_cache import OutputCache
 
-Argument = tuple[Path, ArgumentKind, Hashable]
+Argument = tuple[ArgumentKind, Hashable]
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 NO_RULES = ArgumentRules()
 MOST_KNOWN_KEYS = 256
+
+
+class Layout(NamedTuple):
+    """How values stand in the arguments of a call: by position, then by these names."""
+
+    names: tuple[str, ...]
+    structure: PyTreeSpec
+
+    def rebuild(self, leaves: Sequence[Any]) -> CallArguments:
+        """Positional and keyword arguments of these values."""
+        arguments: Any = self.structure.unflatten(leaves)
+        args, values = arguments
+        return args, dict(zip(self.names, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,18 +83,40 @@ class ParkableMethod:
         """`unet.forward`."""
         return f"{self.module}.{self.method}"
 
-    def ordered(self, kwargs: dict[str, Any]) -> list[str]:
-        """Names of keyword arguments in the order of the parameters; those that are none last."""
-        names = tuple(kwargs)
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Layout]:
+        """Every value in the arguments of a call, in the order of the parameters.
+
+        Lists that a rule names are values themselves.
+        """
+        names = self._ordered(tuple(kwargs))
+        tree = args, [kwargs[name] for name in names]
+        is_leaf = self._is_whole(args, kwargs) if self.rules.whole else None
+        leaves, structure = flatten(tree, is_leaf)
+        return leaves, Layout(names, structure)
+
+    def _is_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], bool]:
+        named = [*zip(self.parameters, args, strict=False), *kwargs.items()]
+        whole = {id(value) for name, value in named if name in self.rules.whole}
+        return lambda part: id(part) in whole
+
+    def rules_in(self, layout: Layout) -> list[ArgumentKind | None]:
+        """What a rule says of the argument that each value belongs to."""
+        names = self.parameters, layout.names
+        return [
+            self.rules.kind_of(names[by_name][place]) if place < len(names[by_name]) else None
+            for by_name, place, *_ in layout.structure.paths()
+        ]
+
+    def _ordered(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """In the order of the parameters; those that are none last."""
         if names not in self._orders:
             known = {name: index for index, name in enumerate(self.parameters)}
-            self._orders[names] = sorted(
-                names, key=lambda name: (known.get(name, len(known)), name)
-            )
+            order = sorted(names, key=lambda name: (known.get(name, len(known)), name))
+            self._orders[names] = tuple(order)
         return self._orders[names]
 
     @cached_property
-    def _orders(self) -> dict[tuple[str, ...], list[str]]:
+    def _orders(self) -> dict[tuple[str, ...], tuple[str, ...]]:
         return {}
 
     @cached_property
@@ -94,16 +131,24 @@ class ParkableMethod:
 
 @dataclass(frozen=True)
 class CallKey:
-    """Calls with equal keys may share a forward. Row counts, prompts and seeds stay out of it."""
+    """Calls with equal keys may share a forward. Row counts, prompts and seeds stay out of it.
+
+    Args:
+        method: its name.
+        layout: of the arguments.
+        arguments: of each value in it, how it is stacked, and what must agree.
+        variant: of the module.
+    """
 
     method: str
-    leaves: tuple[Argument, ...]
+    layout: Layout
+    arguments: tuple[Argument, ...]
     variant: Hashable = None
 
     # Looked up at every tick for every parked call.
     @cached_property
     def _hash(self) -> int:
-        return hash((self.method, self.leaves, self.variant))
+        return hash((self.method, self.layout, self.arguments, self.variant))
 
     def __hash__(self) -> int:
         return self._hash
@@ -114,14 +159,16 @@ class CallKey:
 
         Where nothing is, the rows are a list, of which there may be one for prompts as well.
         """
-        batched = [text for _, kind, text in self.leaves if kind is ArgumentKind.BATCHED]
-        listed = [text for _, kind, text in self.leaves if kind is ArgumentKind.ROW_LIST]
+        batched = [text for kind, text in self.arguments if kind is ArgumentKind.BATCHED]
+        listed = [text for kind, text in self.arguments if kind is ArgumentKind.ROW_LIST]
         return (self.method, *(batched or listed[:1]))
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call as a track made it. `sequence` orders calls by the time they were parked.
+
+    `leaves` are the values in its arguments, one for each of `key.arguments`.
 
     `module_variant` is what the module must be set to. The key's variant says at least as much: it
     also keeps isolated work apart.
@@ -130,6 +177,7 @@ class Call:
     method: ParkableMethod
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    leaves: Sequence[Any]
     key: CallKey
     rows: int
     sequence: int = 0
@@ -139,6 +187,11 @@ class Call:
         """Set the module to the variant that this call wants."""
         if self.method.enter is not None:
             self.method.enter(self.module_variant)
+
+    def with_leaves(self, leaves: Sequence[Any], rows: int) -> Call:
+        """The same call with other values of as many rows."""
+        args, kwargs = self.key.layout.rebuild(leaves)
+        return replace(self, args=args, kwargs=kwargs, leaves=leaves, rows=rows)
 
 
 def make_call(
@@ -150,78 +203,45 @@ def make_call(
     module_variant: Hashable = None,
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
-    key, rows = _find_key(method, args, kwargs, variant)
-    return Call(method, args, kwargs, key, rows, sequence, module_variant)
-
-
-def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Leading size of the first tensor with dimensions; 1 where there is none or it is empty."""
-    method = ParkableMethod("", "", lambda: None)
-    return _count_rows(method, list(_arguments(method, args, kwargs)))
+    leaves, layout = method.flatten(args, kwargs)
+    key, rows = _find_key(method, leaves, layout, variant)
+    return Call(method, args, kwargs, leaves, key, rows, sequence, module_variant)
 
 
 def _find_key(
-    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any], variant: Hashable
+    method: ParkableMethod, leaves: Sequence[Any], layout: Layout, variant: Hashable
 ) -> tuple[CallKey, int]:
     """Key and row count of a call; steps of one size are read once, as they look the same."""
-    outlined = outline((args, kwargs))
+    outlined = outline(leaves, layout)
     if outlined is None:
-        return _read_key(method, args, kwargs, variant)
-    known = method.known_keys
-    found = known.get((outlined, variant))
+        return _read_key(method, leaves, layout, variant)
+    found = method.known_keys.get((outlined, variant))
     if found is None:
-        found = _read_key(method, args, kwargs, variant)
+        found = _read_key(method, leaves, layout, variant)
         # What is SHARED is told by its content, which is in no outline.
-        if not any(kind is ArgumentKind.SHARED for _, kind, _ in found[0].leaves):
-            if len(known) >= MOST_KNOWN_KEYS:
-                known.clear()
-            known[outlined, variant] = found
+        if not any(kind is ArgumentKind.SHARED for kind, _ in found[0].arguments):
+            # A dict with an order would be slower than reading anew is rare.
+            if len(method.known_keys) >= MOST_KNOWN_KEYS:
+                method.known_keys.clear()
+            method.known_keys[outlined, variant] = found
     return found
 
 
 def _read_key(
-    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any], variant: Hashable
+    method: ParkableMethod, leaves: Sequence[Any], layout: Layout, variant: Hashable
 ) -> tuple[CallKey, int]:
-    arguments = list(_arguments(method, args, kwargs))
-    rows = _count_rows(method, arguments)
-    leaves: list[Argument] = [((), ArgumentKind.CONTAINER, len(args))]
-    for path, name, value in arguments:
-        leaves += _read(value, path, rows, method.rules.kind_of(name))
-    return CallKey(method.name, tuple(leaves), variant), rows
+    ruled = method.rules_in(layout)
+    rows = next(filter(None, map(_leading_size, leaves, ruled)), 1)
+    kinds = [classify(leaf, rows, rule) for leaf, rule in zip(leaves, ruled, strict=True)]
+    arguments = tuple(
+        (kind, describe(kind, leaf, rows)) for kind, leaf in zip(kinds, leaves, strict=True)
+    )
+    return CallKey(method.name, layout, arguments, variant), rows
 
 
-def _arguments(
-    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[Path, Hashable, Any]]:
-    """Path, parameter name and value of each argument, in the order of the parameters."""
-    names = method.parameters
-    for index, value in enumerate(args):
-        yield (0, index), names[index] if index < len(names) else None, value
-    for name in method.ordered(kwargs):
-        yield (1, name), name, kwargs[name]
-
-
-def _count_rows(method: ParkableMethod, arguments: list[tuple[Path, Hashable, Any]]) -> int:
-    for _, name, value in arguments:
-        kind = method.rules.kind_of(name)
-        if kind is ArgumentKind.ROW_LIST and isinstance(value, list):
-            return max(len(value), 1)
-        rows = leading_size(value) if kind is None else None
-        if rows is not None:
-            return rows
-    return 1
-
-
-def _read(value: Any, path: Path, rows: int, ruled: ArgumentKind | None) -> list[Argument]:
-    """Everything in one argument, and how it behaves when calls are stacked."""
-    if ruled is ArgumentKind.IGNORED:
-        return [(path, ruled, None)]
+def _leading_size(value: Any, ruled: ArgumentKind | None) -> int | None:
+    """The row count that a value tells, at least 1; None where it tells none."""
     if ruled is ArgumentKind.ROW_LIST and isinstance(value, list):
-        return [(path, ruled, describe(ruled, value, rows))]
-    ruled = None if ruled is ArgumentKind.ROW_LIST else ruled
-    parts = walk(value, path) if isinstance(value, dict | tuple | list) else [(path, value)]
-    leaves = []
-    for inner, part in parts:
-        kind = classify(part, rows, ruled)
-        leaves.append((inner, kind, describe(kind, part, rows)))
-    return leaves
+        return max(len(value), 1)
+    has_rows = ruled is None and isinstance(value, torch.Tensor) and value.dim() > 0
+    return max(value.shape[0], 1) if has_rows else None

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from stepserve.engine.calls.arguments import ArgumentKind, classify
-
-CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+from stepserve.engine.calls.arguments import ArgumentKind, classify, flatten
+from stepserve.engine.calls.call import CallArguments
+from stepserve.engine.calls.stacking import map_tensors
 
 
 class NarrowingError(RuntimeError):
@@ -69,60 +69,31 @@ class Narrowing:
             NarrowingError: no argument has the rows that a whole call should have.
         """
         with_rows = {name: value for name, value in kwargs.items() if name not in untouched}
-        if not _has_rows((args, with_rows), self.rows):
+        leaves, structure = flatten((args, with_rows))
+        if not any(classify(leaf, self.rows) is ArgumentKind.BATCHED for leaf in leaves):
             raise NarrowingError(
                 f"guidance cannot be limited to an interval: a call of {self.rows} rows was "
                 "expected, with the conditional ones behind the others"
             )
-        return _second_half(args, self.rows), kwargs | _second_half(with_rows, self.rows)
+        halves: Any = structure.unflatten(map(self._second_half, leaves))
+        half_args, half_kwargs = halves
+        return half_args, kwargs | half_kwargs
 
     def widen(self, output: Any) -> Any:
         """The output of a narrowed call as that of a whole one: each half gets the same.
 
         Raises:
             NarrowingError: a tensor in it has not one leading entry a row.
+            UnsplittableError: there is an object in it that cannot be looked into.
         """
-        return _map_tensors(output, self._twice)
+        return map_tensors(self._twice, output)
+
+    def _second_half(self, value: Any) -> Any:
+        has_rows = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == self.rows
+        return value[self.rows // 2 :] if has_rows else value
 
     def _twice(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 0 or tensor.shape[0] != self.rows // 2:
             shape = tuple(tensor.shape)
             raise NarrowingError(f"an output of shape {shape} for {self.rows // 2} rows")
         return torch.cat([tensor, tensor])
-
-
-def _has_rows(value: Any, rows: int) -> bool:
-    if isinstance(value, dict):
-        return any(_has_rows(part, rows) for part in value.values())
-    if isinstance(value, tuple | list):
-        return any(_has_rows(part, rows) for part in value)
-    return classify(value, rows) is ArgumentKind.BATCHED
-
-
-def _second_half(value: Any, rows: int) -> Any:
-    def cut(tensor: torch.Tensor) -> torch.Tensor:
-        has_rows = tensor.dim() > 0 and tensor.shape[0] == rows
-        return tensor[rows // 2 :] if has_rows else tensor
-
-    return _map_tensors(value, cut)
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same structure with other tensors. What is neither container nor tensor stays."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return _map_dict(value, change)
-    if isinstance(value, tuple | list):
-        make = getattr(value, "_make", type(value))
-        return make([_map_tensors(part, change) for part in value])
-    return value
-
-
-def _map_dict(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if not is_dataclass(value):
-        return {name: _map_tensors(part, change) for name, part in value.items()}
-    # The output classes of diffusers: as dicts they lack their fields that are None.
-    parts = {part.name: getattr(value, part.name) for part in fields(value)}
-    make: Any = type(value)
-    return make(**{name: _map_tensors(part, change) for name, part in parts.items()})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable
+from contextlib import suppress
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 
-from stepserve.engine.calls.arguments import content_digest, describe_plain, walk
+from stepserve.engine.calls.arguments import content_digest, describe_plain, flatten
 from stepserve.engine.calls.stacking import UnsplittableError, duplicate, tensors_in
 
 
@@ -20,32 +21,24 @@ class OutputCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.held_bytes = 0
-        self._outputs: OrderedDict[Hashable, Any] = OrderedDict()
+        self._outputs: LRUCache[Hashable, Any] = LRUCache(max_bytes, getsizeof=tensor_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Size of all tensors that it holds."""
+        return int(self._outputs.currsize)
 
     def find(self, key: Hashable) -> tuple[bool, Any]:
         """Whether the output is known, and a copy of it."""
-        if key not in self._outputs:
+        try:
+            return True, duplicate(self._outputs[key])
+        except KeyError:
             return False, None
-        self._outputs.move_to_end(key)
-        return True, duplicate(self._outputs[key])
 
     def keep(self, key: Hashable, output: Any) -> None:
-        """Remember a copy of an output, and forget the least recently used beyond the limit.
-
-        An output that cannot be copied piece by piece is not remembered.
-        """
-        if key in self._outputs:
-            return
-        try:
+        """Remember a copy of an output that can be copied piece by piece, and is not too large."""
+        with suppress(UnsplittableError, ValueError):
             self._outputs[key] = duplicate(output)
-        except UnsplittableError:
-            return
-        self.held_bytes += tensor_bytes(output)
-        while self.held_bytes > self.max_bytes:
-            _, forgotten = self._outputs.popitem(last=False)
-            self.held_bytes -= tensor_bytes(forgotten)
 
 
 def tensor_bytes(output: Any) -> int:
@@ -55,12 +48,11 @@ def tensor_bytes(output: Any) -> int:
 
 def content_key(variant: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """Equal for calls whose arguments are equal in every bit."""
-    return variant, *((path, _content(value)) for path, value in walk((args, kwargs)))
+    leaves, structure = flatten((args, kwargs))
+    return variant, structure, *map(_content, leaves)
 
 
 def _content(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.device, content_digest(value)
-    if isinstance(value, dict | tuple | list):
-        return type(value)
+        return value.dtype, value.shape, value.device, content_digest(value)
     return describe_plain(value)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from itertools import accumulate
 from typing import Any
 
+import optree
 import torch
+from optree import PyTreeSpec
 
-from stepserve.engine.calls.arguments import ArgumentKind, Path
-from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.arguments import ArgumentKind
+from stepserve.engine.calls.call import Call, CallArguments
+
+OUTPUTS = "stepserve.outputs"
+"""The namespace in which optree is told how to look into output objects."""
 
 # Output parts that every call may be handed as they are: immutable, and rarely about one row.
 HARMLESS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+# Only lists with one entry a row are values.
+VALUES = (torch.Tensor, list, *HARMLESS)
 
 
 class UnsplittableError(TypeError):
     """The output of a stacked forward has a part of which nobody knows whose it is."""
 
 
-def stack(calls: Sequence[Call], padded_rows: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def stack(calls: Sequence[Call], padded_rows: int = 0) -> CallArguments:
     """Arguments for one forward that serves all `calls`, which have equal keys.
 
     A single call keeps its arguments untouched, so that it is exactly the plain call.
@@ -36,16 +44,15 @@ def stack(calls: Sequence[Call], padded_rows: int = 0) -> tuple[tuple[Any, ...],
     padding = max(padded_rows - sum(rows), 0)
     if len(calls) == 1 and not padding:
         return calls[0].args, calls[0].kwargs
-    stacking = Stacking(rows, padding, {path: kind for path, kind, _ in calls[0].key.leaves})
-    args = tuple(
-        stacking.join([call.args[index] for call in calls], (0, index))
-        for index in range(len(calls[0].args))
+    stacking = Stacking(rows, padding)
+    columns = zip(*(call.leaves for call in calls), strict=True)
+    key = calls[0].key
+    return key.layout.rebuild(
+        [
+            stacking.join(column, kind)
+            for column, (kind, _) in zip(columns, key.arguments, strict=True)
+        ]
     )
-    kwargs = {
-        name: stacking.join([call.kwargs[name] for call in calls], (1, name))
-        for name in calls[0].kwargs
-    }
-    return args, kwargs
 
 
 def split(output: Any, rows: Sequence[int], padding: int = 0, row_lists: bool = False) -> list[Any]:
@@ -68,7 +75,11 @@ def split(output: Any, rows: Sequence[int], padding: int = 0, row_lists: bool = 
     if len(rows) == 1 and not padding:
         return [output]
     shares = [*rows, padding] if padding else list(rows)
-    return Splitting(shares, row_lists).cut(output)[: len(rows)]
+    total = sum(shares)
+    whole = (lambda part: type(part) is list and len(part) == total) if row_lists else None
+    leaves, structure = flatten_output(output, whole)
+    pieces = [_cut(leaf, shares) for leaf in leaves]
+    return [structure.unflatten([piece[index] for piece in pieces]) for index in range(len(rows))]
 
 
 @dataclass(frozen=True)
@@ -77,21 +88,9 @@ class Stacking:
 
     rows: list[int]
     padding: int
-    kinds: dict[Path, ArgumentKind]
 
-    def join(self, values: list[Any], path: Path) -> Any:
-        """One argument, or one part of it, of every call: as one."""
-        kind = self.kinds[path]
-        if kind is not ArgumentKind.CONTAINER:
-            return self._join_leaves(values, kind)
-        first = values[0]
-        parts = {
-            name: self.join([value[name] for value in values], (*path, name))
-            for name in (first if isinstance(first, dict) else range(len(first)))
-        }
-        return _rebuild(first, parts)
-
-    def _join_leaves(self, values: list[Any], kind: ArgumentKind) -> Any:
+    def join(self, values: Sequence[Any], kind: ArgumentKind) -> Any:
+        """One value of every call: as one."""
         if kind is ArgumentKind.PER_ROW:
             # Schedulers disagree on int or float timesteps; cat promotes, which loses nothing.
             values = [v.reshape(-1).expand(r) for v, r in zip(values, self.rows, strict=True)]
@@ -106,39 +105,22 @@ class Stacking:
             return [entry for value in values for entry in value] + values[-1][-1:] * self.padding
         return values[0]
 
-    def _cat(self, values: list[torch.Tensor], each: int) -> torch.Tensor:
+    def _cat(self, values: Sequence[torch.Tensor], each: int) -> torch.Tensor:
         if self.padding:
             values = [*values, *[values[-1][-each:]] * self.padding]
-        return torch.cat(values)
+        return torch.cat(tuple(values))
 
 
-@dataclass(frozen=True)
-class Splitting:
-    """How an output is cut into shares of so many rows."""
-
-    shares: list[int]
-    row_lists: bool
-
-    def cut(self, value: Any) -> list[Any]:
-        """A value, or a part of it, as one piece for each share."""
-        if isinstance(value, torch.Tensor):
-            return self._cut_tensor(value)
-        if isinstance(value, HARMLESS):
-            return [value] * len(self.shares)
-        if self.row_lists and isinstance(value, list) and len(value) == sum(self.shares):
-            ends = list(accumulate(self.shares))
-            return [value[end - r : end] for end, r in zip(ends, self.shares, strict=True)]
-        columns = {name: self.cut(part) for name, part in _parts(value).items()}
-        return [
-            _rebuild(value, {name: column[index] for name, column in columns.items()})
-            for index in range(len(self.shares))
-        ]
-
-    def _cut_tensor(self, value: torch.Tensor) -> list[Any]:
-        rows = sum(self.shares)
-        if value.dim() == 0 or value.shape[0] != rows:
-            raise UnsplittableError(f"a tensor of shape {tuple(value.shape)} for {rows} rows")
-        return list(value.split(self.shares))
+def _cut(value: Any, shares: list[int]) -> Sequence[Any]:
+    """One value of an output as one piece for each share."""
+    rows = sum(shares)
+    if isinstance(value, list):
+        return [value[end - r : end] for end, r in zip(accumulate(shares), shares, strict=True)]
+    if not isinstance(value, torch.Tensor):
+        return [value] * len(shares)
+    if value.dim() == 0 or value.shape[0] != rows:
+        raise UnsplittableError(f"a tensor of shape {tuple(value.shape)} for {rows} rows")
+    return value.split(shares)
 
 
 def duplicate(output: Any) -> Any:
@@ -147,53 +129,72 @@ def duplicate(output: Any) -> Any:
     Raises:
         UnsplittableError: there is an object in it that cannot be looked into.
     """
-    if isinstance(output, torch.Tensor):
-        return output.clone()
-    if isinstance(output, HARMLESS):
-        return output
-    return _rebuild(output, {name: duplicate(part) for name, part in _parts(output).items()})
+    return map_tensors(torch.clone, output)
 
 
-def tensors_in(output: Any) -> Iterator[torch.Tensor]:
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
+    """The same output with other tensors.
+
+    Raises:
+        UnsplittableError: there is an object in it that cannot be looked into.
+    """
+    leaves, structure = flatten_output(output)
+    return structure.unflatten(
+        [change(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    )
+
+
+def tensors_in(output: Any) -> list[torch.Tensor]:
     """Every tensor of an output that `duplicate` copies."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif not isinstance(output, HARMLESS):
-        for part in _parts(output).values():
-            yield from tensors_in(part)
+    return [leaf for leaf in flatten_output(output)[0] if isinstance(leaf, torch.Tensor)]
 
 
-def _parts(value: Any) -> dict[Any, Any]:
-    """What a container or an output object holds, by key, index or attribute name."""
-    if isinstance(value, dict):
-        # The output classes of diffusers and transformers are both dicts and dataclasses; as
-        # dicts they lack their fields that are None.
-        if is_dataclass(value):
-            return {field.name: getattr(value, field.name) for field in fields(value)}
-        return dict(value)
-    if isinstance(value, tuple | list):
-        return dict(enumerate(value))
-    if hasattr(value, "__dict__") and not callable(value):
-        return vars(value)
-    raise UnsplittableError(f"an object of type {type(value).__name__}")
+def flatten_output(
+    output: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], PyTreeSpec]:
+    """Every value in an output, and the structure of the containers and objects around them.
+
+    Raises:
+        UnsplittableError: there is an object in it that cannot be looked into.
+    """
+    leaves, structure = optree.tree_flatten(output, is_leaf, none_is_leaf=True, namespace=OUTPUTS)
+    objects = {type(leaf): leaf for leaf in leaves if not isinstance(leaf, VALUES)}
+    if not objects:
+        return leaves, structure
+    for value in objects.values():
+        _register(value)
+    return flatten_output(output, is_leaf)
 
 
-def _rebuild(value: Any, parts: dict[Any, Any]) -> Any:
-    """A container or object like `value` with other parts."""
-    if type(value) in (dict, list, tuple):
-        return parts if isinstance(value, dict) else type(value)(parts.values())
+def _register(value: Any) -> None:
+    """Have objects of this type looked into from now on."""
+    if isinstance(value, tuple) or callable(value) or not hasattr(value, "__dict__"):
+        raise UnsplittableError(f"an object of type {type(value).__name__}")
+    # Another thread may have come first.
+    with suppress(ValueError):
+        optree.register_pytree_node(type(value), _parts, _rebuild, namespace=OUTPUTS)
+
+
+def _parts(value: Any) -> tuple[Iterable[Any], tuple[Any, tuple[Any, ...]]]:
+    """What an output object holds, and what it takes to build one like it."""
+    if not isinstance(value, dict):
+        parts = vars(value)
+    elif is_dataclass(value):
+        # The output classes of diffusers and transformers; as dicts they lack fields that are None.
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+    else:
+        parts = value
+    return parts.values(), (value, tuple(parts))
+
+
+def _rebuild(like: Any, parts: Iterable[Any]) -> Any:
+    value, names = like
+    named = dict(zip(names, parts, strict=True))
     if isinstance(value, dict) and is_dataclass(value):
-        return type(value)(**parts)
-    if isinstance(value, tuple | list):
-        make = getattr(value, "_make", type(value))
-        return make(parts.values())
-    return _rebuild_object(value, parts)
-
-
-def _rebuild_object(value: Any, parts: dict[Any, Any]) -> Any:
-    """Such as a latent distribution: a copy with other attributes, whatever was derived before."""
+        return type(value)(**named)
+    # Such as a latent distribution: a copy with other attributes, whatever was derived before.
     other = copy.copy(value)
     if other is value:
         raise UnsplittableError(f"an object of type {type(value).__name__} that copies to itself")
-    (other if isinstance(value, dict) else vars(other)).update(parts)
+    (other if isinstance(value, dict) else vars(other)).update(named)
     return other

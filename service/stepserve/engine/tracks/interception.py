@@ -11,11 +11,10 @@ from typing import Any
 import greenlet
 import torch
 
-from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.calls.arguments import ArgumentRules, flatten
 from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
 from stepserve.engine.calls.guidance_interval import Narrowing
 from stepserve.engine.calls.output_cache import OutputCache, content_key
-from stepserve.engine.calls.stacking import tensors_in
 from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
 
 _sequence = itertools.count()
@@ -102,7 +101,9 @@ def _wants_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
     Shared forwards run without gradients.
     """
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, kwargs)))
+    return torch.is_grad_enabled() and any(
+        isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flatten((args, kwargs))[0]
+    )
 
 
 def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:
