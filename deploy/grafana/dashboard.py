@@ -50,7 +50,7 @@ def quantile(share: float, name: str, *by: str, labels: str = MODEL) -> str:
 SERVED = (
     Panel(
         "Requests by outcome",
-        "HTTP requests for images a second. Everything but ok deserves a look.",
+        "HTTP requests for images a second. Investigate every outcome but ok.",
         {"{{model}} {{outcome}}": rate("http_requests", "model", "outcome", labels=IMAGES)},
         "reqps",
         stacked=True,
@@ -126,7 +126,7 @@ BATCHES = (
     ),
     Panel(
         "Padded rows",
-        "Rows that are run for nobody, as a share of all.",
+        "Padding rows, which belong to no request, as a share of all rows.",
         # Where nothing was ever padded there is no such series.
         {
             "{{model}}": f"1 - {rate('rows')} / (({rate('rows')} + {rate('padded_rows')})"
@@ -148,7 +148,7 @@ BATCHES = (
     ),
     Panel(
         "Steps saved by cancelling",
-        "Steps that were not done for clients that had left or deadlines that had passed.",
+        "Steps that were not run because the client had left or the deadline had passed.",
         {"{{model}}": rate("cancelled_steps_saved")},
         "ops",
     ),
@@ -156,7 +156,7 @@ BATCHES = (
 TIME = (
     Panel(
         "Seconds in the queue",
-        "From acceptance to the start of the pipeline call: grows first when there is too much.",
+        "From acceptance to the start of the pipeline call; the first to grow under overload.",
         {
             "{{model}} p50": quantile(0.5, "queue_wait_seconds"),
             "{{model}} p95": quantile(0.95, "queue_wait_seconds"),
@@ -182,22 +182,21 @@ TIME = (
     ),
     Panel(
         "Engines busy",
-        "Share of the time that engines work. Near 100 %, more load only makes queues longer.",
+        "Share of the time that engines are busy. Near 100 %, more load only makes queues longer.",
         {"{{model}}": f"stepserve:engine_busy:ratio_rate5m{{{MODEL}}}"},
         "percentunit",
         most=1,
     ),
     Panel(
         "Engine time outside forwards",
-        "What stacking, splitting and schedulers take of the engine's time.",
+        "Share of the engine's busy time that stacking, splitting and schedulers take.",
         {"{{model}}": f"1 - {rate('forward_seconds')} / {rate('engine_busy_seconds')}"},
         "percentunit",
         most=1,
     ),
     Panel(
         "Error of the cost model",
-        "How far forecasts are off, as a share of the forward's time. Alert: "
-        "StepserveCostModelWrong.",
+        "Relative error of the predicted seconds of a forward. Alert: StepserveCostModelWrong.",
         {"{{model}} {{stage}} p50": quantile(0.5, "cost_model_error_ratio", "model", "stage")},
         "percentunit",
     ),
@@ -210,7 +209,7 @@ SCALING = (
     ),
     Panel(
         "Backlog",
-        "Seconds until a replica has done everything in flight: what autoscaling should look at.",
+        "Estimated seconds until all requests in flight are finished: what autoscaling follows.",
         {"{{model}} {{replica}}": f"stepserve_backlog_seconds{{{MODEL}}}"},
         "s",
     ),
@@ -286,18 +285,18 @@ def _variables() -> list[dict[str, Any]]:
 
 
 def _panels() -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = []
+    drawn: list[dict[str, Any]] = []
     y = 0
     for title, panels in ROWS.items():
         place = {"x": 0, "y": y, "w": WIDTH * PANELS_A_ROW, "h": 1}
-        told.append({"type": "row", "title": title, "gridPos": place, "panels": []})
+        drawn.append({"type": "row", "title": title, "gridPos": place, "panels": []})
         y += 1
         for index, panel in enumerate(panels):
             line, column = divmod(index, PANELS_A_ROW)
             place = {"x": column * WIDTH, "y": y + line * HEIGHT, "w": WIDTH, "h": HEIGHT}
-            told.append(_panel(panel) | {"gridPos": place})
+            drawn.append(_panel(panel) | {"gridPos": place})
         y += -(-len(panels) // PANELS_A_ROW) * HEIGHT
-    return [panel | {"id": number} for number, panel in enumerate(told, 1)]
+    return [panel | {"id": number} for number, panel in enumerate(drawn, 1)]
 
 
 def _panel(panel: Panel) -> dict[str, Any]:

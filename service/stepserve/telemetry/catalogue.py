@@ -112,26 +112,26 @@ DEADLINES = _counter(
 )
 STEPS_SAVED = _counter(
     "cancelled_steps_saved",
-    "Denoising steps that need not be done, as their requests were cancelled or expired.",
+    "Denoising steps that were not run because the request was cancelled or expired.",
     "model",
 )
 
 # Seen by a replica: what the engine does.
-FORWARDS = _counter("forwards", "Forwards of shared modules.", "model", "stage")
+FORWARDS = _counter("forwards", "Forwards of the model's modules.", "model", "stage")
 CALLS = _counter(
-    "forward_calls", "Module calls of requests that forwards served.", "model", "stage"
+    "forward_calls", "Module calls of requests, batched into forwards.", "model", "stage"
 )
 ROWS = _counter("rows", "Rows of requests in forwards, without padding.", "model", "stage")
 PADDED_ROWS = _counter(
-    "padded_rows", "Rows that were run for nobody, to fill forwards up.", "model", "stage"
+    "padded_rows", "Padding rows of forwards, which belong to no request.", "model", "stage"
 )
 FORWARD_SECONDS = _counter("forward_seconds", "Seconds spent inside forwards.", "model", "stage")
 BUSY_SECONDS = _counter(
-    "engine_busy_seconds", "Seconds that the engine worked, forwards included.", "model"
+    "engine_busy_seconds", "Seconds that the engine was busy, forwards included.", "model"
 )
-STEPS = _counter("denoising_steps", "Denoising steps of requests that were done.", "model")
+STEPS = _counter("denoising_steps", "Denoising steps done, of all requests.", "model")
 BATCH_ROWS = _histogram(
-    "batch_rows", ROW_BUCKETS, "Rows of requests that shared a forward.", "model", "stage"
+    "batch_rows", ROW_BUCKETS, "Rows of requests in one forward.", "model", "stage"
 )
 OCCUPANCY = _histogram(
     "batch_occupancy_ratio",
@@ -140,41 +140,47 @@ OCCUPANCY = _histogram(
     "model",
 )
 RETRIES = _counter(
-    "forward_retries", "Shared forwards that raised and were run again in halves.", "model"
+    "forward_retries", "Batched forwards that raised and were run again in halves.", "model"
 )
-OUT_OF_MEMORY = _counter("out_of_memory", "Forwards for which memory ran out.", "model")
+OUT_OF_MEMORY = _counter("out_of_memory", "Forwards that ran out of device memory.", "model")
 COST_ERROR = _histogram(
     "cost_model_error_ratio",
     ERROR_BUCKETS,
-    "How far the cost model was off a forward's real seconds, as a share of them.",
+    "Relative error of the predicted seconds of a forward.",
     *("model", "stage"),
 )
 REQUEST_RETRIES = _counter(
-    "request_retries", "Requests that another replica took on, as theirs was lost.", "model"
+    "request_retries", "Requests retried on another replica because theirs was lost.", "model"
 )
 
 # How things stand. A replica's values vanish some seconds after the replica.
 BACKLOG_SECONDS = _gauge(
-    "backlog_seconds", "Seconds until everything in flight should be finished.", "model", "replica"
+    "backlog_seconds",
+    "Estimated seconds until all requests in flight are finished.",
+    "model",
+    "replica",
 )
 IN_FLIGHT = _gauge("requests_in_flight", "Requests accepted and not yet ended.", "model", "replica")
 IMAGES_PENDING = _gauge(
     "images_pending", "Images of requests accepted and not yet ended.", "model", "replica"
 )
 IMAGE_LIMIT = _gauge(
-    "images_limit", "Images pending beyond which requests are refused.", "model", "replica"
+    "images_limit", "Most images pending; requests beyond it are refused.", "model", "replica"
 )
 ROW_LIMIT = _gauge("row_limit", "Most rows of one shared denoiser forward.", "model", "replica")
 REPLICA_STARTS = _counter(
-    "replica_starts", "Replicas that became warm; more than there are replicas: restarts.", "model"
+    "replica_starts", "Replicas that finished their warm-up, restarts included.", "model"
 )
 LOAD_SECONDS = _gauge(
-    "model_load_seconds", "Seconds that a replica took to load and warm up.", "model", "replica"
+    "model_load_seconds",
+    "Seconds that a replica took to load the model and warm up.",
+    "model",
+    "replica",
 )
 MEMORY_BYTES = _gauge(
     "device_memory_bytes",
-    "Memory of a replica's device, by kind: allocated and reserved by torch, used by anybody, and "
-    "total on accelerators; resident (of the process) on CPU.",
+    "Memory of a replica's device, by kind: allocated and reserved by torch, used by all "
+    "processes, and total on accelerators; resident (of the process) on CPU.",
     *("model", "replica", "kind"),
 )
 BUILD = _gauge("build_info", "Always 1; the labels say which version runs.", "version", "process")

@@ -28,8 +28,8 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a replica stands at one moment."""
+class Gauges:
+    """Values of a replica at one moment."""
 
     backlog_s: float
     requests: int
@@ -41,12 +41,12 @@ class Standing:
 
 
 class EngineMetrics:
-    """An engine's observer. `flush` records what was heard since the last time.
+    """An engine's observer. `flush` records what was reported since the last time.
 
     Args:
         instruments: where values go.
         model: the model's id.
-        replica: tells this replica apart from others of the model.
+        replica: name of this replica among those of the model.
     """
 
     def __init__(self, instruments: Instruments, model: str, replica: str) -> None:
@@ -71,13 +71,13 @@ class EngineMetrics:
         self._totals = totals
         self._to.count(c.REPLICA_STARTS, 1, self._model)
 
-    def flush(self, totals: Totals, standing: Standing) -> None:
-        """Record what was heard, and how things stand now. Not on the engine's thread."""
+    def flush(self, totals: Totals, gauges: Gauges) -> None:
+        """Record the reports since the last flush, and present values. Off the engine's thread."""
         self._record_forwards(list(_taken(self._forwards)))
         for end in _taken(self._ends):
             self._record_end(end)
         self._record_totals(totals)
-        self._record_standing(standing)
+        self._record_gauges(gauges)
 
     def _record_forwards(self, forwards: list[ForwardReport]) -> None:
         for forward in forwards:
@@ -140,18 +140,18 @@ class EngineMetrics:
         ):
             self._to.count(metric, amount, self._model)
 
-    def _record_standing(self, standing: Standing) -> None:
+    def _record_gauges(self, gauges: Gauges) -> None:
         values = {
-            c.BACKLOG_SECONDS: standing.backlog_s,
-            c.IN_FLIGHT: standing.requests,
-            c.IMAGES_PENDING: standing.images,
-            c.IMAGE_LIMIT: standing.image_limit,
-            c.ROW_LIMIT: standing.row_limit,
-            c.LOAD_SECONDS: standing.load_s,
+            c.BACKLOG_SECONDS: gauges.backlog_s,
+            c.IN_FLIGHT: gauges.requests,
+            c.IMAGES_PENDING: gauges.images,
+            c.IMAGE_LIMIT: gauges.image_limit,
+            c.ROW_LIMIT: gauges.row_limit,
+            c.LOAD_SECONDS: gauges.load_s,
         }
         for metric, value in values.items():
             self._to.set(metric, value, self._replica)
-        for kind, amount in standing.memory_bytes.items():
+        for kind, amount in gauges.memory_bytes.items():
             self._to.set(c.MEMORY_BYTES, amount, {**self._replica, "kind": kind})
 
     def _of(self, stage: str) -> dict[str, str]:

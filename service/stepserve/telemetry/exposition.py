@@ -1,8 +1,8 @@
-"""What the metrics agents of all nodes tell, as one page of the whole application.
+"""The pages of all nodes' metrics agents, merged into one page of the whole application.
 
 Each process of a node has series of its own there. Here they are added up, so that a page does not
-grow with every restart. Nodes stay apart by a label: when one leaves, its series end, rather than
-that a sum falls, which Prometheus would take for a restart from 0.
+grow with every restart. A label keeps nodes apart: when one leaves, its series end. A sum would
+fall instead, which Prometheus would take for a restart from 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
 def merge(pages: Mapping[str, str | None]) -> str:
-    """One page from the pages of nodes by address; None is a node that did not answer."""
+    """One page from the pages of nodes by address; None is a node that did not respond."""
     families: dict[str, Family] = {}
     values: dict[str, dict[Key, float]] = defaultdict(dict)
     sums: dict[Key, float] = defaultdict(float)
@@ -91,9 +91,9 @@ def _text(
     families: Mapping[str, Family], values: Mapping[str, Mapping[Key, float]]
 ) -> Iterator[str]:
     for name, family in sorted(families.items()):
-        told = f"{name}_total" if family.type == "counter" else name
-        yield f"# HELP {told} {_escaped(family.documentation)}\n"
-        yield f"# TYPE {told} {family.type}\n"
+        shown = f"{name}_total" if family.type == "counter" else name
+        yield f"# HELP {shown} {_escaped(family.documentation)}\n"
+        yield f"# TYPE {shown} {family.type}\n"
         for (sample, labels), value in values[name].items():
             inner = ",".join(f'{key}="{_escaped(text, quotes=True)}"' for key, text in labels)
             yield f"{sample}{{{inner}}} {value!r}\n"
@@ -107,5 +107,5 @@ def _escaped(text: str, quotes: bool = False) -> str:
 def _unreachable(pages: Mapping[str, str | None]) -> str:
     name = "stepserve_metrics_unreachable_nodes"
     number = sum(page is None for page in pages.values())
-    told = f"# HELP {name} Nodes whose metrics are missing here.\n# TYPE {name} gauge\n"
-    return f"{told}{name} {number}\n"
+    header = f"# HELP {name} Nodes whose metrics are missing here.\n# TYPE {name} gauge\n"
+    return f"{header}{name} {number}\n"

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from stepserve.telemetry.log_sink import SinkHandler
 
 FORMAT_VARIABLE = "_STEPSERVE_LOG_FORMAT"
-"""What a local service tells its processes, as only its starter knows of a terminal."""
+"""Set by a local service for its processes: only its starter knows whether there is a terminal."""
 
 SINK_VARIABLE = "_STEPSERVE_LOG_SINK"
 OURS = "stepserve"
@@ -38,7 +38,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        told: dict[str, Any] = {
+        line: dict[str, Any] = {
             "time": _utc(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -46,8 +46,8 @@ class JsonFormatter(logging.Formatter):
             **_fields(record),
         }
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False, default=str)
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
 
 
 class TextFormatter(logging.Formatter):

@@ -38,7 +38,7 @@ Shared = tuple[ForwardReport, dict[RequestKey, Span]]
 
 @dataclass
 class TracedRequest:
-    """The span of a request, and what was heard of it so far."""
+    """The span of a request, and what was reported of it so far."""
 
     span: Span
     forwards: list[Shared] = field(default_factory=list)
@@ -49,15 +49,15 @@ class TracedRequest:
 
     @property
     def is_over(self) -> bool:
-        """Whether everything was heard: of a refused request the engine reports no end."""
+        """Whether nothing more will come: of a refused request the engine reports no end."""
         return self.outcome is not None and (self.end is not None or not self.is_accepted)
 
 
 class RequestTraces:
     """An engine's observer, and a listener to the events of requests.
 
-    All methods but `flush` only note what they hear, whatever thread they are called on; `flush`
-    makes the spans.
+    All methods but `flush` and `close` only append to a list, whatever thread they are called on;
+    `flush` makes the spans.
 
     Args:
         provider: where spans go.
@@ -79,8 +79,8 @@ class RequestTraces:
         self._clock = clock
         self._epoch_s = wall_clock() - clock()
         # Appending and popping at the ends is safe between threads.
-        self._heard: deque[Callable[[], None]] = deque()
-        # Those at work; touched by `flush` alone, but for the question whether there are any.
+        self._pending: deque[Callable[[], None]] = deque()
+        # Those in flight; touched by `flush` alone, but for the question whether there are any.
         self._requests: dict[RequestKey, TracedRequest] = {}
 
     def begin(self, request: GenerationRequest) -> None:
@@ -88,35 +88,35 @@ class RequestTraces:
         span = self._tracer.start_span(
             "generate",
             context=carried_context(request.trace_context),
-            attributes=_asked(request) | dict(self._attributes),
+            attributes=_attributes_of(request) | dict(self._attributes),
             start_time=self._ns(self._clock()),
         )
         if span.is_recording():
             traced = TracedRequest(span)
-            self._heard.append(partial(self._requests.__setitem__, request.key, traced))
+            self._pending.append(partial(self._requests.__setitem__, request.key, traced))
 
-    def hear(self, key: RequestKey, event: Event) -> None:
-        """Something happened to a request."""
+    def add_event(self, key: RequestKey, event: Event) -> None:
+        """Something happened to a request; see `domain.events`."""
         match event:
             case Accepted():
-                self._heard.append(partial(self._accepted, key))
+                self._pending.append(partial(self._accepted, key))
             case Finished() | Failed():
-                self._heard.append(partial(self._outcome, key, event, self._clock()))
+                self._pending.append(partial(self._outcome, key, event, self._clock()))
 
     def forward_ended(self, report: ForwardReport) -> None:
-        """A shared forward succeeded."""
-        if self._requests or self._heard:
-            self._heard.append(partial(self._forward, report))
+        """A forward succeeded."""
+        if self._requests or self._pending:
+            self._pending.append(partial(self._forward, report))
 
     def request_ended(self, report: EndReport) -> None:
-        """The engine is done with a request."""
-        if self._requests or self._heard:
-            self._heard.append(partial(self._request_ended, report))
+        """A request ended."""
+        if self._requests or self._pending:
+            self._pending.append(partial(self._request_ended, report))
 
     def flush(self) -> None:
-        """Make spans of what was heard. Not on the engine's thread."""
-        for _ in range(len(self._heard)):
-            self._heard.popleft()()
+        """Make spans of what was reported. Off the engine's thread."""
+        for _ in range(len(self._pending)):
+            self._pending.popleft()()
 
     def close(self) -> None:
         """End what is still open, and send everything."""
@@ -243,8 +243,8 @@ def _span_name(report: ForwardReport) -> str:
     return "decoding"
 
 
-def _asked(request: GenerationRequest) -> dict[str, str | int | float]:
-    """What is told of a request. No prompt: traces go to other places than images do."""
+def _attributes_of(request: GenerationRequest) -> dict[str, str | int | float]:
+    """Attributes of a request's span. No prompt: traces go to other places than images do."""
     return {
         "stepserve.request_id": request.id,
         "stepserve.model": request.model,

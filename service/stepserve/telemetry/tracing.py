@@ -38,7 +38,7 @@ from stepserve import __version__
 logger = logging.getLogger(__name__)
 
 TraceContext = tuple[tuple[str, str], ...]
-"""Headers that tell a span of which trace comes before: W3C's `traceparent` and `tracestate`."""
+"""Headers that name the parent span: W3C's `traceparent` and `tracestate`."""
 
 NAME, TRACEPARENT = "stepserve", "traceparent"
 OTLP, CONSOLE, NONE = "otlp", "console", "none"
@@ -116,7 +116,7 @@ def trace_id_in(headers: Mapping[str, str]) -> str:
 
 
 def carrier_of(span: Span) -> TraceContext:
-    """The headers that tell others to go on below `span`."""
+    """The headers that make `span` the parent of spans in other processes."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, context=set_span_in_context(span))
     return tuple(carrier.items())

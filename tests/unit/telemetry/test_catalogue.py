@@ -45,8 +45,8 @@ def test_prometheus_finds_nothing_to_mend():
     assert checked.returncode == 0
 
 
-def test_docs_tell_of_each_metric():
-    told = DOCS.read_text()
+def test_docs_list_each_metric():
+    page = DOCS.read_text()
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
-        assert f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |" in told
+        assert f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |" in page

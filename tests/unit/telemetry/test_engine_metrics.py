@@ -8,9 +8,9 @@ from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState
 from stepserve.domain.timings import Timings
-from stepserve.telemetry.engine_metrics import EngineMetrics, Standing, Totals
+from stepserve.telemetry.engine_metrics import EngineMetrics, Gauges, Totals
 
-STANDING = Standing(
+GAUGES = Gauges(
     backlog_s=1.5,
     requests=2,
     images=3,
@@ -47,7 +47,7 @@ def test_forwards_are_added_up(metrics: EngineMetrics, recorded: PrometheusInstr
     for rows in (4, 8, 16):
         metrics.forward_ended(forward(rows=rows))
     metrics.forward_ended(forward("encode", None))
-    metrics.flush(Totals(), STANDING)
+    metrics.flush(Totals(), GAUGES)
 
     denoise = {"model": "emoji", "stage": "denoise"}
     assert recorded.value("stepserve_forwards_total", **denoise) == 3
@@ -69,8 +69,8 @@ def test_what_was_flushed_is_not_counted_again(
 ):
     metrics.forward_ended(forward())
     metrics.started(Totals(retries=1, out_of_memory=1, busy_s=0.5, images_withheld=1))
-    metrics.flush(Totals(retries=2, out_of_memory=1, busy_s=1.0, images_withheld=1), STANDING)
-    metrics.flush(Totals(retries=3, out_of_memory=1, busy_s=1.5, images_withheld=4), STANDING)
+    metrics.flush(Totals(retries=2, out_of_memory=1, busy_s=1.0, images_withheld=1), GAUGES)
+    metrics.flush(Totals(retries=3, out_of_memory=1, busy_s=1.5, images_withheld=4), GAUGES)
 
     assert recorded.value("stepserve_forwards_total", model="emoji", stage="denoise") == 1
     assert recorded.value("stepserve_forward_retries_total", model="emoji") == 2
@@ -84,7 +84,7 @@ def test_ends_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstruments
     metrics.request_ended(end(RequestState.CANCELLED, steps_left=30, has_deadline=True))
     metrics.request_ended(end(RequestState.EXPIRED, steps_left=5, has_deadline=True))
     metrics.request_ended(end(RequestState.FAILED, steps_left=7))
-    metrics.flush(Totals(), STANDING)
+    metrics.flush(Totals(), GAUGES)
 
     for outcome in ("finished", "cancelled", "expired", "failed"):
         labels = {"model": "emoji", "outcome": outcome}
@@ -101,9 +101,9 @@ def test_ends_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstruments
     assert recorded.value("stepserve_stage_duration_seconds_sum", **stage) == pytest.approx(0.05)
 
 
-def test_how_a_replica_stands(metrics: EngineMetrics, recorded: PrometheusInstruments):
+def test_values_of_a_replica(metrics: EngineMetrics, recorded: PrometheusInstruments):
     metrics.started(Totals())
-    metrics.flush(Totals(), STANDING)
+    metrics.flush(Totals(), GAUGES)
 
     replica = {"model": "emoji", "replica": "r1"}
     assert recorded.value("stepserve_backlog_seconds", **replica) == 1.5

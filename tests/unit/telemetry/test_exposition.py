@@ -55,28 +55,28 @@ def joined(*pages: str) -> str:
 
 def test_processes_of_a_node_are_added_up_and_nodes_stay_apart():
     first = joined(page("a", 3), page("b", 4))
-    told = samples(merge({"10.0.0.1": first, "10.0.0.2": page("c", 5, "10.0.0.2")}))
+    merged = samples(merge({"10.0.0.1": first, "10.0.0.2": page("c", 5, "10.0.0.2")}))
 
     images = "stepserve_images_total"
-    assert told[images, "model=e", "node=10.0.0.1"] == 7
-    assert told[images, "model=e", "node=10.0.0.2"] == 5
+    assert merged[images, "model=e", "node=10.0.0.1"] == 7
+    assert merged[images, "model=e", "node=10.0.0.2"] == 5
     wait = "stepserve_queue_wait_seconds"
-    assert told[f"{wait}_bucket", "le=1.0", "model=e", "node=10.0.0.1"] == 7
-    assert told[f"{wait}_count", "model=e", "node=10.0.0.1"] == 7
+    assert merged[f"{wait}_bucket", "le=1.0", "model=e", "node=10.0.0.1"] == 7
+    assert merged[f"{wait}_count", "model=e", "node=10.0.0.1"] == 7
 
 
 def test_sums_of_histograms_are_the_exact_ones():
-    told = samples(merge({"n": joined(page("a", 3), page("b", 4))}))
+    merged = samples(merge({"n": joined(page("a", 3), page("b", 4))}))
 
-    assert told["stepserve_queue_wait_seconds_sum", "model=e", "node=n"] == 0.5
-    assert not any("exact" in key[0] for key in told)
+    assert merged["stepserve_queue_wait_seconds_sum", "model=e", "node=n"] == 0.5
+    assert not any("exact" in key[0] for key in merged)
 
 
 def test_gauges_of_replicas_stay_apart():
-    told = samples(merge({"n": joined(page("a", 3), page("b", 4))}))
+    merged = samples(merge({"n": joined(page("a", 3), page("b", 4))}))
 
     for replica in "ab":
-        assert told["stepserve_row_limit", "model=e", "node=n", f"replica={replica}"] == 16
+        assert merged["stepserve_row_limit", "model=e", "node=n", f"replica={replica}"] == 16
 
 
 def test_only_ours_and_serves():
@@ -86,11 +86,11 @@ def test_only_ours_and_serves():
     assert not any("cpu" in name for name in names)
 
 
-def test_a_node_that_does_not_answer_is_told():
-    told = samples(merge({"n": page("a", 1), "m": None}))
+def test_a_node_that_does_not_respond_is_counted():
+    merged = samples(merge({"n": page("a", 1), "m": None}))
 
-    assert told["stepserve_metrics_unreachable_nodes",] == 1
-    assert told["stepserve_images_total", "model=e", "node=n"] == 1
+    assert merged["stepserve_metrics_unreachable_nodes",] == 1
+    assert merged["stepserve_images_total", "model=e", "node=n"] == 1
 
 
 def test_texts_with_quotes_and_backslashes_survive():

@@ -100,8 +100,8 @@ def test_lines_reach_whoever_started_the_service():
         for index in range(3):
             logger.info("line", extra={"fields": {"index": index}})
 
-    told = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [line["index"] for line in told] == [0, 1, 2]
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["index"] for line in lines] == [0, 1, 2]
 
 
 def test_logging_goes_on_when_nobody_reads(tmp_path):

@@ -43,7 +43,7 @@ class Traced:
             name, "emoji", "a secret wish", 64, 64, 20, 4.0, 0, "ddim", trace_context=context
         )
         self.traces.begin(request)
-        self.traces.hear(RequestKey(name), Accepted(name, 0, 1.0))
+        self.traces.add_event(RequestKey(name), Accepted(name, 0, 1.0))
 
     def forward(self, *names: str, stage: str = "denoise", module: str = "unet.forward") -> None:
         self.now_s += 1.0
@@ -59,7 +59,7 @@ class Traced:
             EndReport(RequestKey(name), RequestState.FINISHED, timings, 1, 0, False, self.now_s)
         )
         self.now_s += 0.25
-        self.traces.hear(RequestKey(name), Finished(name, (), timings))
+        self.traces.add_event(RequestKey(name), Finished(name, (), timings))
 
     def spans(self, name: str) -> list[ReadableSpan]:
         self.traces.flush()
@@ -74,8 +74,8 @@ def seconds(span: ReadableSpan) -> tuple[float, float]:
 
 
 def steps(spans: Sequence[ReadableSpan]) -> list[tuple[object, object, int]]:
-    told = [(span.attributes or {}, len(span.links)) for span in spans]
-    return [(a["stepserve.first_step"], a["stepserve.steps"], links) for a, links in told]
+    shown = [(span.attributes or {}, len(span.links)) for span in spans]
+    return [(a["stepserve.first_step"], a["stepserve.steps"], links) for a, links in shown]
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_request_has_a_span_for_each_part_of_its_life(traced: Traced) -> None:
     assert seconds(root) == pytest.approx((0.0, 6.25))
 
 
-def test_denoising_is_grouped_by_company_and_linked_to_it(traced: Traced) -> None:
+def test_denoising_is_grouped_by_who_shares_it_and_linked_to_them(traced: Traced) -> None:
     traced.begin("a")
     traced.begin("b")
     for names in (("a",), ("a",), ("a", "b"), ("a", "b"), ("a", "b"), ("a",)):
@@ -146,7 +146,9 @@ def test_a_controlnet_beside_the_denoiser_adds_time_and_no_steps(traced: Traced)
     assert seconds(span) == pytest.approx((0.0, 4.0))
 
 
-def test_a_long_request_in_changing_company_has_a_bounded_number_of_spans(traced: Traced) -> None:
+def test_a_long_request_whose_batch_keeps_changing_has_a_bounded_number_of_spans(
+    traced: Traced,
+) -> None:
     traced.begin("a")
     for index in range(1000):
         traced.begin(f"b{index}")
@@ -158,11 +160,11 @@ def test_a_long_request_in_changing_company_has_a_bounded_number_of_spans(traced
     assert sum(s.attributes["stepserve.steps"] for s in mine) == 1000
 
 
-def test_the_end_may_be_heard_before_the_engine_has_told_its_own(traced: Traced) -> None:
+def test_the_last_event_may_come_before_the_report_of_the_end(traced: Traced) -> None:
     traced.begin("a")
     traced.forward("a")
     timings = Timings(total_s=1.0)
-    traced.traces.hear(RequestKey("a"), Finished("a", (), timings))
+    traced.traces.add_event(RequestKey("a"), Finished("a", (), timings))
     assert traced.spans("generate") == []
     traced.traces.request_ended(
         EndReport(RequestKey("a"), RequestState.FINISHED, timings, 1, 0, False, traced.now_s)
@@ -174,7 +176,7 @@ def test_the_end_may_be_heard_before_the_engine_has_told_its_own(traced: Traced)
 def test_refused_and_cancelled_requests_end_with_an_error(traced: Traced) -> None:
     request = GenerationRequest("no", "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim")
     traced.traces.begin(request)
-    traced.traces.hear(RequestKey("no"), Failed("no", ServerFullError("full", 1.0)))
+    traced.traces.add_event(RequestKey("no"), Failed("no", ServerFullError("full", 1.0)))
     traced.begin("gone")
     traced.forward("gone")
     traced.traces.request_ended(
@@ -182,14 +184,14 @@ def test_refused_and_cancelled_requests_end_with_an_error(traced: Traced) -> Non
             RequestKey("gone"), RequestState.CANCELLED, Timings(total_s=1.0), 1, 19, False, 1.0
         )
     )
-    traced.traces.hear(
+    traced.traces.add_event(
         RequestKey("gone"), Failed("gone", CancelledError("request gone was cancelled"))
     )
 
-    told = {s.attributes["stepserve.request_id"]: s for s in traced.spans("generate")}
-    assert told["no"].attributes["stepserve.outcome"] == "ServerFullError"
-    assert told["gone"].attributes["stepserve.outcome"] == "CancelledError"
-    assert {s.status.status_code for s in told.values()} == {StatusCode.ERROR}
+    roots = {s.attributes["stepserve.request_id"]: s for s in traced.spans("generate")}
+    assert roots["no"].attributes["stepserve.outcome"] == "ServerFullError"
+    assert roots["gone"].attributes["stepserve.outcome"] == "CancelledError"
+    assert {s.status.status_code for s in roots.values()} == {StatusCode.ERROR}
     assert traced.spans("image encoding") == []
 
 
@@ -219,8 +221,10 @@ def test_two_owners_with_one_id_have_a_span_each(traced: Traced) -> None:
             "order", "emoji", "cat", 64, 64, 20, 4.0, 0, "ddim", owner=owner
         )
         traced.traces.begin(request)
-    traced.traces.hear(RequestKey("order", "bob"), Failed("order", CancelledError("gone")))
-    traced.traces.hear(RequestKey("order", "alice"), Failed("order", ServerFullError("full", 1.0)))
+    traced.traces.add_event(RequestKey("order", "bob"), Failed("order", CancelledError("gone")))
+    traced.traces.add_event(
+        RequestKey("order", "alice"), Failed("order", ServerFullError("full", 1.0))
+    )
 
     outcomes = [s.attributes["stepserve.outcome"] for s in traced.spans("generate")]
     assert sorted(outcomes) == ["CancelledError", "ServerFullError"]

@@ -64,8 +64,11 @@ def test_what_is_not_known_is_named_and_stops_no_service(
 def test_spans_tell_whose_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     provider = open_traces("replica-1", {"OTEL_TRACES_EXPORTER": "console"})
     assert provider is not None
-    told = provider.resource.attributes
-    assert (told["service.name"], told["service.instance.id"]) == ("stepserve", "replica-1")
+    attributes = provider.resource.attributes
+    assert (attributes["service.name"], attributes["service.instance.id"]) == (
+        "stepserve",
+        "replica-1",
+    )
     provider.shutdown()
 
     monkeypatch.setenv("OTEL_SERVICE_NAME", "images")
@@ -82,18 +85,18 @@ def test_a_span_goes_on_with_the_trace_of_its_caller() -> None:
     span = HttpTraces(provider).begin(headers, "POST")
     span.end("POST /v1/x", 503, {"stepserve.model": "emoji", "stepserve.caller": ""})
 
-    (told,) = exporter.get_finished_spans()
-    assert (told.name, told.kind) == ("POST /v1/x", SpanKind.SERVER)
-    assert told.parent is not None
-    assert format_span_id(told.parent.span_id) == PARENT
-    assert format_trace_id(told.context.trace_id) == span.trace_id == TRACE
-    assert told.status.status_code is StatusCode.ERROR
-    assert dict(told.attributes or {}) == {
+    (span_sent,) = exporter.get_finished_spans()
+    assert (span_sent.name, span_sent.kind) == ("POST /v1/x", SpanKind.SERVER)
+    assert span_sent.parent is not None
+    assert format_span_id(span_sent.parent.span_id) == PARENT
+    assert format_trace_id(span_sent.context.trace_id) == span.trace_id == TRACE
+    assert span_sent.status.status_code is StatusCode.ERROR
+    assert dict(span_sent.attributes or {}) == {
         "http.response.status_code": 503,
         "stepserve.model": "emoji",
     }
     carried = dict(span.carrier)
-    assert carried["traceparent"] == f"00-{TRACE}-{format_span_id(told.context.span_id)}-01"
+    assert carried["traceparent"] == f"00-{TRACE}-{format_span_id(span_sent.context.span_id)}-01"
     assert carried["tracestate"] == "vendor=1"
 
 

@@ -1,4 +1,4 @@
-"""What the ingress tells of the exchanges it serves: metrics, spans, and one log line each."""
+"""What the ingress reports of the exchanges it serves: metrics, spans, and a log line each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepserve.ray_serve.logging import start_logging
 from stepserve.ray_serve.ray_instruments import RayInstruments
 from stepserve.telemetry import catalogue
 from stepserve.telemetry.flusher import Flusher
-from stepserve.telemetry.http_metrics import HttpAnswer, record_answer
+from stepserve.telemetry.http_metrics import record_response
 from stepserve.telemetry.instruments import Instruments
 from stepserve.telemetry.tracing import HttpTraces, open_traces
 
@@ -24,7 +24,7 @@ def observe(settings: TelemetrySettings) -> Observation:
     """Begin to observe, in an ingress replica."""
     start_logging(settings)
     instruments = RayInstruments()
-    Flusher(lambda: _tell_version(instruments)).start()
+    Flusher(lambda: _set_version(instruments)).start()
     listeners = (_Recorder(instruments), AccessLog(settings.log_prompts))
     provider = open_traces(f"ingress-{os.getpid()}")
     traces = None if provider is None else HttpTraces(provider)
@@ -45,7 +45,8 @@ class _Recorder:
 
     def __call__(self, exchange: Exchange) -> None:
         notes = exchange.notes
-        response = HttpAnswer(
+        record_response(
+            self._instruments,
             route=exchange.route,
             model=notes.model,
             status=exchange.status,
@@ -54,8 +55,7 @@ class _Recorder:
             # Probes of a model that loads are refused nothing.
             refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
         )
-        record_answer(self._instruments, response)
 
 
-def _tell_version(instruments: Instruments) -> None:
+def _set_version(instruments: Instruments) -> None:
     instruments.set(catalogue.BUILD, 1, {"version": __version__, "process": "ingress"})

@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 from stepserve import __version__
 from stepserve.ray_serve.ray_instruments import RayInstruments
 from stepserve.telemetry import catalogue
-from stepserve.telemetry.engine_metrics import EngineMetrics, Standing, Totals
+from stepserve.telemetry.engine_metrics import EngineMetrics, Gauges, Totals
 from stepserve.telemetry.flusher import Flusher
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ReplicaMetrics:
             self._traces.close()
 
     def _flush(self) -> None:
-        self._metrics.flush(self._totals(), self._standing())
+        self._metrics.flush(self._totals(), self._gauges())
         labels = {"version": __version__, "process": "replica"}
         self._instruments.set(catalogue.BUILD, 1, labels)
         if self._traces is not None:
@@ -66,10 +66,10 @@ class ReplicaMetrics:
         withheld = self._runner.images_withheld
         return Totals(counters.retries, counters.out_of_memory, counters.busy_s, withheld)
 
-    def _standing(self) -> Standing:
+    def _gauges(self) -> Gauges:
         engine = self._runner.engine
         load = engine.load()
-        return Standing(
+        return Gauges(
             backlog_s=load.backlog_s,
             requests=load.requests,
             images=load.images,

@@ -39,7 +39,7 @@ class Watcher(Protocol):
         """A request is about to be submitted to the engine."""
         ...
 
-    def hear(self, key: RequestKey, event: Event) -> None:
+    def add_event(self, key: RequestKey, event: Event) -> None:
         """Something happened to a request."""
         ...
 
@@ -50,7 +50,7 @@ class NotWatched:
     def begin(self, request: GenerationRequest) -> None:
         """Ignored."""
 
-    def hear(self, key: RequestKey, event: Event) -> None:
+    def add_event(self, key: RequestKey, event: Event) -> None:
         """Ignored."""
 
 
@@ -214,7 +214,7 @@ class RequestTracker:
         record = self._log.find(key)
         if record is not None and record.is_orphaned and isinstance(event, Failed):
             event = Failed(key.id, StoppedError("cancelled: lost contact with the ingress"))
-        self._watcher.hear(key, event)
+        self._watcher.add_event(key, event)
         self._log.add(key, event)
 
     async def _wait_until_free(self, key: RequestKey) -> None:
