@@ -58,3 +58,22 @@ def test_workers_get_no_folder_of_the_driver_to_import_from() -> None:
     config = job_config()
     assert config._client_job
     assert config._py_driver_sys_path == []
+
+
+USED_AFTER_ITS_END = """
+import ray
+from stepserve.ray_serve.local.local_ray import never_start_unasked
+never_start_unasked()
+try:
+    ray.put(1)
+except Exception as error:
+    print("refused:", error)
+print(ray.is_initialized())
+"""
+
+
+def test_no_ray_is_started_by_whoever_uses_one_that_is_gone() -> None:
+    command = [sys.executable, "-c", USED_AFTER_ITS_END]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.startswith("refused: ")
+    assert ran.stdout.endswith("\nFalse\n")

@@ -7,7 +7,7 @@ import os
 from collections.abc import MutableMapping
 
 import ray
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 from ray._private.authentication.authentication_token_setup import _enable_token_auth
 from ray.job_config import JobConfig
 
@@ -60,6 +60,15 @@ def job_config() -> JobConfig:
     """A job whose workers import what is installed, and nothing from the current folder."""
     # Jobs of Ray's clients are the ones that Ray does not add this process's folder to.
     return JobConfig(_client_job=True)
+
+
+def never_start_unasked() -> None:
+    """Let no thread start a Ray by using one that is not there any more.
+
+    Ray would: on all addresses, and without a token. Ray Serve's threads may still report what they
+    measure when the service has ended its Ray.
+    """
+    auto_init_hook.enable_auto_connect = False
 
 
 def joined_address() -> str | None:

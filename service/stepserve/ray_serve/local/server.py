@@ -41,6 +41,7 @@ from stepserve.ray_serve.local.failed_models import failed_models, failure_of
 from stepserve.ray_serve.local.local_ray import (
     job_config,
     joined_address,
+    never_start_unasked,
     set_defaults,
     start_local_ray,
 )
@@ -156,6 +157,7 @@ def joins_cluster() -> bool:
 def start_ray(settings: Settings, folder: RuntimeFolder) -> None:
     """Start a local Ray, or join the cluster that `RAY_ADDRESS` names."""
     set_defaults({"RAY_USAGE_STATS_ENABLED": "0"})
+    never_start_unasked()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     logging_config = LoggingConfig(enable_access_log=False)
     if address := joined_address():
@@ -279,6 +281,8 @@ def stop_ray() -> None:
         for name in applications():
             if name == INGRESS_APPLICATION or name.startswith(MODEL_PREFIX):
                 serve.delete(name)
+    # Its threads would complain that Ray is not there any more.
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     ray.shutdown()
 
 
