@@ -1,11 +1,11 @@
-"""What the HTTP door needs from whoever makes the images."""
+"""What the API needs from whoever makes the images."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from stepserve.domain.events import Event, Outcome
+from stepserve.domain.events import Event
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
@@ -28,21 +28,13 @@ class Backend(Protocol):
         """Return one served model, also if it is still loading, or None if there is no such."""
         ...
 
-    async def generate(self, request: GenerationRequest) -> Outcome:
-        """Serve `request` to its end; cancelling the calling task gives it up.
+    def submit(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve `request`: it is accepted, has previews, and ends in `Finished` or `Failed`.
+
+        Closing the events cancels it.
 
         Raises:
-            StepserveError: as an alternative to returning it inside `Failed`.
-        """
-        ...
-
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Serve `request`, and tell what happens to it up to `Finished` or `Failed`.
-
-        Closing the stream gives the request up.
-
-        Raises:
-            StepserveError: as an alternative to telling it inside `Failed`.
+            StepserveError: as an alternative to the error inside `Failed`.
         """
         ...
 

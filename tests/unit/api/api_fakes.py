@@ -7,6 +7,8 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, cast
 
 import httpx
 from fastapi import FastAPI
@@ -78,18 +80,28 @@ class Clock:
 
 
 class FakeBackend:
-    """Answers at once; set `generate_with` for anything else. Keeps the requests it got."""
+    """Serves at once; set `stream_with` for anything else, or `generate_with` for another end.
+
+    Keeps the requests it got.
+    """
 
     def __init__(self) -> None:
         self.statuses = [ModelStatus(EMOJI, ready=True)]
         self.requests: list[GenerationRequest] = []
-        self.generate_with: Generate = finish
         self.stream_with: Stream = run_through
         self.log = RequestLog(time.monotonic, time.time)
         self.batches: list[BatchView] = []
         # Whether questions for news find nobody, one after another.
         self.unheard: Iterator[bool] = iter(())
         self.asked_for_events = 0
+
+    def generate_with(self, generate: Generate) -> None:
+        """From now on, requests have no event but their end."""
+
+        async def stream(request: GenerationRequest) -> AsyncIterator[Event]:
+            yield await generate(request)
+
+        self.stream_with = stream
 
     async def start(self) -> None:
         pass
@@ -101,24 +113,14 @@ class FakeBackend:
         by_id = {status.capabilities.id: status for status in self.statuses}
         return by_id.get(model_id)
 
-    async def generate(self, request: GenerationRequest) -> Outcome:
+    async def submit(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
         self.log.open(request)
         try:
-            outcome = await self.generate_with(request)
-        except asyncio.CancelledError:
-            self.log.add(request.key, Failed(request.id, CancelledError("gone")))
-            raise
-        self.log.add(request.key, outcome)
-        return outcome
-
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        self.requests.append(request)
-        self.log.open(request)
-        try:
-            async for event in self.stream_with(request):
-                self.log.add(request.key, event)
-                yield event
+            async with aclosing(cast(Any, self.stream_with(request))) as events:
+                async for event in events:
+                    self.log.add(request.key, event)
+                    yield event
         finally:
             self.log.add(request.key, Failed(request.id, CancelledError("gone")))
 

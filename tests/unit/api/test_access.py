@@ -19,6 +19,7 @@ from api_fakes import (
     make_app,
     make_store,
     raising,
+    run_through,
 )
 from fastapi import FastAPI
 from stepserve.api import ApiSettings, create_app
@@ -173,7 +174,7 @@ async def test_anothers_request_is_as_unknown_as_none(backend: FakeBackend):
 
 
 async def test_who_knows_the_id_of_anothers_request_cannot_end_it(backend: FakeBackend):
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     app = guarded(backend, entry(), entry(OTHER_KEY, "other"))
     async with client_of(app) as client, client_of(app, OTHER_KEY) as other:
         body, headers = {"prompt": "cat"}, {"X-Request-ID": "mine"}
@@ -238,7 +239,8 @@ async def until(condition: Any) -> None:
 
 
 async def test_so_many_at_once_and_a_place_is_free_again(backend: FakeBackend):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     async with client_of(guarded(backend, entry(max_concurrent=1))) as client:
         first = asyncio.create_task(draw(client))
         await until(blocking.began.is_set)
@@ -247,7 +249,7 @@ async def test_so_many_at_once_and_a_place_is_free_again(backend: FakeBackend):
         first.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await first
-        backend.generate_with = FakeBackend().generate_with
+        backend.stream_with = run_through
         third = await draw(client)
 
     assert second.status_code == 429
@@ -261,12 +263,12 @@ async def test_so_many_at_once_and_a_place_is_free_again(backend: FakeBackend):
 )
 async def test_a_place_is_free_after_any_error(backend: FakeBackend, error: Exception):
     async with client_of(guarded(backend, entry(max_concurrent=1))) as client:
-        backend.generate_with = raising(error)
+        backend.generate_with(raising(error))
         failed = await draw(client)
         wrong = await draw(client, n=-1)
         unreadable = await client.post(GENERATIONS, content=b"{")
         too_long = await draw(client, negative_prompt="x" * SETTINGS.max_body_bytes)
-        backend.generate_with = FakeBackend().generate_with
+        backend.stream_with = run_through
         good = await draw(client)
 
     assert failed.status_code >= 500
@@ -313,7 +315,7 @@ class Leaving:
 
 @pytest.mark.parametrize("body", [b'{"prompt": "cat"}', b'{"prompt": "cat", "stream": true}'])
 async def test_a_place_is_free_when_the_client_is_gone(backend: FakeBackend, body: bytes):
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     app = guarded(backend, entry(max_concurrent=1))
     headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {KEY}".encode())]
     scope = {"type": "http", "http_version": "1.1", "scheme": "http", "query_string": b""}
@@ -321,7 +323,7 @@ async def test_a_place_is_free_when_the_client_is_gone(backend: FakeBackend, bod
     for _ in range(3):
         peer = Leaving(body)
         await asyncio.wait_for(app(dict(scope), peer.receive, peer.send), 10)
-    backend.generate_with = FakeBackend().generate_with
+    backend.stream_with = run_through
     async with client_of(app) as client:
         assert (await draw(client)).status_code == 200
 
@@ -428,7 +430,7 @@ def test_the_document_asks_for_no_keys_where_there_are_none(backend: FakeBackend
 async def test_two_keys_work_under_one_id_and_neither_sees_or_ends_the_others(
     backend: FakeBackend,
 ):
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     app = guarded(backend, entry(), entry(OTHER_KEY, "other"))
     async with client_of(app) as client, client_of(app, OTHER_KEY) as other:
         body, headers = {"prompt": "cat"}, {"X-Request-ID": "order"}

@@ -233,7 +233,7 @@ async def test_errors_of_the_backend(
     code: str,
     retry_after: str | None,
 ):
-    backend.generate_with = way(error)
+    backend.generate_with(way(error))
     response = await client.post(URL, json={"prompt": "c"})
 
     assert response.status_code == status
@@ -247,7 +247,7 @@ async def test_a_deadline_that_is_refused_tells_what_could_be_promised(
     client: httpx.AsyncClient, backend: FakeBackend, way: Any
 ):
     message = "deadline_s is 2, but this request can only be promised within 3.4 s"
-    backend.generate_with = way(UnmeetableDeadlineError(message, 1.4, 3.4))
+    backend.generate_with(way(UnmeetableDeadlineError(message, 1.4, 3.4)))
     response = await client.post(URL, json={"prompt": "c", "deadline_s": 2})
 
     assert response.status_code == 429
@@ -278,7 +278,7 @@ async def test_internals_go_to_the_log_only(
     error: Exception,
     code: str,
 ):
-    backend.generate_with = raising(error)
+    backend.generate_with(raising(error))
     headers = {"X-Request-ID": "find-me"}
     response = await client.post(URL, json={"prompt": "c"}, headers=headers)
 
@@ -319,7 +319,8 @@ async def test_invalid_is_told_before_not_ready(client: httpx.AsyncClient, backe
 
 
 async def test_timeout(backend: FakeBackend):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     async with client_for(backend, ApiSettings("emoji", request_timeout_s=0.01)) as client:
         response = await client.post(URL, json={"prompt": "c"})
 

@@ -4,10 +4,12 @@ import asyncio
 import gc
 import json
 import socket
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 import pytest
 from api_fakes import Blocking, FakeBackend, make_app
+from starlette.types import Receive
 from stepserve.api.errors import RequestTimedOutError
 from stepserve.api.http import connection
 from stepserve.api.http.connection import while_connected
@@ -23,6 +25,18 @@ async def connected_for_ever() -> Any:
 
 async def disconnected() -> Any:
     return {"type": "http.disconnect"}
+
+
+async def outcome(
+    receive: Receive, work: Callable[[], Coroutine[Any, Any, Any]], timeout_s: float = 5
+) -> Any:
+    """What `work` returns, if the client stays."""
+
+    async def items() -> AsyncGenerator[Any, None]:
+        yield await work()
+
+    [result] = [item async for item in while_connected(receive, items(), timeout_s)]
+    return result
 
 
 class Peer:
@@ -60,7 +74,8 @@ async def begin(backend: FakeBackend, peer: Peer) -> asyncio.Task[None]:
 
 
 async def test_disconnect_cancels_the_work(backend: FakeBackend):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     peer = Peer()
     task = await begin(backend, peer)
     peer.leaves.set()
@@ -71,7 +86,8 @@ async def test_disconnect_cancels_the_work(backend: FakeBackend):
 
 
 async def test_cancelling_the_handler_cancels_the_work(backend: FakeBackend):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     peer = Peer()
     task = await begin(backend, peer)
     task.cancel()
@@ -100,7 +116,8 @@ async def test_leaving_during_the_upload_is_answered_to_nobody(backend: FakeBack
 
 
 def test_closing_a_real_connection_cancels_the_work(backend: FakeBackend, server_port: int):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server_port)) as client:
         client.sendall(f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY)
@@ -117,9 +134,9 @@ async def test_result_and_error_of_the_work_pass_through():
     async def broken() -> int:
         raise KeyError("x")
 
-    assert await while_connected(connected_for_ever, number(), 5) == 4
+    assert await outcome(connected_for_ever, number) == 4
     with pytest.raises(KeyError):
-        await while_connected(connected_for_ever, broken(), 5)
+        await outcome(connected_for_ever, broken)
 
 
 async def test_work_cancelled_from_elsewhere_is_an_error_not_a_cancellation():
@@ -127,7 +144,7 @@ async def test_work_cancelled_from_elsewhere_is_an_error_not_a_cancellation():
         raise asyncio.CancelledError
 
     with pytest.raises(CancelledError):
-        await while_connected(connected_for_ever, cancelled(), 5)
+        await outcome(connected_for_ever, cancelled)
 
 
 async def test_a_connection_that_fails_counts_as_gone():
@@ -135,7 +152,7 @@ async def test_a_connection_that_fails_counts_as_gone():
         raise ConnectionError
 
     with pytest.raises(CancelledError):
-        await while_connected(broken, connected_for_ever(), 5)
+        await outcome(broken, connected_for_ever)
 
 
 async def test_messages_before_the_disconnect_do_not_count():
@@ -145,7 +162,7 @@ async def test_messages_before_the_disconnect_do_not_count():
         return {"type": next(messages)}
 
     with pytest.raises(CancelledError):
-        await while_connected(receive, connected_for_ever(), 5)
+        await outcome(receive, connected_for_ever)
     assert list(messages) == []
 
 
@@ -167,7 +184,7 @@ async def test_work_that_ignores_its_cancellation_does_not_hold_the_answer(
         raise ValueError("late, and nobody's business")
 
     with pytest.raises(RequestTimedOutError):
-        await while_connected(connected_for_ever, stubborn(), 0.01)
+        await outcome(connected_for_ever, stubborn, 0.01)
     assert not ended.is_set()
     release.set()
     await asyncio.wait_for(ended.wait(), 5)

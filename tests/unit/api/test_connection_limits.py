@@ -201,7 +201,8 @@ def test_what_is_refused_is_told_like_any_other_answer(backend: FakeBackend):
 
 
 def test_one_that_works_is_not_cut_off(port: int, backend: FakeBackend):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     with connect(port) as client:
         client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
         assert blocking.began.wait(10)
@@ -227,7 +228,8 @@ def test_the_longest_silent_connection_gives_way_to_a_new_one(backend: FakeBacke
 
 
 def test_those_at_work_do_not_give_way(backend: FakeBackend):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     with served(make_app(backend), ConnectionLimits(), max_connections=1) as port:
         with connect(port) as client:
             client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
@@ -347,7 +349,7 @@ def test_a_half_closed_connection_is_answered_in_the_end(port: int, backend: Fak
         await asyncio.to_thread(responses.wait, 10)
         return await finish(request)
 
-    backend.generate_with = slow
+    backend.generate_with(slow)
     with connect(port) as client:
         client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
         client.shutdown(socket.SHUT_WR)
@@ -365,7 +367,8 @@ def test_a_half_closed_connection_is_answered_in_the_end(port: int, backend: Fak
 def test_a_client_that_leaves_after_half_closing_is_gone(
     port: int, backend: FakeBackend, first: bytes
 ):
-    backend.generate_with = blocking = Blocking()
+    blocking = Blocking()
+    backend.generate_with(blocking)
     with connect(port) as client:
         client.sendall(first + GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
         client.shutdown(socket.SHUT_WR)

@@ -45,7 +45,7 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
 async def test_the_others_are_answered(
     client: httpx.AsyncClient, backend: FakeBackend, wanted: str
 ) -> None:
-    backend.generate_with = finish_with_one_withheld
+    backend.generate_with(finish_with_one_withheld)
     body = {"prompt": "cat", "n": 3, "seed": 5, "response_format": wanted}
     response = await client.post(URL, json=body)
 
@@ -58,7 +58,7 @@ async def test_the_others_are_answered(
 async def test_where_none_is_left_it_is_openais_error(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    backend.generate_with = raising(ContentFilteredError(MESSAGE))
+    backend.generate_with(raising(ContentFilteredError(MESSAGE)))
     response = await client.post(URL, json={"prompt": "cat"})
 
     assert response.status_code == 400

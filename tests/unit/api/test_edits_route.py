@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import AsyncGenerator
 from typing import Any
 from urllib.parse import quote
 
@@ -19,7 +18,7 @@ from stepserve.api.images import inputs
 from stepserve.api.images.inputs import nearest_size
 from stepserve.api.inputs.uploads import UploadLimits
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.events import Event, Failed
+from stepserve.domain.events import Failed
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange
 from stepserve.domain.requests import GenerationRequest, Task
@@ -296,10 +295,7 @@ async def test_what_decoding_finds_wrong_is_told_as_what_the_header_says(
     async def refuse(request: GenerationRequest) -> Failed:
         return Failed(request.id, error)
 
-    async def refuse_in_a_stream(request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        yield Failed(request.id, error)
-
-    backend.generate_with, backend.stream_with = refuse, refuse_in_a_stream
+    backend.generate_with(refuse)
     fields = {"prompt": "blue", "stream": stream}
     response = await client.post(
         EDITS, data=fields, files={"image": drawn_image(), "mask": drawn_image()}

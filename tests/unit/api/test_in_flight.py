@@ -69,7 +69,8 @@ async def test_without_exchanges_there_is_nothing_to_wait_for(in_flight: InFligh
 async def test_what_ends_in_time_is_waited_for(
     client: httpx.AsyncClient, backend: FakeBackend, in_flight: InFlight
 ):
-    backend.generate_with = gate = Gate()
+    gate = Gate()
+    backend.generate_with(gate)
     asking = await begin(client, backend)
     settling = asyncio.create_task(in_flight.settle(60.0))
     await asyncio.sleep(0)
@@ -83,11 +84,12 @@ async def test_newcomers_are_not_waited_for(
     client: httpx.AsyncClient, backend: FakeBackend, in_flight: InFlight
 ):
     """They are refused by the models, and there may always be another one."""
-    backend.generate_with = gate = Gate()
+    gate = Gate()
+    backend.generate_with(gate)
     asking = await begin(client, backend)
     settling = asyncio.create_task(in_flight.settle(60.0))
     await asyncio.sleep(0)
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     backend.requests.clear()
     newcomer = await begin(client, backend)
     gate.opened.set()
@@ -99,7 +101,8 @@ async def test_newcomers_are_not_waited_for(
 async def test_who_is_late_is_told_that_the_server_stops(
     client: httpx.AsyncClient, backend: FakeBackend, in_flight: InFlight
 ):
-    backend.generate_with = work = Blocking()
+    work = Blocking()
+    backend.generate_with(work)
     asking = await begin(client, backend)
     assert await in_flight.settle(0.0) == 1
     response = await asking
@@ -123,7 +126,7 @@ async def test_a_stream_ends_with_an_error(
 async def test_a_follower_is_told(
     client: httpx.AsyncClient, backend: FakeBackend, in_flight: InFlight
 ):
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     asking = await begin(client, backend)
     following = asyncio.create_task(client.get("/v1/requests/r/events"))
     while len(in_flight._exchanges) < 2:

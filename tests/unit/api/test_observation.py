@@ -74,7 +74,7 @@ async def test_an_alias_counts_for_its_model():
 )
 async def test_errors_are_told_by_their_code(error, status, outcome, is_refusal):
     watched = Watched()
-    watched.backend.generate_with = raising(error)
+    watched.backend.generate_with(raising(error))
     told = await watched.post()
 
     assert (told.status, told.outcome, told.notes.is_refusal) == (status, outcome, is_refusal)
@@ -138,9 +138,10 @@ async def test_a_stream_that_fails_is_no_success():
 
 async def test_a_client_that_left():
     watched = Watched()
-    watched.backend.generate_with = Blocking()
+    blocking = Blocking()
+    watched.backend.generate_with(blocking)
     task = asyncio.create_task(watched.post())
-    await asyncio.to_thread(watched.backend.generate_with.began.wait, 10)
+    await asyncio.to_thread(blocking.began.wait, 10)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

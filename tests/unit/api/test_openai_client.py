@@ -63,7 +63,7 @@ def test_unknown_model(ai: openai.OpenAI):
 
 
 def test_server_full(ai: openai.OpenAI, backend: FakeBackend):
-    backend.generate_with = raising(ServerFullError("64 requests wait", 3))
+    backend.generate_with(raising(ServerFullError("64 requests wait", 3)))
     with pytest.raises(openai.RateLimitError) as caught:
         ai.images.generate(prompt="cat")
 
@@ -71,7 +71,7 @@ def test_server_full(ai: openai.OpenAI, backend: FakeBackend):
 
 
 def test_failures_of_the_server(ai: openai.OpenAI, backend: FakeBackend):
-    backend.generate_with = raising(GenerationFailedError("boom"))
+    backend.generate_with(raising(GenerationFailedError("boom")))
     with pytest.raises(openai.InternalServerError) as failed:
         ai.images.generate(prompt="cat")
     backend.statuses = [ModelStatus(EMOJI, ready=False)]

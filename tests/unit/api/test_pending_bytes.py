@@ -72,7 +72,7 @@ async def edit(client: httpx.AsyncClient, size_bytes: int) -> httpx.Response:
 async def test_a_body_for_which_there_is_no_room_is_refused_and_small_ones_get_in(
     backend: FakeBackend,
 ):
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     async with client_for(backend, settings(3 * LARGE)) as client:
         waiting = [asyncio.create_task(edit(client, LARGE)) for _ in range(2)]
         while len(backend.requests) < 2:

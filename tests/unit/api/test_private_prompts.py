@@ -60,7 +60,7 @@ async def test_no_prompt_is_logged(
     ]
     statuses += [response.status_code for response in edits]
     for error in (GenerationFailedError("it broke"), ServerFullError("full", 1), KeyError("bug")):
-        backend.generate_with = raising(error)
+        backend.generate_with(raising(error))
         statuses.append((await client.post(GENERATIONS, json=good)).status_code)
 
     assert {200, 400, 404, 415, 429, 500} <= set(statuses)

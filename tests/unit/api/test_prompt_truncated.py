@@ -36,7 +36,7 @@ async def stream_cut(request: GenerationRequest) -> AsyncIterator[Event]:
 
 async def test_an_answer_tells(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     assert "prompt_truncated" not in (await client.post(URL, json={"prompt": "cat"})).json()
-    backend.generate_with = finish_cut
+    backend.generate_with(finish_cut)
     response = await client.post(URL, json={"prompt": "cat"})
     assert response.json()["prompt_truncated"] == TOLD
 

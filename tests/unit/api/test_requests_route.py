@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from api_fakes import Blocking, FakeBackend
+from api_fakes import Blocking, FakeBackend, finish
 from stepserve.domain.events import Accepted, StepFinished
 from stepserve.domain.reports import BatchView, RequestInBatch, RowsInForward, SharedForward
 from stepserve.domain.requests import RequestKey
@@ -32,7 +32,8 @@ def parse(text: str) -> list[tuple[int, str, dict[str, Any]]]:
     return events
 
 
-async def test_a_finished_request_is_told(client: httpx.AsyncClient):
+async def test_a_finished_request_is_told(client: httpx.AsyncClient, backend: FakeBackend):
+    backend.generate_with(finish)
     await make(client, "done", num_inference_steps=7)
     told = (await client.get("/v1/requests/done")).json()
 
@@ -46,7 +47,7 @@ async def test_a_finished_request_is_told(client: httpx.AsyncClient):
 async def test_a_running_request_is_told_and_cancelled(
     client: httpx.AsyncClient, backend: FakeBackend
 ):
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     making = asyncio.create_task(make(client, "slow"))
     while not backend.log.is_in_flight(RequestKey("slow")):
         await asyncio.sleep(0)
@@ -121,7 +122,7 @@ async def test_an_id_at_work_is_refused_and_one_that_ended_is_not(
 ):
     await make(client, "twice")
     assert (await make(client, "twice")).status_code == 200
-    backend.generate_with = Blocking()
+    backend.generate_with(Blocking())
     making = asyncio.create_task(make(client, "twice"))
     while not backend.log.is_in_flight(RequestKey("twice")):
         await asyncio.sleep(0)

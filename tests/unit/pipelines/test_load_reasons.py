@@ -15,7 +15,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from stepserve.config import EngineSettings, ModelSettings, TelemetrySettings
-from stepserve.domain.events import Failed
+from stepserve.domain.events import Event, Failed
+from stepserve.domain.requests import GenerationRequest
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.loading.reasons import reason_of
@@ -98,6 +99,10 @@ def replica_of(folder: Path) -> Iterator[ModelReplica]:
     asyncio.run(replica.drain())
 
 
+async def events_of(replica: ModelReplica, request: GenerationRequest) -> list[Event]:
+    return [event async for event in await replica.submit(request)]
+
+
 def test_a_model_that_makes_no_image_says_what_does_not_fit(nine_channels: Path) -> None:
     with replica_of(nine_channels) as replica:
         status = asyncio.run(replica.status())
@@ -112,7 +117,7 @@ def test_a_model_that_makes_no_image_says_what_does_not_fit(nine_channels: Path)
 
 def test_requests_to_it_are_refused_with_the_reason_and_when_to_come_back(tmp_path: Path) -> None:
     with replica_of(tmp_path / "nowhere") as replica:
-        outcome = asyncio.run(replica.generate(a_request()))
+        [outcome] = asyncio.run(events_of(replica, a_request()))
     assert isinstance(outcome, Failed)
     assert "no diffusers pipeline in its folder" in outcome.error.message
     assert_public(outcome.error.message, tmp_path)

@@ -15,7 +15,15 @@ from stepserve.domain.errors import (
     RequestIdInUseError,
     StoppedError,
 )
-from stepserve.domain.events import Accepted, Event, Failed, Finished, Started, StepFinished
+from stepserve.domain.events import (
+    Accepted,
+    Event,
+    Failed,
+    Finished,
+    Preview,
+    Started,
+    StepFinished,
+)
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.domain.states import RequestState
@@ -95,14 +103,21 @@ async def rest(events: AsyncGenerator[Event, None]) -> list[Event]:
     return [event async for event in events]
 
 
-async def test_events_arrive_in_order(tracker: RequestTracker, runner: ThreadedRunner):
+async def test_the_sender_hears_all_but_steps_in_order(
+    tracker: RequestTracker, runner: ThreadedRunner
+):
     events = await accepted(tracker, request())
-    runner.tell(Started("a"), *(StepFinished("a", i, 50) for i in range(1, 51)), finished())
+    steps = [StepFinished("a", i, 50) for i in range(1, 51)]
+    previews = [Preview("a", i, i, 50, ()) for i in range(50)]
+    between = [event for pair in zip(steps, previews, strict=True) for event in pair]
+    runner.tell(Started("a"), *between, finished())
     told = await rest(events)
 
-    assert [e.step for e in told if isinstance(e, StepFinished)] == list(range(1, 51))
-    assert isinstance(told[-1], Finished)
+    assert told == [*previews, finished()]
     assert runner.cancelled == []
+    followed = await tracker.events(RequestKey("a"), 2, 0.0)
+    assert followed is not None
+    assert [numbered.event for numbered in followed] == [*between, finished()]
 
 
 async def test_closing_the_events_cancels_the_request(

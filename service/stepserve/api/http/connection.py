@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+import math
+from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -21,53 +22,19 @@ CANCEL_GRACE_S = 1.0
 
 async def while_connected(
     receive: Receive,
-    work: Coroutine[Any, Any, T],
-    timeout_s: float,
-    stopped: asyncio.Event | None = None,
-) -> T:
-    """Return the result of `work`, which is cancelled as soon as nobody waits for it any more.
-
-    Two signs tell that: `receive` gives a disconnect (plain ASGI servers), or the calling task
-    is itself cancelled (Ray Serve). The request body must have been read before.
-
-    Raises:
-        CancelledError: the client left, or `work` was cancelled from elsewhere.
-        StoppedError: `stopped` was set, as the server stops.
-        RequestTimedOutError: `work` took more than `timeout_s` seconds.
-    """
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_until_disconnect(receive))
-    stopping = asyncio.create_task(_until_stopped(stopped))
-    try:
-        waiting = {working, leaving, stopping}
-        await asyncio.wait(waiting, timeout=timeout_s, return_when="FIRST_COMPLETED")
-        if working.cancelled():
-            # Passed on as it is, it would look like our own cancellation and go unanswered.
-            raise CancelledError("the request was cancelled")
-        if working.done():
-            return working.result()
-        if leaving.done():
-            raise CancelledError("the client left before the request was finished")
-        if stopping.done():
-            raise StoppedError(STOPPED)
-        raise RequestTimedOutError(f"the request was not finished within {timeout_s:g} s")
-    finally:
-        await _stop(working, leaving, stopping)
-
-
-async def stream_while_connected(
-    receive: Receive,
     items: AsyncGenerator[T, None],
-    quiet_s: float,
     timeout_s: float,
     stopped: asyncio.Event | None = None,
+    quiet_s: float = math.inf,
 ) -> AsyncGenerator[T | None, None]:
     """Yield `items`, and None after every `quiet_s` seconds without one; then close them.
 
-    Closing this generator, the client leaving, and the calling task being cancelled close `items`.
+    They are closed as soon as nobody waits for them any more. Three signs tell that: this generator
+    is closed, `receive` gives a disconnect (plain ASGI servers), or the calling task is itself
+    cancelled (Ray Serve). The request body must have been read before.
 
     Raises:
-        CancelledError: the client left.
+        CancelledError: the client left, or the work on `items` was cancelled from elsewhere.
         StoppedError: `stopped` was set, as the server stops.
         RequestTimedOutError: `items` went on for more than `timeout_s` seconds.
     """
@@ -82,7 +49,7 @@ async def stream_while_connected(
             waiting = {following, leaving, stopping}
             await asyncio.wait(waiting, timeout=wait_s, return_when="FIRST_COMPLETED")
             if following.done():
-                if not (item := following.result()):
+                if not (item := _result(following)):
                     return
                 following = asyncio.create_task(_next(items))
                 yield item[0]
@@ -96,7 +63,8 @@ async def stream_while_connected(
                 yield None
     finally:
         await _stop(following, leaving, stopping)
-        await items.aclose()
+        if following.done():
+            await items.aclose()
 
 
 async def _next(items: AsyncGenerator[T, None]) -> tuple[T] | None:
@@ -104,6 +72,13 @@ async def _next(items: AsyncGenerator[T, None]) -> tuple[T] | None:
     async for item in items:
         return (item,)
     return None
+
+
+def _result(task: asyncio.Task[T]) -> T:
+    if task.cancelled():
+        # Passed on as it is, it would look like our own cancellation, without a response.
+        raise CancelledError("the request was cancelled")
+    return task.result()
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -27,7 +27,7 @@ from stepserve.api.errors import (
     UnsupportedMediaTypeError,
 )
 from stepserve.api.exchange_context import exchange_context_of
-from stepserve.api.images.generation import ImageCall, respond_with_images
+from stepserve.api.images.generation import ImageResponder
 from stepserve.api.images.inputs import Inputs, read_inputs
 from stepserve.api.images.responses import ImagesResponse
 from stepserve.api.observe.exchanges import trace_context_of
@@ -98,9 +98,8 @@ async def create_images(
 ) -> ImagesResponse | Response:
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
     model = await _chosen_model(incoming, body)
-    generation = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    call = ImageCall(incoming, body, generation, _ignored(incoming, body, generation, model))
-    return await _response(call, model, response)
+    request = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
+    return await _respond(incoming, body, request, model, "image_generation", response)
 
 
 @router.post(
@@ -149,10 +148,8 @@ async def _from_image(
     incoming: Incoming, inputs: Inputs, event_prefix: str, response: Response
 ) -> ImagesResponse | Response:
     model = await _chosen_model(incoming, inputs.body)
-    generation = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    ignored = _ignored(incoming, inputs.body, generation, model)
-    call = ImageCall(incoming, inputs.body, generation, ignored, event_prefix)
-    return await _response(call, model, response)
+    request = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
+    return await _respond(incoming, inputs.body, request, model, event_prefix, response)
 
 
 def _ignored(
@@ -171,16 +168,22 @@ async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStat
     return model
 
 
-async def _response(
-    call: ImageCall, model: ModelStatus, response: Response
+async def _respond(
+    incoming: Incoming,
+    body: ImageRequestBase,
+    request: GenerationRequest,
+    model: ModelStatus,
+    event_prefix: str,
+    response: Response,
 ) -> ImagesResponse | Response:
-    """Serve the call if the model can do what is wanted, and is there."""
+    """Serve the request if the model can do what is wanted, and is there."""
     if not model.is_known:
         require_ready([model])
-    check_request(call.generation, model.capabilities)
+    check_request(request, model.capabilities)
     require_ready([model])
-    if call.body.wants_urls:
-        await call.incoming.store.check(needed_bytes(call.generation))
-    context = trace_context_of(call.incoming.http.scope)
-    traced = replace(call.generation, trace_context=context)
-    return await respond_with_images(replace(call, generation=traced), response)
+    if body.wants_urls:
+        await incoming.store.check(needed_bytes(request))
+    traced = replace(request, trace_context=trace_context_of(incoming.http.scope))
+    ignored = _ignored(incoming, body, request, model)
+    responder = ImageResponder(incoming, traced, body.wants_urls, ignored, event_prefix)
+    return await (responder.stream() if body.stream else responder.whole(response))

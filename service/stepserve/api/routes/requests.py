@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Response
 
 from stepserve.api.dependencies import Incoming, IncomingDep
 from stepserve.api.errors import RequestTimedOutError, error_detail
-from stepserve.api.http.connection import stream_while_connected
-from stepserve.api.images.events import KEEP_ALIVE, KEEP_ALIVE_S, EventStreamResponse, sse
+from stepserve.api.http.connection import while_connected
+from stepserve.api.images.events import KEEP_ALIVE_S, EventStreamResponse, sse
 from stepserve.api.images.responses import (
     ProgressResponse,
     base64_of,
@@ -101,14 +101,14 @@ async def follow_request(
     """
     await _find(incoming, id)
     number = _number_after(last_event_id)
-    events = stream_while_connected(
+    events = while_connected(
         incoming.http.receive,
         _events(incoming, id, number),
-        KEEP_ALIVE_S,
         incoming.settings.request_timeout_s,
         incoming.stopped,
+        KEEP_ALIVE_S,
     )
-    return EventStreamResponse(_stream(id, events))
+    return EventStreamResponse[NumberedEvent](events, _write, partial(_fail, id))
 
 
 async def _find(incoming: Incoming, request_id: str) -> Progress:
@@ -157,26 +157,20 @@ async def _has_ended(incoming: Incoming, request_id: str) -> bool:
     return progress is not None and progress.ended
 
 
-async def _stream(
-    request_id: str, events: AsyncGenerator[NumberedEvent | None, None]
-) -> AsyncIterator[bytes]:
-    try:
-        async with aclosing(events):
-            async for event in events:
-                yield KEEP_ALIVE if event is None else _told(event)
-    except (CancelledError, RequestTimedOutError):
+async def _write(numbered: NumberedEvent) -> list[bytes]:
+    name, data = _describe(numbered.event)
+    return [sse(name, {"id": numbered.event.request_id, **data}, numbered.number)]
+
+
+def _fail(request_id: str, error: Exception) -> bytes | None:
+    if isinstance(error, CancelledError | RequestTimedOutError):
         # The client left, or has followed for as long as it may: it can come again.
-        return
-    except StoppedError as error:
-        # Without a number, as the server that numbers what happens has not told it.
-        detail = error_detail(error, request_id).model_dump()
-        yield sse("failed", {"id": request_id, "error": detail})
-
-
-def _told(numbered: NumberedEvent) -> bytes:
-    event = numbered.event
-    name, told = _describe(event)
-    return sse(name, {"id": event.request_id, **told}, numbered.number)
+        return None
+    if not isinstance(error, StoppedError):
+        raise error
+    # Without a number, as the server that numbers what happens has not told it.
+    detail = error_detail(error, request_id).model_dump()
+    return sse("failed", {"id": request_id, "error": detail})
 
 
 def _describe(event: Event) -> tuple[str, dict[str, Any]]:

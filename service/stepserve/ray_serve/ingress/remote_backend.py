@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from stepserve.domain.events import Event, Failed, Finished, Outcome
+from stepserve.domain.events import Event
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
@@ -57,50 +57,23 @@ class RemoteBackend:
         """The latest status of one model, or None if there is no such model."""
         return await self._watch.status(model_id)
 
-    async def generate(self, request: GenerationRequest) -> Outcome:
-        """Serve a request on some replica of its model; cancelling this call cancels it there.
+    def submit(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve a request on some replica of its model; closing the events cancels it there.
 
         Raises:
             NotReadyError: no replica could take it, or each that worked on it was lost.
             ServerFullError: Ray Serve's own queue in front of the replicas is full.
         """
-        async with aclosing(with_retries(request, self._generate_once, self._retried)) as events:
-            async for event in events:
-                if isinstance(event, Finished | Failed):
-                    return event
-        raise AssertionError("a request ends with Finished or Failed")
+        return with_retries(request, self._attempt, self._retried)
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Serve a request as `generate` does, and tell what happens to it up to its end.
-
-        Raises:
-            NotReadyError: no replica could take it, or each that worked on it was lost.
-            ServerFullError: Ray Serve's own queue in front of the replicas is full.
-        """
-        async with aclosing(with_retries(request, self._stream_once, self._retried)) as events:
-            async for event in events:
-                yield event
-
-    async def _generate_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        # One message for the outcome, where nobody asks for the events before.
-        try:
-            yield await self._handle(request.model).generate.remote(request, self._id)
-        except asyncio.CancelledError:
-            self._make_sure_it_ends(request)
-            raise
-
-    async def _stream_once(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    @asynccontextmanager
+    async def _attempt(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
         handle = self._handle(request.model).options(stream=True)
-        events = handle.stream.remote(request, self._id)
-        has_ended = False
+        events = handle.submit.remote(request, self._id)
         try:
-            async for event in events:
-                has_ended = isinstance(event, Finished | Failed)
-                yield event
+            yield events
         except (asyncio.CancelledError, GeneratorExit):
-            # Whoever has heard the end closes this as well.
-            if not has_ended:
-                self._make_sure_it_ends(request)
+            self._make_sure_it_ends(request)
             raise
         finally:
             events.cancel()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 
 from ray.exceptions import (
     ActorDiedError,
@@ -27,15 +27,7 @@ from stepserve.domain.errors import (
     StepserveError,
     StoppedError,
 )
-from stepserve.domain.events import (
-    Accepted,
-    Event,
-    Failed,
-    Finished,
-    Preview,
-    Started,
-    StepFinished,
-)
+from stepserve.domain.events import Event, Failed, Finished, Preview
 from stepserve.domain.limits import MIN_DEADLINE_S
 from stepserve.domain.requests import GenerationRequest
 
@@ -56,101 +48,85 @@ LOST = (
 # It stops, or is about to: another replica may serve.
 ENDED_BY_REPLICA = (StoppedError, NotReadyError)
 
-Try = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
-
-
-class LostError(Exception):
-    """This try brought nothing; `error` is what to say if it was the last one."""
-
-    def __init__(self, error: StepserveError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@dataclass
-class Told:
-    """How much of a request its client has heard: another try starts from the beginning."""
-
-    accepted: bool = False
-    started: bool = False
-    step: int = 0
-    preview: int = -1
-
-    def is_new(self, event: Event) -> bool:
-        """Whether an event tells something new; notes it if so."""
-        match event:
-            case Accepted():
-                fresh, self.accepted = not self.accepted, True
-            case Started():
-                fresh, self.started = not self.started, True
-            case StepFinished(step=step):
-                fresh, self.step = step > self.step, max(self.step, step)
-            case Preview(index=index):
-                fresh, self.preview = index > self.preview, max(self.preview, index)
-            case _:
-                fresh = True
-        return fresh
+Attempt = Callable[[GenerationRequest], AbstractAsyncContextManager[AsyncIterator[Event]]]
+"""Submits a request to one replica; leaving the context ends it there if it has not ended."""
 
 
 async def with_retries(
     request: GenerationRequest,
-    attempt: Try,
+    attempt: Attempt,
     retried: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[Event, None]:
     """The events of a request up to its end, over as many replicas as it takes, up to a limit.
 
-    `retried` is called with the model's id whenever another replica is tried.
+    Each attempt starts from the beginning; what the client has heard is not repeated. `retried` is
+    called with the model's id whenever another replica is tried.
 
     Raises:
         NotReadyError: every replica that tried it was lost.
         ServerFullError: Ray Serve's own queue in front of the replicas is full.
     """
-    began_s, told = clock(), Told()
-    first: LostError | None = None
+    heard = 0
+    first: StepserveError | None = None
     for number in range(1, MOST_TRIES + 1):
+        began_s = clock()
         try:
-            async with aclosing(_one_try(request, attempt, told)) as events:
+            async with attempt(request) as events:
                 async for event in events:
-                    yield event
+                    if isinstance(event, Finished | Failed):
+                        break
+                    if (place := _place(event)) >= heard:
+                        heard = place + 1
+                        yield event
+                else:
+                    raise AssertionError("a request ends with Finished or Failed")
+            lost = _lost_by(event)
+        except (RayError, RayServeException) as error:
+            lost = _meaning(error, request.model)
+        if lost is None:
+            yield event
             return
-        except LostError as lost:
-            # What happened to it, rather than why nobody else would have it.
-            first = first or lost
-            if number == MOST_TRIES:
-                raise first.error from lost
-            logger.warning("request %s is tried again: %s", request.id, lost)
-            retried(request.model)
+        # What happened to it, rather than why no other replica would have it.
+        first = first or lost
+        if number == MOST_TRIES:
+            raise first
+        logger.warning("request %s is tried again: %s", request.id, lost)
+        retried(request.model)
         await asyncio.sleep(PAUSE_S * number)
         request = _with_time_left(request, began_s, clock())
-        began_s = clock()
 
 
-async def _one_try(
-    request: GenerationRequest, attempt: Try, told: Told
-) -> AsyncGenerator[Event, None]:
-    try:
-        async with aclosing(attempt(request)) as events:
-            async for event in events:
-                if isinstance(event, Failed) and isinstance(event.error, ENDED_BY_REPLICA):
-                    raise LostError(event.error)
-                if told.is_new(event):
-                    yield event
-                if isinstance(event, Finished | Failed):
-                    return
-    except RayTaskError:
-        # Raised by our own code, on a replica that is well.
-        raise
-    except (RayError, RayServeException) as error:
-        raise _meaning(error, request.model) from error
+def _place(event: Event) -> int:
+    """Where an event stands among those before the end: accepted, then the previews."""
+    return event.index + 1 if isinstance(event, Preview) else 0
 
 
-def _meaning(error: RayError | RayServeException, model_id: str) -> LostError | StepserveError:
+def _lost_by(end: Finished | Failed) -> StepserveError | None:
+    """Why another replica should try; None where this is the end."""
+    if isinstance(end, Failed) and isinstance(end.error, ENDED_BY_REPLICA):
+        return end.error
+    return None
+
+
+def _meaning(error: RayError | RayServeException, model_id: str) -> StepserveError:
+    """What to say if the attempt that this ended was the last one.
+
+    Raises:
+        ServerFullError: Ray Serve's own queue in front of the replicas is full.
+        NotReadyError: another replica would not mend it.
+        RayTaskError: our own code raised, on a replica that is well.
+    """
+    if isinstance(error, RayTaskError):
+        raise error
     if isinstance(error, BackPressureError):
-        return ServerFullError("the queue in front of the model is full", RETRY_AFTER_S)
+        message = "the queue in front of the model is full"
+        raise ServerFullError(message, RETRY_AFTER_S) from error
     message = f"model {model_id} lost the replica that worked on this request"
     ours = NotReadyError(message, RETRY_AFTER_S)
-    return LostError(ours) if isinstance(error, LOST) else ours
+    if not isinstance(error, LOST):
+        raise ours from error
+    return ours
 
 
 def _with_time_left(request: GenerationRequest, began_s: float, now_s: float) -> GenerationRequest:

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepserve.config import ModelSettings, TelemetrySettings
 from stepserve.domain.errors import NotReadyError, StepserveError
-from stepserve.domain.events import Event, Failed, Finished, Outcome
+from stepserve.domain.events import Event, Failed
 from stepserve.domain.model_status import ModelStatus, unknown_status
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
@@ -165,14 +164,6 @@ class ModelReplica:
         if self._model is None:
             return self._refuse(request)
         return self._model.tracker.submit(request, ingress)
-
-    async def generate(self, request: GenerationRequest, ingress: str = "") -> Outcome:
-        """The last event of a request, in one message: nobody hears of those before."""
-        async with aclosing(await self.submit(request, ingress)) as events:
-            async for event in events:
-                if isinstance(event, Finished | Failed):
-                    return event
-        raise AssertionError("a request ends with Finished or Failed")
 
     async def _refuse(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         message = f"model {self._spec.model_id} {self._attempts.failure}"

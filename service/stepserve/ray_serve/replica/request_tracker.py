@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from stepserve.domain.errors import GenerationFailedError, RequestIdInUseError, StoppedError
-from stepserve.domain.events import Event, Failed, Finished
+from stepserve.domain.events import Event, Failed, Finished, Started, StepFinished
 from stepserve.domain.progress import Progress
 from stepserve.domain.request_log import NumberedEvent, RequestLog, RequestRecord
 from stepserve.domain.requests import GenerationRequest, RequestKey
@@ -85,7 +85,10 @@ class RequestTracker:
     async def submit(
         self, request: GenerationRequest, ingress: str = ""
     ) -> AsyncGenerator[Event, None]:
-        """Submit a request, and yield its events in order; the last one is its end.
+        """Submit a request, and yield what its sender must hear: up to its end, in order.
+
+        That it has started, and its steps, are left out: each would cross processes, and no
+        response has them. `events` has all.
 
         Closing this, or cancelling whoever reads it, cancels the request; so does an `ingress` of
         that id that is not heard from any more.
@@ -96,7 +99,12 @@ class RequestTracker:
         except RequestIdInUseError as error:
             yield Failed(request.id, error)
             return
-        record.listeners.append(events.put_nowait)
+
+        def listener(event: Event) -> None:
+            if not isinstance(event, Started | StepFinished):
+                events.put_nowait(event)
+
+        record.listeners.append(listener)
         self._submit(request)
         try:
             while not isinstance(event := await events.get(), Finished | Failed):
