@@ -31,7 +31,7 @@ from stepserve.ray_serve.heap import TRIM_INTERVAL_S, heap_trimmer
 from stepserve.ray_serve.logging import start_logging
 from stepserve.ray_serve.replica.load_attempts import LoadAttempts, folder_state
 from stepserve.ray_serve.replica.metrics import ReplicaMetrics, open_request_traces
-from stepserve.ray_serve.replica.request_tracker import NOT_WATCHED, RequestTracker
+from stepserve.ray_serve.replica.request_tracker import RequestTracker
 from stepserve.ray_serve.replica.watchdog import watch_interpreter, watch_work
 from stepserve.ray_serve.replica_port import listen_on_node_address
 from stepserve.telemetry.flusher import Flusher
@@ -135,7 +135,7 @@ class ModelReplica:
         watch_interpreter(stuck_after_s)
         # One that drained has no engine any more.
         watch_work(lambda: 0.0 if self._draining else runner.engine.silent_s(), stuck_after_s)
-        return ServingModel(runner, RequestTracker(runner, traces or NOT_WATCHED), metrics, load_s)
+        return ServingModel(runner, RequestTracker(runner, traces), metrics, load_s)
 
     async def status(self, ingress: str = "") -> ModelStatus:
         """What the model can do, and whether it takes requests. Answered once it is warm.

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from stepserve.domain.errors import GenerationFailedError, RequestIdInUseError, StoppedError
 from stepserve.domain.events import Event, Failed, Finished, Started, StepFinished
@@ -21,6 +21,7 @@ from stepserve.routing.reports import Report, StepCost, job_of, size_of
 
 if TYPE_CHECKING:
     from stepserve.pipelines.serving.runner import PipelineRunner
+    from stepserve.telemetry.request_traces import RequestTraces
 
 logger = logging.getLogger(__name__)
 
@@ -32,35 +33,11 @@ LEAVING_S = 1.0
 now, and that shows only when it is written to."""
 
 
-class Watcher(Protocol):
-    """Hears of requests and of what happens to them; must return at once."""
-
-    def begin(self, request: GenerationRequest) -> None:
-        """A request is about to be submitted to the engine."""
-        ...
-
-    def add_event(self, key: RequestKey, event: Event) -> None:
-        """Something happened to a request."""
-        ...
-
-
-class NotWatched:
-    """Nobody watches."""
-
-    def begin(self, request: GenerationRequest) -> None:
-        """Ignored."""
-
-    def add_event(self, key: RequestKey, event: Event) -> None:
-        """Ignored."""
-
-
-NOT_WATCHED = NotWatched()
-
-
 class RequestTracker:
     """Between an event loop, whose calls these are, and the engine's threads.
 
     Args:
+        traces: hears of each request and its events; None where nothing is traced.
         leaving_s: how long a request waits for one of the same id that is in flight.
         clock: seconds, monotonic.
     """
@@ -68,12 +45,12 @@ class RequestTracker:
     def __init__(
         self,
         runner: PipelineRunner,
-        watcher: Watcher = NOT_WATCHED,
+        traces: RequestTraces | None = None,
         leaving_s: float = LEAVING_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
-        self._watcher = watcher
+        self._traces = traces
         self._leaving_s = leaving_s
         self._clock = clock
         self._log = RequestLog(clock, time.time)
@@ -105,7 +82,7 @@ class RequestTracker:
                 events.put_nowait(event)
 
         record.listeners.append(listener)
-        self._submit(request)
+        self._submit(request, record)
         try:
             while not isinstance(event := await events.get(), Finished | Failed):
                 yield event
@@ -185,10 +162,12 @@ class RequestTracker:
         await self._wait_until_free(request.key)
         return self._log.open(request, ingress)
 
-    def _submit(self, request: GenerationRequest) -> None:
+    def _submit(self, request: GenerationRequest, record: RequestRecord) -> None:
         self._loop = asyncio.get_running_loop()
         try:
-            self._watcher.begin(request)
+            if self._traces is not None:
+                self._traces.begin(request)
+                record.listeners.append(partial(self._traces.add_event, request.key))
             self._runner.submit(request, partial(self._post, request.key))
         except Exception as error:
             # Else its id would be in use for ever, and whoever waits would never hear of an end.
@@ -222,7 +201,6 @@ class RequestTracker:
         record = self._log.find(key)
         if record is not None and record.is_orphaned and isinstance(event, Failed):
             event = Failed(key.id, StoppedError("cancelled: lost contact with the ingress"))
-        self._watcher.add_event(key, event)
         self._log.add(key, event)
 
     async def _wait_until_free(self, key: RequestKey) -> None:
