@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from types import MappingProxyType
 
+from stepserve.engine.scheduling.demand import Demand, due_s
 from stepserve.engine.scheduling.policy import (
     DENOISE,
     SHORTEST_FIRST,
@@ -32,15 +33,11 @@ from stepserve.engine.scheduling.policy import (
     LimitOf,
     Parked,
     Policy,
-    Queued,
-    Running,
     as_urgent,
-    due_s,
     fit_rows,
     forward_s,
     groups,
     method_limit,
-    request_due_s,
 )
 
 
@@ -77,21 +74,21 @@ def strict_fifo(
     others = [item for item in parked if item.call.method.stage != DENOISE]
     if others:
         return [min(others, key=lambda item: item.call.sequence)]
-    line = sorted(parked, key=lambda item: item.arrival)
+    line = sorted(parked, key=lambda item: item.demand.arrival)
     same = next((i for i, p in enumerate(line) if p.call.key != line[0].call.key), len(line))
     return fit_rows(line[:same], limit_of(line[0].call)) if line else []
 
 
-def all_running(queued: Queued | Running, running: Sequence[Running]) -> Sequence[Running]:
+def all_running(queued: Demand, running: Sequence[Demand]) -> Sequence[Demand]:
     """All running requests."""
     return running
 
 
 def _call_due_s(item: Parked, seconds: float) -> float:
-    return due_s(item.parked_s, seconds, item.priority, item.latest_start_s)
+    return due_s(item.parked_s, seconds, item.demand.priority, item.demand.latest_start_s)
 
 
-DUE_TIME = Policy(pick, request_due_s, as_urgent)
+DUE_TIME = Policy(pick, SHORTEST_FIRST.rank, as_urgent)
 STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, all_running, kinds_at_work=1)
 POLICIES = MappingProxyType(
     {"shortest-first": SHORTEST_FIRST, "due-time": DUE_TIME, "strict-fifo": STRICT_FIFO}

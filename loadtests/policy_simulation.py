@@ -22,11 +22,10 @@ from typing import TypeVar
 import optree
 from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, CallKey, Layout, ParkableMethod
+from stepserve.engine.scheduling.demand import Demand
 from stepserve.engine.scheduling.policy import (
     Parked,
     Policy,
-    Queued,
-    Running,
     method_limit,
     next_to_start,
 )
@@ -126,8 +125,10 @@ class Simulation:
 
     def _start_queued(self) -> None:
         while self.queued:
-            line = {_as_queued(number, request): request for number, request in self.queued}
-            running = [_as_running(item) for item in self.parked.values()]
+            line = {
+                _demand(number, request, request.steps): request for number, request in self.queued
+            }
+            running = [item.demand for item in self.parked.values()]
             first = next_to_start(list(line), running, self.max_rows, self.policy)
             if first is None:
                 return
@@ -140,7 +141,7 @@ class Simulation:
         group = self.policy.pick(list(self.parked.values()), _cost_of, method_limit)
         self.now_s += _cost_of(group[0].call.key, sum(item.call.rows for item in group))
         ended = []
-        for number in (item.arrival for item in group):
+        for number in (item.demand.arrival for item in group):
             self.steps_left[number] -= 1
             if self.steps_left[number]:
                 self._park(number, requests[number])
@@ -153,10 +154,8 @@ class Simulation:
     def _park(self, number: int, request: Request) -> None:
         self._sequence += 1
         call = Call(DENOISER, (), {}, (), KEYS[request.size], request.rows, self._sequence)
-        left_s = self.steps_left[number] * forward_s(request.size, request.rows)
-        self.parked[number] = Parked(
-            call, self.now_s, arrival=number, left_s=left_s, serial_s=request.serial_s
-        )
+        demand = _demand(number, request, self.steps_left[number])
+        self.parked[number] = Parked(call, self.now_s, demand)
 
 
 def one_at_a_time(requests: Sequence[Request]) -> list[float]:
@@ -234,14 +233,16 @@ def _choose(chance: random.Random, shares: Mapping[Choice, float]) -> Choice:
     return chance.choices(list(shares), weights=list(shares.values()))[0]
 
 
-def _as_queued(number: int, request: Request) -> Queued:
-    return Queued(
-        number, request.rows, request.arrival_s, request.serial_s, kind=KEYS[request.size]
+def _demand(number: int, request: Request, steps: int) -> Demand:
+    return Demand(
+        number,
+        request.rows,
+        steps,
+        KEYS[request.size],
+        submitted_s=request.arrival_s,
+        left_s=steps * forward_s(request.size, request.rows),
+        serial_s=request.serial_s,
     )
-
-
-def _as_running(parked: Parked) -> Running:
-    return Running(parked.call.rows, kind=parked.call.key)
 
 
 def _key(size: str) -> CallKey:

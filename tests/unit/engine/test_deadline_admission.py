@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from stepserve.domain.errors import RefusedError, ServerFullError, UnmeetableDeadlineError
 from stepserve.engine.loop.engine import STALE_S, Engine, EngineOptions
 from stepserve.engine.scheduling.admission import MINIMUM_RETRY_S, check_deadline, check_promises
-from stepserve.engine.scheduling.forecast import CompletionEstimate, Device
-from stepserve.engine.scheduling.forecast import Job as Expected
+from stepserve.engine.scheduling.demand import Demand
+from stepserve.engine.scheduling.forecast import CompletionEstimate, ForwardCost
 from stepserve.engine.scheduling.lateness import (
     FIRST_SHARE,
     FORWARDS_AHEAD,
@@ -36,28 +36,29 @@ class Exact(LatenessQuantile):
         return seconds
 
 
-def expected(steps: int, group: str = "a", started: bool = True, rank: float = 0.0) -> Expected:
-    return Expected(group, group, 2, steps, 1, 0.0, rank, started)
+COST = ForwardCost(fixed_s=0.010, row_s=0.001, row_limit=2)
 
 
-def newcomer(steps: int) -> Expected:
-    return expected(steps, started=False, rank=9.0)
+def demand(steps: int, kind: str = "a", started: bool = True, since_s: float = 0.0) -> Demand:
+    return Demand(0, 2, steps, kind, 1, since_s, steps * STEP_S, steps * STEP_S, is_started=started)
 
 
-def prospect(*jobs: Expected, max_rows: int = 2) -> CompletionEstimate:
+def newcomer(steps: int) -> Demand:
+    return demand(steps, started=False, since_s=9.0)
+
+
+def prospect(*demands: Demand, row_limit: int = 2) -> CompletionEstimate:
     """One at a time with two rows; a forward takes 10 ms, and 1 ms a row."""
-    device = Device(
-        lambda shape, rows: 0.010 + 0.001 * rows, lambda shape: max_rows, max_rows, max_rows
-    )
-    return CompletionEstimate(jobs, device)
+    cost = replace(COST, row_limit=row_limit)
+    return CompletionEstimate(demands, lambda kind: cost)
 
 
 def test_what_can_be_met_is_let_in() -> None:
-    check_deadline(prospect(expected(10), newcomer(10)), Exact(), deadline_s=20.001 * STEP_S)
+    check_deadline(prospect(demand(10), newcomer(10)), Exact(), deadline_s=20.001 * STEP_S)
 
 
 def test_what_cannot_is_refused_and_told_when_it_could() -> None:
-    waiting = prospect(expected(1000), newcomer(100))
+    waiting = prospect(demand(1000), newcomer(100))
     with pytest.raises(UnmeetableDeadlineError) as refused:
         check_deadline(waiting, Exact(), deadline_s=2.0)
     error = refused.value
@@ -71,22 +72,22 @@ def test_what_cannot_is_refused_and_told_when_it_could() -> None:
 
 def test_what_takes_longer_even_alone_is_told_so() -> None:
     with pytest.raises(UnmeetableDeadlineError, match=r"within 1\.2 s, even alone") as refused:
-        check_deadline(prospect(expected(1000), newcomer(100)), Exact(), deadline_s=1.0)
+        check_deadline(prospect(demand(1000), newcomer(100)), Exact(), deadline_s=1.0)
     assert refused.value.retry_after_s == math.inf
 
 
 jobs = st.lists(
-    st.builds(expected, st.integers(1, 80), st.sampled_from("ab"), st.booleans(), st.floats(0, 8)),
+    st.builds(demand, st.integers(1, 80), st.sampled_from("ab"), st.booleans(), st.floats(0, 8)),
     max_size=8,
 )
 
 
 @given(jobs, st.integers(1, 50), st.floats(1.0, 3.0), st.sampled_from([2, 4, 8]))
 def test_a_promise_holds_by_the_forecast_and_expected_s_could_be_promised(
-    in_hand: list[Expected], steps: int, slack: float, max_rows: int
+    in_hand: list[Demand], steps: int, slack: float, row_limit: int
 ) -> None:
-    beside = prospect(*in_hand, newcomer(steps), max_rows=max_rows)
-    deadline_s = slack * beside.alone().finish_s[-1]
+    beside = prospect(*in_hand, newcomer(steps), row_limit=row_limit)
+    deadline_s = slack * beside.serial().finish_s[-1]
     if beside.finish_s[-1] <= deadline_s:
         check_deadline(beside, Exact(), deadline_s)
         return
@@ -99,17 +100,16 @@ def test_a_promise_holds_by_the_forecast_and_expected_s_could_be_promised(
 
 @given(jobs, st.integers(1, 50), st.sampled_from([2, 4, 8]))
 def test_coming_later_is_coming_to_what_is_left(
-    in_hand: list[Expected], steps: int, max_rows: int
+    in_hand: list[Demand], steps: int, row_limit: int
 ) -> None:
-    beside = prospect(*in_hand, newcomer(steps), max_rows=max_rows)
+    beside = prospect(*in_hand, newcomer(steps), row_limit=row_limit)
     assert beside.later_s(0.0) == pytest.approx(beside.finish_s[-1])
-    done_s = max(beside.without_s(), default=0.0)
-    assert beside.later_s(done_s + 1) == pytest.approx(beside.alone().finish_s[-1])
+    assert beside.later_s(beside.finish_s[-1]) == pytest.approx(beside.serial().finish_s[-1])
 
 
 def test_who_would_make_others_late_is_refused_until_those_are_done() -> None:
     """Two share each forward, so with the newcomer every step takes longer."""
-    beside = prospect(expected(100), newcomer(50), max_rows=4)
+    beside = prospect(demand(100), newcomer(50), row_limit=4)
     check_promises(beside, Exact(), [100 * 0.014])
     check_promises(beside, Exact(), [math.inf])
     with pytest.raises(ServerFullError, match="1 of those in hand could miss") as refused:
@@ -118,7 +118,7 @@ def test_who_would_make_others_late_is_refused_until_those_are_done() -> None:
 
 
 def test_a_promise_that_is_broken_anyway_keeps_nobody_out() -> None:
-    check_promises(prospect(expected(100), newcomer(50), max_rows=4), Exact(), [0.5])
+    check_promises(prospect(demand(100), newcomer(50), row_limit=4), Exact(), [0.5])
 
 
 @pytest.mark.parametrize("error", [UnmeetableDeadlineError("soon", 1.5, 3.5)])

@@ -14,18 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.requests import Priority
 from stepserve.engine.calls.call import CallKey, ParkableMethod
+from stepserve.engine.scheduling.demand import Demand, due_s, patience
 from stepserve.engine.scheduling.policy import (
     HOLD,
     KINDS_AT_WORK,
     SHORTEST_FIRST,
     Parked,
     Policy,
-    Queued,
-    Running,
-    due_s,
     method_limit,
     next_to_start,
-    patience,
     shortest_first,
 )
 
@@ -60,7 +57,7 @@ def parked(
     priority: int = Priority.NORMAL,
 ) -> Parked:
     call = tensor_call(torch.zeros(rows, width), rule=RULES[name], sequence=sequence)
-    return Parked(call, parked_s, priority, left_s=left_s, serial_s=serial_s)
+    return Parked(call, parked_s, Demand(priority=priority, left_s=left_s, serial_s=serial_s))
 
 
 @st.composite
@@ -182,7 +179,10 @@ class Adversary:
         rule = ParkableMethod(name, "forward", lambda: None, max_rows=4)
         call = tensor_call(torch.zeros(rows, 1), rule=rule, sequence=self.sequence)
         latest_s = self.now_s + slack_s
-        return Parked(call, self.now_s, priority, latest_s, left_s=left_s, serial_s=2 * left_s)
+        demand = Demand(
+            priority=priority, left_s=left_s, serial_s=2 * left_s, latest_start_s=latest_s
+        )
+        return Parked(call, self.now_s, demand)
 
 
 NAMES = ("a", "b", "c", "d")
@@ -233,8 +233,8 @@ def test_no_call_waits_longer_than_the_bound(
 
 
 def test_a_group_is_due_with_its_most_urgent_call() -> None:
-    urgent = Parked(parked("large", 0.5, 3).call, 0.5, Priority.INTERACTIVE)
-    batch = Parked(parked("large", 0.0, 0).call, 0.0, Priority.BATCH)
+    urgent = parked("large", 0.5, 3, priority=Priority.INTERACTIVE)
+    batch = parked("large", 0.0, 0, priority=Priority.BATCH)
     step = parked("small", 0.52, 1)
     assert pick([batch, step], price) == [step]
     assert pick([batch, step, urgent], price) == [urgent, batch]
@@ -242,24 +242,26 @@ def test_a_group_is_due_with_its_most_urgent_call() -> None:
 
 def test_when_rows_do_not_fit_the_urgent_go_first_and_equals_by_age() -> None:
     calls = [
-        Parked(parked("small", 0.0, n, rows=2).call, 0.0, priority)
+        parked("small", 0.0, n, rows=2, priority=priority)
         for n, priority in enumerate([1, 2, 0, 1, 0, 2])
     ]
     assert [calls.index(item) for item in pick(calls, price)] == [2, 4, 0, 3]
 
 
 def test_what_waits_at_low_priority_ages() -> None:
-    batch = Parked(parked("large", 0.0, 0, rows=8).call, 0.0, Priority.BATCH)
+    batch = parked("large", 0.0, 0, rows=8, priority=Priority.BATCH)
     due_s = 8 * PRICES["large"]
     for now_s, expected in ((due_s - 0.1, False), (due_s, True)):
-        newcomer = Parked(parked("large", now_s, 1, rows=8).call, now_s, Priority.INTERACTIVE)
+        newcomer = Parked(
+            parked("large", now_s, 1, rows=8).call, now_s, Demand(priority=Priority.INTERACTIVE)
+        )
         assert (pick([batch, newcomer], price) == [batch]) is expected
 
 
 def test_a_deadline_that_presses_goes_first() -> None:
     calm = parked("small", 0.0, 0)
     for latest_start_s, first in ((math.inf, False), (0.2, False), (0.02, True), (-5.0, True)):
-        pressed = Parked(parked("large", 0.01, 1).call, 0.01, latest_start_s=latest_start_s)
+        pressed = Parked(parked("large", 0.01, 1).call, 0.01, Demand(latest_start_s=latest_start_s))
         assert (pick([calm, pressed], price) == [pressed]) is first
 
 
@@ -276,13 +278,15 @@ def test_priorities_share_the_device_as_eight_to_one() -> None:
     """Two groups that cost the same; what they get is the share of their patience."""
     now_s, runs = 0.0, {"small": 0, "large": 0}
     priorities = {"small": Priority.NORMAL, "large": Priority.BATCH}
-    waiting = {n: Parked(parked(n, 0.0, 0).call, 0.0, p) for n, p in priorities.items()}
+    waiting = {n: parked(n, 0.0, 0, priority=p) for n, p in priorities.items()}
     for sequence in range(900):
         (item,) = pick(list(waiting.values()), lambda key, rows: STEP_S)
         name = item.call.method.module
         now_s += STEP_S
         runs[name] += 1
-        waiting[name] = Parked(parked(name, now_s, 1 + sequence).call, now_s, priorities[name])
+        waiting[name] = Parked(
+            parked(name, now_s, 1 + sequence).call, now_s, Demand(priority=priorities[name])
+        )
     assert runs["small"] / runs["large"] == pytest.approx(8, rel=0.15)
 
 
@@ -295,6 +299,10 @@ def step(sequence: int, left_s: float, serial_s: float = 0.0, **more: Any) -> Pa
     """A step of a request, parked at this moment."""
     name = more.pop("name", "small")
     return parked(name, 0.0, sequence, left_s=left_s, serial_s=serial_s or left_s, **more)
+
+
+def pressed_by(item: Parked, latest_start_s: float) -> Parked:
+    return replace(item, demand=item.demand._replace(latest_start_s=latest_start_s))
 
 
 def test_of_two_shapes_the_one_with_the_shortest_request_goes_on() -> None:
@@ -350,8 +358,8 @@ def test_what_was_passed_over_for_long_enough_is_passed_over_no_more() -> None:
 
 def test_a_deadline_that_presses_goes_before_the_shortest() -> None:
     short = step(0, 0.1, width=1)
-    pressed = replace(step(1, 9.0, width=2), latest_start_s=-1.0)
-    calm = replace(step(1, 9.0, width=2), latest_start_s=1.0)
+    pressed = pressed_by(step(1, 9.0, width=2), -1.0)
+    calm = pressed_by(step(1, 9.0, width=2), 1.0)
     assert shortest_first([short, pressed], price) == [pressed]
     assert shortest_first([short, calm], price) == [short]
 
@@ -359,7 +367,7 @@ def test_a_deadline_that_presses_goes_before_the_shortest() -> None:
 def fifo_line(*names: str) -> list[Parked]:
     """Denoiser calls of requests in the order of their arrival; the youngest call first."""
     return [
-        Parked(parked(name, 0.0, 9 - arrival).call, 0.0, arrival=arrival)
+        Parked(parked(name, 0.0, 9 - arrival).call, 0.0, Demand(arrival))
         for arrival, name in enumerate(names)
     ]
 
@@ -381,28 +389,39 @@ def test_strict_fifo_runs_the_oldest_and_a_different_one_blocks(line: str, toget
 
 def test_strict_fifo_lets_newcomers_reach_their_first_step() -> None:
     rule = ParkableMethod("encoder", "forward", lambda: None, stage="encode")
-    encode = Parked(tensor_call(torch.zeros(1, 3), rule=rule, sequence=9), 0.0, arrival=9)
+    encode = Parked(tensor_call(torch.zeros(1, 3), rule=rule, sequence=9), 0.0, Demand(9))
     assert strict_fifo([*fifo_line("small", "small"), encode], price) == [encode]
 
 
+def demand(arrival: int, rows: int, submitted_s: float, **more: Any) -> Demand:
+    """A request that takes a second."""
+    return Demand(arrival, rows, submitted_s=submitted_s, left_s=1.0, **more)
+
+
 def test_room_beside_running_requests() -> None:
-    running = [Running(4, Priority.INTERACTIVE), Running(8, Priority.BATCH)]
+    running = [
+        Demand(rows=4, priority=Priority.INTERACTIVE),
+        Demand(rows=8, priority=Priority.BATCH),
+    ]
     for priority, urgent, everyone in ((0, True, False), (1, True, False), (2, False, False)):
-        newcomer = Queued(0, 4, 0.0, 1.0, priority)
+        newcomer = demand(0, 4, 0.0, priority=priority)
         assert SHORTEST_FIRST.has_room(newcomer, running, 12) is urgent
         assert STRICT_FIFO.has_room(newcomer, running, 12) is everyone
-    large = Queued(0, 99, 0.0, 1.0)
+    large = demand(0, 99, 0.0)
     assert SHORTEST_FIRST.has_room(large, [], 12)
     assert STRICT_FIFO.has_room(large, [], 12)
     assert not SHORTEST_FIRST.has_room(large, running, 12)
 
 
 def test_the_urgent_pass_an_old_one_that_does_not_fit_but_leave_it_its_rows() -> None:
-    running = [Running(2, Priority.INTERACTIVE), Running(6, Priority.NORMAL)]
-    old = Queued(0, 4, 0.0, 1.0, Priority.NORMAL)
-    urgent, peer = Queued(1, 2, 99.0, 1.0, Priority.INTERACTIVE), Queued(2, 1, 0.5, 1.0)
+    running = [
+        Demand(rows=2, priority=Priority.INTERACTIVE),
+        Demand(rows=6, priority=Priority.NORMAL),
+    ]
+    old = demand(0, 4, 0.0, priority=Priority.NORMAL)
+    urgent, peer = demand(1, 2, 99.0, priority=Priority.INTERACTIVE), demand(2, 1, 0.5)
 
-    def first(*queued: Queued, max_rows: int = 8) -> Queued | None:
+    def first(*queued: Demand, max_rows: int = 8) -> Demand | None:
         return next_to_start(queued, running, max_rows, DUE_TIME)
 
     assert first(old, peer) is None
@@ -410,36 +429,36 @@ def test_the_urgent_pass_an_old_one_that_does_not_fit_but_leave_it_its_rows() ->
     # Two running, two more, and four that are kept for the old one: one row less is too few.
     assert first(old, urgent, max_rows=7) is None
     assert first(old, urgent, max_rows=12) == old
-    assert first(Queued(3, 99, 0.0, 1.0), urgent) is None
+    assert first(demand(3, 99, 0.0), urgent) is None
     assert next_to_start([old, urgent], running, 8, STRICT_FIFO) is None
     assert first() is None
 
 
 def test_rows_of_other_kinds_keep_nobody_from_starting() -> None:
-    running = [Running(8, kind="small")]
-    old, other = Queued(0, 2, 0.0, 1.0, kind="small"), Queued(1, 2, 9.0, 1.0, kind="large")
+    running = [Demand(rows=8, kind="small")]
+    old, other = demand(0, 2, 0.0, kind="small"), demand(1, 2, 9.0, kind="large")
 
-    def first(*queued: Queued, policy: Policy = SHORTEST_FIRST) -> Queued | None:
+    def first(*queued: Demand, policy: Policy = SHORTEST_FIRST) -> Demand | None:
         return next_to_start(queued, running, 8, policy)
 
     assert first(old) is None
     assert first(old, other) == other
     assert first(old, other, policy=STRICT_FIFO) is None
     # It waits for rows of its kind, so others of its kind do not pass it.
-    assert first(old, Queued(1, 0, 9.0, 1.0, kind="small")) is None
+    assert first(old, demand(1, 0, 9.0, kind="small")) is None
 
 
 def test_all_kinds_together_have_the_rows_of_some_forwards() -> None:
-    running = [Running(8, kind=kind) for kind in range(KINDS_AT_WORK)]
-    old, later = Queued(0, 2, 0.0, 1.0, kind="a"), Queued(1, 2, 9.0, 1.0, kind="b")
+    running = [Demand(rows=8, kind=kind) for kind in range(KINDS_AT_WORK)]
+    old, later = demand(0, 2, 0.0, kind="a"), demand(1, 2, 9.0, kind="b")
     assert next_to_start([old, later], running, 8, SHORTEST_FIRST) is None
     assert next_to_start([old, later], running[1:], 8, SHORTEST_FIRST) == old
     # Two more rows, which are kept for the old one, whatever its kind.
-    almost = [*running[1:], Running(6, kind=0)]
+    almost = [*running[1:], Demand(rows=6, kind=0)]
     large, urgent = old._replace(rows=4), later._replace(priority=Priority.INTERACTIVE)
     assert next_to_start([large, later], almost, 8, SHORTEST_FIRST) is None
     assert next_to_start([large, urgent], almost, 8, SHORTEST_FIRST) == urgent
-    busy = [replace(item, priority=Priority.INTERACTIVE) for item in almost]
+    busy = [item._replace(priority=Priority.INTERACTIVE) for item in almost]
     assert next_to_start([large, urgent], busy, 8, SHORTEST_FIRST) is None
 
 
@@ -454,9 +473,9 @@ def test_all_kinds_together_have_the_rows_of_some_forwards() -> None:
 def test_what_is_started_fits_and_all_are_started(
     wanted: list[tuple[str, int, Priority]], policy: Policy, chance: random.Random
 ) -> None:
-    max_rows, running = 8, list[Running]()
+    max_rows, running = 8, list[Demand]()
     queued = [
-        Queued(number, rows, float(number), 1.0, priority, kind=kind)
+        Demand(number, rows, 0, kind, priority, float(number), 1.0)
         for number, (kind, rows, priority) in enumerate(wanted)
     ]
     while queued or running:
@@ -467,7 +486,7 @@ def test_what_is_started_fits_and_all_are_started(
             in_all = sum(item.rows for item in others) + first.rows
             assert not others or in_all <= policy.kinds_at_work * max_rows
             queued.remove(first)
-            running.append(Running(first.rows, first.priority, first.kind))
+            running.append(first)
         assert running, "nobody is at work, and nobody is started"
         running.pop(chance.randrange(len(running)))
 
@@ -475,4 +494,4 @@ def test_what_is_started_fits_and_all_are_started(
 def test_policies_are_chosen_by_name() -> None:
     assert POLICIES["due-time"].pick is pick
     assert POLICIES["strict-fifo"].pick is strict_fifo
-    assert POLICIES["strict-fifo"].rank(Queued(7, 1, 0.0, 1.0)) == 7
+    assert POLICIES["strict-fifo"].rank(demand(7, 1, 0.0)) == 7

@@ -28,13 +28,13 @@ from stepserve.engine.loop.observer import Observer
 from stepserve.engine.loop.side_stream import SideStream
 from stepserve.engine.loop.timing import ForwardTiming, WallTiming
 from stepserve.engine.scheduling.cost import CostModel
-from stepserve.engine.scheduling.estimator import CompletionEstimator, Room, latest_start_s
+from stepserve.engine.scheduling.demand import Demand
+from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.forecast import CompletionEstimate
 from stepserve.engine.scheduling.policy import (
     SHORTEST_FIRST,
     Parked,
     Policy,
-    Running,
     next_to_start,
 )
 from stepserve.engine.scheduling.row_limits import RowLimits, is_out_of_memory
@@ -208,15 +208,11 @@ class Batcher:
 
     def prospect(self, tracks: Sequence[Track]) -> CompletionEstimate:
         """What becomes of these tracks if there are no others; the last one is the newcomer."""
-        return self.outlook.prospect(tracks, self._room, self._policy)
+        return self.outlook.forecast(tracks, self.row_limit, self.one_at_a_time)
 
     def finish_times_s(self, tracks: Sequence[Track]) -> Sequence[float]:
         """Seconds from now until each should be finished, if there were no others."""
-        return self.outlook.finish_times_s(tracks, self._room, self._policy)
-
-    @property
-    def _room(self) -> Room:
-        return Room(self.row_limit, self.one_at_a_time)
+        return self.prospect(tracks).finish_s
 
     def view(self, owner: str = "") -> BatchView:
         """The batch as `owner` may see it. May be called from any thread."""
@@ -249,23 +245,29 @@ class Batcher:
         queued = [track for track in self.queued if not track.held]
         if not queued or (self.one_at_a_time and self.active):
             return None
-        running = [_as_running(other) for other in self.active]
-        if not self._room_for_any(queued, running):
+        running = [self.outlook.demand(track) for track in self.active]
+        if not self._has_room_for_any(queued, running):
             return None
-        line = {self.outlook.as_queued(track): track for track in queued}
+        line = {self.outlook.demand(track): track for track in queued}
         first = next_to_start(list(line), running, self.row_limit, self._policy)
         return None if first is None else line[first]
 
-    def _room_for_any(self, queued: Sequence[Track], running: Sequence[Running]) -> bool:
+    def _has_room_for_any(self, queued: Sequence[Track], running: Sequence[Demand]) -> bool:
         """Asked at every tick, and at saturation there is none: so when each is due comes later."""
-        sizes = {_as_running(track) for track in queued}
-        return any(self._policy.has_room(size, running, self.row_limit) for size in sizes)
+        sizes = {(track.rows_ahead, track.work.priority, track.kind) for track in queued}
+        return any(
+            self._policy.has_room(Demand(0, rows, 0, kind, priority), running, self.row_limit)
+            for rows, priority, kind in sizes
+        )
 
     def _decide(self) -> list[Track]:
         decoding = {decoding.track for decoding in self._decoding}
         parked_at = [t for t in self.active if t.call is not None and t not in decoding]
         waiting = {self._adjusted(track): track for track in parked_at}
-        parked = [self._as_parked(call, track) for call, track in waiting.items()]
+        parked = [
+            Parked(call, track.parked_s, self.outlook.demand(track))
+            for call, track in waiting.items()
+        ]
         group = self._policy.pick(parked, self._expected_s, self.row_limits.limit)
         return [waiting[item.call] for item in group]
 
@@ -314,18 +316,6 @@ class Batcher:
             track.resume(output)
         if not track.ended:
             self.aside.rejoin()
-
-    def _as_parked(self, call: Call, track: Track) -> Parked:
-        left_s, serial_s = self.outlook.run_and_serial_s(track)
-        return Parked(
-            call,
-            track.parked_s,
-            track.work.priority,
-            latest_start_s(track, left_s),
-            track.arrival,
-            left_s,
-            serial_s,
-        )
 
     def _run(self, group: Sequence[Track]) -> list[Any]:
         """One output for each track; if the shared forward raises, halves are tried apart."""
@@ -491,10 +481,6 @@ class Batcher:
             report = _end_report(track, now_s)
             for observer in self.observers:
                 observer.request_ended(report)
-
-
-def _as_running(track: Track) -> Running:
-    return Running(track.rows_ahead, track.work.priority, track.kind)
 
 
 def _in_batch(track: Track, owner: str) -> RequestInBatch:

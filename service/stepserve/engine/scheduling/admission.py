@@ -116,7 +116,7 @@ def check_promises(
 
 
 def _serial_s(prospect: CompletionEstimate, margin: LatenessQuantile) -> float:
-    alone = prospect.alone()
+    alone = prospect.serial()
     return margin.safe_s(alone.finish_s[-1], alone.forward_s)
 
 

@@ -1,4 +1,4 @@
-"""What the engine expects of the work in hand, from what it has measured so far."""
+"""What the engine expects of the requests in flight, from what it has measured so far."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from stepserve.domain.states import RequestState
 from stepserve.engine.calls.call import Call
 from stepserve.engine.scheduling.cost import CostModel
-from stepserve.engine.scheduling.forecast import CompletionEstimate, Device, Job
+from stepserve.engine.scheduling.demand import Demand
+from stepserve.engine.scheduling.forecast import CompletionEstimate, ForwardCost
 from stepserve.engine.scheduling.lateness import LatenessQuantile
-from stepserve.engine.scheduling.policy import Policy, Queued
 from stepserve.engine.tracks.track import Stage, Track
 
 LEARNING_RATE = 0.1
-# In logarithms: few requests that took far longer than foretold say no more than this.
+# In logarithms: few requests that took far longer than predicted say no more than this.
 MOST_STRETCH = 0.35
 
 
@@ -45,16 +45,8 @@ class StepShape:
 UNKNOWN = StepShape(None, 1)
 
 
-@dataclass(frozen=True)
-class Room:
-    """How many rows a forward may have: those of one request only, where requests cannot share."""
-
-    row_limit: int
-    one_at_a_time: bool = False
-
-
 class CompletionEstimator:
-    """Learns what requests of each size take, and foretells when those in hand will end.
+    """Learns what requests of each size take, and predicts when those in flight will end.
 
     Written by the engine thread only; others may read slightly old values.
     """
@@ -92,89 +84,68 @@ class CompletionEstimator:
         """Seconds of a step by size: those of any forward, and those of each row in it."""
         return {size: self._line(step) for size, step in list(self._shapes.items())}
 
-    def run_s(self, track: Track) -> float:
-        """Seconds that the steps left to a track would take, were it alone."""
-        return self.run_and_serial_s(track)[0]
-
-    def run_and_serial_s(self, track: Track) -> tuple[float, float]:
-        """What the steps left to a track, and all its steps, would take, were it alone."""
-        step_s = self._forward_s(self._step_shape(track).shape, track.work.rows)
-        return track.steps_left * step_s, track.work.steps * step_s
-
-    def as_queued(self, track: Track) -> Queued:
-        """A track that waits to be started, as the policy sees it."""
-        run_s, work = self.run_s(track), track.work
-        return Queued(
+    def demand(self, track: Track) -> Demand:
+        """What is left to do for a track, as all that decides and predicts sees it."""
+        work, left = track.work, track.steps_left
+        step_s = self._forward_s(self._step_shape(track).shape, work.rows)
+        left_s = left * step_s
+        return Demand(
             track.arrival,
             track.rows_ahead,
-            track.submitted_s,
-            run_s,
-            work.priority,
-            latest_start_s(track, run_s),
+            left,
             track.kind,
+            work.priority,
+            track.submitted_s,
+            left_s,
+            work.steps * step_s,
+            math.inf if work.deadline_s is None else track.expires_s - left_s,
+            track.state is RequestState.RUNNING,
         )
 
-    def prospect(self, tracks: Sequence[Track], room: Room, policy: Policy) -> CompletionEstimate:
-        """What becomes of these tracks if there are no others; the last one is the newcomer."""
-        # Looked up once: the engine thread may be learning a new shape at this moment.
-        shapes = [self._step_shape(track) for track in tracks]
-        limits = {step.shape: self._row_limit(step, room) for step in shapes}
-        group_rows = 0 if room.one_at_a_time else room.row_limit
-        device = Device(
-            cost_of=self._forward_s,
-            limit_of=limits.__getitem__,
-            max_group_rows=group_rows,
-            max_active_rows=policy.rows_at_work(group_rows),
-            # Before anything was learned, all are taken for equally long.
-            in_turns=UNKNOWN.shape not in limits,
-        )
-        jobs = [self._job(t, s.shape, policy) for t, s in zip(tracks, shapes, strict=True)]
-        return CompletionEstimate(jobs, device)
+    def forecast(
+        self, tracks: Sequence[Track], row_limit: int, one_at_a_time: bool = False
+    ) -> CompletionEstimate:
+        """What becomes of these tracks if there are no others; the last one is the newcomer.
 
-    def finish_times_s(
-        self, tracks: Sequence[Track], room: Room, policy: Policy
-    ) -> tuple[float, ...]:
-        """Seconds from now until each track should be finished, if there were no others."""
-        return self.prospect(tracks, room, policy).finish_s
+        Args:
+            row_limit: most rows of one denoiser forward.
+            one_at_a_time: whether nobody starts before the one that runs has ended.
+        """
+        demands, costs = [], {}
+        for track in tracks:
+            demand = self.demand(track)
+            if one_at_a_time:
+                # The one that runs goes first, and none shares a forward.
+                left_s = 0.0 if demand.is_started else demand.left_s
+                demand = demand._replace(kind=track.arrival, left_s=left_s)
+            # Looked up once: the engine thread may be learning a new shape at this moment.
+            step = self._step_shape(track)
+            limit = step.max_rows if one_at_a_time else min(step.max_rows, row_limit)
+            line, overhead_s = self.cost.line(step.shape), float(self._tick_overhead_s)
+            costs[demand.kind] = ForwardCost(
+                line.fixed_s + overhead_s, line.per_row_s, limit, line.least_s + overhead_s
+            )
+            demands.append(demand)
+        return CompletionEstimate(demands, costs.__getitem__, float(self._other_row_s))
 
     def knows(self, track: Track) -> bool:
         """Whether steps of its size were ever measured, so that there is more than a guess."""
         return track.work.size in self._shapes
 
     def stretched_s(self, track: Track, predicted_s: float) -> float:
-        """What was foretold for a new track, made longer by as much as it usually gets.
+        """What was predicted for a new track, made longer by as much as it usually gets.
 
-        Forecasts know nothing of those who come later and share the device.
+        Predictions know nothing of those who come later and share the device.
         """
         track.first_predicted_s = predicted_s
         stretch = self._stretches.get(_kind(track))
         return predicted_s * math.exp(float(stretch or 0.0))
-
-    def _row_limit(self, step: StepShape, room: Room) -> int:
-        return step.max_rows if room.one_at_a_time else min(step.max_rows, room.row_limit)
 
     def _learn_stretch(self, track: Track, total_s: float) -> None:
         if track.first_predicted_s and total_s > 0:
             log_ratio = math.log(total_s / track.first_predicted_s)
             stretch = self._stretches.setdefault(_kind(track), Average())
             stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
-
-    def _job(self, track: Track, shape: Hashable, policy: Policy) -> Job:
-        work = track.work
-        started = track.state is RequestState.RUNNING
-        step_s = self._forward_s(shape, work.rows)
-        return Job(
-            group=(shape, track.variant),
-            shape=shape,
-            rows=track.rows_ahead,
-            steps=track.steps_left,
-            priority=work.priority,
-            other_s=float(self._other_row_s) * work.rows,
-            rank=0.0 if started else policy.rank(self.as_queued(track)),
-            started=started,
-            step_s=step_s,
-            serial_s=work.steps * step_s,
-        )
 
     def _step_shape(self, track: Track) -> StepShape:
         return self._shapes.get(track.work.size, self._latest)
@@ -186,15 +157,6 @@ class CompletionEstimator:
 
     def _forward_s(self, shape: Hashable, rows: int) -> float:
         return self.cost.predict(shape, rows) + float(self._tick_overhead_s)
-
-
-def latest_start_s(track: Track, run_s: float) -> float:
-    """When it must go on for its deadline to be met; infinite if it has none.
-
-    Args:
-        run_s: seconds that the steps left to it take.
-    """
-    return math.inf if track.work.deadline_s is None else track.expires_s - run_s
 
 
 def _kind(track: Track) -> Hashable:

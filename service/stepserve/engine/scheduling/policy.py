@@ -47,7 +47,6 @@ however many urgent or cheap newcomers arrive. Counted in ticks: after t + H * p
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,22 +54,14 @@ from enum import Enum
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter
-from typing import NamedTuple
 
-from stepserve.domain.requests import Priority
 from stepserve.engine.calls.call import Call, CallKey
+from stepserve.engine.scheduling.demand import Demand, due_s, patience
 
 CostOf = Callable[[CallKey, int], float]
 LimitOf = Callable[[Call], int]
 
-PATIENCE: dict[int, float] = {
-    Priority.INTERACTIVE: 0.125,
-    Priority.NORMAL: 1.0,
-    Priority.BATCH: 8.0,
-}
 DENOISE = "denoise"
-# Of any request: nothing is learned of it yet.
-SHORTEST_S = 1e-3
 # How many times the seconds of its forward a call is passed over for shorter requests, at most.
 HOLD = 8.0
 # A front goes by itself only if it gains so many times what the others lose: sharing is what keeps
@@ -88,62 +79,16 @@ KINDS_AT_WORK = 3
 
 @dataclass(frozen=True)
 class Parked:
-    """A call that waits for a forward since `parked_s` on the engine's clock.
-
-    Args:
-        priority: of its request.
-        latest_start_s: when it must run for its request to meet its deadline.
-        arrival: orders requests by their submission.
-        left_s: what the steps left to its request would take alone.
-        serial_s: what all its steps would take alone.
-    """
+    """A call of a request that waits for a forward since `parked_s` on the engine's clock."""
 
     call: Call
     parked_s: float
-    priority: int = Priority.NORMAL
-    latest_start_s: float = math.inf
-    arrival: int = 0
-    left_s: float = 0.0
-    serial_s: float = 0.0
+    demand: Demand
 
     @property
     def is_step(self) -> bool:
         """Whether it is a denoising step, of which its request has more."""
         return self.call.method.stage == DENOISE
-
-    @property
-    def weight(self) -> float:
-        """What a second of waiting counts for it."""
-        return 1 / (patience(self.priority) * max(self.serial_s, SHORTEST_S))
-
-
-class Queued(NamedTuple):
-    """A request that was not started yet. `run_s` is what its steps should take.
-
-    Requests of equal `kind` can share forwards.
-    """
-
-    arrival: int
-    rows: int
-    submitted_s: float
-    run_s: float
-    priority: int = Priority.NORMAL
-    latest_start_s: float = math.inf
-    kind: Hashable = None
-
-
-@dataclass(frozen=True)
-class Running:
-    """A request that was started.
-
-    Args:
-        rows: the most that it will still take at a step.
-        kind: requests of equal kind can share forwards.
-    """
-
-    rows: int
-    priority: int = Priority.NORMAL
-    kind: Hashable = None
 
 
 class Lacking(Enum):
@@ -156,16 +101,6 @@ class Lacking(Enum):
 def method_limit(call: Call) -> int:
     """The row limit that the method was given."""
     return call.method.max_rows
-
-
-def due_s(since_s: float, seconds: float, priority: int, latest_start_s: float = math.inf) -> float:
-    """When something is due on the engine's clock: the sooner, the older, cheaper and urgent."""
-    return min(since_s + patience(priority) * seconds, max(latest_start_s, since_s))
-
-
-def patience(priority: int) -> float:
-    """How many times its expected seconds something waits before it goes ahead of newcomers."""
-    return PATIENCE[min(max(priority, Priority.INTERACTIVE), Priority.BATCH)]
 
 
 def shortest_first(
@@ -195,8 +130,8 @@ def shortest_first(
         return fitting
     count = front_of(
         [item.call.rows for item in fitting],
-        [item.weight for item in fitting],
-        sum(item.weight for item in parked),
+        [item.demand.weight for item in fitting],
+        sum(item.demand.weight for item in parked),
         partial(cost_of, line[0].call.key),
     )
     return fitting[:count]
@@ -251,14 +186,9 @@ def fit_rows(group: Sequence[Parked], limit: int) -> list[Parked]:
     return chosen
 
 
-def request_due_s(queued: Queued) -> float:
-    """When a queued request is due to be started."""
-    return due_s(queued.submitted_s, queued.run_s, queued.priority, queued.latest_start_s)
-
-
 def next_to_start(
-    queued: Sequence[Queued], running: Sequence[Running], max_rows: int, policy: Policy
-) -> Queued | None:
+    queued: Sequence[Demand], running: Sequence[Demand], max_rows: int, policy: Policy
+) -> Demand | None:
     """The queued request to be started now, if there is room for any.
 
     Args:
@@ -280,7 +210,7 @@ def next_to_start(
     return None
 
 
-def as_urgent(queued: Queued | Running, running: Sequence[Running]) -> Sequence[Running]:
+def as_urgent(queued: Demand, running: Sequence[Demand]) -> Sequence[Demand]:
     """Running requests that are at least as urgent."""
     return [item for item in running if item.priority <= queued.priority]
 
@@ -297,20 +227,20 @@ class Policy:
     """
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
-    rank: Callable[[Queued], float]
-    beside: Callable[[Queued | Running, Sequence[Running]], Sequence[Running]]
+    rank: Callable[[Demand], float]
+    beside: Callable[[Demand, Sequence[Demand]], Sequence[Demand]]
     kinds_at_work: int = KINDS_AT_WORK
 
     def rows_at_work(self, max_rows: int) -> int:
         """How many rows all running requests may have, where forwards have at most so many."""
         return self.kinds_at_work * max_rows
 
-    def has_room(self, item: Queued | Running, running: Sequence[Running], max_rows: int) -> bool:
+    def has_room(self, item: Demand, running: Sequence[Demand], max_rows: int) -> bool:
         """Whether it may be started beside these, where forwards have at most so many rows."""
         return self.lacking(item, running, max_rows, self.rows_at_work(max_rows)) is None
 
     def lacking(
-        self, item: Queued | Running, running: Sequence[Running], of_kind: int, in_all: int
+        self, item: Demand, running: Sequence[Demand], of_kind: int, in_all: int
     ) -> Lacking | None:
         """What there is too little of to start it; None if it may be started.
 
@@ -330,10 +260,10 @@ class Policy:
         return None
 
 
-SHORTEST_FIRST = Policy(shortest_first, request_due_s, as_urgent)
+SHORTEST_FIRST = Policy(shortest_first, lambda queued: queued.due_s, as_urgent)
 
 
-def _may_pass(item: Queued, head: Queued, lacking: Lacking) -> bool:
+def _may_pass(item: Demand, head: Demand, lacking: Lacking) -> bool:
     """Whether one may be started before one that is due sooner and lacks something."""
     if item.priority < head.priority:
         return True
@@ -356,15 +286,13 @@ def groups(parked: Iterable[Parked]) -> list[list[Parked]]:
 
 
 def _rank(item: Parked, seconds: float) -> float:
-    """Seconds left over the weight: the least goes first."""
-    if item.is_step:
-        return item.left_s / item.weight
-    return patience(item.priority) * seconds * seconds
+    """The least goes first."""
+    return item.demand.rank if item.is_step else patience(item.demand.priority) * seconds * seconds
 
 
 def _overdue_s(item: Parked, seconds: float) -> float:
     """When a call is passed over no more."""
-    return due_s(item.parked_s, HOLD * seconds, item.priority, item.latest_start_s)
+    return due_s(item.parked_s, HOLD * seconds, item.demand.priority, item.demand.latest_start_s)
 
 
 def _sequence(item: Parked) -> int:
