@@ -24,8 +24,8 @@ from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
 Say = Callable[[str], None]
 Digests = dict[str, tuple[str, ...]]
 
-HISTORIES = 500
-FLOAT32_HISTORIES = 60
+HISTORIES, MANY_HISTORIES = 100, 500
+FLOAT32_HISTORIES = 40
 # Requests that are made again elsewhere: each scheduler, task and adapter is among them.
 AGAIN = 20
 # Rows of a forward under a random load: below, what these tests are about hardly happened.
@@ -108,15 +108,18 @@ def test_pool_has_everything_and_answers_differ(
     assert len(set(alone.values())) == len(pool)
 
 
+@pytest.mark.parametrize(
+    "histories", [HISTORIES, pytest.param(MANY_HISTORIES, marks=pytest.mark.slow)]
+)
 def test_bytes_are_those_of_the_request_alone_over_random_histories(
-    served: PipelineRunner, pool: list[GenerationRequest], alone: Digests, say: Say
+    served: PipelineRunner, pool: list[GenerationRequest], alone: Digests, say: Say, histories: int
 ) -> None:
     only_reproducible = must_be_reproducible(served, say)
     if only_reproducible:
         alone = serve_alone(served, [replace(request, reproducible=True) for request in pool])
     share = 1.0 if only_reproducible else 0.05
-    load = RandomLoad(served, pool, seed=1, enough=HISTORIES, reproducible=share)
-    watch = serve_watched(load, say, HISTORIES)
+    load = RandomLoad(served, pool, seed=1, enough=histories, reproducible=share)
+    watch = serve_watched(load, say, histories)
     shared, distinct = shared_any(load, watch), distinct_histories(load, watch)
     wrong = load.wrong(alone)
     say(
@@ -124,12 +127,12 @@ def test_bytes_are_those_of_the_request_alone_over_random_histories(
         f"{len(load.finished) - len(wrong)} of {len(load.finished)} byte-identical"
     )
     assert wrong == []
-    assert distinct >= HISTORIES
+    assert distinct >= histories
     assert load.cancelled > 0
     assert served.engine.counters.retries == 0
     if not only_reproducible:
         assert watch.mean_rows > LEAST_MEAN_ROWS
-        assert shared > 0.8 * HISTORIES
+        assert shared > 0.8 * histories
 
 
 def test_bytes_are_the_same_in_another_process(
@@ -165,19 +168,18 @@ def test_bytes_are_the_same_from_another_replica_under_load(
     assert load.wrong(alone) == []
 
 
-def float32_plan(folder: Path) -> SharingPlan | None:
-    """None where the engine fixes the row count by itself; that plan, where it need not."""
+def float32_plan(folder: Path) -> SharingPlan:
+    """The engine's own, with a fixed row count where it needs none."""
     with serving_model(folder, "float32") as runner:
         plan = runner.plan
     assert plan.same_bytes
-    return None if plan.filled_rows else replace(plan, filled_rows=(FIXED_ROWS,))
+    return plan if plan.filled_rows else replace(plan, filled_rows=(FIXED_ROWS,))
 
 
 def test_forwards_of_one_row_count_give_the_same_bytes_in_float32(
     model_folder: Path, adapters: Path, pool: list[GenerationRequest], say: Say
 ) -> None:
     sharing = SharingOptions(plan=float32_plan(model_folder))
-    say(f"float32: {'forced' if sharing.plan else 'found at the start'}")
     with serving_model(model_folder, "float32", adapters, sharing) as runner:
         filled_rows = runner.plan.filled_rows
         assert FIXED_ROWS in filled_rows

@@ -34,6 +34,7 @@ from stepserve.pipelines.modules.attach import ParkingOptions, parkable_methods
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
+    PlainRun,
     Trial,
     check_sharing,
     run_plainly,
@@ -125,7 +126,10 @@ def plan_sharing(
 
 
 def plan_co_batching(
-    pipeline: Any, trials: Sequence[Trial], verified: Collection[str] = VERIFIED
+    pipeline: Any,
+    trials: Sequence[Trial],
+    verified: Collection[str] = VERIFIED,
+    plain: PlainRun | None = None,
 ) -> SharingPlan:
     """Whether requests may run at once, and which components must run inside a call.
 
@@ -133,8 +137,9 @@ def plan_co_batching(
         pipeline: a resident one.
         trials: small requests that differ.
         verified: classes of pipelines that need no trial of requests at once.
+        plain: what the trials gave one after another, if they were run before.
     """
-    plain = run_plainly(pipeline, trials)
+    plain = plain or run_plainly(pipeline, trials)
     changed = plain.changed
     stepped = {path for path, _, rule in parkable_methods(pipeline) if rule.shared}
     if changed & stepped:
