@@ -9,27 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import stepserve
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from stepserve import cli
 from stepserve.models.catalogue import EMBEDDED
 
+# numpy's word to torch, by way of diffusers' schedulers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
-def stepserve(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "stepserve.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+
+def in_a_process(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stepserve.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == expect, result.stderr
     return result
 
 
-def test_generate_writes_a_image_with_its_parameters(tmp_path: Path) -> None:
+def test_generate_writes_an_image_with_its_parameters(tmp_path: Path) -> None:
     target = tmp_path / "heart.png"
-    result = stepserve("generate", "a red heart", "-o", str(target), "--seed", "3", "--steps", "6")
+    given = ("-o", str(target), "--seed", "3", "--steps", "6")
+    result = in_a_process("generate", "a red heart", *given)
     assert "seed 3" in result.stdout
     assert "denoising" in result.stderr, "there should be a progress bar"
     with Image.open(target) as image:
@@ -42,7 +41,7 @@ def test_generate_several_as_jpeg(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p-0.jpg", "p-1.jpg"]
 
 
-def test_a_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
+def test_an_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
     start, mask = tmp_path / "start.jpg", tmp_path / "mask.png"
     Image.new("RGB", (100, 80), (40, 90, 200)).save(start)
     Image.new("L", (64, 64), 255).save(mask)
@@ -75,13 +74,9 @@ def test_a_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_explained_in_one_line(
-    arguments: tuple[str, ...], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    """In this process: starting one for each would take longer than all the rest."""
-    monkeypatch.setattr(sys, "argv", ["stepserve", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    explained = str(ended.value)
+    explained = stepserve(*arguments, expect=1).stderr
     assert explained.startswith("error: ")
     assert len(explained.splitlines()) == 1
     for word in words:
@@ -89,7 +84,7 @@ def test_mistakes_are_explained_in_one_line(
 
 
 def test_a_mistake_is_written_to_stderr_and_the_exit_code_is_1() -> None:
-    result = stepserve("generate", "x", "--model", "nope", expect=1)
+    result = in_a_process("models", "--config", "nowhere.yaml", expect=1)
     assert result.stderr.startswith("error: ")
     assert result.stdout == ""
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import stepserve
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stepserve.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_a_image_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("in the way")
-    ended = run("generate", "a red heart", "-o", str(file / "heart.png"))
-    assert (ended.returncode, ended.stdout) == (1, "")
+    ended = stepserve("generate", "a red heart", "-o", str(file / "heart.png"), expect=1)
+    assert ended.stdout == ""
     assert ended.stderr == f"error: {file}: File exists\n"
-    ended = run("generate", "a red heart", "-o", str(tmp_path))
-    assert ended.returncode == 1
+    ended = stepserve("generate", "a red heart", "-o", str(tmp_path), expect=1)
     assert ended.stderr == f"error: {tmp_path}: Is a directory\n"
 
 
@@ -31,19 +24,15 @@ def test_an_empty_configuration_is_told_when_the_service_starts(
 ) -> None:
     config = tmp_path / "stepserve.yaml"
     config.write_text(content)
-    command = [sys.executable, "-m", "stepserve.cli", "serve", "-c", str(config)]
     # Refused right after it was read: other machines, and no keys.
-    command += ["--host", "0.0.0.0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 1
+    ended = stepserve("serve", "-c", str(config), "--host", "0.0.0.0", expect=1)
     assert ended.stdout == f"{config} holds no settings: the defaults are served\n"
 
 
 def test_a_model_that_is_not_there_hides_no_other_from_the_list(tmp_path: Path) -> None:
     config = tmp_path / "stepserve.yaml"
     config.write_text(f"models: {{gone: {{path: {tmp_path}/gone}}, emoji: {{aliases: [icons]}}}}\n")
-    ended = run("models", "-c", str(config))
-    assert ended.returncode == 1
+    ended = stepserve("models", "-c", str(config), expect=1)
     assert [line.split()[-4:] for line in ended.stdout.splitlines()] == [
         ["*", "gone", "bfloat16", f"{tmp_path}/gone"],
         ["bfloat16", "embedded", "(also", "icons)"],
@@ -52,7 +41,7 @@ def test_a_model_that_is_not_there_hides_no_other_from_the_list(tmp_path: Path) 
 
 
 def test_an_explanation_of_two_prompts_is_none(tmp_path: Path) -> None:
-    ended = run("explain", "a", "--prompt", "b", "-o", str(tmp_path / "out"))
-    assert (ended.returncode, ended.stdout) == (1, "")
+    ended = stepserve("explain", "a", "--prompt", "b", "-o", str(tmp_path / "out"), expect=1)
+    assert ended.stdout == ""
     assert ended.stderr == "error: the prompt is said twice: 'a' and --prompt 'b'\n"
     assert not (tmp_path / "out").exists()
