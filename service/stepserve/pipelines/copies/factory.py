@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from diffusers import (
@@ -25,7 +26,7 @@ from stepserve.pipelines.facts.signature import CallSignature, read_signature
 from stepserve.pipelines.modules.third_party.memoized_schedulers import memoizing_class
 from stepserve.pipelines.modules.third_party.memoized_tokenizers import memoizing_tokenizer
 from stepserve.pipelines.modules.third_party.pinned_noise import on_host, with_pinned_noise
-from stepserve.pipelines.schedulers.usable import build_scheduler
+from stepserve.pipelines.schedulers.usable import Configured
 
 OTHER_TASKS = {
     Task.IMAGE_TO_IMAGE: AutoPipelineForImage2Image,
@@ -89,16 +90,26 @@ class PipelineFactory:
         vars(lent).update(self._tokenizers)
         return lent
 
+    def configured(self, name: str) -> Configured:
+        """The class and the settings of a scheduler."""
+        return Configured.of(self._schedulers[name], self._pipeline.scheduler.config)
+
     def new_scheduler(self, name: str) -> Any:
         """A scheduler that no other request uses."""
         if name not in self._prototypes:
-            config = self._pipeline.scheduler.config
-            prototype = build_scheduler(self._schedulers[name], config)
-            prototype.__class__ = memoizing_class(prototype)
+            prototype = copy_scheduler(prototype_of(self.configured(name)))
             if self._keeps_on_host:
                 prototype.__class__ = on_host(type(prototype))
             self._prototypes[name] = prototype
         return copy_scheduler(self._prototypes[name])
+
+
+@lru_cache(maxsize=64)
+def prototype_of(scheduler: Configured) -> Any:
+    """What schedulers of one class with the same settings are copied from."""
+    prototype = scheduler.build()
+    prototype.__class__ = memoizing_class(prototype)
+    return prototype
 
 
 def copy_scheduler(scheduler: Any, copied: dict[int, Any] | None = None) -> Any:

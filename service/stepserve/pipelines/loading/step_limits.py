@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 from stepserve.domain.models import ModelCapabilities, StepRange
-from stepserve.pipelines.copies.factory import PipelineFactory
+from stepserve.pipelines.copies.factory import PipelineFactory, copy_scheduler, prototype_of
 from stepserve.pipelines.schedulers.probes import can_do, find_steps
+from stepserve.pipelines.schedulers.usable import Configured
 
 # Where a model's default count does not work, one of these may.
 LIKELY_STEPS = (4, 2, 1)
@@ -23,7 +24,7 @@ def triable_schedulers(lender: PipelineFactory, capabilities: ModelCapabilities)
         return frozenset(
             name
             for name in capabilities.schedulers
-            if any(can_do(partial(lender.new_scheduler, name), steps) for steps in likely)
+            if any(_can_do(lender.configured(name), steps) for steps in likely)
         )
 
 
@@ -36,9 +37,14 @@ def scheduler_steps(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in triable:
-            works = partial(can_do, partial(lender.new_scheduler, name))
+            works = partial(_can_do, lender.configured(name))
             found[name] = find_steps(works, most, likely)
     return found
+
+
+@lru_cache(maxsize=1024)
+def _can_do(scheduler: Configured, steps: int) -> bool:
+    return can_do(partial(copy_scheduler, prototype_of(scheduler)), steps)
 
 
 def with_scheduler_steps(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from stepserve.pipelines.schedulers.probes import can_do, draws_from_elsewhere
@@ -26,6 +28,29 @@ UNSUITABLE = {
 SEEDLESS = {"DPMSolverSDEScheduler"}
 
 
+@dataclass(frozen=True)
+class Configured:
+    """A scheduler class with the settings of a model: what it can do depends on nothing else.
+
+    Args:
+        settings: of which those are equal that have the same bytes.
+        config: the same for diffusers.
+    """
+
+    cls: type
+    settings: bytes
+    config: Any = field(compare=False)
+
+    @classmethod
+    def of(cls, scheduler_class: type, config: Any) -> Configured:
+        """Of a scheduler's class, and a configuration that may be another's."""
+        return cls(scheduler_class, pickle.dumps(dict(config)), config)
+
+    def build(self) -> Any:
+        """A new scheduler."""
+        return build_scheduler(self.cls, self.config)
+
+
 def usable_schedulers(scheduler: Any) -> dict[str, type]:
     """Scheduler classes that can stand in for `scheduler`, by name, sorted; its own among them.
 
@@ -35,10 +60,11 @@ def usable_schedulers(scheduler: Any) -> dict[str, type]:
     class raises is not asked: the model was made for it.
     """
     own = type(scheduler)
-    usable = {} if _is_seedless(own, getattr(scheduler, "config", {})) else {own.__name__: own}
+    config = getattr(scheduler, "config", {})
+    usable = {} if _is_seedless(Configured.of(own, config)) else {own.__name__: own}
     for cls in getattr(scheduler, "compatibles", ()):
         name = cls.__name__
-        if name not in UNSUITABLE and name not in usable and _works(cls, scheduler.config):
+        if name not in UNSUITABLE and name not in usable and _works(Configured.of(cls, config)):
             usable[name] = cls
     return dict(sorted(usable.items()))
 
@@ -48,15 +74,16 @@ def build_scheduler(cls: type, config: Any) -> Any:
     return cls.from_config(config)  # type: ignore[attr-defined]
 
 
-def _is_seedless(cls: type, config: Any) -> bool:
+@lru_cache(maxsize=256)
+def _is_seedless(scheduler: Configured) -> bool:
     """Whether the same request would make another image each time."""
-    make = partial(build_scheduler, cls, config)
-    return cls.__name__ in SEEDLESS or draws_from_elsewhere(make, PROBE_STEPS)
+    is_known = scheduler.cls.__name__ in SEEDLESS
+    return is_known or draws_from_elsewhere(scheduler.build, PROBE_STEPS)
 
 
-def _works(cls: type, config: Any) -> bool:
-    make = partial(build_scheduler, cls, config)
+@lru_cache(maxsize=256)
+def _works(scheduler: Configured) -> bool:
     with warnings.catch_warnings():
         # A warning is no reason to leave it out, even where warnings are errors.
         warnings.simplefilter("ignore")
-        return can_do(make, PROBE_STEPS) and not _is_seedless(cls, config)
+        return can_do(scheduler.build, PROBE_STEPS) and not _is_seedless(scheduler)
