@@ -27,14 +27,15 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 	@if [ -t 0 ]; then set -m; fi; \
 	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-image out $(OPTIONS); exit $$?
 
-# Services and browsers have the machine to themselves; the others compute on one thread each.
-ALONE := tests/integration tests/browser
-COMMANDS := tests/integration/test_cli.py
+# Services have the machine to themselves; the others compute on one thread each, two at once.
+COMMANDS := tests/integration/test_cli.py tests/integration/test_hub_models.py
+ALONE := tests/integration $(COMMANDS:%=--ignore=%)
+BESIDE := $(COMMANDS) tests/browser tests/parity tests/unit
 CHOSEN := -m "not slow"
 test: $(INSTALLED)  ## Run every test that is not marked slow.
 	@status=0; \
-	$(BIN)/python -m pytest $(CHOSEN) --durations=12 $(ALONE) --ignore $(COMMANDS) || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 -n 2 $(COMMANDS) tests/parity tests/unit || status=1; \
+	$(BIN)/python -m pytest $(CHOSEN) --durations=12 $(ALONE) || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 -n 2 $(BESIDE) || status=1; \
 	exit $$status
 
 test-all: CHOSEN :=

@@ -88,6 +88,10 @@ class Load:
         """From now on something is broken."""
         self.broken_s = time.monotonic()
 
+    def wait_for_answers(self, count: int) -> None:
+        """Until so many requests were answered."""
+        wait(lambda: len(self.responses) >= count, "no answers")
+
     def wait_for_answers_after(self, count: int) -> None:
         """Until so many requests were answered that were sent after it broke."""
         wait(lambda: len(self._after()) >= count, "no more answers")

@@ -26,6 +26,8 @@ class Received:
         self.services: set[str] = set()
         self._spans: list[Span] = []
         self._lock = threading.Lock()
+        self._answers = threading.Event()
+        self._answers.set()
 
     def add(self, request: trace_service_pb2.ExportTraceServiceRequest) -> None:
         with self._lock:
@@ -34,6 +36,18 @@ class Received:
                 self.services.add(names["service.name"])
                 for scope in sent.scope_spans:
                     self._spans += scope.spans
+
+    def falls_silent(self) -> None:
+        """Who sends something from now on waits for an answer, for as long as there is a server."""
+        self._answers.clear()
+
+    def ends(self) -> None:
+        """Nobody waits any longer."""
+        self._answers.set()
+
+    def wait_to_answer(self) -> None:
+        """Return when it is time to answer."""
+        self._answers.wait()
 
     def spans(self, trace_id: str) -> list[Span]:
         with self._lock:
@@ -58,6 +72,7 @@ def over_http() -> Iterator[Received]:
                 body = gzip.decompress(body)
             assert self.path == "/v1/traces"
             received.add(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
+            received.wait_to_answer()
             self.send_response(200)
             self.send_header("Content-Type", "application/x-protobuf")
             self.end_headers()
@@ -71,6 +86,7 @@ def over_http() -> Iterator[Received]:
         thread.start()
         received.url = f"http://127.0.0.1:{server.server_port}"
         yield received
+        received.ends()
         server.shutdown()
         thread.join()
 

@@ -11,10 +11,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 READY_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
-WAITING_LIMIT = 24
 STEPSERVE = str(Path(sys.executable).with_name("stepserve"))
+# What most tests need of a model: it loads with a fifth less work than one that is measured.
+QUICKLY_LOADED = {"max_rows": 8, "threads": 1}
 
 
 def free_port() -> int:
@@ -25,15 +28,18 @@ def free_port() -> int:
 
 @dataclass
 class Service:
-    """A running `stepserve serve` and what it printed."""
+    """A running `stepserve serve` and what it printed.
+
+    `engine` has settings of the embedded model's engine; with a file of settings they belong there.
+    """
 
     folder: Path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     variables: dict[str, str] = field(default_factory=dict)
-    limit_waiting: bool = True
-    stands_in: Path | None = None
-    """The folder it is started in; None: this one."""
+    engine: dict[str, float] = field(default_factory=dict)
+    working_folder: Path | None = None
+    """Where it is started; None: here."""
 
     @property
     def url(self) -> str:
@@ -46,35 +52,51 @@ class Service:
     def start(self) -> None:
         command = [STEPSERVE, "serve", "--port", str(self.port)]
         command += ["--first-image", str(self.folder / "out")]
-        variable = "STEPSERVE_MODELS__EMOJI__ENGINE__MAX_PENDING_IMAGES"
-        limit = {variable: str(WAITING_LIMIT)} if self.limit_waiting else {}
+        prefix = "STEPSERVE_MODELS__EMOJI__ENGINE__"
+        engine = {prefix + name.upper(): str(value) for name, value in self.engine.items()}
         with (self.folder / "serve.log").open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=self.stands_in,
-                env=os.environ | limit | self.variables,
+                cwd=self.working_folder,
+                env=os.environ | engine | self.variables,
                 # Like a shell does: Ctrl-C reaches the whole group, Ray's processes included.
                 start_new_session=True,
             )
         self._wait_until_greeted()
 
-    def interrupt(self) -> int:
-        """Ctrl-C, and the exit code."""
+    @property
+    def root(self) -> psutil.Process:
         assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGINT)
-        return self.process.wait(STOP_TIMEOUT_S)
+        return psutil.Process(self.process.pid)
 
-    def terminate(self) -> int:
-        """SIGTERM to the service alone, as container runtimes send it, and the exit code."""
+    def token_file(self) -> Path:
+        """Where the token of its Ray is, in the folder of its temporary files."""
+        raylet = next(p for p in self.root.children(recursive=True) if p.name() == "raylet")
+        return Path(raylet.environ()["RAY_AUTH_TOKEN_PATH"])
+
+    def send(self, number: signal.Signals) -> None:
+        """As a terminal sends Ctrl-C, to all its processes; the others as container runtimes do."""
         assert self.process is not None
-        self.process.terminate()
-        return self.process.wait(STOP_TIMEOUT_S)
+        target = os.killpg if number is signal.SIGINT else os.kill
+        target(self.process.pid, number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """It ends well, and leaves nothing behind."""
+        assert self.process is not None
+        folder = self.token_file().parent
+        self.send(number)
+        assert self.process.wait(STOP_TIMEOUT_S) == 0, self.log
+        assert self.log.endswith("stopped\n"), self.log
+        assert "Traceback" not in self.log, self.log
+        assert not folder.exists()
 
     def kill(self) -> None:
+        """End it if it runs."""
         if self.process is not None and self.process.poll() is None:
-            self.interrupt()
+            self.send(signal.SIGINT)
+            self.process.wait(STOP_TIMEOUT_S)
 
     def _wait_until_greeted(self) -> None:
         assert self.process is not None

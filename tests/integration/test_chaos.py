@@ -16,7 +16,9 @@ import psutil
 import pytest
 import yaml
 from chaos import GENERATIONS, INGRESS, REPLICA, Load, busiest, processes_of, wait
-from running_service import Service
+from hearing import LONG, all_hear_of_the_end, open_client, wait_until_known
+from running_service import QUICKLY_LOADED, Service
+from stepserve.ray_serve.local.server import ONE_WISH_S
 
 STUCK_AFTER_S = 3
 # A busy machine takes some seconds to notice; faults of this kind that were found took fifty.
@@ -24,7 +26,7 @@ RECOVERED_S = 8.0
 # Of requests that a replica had in flight when it hung: 3 s until it ends itself, and made anew.
 SLOWEST_S = 10.0
 SLOW_S = 6.0
-FULL_S = 15.0
+STREAM = "stream"
 
 
 class Pair:
@@ -35,11 +37,11 @@ class Pair:
         self.settings: dict[str, Any] = {
             "replicas": 2,
             "num_cpus": 0.5,
-            "engine": {"threads": 1, "stuck_after_s": STUCK_AFTER_S, "drain_s": 20},
+            "engine": QUICKLY_LOADED | {"stuck_after_s": STUCK_AFTER_S, "drain_s": 55},
         }
         self._write()
         variables = {"STEPSERVE_CONFIG": str(self.config)}
-        self.service = Service(folder, variables=variables, limit_waiting=False)
+        self.service = Service(folder, variables=variables)
 
     @property
     def url(self) -> str:
@@ -47,8 +49,7 @@ class Pair:
 
     @property
     def root(self) -> psutil.Process:
-        assert self.service.process is not None
-        return psutil.Process(self.service.process.pid)
+        return self.service.root
 
     def replicas(self) -> list[psutil.Process]:
         return processes_of(self.root, REPLICA)
@@ -76,10 +77,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     running.service.kill()
 
 
-def kill(pair: Pair) -> None:
-    busiest(pair.replicas()).kill()
-
-
 def hang(pair: Pair) -> None:
     chaos.hang_engine(busiest(pair.replicas()))
 
@@ -103,57 +100,73 @@ def redeploy(pair: Pair) -> None:
 
 
 def scale_down(pair: Pair) -> None:
-    """A new one takes the place of two."""
+    """A new one takes the place of two. Those tests that follow need no more."""
     pair.apply(replicas=1)
     wait(lambda: len(pair.replicas()) == 1, "no replica went")
 
 
+def test_nobody_sees_that_one_is_killed(pair: Pair, say: Callable[[str], None]) -> None:
+    """A stream goes on on the other as well, and tells nothing twice."""
+    chaos.wait_for_replicas(pair.url, 2)
+    retried = chaos.retried_at(pair.url)
+    with ThreadPoolExecutor(1) as pool, open_client(pair.service) as client:
+        streaming = pool.submit(stream_of_previews, pair)
+        wait_until_known(client, STREAM)
+        # Nobody else is served yet.
+        victim = busiest(pair.replicas())
+        with Load(pair.url, first_seed=0) as load:
+            load.wait_for_answers(2)
+            assert not streaming.done()
+            load.breaks_now()
+            victim.kill()
+            load.wait_for_answers_after(8)
+        told = streaming.result()
+    assert told == ["partial_image"] * 8 + ["completed"]
+    wait(lambda: chaos.retried_at(pair.url) > retried, "no request was tried again")
+    say(load.tell("kill", chaos.retried_at(pair.url) - retried))
+    load.check()
+    assert load.recovery_s < RECOVERED_S
+
+
+def stream_of_previews(pair: Pair) -> list[str]:
+    """The names of its events."""
+    body = LONG | {"num_inference_steps": 400, "stream": True, "previews": 8}
+    headers = {"X-Request-ID": STREAM}
+    with open_client(pair.service) as client:
+        response = client.post(GENERATIONS, json=body, headers=headers)
+    lines = [line for line in response.text.splitlines() if line.startswith("event: ")]
+    return [line.removeprefix("event: image_generation.") for line in lines]
+
+
 @pytest.mark.parametrize(
-    ("number", "fault"), list(enumerate([kill, hang, hang_whole, slow, redeploy, scale_down]))
+    ("number", "fault"), list(enumerate([hang, hang_whole, slow, redeploy, scale_down]))
 )
 def test_nobody_sees_it(
     pair: Pair, say: Callable[[str], None], number: int, fault: Callable[[Pair], None]
 ) -> None:
     chaos.wait_for_replicas(pair.url, pair.settings["replicas"])
     retried = chaos.retried_at(pair.url)
-    with Load(pair.url, first_seed=1000 * (number + 1)) as load:
-        time.sleep(1.0)
+    # Those two break nothing, but load models, which takes all cores that the load leaves.
+    few = fault in (redeploy, scale_down)
+    with Load(pair.url, 1000 * (number + 1), clients=2 if few else 6) as load:
+        load.wait_for_answers(2)
         load.breaks_now()
         fault(pair)
         load.wait_for_answers_after(8)
-    if fault in (kill, hang, hang_whole):
+    if fault in (hang, hang_whole):
         wait(lambda: chaos.retried_at(pair.url) > retried, "no request was tried again")
     say(load.tell(fault.__name__, chaos.retried_at(pair.url) - retried))
     load.check()
     assert fault not in (hang, hang_whole) or load.slowest_s < SLOWEST_S
-    # Those two break nothing, but load models beside the load, which takes all cores there are.
-    assert fault in (redeploy, scale_down) or load.recovery_s < RECOVERED_S
-
-
-def test_a_stream_goes_on_on_another_replica(pair: Pair) -> None:
-    pair.apply(replicas=2)
-    chaos.wait_for_replicas(pair.url, 2)
-    body = {"prompt": "pizza", "num_inference_steps": 400, "stream": True, "previews": 8}
-    names = []
-    with (
-        httpx.Client(trust_env=False, timeout=120) as client,
-        client.stream("POST", pair.url + GENERATIONS, json=body) as response,
-    ):
-        for line in response.iter_lines():
-            if line.startswith("event: "):
-                names.append(line.removeprefix("event: image_generation."))
-                if len(names) == 2:
-                    busiest(pair.replicas()).kill()
-    assert names == ["partial_image"] * 8 + ["completed"]
+    assert few or load.recovery_s < RECOVERED_S
 
 
 def test_a_client_of_a_killed_ingress_gets_the_same_image_when_it_asks_again(
     pair: Pair, say: Callable[[str], None]
 ) -> None:
     """The connections that it held end. New ones wait until there is another ingress."""
-    chaos.wait_for_replicas(pair.url, 2)
     with Load(pair.url, first_seed=9000, repeat=True) as load:
-        time.sleep(1.0)
+        load.wait_for_answers(2)
         load.breaks_now()
         processes_of(pair.root, INGRESS)[0].kill()
         load.wait_for_answers_after(8)
@@ -167,12 +180,27 @@ def test_a_client_of_a_killed_ingress_gets_the_same_image_when_it_asks_again(
 
 
 def test_work_of_a_killed_ingress_stops(pair: Pair) -> None:
-    chaos.wait_for_replicas(pair.url, 2)
-    body = {"prompt": "pizza", "num_inference_steps": 1000, "n": 8}
-    with ThreadPoolExecutor() as pool:
-        making = pool.submit(httpx.post, pair.url + GENERATIONS, json=body, timeout=120)
-        time.sleep(1.5)
+    body = LONG | {"n": 8}
+    with ThreadPoolExecutor() as pool, open_client(pair.service) as client:
+        headers = {"X-Request-ID": "abandoned"}
+        making = pool.submit(
+            httpx.post, pair.url + GENERATIONS, json=body, headers=headers, timeout=120
+        )
+        wait_until_known(client, "abandoned")
         os.kill(processes_of(pair.root, INGRESS)[0].pid, signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             making.result()
     wait(pair.is_idle, "nobody waits for it, and it still runs")
+
+
+def test_asked_twice_to_stop_it_waits_for_nothing_and_still_tells_everybody(pair: Pair) -> None:
+    def stop() -> None:
+        began_s = time.monotonic()
+        pair.service.send(signal.SIGTERM)
+        wait(lambda: "once more stops at once" in pair.service.log, "it does not stop")
+        # Sooner, it would be one signal that came by two ways.
+        time.sleep(ONE_WISH_S + 0.5)
+        pair.service.stop()
+        assert time.monotonic() - began_s < 30
+
+    all_hear_of_the_end(pair.service, 3, stop)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,14 +65,13 @@ def is_run(block: Block) -> bool:
     return not named and block.language in (*SHELL, "python")
 
 
-@pytest.fixture
-def sandbox(tmp_path: Path) -> Path:
+def make_sandbox(folder: Path) -> Path:
     """A folder that looks like the repository; what commands write stays in it."""
     for path in REPOSITORY.iterdir():
         if path.name not in (".venv", ".git", "out"):
-            (tmp_path / path.name).symlink_to(path)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    return tmp_path
+            (folder / path.name).symlink_to(path)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -79,7 +80,8 @@ def run(command: list[str], folder: Path) -> None:
     ran = subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {"PATH": path},
+        # Two at once would have more threads than there are cores.
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -91,16 +93,34 @@ def run(command: list[str], folder: Path) -> None:
 PAGES_THAT_RUN = [page for page in PAGES if any(map(is_run, blocks(page)))]
 
 
-@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
-def test_the_examples_run_in_their_order(page: Path, service: Service, sandbox: Path):
+def run_examples(page: Path, url: str, folder: Path) -> set[str]:
+    """Run them in their order; returns the names of the files that are there at the end."""
     for block in filter(is_run, blocks(page)):
-        code = block.text.replace(ADDRESS, service.url)
+        code = block.text.replace(ADDRESS, url)
         code = code.replace("path/to/this/folder", str(EMBEDDED))
         in_shell = block.language in SHELL
         shell = ["bash", "-euo", "pipefail", "-c"]
-        run([*(shell if in_shell else [sys.executable, "-c"]), code], sandbox)
+        run([*(shell if in_shell else [sys.executable, "-c"]), code], folder)
+    return {path.name for path in folder.iterdir()}
 
-    made = {path.name for path in sandbox.iterdir()}
+
+@pytest.fixture(scope="module")
+def examples(
+    service: Service, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Path, Future[set[str]]]]:
+    """Those of two pages run at once: most of their time goes into imports."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            page: pool.submit(
+                run_examples, page, service.url, make_sandbox(tmp_path_factory.mktemp("page"))
+            )
+            for page in PAGES_THAT_RUN
+        }
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
+def test_the_examples_run_in_their_order(page: Path, examples: dict[Path, Future[set[str]]]):
+    made = examples[page].result()
     if page.name == "api.md":
         assert {"heart.png", "sunflower-7.webp", "sunflower-8.webp", "completed.png"} <= made
         assert {"edited.json", "variations.json", "events.txt", "batch.json"} <= made
@@ -126,11 +146,24 @@ def _is_whole(words: tuple[str, ...]) -> bool:
     return True
 
 
-def test_commands_that_end_by_themselves(service: Service, sandbox: Path):
-    short = short_commands()
-    for words in short:
-        here = [word.replace("http://HOST:8000", service.url) for word in words]
+def test_commands_that_end_by_themselves(service: Service, tmp_path: Path):
+    short, sandbox = short_commands(), make_sandbox(tmp_path)
+
+    def run_one(words: tuple[str, ...]) -> None:
+        here = [
+            word.replace("http://HOST:8000", ADDRESS).replace(ADDRESS, service.url)
+            for word in words
+        ]
         run(["stepserve", *(["doctor", service.url] if here == ["doctor"] else here)], sandbox)
+
+    # Keys are made in one file.
+    of_keys = [words for words in short if words[0] == "keys"]
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(run_one, words) for words in short if words not in of_keys]
+        for words in of_keys:
+            run_one(words)
+    for one in running:
+        one.result()
 
     assert {words[0] for words in short} >= {"config", "doctor", "explain", "keys"}
     assert any("--prompt" in words for words in short)

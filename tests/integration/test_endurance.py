@@ -16,6 +16,7 @@ SECONDS = 20
 MOST_MIB_PER_HOUR, MOST_SLOWDOWN = 1500, 6
 
 
+@pytest.mark.slow
 def test_a_moment_of_mixed_load_leaves_nothing_behind(
     service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from running_service import Service
+from hearing import all_hear_of_the_end
+from running_service import QUICKLY_LOADED, Service
 from stepserve.api.auth.keys import ApiKey, add_key, hash_key, new_key
 
 GENERATIONS = "/v1/images/generations"
@@ -33,12 +38,14 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, keys: dict[str, str]) -> I
     for name, key in keys.items():
         entry = {"name": name, "sha256": hash_key(key), **LIMITS[name]}
         add_key(folder / "keys.yaml", ApiKey.model_validate(entry))
+    engine = QUICKLY_LOADED | {"drain_s": 1}
     running = Service(
         folder,
         variables={
             "STEPSERVE_AUTH__KEYS_FILE": str(folder / "keys.yaml"),
             "STEPSERVE_HTTP__INGRESS_REPLICAS": "2",
         },
+        engine=engine,
     )
     running.start()
     yield running
@@ -121,3 +128,26 @@ def test_requests_are_found_whichever_ingress_is_asked(guarded: Service, keys: d
     assert foreign.status_code == 404
     assert cancelled.status_code == 200
     assert ended.json()["error"]["code"] == "request_cancelled"
+
+
+@contextmanager
+def starved() -> Iterator[None]:
+    """Others want every core several times over, and do not step back."""
+    command = [sys.executable, "-c", "while True: pass"]
+    burners = [subprocess.Popen(command) for _ in range(4 * (os.cpu_count() or 1))]
+    try:
+        yield
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+def test_every_client_hears_of_the_end_although_the_machine_is_busy(
+    guarded: Service, keys: dict[str, str]
+) -> None:
+    def stop() -> None:
+        with starved():
+            guarded.stop()
+
+    all_hear_of_the_end(guarded, 9, stop, keys["free"])

@@ -16,7 +16,7 @@ import cluster_of_nodes
 import psutil
 import pytest
 from chaos import INGRESS, REPLICA, Load, processes_of
-from running_service import Service
+from running_service import QUICKLY_LOADED, Service
 
 RAYLET = "raylet"
 # More than a request takes of what is left of the service.
@@ -54,9 +54,8 @@ class Nodes:
                 "STEPSERVE_MODELS__EMOJI__REPLICAS": "2",
                 # More than half of a node: no two of them go to one.
                 "STEPSERVE_MODELS__EMOJI__NUM_CPUS": "1.5",
-                "STEPSERVE_MODELS__EMOJI__ENGINE__THREADS": "1",
             },
-            limit_waiting=False,
+            engine=QUICKLY_LOADED,
         )
 
     @property
@@ -121,8 +120,8 @@ def test_a_lost_node_takes_no_request_with_it(nodes: Nodes, say: Callable[[str],
         load.breaks_now()
         lose(expendable)
         load.wait_for_answers_after(8)
-        chaos.wait_for_replicas(url, 2)
-        again_s = time.monotonic() - load.broken_s
+    chaos.wait_for_replicas(url, 2)
+    again_s = time.monotonic() - load.broken_s
     chaos.wait(lambda: chaos.retried_at(url) > 0, "no request was tried again")
     say(load.tell("node lost", chaos.retried_at(url)))
     say(f"two replicas again after {again_s:.1f} s; before, a request took {usual_s:.1f} s")

@@ -76,8 +76,8 @@ def settled(prometheus: Prometheus) -> dict[str, float]:
     prometheus.wait_for("sum(stepserve_requests_in_flight)", 0)
     seen = counts(prometheus)
     while True:
-        # Longer than it takes a value to get here.
-        time.sleep(8)
+        # Longer than it takes a value to get here: four ways, of a second each.
+        time.sleep(5)
         if (again := counts(prometheus)) == seen:
             return seen
         seen = again

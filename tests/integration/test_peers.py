@@ -59,6 +59,7 @@ async def wait(url: str) -> None:
         await wait_until_serving(session, REQUEST)
 
 
+@pytest.mark.slow
 def test_a_peer_makes_the_images_that_stepserve_makes(service: Any, tmp_path: Path) -> None:
     peer = contenders(2)["fastapi-lock"]
     with running(peer, tmp_path / "peer.log") as url:

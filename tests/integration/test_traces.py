@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from hearing import all_hear_of_the_end
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from otlp_receiver import Received, over_grpc, over_http
-from running_service import Service
+from running_service import QUICKLY_LOADED, Service
 from stepserve.telemetry.tracing import HttpTraces, open_traces
 
 GENERATIONS = "/v1/images/generations"
@@ -30,10 +31,11 @@ def received() -> Iterator[Received]:
 @pytest.fixture(scope="module")
 def traced(received: Received, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": received.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    running = Service(tmp_path_factory.mktemp("traced"), variables=variables)
+    folder, engine = tmp_path_factory.mktemp("traced"), QUICKLY_LOADED | {"drain_s": 1}
+    running = Service(folder, variables=variables, engine=engine)
     running.start()
     yield running
-    assert running.interrupt() == 0
+    running.kill()
 
 
 def draw(service: Service, number: int) -> tuple[str, httpx.Response]:
@@ -90,6 +92,15 @@ def test_log_lines_name_the_trace(traced: Service) -> None:
     while f'"trace_id": "{trace_id}"' not in traced.log:
         assert time.monotonic() < deadline_s, traced.log
         time.sleep(0.1)
+
+
+def test_who_is_cut_off_is_answered_although_spans_cannot_be_sent(
+    traced: Service, received: Received
+) -> None:
+    """Whoever collects spans accepts connections, and says nothing any more."""
+    received.falls_silent()
+    draw(traced, 10)
+    all_hear_of_the_end(traced, 1, traced.stop)
 
 
 def test_spans_go_over_grpc_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
