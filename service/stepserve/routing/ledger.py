@@ -30,6 +30,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from cachetools import FIFOCache
 from numpy.typing import NDArray
 
 from stepserve.routing.reports import ALONE, Job, Report, StepCost
@@ -221,8 +222,8 @@ class Ledger:
         self._images = np.zeros(count)
         self._news_s = np.array([account.news_s for account in self._accounts.values()], float)
         self._limits = np.full(count, np.inf)
-        self._longest_steps: dict[str, Floats] = {}
-        self._cost_columns: dict[str, Floats] = {}
+        self._longest_steps: FIFOCache[str, Floats] = FIFOCache(MOST_COLUMNS)
+        self._cost_columns: FIFOCache[str, Floats] = FIFOCache(MOST_COLUMNS)
 
     def _costs(self, size: str) -> Floats:
         """`fixed_s` and `row_s` of a size, on each replica."""
@@ -230,7 +231,7 @@ class Ledger:
         if column is None:
             costs = [_cost(account.report, size) for account in self._accounts.values()]
             column = np.array([[cost.fixed_s, cost.row_s] for cost in costs]).reshape(-1, 2).T
-            _keep(self._cost_columns, size, column)
+            self._cost_columns[size] = column
         return column
 
     def _longest(self, group: str) -> Floats:
@@ -241,7 +242,7 @@ class Ledger:
         if column is None:
             jobs = [account.jobs.values() for account in self._accounts.values()]
             column = np.array([_longest(group, of_one) for of_one in jobs], float)
-            _keep(self._longest_steps, group, column)
+            self._longest_steps[group] = column
         return column
 
     def _settle(self, key: ReplicaKey) -> None:
@@ -300,9 +301,3 @@ def _cost(report: Report, size: str) -> StepCost:
 
 def _longest(group: str, jobs: Iterable[Job]) -> int:
     return max((job.steps for job in jobs if job.group == group), default=0)
-
-
-def _keep(columns: dict[str, Floats], name: str, column: Floats) -> None:
-    if len(columns) >= MOST_COLUMNS:
-        del columns[next(iter(columns))]
-    columns[name] = column

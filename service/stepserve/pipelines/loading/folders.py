@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cachetools import LRUCache
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -66,7 +67,7 @@ class LoadedModel:
     cuda_graphs: bool = False
     sizes_are_said: bool = False
     triable_schedulers: frozenset[str] = frozenset()
-    denoiser_calls: dict[Hashable, int] = field(default_factory=dict)
+    denoiser_calls: LRUCache[Hashable, int] = field(default_factory=lambda: LRUCache(1024))
 
 
 def load_model(

@@ -27,8 +27,6 @@ OnStep = Callable[[int, int], None]
 NO_IMAGES = InputImages()
 # What the authors of Qwen-Image give; no encoder sees more in it than in an empty one.
 NO_NEGATIVE_PROMPT = " "
-# Clients choose what they are known by.
-MOST_KNOWN_COUNTS = 1024
 
 
 def make_generators(seed: int, n: int) -> list[torch.Generator]:
@@ -183,8 +181,6 @@ def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
     wanted = request.scheduler, request.num_inference_steps, request.task, strength
     known = model.denoiser_calls
     if wanted not in known:
-        if len(known) >= MOST_KNOWN_COUNTS:
-            known.clear()
         known[wanted] = _count_timesteps(model, request)
     return known[wanted]
 

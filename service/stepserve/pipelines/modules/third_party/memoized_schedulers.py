@@ -12,6 +12,7 @@ all that decides their answer, so that what is remembered is that answer in ever
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -40,7 +41,10 @@ def memoize_numbers(function: NumberFunction) -> NumberFunction:
     Nobody may write into its answers. It asks nothing of other devices than the CPU, as that would
     have to wait for them.
     """
-    known: dict[tuple[float, torch.dtype, bool], Any] = {}
+
+    @lru_cache(MOST_NUMBERS)
+    def known(value: float, dtype: torch.dtype, in_inference_mode: bool) -> Any:
+        return function(torch.tensor(value, dtype=dtype, device="cpu"))
 
     def answer(number: Any) -> Any:
         if not _is_number(number):
@@ -50,12 +54,7 @@ def memoize_numbers(function: NumberFunction) -> NumberFunction:
         if value == 0 or value != value:
             return function(number)
         # Tensors that were made in inference mode are not to be used elsewhere.
-        key = value, number.dtype, torch.is_inference_mode_enabled()
-        if key not in known:
-            if len(known) >= MOST_NUMBERS:
-                known.clear()
-            known[key] = function(number)
-        return known[key]
+        return known(value, number.dtype, torch.is_inference_mode_enabled())
 
     return answer
 

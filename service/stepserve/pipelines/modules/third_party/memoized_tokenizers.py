@@ -7,15 +7,15 @@ more to see whether it was cut. Most requests have the same negative prompt, whi
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import torch
+from cachetools import LRUCache
 from transformers import BatchEncoding
 
+from stepserve.engine.calls.arguments import SIMPLE, flatten
+
 MOST_TEXTS = 256
-SIMPLE = (str, int, float, type(None))
 
 
 def memoizing_tokenizer(tokenizer: Any) -> Any:
@@ -24,7 +24,7 @@ def memoizing_tokenizer(tokenizer: Any) -> Any:
     Whoever sets an attribute of it makes it forget, and so does a token that is added. Callers get
     copies. For one thread at a time.
     """
-    known: OrderedDict[Hashable, Any] = OrderedDict()
+    known: LRUCache[Hashable, Any] = LRUCache(MOST_TEXTS)
     cls: Any = type(tokenizer)
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
@@ -37,43 +37,24 @@ def memoizing_tokenizer(tokenizer: Any) -> Any:
     return made
 
 
-def _remembered(method: Callable[..., Any], known: OrderedDict[Hashable, Any]) -> Any:
+def _remembered(method: Callable[..., Any], known: LRUCache[Hashable, Any]) -> Any:
     def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not all(map(_is_told_by_value, (*args, *kwargs.values()))):
+        leaves, structure = flatten((args, kwargs))
+        if not all(type(leaf) in SIMPLE for leaf in leaves):
             return method(self, *args, **kwargs)
-        key = method.__name__, len(self), _typed((args, kwargs))
+        # True is not 1.
+        typed = tuple((type(leaf), leaf) for leaf in leaves)
+        key = method.__name__, len(self), structure, typed
         if key not in known:
             known[key] = method(self, *args, **kwargs)
-        known.move_to_end(key)
-        if len(known) > MOST_TEXTS:
-            known.popitem(last=False)
         return _duplicate(known[key])
 
     return answer
-
-
-def _is_told_by_value(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(item, str) for item in value)
-    return isinstance(value, SIMPLE)
-
-
-def _typed(value: Any) -> Hashable:
-    """Lists are not tuples, and True is not 1."""
-    if isinstance(value, dict):
-        return tuple((name, _typed(part)) for name, part in value.items())
-    if isinstance(value, tuple | list):
-        return type(value), tuple(map(_typed, value))
-    return type(value), value
 
 
 def _duplicate(answer: Any) -> Any:
     if not isinstance(answer, BatchEncoding):
         return copy.copy(answer)
     made = copy.copy(answer)
-    made.data = {name: _duplicate_part(part) for name, part in answer.data.items()}
+    made.data = copy.deepcopy(answer.data)
     return made
-
-
-def _duplicate_part(part: Any) -> Any:
-    return part.clone() if isinstance(part, torch.Tensor) else copy.deepcopy(part)
