@@ -1,4 +1,4 @@
-"""What the API needs from whoever makes the images."""
+"""What the API needs of a backend that makes images."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Progress:
     """A request's state, and how far it is.
 
     `position` requests were accepted before it and still run. `expected_s` is when it should be
-    finished, in seconds from the moment this was told; None where nobody knows, or it has ended.
+    finished, in seconds from now; None where that is unknown, or it has ended.
     """
 
     request_id: str

@@ -188,5 +188,5 @@ class RequestLog:
 
 
 def _without_images(finished: Finished) -> Finished:
-    """The images themselves go to whoever asked for them, and nobody keeps them."""
+    """Finished images are sent, and not kept."""
     return replace(finished, images=tuple(replace(image, data=b"") for image in finished.images))

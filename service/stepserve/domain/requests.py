@@ -42,7 +42,7 @@ class AdapterUse:
 class RequestKey(NamedTuple):
     """What names a request: its id and who sent it.
 
-    Callers choose ids, so that the same one may be at work for another owner.
+    Callers choose ids, so that two owners may use the same one at once.
     """
 
     id: str
@@ -53,7 +53,7 @@ class RequestKey(NamedTuple):
 class GenerationRequest:
     """A request for images with every default filled in.
 
-    Image `i` of `n` is drawn from seed `seed + i`, so that each can be made again alone.
+    Image `i` of `n` is drawn from seed `seed + i`, so that each can be made again by itself.
     What `guidance_scale` does, and how many rows a step takes, is the model's (`Guidance`); with
     most, 1 or less means no guidance and one row instead of two. Guidance is applied at denoiser
     call `i` (from 0) of `c` if `guidance_start <= i / c` and `i / c < guidance_end`; the other
@@ -65,12 +65,12 @@ class GenerationRequest:
         strength: share of the noise schedule that is applied to `image`, over 0 up to 1; that
             share of the steps is done.
         adapters: LoRA adapters, applied together.
-        deadline_s: seconds after acceptance by which an answer is of use, or None.
+        deadline_s: seconds after acceptance by which the images are of use, or None.
         reproducible: its rows never share a forward, so that its bytes depend on nothing else.
         output_compression: quality of JPEG and WEBP files, 0 to 100, or None for the usual.
-        previews: how many times, evenly spread over its steps, to foretell the images.
+        previews: how many times, evenly spread over its steps, to show what the images will be.
         owner: who sent it; empty for anybody.
-        trace_context: headers that tell which trace it belongs to, such as W3C's `traceparent`.
+        trace_context: headers that name which trace it belongs to, such as W3C's `traceparent`.
     """
 
     id: str

@@ -53,7 +53,7 @@ async def _events(
                 for event in [KEEP_ALIVE] if item is None else await write(item):
                     yield event
     except Exception as error:
-        # The response has begun, so that its status cannot tell any more.
+        # The response has begun, so its status is sent already.
         if (failure := fail(error)) is not None:
             yield failure
 

@@ -33,7 +33,7 @@ NO_USAGE: dict[str, Any] = {
     "output_tokens": 0,
     "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
 }
-"""OpenAI's clients want to be told how many tokens an image took: none."""
+"""OpenAI's clients expect the number of tokens of an image: none."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class ImageResponder:
 
     def _fail(self, error: Exception) -> bytes | None:
         if isinstance(error, CancelledError):
-            # The client left: there is nobody to tell.
+            # The client left.
             note_error(self.incoming.http.scope, error)
             return None
         return self._error_event(error)

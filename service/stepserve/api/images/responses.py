@@ -143,7 +143,9 @@ class FingerprintResponse(BaseModel):
     """What decides the bytes of an image besides its request."""
 
     digest: str = Field(description="SHA-256 over everything below.")
-    short: str = Field(description="The beginning of the digest, as every image's answer has it.")
+    short: str = Field(
+        description="The beginning of the digest, as every response with images has it."
+    )
     weights: str = Field(description="SHA-256 over the weights and the settings of components.")
     stepserve: str
     torch: str

@@ -46,10 +46,10 @@ POLL_S = 5.0
 """How long one question for news waits for a response."""
 
 FORGOTTEN_AFTER_S = 10.0
-"""How long nobody may know a request that was known, as between a lost replica and the next try."""
+"""How long a known request may be unknown, as between a lost replica and the next try."""
 
 ASK_AGAIN_S = 0.5
-"""When to ask again for one that nobody knows just now."""
+"""When to ask again for one that is unknown just now."""
 
 _EVENTS = "What happened, with the `id` of the request."
 _EVENT_NAMES = ("accepted", "started", "step", "preview", "finished", "failed")
@@ -71,7 +71,7 @@ async def show_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # n
     "/v1/requests/{id}", summary="Cancel it", responses=error_responses(UnknownRequestError)
 )
 async def cancel_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
-    """End a request at its next step; whoever waits for its images is told with status 499."""
+    """End a request at its next step; the request for its images ends with status 499."""
     progress = await _find(incoming, id)
     if not progress.ended:
         progress = await incoming.backend.cancel(id, incoming.caller.name) or progress
@@ -168,7 +168,7 @@ def _fail(request_id: str, error: Exception) -> bytes | None:
         return None
     if not isinstance(error, StoppedError):
         raise error
-    # Without a number, as the server that numbers what happens has not told it.
+    # Without a number, as the server that numbers what happens has not sent it.
     detail = error_detail(error, request_id).model_dump()
     return sse("failed", {"id": request_id, "error": detail})
 
@@ -184,7 +184,7 @@ def _describe(event: Event) -> tuple[str, dict[str, Any]]:
         case Preview():
             return "preview", _describe_preview(event)
         case Finished(timings=timings):
-            told: dict[str, Any] = {
+            data: dict[str, Any] = {
                 "seeds": [image.seed for image in event.images],
                 "content_filtered": [
                     image.seed for image in event.images if image.content_filtered
@@ -192,8 +192,8 @@ def _describe(event: Event) -> tuple[str, dict[str, Any]]:
                 "timings": asdict(timings),
             }
             if event.cut_prompts:
-                told["prompt_truncated"] = truncation_response(event.cut_prompts)
-            return "finished", told
+                data["prompt_truncated"] = truncation_response(event.cut_prompts)
+            return "finished", data
         case Failed(error=error):
             return "failed", {"error": error_detail(error, event.request_id).model_dump()}
 

@@ -1,7 +1,7 @@
 """The ingress: the FastAPI application of `api/` on Ray Serve.
 
 On a cluster Ray Serve's proxies hand it HTTP, from whichever node they are on. On one machine it
-answers HTTP itself, as a proxy took 10 ms of CPU time a request there.
+serves HTTP itself, as a proxy took 10 ms of CPU time a request there.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class ProxiedIngress:
 
     Args:
         settings: everything that an operator may set.
-        keys: who may call; read by whoever starts the service, as their file may be there only.
+        keys: who may call; read by the starter of the service, as their file may be there only.
         counter: handle of what counts the use of keys, where there are several ingress replicas.
     """
 
     def __init__(self, settings: Settings, keys: KeyRing, counter: Any = None) -> None:
         listen_on_node_address()
-        # The proxies add the id to every answer.
+        # The proxies add the id to every response.
         self.build = partial(build_app, settings, keys, counter, echo_request_id=False)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -68,7 +68,7 @@ class ProxiedIngress:
         return app
 
     async def drain(self, within_s: float) -> None:
-        """Return once all that is in flight is answered; who is late is told of the stop."""
+        """Return once nothing is in flight; what is late ends in the error of a stopped server."""
         await self.in_flight.settle(within_s)
 
 
@@ -92,15 +92,15 @@ class OpenIngress:
         self.serving = asyncio.create_task(self.server.serve([receive_listen_socket(listen_path)]))
 
     async def drain(self, within_s: float) -> None:
-        """Take no more connections once all that is in flight is answered.
+        """Take no more connections once nothing is in flight.
 
-        What is not answered within `within_s` is told that the service stops. Returns when the last
-        bytes are handed over, or after a while.
+        What takes longer than `within_s` ends in the error of a stopped server. Returns when the
+        last bytes are handed over, or after a while.
         """
         self.drained = True
         late = await self.in_flight.settle(within_s)
         if late:
-            logger.warning("%d requests were told that the service stops", late)
+            logger.warning("%d requests ended in the error of a stopped server", late)
         self.server.should_exit = True
         await asyncio.wait({self.serving}, timeout=LEAVE_S)
 

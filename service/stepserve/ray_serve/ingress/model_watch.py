@@ -1,4 +1,4 @@
-"""What an ingress replica knows of the models: which there are, whether each answers, what it can.
+"""The status of every model, as one ingress replica knows it.
 
 Models come and go while the service runs, each as an application of its own. The ingress asks Ray
 Serve which there are, and each model how it is.
@@ -28,9 +28,9 @@ STEADY_LISTING_S = 5.0
 LOADING_INTERVAL_S = 0.2
 PROBE_TIMEOUT_S = 10.0
 FIRST_LOOK_TIMEOUT_S = 1.0
-# Longer than most models take to load; whatever is listed of one meanwhile is told after it.
+# Longer than most models take to load; what is listed of one meanwhile is read after it.
 WAKE_TIMEOUT_S = 30.0
-# A busy machine may be slow to answer, and a lost replica takes some seconds to replace.
+# A busy machine may be slow to reply, and a lost replica takes some seconds to replace.
 SILENCE_S = 15.0
 LOADING = "loading"
 
@@ -45,30 +45,30 @@ class Watched:
 
     Args:
         clock: seconds, monotonic.
-        answered: set once there was anything to tell but that it loads.
-        heard_s: when it last answered.
-        told: what it then said of itself.
+        is_settled: set once there was anything to say but that it loads.
+        heard_s: when it last replied.
+        detail: what it then said of itself.
     """
 
     listed: Listed
     status: ModelStatus
     clock: Callable[[], float]
-    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    is_settled: asyncio.Event = field(default_factory=asyncio.Event)
     heard_s: float = 0.0
-    told: str = ""
+    detail: str = ""
 
     def note(self, ready: bool, detail: str) -> None:
-        """Whether it takes requests is known otherwise than from its own answer."""
+        """Whether it takes requests is known otherwise than from its own reply."""
         self.status = replace(self.status, ready=ready, detail=detail)
         if detail != LOADING:
-            self.answered.set()
+            self.is_settled.set()
 
     def hear(self, status: ModelStatus) -> None:
-        """It answered."""
+        """It replied."""
         self.status = status
-        self.told = status.detail
+        self.detail = status.detail
         self.heard_s = self.clock()
-        self.answered.set()
+        self.is_settled.set()
 
     def note_silence(self) -> None:
         """Requests wait for one that wakes up, and for a replica that takes a lost one's place."""
@@ -83,10 +83,10 @@ class ModelWatch:
 
     Args:
         list_models: which models there are.
-        ask: asks a model, by its id, how it is; None while no replica of it is there to answer. It
+        ask: asks a model, by its id, how it is; None while no replica of it replies. It
             must not wait for one: that would wake a model that sleeps.
         wake: asks it as well, and waits for a replica, which wakes a model that sleeps.
-        aliases: other names of models, by id, until they tell theirs.
+        aliases: other names of models, by id, until they say theirs.
         clock: seconds, monotonic.
     """
 
@@ -110,7 +110,7 @@ class ModelWatch:
         self._looked_s = -math.inf
 
     async def start(self) -> None:
-        """Begin to ask, and wait briefly: who is there already is known before anybody calls."""
+        """Begin to ask, and wait briefly: models that are there are known before any request."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._look_again(0), FIRST_LOOK_TIMEOUT_S)
         self._listing = asyncio.create_task(self._look_for_ever())
@@ -121,16 +121,16 @@ class ModelWatch:
         return [watched.status for watched in self._watched.values()]
 
     async def status(self, model_id: str) -> ModelStatus | None:
-        """The latest status of one model, after a brief wait if it has never answered.
+        """The latest status of one model, after a brief wait if it has never replied.
 
         A model may be ready for moments before every ingress replica knows. None: no such model.
         """
         if model_id not in self._watched:
             await self._look_again(PROBE_INTERVAL_S)
         watched = self._watched.get(model_id)
-        if watched is not None and not watched.answered.is_set():
+        if watched is not None and not watched.is_settled.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(watched.answered.wait(), FIRST_LOOK_TIMEOUT_S)
+                await asyncio.wait_for(watched.is_settled.wait(), FIRST_LOOK_TIMEOUT_S)
             # It may be gone by now.
             watched = self._watched.get(model_id)
         return None if watched is None else watched.status
@@ -155,7 +155,7 @@ class ModelWatch:
             except (RayError, RayServeException):
                 return
             except Exception:
-                # Whatever it was, it must not be the last time that anybody looked.
+                # Whatever it was, models must be listed again.
                 logger.exception("models cannot be listed")
 
     async def _look(self) -> None:
@@ -180,17 +180,17 @@ class ModelWatch:
         while True:
             if watched.listed.failure:
                 watched.note(ready=False, detail=watched.listed.failure)
-                # Replicas of before may be at work, and want to hear of whoever waits for them.
+                # Older replicas may have requests in flight, and need the heartbeat.
                 await self._ask_once(model_id)
             elif watched.listed.asleep:
                 await self._let_sleep(model_id, watched)
-            elif not await self._responses(model_id, watched):
+            elif not await self._replies(model_id, watched):
                 await asyncio.sleep(LOADING_INTERVAL_S)
                 continue
             await asyncio.sleep(PROBE_INTERVAL_S)
 
-    async def _responses(self, model_id: str, watched: Watched) -> bool:
-        """Whether there is anybody who answers."""
+    async def _replies(self, model_id: str, watched: Watched) -> bool:
+        """Whether a replica replies."""
         status = await self._ask_once(model_id)
         if status is None:
             watched.note_silence()
@@ -199,26 +199,26 @@ class ModelWatch:
         return True
 
     async def _let_sleep(self, model_id: str, watched: Watched) -> None:
-        """It is not asked, as it would wake up, unless it has never told anything."""
+        """It is not asked, as it would wake up, unless it has never replied."""
         if watched.status.is_known:
             watched.note(ready=True, detail=_asleep(watched.status))
         elif watched.heard_s:
             # Why it cannot be loaded. Awake it would say so again.
-            watched.note(ready=False, detail=watched.told)
+            watched.note(ready=False, detail=watched.detail)
         else:
             await self._wake_once(model_id, watched)
 
     async def _wake_once(self, model_id: str, watched: Watched) -> None:
-        """Only a loaded model tells its limits, and without them no request could wake it."""
+        """Only a loaded model knows its limits, and without them no request could wake it."""
         watched.note(ready=False, detail=LOADING)
-        status = await self._told(model_id, self._wake(model_id), WAKE_TIMEOUT_S)
+        status = await self._reply(model_id, self._wake(model_id), WAKE_TIMEOUT_S)
         if status is not None:
             watched.hear(status)
 
     async def _ask_once(self, model_id: str) -> ModelStatus | None:
-        return await self._told(model_id, self._ask(model_id), PROBE_TIMEOUT_S)
+        return await self._reply(model_id, self._ask(model_id), PROBE_TIMEOUT_S)
 
-    async def _told(
+    async def _reply(
         self, model_id: str, asking: Awaitable[ModelStatus | None], within_s: float
     ) -> ModelStatus | None:
         try:

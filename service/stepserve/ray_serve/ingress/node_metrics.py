@@ -15,7 +15,7 @@ TIMEOUT_S = 3.0
 
 
 async def read_metrics() -> str:
-    """Everything that the application and Ray Serve tell of themselves, on all nodes."""
+    """All metrics of the application and of Ray Serve, on all nodes."""
     loop = asyncio.get_running_loop()
     nodes = await loop.run_in_executor(None, _agents)
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:

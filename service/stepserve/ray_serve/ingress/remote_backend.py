@@ -23,16 +23,16 @@ from stepserve.ray_serve.ingress.model_watch import ModelWatch
 from stepserve.ray_serve.ingress.retries import with_retries
 from stepserve.ray_serve.ingress.shared_calls import SharedCalls
 
-# Answered from memory between two awaits; a replica that takes longer is as good as gone.
+# The reply comes from memory; a replica that takes longer is as good as gone.
 ASK_TIMEOUT_S = 5.0
 
 
 class RemoteBackend:
-    """Sends requests to model replicas, and keeps an eye on whether they answer.
+    """Sends requests to model replicas, and watches whether they reply.
 
     Args:
         retried: called with a model's id whenever a request of it goes to another replica.
-        aliases: other names of models, by id, until they tell theirs.
+        aliases: other names of models, by id, until they say theirs.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RemoteBackend:
         """Serve a request on some replica of its model; closing the events cancels it there.
 
         Raises:
-            NotReadyError: no replica could take it, or each that worked on it was lost.
+            NotReadyError: no replica could take it, or each that had it was lost.
             ServerFullError: Ray Serve's own queue in front of the replicas is full.
         """
         return with_retries(request, self._attempt, self._retried)
@@ -73,13 +73,13 @@ class RemoteBackend:
         try:
             yield events
         except (asyncio.CancelledError, GeneratorExit):
-            self._make_sure_it_ends(request)
+            self._cancel_everywhere(request)
             raise
         finally:
             events.cancel()
 
-    def _make_sure_it_ends(self, request: GenerationRequest) -> None:
-        """Nobody waits any more. Ray's own cancelling of a call is a wish that may get lost."""
+    def _cancel_everywhere(self, request: GenerationRequest) -> None:
+        """Its client left. Ray's own cancelling of a call may get lost."""
         cancelling = self._ask_replicas(request.model, "cancel", request.key)
         asking = asyncio.create_task(cancelling)
         self._asking.add(asking)
@@ -87,11 +87,11 @@ class RemoteBackend:
 
     async def progress(self, request_id: str, owner: str) -> Progress | None:
         """Where a request of `owner` stands, whichever replica has it; None if none does."""
-        return _first_at_work(await self._ask_all("progress", RequestKey(request_id, owner)))
+        return _first_in_flight(await self._ask_all("progress", RequestKey(request_id, owner)))
 
     async def cancel(self, request_id: str, owner: str) -> Progress | None:
         """End a request at its next step, whichever replica has it; None if none does."""
-        return _first_at_work(await self._ask_all("cancel", RequestKey(request_id, owner)))
+        return _first_in_flight(await self._ask_all("cancel", RequestKey(request_id, owner)))
 
     async def events(
         self, request_id: str, owner: str, number: int, wait_s: float
@@ -108,8 +108,8 @@ class RemoteBackend:
     async def _events(
         self, key: RequestKey, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
-        told = await self._ask_all("events", key, number, wait_s, slack_s=wait_s)
-        known: list[Sequence[NumberedEvent]] = [events for events in told if events is not None]
+        replies = await self._ask_all("events", key, number, wait_s, slack_s=wait_s)
+        known: list[Sequence[NumberedEvent]] = [events for events in replies if events is not None]
         return max(known, key=len) if known else None
 
     async def batch(self, model_id: str, owner: str) -> Sequence[BatchView]:
@@ -128,18 +128,18 @@ class RemoteBackend:
     async def _status(self, model_id: str) -> ModelStatus | None:
         """How a model is: if any of its replicas takes requests, it does.
 
-        To be asked is a sign of life: replicas give up what a silent ingress asked for.
+        It is also the heartbeat: replicas cancel the requests of a silent ingress.
         """
-        told: list[ModelStatus] = await self._ask_replicas(model_id, "status", self._id)
-        return max(told, key=lambda status: status.ready, default=None)
+        statuses: list[ModelStatus] = await self._ask_replicas(model_id, "status", self._id)
+        return max(statuses, key=lambda status: status.ready, default=None)
 
     async def _status_once_awake(self, model_id: str) -> ModelStatus:
-        """How a model is, as soon as there is a replica: whoever waits for one wakes the model."""
+        """How a model is, as soon as there is a replica: to wait for one wakes the model."""
         status: ModelStatus = await self._handle(model_id).status.remote(self._id)
         return status
 
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
-        """The answers of all replicas of all models: only they know which requests they have."""
+        """The replies of all replicas of all models: only they know which requests they have."""
         of_models = await asyncio.gather(
             *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
         )
@@ -152,11 +152,11 @@ class RemoteBackend:
             broadcast = self._handle(model_id).broadcast(method, *arguments)
             return await responses(broadcast, ASK_TIMEOUT_S + slack_s)
         except (TimeoutError, RayError, RayServeException):
-            # Loading, or gone: it has nothing to tell.
+            # Loading, or gone.
             return []
 
 
-def _first_at_work(responses: Sequence[Progress | None]) -> Progress | None:
-    """An id may have been used before, on another replica: who is at work goes before the ended."""
+def _first_in_flight(responses: Sequence[Progress | None]) -> Progress | None:
+    """An id may have been used before, on another replica: in flight goes before ended."""
     known = [response for response in responses if response is not None]
     return min(known, key=lambda progress: (progress.ended, -progress.created), default=None)

@@ -122,7 +122,7 @@ def _meaning(error: RayError | RayServeException, model_id: str) -> StepserveErr
     if isinstance(error, BackPressureError):
         message = "the queue in front of the model is full"
         raise ServerFullError(message, RETRY_AFTER_S) from error
-    message = f"model {model_id} lost the replica that worked on this request"
+    message = f"model {model_id} lost the replica that had this request"
     ours = NotReadyError(message, RETRY_AFTER_S)
     if not isinstance(error, LOST):
         raise ours from error

@@ -1,7 +1,7 @@
 """The batching request router: Ray Serve asks it which replica a request goes to.
 
-Each process that sends requests has a router of its own; `routing/` holds what it knows and how
-it decides.
+Each process that sends requests has a router of its own; `routing/` holds its ledger and
+how it decides.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class BatchingRouter(RequestRouter):
         self._lock = threading.Lock()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called when replicas come or go, or have told something about themselves."""
+        """Called when replicas come or go, or have sent a report."""
         super().update_replicas(replicas)
         with self._lock:
             self._ledger.set_replicas([replica.replica_id for replica in replicas])
             for replica in replicas:
-                told = replica.routing_stats
-                if told and told is not self._reports.get(replica.replica_id):
-                    report = Report.from_dict(told)
+                stats = replica.routing_stats
+                if stats and stats is not self._reports.get(replica.replica_id):
+                    report = Report.from_dict(stats)
                     self._guidance = report.guidance
                     self._ledger.note_report(replica.replica_id, report)
             self._reports = {replica.replica_id: replica.routing_stats for replica in replicas}
@@ -107,7 +107,7 @@ class BatchingRouter(RequestRouter):
             ranked = [self._replicas.get(key) for key in self._ledger.choose(job, RANKS)]
             best = [replica for replica in ranked if replica is not None]
             if best:
-                # At once: whoever is next to be routed should know of it.
+                # At once: the next request to be routed must count it.
                 self._note_sent(pending_request, best[0].replica_id, job)
         if best:
             pending_request.future.add_done_callback(partial(self._note_chosen, pending_request))
@@ -116,7 +116,7 @@ class BatchingRouter(RequestRouter):
     def _note_chosen(self, pending: PendingRequest, choice: asyncio.Future[RunningReplica]) -> None:
         """Ray Serve has chosen a replica, which need not be the best; or the request was cancelled.
 
-        Ray Serve does not tell of the end of one that was not sent. And what it calls for one that
+        Ray Serve does not report the end of one that was not sent. And what it calls for one that
         a replica took may come after its end.
         """
         name = pending.metadata.internal_request_id
@@ -140,7 +140,7 @@ class BatchingRouter(RequestRouter):
             self._ledger.note_ended(sent[0], sent[1].id)
 
     def _forget_unreported(self) -> None:
-        """What no replica has in hand: a request may be cancelled right before it is sent."""
+        """What no replica has in flight: a request may be cancelled right before it is sent."""
         self._sent = {
             name: (replica_id, job)
             for name, (replica_id, job) in self._sent.items()

@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 class SharedCalls(Generic[Value]):
-    """Whoever asks for what another one is waiting for gets the same answer, or the same error."""
+    """Who calls while an equal call is pending gets its result, or its error."""
 
     def __init__(self) -> None:
         self._running: dict[Hashable, asyncio.Task[Value]] = {}

@@ -1,4 +1,4 @@
-"""A replica's metrics and traces: what its engine reports, and how it stands, once a second."""
+"""A replica's metrics and traces, once a second."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def open_request_traces() -> RequestTraces | None:
 
 
 def replica_name() -> str:
-    """What tells this replica apart from others of its deployment."""
+    """The name of this replica, unique in its deployment."""
     try:
         name: str = serve.get_replica_context().replica_id.unique_id
     except RayServeException:

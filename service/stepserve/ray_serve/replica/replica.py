@@ -138,7 +138,7 @@ class ModelReplica:
         return ServingModel(runner, RequestTracker(runner, traces), metrics, load_s)
 
     async def status(self, ingress: str = "") -> ModelStatus:
-        """What the model can do, and whether it takes requests. Answered once it is warm.
+        """What the model can do, and whether it takes requests. It replies once it is warm.
 
         An ingress asks every second, which is its heartbeat.
         """
@@ -170,11 +170,11 @@ class ModelReplica:
         yield Failed(request.id, NotReadyError(message, self._attempts.retry_after_s))
 
     async def progress(self, key: RequestKey) -> Progress | None:
-        """Where a request stands, or None if this replica knows none such of that owner."""
+        """Where a request stands, or None if its owner has none of that id here."""
         return None if self._model is None else self._model.tracker.progress(key)
 
     async def cancel(self, key: RequestKey) -> Progress | None:
-        """End a request at its next step; None if this replica knows none such of that owner."""
+        """End a request at its next step; None if its owner has none of that id here."""
         return None if self._model is None else self._model.tracker.cancel(key)
 
     async def events(
@@ -182,7 +182,7 @@ class ModelReplica:
     ) -> Sequence[NumberedEvent] | None:
         """The events of a request from `number` on, as soon as there are any, or after `wait_s`.
 
-        None if this replica knows none such of that owner.
+        None if its owner has none of that id here.
         """
         return (
             None if self._model is None else await self._model.tracker.events(key, number, wait_s)
@@ -205,7 +205,7 @@ class ModelReplica:
         await asyncio.to_thread(model.metrics.stop)
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Ray Serve, which tells the routers."""
+        """Called by Ray Serve, which passes it to the routers."""
         return {} if self._model is None else self._model.tracker.report().to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

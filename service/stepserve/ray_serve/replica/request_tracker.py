@@ -67,7 +67,7 @@ class RequestTracker:
         That it has started, and its steps, are left out: each would cross processes, and no
         response has them. `events` has all.
 
-        Closing this, or cancelling whoever reads it, cancels the request; so does an `ingress` of
+        Closing this, or cancelling its reader, cancels the request; so does an `ingress` of
         that id that is not heard from any more.
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -95,7 +95,7 @@ class RequestTracker:
         self._heartbeats.hear(ingress)
 
     def cancel_orphans(self) -> None:
-        """Cancel the requests whose ingress has been silent for too long: nobody waits for them."""
+        """Cancel the requests whose ingress has been silent for too long."""
         for record in self._log.in_flight():
             if record.is_orphaned or not record.ingress:
                 continue
@@ -105,7 +105,7 @@ class RequestTracker:
                 self._cancel(record)
 
     def cancel(self, key: RequestKey) -> Progress | None:
-        """End a request at its next step, and tell where it stands; None if there is none such."""
+        """End a request at its next step; where it stands, or None if its owner has none such."""
         record = self._log.find(key)
         if record is not None:
             self._cancel(record)
@@ -170,7 +170,7 @@ class RequestTracker:
                 record.listeners.append(partial(self._traces.add_event, request.key))
             self._runner.submit(request, partial(self._post, request.key))
         except Exception as error:
-            # Else its id would be in use for ever, and whoever waits would never hear of an end.
+            # Else its id would be in use for ever, and its sender would wait for ever.
             logger.exception("request %s cannot be submitted", request.id)
             message = f"request {request.id} cannot be submitted: {error!r}"
             self._post(request.key, Failed(request.id, GenerationFailedError(message)))
@@ -204,7 +204,7 @@ class RequestTracker:
         self._log.add(key, event)
 
     async def _wait_until_free(self, key: RequestKey) -> None:
-        """A client that left and comes again must not be told that it is still here."""
+        """A client that left and comes again must not be refused because of itself."""
         began_s = self._clock()
         while (record := self._log.find(key)) is not None and not record.progress.ended:
             patience_s = CANCELLING_S if record.is_cancelled else self._leaving_s

@@ -12,7 +12,7 @@ from functools import partial
 
 BEATS = 4
 LONGEST_LOOK_S = 1.0
-TELLING_S = 0.5
+LOGGING_S = 0.5
 END_LATER = partial(faulthandler.dump_traceback_later, exit=True)
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,13 @@ def _look(silent_s: Callable[[], float], after_s: float, sleep: Callable[[float]
     while silent_s() <= after_s:
         sleep(min(after_s / BEATS, LONGEST_LOOK_S))
     # The handlers of the log have locks as well, of which the engine may hold one.
-    telling = threading.Thread(target=_tell, args=(silent_s(),), daemon=True)
-    telling.start()
-    telling.join(TELLING_S)
+    logs = threading.Thread(target=_log_silence, args=(silent_s(),), daemon=True)
+    logs.start()
+    logs.join(LOGGING_S)
     faulthandler.dump_traceback()
     os._exit(1)
 
 
-def _tell(silent_s: float) -> None:
+def _log_silence(silent_s: float) -> None:
     logger.error("the engine has been silent for %.0f s: this replica ends", silent_s)
     logging.shutdown()
