@@ -1,14 +1,14 @@
 """The error tree. Every error survives pickling, because errors cross process borders.
 
 StepserveError
-├── InvalidRequestError          the caller can mend it: names field, value and limit
+├── InvalidRequestError          the caller can correct it: names field, value and limit
 │   ├── UnknownModelError
 │   ├── UnknownRequestError
 │   ├── RequestIdInUseError
 │   └── BodyTooLargeError
-├── RefusedError                 refused at the door; says when to try again
+├── RefusedError                 refused before any work; says when to retry
 │   ├── ServerFullError
-│   ├── UnmeetableDeadlineError  its deadline would pass before the request could be finished
+│   ├── UnmeetableDeadlineError  the request could not be finished within its deadline
 │   └── NotReadyError            loading or draining
 └── EndedError                   accepted, then ended without an image
     ├── GenerationFailedError
@@ -52,11 +52,11 @@ class UnknownModelError(InvalidRequestError):
 
 
 class UnknownRequestError(InvalidRequestError):
-    """No request of that id is known; long after its end it is forgotten."""
+    """No request of that id is known; ended ones are forgotten after a while."""
 
 
 class RequestIdInUseError(InvalidRequestError):
-    """A request of that id is still at work."""
+    """A request of that id is still in flight."""
 
 
 class BodyTooLargeError(InvalidRequestError):
@@ -64,10 +64,10 @@ class BodyTooLargeError(InvalidRequestError):
 
 
 class RefusedError(StepserveError):
-    """Refused at the door: nothing was started.
+    """Refused before any work was done.
 
     Args:
-        retry_after_s: seconds after which a new try is likely to succeed.
+        retry_after_s: seconds after which a retry is likely to succeed.
     """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -79,16 +79,16 @@ class RefusedError(StepserveError):
 
 
 class ServerFullError(RefusedError):
-    """As much work as the server takes on is already waiting."""
+    """The limit of pending images is reached."""
 
 
 class UnmeetableDeadlineError(RefusedError):
     """The request could not be finished within the deadline that it states.
 
     Args:
-        retry_after_s: seconds until it should be let in with that deadline; infinite if it takes
-            longer even alone.
-        expected_s: the least deadline that could be promised now.
+        retry_after_s: seconds until it could be accepted with that deadline; infinite if it takes
+            longer even on an idle replica.
+        expected_s: the shortest deadline that would be accepted now.
     """
 
     field = "deadline_s"
@@ -110,7 +110,7 @@ class EndedError(StepserveError):
 
 
 class GenerationFailedError(EndedError):
-    """The pipeline raised; the message says what."""
+    """The pipeline raised; the message names the exception."""
 
 
 class ContentFilteredError(EndedError):
@@ -118,15 +118,15 @@ class ContentFilteredError(EndedError):
 
 
 class StoppedError(EndedError):
-    """The server stopped before the request was finished; another one may do it."""
+    """The server stopped before the request was finished; another server may finish it."""
 
 
 class CancelledError(EndedError):
-    """The caller left or asked to stop."""
+    """The caller disconnected or cancelled the request."""
 
 
 class ExpiredError(EndedError):
-    """The deadline that the caller set passed before the request was finished."""
+    """The request was not finished within its deadline."""
 
 
 def forget_frames(error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""The event stream of a request. Answers, progress bars and jobs are all views of it."""
+"""The event stream of a request. Responses and progress bars are views of it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from stepserve.domain.timings import Timings
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One finished image as a file, with the seed that it alone can be made from again.
+    """One finished image as a file, with the seed that makes this image again.
 
-    `content_filtered` says that the model's own safety checker withheld it: there is no data.
+    `content_filtered`: the model's own safety checker withheld it, and `data` is empty.
     """
 
     data: bytes
@@ -23,9 +23,9 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request will be worked on; `position` requests were accepted before it and still run.
+    """The request was accepted; `position` requests were accepted before it and have not ended.
 
-    `expected_s` is when it should be finished, in seconds from now, given what is in hand.
+    `expected_s`: estimated seconds until it is finished, under the current load.
     """
 
     request_id: str
@@ -42,7 +42,7 @@ class Started:
 
 @dataclass(frozen=True)
 class StepFinished:
-    """Denoiser evaluation `step` of `steps` is done."""
+    """Denoising step `step` of `steps` is done."""
 
     request_id: str
     step: int
@@ -51,9 +51,9 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class Preview:
-    """What the images will roughly be, foretold at step `step` of `steps`.
+    """The images as predicted at step `step` of `steps`.
 
-    `index` counts the previews of a request from 0. The files hold no parameters.
+    `index` counts the previews of a request from 0. The files have no parameters in them.
     """
 
     request_id: str

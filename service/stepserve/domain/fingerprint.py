@@ -23,7 +23,7 @@ class Fingerprint:
         processor: what kernels are chosen by: the CPU's capability, or the GPU's name.
         dtype: what the model computes in, such as `bfloat16`.
         row_buckets: to how many rows forwards are padded.
-        threads: of a CPU, that a kernel shares its work among; 0 where that is not known.
+        threads: that CPU kernels use; 0 where that is not known.
         code: what runs the denoiser, `eager` or `compiled`: the two round differently.
     """
 
@@ -46,5 +46,5 @@ class Fingerprint:
 
     @property
     def short(self) -> str:
-        """The beginning of the digest: enough to tell fingerprints apart."""
+        """The beginning of the digest: enough to distinguish fingerprints."""
         return self.digest[:SHORT_CHARACTERS]

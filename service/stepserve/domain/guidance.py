@@ -1,6 +1,6 @@
-"""How a model takes guidance, and what guidance costs it: measured once, counted by everybody.
+"""How a model takes guidance, and what guidance costs: measured once, when the model is loaded.
 
-The engine, admission and the router all count a request's rows and denoiser calls with these two.
+The engine, admission and the router all count rows and denoiser calls of a request with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class GuidanceKind(StrEnum):
     """What a guidance scale does to a model."""
 
     CLASSIFIER_FREE = "classifier-free"
-    """Each step works out an answer with the prompt and one without it."""
+    """Each step predicts the noise with the prompt and without it."""
 
     EMBEDDED = "embedded"
     """The scale is an input of the denoiser: guidance costs nothing."""

@@ -1,6 +1,6 @@
-"""Is this request within what the model can do? Pure, and the same at every door.
+"""Checks of a request against the limits of its model. Pure; ingress and replica both run them.
 
-Messages call fields by their HTTP names: a wrong width or height is a wrong `size`.
+Messages use the HTTP names of fields: a wrong width or height is a wrong `size`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ MAX_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
 
 MAX_ADAPTER_SCALE = 10.0
-"""Beyond it either way no adapter draws anything."""
+"""No adapter gives a usable image with a larger scale, positive or negative."""
 
 MIN_DEADLINE_S = 0.001
-"""No request is done in less, and smaller numbers underflow where they are counted with."""
+"""No request takes less, and smaller numbers would underflow in computations."""
 
 MAX_PREVIEWS = 50
-"""Each takes about as long as a denoising step or two."""
+"""Each takes about as long as one or two denoising steps."""
 
 SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 20
@@ -34,7 +34,7 @@ IMAGES_OF: dict[Task, tuple[str, ...]] = {
     Task.IMAGE_TO_IMAGE: ("image",),
     Task.INPAINTING: ("image", "mask_image"),
 }
-"""The request fields with images that each task is made of."""
+"""The image fields that each task requires."""
 
 
 def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
@@ -116,20 +116,19 @@ def digits(value: int) -> str:
 def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
     if request.task not in model.tasks:
         known = ", ".join(model.tasks)
-        message = f"task {request.task} is not one of model {model.id!r} (known: {known})"
+        message = f"task {request.task} is not supported by model {model.id!r} (supported: {known})"
         raise InvalidRequestError(message, "task")
-    wanted = IMAGES_OF[request.task]
-    for field in ("image", "mask_image"):
+    for field, noun in (("image", "an image"), ("mask_image", "a mask_image")):
         is_given = getattr(request, field) is not None
-        if is_given != (field in wanted):
-            verb = "is of no use to" if is_given else "is required for"
-            raise InvalidRequestError(f"{field} {verb} {request.task}", field)
+        if is_given != (field in IMAGES_OF[request.task]):
+            verb = "does not take" if is_given else "requires"
+            raise InvalidRequestError(f"{request.task} {verb} {noun}", field)
 
 
 def _check_prompts(request: GenerationRequest, model: ModelCapabilities) -> None:
-    # What is made of an image needs no words: a variation has none.
+    # A variation has no prompt.
     if not request.prompt.strip() and request.task is Task.TEXT_TO_IMAGE:
-        raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
+        raise InvalidRequestError("prompt is empty: text-to-image requires one", "prompt")
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         _check_text(field, text, model.max_prompt_characters)
 
@@ -138,7 +137,7 @@ def _check_text(field: str, text: str, limit: int) -> None:
     if len(text) > limit:
         message = f"{field} is {len(text)} characters long; the limit is {limit}"
         raise InvalidRequestError(message, field)
-    # JSON can say half a character ("\ud800"), which no tokenizer or answer can hold.
+    # JSON can hold a lone surrogate ("\ud800"), which no tokenizer or response can.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InvalidRequestError(f"{field} {shown(text)} is not valid Unicode text", field)
 
@@ -184,16 +183,15 @@ def _check_negative_prompt(request: GenerationRequest, model: ModelCapabilities)
     if not request.negative_prompt:
         return
     if not guidance.negative_prompt:
-        instead = ", which guidance_scale sets how closely to follow" * bool(guidance.argument)
         raise InvalidRequestError(
-            f"negative_prompt has no effect on model {model.id!r}: leave it out, and say what the "
-            f"image shows in prompt{instead}",
+            f"negative_prompt has no effect on model {model.id!r}: leave it out, and describe the "
+            "image in prompt",
             "negative_prompt",
         )
     if guidance.argument and not guidance.guides(request.guidance_scale):
         raise InvalidRequestError(
-            f"negative_prompt has no effect without guidance: guidance_scale must be over "
-            f"{guidance.above:g}, got {request.guidance_scale:g}; or leave negative_prompt out",
+            f"negative_prompt has no effect without guidance: set guidance_scale over "
+            f"{guidance.above:g} (got {request.guidance_scale:g}), or leave negative_prompt out",
             "negative_prompt",
         )
 
@@ -205,8 +203,8 @@ def _check_strength(request: GenerationRequest) -> None:
         raise InvalidRequestError(message, "strength")
     if request.task is not Task.TEXT_TO_IMAGE and int(steps * strength) < 1:
         raise InvalidRequestError(
-            f"strength {strength} of {steps} steps leaves none to do: with that "
-            f"num_inference_steps it must be at least {math.ceil(10_000 / steps) / 10_000:g}",
+            f"strength {strength} of {steps} steps leaves no step: with num_inference_steps "
+            f"{steps} it must be at least {math.ceil(10_000 / steps) / 10_000:g}",
             "strength",
         )
 
@@ -220,10 +218,10 @@ def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilitie
         message = f"guidance_end must be over guidance_start ({start}) and at most 1, got {end}"
         raise InvalidRequestError(message, "guidance_end")
     if request.is_guidance_limited and not model.guidance_interval:
-        field = "guidance_start" if start > 0 else "guidance_end"
+        field, only, given = ("guidance_start", 0, start) if start > 0 else ("guidance_end", 1, end)
         raise InvalidRequestError(
-            f"{field} {getattr(request, field)} is not possible: model {model.id!r} applies "
-            "guidance at every step",
+            f"{field} must be {only}, got {given}: model {model.id!r} applies guidance at every "
+            "step",
             field,
         )
 
@@ -249,7 +247,7 @@ def _check_compression(request: GenerationRequest) -> None:
         raise InvalidRequestError(message, "output_compression")
     if request.output_format is OutputFormat.PNG and quality != 100:
         raise InvalidRequestError(
-            f"output_compression {quality} needs output_format 'jpeg' or 'webp': png loses nothing",
+            f"output_compression {quality} needs output_format 'jpeg' or 'webp': png is lossless",
             "output_compression",
         )
 
@@ -276,8 +274,10 @@ def _check_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) 
 
 def _too_many_adapters(adapters: tuple[AdapterUse, ...], model: ModelCapabilities) -> str:
     if model.max_adapters:
-        return f"adapters: model {model.id} takes at most {model.max_adapters}, got {len(adapters)}"
-    return f"adapters: model {model.id} has none, got {shown(adapters[0].name)}; leave adapters out"
+        return (
+            f"adapters: model {model.id!r} takes at most {model.max_adapters}, got {len(adapters)}"
+        )
+    return f"adapters: model {model.id!r} has none, got {shown(adapters[0].name)}; leave them out"
 
 
 def _check_adapter_scale(use: AdapterUse) -> None:
@@ -288,7 +288,7 @@ def _check_adapter_scale(use: AdapterUse) -> None:
 
 
 def _check_seed(request: GenerationRequest) -> None:
-    # Image i is drawn from seed + i, so the seed of the last one must be sendable again too.
+    # Image i is made from seed + i, so the seed of the last one must be valid as well.
     maximum = MAX_SEED - (request.n - 1)
     if not 0 <= request.seed <= maximum:
         message = f"seed must be 0 to {maximum} (for n={request.n}), got {digits(request.seed)}"

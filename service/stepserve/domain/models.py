@@ -60,7 +60,7 @@ class Compilation(StrEnum):
 
 @dataclass(frozen=True)
 class ModelCapabilities:
-    """Limits and defaults of one model, as `GET /v1/models` tells them.
+    """Limits and defaults of one model, as `GET /v1/models` shows them.
 
     Args:
         aliases: other names that requests may give it.
@@ -70,13 +70,14 @@ class ModelCapabilities:
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
-            serves it. Where it is not, `reproducible` requests give that.
+            serves it. Where it is not, `reproducible` requests have that.
         sharing_remark: what is unusual in how requests share forwards; empty: nothing.
         compilation: whether new requests are served by compiled code.
-        expected_s: how long a request with the defaults should take on an idle replica, in seconds,
-            or None while nothing is learned.
+        expected_s: estimated seconds of a request with the defaults on an idle replica, or None
+            while nothing is learned.
         load_s: how long loading and warming took, in seconds, or None where it was not measured.
-        safety_checker: whether images are looked at before they are given out, and may be withheld.
+        safety_checker: whether a checker looks at images before they are sent, and may withhold
+            them.
         compilation_remark: how far it is, or why it is not; empty: nothing to say.
     """
 

@@ -30,7 +30,7 @@ class IllegalMoveError(AssertionError):
 
 
 def is_terminal(state: RequestState) -> bool:
-    """Whether the request has been answered and will never change again."""
+    """Whether the request has ended and will never change again."""
     return state in TERMINAL
 
 

@@ -592,7 +592,7 @@ def test_named_adapters_may_be_folders(make: Make, folder: Path, made: Path) -> 
 
 def test_a_model_without_adapters_takes_none(runner: PipelineRunner) -> None:
     assert runner.capabilities().max_adapters == 0
-    told = "adapters: model tiny has none, got 'plain'; leave adapters out"
+    told = "adapters: model 'tiny' has none, got 'plain'; leave them out"
     assert refusal(runner, AdapterUse("plain"))[1] == told
 
 

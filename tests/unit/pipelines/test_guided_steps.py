@@ -168,7 +168,7 @@ def test_guidance_and_a_negative_prompt_have_the_effect_that_is_told(
     ]
     assert len(set(made)) == 4
     error = refusal(schnell_runner, flow_request(guidance_scale=1.0, negative_prompt="big apple"))
-    assert "without guidance: guidance_scale must be over 1, got 1" in error.message
+    assert "without guidance: set guidance_scale over 1 (got 1)" in error.message
 
 
 @pytest.mark.parametrize("name", ["flux_runner", "schnell_runner"])

@@ -122,7 +122,7 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesRespons
     """
     inputs = await read_inputs(incoming, EditRequest)
     if not (inputs.body.prompt or "").strip():
-        raise InvalidRequestError("prompt is empty; it must say what to draw", "prompt")
+        raise InvalidRequestError("prompt is empty: an edit requires one", "prompt")
     return await _from_image(incoming, inputs, "image_edit", response)
 
 

@@ -1,7 +1,7 @@
 """How an image is to be turned before it is looked at, from the metadata of its file.
 
 Cameras store the sensor's rows and say in EXIF, or in XMP, how they held it: 1 is upright, and from
-5 on width and height change places. Broken metadata says nothing, and never raises.
+5 on width and height change places. Malformed metadata has no orientation, and never raises.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _XMP_TAG = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 def orientation_in_exif(exif: bytes) -> int | None:
-    """Return the orientation that EXIF tells, or None if it tells none."""
+    """Return the orientation that EXIF has, or None if it has none."""
     try:
         return _find(exif.removeprefix(EXIF_MARK))
     except struct.error:
@@ -32,13 +32,13 @@ def orientation_in_exif(exif: bytes) -> int | None:
 
 
 def orientation_in_xmp(xmp: bytes) -> int | None:
-    """Return the orientation that XMP tells, or None if it tells none."""
+    """Return the orientation that XMP has, or None if it has none."""
     found = _XMP_TAG.search(xmp)
     return int(found[1]) if found else None
 
 
 def exif_with(orientation: int) -> bytes:
-    """Return EXIF that tells an orientation and nothing else."""
+    """Return EXIF with an orientation and nothing else."""
     entry = struct.pack("<HHIHH", _TAG, 3, 1, orientation, 0)
     return b"II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0)
 

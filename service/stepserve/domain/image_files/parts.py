@@ -1,4 +1,4 @@
-"""What readers of the structure of image files have in common."""
+"""What the readers of image files share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_PARTS = 20_000
 
 
 class MalformedFileError(ValueError):
-    """The file is not built as its format wants it."""
+    """The file does not follow its format."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Reader:
         return len(self.file) - self.position
 
     def begin_part(self) -> None:
-        """Count a part, so that many empty ones take no time worth speaking of."""
+        """Count a part, so that a file of very many empty ones is refused."""
         self._parts += 1
         if self._parts > MOST_PARTS:
             raise MalformedFileError(f"it has more than {MOST_PARTS} parts")

@@ -36,7 +36,7 @@ def read(file: bytes) -> Found:
     """
     reader = Reader(file, len(SIGNATURE))
     kept: list[bytes] = []
-    told: list[int | None] = []
+    orientations: list[int | None] = []
     header = b""
     while reader.left_bytes:
         chunk = _next_chunk(reader, is_first=not header)
@@ -47,10 +47,10 @@ def read(file: bytes) -> Found:
         if kind in PIXELS:
             kept.append(chunk)
         else:
-            told.append(_orientation_in(kind, content))
+            orientations.append(_orientation_in(kind, content))
         if kind == END:
             break
-    return _found(header, kept, told)
+    return _found(header, kept, orientations)
 
 
 def _next_chunk(reader: Reader, *, is_first: bool) -> bytes | None:
@@ -67,11 +67,11 @@ def _next_chunk(reader: Reader, *, is_first: bool) -> bytes | None:
     return reader.take(length + 12)
 
 
-def _found(header: bytes, kept: list[bytes], told: list[int | None]) -> Found:
+def _found(header: bytes, kept: list[bytes], orientations: list[int | None]) -> Found:
     width, height = struct.unpack(">II", header[:8]) if header else (0, 0)
     if not width or not height or not any(chunk[4:8] == DATA for chunk in kept):
         raise MalformedFileError("it has no pixels")
-    orientation = next(filter(None, told), UPRIGHT)
+    orientation = next(filter(None, orientations), UPRIGHT)
     if orientation != UPRIGHT:
         kept.insert(1, _chunk(b"eXIf", exif_with(orientation)))
     if kept[-1][4:8] != END:

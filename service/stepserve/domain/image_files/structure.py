@@ -1,8 +1,8 @@
-"""Image files by their structure alone: what they are, and the same without metadata.
+"""Image files by their structure alone: their format and size, and the file without metadata.
 
-Nothing is decoded, so that it costs next to nothing whatever a file unfolds to. Metadata is left
-out unread (but for the orientation): it must neither reach anybody nor decide whether the pixels
-are taken, as broken or very large colour profiles and comments would in decoders.
+Nothing is decoded, so that the cost is small however large the decoded image would be. Metadata is
+dropped unread, but for the orientation: it must not be passed on, nor decide whether the image is
+accepted, as malformed or very large colour profiles and comments would in decoders.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ImageFile:
 def read_image_file(file: bytes, field: str) -> ImageFile:
     """Return what the structure of a file says. Its content decides its format, and nothing else.
 
-    Whether the pixels themselves can be read, only decoding tells.
+    Only decoding shows whether the pixels themselves can be read.
 
     Raises:
         InvalidRequestError: names `field`; it is no PNG, JPEG or WEBP file, or one cut short.

@@ -200,7 +200,7 @@ def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
         # Such as PNDM, which begins with four steps of a higher order.
         raise cannot_be_done(request, error) from error
     if left < 1:
-        message = f"strength {request.strength:g} of {steps} steps leaves none to do"
+        message = f"strength {request.strength:g} of {steps} steps leaves no step"
         raise InvalidRequestError(message, "strength")
     return left
 
