@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -286,3 +288,18 @@ async def test_requests_of_an_ingress_that_falls_silent_are_cancelled(runner: Th
     assert isinstance(end, Failed)
     assert isinstance(end.error, StoppedError)
     assert "lost contact with the ingress" in end.error.message
+
+
+async def test_images_that_nobody_waits_for_are_not_kept(
+    tracker: RequestTracker, runner: ThreadedRunner
+):
+    events = await accepted(tracker, request())
+    await events.aclose()
+    images = weakref.ref(end := finished())
+    runner.tell(end)
+    del end
+    await asyncio.sleep(0)
+    gc.collect()
+
+    assert tracker.progress(RequestKey("a")) is not None
+    assert images() is None

@@ -134,5 +134,5 @@ def _with_time_left(request: GenerationRequest, began_s: float, now_s: float) ->
         return request
     left_s = request.deadline_s - (now_s - began_s)
     if left_s < MIN_DEADLINE_S:
-        raise ExpiredError("its replica was lost, and its deadline passed before another had it")
+        raise ExpiredError("replica lost; deadline expired before the retry")
     return replace(request, deadline_s=left_s)

@@ -88,6 +88,8 @@ class RequestTracker:
                 yield event
             yield event
         finally:
+            # What has ended is remembered for long, and must not hold images.
+            record.listeners.remove(listener)
             self._cancel(record)
 
     def hear(self, ingress: str) -> None:
