@@ -10,7 +10,7 @@ from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent
-from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.requests import GenerationRequest, RequestKey
 
 
 class Backend(Protocol):
@@ -38,16 +38,16 @@ class Backend(Protocol):
         """
         ...
 
-    async def progress(self, request_id: str, owner: str) -> Progress | None:
+    async def progress(self, key: RequestKey) -> Progress | None:
         """Return where a request stands, or None if its owner has no such request."""
         ...
 
-    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+    async def cancel(self, key: RequestKey) -> Progress | None:
         """End a request at its next step, if it has not ended; None if its owner has none such."""
         ...
 
     async def events(
-        self, request_id: str, owner: str, number: int, wait_s: float
+        self, key: RequestKey, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """Return a request's events from `number` on, or wait up to `wait_s` for the next.
 

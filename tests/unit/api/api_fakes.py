@@ -124,18 +124,17 @@ class FakeBackend:
         finally:
             self.log.add(request.key, Failed(request.id, CancelledError("gone")))
 
-    async def progress(self, request_id: str, owner: str) -> Progress | None:
-        return self.log.progress(RequestKey(request_id, owner))
+    async def progress(self, key: RequestKey) -> Progress | None:
+        return self.log.progress(key)
 
-    async def cancel(self, request_id: str, owner: str) -> Progress | None:
-        error = CancelledError(f"request {request_id} was cancelled")
-        self.log.add(RequestKey(request_id, owner), Failed(request_id, error))
-        return await self.progress(request_id, owner)
+    async def cancel(self, key: RequestKey) -> Progress | None:
+        error = CancelledError(f"request {key.id} was cancelled")
+        self.log.add(key, Failed(key.id, error))
+        return await self.progress(key)
 
     async def events(
-        self, request_id: str, owner: str, number: int, wait_s: float
+        self, key: RequestKey, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
-        key = RequestKey(request_id, owner)
         self.asked_for_events += 1
         if next(self.unheard, False):
             return None

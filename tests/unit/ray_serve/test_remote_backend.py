@@ -42,7 +42,7 @@ def backend(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> RemoteBacken
 
 
 def follow(backend: RemoteBackend, number: int = 3, owner: str = "me") -> asyncio.Task[Any]:
-    return asyncio.create_task(backend.events("a", owner, number, 2.0))
+    return asyncio.create_task(backend.events(RequestKey("a", owner), number, 2.0))
 
 
 async def test_those_who_follow_together_ask_once(backend: RemoteBackend, replicas: Replicas):

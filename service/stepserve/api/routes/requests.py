@@ -39,6 +39,7 @@ from stepserve.domain.events import (
 from stepserve.domain.limits import shown
 from stepserve.domain.progress import Progress
 from stepserve.domain.request_log import NumberedEvent
+from stepserve.domain.requests import RequestKey
 
 router = APIRouter(tags=["requests"])
 
@@ -64,7 +65,7 @@ MAX_EVENT_NUMBER = 10**9
 )
 async def show_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
     """Where a request stands, by its `X-Request-ID`, whichever replica works on it."""
-    return progress_response(await _find(incoming, id))
+    return progress_response(await _find(incoming, RequestKey(id, incoming.caller.name)))
 
 
 @router.delete(
@@ -72,9 +73,10 @@ async def show_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # n
 )
 async def cancel_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
     """End a request at its next step; the request for its images ends with status 499."""
-    progress = await _find(incoming, id)
+    key = RequestKey(id, incoming.caller.name)
+    progress = await _find(incoming, key)
     if not progress.ended:
-        progress = await incoming.backend.cancel(id, incoming.caller.name) or progress
+        progress = await incoming.backend.cancel(key) or progress
     return progress_response(progress)
 
 
@@ -99,11 +101,12 @@ async def follow_request(
     Events: `accepted`, `started`, `step`, `preview`, `finished`, `failed`. A client that reconnects
     is sent what it has not seen.
     """
-    await _find(incoming, id)
+    key = RequestKey(id, incoming.caller.name)
+    await _find(incoming, key)
     number = _number_after(last_event_id)
     events = while_connected(
         incoming.http.receive,
-        _events(incoming, id, number),
+        _events(incoming, key, number),
         incoming.settings.request_timeout_s,
         incoming.stopped,
         KEEP_ALIVE_S,
@@ -111,11 +114,11 @@ async def follow_request(
     return EventStreamResponse[NumberedEvent](events, _write, partial(_fail, id))
 
 
-async def _find(incoming: Incoming, request_id: str) -> Progress:
+async def _find(incoming: Incoming, key: RequestKey) -> Progress:
     """A request of the caller's. Another caller's is as unknown as one that never was."""
-    progress = await incoming.backend.progress(request_id, incoming.caller.name)
+    progress = await incoming.backend.progress(key)
     if progress is None:
-        raise UnknownRequestError(f"no request {shown(request_id)} is known", "id")
+        raise UnknownRequestError(f"no request {shown(key.id)} is known", "id")
     return progress
 
 
@@ -131,13 +134,13 @@ def _number_after(last_event_id: str | None) -> int:
 
 
 async def _events(
-    incoming: Incoming, request_id: str, number: int
+    incoming: Incoming, key: RequestKey, number: int
 ) -> AsyncGenerator[NumberedEvent, None]:
     """Events from `number` on, up to the last one. Ends as well where the request is forgotten."""
     clock = asyncio.get_running_loop().time
     known_s = clock()
     while clock() - known_s < FORGOTTEN_AFTER_S:
-        events = await incoming.backend.events(request_id, incoming.caller.name, number, POLL_S)
+        events = await incoming.backend.events(key, number, POLL_S)
         if events is None:
             await asyncio.sleep(ASK_AGAIN_S)
             continue
@@ -147,13 +150,13 @@ async def _events(
             yield event
             if isinstance(event.event, Finished | Failed):
                 return
-        if not events and await _has_ended(incoming, request_id):
+        if not events and await _has_ended(incoming, key):
             return
 
 
-async def _has_ended(incoming: Incoming, request_id: str) -> bool:
+async def _has_ended(incoming: Incoming, key: RequestKey) -> bool:
     """Whether there is nothing more to come, as when the client has seen everything."""
-    progress = await incoming.backend.progress(request_id, incoming.caller.name)
+    progress = await incoming.backend.progress(key)
     return progress is not None and progress.ended
 
 

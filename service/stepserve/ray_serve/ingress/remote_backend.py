@@ -85,22 +85,21 @@ class RemoteBackend:
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
 
-    async def progress(self, request_id: str, owner: str) -> Progress | None:
-        """Where a request of `owner` stands, whichever replica has it; None if none does."""
-        return _first_in_flight(await self._ask_all("progress", RequestKey(request_id, owner)))
+    async def progress(self, key: RequestKey) -> Progress | None:
+        """Where a request stands, whichever replica has it; None if none does."""
+        return _first_in_flight(await self._ask_all("progress", key))
 
-    async def cancel(self, request_id: str, owner: str) -> Progress | None:
+    async def cancel(self, key: RequestKey) -> Progress | None:
         """End a request at its next step, whichever replica has it; None if none does."""
-        return _first_in_flight(await self._ask_all("cancel", RequestKey(request_id, owner)))
+        return _first_in_flight(await self._ask_all("cancel", key))
 
     async def events(
-        self, request_id: str, owner: str, number: int, wait_s: float
+        self, key: RequestKey, number: int, wait_s: float
     ) -> Sequence[NumberedEvent] | None:
         """Events of a request from `number` on, as soon as there are any; None if it is unknown.
 
         Each replica is asked: those who follow a request together ask together.
         """
-        key = RequestKey(request_id, owner)
         return await self._news.result(
             (key, number, wait_s), lambda: self._events(key, number, wait_s)
         )
