@@ -23,11 +23,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.pool import Pool
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,14 @@ async def measure(
         before_s = cpu_s(processes), engine_s(processes)
         stacks, seconds = await asyncio.to_thread(sample, processes, options)
         ended = requests_ended(await metrics_of(session)) - before
-        used_s = [
+        process_s, engine_thread_s = [
             {key: after[key] - known[key] for key in after}
             for known, after in zip(before_s, (cpu_s(processes), engine_s(processes)), strict=True)
         ]
         await asyncio.to_thread(draw_flames, processes, options)
         load.cancel()
     roles = {process.pid: role for process, role in processes.items()} | OURS
-    shares = shares_of(roles, *used_s, stacks, seconds * cores, ended)
+    shares = shares_of(roles, process_s, engine_thread_s, stacks, seconds * cores, ended)
     return {
         "seconds": seconds,
         "requests": ended,
@@ -316,7 +317,7 @@ def shares_of(
         machine_s: seconds times cores.
         requests: answered meanwhile.
     """
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for pid, cpu in used_s.items():
         engine = engines_s.get(pid, 0.0)
         seconds["Ray and events in the replica" if engine else roles[pid]] += cpu - engine
@@ -326,10 +327,10 @@ def shares_of(
                 samples[part_of(stack)] += count
         for part, count in samples.items():
             seconds[part] += engine * count / samples.total()
-    seconds["nobody"] = machine_s - seconds.total()
+    seconds["nobody"] = machine_s - sum(seconds.values())
     return [
         Share(part, cpu / machine_s, 1000 * cpu / max(requests, 1))
-        for part, cpu in seconds.most_common()
+        for part, cpu in sorted(seconds.items(), key=itemgetter(1), reverse=True)
     ]
 
 

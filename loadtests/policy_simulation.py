@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import optree
 from stepserve.engine.calls.arguments import ArgumentKind
@@ -246,7 +246,7 @@ def _demand(number: int, request: Request, steps: int) -> Demand:
 
 
 def _key(size: str) -> CallKey:
-    layout = Layout((), optree.tree_structure(((0,), [])))
+    layout = Layout((), optree.tree_structure(cast(Any, ((0,), []))))
     return CallKey("unet.forward", layout, ((ArgumentKind.BATCHED, size),))
 
 

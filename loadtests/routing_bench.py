@@ -13,7 +13,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def saving(results: dict[str, Latencies]) -> float:
     return 1 - results[POLICY].p95_s / min(results[name].p95_s for name in BASELINES)
 
 
-def table(rows: tuple[str, dict[object, dict[str, Latencies]]]) -> str:
+def table(rows: tuple[str, Mapping[Any, dict[str, Latencies]]]) -> str:
     """p95 of every policy, and by how much ours is under the best of the others."""
     title, results = rows
     lines = [f"| {title} | {' | '.join(ALL)} | less than the best |", "|---" * (len(ALL) + 2) + "|"]

@@ -301,8 +301,8 @@ def _docker(command: Command) -> None:
             assert given <= known, f"there are no profiles {given - known}"
             assert options[-1] in ("up", "ps", "down")
         case ("run", *options):
-            given = [b for a, b in pairwise(options) if a == "-e"]
-            load_settings(None, dict(text.split("=", 1) for text in given))
+            given_variables = [b for a, b in pairwise(options) if a == "-e"]
+            load_settings(None, dict(text.split("=", 1) for text in given_variables))
         case _:
             raise AssertionError("nobody checks this form")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import cast
 
 from stepserve.routing.ledger import Ledger
 from stepserve.routing.reports import Job, Report
@@ -84,7 +85,7 @@ class FinishTimeRouter:
 
     def choose(self, job: Job) -> int:
         """The number of the replica that gets `job`."""
-        return self.ledger.choose(job, 1)[0]
+        return cast(int, self.ledger.choose(job, 1)[0])
 
     def sent(self, replica: int, job: Job) -> None:
         """It is in flight there from now on."""

@@ -60,7 +60,7 @@ class Arrival:
 def mixed_trace(rate: float, seconds: float, seed: int) -> list[Arrival]:
     """Poisson arrivals of requests of 4 to 100 steps (heavy-tailed), three sizes, n from 1 to 4."""
     chance = random.Random(seed)
-    arrivals = []
+    arrivals: list[Arrival] = []
     now_s = chance.expovariate(rate)
     while now_s < seconds:
         arrivals.append(Arrival(now_s, mixed_job(chance, len(arrivals))))

@@ -33,7 +33,7 @@ def test_generate_writes_an_image_with_its_parameters(tmp_path: Path) -> None:
     assert "denoising" in result.stderr, "there should be a progress bar"
     with Image.open(target) as image:
         assert image.size == (64, 64)
-        assert json.loads(image.text["parameters"])["num_inference_steps"] == 6
+        assert json.loads(image.info["parameters"])["num_inference_steps"] == 6
 
 
 def test_generate_several_as_jpeg(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
     for name, task in (("changed", "image-to-image"), ("part", "inpainting")):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size == (64, 64)
-            told = json.loads(image.text["parameters"])
+            told = json.loads(image.info["parameters"])
         assert (told["task"], told["strength"]) == (task, 0.5)
         assert told["guidance_start"] == (0.25 if name == "changed" else 0)
         assert len(told["image_sha256"]) == 64
@@ -130,7 +130,7 @@ def test_generate_with_an_adapter(tmp_path: Path) -> None:
         given = ("--adapter", f"{adapter}={scale}")
         stepserve("generate", "pizza", "-o", str(target), "--seed", "3", "--steps", "4", *given)
         with Image.open(target) as image:
-            told = json.loads(image.text["parameters"])["adapters"]
+            told = json.loads(image.info["parameters"])["adapters"]
             assert told == [{"name": "turned.v1", "scale": float(scale)}]
             images.append(image.tobytes())
     assert images[0] != images[1]

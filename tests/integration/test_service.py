@@ -12,6 +12,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import diffusers
 import httpx
@@ -46,6 +47,11 @@ def generate(client: httpx.Client, **body: object) -> Answer:
     return Answer(response.json(), response.headers)
 
 
+def pixel(image: Image.Image, x: int, y: int) -> tuple[int, ...]:
+    """The channels of one pixel."""
+    return cast("tuple[int, ...]", image.getpixel((x, y)))
+
+
 def test_is_ready_and_says_what_it_serves(client: httpx.Client) -> None:
     assert client.get("/healthz").status_code == 200
     assert client.get("/readyz").status_code == 200
@@ -64,16 +70,16 @@ def test_first_image_was_made_on_start(service) -> None:
 
 def test_a_red_heart_is_red(client: httpx.Client) -> None:
     image = generate(client, prompt="red heart", seed=3).image().convert("RGB")
-    red, green, blue = image.getpixel((32, 30))
+    red, green, blue = pixel(image, 32, 30)
     assert red > 150
     assert red > green + 80
     assert red > blue + 80
-    assert min(image.getpixel((1, 62))) > 200, "the background should be white"
+    assert min(pixel(image, 1, 62)) > 200, "the background should be white"
 
 
 def test_background_colour_is_obeyed(client: httpx.Client) -> None:
     response = generate(client, prompt="rocket on a blue background", seed=5)
-    red, _, blue = response.image().convert("RGB").getpixel((2, 2))
+    red, _, blue = pixel(response.image().convert("RGB"), 2, 2)
     assert blue > red + 60
 
 
@@ -91,7 +97,7 @@ def test_png_holds_every_parameter(client: httpx.Client) -> None:
     )
     second = response.image(1)
     assert second.size == (80, 48)
-    parameters = json.loads(second.text["parameters"])
+    parameters = json.loads(second.info["parameters"])
     expected = {
         "prompt": "pizza",
         "negative_prompt": "cheese",
@@ -147,13 +153,13 @@ def test_same_image_as_diffusers_alone_while_others_share_the_batch(
     # The replica's torch uses all cores; so must the reference.
     pipeline = load_model("emoji", EMBEDDED).pipeline
     for body, response in zip(bodies, responses, strict=True):
-        scheduler = getattr(diffusers, body["scheduler"])
+        scheduler = getattr(diffusers, str(body["scheduler"]))
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         plain = pipeline(
             body["prompt"],
             num_inference_steps=body["num_inference_steps"],
             guidance_scale=body["guidance_scale"],
-            generator=[torch.Generator().manual_seed(body["seed"])],
+            generator=[torch.Generator().manual_seed(cast(int, body["seed"]))],
         ).images[0]
         assert plain.tobytes() == response.image().convert("RGB").tobytes(), body
 
@@ -169,8 +175,9 @@ def test_openai_client_works_unchanged(service) -> None:
         user="someone",
         extra_body={"seed": 4, "num_inference_steps": 4},
     )
+    assert response.data is not None
     assert len(response.data) == 2
-    with Image.open(io.BytesIO(base64.b64decode(response.data[0].b64_json))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(str(response.data[0].b64_json)))) as image:
         assert image.size == (64, 64)
     assert "emoji" in [model.id for model in client.models.list()]
     with pytest.raises(openai.BadRequestError, match="size"):

@@ -69,7 +69,7 @@ def test_a_vae_that_the_call_casts_runs_inside_the_call(name: str, dtype: torch.
     pipeline = FAMILIES[name].build().to(dtype)
     trials = make_probe_requests(FAMILIES[name], pipeline)
     plan = plan_co_batching(pipeline, trials, verified=())
-    assert (plan.alone, plan.inline) == (False, {"vae"})
+    assert (plan.alone, plan.inline) == (False, frozenset({"vae"}))
     assert "vae" in plan.remark
     report = check_sharing(pipeline, trials, options=plan.parking(ENOUGH_ROWS))
     assert report.objection == ""

@@ -451,7 +451,7 @@ def test_all_replicas_must_sign_links_alike(file: Path, results: str, problem: s
     ],
 )
 def test_addresses_of_results(results: dict[str, str]):
-    assert ResultSettings(**results).address == results["address"]
+    assert ResultSettings.model_validate(results).address == results["address"]
 
 
 @pytest.mark.parametrize(

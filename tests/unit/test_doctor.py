@@ -25,7 +25,7 @@ class RefusingHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Refuse images of a priority, and make all others."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        wrong = {"error": {"message": "priority is not open to this API key"}}
+        wrong: dict[str, object] = {"error": {"message": "priority is not open to this API key"}}
         status, told = (400, wrong) if "priority" in body else (200, {"data": [{}]})
         self._response(status, json.dumps(told))
 

@@ -201,7 +201,7 @@ async def test_given_request_id_is_echoed_and_names_the_request(
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a/b", "é".encode()])
 async def test_unusable_request_id_is_replaced(client: httpx.AsyncClient, given: str | bytes):
-    response = await client.post(URL, json={"prompt": "c"}, headers={"X-Request-ID": given})
+    response = await client.post(URL, json={"prompt": "c"}, headers=[("X-Request-ID", given)])
 
     made = response.headers["x-request-id"]
     assert len(made) == 32

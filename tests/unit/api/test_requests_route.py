@@ -110,7 +110,7 @@ async def test_a_request_may_be_unknown_for_moments_while_it_is_followed(
 @pytest.mark.parametrize("wrong", ["-1", "x", "1" * 30, "²"])
 async def test_wrong_event_numbers_are_refused(client: httpx.AsyncClient, wrong: str):
     await make(client, "followed")
-    headers = {"Last-Event-ID": wrong.encode()}
+    headers = {b"Last-Event-ID": wrong.encode()}
     response = await client.get("/v1/requests/followed/events", headers=headers)
 
     assert response.status_code == 400

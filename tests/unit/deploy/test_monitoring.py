@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from typing import Any
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_dashboard_tells_its_story_in_order():
 
 
 def test_panels_do_not_overlap_and_are_explained():
-    taken = set()
+    taken: set[tuple[Any, Any]] = set()
     for panel in generated_dashboard()["panels"]:
         place = panel["gridPos"]
         cells = {

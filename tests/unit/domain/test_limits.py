@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -136,7 +137,7 @@ def test_the_message_names_field_value_and_limit(
     change: dict[str, object], field: str, parts: list[str]
 ):
     with pytest.raises(InvalidRequestError) as caught:
-        check_request(replace(VALID, **change), MODEL)
+        check_request(replace(VALID, **cast(Any, change)), MODEL)
 
     assert caught.value.field == field
     assert caught.value.message.startswith(field)

@@ -124,7 +124,7 @@ def test_a_promise_that_is_broken_anyway_keeps_nobody_out() -> None:
 @pytest.mark.parametrize("error", [UnmeetableDeadlineError("soon", 1.5, 3.5)])
 def test_the_error_survives_pickling(error: UnmeetableDeadlineError) -> None:
     copy = pickle.loads(pickle.dumps(error))
-    assert isinstance(copy, RefusedError)
+    assert isinstance(copy, UnmeetableDeadlineError)
     assert (copy.message, copy.retry_after_s, copy.expected_s) == ("soon", 1.5, 3.5)
 
 

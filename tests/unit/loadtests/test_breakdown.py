@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_an_engine_is_divided_and_others_are_not() -> None:
         1: Counter({FORWARD: 6, FORWARD[:1]: 1, in_a_track: 1, elsewhere: 50}),
         2: Counter({elsewhere: 1}),
     }
-    told = shares_of(roles, used_s, engines_s, stacks, machine_s=20.0, requests=4)
+    told = shares_of(roles, used_s, engines_s, cast(Any, stacks), machine_s=20.0, requests=4)
     shares = {share.part: share for share in told}
     assert shares["denoiser forwards"].of_machine == pytest.approx(6 / 20)
     assert shares["denoiser forwards"].ms_per_request == pytest.approx(1500)

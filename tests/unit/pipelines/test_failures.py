@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_who_can_do_its_steps_alone_is_not(
     alone: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scheduler raises because of what the network said, which is the server's fault."""
-    plain = alone.schedulers["DDIMScheduler"].step
+    plain = cast(Any, alone.schedulers["DDIMScheduler"]).step
 
     def step(self: Any, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if model_output.shape[-1] > 2:

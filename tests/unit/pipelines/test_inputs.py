@@ -5,7 +5,7 @@ import io
 import struct
 import zlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -50,7 +50,7 @@ def test_images_get_the_size_and_colours_that_pipelines_take(file_format: str) -
     assert inputs.mask_image is not None
     assert (inputs.image.mode, inputs.image.size) == ("RGB", (64, 48))
     assert (inputs.mask_image.mode, inputs.mask_image.size) == ("L", (64, 48))
-    red, green, blue = inputs.image.getpixel((5, 5))
+    red, green, blue = cast("tuple[int, ...]", inputs.image.getpixel((5, 5)))
     assert red > 190
     assert max(green, blue) < 60
 
@@ -155,7 +155,7 @@ def test_transparency_by_colour_is_laid_on_white(image: Image.Image, transparent
 
 def test_print_colours_are_converted() -> None:
     file = file_of(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=95)
-    red, green, blue = decoded(file).getpixel((0, 0))
+    red, green, blue = cast("tuple[int, ...]", decoded(file).getpixel((0, 0)))
 
     assert (red > 240, green < 15, blue < 15) == (True, True, True)
 
@@ -181,7 +181,8 @@ def test_images_are_turned_upright(kind: str, orientation: int) -> None:
         stored = marked.transpose(Image.Transpose[turned[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {})
+    by_kind: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}
+    options = by_kind.get(kind, {})
     seen = decoded(file_of(stored, kind, exif=exif, **options)).convert("L")
 
     assert seen.point(lambda value: 255 * (value > 127)).tobytes() == marked.convert("L").tobytes()

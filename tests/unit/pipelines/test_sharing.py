@@ -261,7 +261,7 @@ def test_a_plan_says_how_to_park() -> None:
     assert SharingPlan(max_rows=12).parking(options).max_rows == 12
     assert SharingPlan(max_rows=64).parking(options).max_rows == 32
     fixed = SharingPlan(filled_rows=(8,), inline=frozenset({"vae"})).parking(options)
-    assert (fixed.max_rows, fixed.bucket_rows, fixed.inline) == (8, (8,), {"vae"})
+    assert (fixed.max_rows, fixed.bucket_rows, fixed.inline) == (8, (8,), frozenset({"vae"}))
     several = SharingPlan(filled_rows=(4, 8, 16)).parking(options)
     assert (several.max_rows, several.bucket_rows) == (16, (4, 8, 16))
 

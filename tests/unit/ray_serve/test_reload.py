@@ -31,7 +31,8 @@ def reader(looks: Sequence[Settings | ConfigError]) -> Callable[[], Settings]:
 
 def test_whatever_is_wrong_with_new_settings_changes_nothing() -> None:
     """Ray has bounds of its own, and says so with errors of its own choice."""
-    before, told = Settings(), []
+    before = Settings()
+    told: list[str] = []
     finer_than_ray_knows = Settings(models={"emoji": ModelSettings(num_cpus=0.00001)})
     assert _reload(before, lambda: finer_than_ray_knows, told.append, ignore) is before
     assert len(told) == 1
