@@ -6,8 +6,8 @@ import json
 import re
 import shutil
 import subprocess
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml

@@ -13,7 +13,7 @@ import pytest
 from engine_fakes import Ear, Job, Modules, job_work
 from hypothesis import given
 from hypothesis import strategies as st
-from stepserve.domain.errors import RefusedError, ServerFullError, UnmeetableDeadlineError
+from stepserve.domain.errors import ServerFullError, UnmeetableDeadlineError
 from stepserve.engine.loop.engine import STALE_S, Engine, EngineOptions
 from stepserve.engine.scheduling.admission import MINIMUM_RETRY_S, check_deadline, check_promises
 from stepserve.engine.scheduling.demand import Demand

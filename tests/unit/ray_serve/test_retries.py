@@ -92,7 +92,8 @@ async def test_it_does_not_go_round_for_ever() -> None:
 
 
 async def test_the_last_refusal_is_told_as_it_was() -> None:
-    replicas = Replicas(*[([Failed("r", StoppedError("stops"))], None)] * MOST_TRIES)
+    refusal: list[Event] = [Failed("r", StoppedError("stops"))]
+    replicas = Replicas(*[(refusal, None)] * MOST_TRIES)
     with pytest.raises(StoppedError, match="stops"):
         await told(replicas)
 
