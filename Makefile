@@ -1,7 +1,7 @@
-# Two commands do all set-up on a fresh machine with Python 3.11: `make run` and `make test`.
+# Two commands do all set-up on a fresh machine with Python 3.11 to 3.13: `make run` and `make test`.
 
 SHELL := bash
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # More options of `stepserve serve`, such as --config or --allow-anonymous.
@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-all check format docs bench clean help
+.PHONY: run test test-all check coverage format docs bench clean help
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,11 +41,14 @@ test: $(INSTALLED)  ## Run every test that is not marked slow.
 test-all: CHOSEN :=
 test-all: test  ## Run every test.
 
-check: $(INSTALLED)  ## What CI runs first: format, lint, types, import direction.
+check: $(INSTALLED)  ## What CI runs first: format, lint, types, import direction, words.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+coverage: $(INSTALLED)  ## Print which lines the unit tests run.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term:skip-covered tests/unit
 
 format: $(INSTALLED)  ## Format the code and mend what the linter can.
 	$(BIN)/ruff check --fix .

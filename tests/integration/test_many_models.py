@@ -187,7 +187,7 @@ def test_models_are_added_updated_and_removed_beside_the_traffic_of_others(many:
         many.models["fetched"] = deepcopy(LIGHT) | fetched
         many.models["steady"]["engine"]["max_pending_images"] = 5
         many.apply()
-        many.wait(lambda told: told.get("fetched", {}).get("ready"))
+        many.wait(lambda told: bool(told.get("fetched", {}).get("ready")))
         assert many.draw("fetched").status_code == 200
         # The new limit: beside the traffic's own image six more are too many.
         full = {"n": 6, "num_inference_steps": 1}
