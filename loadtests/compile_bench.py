@@ -4,7 +4,7 @@
 
 A real engine serves the model while it is compiled in the background. Told are the seconds until
 compiled code is in service, what a forward takes meanwhile, milliseconds of a forward for each row
-bucket (eager and compiled in turns, medians), and whether a row has the same bits in any company:
+bucket (eager and compiled in turns, medians), and whether a row has the same bits in any batch:
 within a bucket, and from one bucket to another. Absolute times mean nothing elsewhere.
 """
 
@@ -91,12 +91,12 @@ class Bench:
 
         return float(self.on_engine(timed))
 
-    def outputs(self, company: Sequence[int], rows: int, run: Callable[..., Any]) -> list[Any]:
+    def outputs(self, batch: Sequence[int], rows: int, run: Callable[..., Any]) -> list[Any]:
         """Of the calls with these indices together, filled up to `rows`."""
 
         def together() -> list[Any]:
             self.forward.switch(run)
-            return run_together([self.calls[index] for index in company], rows)
+            return run_together([self.calls[index] for index in batch], rows)
 
         return list(self.on_engine(together))
 

@@ -309,7 +309,7 @@ def summarize_overload(
 ) -> dict[str, Any]:
     """What happened between `begins_s` and `ends_s`, and after."""
     during = [o for o in run.judged if begins_s <= o.intended_s < ends_s]
-    # What answers 429 or 503 was turned away at the door; all others were let in.
+    # What answers 429 or 503 was refused; all others were accepted.
     admitted = [o for o in during if o.status is not Status.REFUSED]
     in_time = sum(run.is_in_time(outcome, target) for outcome in during)
     refused = [o.latency_s for o in during if o.status is Status.REFUSED]

@@ -247,7 +247,7 @@ def test_full_server_refuses_and_a_client_that_leaves_frees_its_place(service, c
         time.sleep(0.2)
 
 
-def test_the_door_has_limits(client: httpx.Client) -> None:
+def test_urls_and_headers_have_limits(client: httpx.Client) -> None:
     too_long = client.get("/" + "a" * 10_000)
     too_many = client.get("/healthz", headers={f"X-{i}": "a" for i in range(200)})
     body = gzip.compress(json.dumps({"prompt": "red heart", "num_inference_steps": 4}).encode())

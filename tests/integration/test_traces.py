@@ -64,17 +64,17 @@ def test_requests_that_shared_forwards_are_traced_and_linked(
         assert response.status_code == 200, response.text
         spans = received.wait_for(trace_id, is_whole)
         by_name = {span.name: span for span in spans}
-        door, roots[trace_id] = by_name[f"POST {GENERATIONS}"], by_name["generate"]
-        assert response.headers["traceparent"].split("-")[1:3] == [trace_id, door.span_id.hex()]
-        assert roots[trace_id].parent_span_id == door.span_id
+        exchange, roots[trace_id] = by_name[f"POST {GENERATIONS}"], by_name["generate"]
+        assert response.headers["traceparent"].split("-")[1:3] == [trace_id, exchange.span_id.hex()]
+        assert roots[trace_id].parent_span_id == exchange.span_id
         children = [s for s in spans if s.parent_span_id == roots[trace_id].span_id]
         count = Counter(span.name for span in children)
         assert count["queue"] == count["decoding"] == count["image encoding"] == 1
         assert count["text encoding"] >= 1
         steps = [attributes(s)["stepserve.steps"] for s in children if s.name == "denoising"]
         assert sum(map(int, map(str, steps))) == STEPS
-        assert all(door.start_time_unix_nano <= s.start_time_unix_nano for s in children)
-        assert all(s.end_time_unix_nano <= door.end_time_unix_nano for s in children)
+        assert all(exchange.start_time_unix_nano <= s.start_time_unix_nano for s in children)
+        assert all(s.end_time_unix_nano <= exchange.end_time_unix_nano for s in children)
         assert PROMPT not in str(spans)
     assert received.services == {"stepserve"}
     linked = {

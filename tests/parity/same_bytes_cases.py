@@ -175,9 +175,9 @@ class CoBatchWatch:
     def _ran(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         self.rows.append(args[0].shape[0])
         met = [self._submissions[content_digest(row)] for row in args[0]]
-        company = frozenset(name for names in met for name in names)
-        for name in company:
-            self.histories[name].append(company)
+        batch = frozenset(name for names in met for name in names)
+        for name in batch:
+            self.histories[name].append(batch)
 
     @property
     def mean_rows(self) -> float:

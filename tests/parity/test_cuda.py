@@ -144,7 +144,9 @@ def test_so_they_are_for_several_images_of_a_request(runner: PipelineRunner, pla
     assert differences == [0] * len(requests)
 
 
-def test_images_of_every_size_are_the_same_in_company(runner: PipelineRunner, plain: Any) -> None:
+def test_images_of_every_size_are_the_same_when_co_batched(
+    runner: PipelineRunner, plain: Any
+) -> None:
     requests = [
         a_request(index, width=width, height=height, guidance_scale=(4.0, 1.0)[index // 7])
         for index, (width, height) in enumerate(SIZES * 2)

@@ -74,7 +74,7 @@ SERVED = (
 )
 # Guidance as an input of the denoiser, or by calling it twice, or thrice the rows at once.
 TWICE, EMBEDDED = StepWork(1, 2), StepWork(1, 1)
-GUIDED_STEPS = {
+GUIDANCE_COSTS = {
     "Chroma": TWICE,
     "CogView 4": TWICE,
     "FLUX": EMBEDDED,
@@ -232,7 +232,7 @@ def test_a_family_is_served_from_its_folder(
     try:
         limits = runner.capabilities()
         assert limits.guidance.argument == ARGUMENTS.get(name, "guidance_scale")
-        assert limits.guidance.guided == GUIDED_STEPS.get(name, CLASSIC.guided)
+        assert limits.guidance.guided == GUIDANCE_COSTS.get(name, CLASSIC.guided)
         assert limits.guidance.negative_prompt is (name not in NO_NEGATIVE_PROMPT)
         steps_of_default = limits.steps_of(limits.default_scheduler)
         assert (steps_of_default == StepRange(2, 2)) is (name in TWO_STEPS)

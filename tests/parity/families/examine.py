@@ -128,9 +128,9 @@ def has_independent_rows(pipeline: Any, trials: list[Trial], options: ParkingOpt
 
 
 def _call(family: Family, pipeline: Any, variation: Variation) -> Tensor:
-    lent = borrow(pipeline)
+    copied = borrow(pipeline)
     if family.schedulers:
         name = family.schedulers[variation.index % len(family.schedulers)]
         scheduler: Callable[..., Any] = getattr(diffusers, name).from_config
-        lent.scheduler = scheduler(lent.scheduler.config)
-    return family.result(lent(**family.arguments(lent, variation)))
+        copied.scheduler = scheduler(copied.scheduler.config)
+    return family.result(copied(**family.arguments(copied, variation)))

@@ -52,7 +52,7 @@ async def draw(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
     return await client.post(GENERATIONS, json={"prompt": "cat", **body})
 
 
-async def test_a_key_opens_the_door(backend: FakeBackend):
+async def test_a_key_lets_its_caller_in(backend: FakeBackend):
     async with client_of(guarded(backend)) as client:
         response = await draw(client)
 
@@ -136,7 +136,7 @@ async def test_every_route_of_the_api_is_guarded_but_for_signed_links(backend: F
 
 
 @pytest.mark.parametrize("prefix", ["/images", "/v", "/v1"])
-async def test_the_door_is_shut_below_a_prefix_too(backend: FakeBackend, prefix: str):
+async def test_keys_are_required_below_a_prefix_too(backend: FakeBackend, prefix: str):
     transport = httpx.ASGITransport(app=guarded(backend), root_path=prefix)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for path in (GENERATIONS, prefix + GENERATIONS):

@@ -193,7 +193,7 @@ def test_a_plain_key_in_place_of_its_hash_is_not_repeated(file: Path):
     assert OWN_KEY not in wrong.value.message
 
 
-def test_a_missing_file_is_no_open_door(tmp_path: Path):
+def test_a_missing_file_lets_nobody_in(tmp_path: Path):
     with pytest.raises(KeysUnreadableError, match="cannot read API keys from"):
         read_keys(tmp_path / "missing.yaml", None)
 

@@ -27,7 +27,7 @@ SCHEME = "bearer"
 
 @dataclass(frozen=True)
 class Access:
-    """The keys that open the door, and where their use is counted."""
+    """The keys that let callers in, and where their use is counted."""
 
     keys: KeyRing
     usage: Usage

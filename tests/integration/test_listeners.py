@@ -1,4 +1,4 @@
-"""Nobody gets in beside the door: Ray's ports, its files, and what the current folder holds."""
+"""Nobody gets in beside the API: Ray's ports, its files, and what the current folder holds."""
 
 from __future__ import annotations
 
