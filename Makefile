@@ -35,7 +35,7 @@ CHOSEN := -m "not slow"
 test: $(INSTALLED)  ## Run every test that is not marked slow.
 	@status=0; \
 	$(BIN)/python -m pytest $(CHOSEN) --durations=12 $(ALONE) || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 -n 2 $(BESIDE) || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 -n 2 --dist loadfile $(BESIDE) || status=1; \
 	exit $$status
 
 test-all: CHOSEN :=

@@ -14,7 +14,7 @@ import pytest
 import torch
 from families.catalogue import FAMILIES
 from families.examine import Findings, examine, make_probe_requests
-from families.family import Family
+from families.family import Family, resident
 from stepserve.pipelines.facts.verified_families import VERIFIED
 from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, check_sharing
 from stepserve.pipelines.probing.sharing_plan import plan_co_batching
@@ -79,7 +79,7 @@ def test_a_vae_that_the_call_casts_runs_inside_the_call(name: str, dtype: torch.
 def test_the_list_of_verified_pipelines_is_that_of_the_suite() -> None:
     """Any other class is tried when it is loaded."""
     shared = [family for family in FAMILIES.values() if family.shares]
-    assert {type(family.build()).__name__ for family in shared} == VERIFIED
+    assert {type(resident(family)).__name__ for family in shared} == VERIFIED
 
 
 def test_the_table_in_the_docs_has_every_family() -> None:

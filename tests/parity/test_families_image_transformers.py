@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from families import flow_transformers, flux, pixart, qwen_readers, stable_diffusion_3
-from families.family import Family, Variation
+from families.family import Family, Variation, resident
 from torch import Tensor
 
 MODULES = (stable_diffusion_3, flux, pixart, flow_transformers, qwen_readers)
@@ -25,14 +23,6 @@ TELLING = 0.05
 PROMPT_TELLS = 1e-3
 
 # Its time embedding hands float32 values to its weights, whatever their dtype.
-
-Pipelines = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module")
-def pipelines() -> Pipelines:
-    """One pipeline of each family for all tests that do not change it."""
-    return cache(lambda name: FAMILIES[name].build())
 
 
 def call(family: Family, pipeline: Any, variation: Variation) -> Tensor:
@@ -48,8 +38,8 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_requests_give_finite_and_clearly_different_images(name: str, pipelines: Pipelines) -> None:
-    family, pipeline = FAMILIES[name], pipelines(name)
+def test_requests_give_finite_and_clearly_different_images(name: str) -> None:
+    family, pipeline = FAMILIES[name], resident(FAMILIES[name])
     one, other = (call(family, pipeline, variation) for variation in family.variations(2))
     assert one.isfinite().all()
     assert other.isfinite().all()
@@ -58,16 +48,16 @@ def test_requests_give_finite_and_clearly_different_images(name: str, pipelines:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_pipeline_built_anew_gives_the_same_image(name: str, pipelines: Pipelines) -> None:
+def test_a_pipeline_built_anew_gives_the_same_image(name: str) -> None:
     family, variation = FAMILIES[name], FAMILIES[name].variations(2)[1]
-    wanted = call(family, pipelines(name), variation)
-    assert torch.equal(call(family, pipelines(name), variation), wanted)
+    wanted = call(family, resident(family), variation)
+    assert torch.equal(call(family, resident(family), variation), wanted)
     assert torch.equal(call(family, family.build(), variation), wanted)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_prompt_mixed_up_would_be_noticed(name: str, pipelines: Pipelines) -> None:
-    family, pipeline = FAMILIES[name], pipelines(name)
+def test_a_prompt_mixed_up_would_be_noticed(name: str) -> None:
+    family, pipeline = FAMILIES[name], resident(FAMILIES[name])
     variation = family.variations(1)[0]
     one = call(family, pipeline, variation)
     other = call(family, pipeline, replace(variation, index=3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +14,7 @@ from families import (
     video_unets,
     video_with_language_models,
 )
-from families.family import Family, Variation
+from families.family import Family, Variation, resident
 from torch import Tensor
 
 MODULES = (
@@ -28,13 +27,8 @@ FAMILIES = {family.name: family for module in MODULES for family in module.FAMIL
 # Its transformer embeds time in single precision, whatever it is cast to.
 
 
-@cache
-def pipeline_of(name: str) -> Any:
-    return FAMILIES[name].build()
-
-
 def video(family: Family, variation: Variation, pipeline: Any = None) -> Tensor:
-    pipeline = pipeline or pipeline_of(family.name)
+    pipeline = pipeline or resident(family)
     return family.result(pipeline(**family.arguments(pipeline, variation)))
 
 
@@ -54,7 +48,7 @@ def test_videos_differ_and_come_out_the_same_again(name: str) -> None:
 def test_weights_are_the_same_at_every_build(name: str) -> None:
     family = FAMILIES[name]
 
-    built, again = pipeline_of(name), family.build()
+    built, again = resident(family), family.build()
     weights = getattr(again, family.denoiser).state_dict()
     for key, weight in getattr(built, family.denoiser).state_dict().items():
         assert torch.equal(weight, weights[key]), key

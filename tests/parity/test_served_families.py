@@ -20,7 +20,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from families.catalogue import FAMILIES
-from families.family import Family
+from families.family import Family, resident
 from PIL import Image
 from stepserve.domain.events import Event, Failed, Finished, StepFinished
 from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
@@ -261,7 +261,7 @@ def test_no_family_is_forgotten() -> None:
     """Those that draw from a prompt alone, as `load_model` sees it."""
     found = set()
     for name, family in FAMILIES.items():
-        pipeline_class = type(family.build())
+        pipeline_class = type(resident(family))
         with contextlib.suppress(ModelLoadError):
             check_serves_prompts(pipeline_class, read_signature(pipeline_class))
             found.add(name)

@@ -29,7 +29,7 @@ from stepserve.pipelines.probing.sharing_plan import (
 )
 from torch import Tensor
 
-from families.family import Family, Variation
+from families.family import Family, Variation, resident
 
 STAGGERED = (0, 1, 3, 6)
 UNMERGED = replace(ENOUGH_ROWS, max_rows=1)
@@ -63,7 +63,7 @@ class Findings:
 
 def examine(family: Family) -> Findings:
     """Run everything. It takes seconds."""
-    pipeline = family.build()
+    pipeline = resident(family)
     trials = make_probe_requests(family, pipeline)
     plain = run_plainly(pipeline, trials)
     plan = make_plan(family, pipeline, trials, plain)

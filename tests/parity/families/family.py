@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,12 @@ class Family:
             )
             for index in range(count)
         ]
+
+
+@cache
+def resident(family: Family) -> Any:
+    """One pipeline of a family for all tests that leave it as it is; others build theirs."""
+    return family.build()
 
 
 def seeded(build: Callable[[], Any]) -> Callable[[], Any]:
