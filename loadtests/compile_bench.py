@@ -2,9 +2,8 @@
 
     python -m loadtests.compile_bench [--rows 2,8,16,32] [--repeats 15] [--threads 2]
 
-A real engine serves the model while it is compiled in the background. Told are the seconds until
-compiled code is in service, what a forward takes meanwhile, milliseconds of a forward for each row
-bucket (eager and compiled in turns, medians), and whether a row has the same bits in any batch:
+It prints the seconds that compiling took, milliseconds of a forward for each row bucket (eager and
+compiled in turns, medians), and whether a row has the same bits whatever it shares a forward with:
 within a bucket, and from one bucket to another. Absolute times mean nothing elsewhere.
 """
 
@@ -15,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,16 +27,15 @@ from stepserve.engine.loop.engine import EngineOptions
 from stepserve.engine.tracks.track import Stage
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import leave_cores_to_engine, load_model
-from stepserve.pipelines.modules.attach import ParkingOptions
-from stepserve.pipelines.modules.compiling import SwitchableForward, row_buckets
+from stepserve.pipelines.modules.compiling import CompiledForward
+from stepserve.pipelines.modules.parking import ParkingOptions
+from stepserve.pipelines.modules.wrappers import wrappers_of
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.probe_requests import make_probe_requests
-from stepserve.pipelines.probing.sharing_plan import SharingPlan
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.probing.sharing_plan import SharingPlan, row_buckets
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.warm_up import warm_up
-
-LOOK_EVERY_S = 5.0
-MEASURED_MEANWHILE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,12 @@ class ForwardTimes:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was measured. `meanwhile_ms`: an eager forward while it compiles, and before."""
+    """All that was measured."""
 
     compile_s: float
     outcome: Compilation
     remark: str
     same_bytes: bool
-    before_ms: float
-    meanwhile_ms: float
-    meanwhile_rows: int
     forwards: list[ForwardTimes]
     buckets_that_agree: dict[str, list[list[int]]]
 
@@ -72,7 +67,6 @@ class Bench:
     """A served model, and calls of its denoiser to run again and again."""
 
     runner: PipelineRunner
-    forward: SwitchableForward
     calls: list[Call]
 
     def on_engine(self, function: Callable[[], Any]) -> Any:
@@ -83,20 +77,21 @@ class Bench:
         """One forward of so many rows by one of the two codes."""
 
         def timed() -> float:
-            self.forward.switch(run)
             args, kwargs = stack(self.calls[:1], rows)
             started_s = time.perf_counter()
-            self.forward(*args, **kwargs)
+            run(*args, **kwargs)
             return time.perf_counter() - started_s
 
         return float(self.on_engine(timed))
 
-    def outputs(self, batch: Sequence[int], rows: int, run: Callable[..., Any]) -> list[Any]:
+    def outputs(self, indices: Sequence[int], rows: int, run: Callable[..., Any]) -> list[Any]:
         """Of the calls with these indices together, filled up to `rows`."""
 
         def together() -> list[Any]:
-            self.forward.switch(run)
-            return run_together([self.calls[index] for index in batch], rows)
+            calls = [self.calls[index] for index in indices]
+            return run_together(
+                [replace(c, method=replace(c.method, run=run)) for c in calls], rows
+            )
 
         return list(self.on_engine(together))
 
@@ -135,36 +130,29 @@ def _sharing(fixed_rows: int) -> SharingOptions:
 
 
 def _measure(runner: PipelineRunner, options: argparse.Namespace) -> Report:
-    forward = runner.model.denoiser_forward
-    assert forward is not None
-    bench = Bench(runner, forward, runner.engine.call(partial(_calls_of, runner)))
-    meanwhile_rows = options.fixed_rows or min(MEASURED_MEANWHILE_ROWS, options.max_rows)
-    before_s = [bench.seconds(meanwhile_rows, forward.eager) for _ in range(options.repeats)]
-    compile_s, meanwhile_s = _compile(bench, meanwhile_rows)
-    told = runner.capabilities()
-    print(f"{told.compilation} after {compile_s:.0f} s {told.compilation_remark}", flush=True)
+    started_s = time.perf_counter()
+    limits = runner.compile()
+    compile_s = time.perf_counter() - started_s
+    bench = Bench(runner, runner.engine.call(partial(_calls_of, runner)))
     buckets = (options.fixed_rows,) if options.fixed_rows else row_buckets(options.max_rows)
     wanted = [rows for rows in map(int, options.rows.split(",")) if rows in buckets]
-    compiled = _compiled(runner) if told.compilation is Compilation.COMPILED else forward.eager
-    codes = {"eager": forward.eager, "compiled": compiled}
+    compiled = _compiled(runner) if limits.compilation is Compilation.COMPILED else None
+    eager = bench.calls[0].method.run if compiled is None else compiled.__wrapped__
+    codes = {"eager": eager, "compiled": compiled or eager}
     return Report(
         compile_s=compile_s,
-        outcome=told.compilation,
-        remark=told.compilation_remark,
-        same_bytes=told.same_bytes,
-        before_ms=1000 * statistics.median(before_s),
-        meanwhile_ms=1000 * statistics.median(meanwhile_s),
-        meanwhile_rows=meanwhile_rows,
-        forwards=[_compare(bench, rows, compiled, options.repeats) for rows in wanted],
+        outcome=limits.compilation,
+        remark=limits.compilation_remark,
+        same_bytes=limits.same_bytes,
+        forwards=[_compare(bench, rows, codes, options.repeats) for rows in wanted],
         buckets_that_agree={name: _agreeing(bench, buckets, run) for name, run in codes.items()},
     )
 
 
-def _compiled(runner: PipelineRunner) -> Callable[..., Any]:
-    """What requests of now are run by."""
-    code = runner.denoiser_code
-    assert code is not None
-    return code.forward_of(code.in_use)
+def _compiled(runner: PipelineRunner) -> Any:
+    """What runs the denoiser."""
+    wrappers = wrappers_of(runner.model.pipeline.unet, "forward")
+    return next(wrapper for wrapper in wrappers if isinstance(wrapper, CompiledForward))
 
 
 def _calls_of(runner: PipelineRunner) -> list[Call]:
@@ -175,21 +163,10 @@ def _calls_of(runner: PipelineRunner) -> list[Call]:
         return sorted(groups[0], key=lambda call: call.rows)
 
 
-def _compile(bench: Bench, rows: int) -> tuple[float, list[float]]:
-    """Seconds until it has ended, and those of eager forwards meanwhile."""
-    started_s, meanwhile_s = time.perf_counter(), list[float]()
-    bench.runner.start_compiling()
-    while True:
-        told = bench.runner.wait_until_compiled(LOOK_EVERY_S)
-        seconds = time.perf_counter() - started_s
-        if told.compilation is not Compilation.COMPILING:
-            return seconds, meanwhile_s
-        meanwhile_s.append(bench.seconds(rows, bench.forward.eager))
-        print(f"{seconds:.0f} s: {told.compilation_remark}", flush=True)
-
-
-def _compare(bench: Bench, rows: int, compiled: Callable[..., Any], repeats: int) -> ForwardTimes:
-    eager = bench.forward.eager
+def _compare(
+    bench: Bench, rows: int, codes: dict[str, Callable[..., Any]], repeats: int
+) -> ForwardTimes:
+    eager, compiled = codes["eager"], codes["compiled"]
     eager_s, compiled_s = [], []
     for _ in range(repeats):
         eager_s.append(bench.seconds(rows, eager))
@@ -207,13 +184,13 @@ def _compare(bench: Bench, rows: int, compiled: Callable[..., Any], repeats: int
 
 
 def _independent(bench: Bench, rows: int, run: Callable[..., Any]) -> bool:
-    """Whether the bits of a call are the same whoever else is in a forward of so many rows."""
-    alone = [bench.outputs([index], rows, run)[0] for index in range(len(bench.calls))]
+    """Whether the bits of a call are the same whatever else is in a forward of so many rows."""
+    serial = [bench.outputs([index], rows, run)[0] for index in range(len(bench.calls))]
 
     def together(calls: Sequence[Call], bucket_rows: int) -> list[Any]:
         return bench.outputs([bench.calls.index(call) for call in calls], bucket_rows, run)
 
-    return keep_bits(bench.calls, alone, rows, together, rows)
+    return keep_bits(bench.calls, serial, rows, together, rows)
 
 
 def _agreeing(bench: Bench, buckets: Sequence[int], run: Callable[..., Any]) -> list[list[int]]:
@@ -233,8 +210,7 @@ def print_table(report: Report) -> None:
     """For people."""
     print(
         f"{report.outcome} in {report.compile_s:.0f} s; same bytes at any load: "
-        f"{report.same_bytes}. An eager forward of {report.meanwhile_rows} rows took "
-        f"{report.meanwhile_ms:.1f} ms meanwhile, {report.before_ms:.1f} ms before."
+        f"{report.same_bytes}. {report.remark}"
     )
     print("rows  eager ms  compiled ms  ratio  difference  independent (eager, compiled)")
     for f in report.forwards:

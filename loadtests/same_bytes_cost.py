@@ -18,7 +18,8 @@ from stepserve.engine.loop.engine import EngineOptions
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.probing.sharing_plan import FIXED_ROWS, SharingPlan
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 from loadtests.engine_bench import mixed_requests, run_engine
 

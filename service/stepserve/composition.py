@@ -14,14 +14,15 @@ from stepserve.pipelines.facts.trust import Trust
 from stepserve.pipelines.loading.folders import leave_cores_to_engine, load_model
 from stepserve.pipelines.loading.hub import fetch_model
 from stepserve.pipelines.loading.reasons import first_image_failed
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
 
 def load_runner(model_id: str, settings: ModelSettings) -> PipelineRunner:
-    """A loaded model behind a running engine, warmed up.
+    """A loaded model behind a running engine, warmed up, and compiled where that is wanted.
 
     Raises:
         StepserveError: it cannot be loaded, or makes no image.
@@ -42,11 +43,11 @@ def load_runner(model_id: str, settings: ModelSettings) -> PipelineRunner:
     try:
         runner.start()
         seconds = warm_up(runner)
+        logger.info("model %s: the warm-up took %.1f s", model_id, seconds)
+        runner.compile()
     except Exception as error:
         runner.stop()
         raise first_image_failed(model_id, model.pipeline, error) from error
-    logger.info("model %s: the warm-up took %.1f s", model_id, seconds)
-    runner.start_compiling()
     return runner
 
 

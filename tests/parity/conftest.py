@@ -12,7 +12,8 @@ from parity_cases import ForwardCounter, load_reference, rows_are_independent
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import load_model
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 TEST_MODEL = "STEPSERVE_TEST_MODEL"
 

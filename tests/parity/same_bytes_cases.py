@@ -30,7 +30,8 @@ from stepserve.engine.loop.engine import EngineOptions
 from stepserve.engine.tracks.track import TrackGreenlet
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import load_model
-from stepserve.pipelines.serving.runner import DEFAULT_SHARING, PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import DEFAULT_SHARING, SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 from torch import nn
 
 PATIENCE_S = 240.0

@@ -19,7 +19,8 @@ from same_bytes_cases import CoBatchWatch, RandomLoad, request_pool, save_adapte
 from same_bytes_cases import serving as serving_model
 from stepserve.domain.requests import GenerationRequest
 from stepserve.pipelines.probing.sharing_plan import FIXED_ROWS, SharingPlan
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 Say = Callable[[str], None]
 Digests = dict[str, tuple[str, ...]]

@@ -50,10 +50,9 @@ class StepRange:
 
 
 class Compilation(StrEnum):
-    """How far the denoiser is compiled. Until it is, and where it fails, eager code serves."""
+    """Whether the denoiser is compiled. Where that failed, eager code serves."""
 
     OFF = "off"
-    COMPILING = "compiling"
     COMPILED = "compiled"
     FAILED = "failed"
 
@@ -72,13 +71,13 @@ class ModelCapabilities:
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
             serves it. Where it is not, `reproducible` requests have that.
         sharing_remark: what is unusual in how requests share forwards; empty: nothing.
-        compilation: whether new requests are served by compiled code.
+        compilation: whether requests are served by compiled code.
         expected_s: estimated seconds of a request with the defaults on an idle replica, or None
             while nothing is learned.
         load_s: how long loading and warming took, in seconds, or None where it was not measured.
         safety_checker: whether a checker looks at images before they are sent, and may withhold
             them.
-        compilation_remark: how far it is, or why it is not; empty: nothing to say.
+        compilation_remark: why it failed; empty: nothing to say.
     """
 
     id: str

@@ -11,26 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from stepserve.engine.tracks.interception import make_parkable
 from stepserve.pipelines.modules.call_shapes import (
     Example,
     UniformArguments,
     rows_of,
     shape_of,
 )
-from stepserve.pipelines.modules.compiling import (
-    SWITCH_INTERVAL_S,
-    BackgroundCompiler,
-    CompileState,
-    SwitchableForward,
-    row_buckets,
-)
+from stepserve.pipelines.modules.compiling import CompiledForward
+from stepserve.pipelines.probing.sharing_plan import row_buckets
+from stepserve.private_files import NotPrivateError
 from tiny_model import tiny_unet
 from torch._inductor.runtime import cache_dir_utils
 
 BUCKETS = (1, 2)
-# The thread steps back behind all others, and a busy machine has many.
-WAIT_S = 600
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -63,13 +56,6 @@ def small_examples(buckets: Sequence[int] = BUCKETS) -> list[Example]:
     return [Example((torch.ones(rows, 4),), {}) for rows in buckets]
 
 
-def compiler_of(
-    forward: SwitchableForward, examples: list[Example], backend: Any = "eager"
-) -> BackgroundCompiler:
-    threads = torch.get_num_threads()
-    return BackgroundCompiler(forward.eager, examples, forward.switch, threads, backend)
-
-
 def unet_example(rows: int) -> Example:
     return Example(
         (torch.randn(rows, 4, 8, 8), torch.full((rows,), 500)),
@@ -77,100 +63,37 @@ def unet_example(rows: int) -> Example:
     )
 
 
-def test_eager_code_serves_until_every_bucket_is_ready_then_it_switches_once(small: Small) -> None:
-    forward = SwitchableForward(small)
-    switched: list[int] = []
-    in_use_while_compiling = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        small(torch.ones(2, 4))
-        in_use_while_compiling.append(forward.in_use)
-        return graph.forward
-
-    def switch(run: Callable[..., Any]) -> None:
-        switched.append(compiler.graphs_ready)
-        forward.switch(run)
-
-    threads = torch.get_num_threads()
-    compiler = BackgroundCompiler(forward.eager, small_examples(), switch, threads, backend)
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
-    assert in_use_while_compiling == ["eager", "eager"]
-    assert switched == [len(BUCKETS)]
-    assert forward.in_use == "compiled"
-
-
-def test_after_the_switch_compiled_shapes_run_no_eager_code(small: Small) -> None:
-    forward = SwitchableForward(small)
-    compiler = compiler_of(forward, small_examples())
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+def test_compiled_shapes_run_no_eager_code(small: Small) -> None:
+    forward = CompiledForward(small.forward, small_examples(), "eager")
     calls = small.eager_calls
     for rows in BUCKETS:
-        small(torch.ones(rows, 4))
-    assert small.eager_calls == calls
+        assert torch.equal(forward(torch.ones(rows, 4)), small.linear(torch.ones(rows, 4)))
     # A column of a wider tensor: another layout, the same shape.
-    small(torch.ones(2, 8)[:, ::2])
+    forward(torch.ones(2, 8)[:, ::2])
     assert small.eager_calls == calls
-
-
-def test_who_compiles_lets_the_engine_have_the_interpreter(small: Small) -> None:
-    forward = SwitchableForward(small)
-    usual_s = sys.getswitchinterval()
-    while_compiling_s = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        while_compiling_s.append(sys.getswitchinterval())
-        return graph.forward
-
-    compiler = compiler_of(forward, small_examples(), backend)
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.READY
-    assert while_compiling_s == [pytest.approx(SWITCH_INTERVAL_S, rel=0.1)] * len(BUCKETS)
-    assert sys.getswitchinterval() == usual_s
 
 
 def test_a_shape_that_was_not_compiled_is_always_served_by_eager_code(small: Small) -> None:
-    forward = SwitchableForward(small)
-    compiler = compiler_of(forward, small_examples())
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    forward = CompiledForward(small.forward, small_examples(), "eager")
     calls = small.eager_calls
-    small(torch.ones(3, 4))
-    small(torch.ones(1, 4), scale=2.0)
-    assert small.eager_calls == calls + 2
-    assert compiler.state is CompileState.READY
+    for _ in range(2):
+        forward(torch.ones(3, 4))
+        forward(torch.ones(1, 4), scale=2.0)
+    assert small.eager_calls == calls + 4
 
 
-def test_what_cannot_be_compiled_leaves_eager_code_on_and_says_why(small: Small) -> None:
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        raise ValueError("no C++ compiler")
-
-    forward = SwitchableForward(small)
-    compiler = compiler_of(forward, small_examples(), backend)
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.FAILED
-    assert "no C++ compiler" in compiler.reason
-    assert "\n" not in compiler.reason
-    assert "ValueError" in compiler.reason
-    assert forward.in_use == "eager"
-    assert torch.equal(small(torch.ones(1, 4)), small.linear(torch.ones(1, 4)))
-
-
-def test_a_graph_that_does_not_fit_gives_way_to_eager_code_for_good(small: Small) -> None:
-    """Made for two threads and called by one: compiling again would keep everybody waiting."""
-    forward = SwitchableForward(small)
-    other = torch.get_num_threads() + 1
-    compiler = BackgroundCompiler(forward.eager, small_examples(), forward.switch, other, "eager")
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
-    calls = small.eager_calls
-    wanted = small.linear(torch.ones(1, 4))
-    assert torch.equal(small(torch.ones(1, 4)), wanted)
+def test_a_graph_that_does_not_fit_gives_way_to_eager_code(small: Small) -> None:
+    """Made for so many threads and called by others: compiling would keep everybody waiting."""
+    forward = CompiledForward(small.forward, small_examples(), "eager")
+    calls, threads = small.eager_calls, torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert torch.equal(forward(torch.ones(1, 4)), small.linear(torch.ones(1, 4)))
+    finally:
+        torch.set_num_threads(threads)
     assert small.eager_calls == calls + 1
-    assert compiler.state is CompileState.FAILED
-    assert "recompile" in compiler.reason
-    assert forward.in_use == "eager"
+    forward(torch.ones(1, 4))
+    assert small.eager_calls == calls + 1
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -183,12 +106,8 @@ def test_no_compiled_code_of_others_is_run(
     if named:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o777)
-    forward = SwitchableForward(small)
-    compiler = compiler_of(forward, small_examples())
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.FAILED
-    assert f"other users may write to {tmp_path}" in compiler.reason
-    assert forward.in_use == "eager"
+    with pytest.raises(NotPrivateError, match=f"other users may write to {tmp_path}"):
+        CompiledForward(small.forward, small_examples(), "eager")
 
 
 def test_an_empty_name_of_that_folder_is_as_if_there_was_none() -> None:
@@ -211,63 +130,20 @@ def test_an_error_of_the_forward_itself_is_passed_on(small: Small) -> None:
         return run
 
     broken: list[bool] = []
-    forward = SwitchableForward(small)
-    compiler = compiler_of(forward, small_examples(), backend)
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    forward = CompiledForward(small.forward, small_examples(), backend)
     broken.append(True)
     with pytest.raises(RuntimeError, match="out of memory"):
-        small(torch.ones(1, 4))
-    assert compiler.state is CompileState.READY
-
-
-def test_stopping_leaves_eager_code_on(small: Small) -> None:
-    forward = SwitchableForward(small)
-    compiler = compiler_of(forward, small_examples())
-    compiler.stop()
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.FAILED
-    assert "stopped" in compiler.reason
-    assert forward.in_use == "eager"
-
-
-def test_what_the_switch_raises_is_a_failure_to_compile(small: Small) -> None:
-    forward = SwitchableForward(small)
-
-    def switch(run: Callable[..., Any]) -> None:
-        if run != forward.eager:
-            raise ValueError("not wanted any more")
-        forward.switch(run)
-
-    threads = torch.get_num_threads()
-    compiler = BackgroundCompiler(forward.eager, small_examples(), switch, threads, "eager")
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.FAILED
-    assert compiler.reason == "ValueError: not wanted any more"
-    assert forward.in_use == "eager"
+        forward(torch.ones(1, 4))
 
 
 def test_more_graphs_than_torch_makes_of_itself(small: Small) -> None:
     """Beyond eight for one function it would quietly run eager code."""
     buckets = range(1, 12)
-    forward = SwitchableForward(small)
-    compiler = compiler_of(forward, small_examples(buckets))
-    compiler.start()
-    assert compiler.wait(WAIT_S) is CompileState.READY, compiler.reason
+    forward = CompiledForward(small.forward, small_examples(buckets), "eager")
     calls = small.eager_calls
     for rows in buckets:
-        small(torch.ones(rows, 4))
-    assert (small.eager_calls, compiler.graphs_ready) == (calls, len(buckets))
-
-
-def test_a_parked_call_runs_through_the_switch(small: Small) -> None:
-    """`attach` comes second: it wraps what is installed here, and takes only itself off."""
-    forward = SwitchableForward(small)
-    detach = make_parkable(small, "small", "forward", stage="denoise")
-    forward.switch(lambda sample: sample + 1)
-    assert torch.equal(small(torch.zeros(1, 4)), torch.ones(1, 4))
-    detach()
-    assert small.forward is forward
+        forward(torch.ones(rows, 4))
+    assert small.eager_calls == calls
 
 
 def test_shapes_tell_calls_apart_by_all_but_content() -> None:

@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from stepserve.pipelines.modules.compiling import SwitchableForward
 from stepserve.pipelines.modules.cuda_graphs import Forward, GraphedForward, Recording
 from torch.utils._pytree import TreeSpec, tree_unflatten
-
-ROUNDING = 2**-8
 
 
 class Denoiser(torch.nn.Module):
@@ -48,21 +45,6 @@ class Fixed:
         return self.run()
 
 
-class OfItsCode(Fixed):
-    """A recording of whichever code was in use when it was made."""
-
-    def __init__(self, forward: Any, leaves: Sequence[Any], structure: TreeSpec) -> None:
-        super().__init__(forward, leaves, structure)
-        recorded = compiled if forward.in_use == "compiled" else forward.eager
-        args, kwargs = tree_unflatten(self.places, structure)
-        self.run = lambda: recorded(*args, **kwargs)
-
-
-def compiled(sample: torch.Tensor, timestep: Any) -> UNet2DConditionOutput:
-    """Rounds otherwise."""
-    return UNet2DConditionOutput(sample=sample * (2 + ROUNDING) + timestep)
-
-
 @pytest.fixture(autouse=True)
 def without_gradients() -> Any:
     with torch.no_grad():
@@ -71,7 +53,8 @@ def without_gradients() -> Any:
 
 def graphed(record: Any = Fixed, most: int = 8) -> tuple[Denoiser, GraphedForward]:
     module = Denoiser()
-    return module, GraphedForward(module, record, most)
+    module.forward = forward = GraphedForward(module.forward, record, most)  # type: ignore[assignment]
+    return module, forward
 
 
 def test_the_third_forward_of_a_shape_runs_no_python_and_gives_the_same_numbers() -> None:
@@ -98,18 +81,6 @@ def test_what_has_another_shape_or_another_value_is_another_forward() -> None:
         assert module(sample.double(), 1.0).sample.dtype is torch.float64
         assert module(torch.ones(3, 2).T, 1.0).sample.shape == (2, 3)
     assert forward.recorded == 6
-
-
-def test_eager_and_compiled_code_have_recordings_of_their_own() -> None:
-    module = Denoiser()
-    switch = SwitchableForward(module)
-    forward = GraphedForward(module, OfItsCode)
-    sample = torch.ones(2, 3)
-    for _ in range(4):
-        for code, doubled in ((switch.eager, 2), (compiled, 2 + ROUNDING)):
-            switch.switch(code)
-            assert module(sample, 0.0).sample[0, 0] == doubled
-    assert (forward.recorded, forward.refused) == (2, 0)
 
 
 def test_only_the_latest_used_are_kept() -> None:

@@ -19,7 +19,8 @@ from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.probing.guidance_cost import find_guidance, settle_guidance
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 from stepserve.pipelines.requests.input_decoding import Inputs
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.routing.reports import job_of
 from tiny_families import save_tiny_flux, save_tiny_sd3
 from tiny_model import UNTRIED, Inbox, a_request, changed_call

@@ -13,8 +13,8 @@ from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.modules.third_party import pinned_noise as host_numbers
 from stepserve.pipelines.modules.third_party.pinned_noise import (
-    bring_arguments,
     can_keep_on_host,
+    on_device,
     on_host,
 )
 from stepserve.pipelines.requests.call import call_pipeline
@@ -106,7 +106,7 @@ def test_arguments_are_brought_to_the_device(monkeypatch: pytest.MonkeyPatch) ->
     # No memory can be pinned where there is no accelerator.
     monkeypatch.setattr(host_numbers, "from_pinned", lambda tensor: tensor)
     module = Where()
-    bring_arguments(module, torch.device("meta"))
+    module.forward = on_device(module.forward, torch.device("meta"))  # type: ignore[method-assign]
     sample = torch.ones(1)
     assert module(sample, inner={"a": sample}) == ("meta", "meta")
     assert module(sample.to("meta"), inner={"a": sample, "b": 1}) == ("meta", "meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from stepserve.engine.tracks.track import Stage
-from stepserve.pipelines.modules.attach import ParkingOptions
+from stepserve.pipelines.modules.parking import ParkingOptions
 from stepserve.pipelines.probing.parked_calls import parked_at
 from torch import Tensor, nn
 

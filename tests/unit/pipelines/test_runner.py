@@ -22,13 +22,14 @@ from stepserve.domain.requests import RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.modules.attach import ParkingOptions, attach, parkable_methods
 from stepserve.pipelines.requests.call import denoiser_calls, make_images
 from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import Inputs
-from stepserve.pipelines.serving import runner as runner_module
+from stepserve.pipelines.serving import listener as listener_module
 from stepserve.pipelines.serving import warm_up as warm_up_module
-from stepserve.pipelines.serving.runner import PipelineRunner, RequestListener
+from stepserve.pipelines.serving import work as work_module
+from stepserve.pipelines.serving.listener import RequestListener
+from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.warm_up import CpuTimes, Curve, measure_steps, warm_up
 from tiny_model import MAX_TOKENS, UNTRIED, Inbox, a_request, pixels
 
@@ -74,7 +75,7 @@ def test_what_nobody_expected_is_answered_too(
     def broken(*args: object) -> int:
         raise TypeError("no such parameter")
 
-    monkeypatch.setattr(runner_module, "denoiser_calls", broken)
+    monkeypatch.setattr(work_module, "denoiser_calls", broken)
     inbox = Inbox()
     runner.submit(a_request(), inbox)
     failed = inbox.wait()
@@ -134,7 +135,7 @@ def test_a_image_that_cannot_be_written_is_a_failure(
     def full(*args: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(runner_module, "encode_image", full)
+    monkeypatch.setattr(listener_module, "encode_image", full)
     inbox = Inbox()
     runner.submit(a_request(), inbox)
     outcome = inbox.wait()
@@ -192,16 +193,6 @@ def test_steps_are_shared_and_encodes_and_decodes_are_not(tiny: LoadedModel) -> 
                 abs(a - b) for a, b in zip(pixels(image.data), reference.tobytes(), strict=True)
             ]
             assert max(difference) <= 1
-
-
-def test_attaching_keeps_the_smaller_limit_and_can_be_undone(tiny: LoadedModel) -> None:
-    pipeline = tiny.pipeline
-    parkable = [(module, rule.method) for _, module, rule in parkable_methods(pipeline)]
-    assert len(parkable) == 4
-    detach = attach(pipeline, ParkingOptions(max_rows=2))
-    assert all(method in vars(module) for module, method in parkable)
-    detach()
-    assert not any(method in vars(module) for module, method in parkable)
 
 
 def test_stopping_detaches(tiny: LoadedModel) -> None:
@@ -329,7 +320,7 @@ def test_warming_up_a_model_that_makes_no_image_says_why(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(runner_module, "make_images", broken)
+    monkeypatch.setattr(work_module, "make_images", broken)
     with pytest.raises(GenerationFailedError, match="no kernel image is available"):
         warm_up(runner)
 

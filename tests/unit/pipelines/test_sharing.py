@@ -21,8 +21,8 @@ from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.modules import attach as attach_module
-from stepserve.pipelines.modules.attach import ParkingOptions
+from stepserve.pipelines.modules import parking
+from stepserve.pipelines.modules.parking import ParkingOptions
 from stepserve.pipelines.probing import sharing_plan as sharing_module
 from stepserve.pipelines.probing.probe_requests import make_probe_requests
 from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, check_sharing
@@ -34,7 +34,8 @@ from stepserve.pipelines.probing.sharing_plan import (
 )
 from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.requests.images import encode_image
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import a_request, submit_all
 
 MAX_ROWS = 16
@@ -189,7 +190,7 @@ def test_a_wrong_rule_is_found_and_requests_run_one_at_a_time(
     fresh: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = ArgumentRules(ignored=frozenset({"encoder_hidden_states"}))
-    monkeypatch.setitem(attach_module.ARGUMENT_RULES, "UNet2DConditionModel", wrong)
+    monkeypatch.setitem(parking.ARGUMENT_RULES, "UNet2DConditionModel", wrong)
     with running(as_class(fresh, UnknownPipeline)) as runner:
         assert runner.plan.alone
         assert "shared forwards raised" in runner.capabilities().sharing_remark

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cachetools import LRUCache
 from diffusers import DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
 from PIL import Image
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
@@ -24,7 +25,6 @@ from stepserve.pipelines.copies.blending import BlendedDenoiser, denoiser_for_in
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.copies.guidance_interval import can_limit_guidance, narrow_to_interval
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.requests import call as tasks_module
 from stepserve.pipelines.requests.call import count_left, denoiser_calls, make_images
 from stepserve.pipelines.requests.inputs import decode_inputs
 from stepserve.pipelines.schedulers.watch import watch_steps
@@ -212,10 +212,8 @@ def test_timesteps_that_a_strength_leaves_are_counted_however_they_are_chosen(ki
     assert count_left(kind(), request, timesteps=10) == 4
 
 
-def test_strengths_that_clients_make_up_are_forgotten(
-    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tasks_module, "MOST_KNOWN_COUNTS", 3)
+def test_strengths_that_clients_make_up_are_forgotten(tiny: LoadedModel) -> None:
+    tiny = replace(tiny, denoiser_calls=LRUCache(3))
     for tenth in range(1, 10):
         request = a_request_for(Task.IMAGE_TO_IMAGE, num_inference_steps=10, strength=tenth / 10)
         assert denoiser_calls(tiny, request) == tenth

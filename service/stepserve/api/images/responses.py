@@ -235,9 +235,7 @@ class ModelResponse(BaseModel):
     compilation: Compilation = Field(
         description="Whether the denoiser is compiled; eager code serves where it is not."
     )
-    compilation_remark: str = Field(
-        description="How far the compilation is, or why there is none; empty where that is plain."
-    )
+    compilation_remark: str = Field(description="Why compilation failed; empty where it did not.")
     expected_s: float | None = Field(
         description="Seconds that a request with the defaults should take on an idle replica; null "
         "while that is not known."

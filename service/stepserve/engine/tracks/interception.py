@@ -20,8 +20,8 @@ from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
 _sequence = itertools.count()
 
 
-def make_parkable(
-    module: object,
+def parkable(
+    original: Callable[..., Any],
     module_name: str,
     method_name: str,
     *,
@@ -31,12 +31,12 @@ def make_parkable(
     bucket_rows: tuple[int, ...] = (),
     enter: Callable[[Hashable], None] | None = None,
     memo: OutputCache | None = None,
-) -> Callable[[], None]:
-    """Replace a method on one module instance; outside a track it behaves as before.
+) -> Callable[..., Any]:
+    """A method that parks every track that calls it; outside a track it behaves as before.
 
     Args:
-        module: the resident module that all tracks share.
-        module_name: its name in the pipeline.
+        original: the method of a resident module that all tracks share.
+        module_name: the module's name in the pipeline.
         method_name: such as `forward` or `decode`.
         stage: what its time is counted as, a value of `Stage`.
         rules: how some of its arguments are to be read.
@@ -44,12 +44,7 @@ def make_parkable(
         bucket_rows: row counts that forwards are filled up to.
         enter: sets the module to a variant before a forward of calls that want it, or None.
         memo: where outputs are kept for calls with the same arguments, or None.
-
-    Returns:
-        A function that undoes the replacement. It does nothing if another replacement was put on
-        top meanwhile: that one still calls this one, which is harmless outside a track.
     """
-    original = getattr(module, method_name)
     method = ParkableMethod(
         module_name,
         method_name,
@@ -74,6 +69,14 @@ def make_parkable(
             return _park(current.track, method, args, kwargs)
         return _recall(current.track, method, method.memo, args, kwargs)
 
+    return parked
+
+
+def make_parkable(
+    module: object, module_name: str, method_name: str, **options: Any
+) -> Callable[[], None]:
+    """Put `parkable` around a method of one instance; returns a function that undoes it."""
+    parked = parkable(getattr(module, method_name), module_name, method_name, **options)
     return replace_method(module, method_name, parked)
 
 
@@ -82,7 +85,8 @@ def replace_method(
 ) -> Callable[[], None]:
     """Replace a method on one instance; returns a function that undoes it.
 
-    It does nothing if another replacement was put on top meanwhile.
+    It does nothing if another replacement was put on top meanwhile: that one still calls this one,
+    which is harmless outside a track.
     """
     before = vars(module).get(name)
     setattr(module, name, replacement)

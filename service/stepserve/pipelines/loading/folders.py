@@ -39,9 +39,8 @@ from stepserve.pipelines.loading.step_limits import (
     with_scheduler_steps,
 )
 from stepserve.pipelines.loading.weights import check_finite_weights, check_heard
-from stepserve.pipelines.modules.attach import parkable_methods
-from stepserve.pipelines.modules.compiling import SwitchableForward
-from stepserve.pipelines.modules.third_party.pinned_noise import bring_arguments, can_keep_on_host
+from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
+from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 from stepserve.pipelines.schedulers.usable import usable_schedulers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -51,7 +50,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class LoadedModel:
     """A resident pipeline, what it can do, and the scheduler classes it may use by name.
 
-    `denoiser_forward` is what compiles the denoiser, where that is wanted.
+    `compiles` says whether its denoiser is to be compiled.
     `cuda_graphs` says whether its forwards may be recorded.
     `sizes_are_said` tells that its own file says which sizes it takes.
     `triable_schedulers` are those that can be tried without the network.
@@ -63,7 +62,7 @@ class LoadedModel:
     schedulers: dict[str, type]
     prompt_meter: PromptMeter
     lender: PipelineFactory
-    denoiser_forward: SwitchableForward | None = None
+    compiles: bool = False
     cuda_graphs: bool = False
     sizes_are_said: bool = False
     triable_schedulers: frozenset[str] = frozenset()
@@ -129,6 +128,8 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     pipeline = _read_pipeline(folder, knobs)
     settle(pipeline, chosen, speed)
     check_finite_weights(pipeline)
+    if speed.compile and denoiser_of(pipeline) is None:
+        raise ModelLoadError("compile needs a component `transformer` or `unet`")
     schedulers = usable_schedulers(pipeline.scheduler)
     meter = measure_prompts(
         pipeline,
@@ -138,9 +139,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     facts = Facts(signature, tuple(schedulers), meter.limit)
     keeps_on_host = can_keep_on_host(pipeline, chosen) and not speed.compile
     if keeps_on_host:
-        for _, module, rule in parkable_methods(pipeline):
-            if rule.shared:
-                bring_arguments(module, chosen)
+        wrap_modules(pipeline, Wrappers(device=chosen))
     lender = PipelineFactory(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),
@@ -156,7 +155,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         schedulers,
         meter,
         lender,
-        SwitchableForward(_denoiser(pipeline)) if speed.compile else None,
+        compiles=speed.compile,
         cuda_graphs=can_record(speed, chosen),
         sizes_are_said="sizes" in manifest,
         triable_schedulers=triable,
@@ -180,13 +179,6 @@ def _read_pipeline(folder: Path, knobs: Knobs) -> Any:
         )
     check_heard(heard)
     return pipeline
-
-
-def _denoiser(pipeline: Any) -> Any:
-    denoiser = denoiser_of(pipeline)
-    if denoiser is None:
-        raise ModelLoadError("compile needs a component `transformer` or `unet`")
-    return denoiser
 
 
 def leave_cores_to_engine() -> None:

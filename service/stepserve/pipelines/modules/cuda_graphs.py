@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -25,8 +25,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from stepserve.engine.calls.arguments import SIMPLE
 from stepserve.engine.calls.stacking import duplicate, tensors_in
 from stepserve.engine.scheduling.row_limits import is_out_of_memory
-from stepserve.pipelines.modules.attach import parkable_methods
-from stepserve.pipelines.modules.compiling import SwitchableForward
 from stepserve.pipelines.modules.third_party.pinned_noise import from_pinned
 
 logger = logging.getLogger(__name__)
@@ -56,28 +54,25 @@ class Seen(Enum):
 
 
 class GraphedForward:
-    """Takes the place of `forward` on one module instance.
+    """Stands around the forward of one module.
 
     The first forward of a shape is eager, as it may be the only one; the second is recorded. What
     cannot be recorded (it looks at a number on the device, say) stays eager, and so does whatever
-    wants gradients or gets arguments that are more than tensors and plain values. Where the forward
-    may also run compiled code, each code has recordings of its own.
+    wants gradients or gets arguments that are more than tensors and plain values.
 
     Args:
-        module: the resident module.
+        forward: of a resident module.
         record: makes a recording; may raise.
         most: recordings that are kept.
     """
 
-    def __init__(self, module: torch.nn.Module, record: Recorder, most: int = MOST_GRAPHS) -> None:
-        self._wrapped: Forward = module.forward
-        self._switch = self._wrapped if isinstance(self._wrapped, SwitchableForward) else None
+    def __init__(self, forward: Forward, record: Recorder, most: int = MOST_GRAPHS) -> None:
+        self._wrapped = forward
         self._record = record
         self._most = most
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._seen: OrderedDict[Hashable, Seen] = OrderedDict()
-        functools.update_wrapper(self, self._wrapped, updated=())
-        module.forward = self
+        functools.update_wrapper(self, forward, updated=())
 
     @property
     def recorded(self) -> int:
@@ -94,8 +89,7 @@ class GraphedForward:
         leaves, structure = tree_flatten((args, kwargs))
         if torch.is_grad_enabled() or not all(map(_can_be_given, leaves)):
             return self._wrapped(*args, **kwargs)
-        code = self._switch.in_use if self._switch else None
-        shape = (code, str(structure), tuple(map(_describe, leaves)))
+        shape = (str(structure), tuple(map(_describe, leaves)))
         recording = self._recordings.get(shape)
         if recording is None and self._is_due(shape):
             recording = self._try_to_record(shape, leaves, structure)
@@ -138,23 +132,6 @@ class GraphedForward:
         self._seen[shape] = seen
         if len(self._seen) > MOST_SHAPES:
             self._seen.popitem(last=False)
-
-
-def graph_denoisers(
-    pipeline: Any, except_for: Collection[str], record: Recorder
-) -> list[GraphedForward]:
-    """Have the forwards that requests share recorded, before they are made to park.
-
-    Args:
-        pipeline: a resident one.
-        except_for: paths of components that calls change while they run.
-        record: makes a recording.
-    """
-    return [
-        GraphedForward(module, record)
-        for path, module, rule in parkable_methods(pipeline)
-        if rule.shared and rule.method == "forward" and path not in except_for
-    ]
 
 
 class CudaRecorder:

@@ -24,7 +24,7 @@ from stepserve.engine.tracks.interception import parameter_names
 from stepserve.pipelines.facts.capabilities import denoiser_of, guidance_arguments
 from stepserve.pipelines.facts.signature import CallSignature
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.modules.attach import ARGUMENT_RULES
+from stepserve.pipelines.modules.parking import ARGUMENT_RULES
 from stepserve.pipelines.probing.probe_requests import run_trial, trial_request
 from stepserve.pipelines.probing.sharing_check import difference
 from stepserve.pipelines.requests.call import NO_NEGATIVE_PROMPT, denoiser_calls

@@ -12,7 +12,8 @@ import torch
 from stepserve.domain.errors import CancelledError
 from stepserve.engine.calls.call import Call, CallKey
 from stepserve.engine.tracks.track import Stage, Track
-from stepserve.pipelines.modules.attach import ParkingOptions, attach, parkable_methods
+from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods
+from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 from stepserve.pipelines.probing.sharing_check import Ear, Trial, trial_work
 
 
@@ -29,7 +30,7 @@ def parked_at(
         for path, _, rule in parkable_methods(pipeline)
         if rule.stage == stage and path not in options.inline
     }
-    detach = attach(pipeline, options)
+    unwrap = wrap_modules(pipeline, Wrappers(parking=options))
     tracks = [Track(trial_work(i, trial, Ear()), lambda: 0.0) for i, trial in enumerate(trials)]
     try:
         with torch.no_grad():
@@ -41,7 +42,7 @@ def parked_at(
     finally:
         for track in tracks:
             track.stop(CancelledError("the trial was about one call only"))
-        detach()
+        unwrap()
 
 
 def _first_calls(track: Track, methods: Set[str]) -> Iterator[Call]:

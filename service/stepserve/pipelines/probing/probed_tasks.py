@@ -20,7 +20,7 @@ from stepserve.domain.models import ModelCapabilities, SizeRange, StepRange
 from stepserve.domain.requests import Task
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.loading.step_limits import likely_steps, within_steps
-from stepserve.pipelines.modules.attach import parkable_methods
+from stepserve.pipelines.modules.parking import parkable_methods
 from stepserve.pipelines.probing.probe_requests import run_trial, trial_request
 from stepserve.pipelines.schedulers.probes import find_steps
 

@@ -26,7 +26,8 @@ from stepserve.domain.timings import Timings
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.tracks.interception import replace_method
 from stepserve.engine.tracks.track import Track, Work
-from stepserve.pipelines.modules.attach import ParkingOptions, ParkingRule, attach, parkable_methods
+from stepserve.pipelines.modules.parking import ParkingOptions, ParkingRule, parkable_methods
+from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 
 Trial = Callable[[], Tensor]
 """One request: calls a borrowed pipeline, and returns what is to be compared."""
@@ -232,7 +233,7 @@ def run_at_once(
     """Run the trials through a batcher; returns what became of each."""
     ears = [Ear() for _ in trials]
     waiting = sorted(zip(arrivals, range(len(trials)), strict=True))
-    detach = attach(pipeline, options)
+    unwrap = wrap_modules(pipeline, Wrappers(parking=options))
     try:
         tick = 0
         while waiting or batcher.active or batcher.queued:
@@ -242,7 +243,7 @@ def run_at_once(
             batcher.tick()
             tick += 1
     finally:
-        detach()
+        unwrap()
     return ears
 
 

@@ -30,7 +30,7 @@ from stepserve.engine.batch_invariance import (
 from stepserve.engine.calls.call import Call
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.verified_families import VERIFIED
-from stepserve.pipelines.modules.attach import ParkingOptions, parkable_methods
+from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
@@ -89,6 +89,17 @@ class SharingPlan:
         """Whether there is nothing to measure: every forward has the same number of rows."""
         return len(self.filled_rows) == 1
 
+    def for_graphs(self, max_rows: int) -> SharingPlan:
+        """This plan where forwards run compiled graphs, which are made for few row counts."""
+        if self.alone:
+            return self
+        if self.filled_rows:
+            # One graph instead of many.
+            usual = FIXED_ROWS in self.filled_rows
+            buckets = (FIXED_ROWS if usual else self.filled_rows[-1],)
+            return replace(self, filled_rows=buckets, row_buckets=buckets)
+        return replace(self, row_buckets=row_buckets(max_rows))
+
     def parking(self, options: ParkingOptions) -> ParkingOptions:
         """`options` as this plan wants them."""
         options = replace(options, bucket_rows=self.row_buckets)
@@ -98,6 +109,16 @@ class SharingPlan:
         elif self.max_rows:
             options = replace(options, max_rows=min(options.max_rows, self.max_rows))
         return replace(options, inline=self.inline)
+
+
+def row_buckets(max_rows: int) -> tuple[int, ...]:
+    """Powers of two up to `max_rows`, and that itself: few graphs, at most half of one unused.
+
+    There is none of one row: the compiler makes other kernels for it, which round differently, so
+    that the bits of an image would depend on what it shares forwards with.
+    """
+    powers = (2**n for n in range(1, max_rows.bit_length()))
+    return tuple(sorted({*(rows for rows in powers if rows < max_rows), max_rows}))
 
 
 def plan_sharing(

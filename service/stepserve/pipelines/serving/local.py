@@ -11,7 +11,8 @@ from stepserve.domain.requests import GenerationRequest
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
-from stepserve.pipelines.serving.runner import PipelineRunner, SharingOptions
+from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.runner import PipelineRunner
 
 
 def generate_locally(

@@ -46,16 +46,15 @@ def with_pinned_noise(cls: type) -> type:
     return type(cls.__name__, (cls,), dict(_with_pinned_noise(cls)))
 
 
-def bring_arguments(module: torch.nn.Module, device: torch.device) -> None:
-    """Have a module's forward get every tensor on its device, wherever the caller has it."""
-    forward = module.forward
+def on_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A forward that gets every tensor on its device, wherever the caller has it."""
 
     @functools.wraps(forward)
     def brought(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda leaf: _bring(leaf, device), (args, kwargs))
         return forward(*args, **kwargs)
 
-    module.forward = brought
+    return brought
 
 
 def from_pinned(tensor: torch.Tensor) -> torch.Tensor:

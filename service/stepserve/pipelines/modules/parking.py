@@ -1,4 +1,4 @@
-"""Which modules of a pipeline park their caller: one row a case, no code per pipeline."""
+"""Which methods of a pipeline's modules park their caller: one row a case, no code per pipeline."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepserve.engine.calls.arguments import ArgumentRules
-from stepserve.engine.calls.call import NO_RULES
-from stepserve.engine.calls.output_cache import OutputCache
-from stepserve.engine.tracks.interception import make_parkable
 from stepserve.engine.tracks.track import Stage
 
 PROMPTS_BYTES = 64 * 2**20
@@ -114,40 +111,6 @@ class ParkingOptions:
     prompt_cache_bytes: int = PROMPTS_BYTES
     inline: frozenset[str] = frozenset()
     enter: Mapping[str, Callable[[Hashable], None]] = field(default_factory=dict)
-
-
-def attach(pipeline: Any, options: ParkingOptions) -> Callable[[], None]:
-    """Make the heavy modules of `pipeline` park every track that calls them.
-
-    The modules stay resident and shared; called outside a track they behave as before.
-
-    Returns:
-        A function that undoes it.
-    """
-    undo = []
-    for path, module, rule in parkable_methods(pipeline):
-        if path in options.inline:
-            continue
-        remembers = rule.remembered and options.prompt_cache_bytes > 0
-        undo.append(
-            make_parkable(
-                module,
-                path,
-                rule.method,
-                stage=rule.stage,
-                rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
-                max_rows=options.max_rows if rule.shared else 1,
-                bucket_rows=options.bucket_rows if rule.shared else (),
-                enter=options.enter.get(path),
-                memo=OutputCache(options.prompt_cache_bytes) if remembers else None,
-            )
-        )
-
-    def detach() -> None:
-        for restore in undo:
-            restore()
-
-    return detach
 
 
 def parkable_methods(pipeline: Any) -> Iterator[tuple[str, nn.Module, ParkingRule]]:

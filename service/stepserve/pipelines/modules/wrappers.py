@@ -1,0 +1,181 @@
+"""What stands around the methods of shared modules: one ordered list, put on in one place.
+
+Each layer needs those before it inside:
+
+- **Device arguments** belong to the module as it was loaded: whoever calls it may have its tensors
+  on the host.
+- **Compiled code** takes the place of the eager forward, so whatever records or parks a forward
+  gets compiled code where there is any.
+- **CUDA graphs** record what the forward launches: compiled kernels, not the compiler's guards.
+- **Parking** is outermost. A parked call holds its arguments only; it is stacked with others
+  before it runs, so graphs and compiled code see the few row counts of shared forwards instead of
+  those of single requests. The output cache and guidance intervals are parts of it: they decide
+  whether, and with which rows, a call parks.
+
+diffusers' offloading is put on before all of these, when a pipeline is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepserve.engine.calls.call import NO_RULES
+from stepserve.engine.calls.output_cache import OutputCache
+from stepserve.engine.tracks.interception import parkable, replace_method
+from stepserve.pipelines.modules.cuda_graphs import GraphedForward, Recorder
+from stepserve.pipelines.modules.parking import (
+    ARGUMENT_RULES,
+    ParkingOptions,
+    ParkingRule,
+    parkable_methods,
+)
+from stepserve.pipelines.modules.third_party.pinned_noise import on_device
+
+Method = Callable[..., Any]
+
+
+class Layer(StrEnum):
+    """What may stand around a method, innermost first."""
+
+    DEVICE_ARGUMENTS = "device arguments"
+    COMPILED = "compiled code"
+    GRAPHS = "CUDA graphs"
+    PARKING = "parking"
+
+
+ORDER = tuple(Layer)
+LAYER_ATTRIBUTE = "stepserve_layer"
+# Where accelerate keeps what it has put around a module's forward.
+OFFLOADING_HOOK = "_hf_hook"
+
+
+class LayerOrderError(Exception):
+    """A layer would be put around one that must be outside it."""
+
+
+@dataclass(frozen=True)
+class Wrappers:
+    """What to put around the methods of a pipeline's modules; what is not given is left out.
+
+    Args:
+        device: where shared forwards get every tensor, wherever their caller has it.
+        compiled: by path of a component, what runs in place of its eager forward.
+        record: makes CUDA graphs of shared forwards.
+        parking: how calls park.
+    """
+
+    device: torch.device | None = None
+    compiled: Mapping[str, Method] = field(default_factory=dict)
+    record: Recorder | None = None
+    parking: ParkingOptions | None = None
+
+
+def wrap_modules(pipeline: Any, wrappers: Wrappers) -> Callable[[], None]:
+    """Put wrappers around the methods of `pipeline` that calls park at, innermost first.
+
+    The modules stay resident and shared; called outside a track they behave as before.
+
+    Returns:
+        A function that takes them off again.
+
+    Raises:
+        LayerOrderError: a method has a layer already that must be outside a new one.
+    """
+    undo: list[Callable[[], None]] = []
+    for path, module, rule in parkable_methods(pipeline):
+        for layer, wrap in _layers(path, module, rule, wrappers):
+            undo.append(put_around(module, rule.method, layer, wrap))
+    return functools.partial(_undo_all, undo)
+
+
+def put_around(
+    module: nn.Module, name: str, layer: Layer, wrap: Callable[[Method], Method]
+) -> Callable[[], None]:
+    """Put one layer around a method; returns a function that takes it off.
+
+    Raises:
+        LayerOrderError: the method has a layer already that must be outside this one.
+    """
+    inner = getattr(module, name)
+    below = getattr(inner, LAYER_ATTRIBUTE, None)
+    if below is not None and ORDER.index(layer) <= ORDER.index(below):
+        raise LayerOrderError(f"{layer} cannot be put around {below}")
+    outer = wrap(inner)
+    setattr(outer, LAYER_ATTRIBUTE, layer)
+    return replace_method(module, name, outer)
+
+
+def wrappers_of(module: nn.Module, name: str) -> Iterator[Method]:
+    """What was put around a method, outermost first."""
+    wrapper = getattr(module, name)
+    while hasattr(wrapper, LAYER_ATTRIBUTE):
+        yield wrapper
+        wrapper = getattr(wrapper, "__wrapped__", None)
+
+
+def graphs_of(pipeline: Any) -> tuple[GraphedForward, ...]:
+    """The forwards of a pipeline that record CUDA graphs."""
+    methods = [(module, rule.method) for _, module, rule in parkable_methods(pipeline)]
+    wrappers = (wrapper for method in methods for wrapper in wrappers_of(*method))
+    return tuple(wrapper for wrapper in wrappers if isinstance(wrapper, GraphedForward))
+
+
+def describe_wrappers(pipeline: Any) -> str:
+    """What stands around each method, outermost first: `unet.forward: parking > CUDA graphs`."""
+    return "; ".join(
+        f"{path}.{rule.method}: {' > '.join(_names(module, rule.method)) or 'nothing'}"
+        for path, module, rule in parkable_methods(pipeline)
+    )
+
+
+def _layers(
+    path: str, module: nn.Module, rule: ParkingRule, wrappers: Wrappers
+) -> Iterator[tuple[Layer, Callable[[Method], Method]]]:
+    """What is wanted around one method, innermost first."""
+    parking = wrappers.parking
+    is_inline = parking is not None and path in parking.inline
+    if wrappers.device is not None and rule.shared:
+        yield Layer.DEVICE_ARGUMENTS, functools.partial(on_device, device=wrappers.device)
+    if path in wrappers.compiled and rule.shared:
+        yield Layer.COMPILED, lambda eager: wrappers.compiled[path]
+    if wrappers.record is not None and rule.shared and not is_inline:
+        yield Layer.GRAPHS, functools.partial(GraphedForward, record=wrappers.record)
+    if parking is not None and not is_inline:
+        yield Layer.PARKING, functools.partial(_parkable, path, module, rule, parking)
+
+
+def _parkable(
+    path: str, module: nn.Module, rule: ParkingRule, options: ParkingOptions, inner: Method
+) -> Method:
+    keeps_outputs = rule.remembered and options.prompt_cache_bytes > 0
+    return parkable(
+        inner,
+        path,
+        rule.method,
+        stage=rule.stage,
+        rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
+        max_rows=options.max_rows if rule.shared else 1,
+        bucket_rows=options.bucket_rows if rule.shared else (),
+        enter=options.enter.get(path),
+        memo=OutputCache(options.prompt_cache_bytes) if keeps_outputs else None,
+    )
+
+
+def _names(module: nn.Module, name: str) -> Iterator[str]:
+    for wrapper in wrappers_of(module, name):
+        yield getattr(wrapper, LAYER_ATTRIBUTE)
+    if name == "forward" and hasattr(module, OFFLOADING_HOOK):
+        yield "offloading"
+
+
+def _undo_all(undo: list[Callable[[], None]]) -> None:
+    # Nothing is taken off that is inside something else.
+    for restore in reversed(undo):
+        restore()

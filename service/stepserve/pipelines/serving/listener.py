@@ -1,0 +1,96 @@
+"""What becomes of one request, told as events to whoever submitted it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from PIL import Image
+
+from stepserve.domain.errors import ContentFilteredError
+from stepserve.domain.events import (
+    Accepted,
+    CutPrompt,
+    Event,
+    Failed,
+    Finished,
+    Preview,
+    Started,
+    StepFinished,
+)
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.timings import Timings
+from stepserve.engine.tracks.listener import tell
+from stepserve.engine.tracks.track import as_stepserve_error
+from stepserve.pipelines.requests.encoding import ImageEncoder, Telling
+from stepserve.pipelines.requests.images import encode_image, encode_preview
+from stepserve.pipelines.requests.input_decoding import Inputs
+
+Sink = Callable[[Event], None]
+Images = Sequence[Image.Image | None]
+"""None in place of one that the pipeline's own safety checker withheld."""
+
+
+@dataclass(frozen=True)
+class RequestListener:
+    """Turns what the engine says about one request into events for its sink."""
+
+    request: GenerationRequest
+    sink: Sink
+    encoder: ImageEncoder
+    inputs: Inputs
+    fingerprint: Callable[[], str] = str
+    withheld: Callable[[int], None] = lambda images: None
+    cut_prompts: tuple[CutPrompt, ...] = ()
+
+    def accepted(self, position: int, expected_s: float) -> None:
+        """The request was let in. Told once its images are known to be fine."""
+        self.inputs.then(partial(self.sink, Accepted(self.request.id, position, expected_s)))
+
+    def started(self) -> None:
+        """The pipeline call begins."""
+        self.sink(Started(self.request.id))
+
+    def step_ended(self, step: int, steps: int) -> None:
+        """The pipeline call got one step further. Called inside it, where raising would end it."""
+        tell(self.request.id, self.sink, StepFinished(self.request.id, step, steps))
+
+    def predicted(self, index: int, step: int, steps: int, images: Images) -> None:
+        """What the images will roughly be. Called inside the pipeline call, as `step_ended` is.
+
+        Previews and the images themselves are encoded by one thread, so they stay in order.
+        """
+        encode = partial(self._encode_preview, index, step, steps, images)
+        tell(self.request.id, self.encoder.submit, len(images), encode)
+
+    def finished(self, result: Images, timings: Timings) -> None:
+        """Encode off the engine thread: the next forward must not wait for it."""
+        self.withheld(sum(image is None for image in result))
+        try:
+            self.encoder.submit(len(result), partial(self._encode, result, timings))
+        except RuntimeError as error:
+            # The interpreter is shutting down.
+            self.failed(error, timings)
+
+    def failed(self, error: BaseException, timings: Timings) -> None:
+        """Cancelled, or the pipeline raised, or an image cannot be read."""
+        self.inputs.forget()
+        if isinstance(error, ContentFilteredError):
+            self.withheld(self.request.n)
+        self.sink(Failed(self.request.id, as_stepserve_error(error, self.request.id)))
+
+    def _encode_preview(self, index: int, step: int, steps: int, images: Images) -> Telling:
+        files = tuple(encode_preview(image, self.request, i) for i, image in enumerate(images))
+        preview = Preview(self.request.id, index, step, steps, files)
+        return partial(tell, self.request.id, self.sink, preview)
+
+    def _encode(self, images: Images, timings: Timings) -> Telling:
+        try:
+            encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
+            finished = Finished(
+                self.request.id, encoded, timings, self.fingerprint(), self.cut_prompts
+            )
+        except Exception as error:
+            return partial(tell, self.request.id, self.failed, error, timings)
+        return partial(tell, self.request.id, self.sink, finished)

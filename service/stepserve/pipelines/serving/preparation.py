@@ -1,0 +1,130 @@
+"""What is found out about a model before it serves, on the thread that will run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from stepserve.engine.loop.engine import Engine
+from stepserve.engine.loop.side_stream import CudaSideStream
+from stepserve.engine.loop.timing import timing_for
+from stepserve.pipelines.adapters.cache import AdapterCache
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.modules.cuda_graphs import CudaRecorder
+from stepserve.pipelines.modules.parking import PROMPTS_BYTES, ParkingOptions
+from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
+from stepserve.pipelines.modules.wrappers import Wrappers
+from stepserve.pipelines.probing.guidance_cost import settle_guidance
+from stepserve.pipelines.probing.probe_requests import make_probe_requests
+from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline, tried_offer
+from stepserve.pipelines.probing.shape_rules import SizeRules
+from stepserve.pipelines.probing.sharing_check import Trial
+from stepserve.pipelines.probing.sharing_plan import SharingPlan, plan_sharing, row_buckets
+from stepserve.pipelines.probing.vae_batching import decoding_rules
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """What an operator decides about how requests share forwards.
+
+    Args:
+        fixed_rows: where images would else depend on the load in their last bits, fill forwards
+            up to one row count if that cures it.
+        prompt_cache_bytes: how much is kept of each text encoder's outputs.
+        plan: made before; None makes one when the engine starts.
+    """
+
+    fixed_rows: bool = True
+    prompt_cache_bytes: int = PROMPTS_BYTES
+    plan: SharingPlan | None = None
+
+
+DEFAULT_SHARING = SharingOptions()
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A model as it is served.
+
+    Args:
+        model: with capabilities that hold.
+        plan: how its forwards are shared.
+        wrappers: what stands around the methods of its modules.
+        trials: small requests of every task that it serves.
+        size_rules: what calls of each size need, where that is not the same for all.
+        threads: torch threads of the engine on a CPU; 0 on another device.
+    """
+
+    model: LoadedModel
+    plan: SharingPlan
+    wrappers: Wrappers
+    trials: Sequence[Trial] = ()
+    size_rules: SizeRules | None = None
+    threads: int = 0
+
+
+def prepare(
+    model: LoadedModel, engine: Engine, adapters: AdapterCache, sharing: SharingOptions
+) -> Preparation:
+    """Find out how requests of a model may share forwards, and set the engine accordingly.
+
+    Run it on the engine's thread, before calls of the model's modules park.
+    """
+    device = model.pipeline.device
+    ceiling = engine.options.row_ceiling
+    if sharing.plan is None:
+        model = _with_probed_capabilities(model)
+    trials = make_probe_requests(model, model.capabilities.tasks)
+    plan = sharing.plan or plan_sharing(
+        model.pipeline,
+        trials,
+        ceiling,
+        sharing.fixed_rows,
+        row_buckets(ceiling) if model.compiles else (),
+    )
+    if model.compiles:
+        plan = plan.for_graphs(ceiling)
+    parking = plan.parking(
+        ParkingOptions(
+            max_rows=ceiling,
+            prompt_cache_bytes=sharing.prompt_cache_bytes,
+            enter=adapters.enter(),
+        )
+    )
+    # Adapters change modules, and a graph is of a module as it was.
+    records = model.cuda_graphs and not (adapters.options.any or plan.alone)
+    adjusts = plan.same_bytes and not (plan.alone or model.compiles)
+    rules, batcher = None, engine.batcher
+    if adjusts and device.type != "cpu":
+        batcher.adjust = rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows)
+    # A plan that was given is to be kept to, untried.
+    elif adjusts and sharing.plan is None:
+        decodings = decoding_rules(model.pipeline, trials[0], plan)
+        batcher.adjust = decodings if decodings.rows else None
+    batcher.start_timing = timing_for(device)
+    batcher.one_at_a_time = plan.alone
+    if can_keep_on_host(model.pipeline, device) and not plan.alone:
+        batcher.aside = CudaSideStream()
+    engine.row_ceiling = parking.max_rows
+    if not plan.has_one_row_count:
+        engine.limit_rows(parking.max_rows)
+    return Preparation(
+        model,
+        plan,
+        Wrappers(parking=parking, record=CudaRecorder() if records else None),
+        trials,
+        rules,
+        # The engine thread's own number counts.
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+    )
+
+
+def _with_probed_capabilities(model: LoadedModel) -> LoadedModel:
+    """Tell what holds, not what the pipeline seems to offer."""
+    model = replace(model, capabilities=limited_to_pipeline(model))
+    model = settle_guidance(model)
+    offer = tried_offer(model)
+    capabilities = replace(model.capabilities, tasks=offer.tasks, sizes=offer.sizes)
+    return replace(model, capabilities=capabilities)
