@@ -19,8 +19,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "api"))
 
 from api_fakes import EMOJI, TIMINGS, FakeBackend, make_app
-from stepserve.api import ApiSettings
 from stepserve.api.auth.keys import ApiKey
+from stepserve.config import Settings
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.events import (
     Accepted,
@@ -115,7 +115,7 @@ class Site:
 
 def serve(backend: SteppingBackend, keys: tuple[ApiKey, ...] = ()) -> Iterator[Site]:
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(backend, ApiSettings("emoji"), keys)
+    app = make_app(backend, Settings(), keys)
     server = uvicorn.Server(uvicorn.Config(app, ws="none", log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

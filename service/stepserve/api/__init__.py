@@ -2,6 +2,5 @@
 
 from stepserve.api.app import create_app
 from stepserve.api.backend import Backend
-from stepserve.api.settings import ApiSettings
 
-__all__ = ["ApiSettings", "Backend", "create_app"]
+__all__ = ["Backend", "create_app"]

@@ -26,7 +26,7 @@ from stepserve.api.bodies.reading import BodyBudget, BodyReader
 from stepserve.api.bodies.schemas import ImageReference
 from stepserve.api.errors import UnauthorizedError
 from stepserve.api.handlers import add_error_handlers
-from stepserve.api.http.head_limits import HeadLimitMiddleware
+from stepserve.api.http.head_limits import HeadLimitMiddleware, head_limits
 from stepserve.api.http.in_flight import InFlight, InFlightMiddleware
 from stepserve.api.http.methods import HeadMiddleware
 from stepserve.api.http.middleware import (
@@ -36,7 +36,7 @@ from stepserve.api.http.middleware import (
     UnexpectedErrorMiddleware,
 )
 from stepserve.api.inputs.fetch import FetchTurns
-from stepserve.api.observe.exchanges import ObservationMiddleware
+from stepserve.api.observe.exchanges import Observation, ObservationMiddleware
 from stepserve.api.openapi import add_schemas, error_responses
 from stepserve.api.results.store import ResultStore
 from stepserve.api.routes import (
@@ -49,7 +49,7 @@ from stepserve.api.routes import (
     requests,
     results,
 )
-from stepserve.api.settings import ApiSettings, Observation
+from stepserve.config import Settings
 
 EXPOSED_HEADERS = (
     "X-Request-ID",
@@ -88,14 +88,17 @@ SERVERS = [{"url": "/", "description": "Where this document comes from."}]
 
 def create_app(
     backend: Backend,
-    settings: ApiSettings,
+    settings: Settings,
     store: ResultStore,
     access: Access,
     observation: Observation = NOT_OBSERVED,
+    *,
+    echo_request_id: bool = True,
 ) -> FastAPI:
     """Return the app that serves `backend` over HTTP to those who have `access`.
 
-    Results that are answered as links are kept in `store`.
+    Results that are answered as links are kept in `store`. `echo_request_id` is turned off behind a
+    proxy that already adds `X-Request-ID` to every response, as Ray Serve's does.
     """
     in_flight = InFlight()
     app = FastAPI(
@@ -111,7 +114,7 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             Middleware(InFlightMiddleware, in_flight=in_flight),
-            *_middleware(settings, access, observation),
+            *_middleware(settings, access, observation, echo_request_id),
         ],
         lifespan=_lifespan,
     )
@@ -157,11 +160,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _middleware(
-    settings: ApiSettings, access: Access, observation: Observation
+    settings: Settings, access: Access, observation: Observation, echo_request_id: bool
 ) -> list[Middleware]:
+    http, most_pending_bytes = settings.http, settings.uploads.max_pending_bytes
     cors = Middleware(
         CrossOriginMiddleware,
-        allow_origins=settings.cors_origins,
+        allow_origins=http.cors_origins,
         allow_methods=("GET", "HEAD", "POST", "DELETE"),
         # A public page that calls a server of a private network: the operator named the page.
         allow_private_network=True,
@@ -169,24 +173,22 @@ def _middleware(
         expose_headers=EXPOSED_HEADERS,
     )
     return [
-        *([cors] if settings.cors_origins else []),
-        Middleware(RequestIdMiddleware, echo=settings.echo_request_id),
+        *([cors] if http.cors_origins else []),
+        Middleware(RequestIdMiddleware, echo=echo_request_id),
         Middleware(ObservationMiddleware, observation=observation),
         Middleware(TimingMiddleware),
         Middleware(UnexpectedErrorMiddleware),
-        Middleware(HeadLimitMiddleware, limits=settings.head),
-        Middleware(CrossSiteMiddleware, origins=settings.cors_origins),
+        Middleware(HeadLimitMiddleware, limits=head_limits(http)),
+        Middleware(CrossSiteMiddleware, origins=http.cors_origins),
         Middleware(AccessMiddleware, access=access),
-        Middleware(BodyTurnsMiddleware, turns=BodyTurns(settings.uploads.max_pending_bytes)),
+        Middleware(BodyTurnsMiddleware, turns=BodyTurns(most_pending_bytes)),
         Middleware(
             BodyLimitMiddleware,
-            max_bytes=settings.max_body_bytes,
-            max_upload_bytes=settings.max_upload_bytes,
-            reader=BodyReader(settings.body_timeout_s, BodyBudget(settings.max_bodies_bytes)),
+            max_bytes=http.max_body_bytes,
+            max_upload_bytes=http.max_upload_bytes,
+            reader=BodyReader(http.body_timeout_s, BodyBudget(http.max_bodies_bytes)),
         ),
-        Middleware(
-            PendingBytesMiddleware, pending=PendingBytes(settings.uploads.max_pending_bytes)
-        ),
+        Middleware(PendingBytesMiddleware, pending=PendingBytes(most_pending_bytes)),
         Middleware(UsageMiddleware, usage=access.usage),
         Middleware(HeadMiddleware),
     ]

@@ -18,7 +18,7 @@ from stepserve.api.http.in_flight import InFlight
 from stepserve.api.inputs.fetch import FetchTurns
 from stepserve.api.request_id import request_id_of
 from stepserve.api.results.store import ResultStore
-from stepserve.api.settings import ApiSettings
+from stepserve.config import Settings
 from stepserve.domain.errors import NotReadyError, UnknownModelError
 from stepserve.domain.events import EncodedImage
 from stepserve.domain.limits import did_you_mean, shown
@@ -36,11 +36,6 @@ def get_backend(request: Request) -> Backend:
     return cast(Backend, request.app.state.backend)
 
 
-def get_settings(request: Request) -> ApiSettings:
-    """Return the settings the app was made with."""
-    return cast(ApiSettings, request.app.state.settings)
-
-
 @dataclass(frozen=True)
 class Incoming:
     """One request as it came in, and what is there to serve it.
@@ -50,7 +45,7 @@ class Incoming:
 
     http: Request
     backend: Backend
-    settings: ApiSettings
+    settings: Settings
     store: ResultStore
     caller: Caller
     request_id: str
@@ -65,7 +60,7 @@ class Incoming:
     async def link(self, image: EncodedImage) -> str:
         """Keep an image for a while, and return where it is."""
         path = await self.store.put(image.data, image.media_type)
-        prefix = self.settings.public_url or str(self.http.base_url)
+        prefix = self.settings.results.public_url or str(self.http.base_url)
         return prefix.rstrip("/") + path
 
 
@@ -74,7 +69,7 @@ def get_incoming(request: Request) -> Incoming:
     return Incoming(
         http=request,
         backend=get_backend(request),
-        settings=get_settings(request),
+        settings=request.app.state.settings,
         store=get_store(request),
         caller=caller_in(request.scope),
         request_id=request_id_of(request.scope),
@@ -113,7 +108,6 @@ def declared_type(request: Request, *known: str) -> str:
 
 
 BackendDep = Annotated[Backend, Depends(get_backend)]
-SettingsDep = Annotated[ApiSettings, Depends(get_settings)]
 StoreDep = Annotated[ResultStore, Depends(get_store)]
 IncomingDep = Annotated[Incoming, Depends(get_incoming)]
 

@@ -12,11 +12,12 @@ from typing import Any, cast
 
 import httpx
 from fastapi import FastAPI
-from stepserve.api import ApiSettings, create_app
+from stepserve.api import create_app
 from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import ApiKey, KeyRing
 from stepserve.api.auth.usage import LocalUsage
 from stepserve.api.results.store import ResultStore
+from stepserve.config import HttpSettings, Settings
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.events import (
     Accepted,
@@ -63,7 +64,7 @@ EMOJI = ModelCapabilities(
 )
 _stores = itertools.count()
 TIMINGS = Timings(queue_s=0.001, denoise_s=0.25, total_s=0.3, batch_share=0.5)
-SETTINGS = ApiSettings(default_model="emoji", max_body_bytes=2000, request_timeout_s=30)
+SETTINGS = Settings(http=HttpSettings(max_body_bytes=2000, request_timeout_s=30))
 
 Generate = Callable[[GenerationRequest], Awaitable[Outcome]]
 Stream = Callable[[GenerationRequest], AsyncIterator[Event]]
@@ -201,14 +202,17 @@ def make_store() -> ResultStore:
 
 def make_app(
     backend: FakeBackend,
-    settings: ApiSettings = SETTINGS,
+    settings: Settings = SETTINGS,
     keys: Sequence[ApiKey] = (),
     clock: Callable[[], float] = time.monotonic,
+    **options: Any,
 ) -> FastAPI:
     access = Access(KeyRing(keys), LocalUsage(clock))
-    return create_app(backend, settings, make_store(), access)
+    return create_app(backend, settings, make_store(), access, **options)
 
 
-def client_for(backend: FakeBackend, settings: ApiSettings = SETTINGS) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=make_app(backend, settings))
+def client_for(
+    backend: FakeBackend, settings: Settings = SETTINGS, **options: Any
+) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=make_app(backend, settings, **options))
     return httpx.AsyncClient(transport=transport, base_url="http://test")

@@ -22,10 +22,11 @@ from api_fakes import (
     run_through,
 )
 from fastapi import FastAPI
-from stepserve.api import ApiSettings, create_app
+from stepserve.api import create_app
 from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import ApiKey, KeyRing, hash_key, new_key
 from stepserve.api.auth.usage import Answer, LocalUsage
+from stepserve.config import HttpSettings, Settings
 from stepserve.domain.errors import GenerationFailedError, NotReadyError
 from stepserve.domain.events import Event
 from stepserve.domain.requests import GenerationRequest, Priority, RequestKey
@@ -268,7 +269,7 @@ async def test_a_place_is_free_after_any_error(backend: FakeBackend, error: Exce
         failed = await draw(client)
         wrong = await draw(client, n=-1)
         unreadable = await client.post(GENERATIONS, content=b"{")
-        too_long = await draw(client, negative_prompt="x" * SETTINGS.max_body_bytes)
+        too_long = await draw(client, negative_prompt="x" * SETTINGS.http.max_body_bytes)
         backend.stream_with = run_through
         good = await draw(client)
 
@@ -379,8 +380,8 @@ async def test_a_place_is_free_if_the_client_leaves_while_it_is_counted(backend:
 PAGE = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
 
 
-def with_cors(origins: Sequence[str]) -> ApiSettings:
-    return ApiSettings("emoji", cors_origins=tuple(origins))
+def with_cors(origins: Sequence[str]) -> Settings:
+    return Settings(http=HttpSettings(cors_origins=tuple(origins)))
 
 
 async def test_pages_from_elsewhere_may_not_call_by_default(backend: FakeBackend):

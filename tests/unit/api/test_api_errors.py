@@ -12,8 +12,8 @@ import pytest
 from api_fakes import EMOJI, Blocking, FakeBackend, client_for, raising
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepserve.api import ApiSettings
 from stepserve.api.errors import TABLE, error_response, kind_of
+from stepserve.config import HttpSettings, Settings
 from stepserve.domain import errors as domain_errors
 from stepserve.domain.errors import (
     CancelledError,
@@ -321,7 +321,7 @@ async def test_invalid_is_told_before_not_ready(client: httpx.AsyncClient, backe
 async def test_timeout(backend: FakeBackend):
     blocking = Blocking()
     backend.generate_with(blocking)
-    async with client_for(backend, ApiSettings("emoji", request_timeout_s=0.01)) as client:
+    async with client_for(backend, Settings(http=HttpSettings(request_timeout_s=0.01))) as client:
         response = await client.post(URL, json={"prompt": "c"})
 
     assert response.status_code == 504
@@ -362,7 +362,7 @@ FIELDS = st.sampled_from(["prompt", "n", "size", "seed", "scheduler", "guidance_
 @given(body=st.dictionaries(FIELDS | st.text(), JSON_VALUES, max_size=5))
 async def test_no_body_at_all_is_a_server_error(body: dict[str, Any]):
     backend = FakeBackend()
-    async with client_for(backend, ApiSettings("emoji")) as client:
+    async with client_for(backend, Settings()) as client:
         response = await client.post(URL, content=json.dumps(body), headers=JSON)
 
     assert response.status_code in {200, 400, 404}

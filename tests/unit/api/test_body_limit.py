@@ -8,7 +8,7 @@ from api_fakes import SETTINGS, FakeBackend
 
 URL = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
-LIMIT = SETTINGS.max_body_bytes
+LIMIT = SETTINGS.http.max_body_bytes
 
 
 async def chunks(parts: Iterable[bytes]) -> AsyncIterator[bytes]:

@@ -16,7 +16,7 @@ from served import HEALTH, connect, is_closed, read_all, read_response, response
 from stepserve.api.exchange_context import Exchange
 from stepserve.api.http.head_limits import HeadLimits
 from stepserve.api.http.protocol import ConnectionLimits
-from stepserve.api.settings import Observation
+from stepserve.api.observe.exchanges import Observation
 from stepserve.domain.events import Accepted, Event, Outcome
 from stepserve.domain.requests import GenerationRequest
 

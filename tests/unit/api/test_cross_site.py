@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 from api_fakes import FakeBackend, client_for
-from stepserve.api import ApiSettings
+from stepserve.config import HttpSettings, Settings
 
 PAGE = "https://page.example"
 GENERATIONS = "/v1/images/generations"
@@ -50,7 +50,7 @@ async def test_the_playground_and_the_address_bar_may_call(client: httpx.AsyncCl
 
 @pytest.mark.parametrize("origins", [(PAGE,), ("*",)])
 async def test_pages_that_are_named_may_call(backend: FakeBackend, origins: tuple[str, ...]):
-    async with client_for(backend, ApiSettings("emoji", cors_origins=origins)) as client:
+    async with client_for(backend, Settings(http=HttpSettings(cors_origins=origins))) as client:
         headers = {"Sec-Fetch-Site": "cross-site", "Origin": PAGE}
         headers["Content-Type"] = "application/json"
 

@@ -13,10 +13,9 @@ from api_fakes import EMOJI, FakeBackend, client_for
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from stepserve.api import ApiSettings
 from stepserve.api.images import inputs
 from stepserve.api.images.inputs import nearest_size
-from stepserve.api.inputs.uploads import UploadLimits
+from stepserve.config import Settings, UploadSettings
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.events import Failed
 from stepserve.domain.model_status import ModelStatus
@@ -25,7 +24,7 @@ from stepserve.domain.requests import GenerationRequest, Task
 
 EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
-SETTINGS = ApiSettings("emoji", uploads=UploadLimits(max_bytes=50_000, max_pixels=40_000))
+SETTINGS = Settings(uploads=UploadSettings(max_bytes=50_000, max_pixels=40_000))
 
 
 def drawn_image(
@@ -378,12 +377,12 @@ async def test_addresses_are_counted_before_any_is_fetched(
 ):
     fetched: list[str] = []
 
-    async def fetch(address: str, field: str, limits: UploadLimits) -> bytes:
+    async def fetch(address: str, field: str, limits: UploadSettings) -> bytes:
         fetched.append(address)
         return drawn_image()
 
     monkeypatch.setattr(inputs, "fetch_image", fetch)
-    settings = ApiSettings("emoji", uploads=UploadLimits(urls=True))
+    settings = Settings(uploads=UploadSettings(urls=True))
     urls = [{"image_url": f"https://example.com/{i}"} for i in range(300)]
     body: dict[str, Any] = {"prompt": "x", "images": urls}
     if field == "mask":

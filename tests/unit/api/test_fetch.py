@@ -17,10 +17,10 @@ import httpcore
 import pytest
 from stepserve.api.inputs import fetch
 from stepserve.api.inputs.fetch import FetchTurns, GuardedBackend, fetch_image, is_public, resolve
-from stepserve.api.inputs.uploads import UploadLimits
+from stepserve.config import UploadSettings
 from stepserve.domain.errors import InvalidRequestError, ServerFullError
 
-LIMITS = UploadLimits(urls=True, max_bytes=1000, fetch_timeout_s=5)
+LIMITS = UploadSettings(urls=True, max_bytes=1000, fetch_timeout_s=5)
 FILE = b"an image"
 
 
@@ -94,11 +94,13 @@ def loopback_only(address: str) -> bool:
     return address == "127.0.0.1"
 
 
-async def fetched(url: str, limits: UploadLimits = LIMITS) -> bytes:
+async def fetched(url: str, limits: UploadSettings = LIMITS) -> bytes:
     return await fetch_image(url, "image", limits, allow=loopback_only)
 
 
-async def refusal(url: str, limits: UploadLimits = LIMITS, **guards: Callable[..., object]) -> str:
+async def refusal(
+    url: str, limits: UploadSettings = LIMITS, **guards: Callable[..., object]
+) -> str:
     with pytest.raises(InvalidRequestError) as refused:
         await fetch_image(url, "image", limits, **({"allow": loopback_only} | guards))  # type: ignore[arg-type]
     assert refused.value.field == "image"
@@ -116,7 +118,7 @@ async def test_a_image_is_fetched(site: Site):
 
 
 async def test_nothing_is_fetched_by_default(site: Site):
-    message = await refusal(site.url(), UploadLimits())
+    message = await refusal(site.url(), UploadSettings())
 
     assert "this server fetches no addresses" in message
     assert site.asked == []
@@ -125,7 +127,7 @@ async def test_nothing_is_fetched_by_default(site: Site):
 async def test_data_urls_need_no_permission():
     url = f"data:image/webp;base64,{base64.b64encode(FILE).decode()}"
 
-    assert await fetch_image(url, "image", UploadLimits(urls=False)) == FILE
+    assert await fetch_image(url, "image", UploadSettings(urls=False)) == FILE
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,7 @@ async def test_a_file_that_is_too_long(site: Site):
 
 
 async def test_a_file_that_takes_too_long(site: Site):
-    limits = UploadLimits(urls=True, fetch_timeout_s=0.2)
+    limits = UploadSettings(urls=True, fetch_timeout_s=0.2)
 
     assert await refusal(site.url("/slow"), limits) == "image did not arrive within 0.2 s"
 

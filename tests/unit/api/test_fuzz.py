@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from stepserve.api import ApiSettings
+from stepserve.config import Settings
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.requests import Task
 
@@ -29,7 +29,7 @@ def fuzzed_app():
     backend = FakeBackend()
     tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
     backend.statuses = [ModelStatus(EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks}), ready=True)]
-    return make_app(backend, ApiSettings("emoji"))
+    return make_app(backend, Settings())
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", fuzzed_app())

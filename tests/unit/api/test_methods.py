@@ -7,13 +7,14 @@ import httpx
 import pytest
 from api_fakes import SETTINGS, FakeBackend, client_for, make_app, make_store
 from served import connect, read_all, served
-from stepserve.api import ApiSettings, create_app
+from stepserve.api import create_app
 from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import KeyRing
 from stepserve.api.auth.usage import LocalUsage
 from stepserve.api.exchange_context import Exchange
 from stepserve.api.http.protocol import ConnectionLimits
-from stepserve.api.settings import Observation
+from stepserve.api.observe.exchanges import Observation
+from stepserve.config import HttpSettings, Settings
 from stepserve.domain.events import Accepted, Event
 from stepserve.domain.requests import GenerationRequest
 
@@ -119,7 +120,7 @@ async def test_a_path_that_is_none_has_no_methods(client: httpx.AsyncClient):
 
 
 async def test_private_networks_are_open_to_pages_that_the_operator_names(backend: FakeBackend):
-    settings = ApiSettings("emoji", cors_origins=(PAGE,))
+    settings = Settings(http=HttpSettings(cors_origins=(PAGE,)))
     async with client_for(backend, settings) as client:
         ours = await client.options("/v1/images/generations", headers=PRIVATE)
         other = PRIVATE | {"Origin": "https://other.example"}

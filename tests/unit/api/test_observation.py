@@ -16,7 +16,7 @@ from stepserve.api.auth.keys import ApiKey, KeyRing, hash_key
 from stepserve.api.auth.usage import LocalUsage
 from stepserve.api.exchange_context import Exchange
 from stepserve.api.observe.access_log import AccessLog
-from stepserve.api.settings import Observation
+from stepserve.api.observe.exchanges import Observation
 from stepserve.domain.errors import GenerationFailedError, ServerFullError
 from stepserve.domain.model_status import ModelStatus
 from stepserve.telemetry.logs import JsonFormatter

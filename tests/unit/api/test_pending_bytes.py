@@ -10,9 +10,8 @@ import pytest
 from api_fakes import EMOJI, Blocking, FakeBackend, client_for
 from hypothesis import given
 from hypothesis import strategies as st
-from stepserve.api import ApiSettings
 from stepserve.api.bodies.pending_bytes import BodyTurns, PendingBytes
-from stepserve.api.inputs.uploads import UploadLimits
+from stepserve.config import Settings, UploadSettings
 from stepserve.domain.errors import ServerFullError
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.requests import Task
@@ -55,8 +54,8 @@ def backend() -> FakeBackend:
     return backend
 
 
-def settings(most_bytes: int) -> ApiSettings:
-    return ApiSettings("emoji", uploads=UploadLimits(max_pending_bytes=most_bytes))
+def settings(most_bytes: int) -> Settings:
+    return Settings(uploads=UploadSettings(max_pending_bytes=most_bytes))
 
 
 def padded(size_bytes: int) -> bytes:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from api_fakes import EMOJI, FakeBackend, client_for, raising
 from PIL import Image
-from stepserve.api import ApiSettings
+from stepserve.config import Settings
 from stepserve.domain.errors import GenerationFailedError, ServerFullError
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.requests import Task
@@ -23,7 +23,7 @@ GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 async def client(backend: FakeBackend) -> httpx.AsyncClient:
     tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
     backend.statuses = [ModelStatus(EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks}), ready=True)]
-    return client_for(backend, ApiSettings("emoji"))
+    return client_for(backend, Settings())
 
 
 def drawn_image() -> bytes:

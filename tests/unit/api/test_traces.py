@@ -13,7 +13,7 @@ from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import KeyRing
 from stepserve.api.auth.usage import LocalUsage
 from stepserve.api.exchange_context import Exchange
-from stepserve.api.settings import Observation
+from stepserve.api.observe.exchanges import Observation
 from stepserve.telemetry.tracing import HttpTraces
 
 GENERATIONS = "/v1/images/generations"

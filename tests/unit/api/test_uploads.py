@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from stepserve.api.inputs.uploads import UploadLimits, read_upload
+from stepserve.api.inputs.uploads import read_upload
+from stepserve.config import UploadSettings
 from stepserve.domain.errors import InvalidRequestError
 
-LIMITS = UploadLimits(max_bytes=100_000, max_pixels=40_000)
+LIMITS = UploadSettings(max_bytes=100_000, max_pixels=40_000)
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -26,7 +27,7 @@ def plain(size: tuple[int, int] = (8, 6)) -> Image.Image:
     return Image.new("RGB", size, "red")
 
 
-def refusal(file: bytes, limits: UploadLimits = LIMITS) -> str:
+def refusal(file: bytes, limits: UploadSettings = LIMITS) -> str:
     with pytest.raises(InvalidRequestError) as refused:
         read_upload(file, "image", limits)
     assert refused.value.field == "image"
@@ -78,14 +79,14 @@ def test_too_many_pixels_are_told_before_any_is_decoded(
 def test_the_limits_themselves_are_allowed():
     assert read_upload(file_of(plain((200, 200))), "image", LIMITS).width == 200
     file = file_of(plain())
-    assert read_upload(file, "image", UploadLimits(max_bytes=len(file))).width == 8
-    message = refusal(file, UploadLimits(max_bytes=len(file) - 1))
+    assert read_upload(file, "image", UploadSettings(max_bytes=len(file))).width == 8
+    message = refusal(file, UploadSettings(max_bytes=len(file) - 1))
     assert message == f"image is {len(file)} bytes long; the limit is {len(file) - 1} bytes"
 
 
 def test_a_small_file_of_many_pixels_is_not_unfolded(monkeypatch: pytest.MonkeyPatch):
     file = file_of(Image.new("L", (4096, 4096)))
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("decoded"))
-    upload = read_upload(file, "image", UploadLimits())
+    upload = read_upload(file, "image", UploadSettings())
 
     assert len(upload.content) <= len(file) < 30_000

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepserve.api.errors import HeadersTooLargeError, UrlTooLongError, error_response
 from stepserve.api.request_id import request_id_of
+from stepserve.config import HttpSettings
 from stepserve.domain.errors import InvalidRequestError
 
 FIELD_OVERHEAD_BYTES = len(": \r\n")
@@ -54,6 +55,11 @@ class HeadLimits:
                 f"the headers are {size_bytes} bytes long or more; the limit is "
                 f"{self.max_header_bytes} bytes"
             )
+
+
+def head_limits(http: HttpSettings) -> HeadLimits:
+    """What is taken of URLs and headers."""
+    return HeadLimits(http.max_url_bytes, http.max_header_bytes, http.max_headers)
 
 
 class HeadLimitMiddleware:

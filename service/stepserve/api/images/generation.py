@@ -90,7 +90,7 @@ class ImageResponder:
         return EventStreamResponse[Event](events, self._write, self._fail)
 
     def _events(self) -> AsyncGenerator[Event | None, None]:
-        http, settings = self.incoming.http, self.incoming.settings
+        http, settings = self.incoming.http, self.incoming.settings.http
         exchange_context_of(http.scope).generation = self.request
         events = self.incoming.backend.submit(self.request)
         timeout_s, stopped = settings.request_timeout_s, self.incoming.stopped

@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stepserve.api.errors import ErrorDetail, error_detail
 from stepserve.domain.events import CutPrompt, EncodedImage, Finished
-from stepserve.domain.guidance import GuidanceKind
+from stepserve.domain.guidance import GuidanceKind, StepWork
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.models import Compilation
+from stepserve.domain.models import Compilation, SizeRange, StepRange
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import AdapterUse, GenerationRequest, Task
 from stepserve.domain.states import RequestState
 from stepserve.domain.timings import Timings
 
@@ -34,13 +34,6 @@ class ImageData(BaseModel):
     )
 
 
-class AdapterResponse(BaseModel):
-    """A LoRA adapter that was applied, and how strongly."""
-
-    name: str
-    scale: float
-
-
 class Parameters(BaseModel):
     """Everything that shaped the images: sent back as a request body, it makes them again."""
 
@@ -53,7 +46,7 @@ class Parameters(BaseModel):
     guidance_scale: float
     seed: int
     scheduler: str
-    adapters: list[AdapterResponse]
+    adapters: list[AdapterUse]
     output_format: Literal["png", "jpeg", "webp"]
     output_compression: int | None = None
     guidance_start: float
@@ -130,15 +123,6 @@ class ImagesResponse(BaseModel):
     )
 
 
-class SizesResponse(BaseModel):
-    """Sides an image may have, in pixels: from `minimum` to `maximum` by `step`."""
-
-    minimum: int
-    maximum: int
-    step: int
-    native: int
-
-
 class FingerprintResponse(BaseModel):
     """What decides the bytes of an image besides its request."""
 
@@ -159,20 +143,6 @@ class FingerprintResponse(BaseModel):
     code: str = Field(description="What runs the denoiser: eager or compiled code.")
 
 
-class StepsResponse(BaseModel):
-    """Numbers of denoising steps."""
-
-    minimum: int
-    maximum: int
-
-
-class StepWorkResponse(BaseModel):
-    """What one step takes for each image."""
-
-    rows: int = Field(description="Rows of each call of the denoiser.")
-    calls: int = Field(description="Calls of the denoiser.")
-
-
 class GuidanceResponse(BaseModel):
     """How a model takes guidance, as it was seen to when it was loaded."""
 
@@ -187,8 +157,8 @@ class GuidanceResponse(BaseModel):
     negative_prompt: bool = Field(
         description="Whether guided requests may have a `negative_prompt`; it costs no more."
     )
-    guided: StepWorkResponse
-    unguided: StepWorkResponse
+    guided: StepWork
+    unguided: StepWork
 
 
 class ModelResponse(BaseModel):
@@ -202,13 +172,13 @@ class ModelResponse(BaseModel):
     description: str
     ready: bool
     detail: str = Field(description="Why the model is not ready; empty where it is.")
-    sizes: SizesResponse
+    sizes: SizeRange
     schedulers: list[str]
     default_scheduler: str
     default_num_inference_steps: int
     min_num_inference_steps: int = Field(description="With the default scheduler.")
     max_num_inference_steps: int = Field(description="With the default scheduler.")
-    scheduler_steps: dict[str, StepsResponse] = Field(
+    scheduler_steps: dict[str, StepRange] = Field(
         description="Of the schedulers that can do other numbers of steps than the default one."
     )
     default_guidance_scale: float
@@ -359,15 +329,6 @@ def parameters_response(request: GenerationRequest) -> Parameters:
 
 def progress_response(progress: Progress) -> ProgressResponse:
     """Return where a request stands, as its own URL tells it."""
-    return ProgressResponse(
-        id=progress.request_id,
-        model=progress.model,
-        created=progress.created,
-        state=progress.state,
-        position=progress.position,
-        step=progress.step,
-        steps=progress.steps,
-        expected_s=progress.expected_s,
-        error=None if progress.error is None else error_detail(progress.error, progress.request_id),
-        timings=progress.timings,
-    )
+    error = None if progress.error is None else error_detail(progress.error, progress.request_id)
+    told = vars(progress) | {"id": progress.request_id, "error": error}
+    return ProgressResponse.model_validate(told)

@@ -21,7 +21,7 @@ import httpcore
 
 from stepserve import __version__
 from stepserve.api.inputs.data_urls import is_address, is_data_url, read_base64, read_data_url
-from stepserve.api.inputs.uploads import UploadLimits
+from stepserve.config import UploadSettings
 from stepserve.domain.errors import InvalidRequestError, ServerFullError
 from stepserve.domain.limits import shown
 
@@ -137,7 +137,7 @@ def is_elsewhere(address: str) -> bool:
 async def fetch_image(
     address: str,
     field: str,
-    limits: UploadLimits,
+    limits: UploadSettings,
     resolver: Resolve = resolve,
     allow: Callable[[str], bool] = is_public,
 ) -> bytes:
@@ -179,7 +179,9 @@ async def fetch_image(
         )
 
 
-async def _fetch(address: str, field: str, limits: UploadLimits, backend: GuardedBackend) -> bytes:
+async def _fetch(
+    address: str, field: str, limits: UploadSettings, backend: GuardedBackend
+) -> bytes:
     async with httpcore.AsyncConnectionPool(network_backend=backend, max_connections=1) as pool:
         for _ in range(MAX_REDIRECTS + 1):
             _check_address(address, field)

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stepserve.api.exchange_context import UNMATCHED, Exchange, exchange_context_of
+from stepserve.api.exchange_context import (
+    UNMATCHED,
+    Exchange,
+    ExchangeListener,
+    exchange_context_of,
+)
 from stepserve.api.http.middleware import UPLOADS
 from stepserve.api.request_id import request_id_of
-from stepserve.api.settings import Observation
-from stepserve.telemetry.tracing import TRACEPARENT, HttpSpan, TraceContext, trace_id_in
+from stepserve.telemetry.tracing import TRACEPARENT, HttpSpan, HttpTraces, TraceContext, trace_id_in
 
 CLIENT_LEFT = 499
 # Requests to these may be refused before the router has seen them.
 _KNOWN = frozenset({"/v1/images/generations", *UPLOADS})
 # Folders of files, which are no routes.
 _MOUNTS = ("/playground", "/docs/assets")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Who hears of HTTP exchanges, where `/metrics` comes from, and what begins spans.
+
+    None shows no metrics, and traces nothing.
+    """
+
+    listeners: tuple[ExchangeListener, ...] = ()
+    read_metrics: Callable[[], Awaitable[str]] | None = None
+    traces: HttpTraces | None = None
 
 
 class ObservationMiddleware:

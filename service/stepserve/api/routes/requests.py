@@ -107,7 +107,7 @@ async def follow_request(
     events = while_connected(
         incoming.http.receive,
         _events(incoming, key, number),
-        incoming.settings.request_timeout_s,
+        incoming.settings.http.request_timeout_s,
         incoming.stopped,
         KEEP_ALIVE_S,
     )

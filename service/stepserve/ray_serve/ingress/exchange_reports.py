@@ -8,7 +8,7 @@ from collections.abc import Callable
 from stepserve import __version__
 from stepserve.api.exchange_context import Exchange
 from stepserve.api.observe.access_log import AccessLog
-from stepserve.api.settings import Observation
+from stepserve.api.observe.exchanges import Observation
 from stepserve.config import TelemetrySettings
 from stepserve.ray_serve.ingress.node_metrics import read_metrics
 from stepserve.ray_serve.logging import start_logging

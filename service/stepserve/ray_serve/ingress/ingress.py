@@ -19,14 +19,12 @@ from stepserve.api.app import create_app
 from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import KeyRing
 from stepserve.api.auth.usage import LocalUsage
-from stepserve.api.http.head_limits import HeadLimits
+from stepserve.api.http.head_limits import head_limits
 from stepserve.api.http.in_flight import InFlight
 from stepserve.api.http.open_connections import affordable_connections
 from stepserve.api.http.protocol import ConnectionLimits
 from stepserve.api.http.server import make_server
-from stepserve.api.inputs.uploads import UploadLimits
 from stepserve.api.results.store import open_store
-from stepserve.api.settings import ApiSettings
 from stepserve.config import HttpSettings, Settings
 from stepserve.ray_serve.heap import (
     INGRESS_TRIM_INTERVAL_S,
@@ -119,28 +117,11 @@ def build_app(settings: Settings, keys: KeyRing, counter: Any, *, echo_request_i
     aliases = {model_id: model.aliases for model_id, model in settings.models.items()}
     backend = RemoteBackend(count_retries(), aliases)
     usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
-    results = settings.results
+    results, access = settings.results, Access(keys, usage)
     store = open_store(results.address, results.expires_s, results.secret)
-    http = settings.http
-    api_settings = ApiSettings(
-        default_model=settings.default_model,
-        max_body_bytes=http.max_body_bytes,
-        request_timeout_s=http.request_timeout_s,
-        echo_request_id=echo_request_id,
-        max_upload_bytes=http.max_upload_bytes,
-        max_bodies_bytes=http.max_bodies_bytes,
-        body_timeout_s=http.body_timeout_s,
-        head=head_limits(http),
-        cors_origins=http.cors_origins,
-        public_url=results.public_url,
-        uploads=UploadLimits(**settings.uploads.model_dump()),
+    return create_app(
+        backend, settings, store, access, observation, echo_request_id=echo_request_id
     )
-    return create_app(backend, api_settings, store, Access(keys, usage), observation)
-
-
-def head_limits(http: HttpSettings) -> HeadLimits:
-    """What is taken of URLs and headers."""
-    return HeadLimits(http.max_url_bytes, http.max_header_bytes, http.max_headers)
 
 
 def connection_limits(http: HttpSettings) -> ConnectionLimits:
