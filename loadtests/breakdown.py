@@ -75,7 +75,7 @@ PARTS = (
     ("scheduler steps", "diffusers/schedulers/"),
     ("diffusers' pipelines, besides", "diffusers/pipelines/"),
     ("engine: stacking and splitting", "engine/calls/stacking.py"),
-    ("engine: deciding", "service/stepserve/engine/scheduling/policy.py"),
+    ("engine: deciding", "service/stepserve/engine/scheduling/"),
 )
 # An engine's thread, and the roots of pipelines' own stacks on it.
 ENGINE = (

@@ -164,7 +164,7 @@ def test_images_of_every_size_are_the_same_when_co_batched(
 
 
 def test_images_are_decoded_beside_the_steps_of_others(runner: PipelineRunner) -> None:
-    assert runner.engine.batcher.aside is not None
+    assert runner.engine.batcher.execution.side_stream is not None
     long = a_request(0, num_inference_steps=60)
     short = [a_request(index, num_inference_steps=4) for index in range(1, 5)]
     wanted = serve_each_alone(runner, [long, *short])

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, ParkableMethod, make_call
 from stepserve.engine.calls.stacking import split, stack, tensors_in
-from stepserve.engine.scheduling.row_limits import is_out_of_memory
+from stepserve.engine.device_errors import is_out_of_memory
 
 Run = Callable[[Sequence[Call], int], list[Any]]
 """Runs calls together, in a forward of so many rows, or of as many as their method wants if 0."""

@@ -14,6 +14,9 @@ import torch
 from stepserve.domain.timings import Timings
 from stepserve.engine.calls.call import Call, ParkableMethod, make_call
 from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
+from stepserve.engine.loop.observer import Observer
+from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
 from stepserve.engine.tracks.interception import make_parkable
 from stepserve.engine.tracks.track import Track, Work
@@ -184,11 +187,29 @@ class Bench:
         max_rows: int = 32,
         bucket_rows: tuple[int, ...] = (),
         policy: Policy = SHORTEST_FIRST,
+        execution: Execution = DEFAULT_EXECUTION,
+        clock: FakeClock | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
-        self.modules = Modules(max_rows=max_rows, bucket_rows=bucket_rows)
+        self.modules = Modules(clock, max_rows=max_rows, bucket_rows=bucket_rows)
         self.clock = self.modules.clock
         self.ended: list[str] = []
-        self.batcher = Batcher(max_rows, clock=self.clock, on_ended=self._on_ended, policy=policy)
+        self.max_rows = max_rows
+        self.estimator = CompletionEstimator()
+        self.batcher = Batcher(
+            max_rows,
+            execution,
+            self.estimator,
+            self.clock,
+            on_ended=self._on_ended,
+            policy=policy,
+            observers=observers,
+        )
+
+    def finish_times_s(self, *newcomers: Track) -> Sequence[float]:
+        """Seconds until everything that was added, and these, should be finished."""
+        tracks = [*self.batcher.scheduler.tracks, *newcomers]
+        return self.estimator.forecast(tracks, self.max_rows).finish_s
 
     def _on_ended(self, track: Track) -> None:
         self.ended.append(track.work.id)
@@ -197,7 +218,7 @@ class Bench:
         return self.add_work(job_work(self.modules, job))
 
     def add_work(self, work: Work) -> Ear:
-        self.batcher.add(Track(work, self.clock))
+        self.batcher.scheduler.add(Track(work, self.clock))
         assert isinstance(work.listener, Ear)
         return work.listener
 

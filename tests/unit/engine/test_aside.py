@@ -10,6 +10,7 @@ import torch
 from engine_fakes import WIDTH, Bench, FakeClock, Job, PoisonedError, alone, make_work
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.requests import RequestKey
+from stepserve.engine.loop.execution import Execution
 
 DECODE_S = 0.2
 
@@ -60,16 +61,14 @@ class Timing:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def device() -> TwoQueues:
+    return TwoQueues(FakeClock())
 
 
 @pytest.fixture
-def device(bench: Bench) -> TwoQueues:
-    device = TwoQueues(bench.clock)
-    bench.batcher.start_timing = device.start  # type: ignore[assignment]
-    bench.batcher.aside = device
-    return device
+def bench(device: TwoQueues) -> Bench:
+    execution = Execution(start_timing=device.start, side_stream=device)  # type: ignore[arg-type]
+    return Bench(execution=execution, clock=device.clock)
 
 
 def test_others_step_while_one_is_decoded(bench: Bench, device: TwoQueues) -> None:
@@ -77,10 +76,10 @@ def test_others_step_while_one_is_decoded(bench: Bench, device: TwoQueues) -> No
     ears = [bench.add(job) for job in (short, long)]
     while not device.log:
         bench.batcher.tick()
-    steps = bench.batcher.active[-1].steps_done
+    steps = bench.batcher.scheduler.running[-1].steps_done
     bench.batcher.tick()
     # It is not woken, and the other one goes on.
-    assert [track.steps_done for track in bench.batcher.active] == [2, steps + 1]
+    assert [track.steps_done for track in bench.batcher.scheduler.running] == [2, steps + 1]
     assert ears[0].ends == []
     bench.run()
     assert bench.ended == ["1", "2"]

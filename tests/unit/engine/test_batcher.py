@@ -11,6 +11,7 @@ from stepserve.domain.errors import CancelledError
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.calls.guidance_interval import Narrowing
 from stepserve.engine.loop.engine import EngineOptions
+from stepserve.engine.loop.execution import Execution
 
 
 def assert_same(ear: Ear, job: Job) -> None:
@@ -81,8 +82,8 @@ def test_cancelling_at_every_park_leaves_the_others_alone() -> None:
         for ear, job in zip(ears, others, strict=True):
             assert_same(ear, job)
         assert sorted(bench.ended) == ["7", "8", "9"]
-        assert not bench.batcher.active
-        assert not bench.batcher.queued
+        assert not bench.batcher.scheduler.running
+        assert not bench.batcher.scheduler.queued
 
 
 def test_cancelling_unknown_or_ended_requests_does_nothing() -> None:
@@ -111,7 +112,7 @@ def test_active_rows_stay_within_the_limit_and_later_ones_wait_in_order() -> Non
     ears = [bench.add(job) for job in jobs]
     most = 0
     while bench.batcher.tick():
-        most = max(most, sum(track.work.rows for track in bench.batcher.active))
+        most = max(most, sum(track.work.rows for track in bench.batcher.scheduler.running))
     assert most == 4
     assert bench.ended == ["0", "1", "2", "3", "4"]
     for ear, job in zip(ears, jobs, strict=True):
@@ -126,7 +127,7 @@ def test_other_sizes_start_where_their_own_forwards_have_room() -> None:
     # In the fakes a set of adapters is what keeps calls apart, as a size does.
     bench.add_work(replace(job_work(bench.modules, other), variant="other"))
     bench.run(1)
-    assert {track.work.id for track in bench.batcher.active} == {"0", "1", "9"}
+    assert {track.work.id for track in bench.batcher.scheduler.running} == {"0", "1", "9"}
     bench.run()
     assert bench.ended == ["9", "0", "1", "2"]
 
@@ -182,9 +183,7 @@ def test_a_tick_that_only_started_something_is_not_idle() -> None:
 
 
 def backlog_s(bench: Bench) -> float:
-    return max(
-        bench.batcher.finish_times_s([*bench.batcher.active, *bench.batcher.queued]), default=0
-    )
+    return max(bench.finish_times_s(), default=0)
 
 
 def test_backlog_shrinks_to_nothing() -> None:
@@ -259,12 +258,11 @@ def test_until_rows_are_measured_the_ceiling_is_the_limit() -> None:
 
 
 def test_one_at_a_time_nobody_starts_before_the_one_at_work_has_ended() -> None:
-    bench = Bench()
-    bench.batcher.one_at_a_time = True
+    bench = Bench(execution=Execution(one_at_a_time=True))
     ears = [bench.add(Job(seed)) for seed in range(3)]
     most = 0
     while bench.batcher.tick():
-        most = max(most, len(bench.batcher.active))
+        most = max(most, len(bench.batcher.scheduler.running))
     assert most == 1
     assert bench.ended == ["0", "1", "2"]
     for seed, ear in enumerate(ears):

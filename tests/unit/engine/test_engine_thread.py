@@ -21,6 +21,7 @@ from stepserve.domain.errors import (
 )
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.timings import Timings
+from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.loop.engine import IDLE_WAIT_S, Engine, EngineOptions
 from stepserve.engine.tracks.interception import make_parkable
 
@@ -334,13 +335,13 @@ def test_an_error_of_the_engines_own_is_told_to_everyone_and_survived(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = engines()
-    decide = engine.batcher._decide
+    decide = engine.batcher.scheduler.pick
 
-    def fail_once() -> list[Any]:
-        monkeypatch.setattr(engine.batcher, "_decide", decide)
+    def fail_once(busy: Any) -> list[Any]:
+        monkeypatch.setattr(engine.batcher.scheduler, "pick", decide)
         raise LookupError("a bug")
 
-    monkeypatch.setattr(engine.batcher, "_decide", fail_once)
+    monkeypatch.setattr(engine.batcher.scheduler, "pick", fail_once)
     with caplog.at_level(logging.ERROR):
         ear = submit(engine, modules, Job(seed=1)).wait()
     assert isinstance(ear.error, GenerationFailedError)
@@ -358,14 +359,14 @@ def test_even_a_dying_engine_thread_answers(
     class Dying(BaseException):
         pass
 
-    def die() -> bool:
+    def die(batcher: Batcher) -> bool:
         raise Dying
 
     def broken(*args: object) -> None:
         raise LookupError("nothing works any more")
 
-    monkeypatch.setattr(engine.batcher, "tick", die)
-    monkeypatch.setattr(engine.batcher, "stop_all", broken)
+    monkeypatch.setattr(Batcher, "tick", die)
+    monkeypatch.setattr(Batcher, "stop_all", broken)
     ear = submit(engine, modules, Job(seed=1))
     engine.start()
     assert ear.wait().news == ["accepted", "failed"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_fakes import Bench, FakeClock, Job, alone
+from stepserve.engine.loop.execution import Execution
 from stepserve.engine.loop.timing import WallTiming, timing_for
 from stepserve.engine.tracks.track import Track
 
@@ -52,21 +53,19 @@ class RunningOn:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def device() -> Device:
+    return Device()
 
 
 @pytest.fixture
-def device(bench: Bench) -> Device:
-    device = Device()
-    bench.batcher.start_timing = device.start  # type: ignore[assignment]
-    return device
+def bench(device: Device) -> Bench:
+    return Bench(execution=Execution(start_timing=device.start))  # type: ignore[arg-type]
 
 
 def test_tracks_are_woken_before_their_forward_is_waited_for(bench: Bench, device: Device) -> None:
     jobs = [Job(seed=seed, steps=3) for seed in (1, 2)]
     ears = [bench.add(job) for job in jobs]
-    for track in bench.batcher.queued:
+    for track in bench.batcher.scheduler.queued:
         device.note_waking(track)
     bench.run()
 

@@ -288,8 +288,10 @@ def test_nothing_is_kept_of_a_request_that_ended(
     try:
         track = Track(make_work(run, name="1", ear=ear), modules.clock)
         kept.append(weakref.ref(track))
-        batcher.add(track)
-        batcher.add(Track(make_work(lambda: Job(seed=2).run(modules), name="2"), modules.clock))
+        batcher.scheduler.add(track)
+        batcher.scheduler.add(
+            Track(make_work(lambda: Job(seed=2).run(modules), name="2"), modules.clock)
+        )
         del track
         if ending == "queued":
             batcher.stop_track(RequestKey("1"), CancelledError("gone"))

@@ -30,7 +30,7 @@ def serve(module: Counting, *tokens: Tensor, variant: str | None = None) -> list
             outputs.append(module(value)[0])
 
         work = Work(str(index), 1, 1, 1, run, Ear(), variant=variant)
-        batcher.add(Track(work, batcher.clock))
+        batcher.scheduler.add(Track(work, batcher.clock))
         while batcher.tick():
             pass
     return outputs

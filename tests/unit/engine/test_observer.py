@@ -24,15 +24,13 @@ class Watcher:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def watcher() -> Watcher:
+    return Watcher()
 
 
 @pytest.fixture
-def watcher(bench: Bench) -> Watcher:
-    watcher = Watcher()
-    bench.batcher.observers.append(watcher)
-    return watcher
+def bench(watcher: Watcher) -> Bench:
+    return Bench(observers=[watcher])
 
 
 def test_each_forward_is_reported_with_what_was_predicted_of_it(bench: Bench, watcher: Watcher):
@@ -56,7 +54,7 @@ def test_each_end_is_reported_once(bench: Bench, watcher: Watcher):
     bench.run()
     ear = bench.add(Job(seed=2, steps=50))
     bench.run(10)
-    left = next(track for track in bench.batcher.active)
+    left = next(track for track in bench.batcher.scheduler.running)
     bench.batcher.stop_track(left.work.key, CancelledError("gone"))
     bench.run()
 

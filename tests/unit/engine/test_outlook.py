@@ -185,9 +185,10 @@ class TwoSizes:
         run = partial(make_image, self.bench.modules, WIDTHS[size], rows, steps)
         work = make_work(run, name=str(number), rows=rows, steps=steps)
         track = Track(replace(work, size=size), self.bench.clock)
-        expected_s = self.bench.batcher.expected_finish_s(track)
+        bench = self.bench
+        expected_s = bench.estimator.stretched_s(track, bench.finish_times_s(track)[-1])
         self.guesses.append(Guess(track, expected_s, self.bench.clock.now_s))
-        self.bench.batcher.add(track)
+        self.bench.batcher.scheduler.add(track)
 
     def error(self, guess: Guess) -> float:
         actual_s = self.ended_s[guess.track.work.id] - guess.submitted_s
@@ -210,9 +211,9 @@ def test_a_lone_request_is_foretold_almost_exactly() -> None:
         ear = bench.add(Job(seed=seed, steps=10 * seed))
         bench.run()
     track = Track(job_work(bench.modules, Job(seed=4, steps=50)), bench.clock)
-    expected_s = bench.batcher.expected_finish_s(track)
+    expected_s = bench.finish_times_s(track)[-1]
     ear = track.work.listener
-    bench.batcher.add(track)
+    bench.batcher.scheduler.add(track)
     bench.run()
     assert isinstance(ear, Ear)
     assert ear.timings is not None

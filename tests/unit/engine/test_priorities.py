@@ -10,7 +10,6 @@ from engine_fakes import Bench, Ear, Job, alone, job_work
 from stepserve.domain.errors import ExpiredError
 from stepserve.domain.requests import Priority
 from stepserve.domain.states import RequestState
-from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.tracks.track import Track
 
 from loadtests.policies import STRICT_FIFO
@@ -27,7 +26,7 @@ def assert_same(ear: Ear, job: Job) -> None:
 
 
 def steps_done(bench: Bench) -> dict[str, int]:
-    return {track.work.id: track.steps_done for track in bench.batcher.active}
+    return {track.work.id: track.steps_done for track in bench.batcher.scheduler.running}
 
 
 def test_a_preempted_job_stands_still_and_goes_on_where_it_stood() -> None:
@@ -131,8 +130,7 @@ def test_short_requests_are_started_before_long_ones_of_the_same_age() -> None:
 
 
 def test_strict_fifo_keeps_the_order_of_submission() -> None:
-    bench = Bench(max_rows=2)
-    bench.batcher = Batcher(2, clock=bench.clock, on_ended=bench._on_ended, policy=STRICT_FIFO)
+    bench = Bench(max_rows=2, policy=STRICT_FIFO)
     for seed, steps in ((1, 50), (2, 4), (3, 10)):
         add(bench, Job(seed=seed, steps=steps), priority=3 - seed)
     bench.run()
@@ -146,7 +144,7 @@ def test_an_expired_request_ends_wherever_it_is() -> None:
     bench.run(2)
     queued = add(bench, Job(seed=2, steps=1000), deadline_s=0.4)
     later = add(bench, Job(seed=3, steps=2))
-    tracks = [*bench.batcher.active, *bench.batcher.queued]
+    tracks = list(bench.batcher.scheduler.tracks)
     while not parked.ends:
         assert later.news == []
         bench.run(1)
@@ -175,7 +173,7 @@ def test_a_pipeline_cannot_talk_its_way_out_of_its_deadline(caught: type[BaseExc
 
     work = replace(job_work(bench.modules, Job(seed=1)), run=run, deadline_s=0.1)
     track = Track(work, bench.clock)
-    bench.batcher.add(track)
+    bench.batcher.scheduler.add(track)
     bench.run()
     assert track.state is RequestState.EXPIRED
 

@@ -91,7 +91,7 @@ class Lives(RuleBasedStateMachine):
         self.jobs[name], self.ears[name] = job, work.listener
         if deadline_s is not None:
             self.deadlines.add(name)
-        self.batcher.add(Track(work, self.modules.clock))
+        self.batcher.scheduler.add(Track(work, self.modules.clock))
         ACTIONS["total"] += 1
 
     @rule(ticks=st.integers(1, 5))
@@ -119,7 +119,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def everyone_is_answered_once_or_still_in_hand(self) -> None:
-        in_hand = {track.work.id for track in (*self.batcher.active, *self.batcher.queued)}
+        in_hand = {track.work.id for track in self.batcher.scheduler.tracks}
         for name, ear in self.ears.items():
             assert len(ear.ends) == (name not in in_hand)
         assert sorted(self.ended) == sorted(set(self.jobs) - in_hand)
@@ -130,8 +130,8 @@ class Lives(RuleBasedStateMachine):
         for name, ear in self.ears.items():
             self._check_end(name, ear)
         assert sorted(self.ended) == sorted(self.jobs)
-        assert not self.batcher.active
-        assert not self.batcher.queued
+        assert not self.batcher.scheduler.running
+        assert not self.batcher.scheduler.queued
         # What a result is made of belongs to the one who asked; all else is gone.
         assert [r() for r in self.kept if r() is not None] == []
 

@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from stepserve.domain.errors import CancelledError, StoppedError
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.calls.call import ParkableMethod
-from stepserve.engine.loop.device_loss import is_device_lost
+from stepserve.engine.device_errors import is_device_lost, is_out_of_memory
 from stepserve.engine.scheduling.row_limits import (
     RECOVERY_FORWARDS,
     STRIKES,
     RowLimits,
-    is_out_of_memory,
     knee,
 )
 from stepserve.engine.tracks.interception import make_parkable
@@ -149,7 +148,7 @@ def test_one_failure_in_passing_is_forgiven() -> None:
     counters = fragile.bench.batcher.counters
     assert (counters.retries, counters.unstacked) == (1, 0)
     assert fragile.rows[-1] == 16
-    assert not fragile.bench.batcher.row_limits._lowered
+    assert not fragile.bench.batcher.executor.row_limits._lowered
 
 
 def test_shapes_are_limited_apart() -> None:
@@ -221,7 +220,7 @@ def test_a_cancel_at_every_park_leaves_no_trace(
     try:
         bench.run(park)
         bench.batcher._start_queued()
-        (track,) = (track for track in bench.batcher.active if track.work.id == "7")
+        (track,) = (track for track in bench.batcher.scheduler.running if track.work.id == "7")
         assert track.call is not None
         del track
         bench.batcher.stop_track(RequestKey("7"), CancelledError("gone"))
@@ -305,7 +304,7 @@ def test_on_a_lost_device_all_are_told_that_another_may_serve_them() -> None:
     assert [type(ear.error) for ear in ears] == [StoppedError] * 3
     # Nothing was tried again in halves.
     assert fragile.rows == [6]
-    assert fragile.bench.batcher.device_lost
+    assert fragile.bench.batcher.executor.device_lost
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def serve(make: Callable[[Switched], list[Work]]) -> Switched:
     make_parkable(module, "module", "forward", stage="denoise", enter=module.enter)
     batcher = Batcher(clock=clock)
     for work in make(module):
-        batcher.add(Track(work, clock))
+        batcher.scheduler.add(Track(work, clock))
     while batcher.tick():
         pass
     return module

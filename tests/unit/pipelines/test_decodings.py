@@ -104,7 +104,7 @@ def test_images_of_several_requests_are_decoded_together_with_the_bytes_of_one(
 
 
 def shares_decodings(runner: PipelineRunner) -> bool:
-    rules = runner.engine.batcher.adjust
+    rules = runner.engine.batcher.execution.adjust
     return isinstance(rules, DecodingRules) and max(rules.rows.values()) >= 4
 
 

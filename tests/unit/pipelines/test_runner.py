@@ -253,7 +253,7 @@ def test_warming_up_measures_the_row_limit_where_none_is_configured(
     inbox = Inbox()
     runner.submit(a_request(), inbox)
     assert isinstance(inbox.wait(), Finished)
-    assert runner.engine.batcher.row_limit == runner.engine.row_limit
+    assert runner.engine.batcher.scheduler.row_limit == runner.engine.row_limit
     runner.stop()
 
 

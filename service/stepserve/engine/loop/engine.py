@@ -24,7 +24,9 @@ from stepserve.domain.errors import (
     StoppedError,
 )
 from stepserve.domain.requests import RequestKey
-from stepserve.engine.loop.batcher import Batcher, Counters
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.loop.counters import Counters
+from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
 from stepserve.engine.loop.observer import Observer
 from stepserve.engine.scheduling.admission import (
     Ending,
@@ -35,6 +37,7 @@ from stepserve.engine.scheduling.admission import (
     load_of,
 )
 from stepserve.engine.scheduling.cost import CostModel
+from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.forecast import CompletionEstimate
 from stepserve.engine.tracks.listener import tell
 from stepserve.engine.tracks.prediction import Prediction
@@ -101,12 +104,11 @@ class Engine:
         self._idle_wait_s = idle_wait_s
         self.options = options or EngineOptions()
         self.row_limit = self.row_ceiling = self.options.row_ceiling
-        self.batcher = Batcher(
-            self.options.row_ceiling,
-            cost,
-            clock,
-            on_ended=self._forget,
-        )
+        self._clock = clock
+        self._estimator = CompletionEstimator(cost)
+        # May be appended to from any thread.
+        self._observers: list[Observer] = []
+        self.batcher = self._batcher_for(DEFAULT_EXECUTION)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         # Guarded by the lock: what submitting threads and the engine thread share. A listener that
@@ -117,17 +119,18 @@ class Engine:
         self._open = True
         self._last_in_hand_s = -math.inf
         self._prepare: Callable[[], None] = lambda: None
+        self._one_at_a_time = False
         # Written by the engine thread only.
         self._running = True
         self._last_sign_of_life_s = clock()
 
-    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+    def start(self, prepare: Callable[[], Execution] = Execution) -> None:
         """Start the engine thread, and wait until `prepare` has run on it, ahead of any work.
 
-        Raises what `prepare` raises.
+        What it returns says how forwards run from then on. Raises what `prepare` raises.
         """
         prepared: Future[None] = Future()
-        self._prepare = partial(_answer, prepared, prepare)
+        self._prepare = partial(_answer, prepared, partial(self._set_up, prepare))
         self._thread.start()
         prepared.result()
 
@@ -147,8 +150,8 @@ class Engine:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
             in_hand = self._not_ended()
             self._check_room(in_hand, work.images)
-            track = Track(work, self.batcher.clock)
-            prospect = self.batcher.prospect([*in_hand, track])
+            track = Track(work, self._clock)
+            prospect = self._forecast([*in_hand, track])
             self._check_deadlines(in_hand, track, prospect)
             self._let_in(in_hand, track, prospect)
         return len(in_hand)
@@ -156,15 +159,15 @@ class Engine:
     def cancel(self, key: RequestKey) -> None:
         """End a request at its next park; does nothing if it is unknown or ended already."""
         error = CancelledError(f"request {key.id} was cancelled")
-        self._commands.put(partial(self.batcher.stop_track, key, error))
+        self._commands.put(lambda: self.batcher.stop_track(key, error))
 
     def release(self, key: RequestKey) -> None:
         """Let held work start; does nothing if it is unknown or ended already."""
-        self._commands.put(partial(self.batcher.release, key))
+        self._commands.put(lambda: self.batcher.release(key))
 
     def fail(self, key: RequestKey, error: BaseException) -> None:
         """End work with an error; does nothing if it is unknown or ended already."""
-        self._commands.put(partial(self.batcher.stop_track, key, error))
+        self._commands.put(lambda: self.batcher.stop_track(key, error))
 
     def load(self) -> Load:
         """Work in hand: everything accepted and not yet ended."""
@@ -178,7 +181,7 @@ class Engine:
         """
         with self._lock:
             tracks = self._not_ended()
-            seconds = self.batcher.finish_times_s(tracks)
+            seconds = self._forecast(tracks).finish_s
         for position, (track, expected_s) in enumerate(zip(tracks, seconds, strict=True)):
             if track.work.key == key:
                 return position, expected_s
@@ -191,11 +194,11 @@ class Engine:
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
         """What was learned of steps; see `Outlook.step_costs`."""
-        return self.batcher.outlook.step_costs()
+        return self._estimator.step_costs()
 
     def serial_s(self, work: Work) -> float:
         """Seconds that `work` should take if there were no other; 0 while nothing is learned."""
-        return self.batcher.finish_times_s([Track(work, self.batcher.clock)])[0]
+        return self._forecast([Track(work, self._clock)]).finish_s[0]
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two ticks, and wait for what it returns.
@@ -215,12 +218,12 @@ class Engine:
 
     def limit_rows(self, rows: int) -> None:
         """Let shared denoiser forwards have at most so many rows from the next tick on."""
-        self.row_limit = min(rows, self.row_ceiling)
-        self._commands.put(partial(self.batcher.limit_rows, self.row_limit))
+        self.row_limit = limit = min(rows, self.row_ceiling)
+        self._commands.put(lambda: self.batcher.scheduler.limit_rows(limit))
 
     def observe(self, observer: Observer) -> None:
         """Report the forwards and ends that come from now on to `observer`."""
-        self.batcher.observers.append(observer)
+        self._observers.append(observer)
 
     @property
     def counters(self) -> Counters:
@@ -232,9 +235,9 @@ class Engine:
 
         Infinite if it ended, or has lost its device: then all that it could do is fail.
         """
-        if not self._thread.is_alive() or self.batcher.device_lost:
+        if not self._thread.is_alive() or self.batcher.executor.device_lost:
             return float("inf")
-        return self.batcher.clock() - self._last_sign_of_life_s
+        return self._clock() - self._last_sign_of_life_s
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Take no new work, finish what is in hand within `drain_s`, cancel the rest, end.
@@ -251,6 +254,24 @@ class Engine:
         self._commands.put(self._end)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _set_up(self, prepare: Callable[[], Execution]) -> None:
+        execution = prepare()
+        self.row_ceiling = execution.row_ceiling or self.row_ceiling
+        if execution.row_limit is not None:
+            self.row_limit = min(execution.row_limit, self.row_ceiling)
+        self._one_at_a_time = execution.one_at_a_time
+        self.batcher = self._batcher_for(execution)
+
+    def _batcher_for(self, execution: Execution) -> Batcher:
+        return Batcher(
+            self.row_limit,
+            execution,
+            self._estimator,
+            self._clock,
+            on_ended=self._forget,
+            observers=self._observers,
+        )
 
     def _main(self) -> None:
         try:
@@ -285,14 +306,14 @@ class Engine:
             if not self._running:
                 return
             worked = self.batcher.tick()
-            self._last_sign_of_life_s = self.batcher.clock()
+            self._last_sign_of_life_s = self._clock()
             if not worked:
                 self._take_commands(wait=True)
         except Exception as error:
             # Ours, as pipelines and listeners are caught elsewhere. Everyone is told, and the
             # engine goes on with what comes next.
             logger.exception("the engine met an error of its own")
-            lost = self.batcher.has_lost_device(error)
+            lost = self.batcher.executor.has_lost_device(error)
             self.batcher.stop_all(_stopped if lost else partial(_engine_failed, error))
 
     def _take_commands(self, wait: bool) -> None:
@@ -324,7 +345,7 @@ class Engine:
     def _forget(self, track: Track) -> None:
         with self._lock:
             self._in_hand.discard(track)
-            self._last_in_hand_s = self.batcher.clock()
+            self._last_in_hand_s = self._clock()
             if not self._in_hand:
                 self._nothing_in_hand.notify_all()
 
@@ -345,14 +366,14 @@ class Engine:
     def _check_deadlines(
         self, in_hand: Sequence[Track], track: Track, prospect: CompletionEstimate
     ) -> None:
-        now_s, outlook = track.submitted_s, self.batcher.outlook
-        check_promises(prospect, outlook.margin, [other.expires_s - now_s for other in in_hand])
+        now_s, estimator = track.submitted_s, self._estimator
+        check_promises(prospect, estimator.lateness, [other.expires_s - now_s for other in in_hand])
         deadline_s = track.work.deadline_s
-        if deadline_s is None or not outlook.knows(track):
+        if deadline_s is None or not estimator.knows(track):
             return
         # It learns from nobody but those that it lets in.
         doubt = STALE_FACTOR if self._is_stale(now_s) else 1.0
-        check_deadline(prospect, outlook.margin, deadline_s, doubt)
+        check_deadline(prospect, estimator.lateness, deadline_s, doubt)
 
     def _is_stale(self, now_s: float) -> bool:
         """Whether the last work in hand is so long ago that what was learned may have changed."""
@@ -362,13 +383,17 @@ class Engine:
         now_s, forward_s = track.submitted_s, prospect.forward_s
         for other, seconds in zip([*in_hand, track], prospect.finish_s, strict=True):
             other.predicted = Prediction(now_s, seconds, forward_s)
-        expected_s = self.batcher.outlook.stretched_s(track, prospect.finish_s[-1])
+        expected_s = self._estimator.stretched_s(track, prospect.finish_s[-1])
         self._in_hand.add(track)
         tell(track.work.id, track.work.listener.accepted, len(in_hand), expected_s)
-        self._commands.put(partial(self.batcher.add, track))
+        self._commands.put(lambda: self.batcher.scheduler.add(track))
+
+    def _forecast(self, tracks: Sequence[Track]) -> CompletionEstimate:
+        """What becomes of these tracks if there are no others; the last one is the newcomer."""
+        return self._estimator.forecast(tracks, self.row_limit, self._one_at_a_time)
 
     def _endings(self, tracks: Sequence[Track]) -> list[Ending]:
-        seconds = self.batcher.finish_times_s(tracks)
+        seconds = self._forecast(tracks).finish_s
         return [Ending(s, t.work.images) for s, t in zip(seconds, tracks, strict=True)]
 
 

@@ -51,9 +51,9 @@ class CompletionEstimator:
     Written by the engine thread only; others may read slightly old values.
     """
 
-    def __init__(self, cost: CostModel) -> None:
-        self.cost = cost
-        self.margin = LatenessQuantile()
+    def __init__(self, cost: CostModel | None = None) -> None:
+        self.cost = cost or CostModel()
+        self.lateness = LatenessQuantile()
         self._shapes: dict[Hashable, StepShape] = {}
         self._latest = UNKNOWN
         self._tick_overhead_s = Average()
@@ -78,7 +78,7 @@ class CompletionEstimator:
             self._learn_stretch(track, now_s - track.submitted_s)
         # What expired would have ended even later. Without it only those on time would be heeded.
         if track.predicted and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
-            self.margin.observe(track.predicted, now_s)
+            self.lateness.observe(track.predicted, now_s)
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
         """Seconds of a step by size: those of any forward, and those of each row in it."""

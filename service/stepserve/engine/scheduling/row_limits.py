@@ -6,8 +6,6 @@ import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from stepserve.engine.calls.call import Call
 
 logger = logging.getLogger(__name__)
@@ -16,20 +14,6 @@ RECOVERY_FORWARDS = 64
 MOST_RECOVERY_FORWARDS = 4096
 STRIKES = 3
 KNEE_TOLERANCE = 0.03
-OUT_OF_MEMORY_TEXTS = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "alloc_failed",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. torch tells it by several types, and on CPU by the text alone."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(t in text for t in OUT_OF_MEMORY_TEXTS)
 
 
 def knee(seconds_by_rows: Mapping[int, float], tolerance: float = KNEE_TOLERANCE) -> int:
@@ -92,6 +76,10 @@ class RowLimits:
     def __init__(self, denoiser_rows: int | None = None) -> None:
         self.denoiser_rows = denoiser_rows
         self._lowered: dict[Hashable, Lowered] = {}
+
+    def limit_denoiser(self, rows: int) -> None:
+        """Let forwards of the stage "denoise" have at most so many rows."""
+        self.denoiser_rows = rows
 
     def limit(self, call: Call) -> int:
         """Most rows of one shared forward for calls like this one."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from stepserve.engine.calls.arguments import SIMPLE
 from stepserve.engine.calls.stacking import duplicate, tensors_in
-from stepserve.engine.scheduling.row_limits import is_out_of_memory
+from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.pipelines.modules.third_party.pinned_noise import from_pinned
 
 logger = logging.getLogger(__name__)

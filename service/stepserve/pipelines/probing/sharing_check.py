@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.loop.execution import Execution
 from stepserve.engine.tracks.interception import replace_method
 from stepserve.engine.tracks.track import Track, Work
 from stepserve.pipelines.modules.parking import ParkingOptions, ParkingRule, parkable_methods
@@ -205,8 +206,7 @@ def check_sharing(
     changed = plain.changed - options.inline
     if changed and not one_at_a_time:
         return SharingReport(changed=tuple(sorted(changed)))
-    batcher = Batcher(row_limit=len(trials))
-    batcher.one_at_a_time = one_at_a_time
+    batcher = Batcher(len(trials), Execution(one_at_a_time=one_at_a_time))
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
         ears = run_at_once(batcher, pipeline, trials, arrivals or [0] * len(trials), options)
@@ -236,10 +236,11 @@ def run_at_once(
     unwrap = wrap_modules(pipeline, Wrappers(parking=options))
     try:
         tick = 0
-        while waiting or batcher.active or batcher.queued:
+        while waiting or batcher.scheduler.tracks:
             while waiting and waiting[0][0] <= tick:
                 _, index = waiting.pop(0)
-                batcher.add(Track(trial_work(index, trials[index], ears[index]), batcher.clock))
+                track = Track(trial_work(index, trials[index], ears[index]), batcher.clock)
+                batcher.scheduler.add(track)
             batcher.tick()
             tick += 1
     finally:

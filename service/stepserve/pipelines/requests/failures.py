@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError, StepserveError
 from stepserve.domain.requests import GenerationRequest, Task
-from stepserve.engine.scheduling.row_limits import is_out_of_memory
+from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.pipelines.schedulers.probes import MakeScheduler, ScheduleError, try_all
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from stepserve.engine.loop.engine import Engine
+from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
 from stepserve.engine.loop.side_stream import CudaSideStream
 from stepserve.engine.loop.timing import timing_for
 from stepserve.pipelines.adapters.cache import AdapterCache
@@ -22,7 +23,7 @@ from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline, tried_
 from stepserve.pipelines.probing.shape_rules import SizeRules
 from stepserve.pipelines.probing.sharing_check import Trial
 from stepserve.pipelines.probing.sharing_plan import SharingPlan, plan_sharing, row_buckets
-from stepserve.pipelines.probing.vae_batching import decoding_rules
+from stepserve.pipelines.probing.vae_batching import DecodingRules, decoding_rules
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Preparation:
         model: with capabilities that hold.
         plan: how its forwards are shared.
         wrappers: what stands around the methods of its modules.
+        execution: how the engine is to run its forwards.
         trials: small requests of every task that it serves.
         size_rules: what calls of each size need, where that is not the same for all.
         threads: torch threads of the engine on a CPU; 0 on another device.
@@ -60,6 +62,7 @@ class Preparation:
     model: LoadedModel
     plan: SharingPlan
     wrappers: Wrappers
+    execution: Execution = DEFAULT_EXECUTION
     trials: Sequence[Trial] = ()
     size_rules: SizeRules | None = None
     threads: int = 0
@@ -68,7 +71,7 @@ class Preparation:
 def prepare(
     model: LoadedModel, engine: Engine, adapters: AdapterCache, sharing: SharingOptions
 ) -> Preparation:
-    """Find out how requests of a model may share forwards, and set the engine accordingly.
+    """Find out how requests of a model may share forwards, and how forwards are to run.
 
     Run it on the engine's thread, before calls of the model's modules park.
     """
@@ -96,24 +99,27 @@ def prepare(
     # Adapters change modules, and a graph is of a module as it was.
     records = model.cuda_graphs and not (adapters.options.any or plan.alone)
     adjusts = plan.same_bytes and not (plan.alone or model.compiles)
-    rules, batcher = None, engine.batcher
+    rules: SizeRules | None = None
+    decodings: DecodingRules | None = None
     if adjusts and device.type != "cpu":
-        batcher.adjust = rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows)
+        rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows)
     # A plan that was given is to be kept to, untried.
     elif adjusts and sharing.plan is None:
         decodings = decoding_rules(model.pipeline, trials[0], plan)
-        batcher.adjust = decodings if decodings.rows else None
-    batcher.start_timing = timing_for(device)
-    batcher.one_at_a_time = plan.alone
-    if can_keep_on_host(model.pipeline, device) and not plan.alone:
-        batcher.aside = CudaSideStream()
-    engine.row_ceiling = parking.max_rows
-    if not plan.has_one_row_count:
-        engine.limit_rows(parking.max_rows)
+    decodes_aside = can_keep_on_host(model.pipeline, device) and not plan.alone
+    execution = Execution(
+        row_ceiling=parking.max_rows,
+        row_limit=None if plan.has_one_row_count else parking.max_rows,
+        one_at_a_time=plan.alone,
+        adjust=decodings if decodings and decodings.rows else rules,
+        start_timing=timing_for(device),
+        side_stream=CudaSideStream() if decodes_aside else None,
+    )
     return Preparation(
         model,
         plan,
         Wrappers(parking=parking, record=CudaRecorder() if records else None),
+        execution,
         trials,
         rules,
         # The engine thread's own number counts.

@@ -15,6 +15,7 @@ from stepserve.domain.models import Compilation, ModelCapabilities
 from stepserve.domain.reports import BatchView
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.engine.loop.engine import Engine, EngineOptions
+from stepserve.engine.loop.execution import Execution
 from stepserve.engine.tracks.track import as_stepserve_error
 from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
@@ -178,11 +179,12 @@ class PipelineRunner:
         self._unwrap()
         self.adapters.close()
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> Execution:
         """On the engine's thread."""
         self._prepared = prepare(self.model, self.engine, self.adapters, self._sharing)
         self._limits = self._limits_of(self._prepared)
         self._unwrap = wrap_modules(self.model.pipeline, self._prepared.wrappers)
+        return self._prepared.execution
 
     def _compile(self, backend: Backend) -> None:
         """On the engine's thread, while no request is in flight."""

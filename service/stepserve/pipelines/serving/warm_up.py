@@ -28,7 +28,8 @@ from stepserve.domain.errors import (
 from stepserve.domain.events import Event, Failed, Finished
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
-from stepserve.engine.scheduling.row_limits import is_out_of_memory, knee
+from stepserve.engine.device_errors import is_out_of_memory
+from stepserve.engine.scheduling.row_limits import knee
 from stepserve.engine.tracks.track import Work
 from stepserve.pipelines.loading.weights import check_all_weights
 from stepserve.pipelines.requests.call import make_images

@@ -74,7 +74,7 @@ class ReplicaMetrics:
             requests=load.requests,
             images=load.images,
             image_limit=engine.options.max_pending_images,
-            row_limit=engine.batcher.row_limit,
+            row_limit=engine.row_limit,
             load_s=self._load_s,
             memory_bytes=self._runner.memory_bytes(),
         )

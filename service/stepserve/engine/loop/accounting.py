@@ -1,0 +1,118 @@
+"""What is learned, counted and reported of forwards and of requests that ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from stepserve.domain.reports import EndReport, ForwardReport
+from stepserve.engine.loop.counters import Counters
+from stepserve.engine.loop.executor import Forward
+from stepserve.engine.loop.observer import Observer
+from stepserve.engine.scheduling.estimator import CompletionEstimator
+from stepserve.engine.scheduling.row_limits import RowLimits
+from stepserve.engine.tracks.track import Clock, Stage, Track
+
+SHOWN_FORWARDS = 64
+
+
+class Accounting:
+    """Tells tracks, estimator, counters and observers what became of each forward.
+
+    Args:
+        estimator: learns what forwards and requests take.
+        row_limits: hear of forwards that went well.
+        counters: that are kept.
+        clock: seconds, monotonic.
+        observers: hear of forwards and ends; may be appended to from any thread.
+    """
+
+    def __init__(
+        self,
+        estimator: CompletionEstimator,
+        row_limits: RowLimits,
+        counters: Counters,
+        clock: Clock,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.counters = counters
+        self.latest_forwards: deque[ForwardReport] = deque(maxlen=SHOWN_FORWARDS)
+        self._estimator = estimator
+        self._row_limits = row_limits
+        self._clock = clock
+        self._observers = observers
+
+    def forward_launched(self, forward: Forward, tracks: Sequence[Track]) -> None:
+        """What the tracks, one for each call, should know of a forward before they go on."""
+        if forward.stage is not Stage.DENOISE:
+            return
+        rows = forward.rows
+        self.counters.denoiser_rows += rows
+        for track, call in zip(tracks, forward.calls, strict=True):
+            track.steps_done += 1
+            track.shares.append(call.rows / rows)
+            track.first_step_s = track.first_step_s or forward.timing.started_s
+            self._estimator.step_ended(track, call)
+
+    def forward_ended(self, forward: Forward, tracks: Sequence[Track], row_limit: int) -> None:
+        """Wait for the end of a forward, report it, and learn from it."""
+        seconds, rows, call = forward.timing.wait(), forward.rows, forward.calls[0]
+        shape, stage, cost = call.key.shape, forward.stage, self._estimator.cost
+        self.counters.forwards += 1
+        report = ForwardReport(
+            number=self.counters.forwards,
+            stage=call.method.stage,
+            module=call.method.name,
+            requests=tuple(
+                (track.work.key, call.rows)
+                for track, call in zip(tracks, forward.calls, strict=True)
+            ),
+            rows=rows,
+            padded_rows=forward.padded_rows,
+            row_limit=row_limit,
+            seconds=seconds,
+            # Before anything is learned from it.
+            expected_s=cost.predict(shape, rows) if cost.knows(shape) else None,
+            ended_s=self._clock(),
+        )
+        self.latest_forwards.append(report)
+        for observer in self._observers:
+            observer.forward_ended(report)
+        for track in tracks:
+            track.stage_s[stage] = track.stage_s.get(stage, 0.0) + seconds
+        if stage is Stage.DENOISE:
+            self.counters.denoiser_s += seconds
+        cost.observe(shape, rows, seconds)
+        self._row_limits.succeeded(call, rows)
+        self.counters.padded_rows += forward.padded_rows
+        self.counters.rows += rows
+        self.counters.calls += len(forward.calls)
+        self.counters.forward_s += seconds
+
+    def tick_ended(self, started_s: float, forward_s: float) -> None:
+        """A tick with a forward is over.
+
+        Args:
+            started_s: when it began, on the engine's clock.
+            forward_s: of the counters, when it began.
+        """
+        busy_s = self._clock() - started_s
+        self.counters.ticks += 1
+        self.counters.busy_s += busy_s
+        self._estimator.tick_ended(busy_s, self.counters.forward_s - forward_s)
+
+    def track_ended(self, track: Track) -> None:
+        """A request has ended, and its listener has heard it."""
+        now_s, work = self._clock(), track.work
+        self._estimator.track_ended(track, now_s)
+        report = EndReport(
+            key=work.key,
+            state=track.state,
+            timings=track.timings(now_s),
+            images=work.images,
+            steps_left=track.steps_left,
+            has_deadline=work.deadline_s is not None,
+            ended_s=now_s,
+        )
+        for observer in self._observers:
+            observer.request_ended(report)
