@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from optree import PyTreeSpec
 from stepserve.pipelines.modules.cuda_graphs import Forward, GraphedForward, Recording
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
 
 class Denoiser(torch.nn.Module):
@@ -30,9 +30,9 @@ class Denoiser(torch.nn.Module):
 class Fixed:
     """As a CUDA graph: fixed places for arguments and output, written anew at each replay."""
 
-    def __init__(self, forward: Forward, leaves: Sequence[Any], structure: TreeSpec) -> None:
+    def __init__(self, forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec) -> None:
         self.places = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(self.places, structure)
+        args, kwargs = structure.unflatten(self.places)
         self.run = lambda: Denoiser.forward(Denoiser(), *args, **kwargs)
         forward(*args, **kwargs)
         self.replayed = 0
@@ -99,7 +99,7 @@ class Wrong(Fixed):
         return UNet2DConditionOutput(sample=super().replay(leaves).sample + 1)
 
 
-def refuse(forward: Forward, leaves: Sequence[Any], structure: TreeSpec) -> Recording:
+def refuse(forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec) -> Recording:
     raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
@@ -153,7 +153,7 @@ def test_a_request_whose_numbers_overflowed_refuses_no_shape() -> None:
 def test_where_memory_runs_out_a_shape_is_tried_again_later() -> None:
     failures = [torch.OutOfMemoryError("CUDA out of memory")]
 
-    def scarce(forward: Forward, leaves: Sequence[Any], structure: TreeSpec) -> Recording:
+    def scarce(forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec) -> Recording:
         if failures:
             raise failures.pop()
         return Fixed(forward, leaves, structure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -97,6 +97,11 @@ def flatten(
     None is a value, and so is a container of any other type.
     """
     return optree.tree_flatten(value, is_leaf, none_is_leaf=True)
+
+
+def unflatten(structure: PyTreeSpec, leaves: Iterable[Any]) -> Any:
+    """What `flatten` has taken apart, with these values."""
+    return structure.unflatten(leaves)
 
 
 def classify(value: Any, rows: int, ruled: ArgumentKind | None = None) -> ArgumentKind:

@@ -25,6 +25,7 @@ from stepserve.engine.calls.arguments import (
     describe,
     flatten,
     outline,
+    unflatten,
 )
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ class Layout(NamedTuple):
 
     def rebuild(self, leaves: Sequence[Any]) -> CallArguments:
         """Positional and keyword arguments of these values."""
-        arguments: Any = self.structure.unflatten(leaves)
-        args, values = arguments
+        args, values = unflatten(self.structure, leaves)
         return args, dict(zip(self.names, values, strict=True))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stepserve.engine.calls.arguments import ArgumentKind, classify, flatten
+from stepserve.engine.calls.arguments import ArgumentKind, classify, flatten, unflatten
 from stepserve.engine.calls.call import CallArguments
 from stepserve.engine.calls.stacking import map_tensors
 
@@ -75,8 +75,7 @@ class Narrowing:
                 f"guidance cannot be limited to an interval: a call of {self.rows} rows was "
                 "expected, with the conditional ones behind the others"
             )
-        halves: Any = structure.unflatten(map(self._second_half, leaves))
-        half_args, half_kwargs = halves
+        half_args, half_kwargs = unflatten(structure, map(self._second_half, leaves))
         return half_args, kwargs | half_kwargs
 
     def widen(self, output: Any) -> Any:

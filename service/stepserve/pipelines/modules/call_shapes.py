@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+
+from stepserve.engine.calls.arguments import flatten, unflatten
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,25 +37,22 @@ class UniformArguments:
         if "timestep" in kwargs:
             kwargs = {**kwargs, "timestep": _one_a_row(kwargs["timestep"], rows)}
         elif self._place is not None and self._place < len(args):
-            before, value, after = _around(args, self._place)
-            args = (*before, _one_a_row(value, rows), *after)
-        return Example(*tree_map(_dense, (args, kwargs)))
+            timestep = _one_a_row(args[self._place], rows)
+            args = (*args[: self._place], timestep, *args[self._place + 1 :])
+        leaves, structure = flatten((args, kwargs))
+        return Example(*unflatten(structure, map(_dense, leaves)))
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The leading size of the first tensor that has dimensions; 1 where there is none."""
-    leaves, _ = tree_flatten((args, kwargs))
+    leaves, _ = flatten((args, list(kwargs.values())))
     return next((leaf.shape[0] for leaf in leaves if _has_rows(leaf)), 1)
 
 
 def shape_of(example: Example) -> Hashable:
     """Equal for calls that the same graph can serve."""
-    leaves, structure = tree_flatten((example.args, example.kwargs))
-    return str(structure), tuple(_describe(leaf) for leaf in leaves)
-
-
-def _around(args: tuple[Any, ...], place: int) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
-    return args[:place], args[place], args[place + 1 :]
+    leaves, structure = flatten((example.args, example.kwargs))
+    return structure, tuple(_describe(leaf) for leaf in leaves)
 
 
 def _one_a_row(timestep: Any, rows: int) -> Any:

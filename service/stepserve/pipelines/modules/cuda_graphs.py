@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from enum import Enum, auto
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from cachetools import LRUCache
+from optree import PyTreeSpec
 
-from stepserve.engine.calls.arguments import SIMPLE
+from stepserve.engine.calls.arguments import SIMPLE, flatten, unflatten
 from stepserve.engine.calls.stacking import duplicate, tensors_in
 from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.pipelines.modules.third_party.pinned_noise import from_pinned
@@ -43,7 +43,7 @@ class Recording(Protocol):
         ...
 
 
-Recorder = Callable[[Forward, Sequence[Any], TreeSpec], Recording]
+Recorder = Callable[[Forward, Sequence[Any], PyTreeSpec], Recording]
 
 
 class Seen(Enum):
@@ -69,9 +69,8 @@ class GraphedForward:
     def __init__(self, forward: Forward, record: Recorder, most: int = MOST_GRAPHS) -> None:
         self._wrapped = forward
         self._record = record
-        self._most = most
-        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self._seen: OrderedDict[Hashable, Seen] = OrderedDict()
+        self._recordings: LRUCache[Hashable, Recording] = LRUCache(most)
+        self._seen: LRUCache[Hashable, Seen] = LRUCache(MOST_SHAPES)
         functools.update_wrapper(self, forward, updated=())
 
     @property
@@ -86,30 +85,29 @@ class GraphedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay the graph of this shape, or run eager code."""
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = flatten((args, kwargs))
         if torch.is_grad_enabled() or not all(map(_can_be_given, leaves)):
             return self._wrapped(*args, **kwargs)
-        shape = (str(structure), tuple(map(_describe, leaves)))
+        shape = (structure, tuple(map(_describe, leaves)))
         recording = self._recordings.get(shape)
         if recording is None and self._is_due(shape):
             recording = self._try_to_record(shape, leaves, structure)
         if recording is None:
             return self._wrapped(*args, **kwargs)
-        self._recordings.move_to_end(shape)
         return recording.replay(leaves)
 
     def _is_due(self, shape: Hashable) -> bool:
         seen = self._seen.get(shape)
         if seen is None:
-            self._note(shape, Seen.ONCE)
+            self._seen[shape] = Seen.ONCE
         return seen is Seen.ONCE
 
     def _try_to_record(
-        self, shape: Hashable, leaves: Sequence[Any], structure: TreeSpec
+        self, shape: Hashable, leaves: Sequence[Any], structure: PyTreeSpec
     ) -> Recording | None:
         try:
             recording = self._record(self._wrapped, leaves, structure)
-            args, kwargs = tree_unflatten(list(leaves), structure)
+            args, kwargs = unflatten(structure, leaves)
             objection = _objection(self._wrapped(*args, **kwargs), recording.replay(leaves))
         except Exception as error:
             if is_out_of_memory(error):
@@ -118,20 +116,15 @@ class GraphedForward:
                 return None
             objection = f"{type(error).__name__}: {error}".splitlines()[0]
         if objection:
-            self._note(shape, Seen.REFUSED)
+            self._seen[shape] = Seen.REFUSED
             logger.info("a forward of %s stays eager: %s", shape, objection)
             return None
-        self._recordings[shape] = recording
-        if len(self._recordings) > self._most:
-            evicted, _ = self._recordings.popitem(last=False)
+        if len(self._recordings) == self._recordings.maxsize:
+            evicted, _ = self._recordings.popitem()
             # Else it would be recorded again the very next time.
             self._seen.pop(evicted, None)
+        self._recordings[shape] = recording
         return recording
-
-    def _note(self, shape: Hashable, seen: Seen) -> None:
-        self._seen[shape] = seen
-        if len(self._seen) > MOST_SHAPES:
-            self._seen.popitem(last=False)
 
 
 class CudaRecorder:
@@ -140,7 +133,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, forward: Forward, leaves: Sequence[Any], structure: TreeSpec) -> Recording:
+    def __call__(self, forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec) -> Recording:
         """Record one forward; its kernels must have run before, so that all is loaded."""
         return CudaRecording(forward, leaves, structure, self._pool)
 
@@ -149,14 +142,14 @@ class CudaRecording:
     """One CUDA graph, with its arguments and its output."""
 
     def __init__(
-        self, forward: Forward, leaves: Sequence[Any], structure: TreeSpec, pool: Any
+        self, forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec, pool: Any
     ) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         self._inputs = [
             leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf
             for leaf in leaves
         ]
-        args, kwargs = tree_unflatten(self._inputs, structure)
+        args, kwargs = unflatten(structure, self._inputs)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may copy images from the device meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from diffusers.utils import torch_utils
-from torch.utils._pytree import tree_map
 
+from stepserve.engine.calls.arguments import flatten, unflatten
 from stepserve.pipelines.modules.third_party.rebinding import with_names
 
 NOISE = "randn_tensor"
@@ -51,7 +51,8 @@ def on_device(forward: Callable[..., Any], device: torch.device) -> Callable[...
 
     @functools.wraps(forward)
     def brought(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(lambda leaf: _bring(leaf, device), (args, kwargs))
+        leaves, structure = flatten((args, kwargs))
+        args, kwargs = unflatten(structure, (_bring(leaf, device) for leaf in leaves))
         return forward(*args, **kwargs)
 
     return brought
