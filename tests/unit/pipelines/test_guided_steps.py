@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +10,22 @@ from typing import Any
 
 import pytest
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.events import Failed, Finished
+from stepserve.domain.events import Accepted, Failed, Finished
 from stepserve.domain.guidance import CLASSIC, Guidance, GuidanceKind, StepWork
 from stepserve.domain.models import ModelCapabilities
+from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import GenerationRequest
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.engine.tracks.track import Work
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.probing.guidance_cost import find_guidance, settle_guidance
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 from stepserve.pipelines.requests.input_decoding import Inputs
-from stepserve.pipelines.serving.preparation import SharingOptions
+from stepserve.pipelines.serving.listener import RequestListener
+from stepserve.pipelines.serving.preparation import SharingOptions, with_probed_capabilities
 from stepserve.pipelines.serving.runner import PipelineRunner
-from stepserve.routing.reports import job_of
+from stepserve.pipelines.serving.work import work_of
+from stepserve.ray_serve.replica.request_tracker import RequestTracker
+from stepserve.routing.reports import Report, job_of
 from tiny_families import save_tiny_flux, save_tiny_sd3
 from tiny_model import UNTRIED, Inbox, a_request, changed_call
 
@@ -108,11 +112,10 @@ def flow_request(**changes: Any) -> GenerationRequest:
 def started(model: LoadedModel) -> PipelineRunner:
     """A runner that tried what its model does, but not how rows may share."""
     runner = PipelineRunner(
-        model,
+        with_probed_capabilities(model),
         EngineOptions(max_rows=8, max_pending_images=64, threads=1),
         sharing=SharingOptions(plan=SharingPlan()),
     )
-    runner._settle_capabilities()
     runner.start()
     return runner
 
@@ -129,10 +132,6 @@ def schnell_runner(schnell: LoadedModel) -> Iterator[PipelineRunner]:
     runner = started(schnell)
     yield runner
     runner.stop()
-
-
-def work_of(runner: PipelineRunner, request: GenerationRequest) -> Work:
-    return runner._work(request, lambda event: None, Inputs(request))
 
 
 def image(runner: PipelineRunner, request: GenerationRequest) -> bytes:
@@ -172,30 +171,60 @@ def test_guidance_and_a_negative_prompt_have_the_effect_that_is_told(
     assert "without guidance: set guidance_scale over 1 (got 1)" in error.message
 
 
+class DenoiserForwards:
+    """Rows of each denoiser forward, as the engine reports it."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def forward_ended(self, report: ForwardReport) -> None:
+        if report.stage == "denoise":
+            self.rows.append(report.rows)
+
+    def request_ended(self, report: EndReport) -> None:
+        pass
+
+
+async def report_while_in_flight(runner: PipelineRunner, request: GenerationRequest) -> Report:
+    """What the routers are told of a replica that has accepted a request and not begun it."""
+    tracker, begin, reports = RequestTracker(runner), threading.Event(), []
+    held = threading.Thread(target=runner.engine.call, args=(begin.wait,))
+    held.start()
+    async for event in tracker.submit(request):
+        if isinstance(event, Accepted):
+            reports.append(tracker.report())
+            begin.set()
+    held.join()
+    (report,) = reports
+    return report
+
+
 @pytest.mark.parametrize("name", ["flux_runner", "schnell_runner"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_the_router_counts_what_the_engine_runs(
+async def test_the_router_counts_what_the_engine_runs(
     name: str, scale: float, request: pytest.FixtureRequest
 ) -> None:
+    """Guided FLUX takes one row an image, as guidance is an input of its denoiser."""
     runner: PipelineRunner = request.getfixturevalue(name)
+    forwards = DenoiserForwards()
+    runner.engine.observe(forwards)
     wanted = flow_request(id=f"{name}-{scale}", guidance_scale=scale, n=2, num_inference_steps=3)
-    job, work = job_of(wanted, runner.guidance), work_of(runner, wanted)
-    image(runner, wanted)
-    forwards = [
-        part.rows
-        for forward in runner.view().forwards
-        for part in forward.requests
-        if part.id == wanted.id and forward.module.startswith("transformer")
-    ]
-    assert (job.rows, job.steps) == (work.rows, work.steps)
-    assert forwards == [job.rows] * job.steps
+    report = await report_while_in_flight(runner, wanted)
+    (told,) = report.jobs
+    # What a router expects before it has sent the request.
+    assert told == job_of(wanted, report.guidance)
+    assert forwards.rows == [told.rows] * told.steps
+    if name == "flux_runner":
+        assert (told.rows, told.steps) == (2, 3)
 
 
 def test_the_engine_is_told(tiny: LoadedModel) -> None:
     guidance = replace(CLASSIC, guided=StepWork(rows=1, calls=2))
     model = replace(tiny, capabilities=replace(tiny.capabilities, guidance=guidance))
     runner = PipelineRunner(model, sharing=UNTRIED)
-    work = work_of(runner, a_request(n=3, num_inference_steps=5))
+    asked = a_request(n=3, num_inference_steps=5)
+    listener = RequestListener(asked, lambda event: None, runner._encoder, Inputs(asked))
+    work = work_of(model, runner.adapters, asked, listener)
     assert (work.rows, work.steps) == (3, 10)
 
 

@@ -37,6 +37,7 @@ from stepserve.engine.scheduling.admission import (
     load_of,
 )
 from stepserve.engine.scheduling.cost import CostModel
+from stepserve.engine.scheduling.demand import Demand
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.forecast import CompletionEstimate
 from stepserve.engine.tracks.listener import tell
@@ -187,13 +188,13 @@ class Engine:
                 return position, expected_s
         return None
 
-    def steps_left(self) -> dict[RequestKey, int]:
-        """Denoising steps left to everything in hand."""
+    def demands(self) -> dict[RequestKey, Demand]:
+        """What is left to do for each request in flight."""
         with self._lock:
-            return {track.work.key: track.steps_left for track in self._not_ended()}
+            return {t.work.key: self._estimator.demand(t) for t in self._not_ended()}
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
-        """What was learned of steps; see `Outlook.step_costs`."""
+        """What was learned of steps; see `CompletionEstimator.step_costs`."""
         return self._estimator.step_costs()
 
     def serial_s(self, work: Work) -> float:

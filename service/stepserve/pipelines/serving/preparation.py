@@ -78,7 +78,7 @@ def prepare(
     device = model.pipeline.device
     ceiling = engine.options.row_ceiling
     if sharing.plan is None:
-        model = _with_probed_capabilities(model)
+        model = with_probed_capabilities(model)
     trials = make_probe_requests(model, model.capabilities.tasks)
     plan = sharing.plan or plan_sharing(
         model.pipeline,
@@ -127,7 +127,7 @@ def prepare(
     )
 
 
-def _with_probed_capabilities(model: LoadedModel) -> LoadedModel:
+def with_probed_capabilities(model: LoadedModel) -> LoadedModel:
     """Tell what holds, not what the pipeline seems to offer."""
     model = replace(model, capabilities=limited_to_pipeline(model))
     model = settle_guidance(model)

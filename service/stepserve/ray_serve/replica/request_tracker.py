@@ -127,13 +127,13 @@ class RequestTracker:
     def report(self) -> Report:
         """What routers should know of the requests in flight, and of what steps cost here."""
         engine, guidance = self._runner.engine, self._runner.guidance
-        steps = engine.steps_left()
+        demands = engine.demands()
         requests = (record.request for record in self._log.in_flight())
         return Report(
             jobs=tuple(
-                replace(job_of(request, guidance), steps=steps[request.key])
+                replace(job_of(request, guidance), rows=demand.rows, steps=demand.steps)
                 for request in requests
-                if request is not None and request.key in steps
+                if request is not None and (demand := demands.get(request.key))
             ),
             costs={_size(size): StepCost(*cost) for size, cost in engine.step_costs().items()},
             image_limit=engine.options.max_pending_images,
