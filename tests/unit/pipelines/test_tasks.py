@@ -99,8 +99,7 @@ def test_every_task_is_diffusers_own_pipeline_over_the_same_modules(
     assert type(one).__name__ == CLASSES[task]
     for name in ("unet", "vae", "text_encoder"):
         assert getattr(one, name) is getattr(tiny.pipeline, name)
-    # One that remembers, for all tasks.
-    assert one.tokenizer is other.tokenizer is tiny.lender.lend().tokenizer
+    assert one.tokenizer is other.tokenizer is tiny.pipeline.tokenizer
     assert one.scheduler is not other.scheduler
     assert one._progress_bar_config == {"disable": True}
 

@@ -18,13 +18,10 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from stepserve.domain.requests import Task
 from stepserve.pipelines.copies.blending import denoiser_for_inpainting
 from stepserve.pipelines.facts.signature import CallSignature, read_signature
-from stepserve.pipelines.modules.third_party.memoized_schedulers import memoizing_class
-from stepserve.pipelines.modules.third_party.memoized_tokenizers import memoizing_tokenizer
 from stepserve.pipelines.modules.third_party.pinned_noise import on_host, with_pinned_noise
 from stepserve.pipelines.schedulers.usable import Configured
 
@@ -59,11 +56,6 @@ class PipelineFactory:
         self._prototypes: dict[str, Any] = {}
         pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
         self._lenders = {task: (p, _lent_class(p, keeps_on_host)) for task, p in pipelines.items()}
-        self._tokenizers = {
-            name: memoizing_tokenizer(value)
-            for name, value in vars(pipeline).items()
-            if isinstance(value, PreTrainedTokenizerBase)
-        }
         self._signatures = {task: read_signature(type(p)) for task, p in pipelines.items()}
 
     @property
@@ -87,7 +79,6 @@ class PipelineFactory:
         instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
         lent = borrow(pipeline, instead)
         lent.__class__ = lent_class
-        vars(lent).update(self._tokenizers)
         return lent
 
     def configured(self, name: str) -> Configured:
@@ -107,9 +98,7 @@ class PipelineFactory:
 @lru_cache(maxsize=64)
 def prototype_of(scheduler: Configured) -> Any:
     """What schedulers of one class with the same settings are copied from."""
-    prototype = scheduler.build()
-    prototype.__class__ = memoizing_class(prototype)
-    return prototype
+    return scheduler.build()
 
 
 def copy_scheduler(scheduler: Any, copied: dict[int, Any] | None = None) -> Any:
