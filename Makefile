@@ -31,11 +31,13 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 COMMANDS := tests/integration/test_cli.py tests/integration/test_hub_models.py
 ALONE := tests/integration $(COMMANDS:%=--ignore=%)
 BESIDE := $(COMMANDS) tests/browser tests/parity tests/unit
+# A file goes to one worker as a whole, which starts what it needs once; the longest come first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 CHOSEN := -m "not slow"
 test: $(INSTALLED)  ## Run every test that is not marked slow.
 	@status=0; \
 	$(BIN)/python -m pytest $(CHOSEN) --durations=12 $(ALONE) || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 -n 2 --dist loadfile $(BESIDE) || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 $(TWO) $(BESIDE) || status=1; \
 	exit $$status
 
 test-all: CHOSEN :=
