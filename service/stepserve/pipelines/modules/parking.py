@@ -27,9 +27,8 @@ class ParkingRule:
         shared: whether calls of several requests may share a forward. Text encoders and VAEs run
             one call at a time: they take a few percent of the time and gain little from sharing,
             while on many processors their kernels round differently for another row count, and the
-            image would no longer be the one that diffusers makes alone. See `decodings` for where
-            that is otherwise.
-        remembered: whether outputs are kept for calls with equal arguments. Most requests have the
+            image would no longer be the one that diffusers makes by itself.
+        cached: whether outputs are kept for calls with equal arguments. Most requests have the
             same negative prompt, and people try a prompt again and again.
     """
 
@@ -37,7 +36,7 @@ class ParkingRule:
     method: str
     stage: Stage
     shared: bool = False
-    remembered: bool = False
+    cached: bool = False
 
     def covers(self, path: str) -> bool:
         """Whether the component at that dotted path is meant."""
@@ -47,7 +46,7 @@ class ParkingRule:
 
 DENOISERS = ("unet", "transformer", "transformer_[0-9]", "prior", "decoder")
 PARKING_RULES = (
-    ParkingRule(("text_encoder*",), "forward", Stage.ENCODE, remembered=True),
+    ParkingRule(("text_encoder*",), "forward", Stage.ENCODE, cached=True),
     ParkingRule(("image_encoder",), "forward", Stage.ENCODE),
     ParkingRule(DENOISERS, "forward", Stage.DENOISE, shared=True),
     ParkingRule(("controlnet", "adapter"), "forward", Stage.CONTROL, shared=True),

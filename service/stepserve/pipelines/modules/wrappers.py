@@ -154,7 +154,7 @@ def _layers(
 def _parkable(
     path: str, module: nn.Module, rule: ParkingRule, options: ParkingOptions, inner: Method
 ) -> Method:
-    keeps_outputs = rule.remembered and options.prompt_cache_bytes > 0
+    keeps_outputs = rule.cached and options.prompt_cache_bytes > 0
     return parkable(
         inner,
         path,

@@ -11,7 +11,7 @@ native one there; so it is for other devices.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,6 @@ from stepserve.engine.batch_invariance import (
     varied,
 )
 from stepserve.engine.calls.call import Call, ParkableMethod
-from stepserve.pipelines.modules.shape_methods import ShapeMethods
 from stepserve.pipelines.probing.sharing_plan import TRIED_CALLS, RowCounts, same_bits
 
 logger = logging.getLogger(__name__)
@@ -41,11 +40,17 @@ class SizeRules:
         self.same_bytes = True
         self._most_rows = most_rows
         self._fix_rows = fix_rows
-        self._methods = ShapeMethods(self._find)
+        self._methods: dict[Hashable, ParkableMethod] = {}
 
     def __call__(self, call: Call) -> Call:
         """The call, with its method as its shape needs it."""
-        return call if call.method.max_rows == 1 else self._methods.give(call)
+        if call.method.max_rows == 1:
+            return call
+        shape = call.key.shape
+        if shape not in self._methods:
+            self._methods[shape] = self._find(call)
+        method = self._methods[shape]
+        return call if call.method is method else replace(call, method=method)
 
     def _find(self, call: Call) -> ParkableMethod:
         call.enter()

@@ -23,7 +23,6 @@ from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline, tried_
 from stepserve.pipelines.probing.shape_rules import SizeRules
 from stepserve.pipelines.probing.sharing_check import Trial
 from stepserve.pipelines.probing.sharing_plan import SharingPlan, plan_sharing, row_buckets
-from stepserve.pipelines.probing.vae_batching import DecodingRules, decoding_rules
 
 
 @dataclass(frozen=True)
@@ -98,20 +97,14 @@ def prepare(
     )
     # Adapters change modules, and a graph is of a module as it was.
     records = model.cuda_graphs and not (adapters.options.any or plan.alone)
-    adjusts = plan.same_bytes and not (plan.alone or model.compiles)
-    rules: SizeRules | None = None
-    decodings: DecodingRules | None = None
-    if adjusts and device.type != "cpu":
-        rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows)
-    # A plan that was given is to be kept to, untried.
-    elif adjusts and sharing.plan is None:
-        decodings = decoding_rules(model.pipeline, trials[0], plan)
+    needs_rules = device.type != "cpu" and plan.same_bytes and not (plan.alone or model.compiles)
+    rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows) if needs_rules else None
     decodes_aside = can_keep_on_host(model.pipeline, device) and not plan.alone
     execution = Execution(
         row_ceiling=parking.max_rows,
         row_limit=None if plan.has_one_row_count else parking.max_rows,
         one_at_a_time=plan.alone,
-        adjust=decodings if decodings and decodings.rows else rules,
+        adjust=rules,
         start_timing=timing_for(device),
         side_stream=CudaSideStream() if decodes_aside else None,
     )

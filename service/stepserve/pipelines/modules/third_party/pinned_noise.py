@@ -21,7 +21,6 @@ import torch
 from diffusers.utils import torch_utils
 
 from stepserve.engine.calls.arguments import flatten, unflatten
-from stepserve.pipelines.modules.third_party.rebinding import with_names
 
 NOISE = "randn_tensor"
 # Those whose Python was seen to take timesteps from the host.
@@ -106,3 +105,16 @@ def _with_pinned_noise(cls: type) -> Iterator[tuple[str, FunctionType]]:
     for name, method in inspect.getmembers(cls, inspect.isfunction):
         if NOISE in method.__code__.co_names and not hasattr(method, "__wrapped__"):
             yield name, with_names(method, {NOISE: pinned_randn_tensor})
+
+
+def with_names(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """The same code, to which some global names mean something else."""
+    other = FunctionType(
+        function.__code__,
+        function.__globals__ | names,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    other.__kwdefaults__ = function.__kwdefaults__
+    return other
