@@ -1,4 +1,4 @@
-"""Where one request stands, as far as its events tell."""
+"""The progress of one request, as its events show it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Progress:
 
 
 def new_progress(request: GenerationRequest, created: int) -> Progress:
-    """A request of which nothing was heard yet. `created` is Unix time in seconds."""
+    """The progress of a request without events yet. `created` is Unix time in seconds."""
     return Progress(
         request.id, request.model, request.owner, created, steps=request.num_inference_steps
     )

@@ -89,7 +89,7 @@ def open_traces(instance: str, environ: Mapping[str, str] | None = None) -> Trac
     """Make what spans of this process go through; None if there is nowhere to send them.
 
     Args:
-        instance: tells this process apart from others of the service.
+        instance: name of this process among those of the service.
     """
     try:
         options = trace_options(os.environ if environ is None else environ)

@@ -14,4 +14,4 @@ class Observer(Protocol):
         """A forward succeeded."""
 
     def request_ended(self, report: EndReport) -> None:
-        """A request ended, and its listener has heard it."""
+        """A request ended; its listener was called before."""
