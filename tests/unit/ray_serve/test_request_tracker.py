@@ -303,3 +303,27 @@ async def test_images_that_nobody_waits_for_are_not_kept(
 
     assert tracker.progress(RequestKey("a")) is not None
     assert images() is None
+
+
+class Traces:
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[RequestKey, Event | None]] = []
+
+    def begin(self, request: GenerationRequest) -> None:
+        self.heard.append((request.key, None))
+
+    def add_event(self, key: RequestKey, event: Event) -> None:
+        self.heard.append((key, event))
+
+
+async def test_traces_hear_of_a_request_and_all_its_events(runner: ThreadedRunner):
+    traces = Traces()
+    tracker = RequestTracker(cast(Any, runner), cast(Any, traces))
+    events = await accepted(tracker, request(owner="me"))
+    runner.tell(Started("a"), StepFinished("a", 1, 20), finished())
+    await rest(events)
+
+    heard = [None, Accepted("a", 0, 1.0), Started("a"), StepFinished("a", 1, 20), finished()]
+    assert traces.heard == [(RequestKey("a", "me"), event) for event in heard]
