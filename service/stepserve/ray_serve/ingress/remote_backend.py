@@ -68,8 +68,8 @@ class RemoteBackend:
 
     @asynccontextmanager
     async def _attempt(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
-        handle = self._handle(request.model).options(stream=True)
-        events = handle.submit.remote(request, self._id)
+        handle = self._handle(request.model).options(method_name="submit", stream=True)
+        events = handle.remote(request, self._id)
         try:
             yield events
         except (asyncio.CancelledError, GeneratorExit):
