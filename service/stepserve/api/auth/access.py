@@ -42,8 +42,6 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or answer 401."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         scope["state"]["caller"] = ANYBODY
         # The browser asks for permission without a key.
         if not self._access.keys.keys or not _is_guarded(scope) or scope["method"] == "OPTIONS":

@@ -45,7 +45,7 @@ class CrossSiteMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or answer 403."""
-        if scope["type"] != "http" or not self._is_from_elsewhere(scope):
+        if not self._is_from_elsewhere(scope):
             return await self._app(scope, receive, send)
         origin = shown(Headers(scope=scope).get("origin", ""))
         error = CrossSiteError(f"pages of {origin} may not call; http.cors_origins names who may")

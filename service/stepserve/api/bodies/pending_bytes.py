@@ -122,7 +122,7 @@ class BodyTurnsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection when it is its turn."""
-        size_bytes = declared_bytes(Headers(scope=scope)) if scope["type"] == "http" else 0
+        size_bytes = declared_bytes(Headers(scope=scope))
         if size_bytes <= SMALL_BYTES:
             return await self._app(scope, receive, send)
         async with self._turns.turn(size_bytes):
@@ -138,8 +138,6 @@ class PendingBytesMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or answer 429."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         size_bytes = scope["state"].get("body_bytes", 0)
         with self._pending.hold() as hold:
             try:

@@ -71,8 +71,6 @@ class HeadLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or answer 414 or 431."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         try:
             self._check(scope)
         except InvalidRequestError as error:

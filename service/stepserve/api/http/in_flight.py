@@ -58,7 +58,8 @@ class InFlightMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            # The start and the end of the app are the router's: what comes after sees HTTP only.
+            return await scope["app"].router(scope, receive, send)
         over = self._in_flight.begin()
         try:
             await self._app(scope, receive, send)

@@ -37,7 +37,7 @@ class HeadMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http" or scope["method"] != "HEAD":
+        if scope["method"] != "HEAD":
             return await self._app(scope, receive, send)
         as_get = dict(scope, method="GET")
         response = _Head(receive, send)

@@ -41,8 +41,6 @@ class RequestIdMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection under its id."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         request_id = _choose_id(Headers(scope=scope).get(REQUEST_ID_HEADER, ""))
         scope.setdefault("state", {})["request_id"] = request_id
         tell = _with_header(send, REQUEST_ID_HEADER, request_id) if self._echo else send
@@ -57,8 +55,6 @@ class TimingMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection and time it up to the first byte of the response."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         started_s = time.perf_counter()
 
         async def timed(message: Message) -> None:
@@ -78,8 +74,6 @@ class UnexpectedErrorMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, and never leave it unanswered."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         response = _Response(send)
         try:
             await self._app(scope, receive, response.send)
@@ -120,8 +114,6 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or answer 400, 408, 413, 415 or 503."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         try:
             body = await self._read(scope, receive)
         except StepserveError as error:

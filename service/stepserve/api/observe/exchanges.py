@@ -49,8 +49,6 @@ class ObservationMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, to the last byte of its response."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         started_s, status = time.perf_counter(), CLIENT_LEFT
         span = self._begin_span(scope)
 
