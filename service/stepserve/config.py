@@ -70,9 +70,10 @@ LOCAL = re.compile(r"(?![\w.+-]+:)|(file|local):")
 """How addresses of local folders begin: without a scheme, or with these."""
 
 SECRETS = (("results", "secret"), ("auth", "keys"))
+"""Settings that no message shows."""
+
 RENAMED = {"max_waiting_pictures": "max_pending_images"}
 """Keys of settings that have another name now, with that name."""
-"""Settings that are not told in messages."""
 
 KeyPath = tuple[str, ...]
 
@@ -146,12 +147,12 @@ class HttpSettings(_Section):
     body_timeout_s: PositiveSeconds = 120.0
     """Seconds in which its body must arrive."""
     send_timeout_s: PositiveSeconds = 30.0
-    """Seconds for which a client may leave an answer unread."""
+    """Seconds for which a client may leave a response unread."""
     keep_alive_s: PositiveSeconds = 90.0
-    """Seconds for which a connection may be silent after an answer."""
+    """Seconds for which a connection may be silent after a response."""
     request_timeout_s: PositiveSeconds = 600.0
     ingress_replicas: PositiveInt = 1
-    """Processes that answer HTTP."""
+    """Processes that serve HTTP."""
     allow_anonymous: bool = False
     """Serve other machines without API keys."""
     cors_origins: Annotated[tuple[str, ...], _Listed] = ()
@@ -202,7 +203,7 @@ class UploadSettings(_Section):
     fetch_timeout_s: PositiveSeconds = 10.0
     """For those of one request together."""
     max_pending_bytes: PositiveInt = 100_663_296
-    """Of bodies with images that one ingress holds until their answers; more get 429."""
+    """Of bodies with images that one ingress holds until their responses; more get 429."""
 
 
 class ResultSettings(_Section):
@@ -394,11 +395,11 @@ class Settings(_Section):
 
     def describe(self) -> str:
         """Return every setting in effect as YAML as `load_settings` reads it, but for secrets."""
-        told = self.model_dump(mode="json")
+        tree = self.model_dump(mode="json")
         for section, key in SECRETS:
-            if told[section][key] is not None:
-                told[section][key] = HIDDEN
-        return yaml.safe_dump(told, sort_keys=False)
+            if tree[section][key] is not None:
+                tree[section][key] = HIDDEN
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 def settings_file(

@@ -58,7 +58,7 @@ class VectorLayer:
 
 
 def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = None) -> int:
-    """Most rows of a forward in which each call has the same bits as alone, as far as was tried.
+    """Most rows of a forward in which each call has the bits of its own forward, as far as tried.
 
     Args:
         calls: of equal keys, with different content.
@@ -70,33 +70,33 @@ def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = Non
         that is 2.
     """
     run = run or run_together
-    alone = [run([call], 0)[0] for call in calls]
+    serial = [run([call], 0)[0] for call in calls]
     kept = 1
     for count in row_counts(max_rows):
-        if not _if_memory_suffices(partial(keep_bits, calls, alone, count, run)):
+        if not _if_memory_suffices(partial(keep_bits, calls, serial, count, run)):
             return kept
         kept = count
     return kept
 
 
 def agreeing_row_counts(calls: Sequence[Call], counts: Sequence[int]) -> tuple[int, ...]:
-    """Row counts whose forwards give each call the same bits, in every company.
+    """Row counts whose forwards give each call the same bits, whichever calls share them.
 
     Args:
         calls: of equal keys, with different content.
         counts: what forwards could be filled up to; the first is what the others are compared with.
 
     Returns:
-        Those of `counts` that agree with the first one; none if that depends on company itself, or
+        Those of `counts` that agree with the first one; none if bits depend on the other calls, or
         memory runs out for it.
     """
-    alone = _if_memory_suffices(lambda: [run_together([call], counts[0])[0] for call in calls])
-    if alone is None:
+    serial = _if_memory_suffices(lambda: [run_together([call], counts[0])[0] for call in calls])
+    if serial is None:
         return ()
     agreeing = [
         count
         for count in counts
-        if _if_memory_suffices(partial(_keep_bits_in, calls, alone, count))
+        if _if_memory_suffices(partial(_keep_bits_in, calls, serial, count))
     ]
     return tuple(agreeing) if counts[0] in agreeing else ()
 
@@ -150,7 +150,7 @@ def row_counts(max_rows: int) -> list[int]:
     return sorted(count for count in {*counts, max_rows} if 2 <= count <= max_rows)
 
 
-def companies(rows: Sequence[int], count: int) -> Iterator[list[int]]:
+def groups_of(rows: Sequence[int], count: int) -> Iterator[list[int]]:
     """Which calls, by index, to run together so that each takes part in a forward of `count` rows.
 
     Where sizes do not fit there are fewer rows. Calls come in changing order: neighbours and places
@@ -163,9 +163,9 @@ def companies(rows: Sequence[int], count: int) -> Iterator[list[int]]:
     for turn, index in enumerate(order):
         if index in seen or rows[index] > count:
             continue
-        company = _fill_up(order, turn, rows, count, smallest)
-        seen.update(company)
-        yield company
+        group = _fill_up(order, turn, rows, count, smallest)
+        seen.update(group)
+        yield group
 
 
 def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
@@ -199,45 +199,45 @@ def _if_memory_suffices(attempt: Callable[[], Result]) -> Result | None:
 
 
 def keep_bits(
-    calls: Sequence[Call], alone: Sequence[Any], count: int, run: Run, bucket_rows: int = 0
+    calls: Sequence[Call], serial: Sequence[Any], count: int, run: Run, bucket_rows: int = 0
 ) -> bool:
-    """Whether each call has the bits it has alone, in companies of `count` rows.
+    """Whether each call has the bits of its own forward, in groups of `count` rows.
 
     Args:
         calls: of equal keys, with different content.
-        alone: the output of each without company.
+        serial: the output of each from a forward of its own.
         count: rows of calls that run together, as far as their sizes fit.
         run: how.
         bucket_rows: what forwards are filled up to; 0: as their method wants it.
     """
     return all(
-        same_bits(output, alone[index])
-        for company in companies([call.rows for call in calls], count)
+        same_bits(output, serial[index])
+        for group in groups_of([call.rows for call in calls], count)
         for index, output in zip(
-            company, run([calls[index] for index in company], bucket_rows), strict=True
+            group, run([calls[index] for index in group], bucket_rows), strict=True
         )
     )
 
 
-def _keep_bits_in(calls: Sequence[Call], alone: Sequence[Any], bucket_rows: int) -> bool:
-    # Whatever fills a forward up is company, too: few counts are enough.
+def _keep_bits_in(calls: Sequence[Call], serial: Sequence[Any], bucket_rows: int) -> bool:
+    # What fills a forward up shares it, too: few counts are enough.
     counts = {max(bucket_rows // 2, 1), bucket_rows}
-    return all(keep_bits(calls, alone, count, run_together, bucket_rows) for count in counts)
+    return all(keep_bits(calls, serial, count, run_together, bucket_rows) for count in counts)
 
 
 def _fill_up(
     order: Sequence[int], turn: int, rows: Sequence[int], count: int, smallest: int
 ) -> list[int]:
     """Calls in that order from `turn` on, round and round, while any fits."""
-    company: list[int] = []
+    group: list[int] = []
     left = count
     while left >= smallest:
         index = order[turn % len(order)]
         turn += 1
         if rows[index] <= left:
-            company.append(index)
+            group.append(index)
             left -= rows[index]
-    return company
+    return group
 
 
 def _is_coprime(one: int, other: int) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.requests import RequestKey
-from stepserve.engine.calls.guidance_interval import Narrowing
+from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.engine.loop.execution import Execution
 
@@ -135,8 +135,10 @@ def test_other_sizes_start_where_their_own_forwards_have_room() -> None:
 def test_rows_that_are_needed_no_more_let_others_start() -> None:
     """Guidance at two of six steps: from the third on there is room for two more rows."""
     bench = Bench(max_rows=4)
-    narrowing = Narrowing(4, calls=6, needs_all=lambda call: call < 2)
-    wide = replace(job_work(bench.modules, Job(seed=1, rows=4, steps=6)), narrowing=narrowing)
+    interval = GuidanceInterval(4, calls=6, needs_all=lambda call: call < 2)
+    wide = replace(
+        job_work(bench.modules, Job(seed=1, rows=4, steps=6)), guidance_interval=interval
+    )
     bench.add_work(wide)
     bench.run(1)
     newcomer = bench.add(Job(seed=2, rows=2, steps=4))

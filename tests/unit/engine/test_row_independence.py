@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stepserve.engine.batch_invariance import (
     VECTOR_NUMBERS,
     agreeing_row_counts,
-    companies,
+    groups_of,
     independent_rows,
     one_row,
     row_counts,
@@ -118,7 +118,7 @@ def test_a_single_row_is_always_alone() -> None:
 
 @given(rows=st.lists(st.integers(1, 3), min_size=1, max_size=9), count=st.integers(3, 64))
 def test_each_call_takes_part_in_forwards_as_large_as_can_be(rows: list[int], count: int) -> None:
-    tried = list(companies(rows, count))
+    tried = list(groups_of(rows, count))
     sums = [sum(rows[index] for index in company) for company in tried]
     assert all(count - min(rows) < total <= count for total in sums)
     assert {index for company in tried for index in company} == set(range(len(rows)))
@@ -133,7 +133,7 @@ def test_row_counts_grow_to_the_limit_in_small_steps(max_rows: int) -> None:
 
 
 def test_every_call_meets_others_and_stands_at_several_places() -> None:
-    tried = [company for count in row_counts(32) for company in companies([2, 2, 1, 1], count)]
+    tried = [company for count in row_counts(32) for company in groups_of([2, 2, 1, 1], count)]
     for call in range(4):
         assert len({company.index(call) for company in tried if call in company}) > 1
 
@@ -190,10 +190,10 @@ class Watched(list[int]):
 
 
 @pytest.mark.parametrize("count", [2, 12, 48])
-def test_thousands_of_calls_find_their_companies_in_one_walk(count: int) -> None:
+def test_thousands_of_calls_find_their_groups_of_in_one_walk(count: int) -> None:
     """Layers that get a vector a row are tried with as many: going round for each took 18 s."""
     rows = Watched([1] * 4000)
-    assert sum(len(company) for company in companies(rows, count)) < 4000 + count
+    assert sum(len(company) for company in groups_of(rows, count)) < 4000 + count
     assert rows.looks < 4 * len(rows)
 
 

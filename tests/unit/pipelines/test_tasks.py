@@ -292,7 +292,7 @@ def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedM
         images=1,
         run=lambda: pipeline("red heart", guidance_scale=1.0, num_inference_steps=2),
         listener=SimpleNamespace(**dict.fromkeys(("accepted", "started"), lambda *args: None)),
-        narrowing=narrow_to_interval(
+        guidance_interval=narrow_to_interval(
             CLASSIC, replace(request, guidance_start=0.5, guidance_end=1.0), 2
         ),
     )

@@ -1,7 +1,7 @@
 """What bodies of requests have in common: whole numbers, and fields that we do not know.
 
 Clients learn new fields before we do. A field that we do not know is set aside, and the response
-names it, unless it is likely meant as one of ours: then the caller is told so at once.
+names it, unless it is likely meant as one of ours: then the request is refused.
 """
 
 from __future__ import annotations

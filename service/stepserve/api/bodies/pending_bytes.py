@@ -137,7 +137,7 @@ class PendingBytesMiddleware:
         self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or answer 429."""
+        """Serve one connection, or respond with 429."""
         size_bytes = scope["state"].get("body_bytes", 0)
         with self._pending.hold() as hold:
             try:

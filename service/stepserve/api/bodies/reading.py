@@ -98,7 +98,7 @@ class BodyBudget:
 
 @dataclass
 class Body:
-    """What has arrived of a body, in parts, and what is told of it."""
+    """What has arrived of a body, in parts, and what it is."""
 
     limit_bytes: int
     is_json: bool = False

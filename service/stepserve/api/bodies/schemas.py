@@ -29,7 +29,7 @@ MAX_LISTED = 64
 """Of any list: counted before its entries are looked at."""
 
 URLS_BY_DEFAULT = "dall-e-"
-"""OpenAI answers models of these names as links, and their clients count on it."""
+"""OpenAI returns images of these models as links, and their clients count on it."""
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 

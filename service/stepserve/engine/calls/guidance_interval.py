@@ -1,8 +1,8 @@
 """Denoiser calls that need only half of their rows.
 
 Classifier-free guidance calls the denoiser with the unconditional rows followed by the conditional
-ones, and mixes the two answers: `u + g * (c - u)`. At a step without guidance only the conditional
-answer counts. Then only the conditional rows are run, and their answer is handed back for both
+ones, and mixes the two outputs: `u + g * (c - u)`. At a step without guidance only the conditional
+output counts. Then only the conditional rows are run, and their output is returned for both
 halves: the pipeline's own arithmetic gives `c + g * (c - c)`, which is `c` in every bit. So the
 pipeline need not know, and the rows are free for other requests.
 """
@@ -21,12 +21,12 @@ from stepserve.engine.calls.call import CallArguments
 from stepserve.engine.calls.stacking import map_tensors
 
 
-class NarrowingError(RuntimeError):
-    """A call has other rows than its request said, so that nobody knows which half counts."""
+class GuidanceIntervalError(RuntimeError):
+    """A call has other rows than its request said, so that it is unknown which half counts."""
 
 
 @dataclass(eq=False)
-class Narrowing:
+class GuidanceInterval:
     """Which calls of one track run with their second half of rows only. For one track.
 
     Args:
@@ -66,12 +66,12 @@ class Narrowing:
             untouched: keyword arguments that have no rows, whatever their leading size.
 
         Raises:
-            NarrowingError: no argument has the rows that a whole call should have.
+            GuidanceIntervalError: no argument has the rows that a whole call should have.
         """
         with_rows = {name: value for name, value in kwargs.items() if name not in untouched}
         leaves, structure = flatten((args, with_rows))
         if not any(classify(leaf, self.rows) is ArgumentKind.BATCHED for leaf in leaves):
-            raise NarrowingError(
+            raise GuidanceIntervalError(
                 f"guidance cannot be limited to an interval: a call of {self.rows} rows was "
                 "expected, with the conditional ones behind the others"
             )
@@ -82,7 +82,7 @@ class Narrowing:
         """The output of a narrowed call as that of a whole one: each half gets the same.
 
         Raises:
-            NarrowingError: a tensor in it has not one leading entry a row.
+            GuidanceIntervalError: a tensor in it has not one leading entry a row.
             UnsplittableError: there is an object in it that cannot be looked into.
         """
         return map_tensors(self._twice, output)
@@ -94,5 +94,5 @@ class Narrowing:
     def _twice(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 0 or tensor.shape[0] != self.rows // 2:
             shape = tuple(tensor.shape)
-            raise NarrowingError(f"an output of shape {shape} for {self.rows // 2} rows")
+            raise GuidanceIntervalError(f"an output of shape {shape} for {self.rows // 2} rows")
         return torch.cat([tensor, tensor])

@@ -18,7 +18,7 @@ from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, CallArguments
 
 OUTPUTS = "stepserve.outputs"
-"""The namespace in which optree is told how to look into output objects."""
+"""The namespace in which optree knows how to look into output objects."""
 
 # Output parts that every call may be handed as they are: immutable, and rarely about one row.
 HARMLESS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
@@ -27,7 +27,7 @@ VALUES = (torch.Tensor, list, *HARMLESS)
 
 
 class UnsplittableError(TypeError):
-    """The output of a stacked forward has a part of which nobody knows whose it is."""
+    """The output of a stacked forward has a part of which it is unknown whose it is."""
 
 
 def stack(calls: Sequence[Call], padded_rows: int = 0) -> CallArguments:
@@ -38,7 +38,7 @@ def stack(calls: Sequence[Call], padded_rows: int = 0) -> CallArguments:
     Args:
         calls: what is served.
         padded_rows: rows that the forward shall have; where the calls have fewer, the last row is
-            repeated. The output's further rows belong to nobody.
+            repeated. The output's further rows are dropped.
     """
     rows = [call.rows for call in calls]
     padding = max(padded_rows - sum(rows), 0)
@@ -64,7 +64,7 @@ def split(output: Any, rows: Sequence[int], padding: int = 0, row_lists: bool = 
     Args:
         output: of the forward.
         rows: of each call.
-        padding: further rows of the forward that belong to nobody.
+        padding: further rows of the forward, which are dropped.
         row_lists: whether a list with one entry a row is cut like a tensor.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 
 from stepserve.engine.calls.arguments import ArgumentRules, flatten
 from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
-from stepserve.engine.calls.guidance_interval import Narrowing
+from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
 
@@ -30,7 +30,7 @@ def parkable(
     max_rows: int = 32,
     bucket_rows: tuple[int, ...] = (),
     enter: Callable[[Hashable], None] | None = None,
-    memo: OutputCache | None = None,
+    output_cache: OutputCache | None = None,
 ) -> Callable[..., Any]:
     """A method that parks every track that calls it; outside a track it behaves as before.
 
@@ -43,7 +43,7 @@ def parkable(
         max_rows: most rows of one shared forward.
         bucket_rows: row counts that forwards are filled up to.
         enter: sets the module to a variant before a forward of calls that want it, or None.
-        memo: where outputs are kept for calls with the same arguments, or None.
+        output_cache: where outputs are kept for calls with the same arguments, or None.
     """
     method = ParkableMethod(
         module_name,
@@ -55,7 +55,7 @@ def parkable(
         max_rows,
         bucket_rows,
         enter=enter,
-        memo=memo,
+        output_cache=output_cache,
     )
 
     @functools.wraps(original)
@@ -63,11 +63,12 @@ def parkable(
         current = greenlet.getcurrent()
         if not isinstance(current, TrackGreenlet) or _wants_gradients(args, kwargs):
             return original(*args, **kwargs)
-        if method.stage == Stage.DENOISE and current.track.work.narrowing is not None:
-            return _park_narrowed(current.track, current.track.work.narrowing, method, args, kwargs)
-        if method.memo is None:
+        interval = current.track.work.guidance_interval
+        if method.stage == Stage.DENOISE and interval is not None:
+            return _park_narrowed(current.track, interval, method, args, kwargs)
+        if method.output_cache is None:
             return _park(current.track, method, args, kwargs)
-        return _recall(current.track, method, method.memo, args, kwargs)
+        return _recall(current.track, method, method.output_cache, args, kwargs)
 
     return parked
 
@@ -124,26 +125,26 @@ def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: A
 
 def _park_narrowed(
     track: Track,
-    narrowing: Narrowing,
+    interval: GuidanceInterval,
     method: ParkableMethod,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    if not narrowing.is_due(method.name):
+    if not interval.is_due(method.name):
         return _park(track, method, args, kwargs)
     without_rows = method.rules.shared | method.rules.ignored
-    half_args, half_kwargs = narrowing.narrow(args, kwargs, without_rows)
-    return narrowing.widen(_park(track, method, half_args, half_kwargs))
+    half_args, half_kwargs = interval.narrow(args, kwargs, without_rows)
+    return interval.widen(_park(track, method, half_args, half_kwargs))
 
 
 def _recall(
-    track: Track, method: ParkableMethod, memo: OutputCache, args: tuple[Any, ...], kwargs: Any
+    track: Track, method: ParkableMethod, cache: OutputCache, args: tuple[Any, ...], kwargs: Any
 ) -> Any:
     key = content_key(track.work.variant, args, kwargs)
-    known, output = memo.find(key)
+    known, output = cache.find(key)
     if not known:
         output = _park(track, method, args, kwargs)
-        memo.keep(key, output)
+        cache.keep(key, output)
     return output
 
 

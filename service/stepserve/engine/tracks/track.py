@@ -27,7 +27,7 @@ from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState, is_terminal, move
 from stepserve.domain.timings import Timings
 from stepserve.engine.calls.call import Call
-from stepserve.engine.calls.guidance_interval import Narrowing
+from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.tracks.listener import Listener, tell
 from stepserve.engine.tracks.prediction import Prediction
 
@@ -67,7 +67,7 @@ class Work:
         isolated: its calls never share a forward.
         size: what decides the cost of its steps, such as width and height. Requests of equal size
             are expected to take equally long for a row.
-        narrowing: which denoiser calls need only half of their rows, or None.
+        guidance_interval: which denoiser calls need only half of their rows, or None.
         owner: who it is for. Works of several owners may have the same id.
         held: it may not start before `Engine.release` is told that what it needs is there. Until
             then it waits in line as any other.
@@ -84,7 +84,7 @@ class Work:
     deadline_s: float | None = None
     isolated: bool = False
     size: Hashable = None
-    narrowing: Narrowing | None = None
+    guidance_interval: GuidanceInterval | None = None
     owner: str = ""
     held: bool = False
 
@@ -155,8 +155,8 @@ class Track:
     @property
     def rows_ahead(self) -> int:
         """The most rows that any of its denoiser calls will still take. Never grows."""
-        narrowing = self.work.narrowing
-        return self.work.rows if narrowing is None else narrowing.rows_from(self.steps_done)
+        interval = self.work.guidance_interval
+        return self.work.rows if interval is None else interval.rows_from(self.steps_done)
 
     @property
     def expires_s(self) -> float:

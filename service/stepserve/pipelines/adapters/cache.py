@@ -63,7 +63,7 @@ class AdapterCache:
     """Keeps adapters loaded on the modules of one pipeline, and sets the modules to some of them.
 
     `resolve` and `names` may be called from any thread; everything else belongs to the engine's.
-    An adapter is never unloaded while a request at work uses it: while those at work use more than
+    An adapter is never unloaded while a request in flight uses it: while those use more than
     `max_loaded` different ones, more are loaded. Without any adapter nothing is ever touched.
 
     Raises:
@@ -139,7 +139,7 @@ class AdapterCache:
 
     @contextmanager
     def _holding(self, files: Sequence[AdapterFile]) -> Iterator[None]:
-        # All are held before the first is loaded, so that none makes room for another.
+        # All are held before the first is loaded, so that loading one does not unload another.
         self._users.update(files)
         try:
             for file in files:
@@ -211,7 +211,7 @@ class AdapterCache:
     def _checking_loader(self, contents: AdapterContents) -> tuple[Any, _Reading]:
         """A pipeline that looks at what it read, brought into one form, before it loads that.
 
-        What it read is put into the second part of the answer.
+        What it read is put into the second return value.
         """
         loader, reading = copy.copy(self._pipeline), _Reading()
 

@@ -118,7 +118,7 @@ def _without_prefix(name: str) -> str:
 
 
 def _has_most(module: nn.Module, paths: set[str]) -> bool:
-    """Whether they are its layers; a path that is wrong is told later, by its name."""
+    """Whether they are its layers; a wrong path is reported later, by its name."""
     return 2 * sum(module_path(module, path) is not None for path in paths) > len(paths)
 
 

@@ -1,4 +1,4 @@
-"""Where LoRA adapters are found, and what can be told of a file before it is loaded."""
+"""Where LoRA adapters are found, and what a file's header says before it is loaded."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class AdapterOptions:
         folder: each safetensors file in it is an adapter named like the file, and so is each folder
             with an `adapter_config.json`, as PEFT saves it. It is looked through whenever an
             adapter is asked for, so new files are found while serving.
-        max_loaded: adapters that stay loaded while no request at work uses them.
+        max_loaded: adapters that stay loaded while no request in flight uses them.
     """
 
     named: Mapping[str, Path] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from typing import Any
 
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.requests import GenerationRequest
-from stepserve.engine.calls.guidance_interval import Narrowing
+from stepserve.engine.calls.guidance_interval import GuidanceInterval
 
 # Pipelines that put both halves of classifier-free guidance into one denoiser call, the conditional
 # rows last, and mix the answers as `u + g * (c - u)`. Others call twice, or put them the other way.
@@ -31,11 +31,11 @@ def can_limit_guidance(pipeline: Any) -> bool:
 
 def narrow_to_interval(
     guidance: Guidance, request: GenerationRequest, calls: int
-) -> Narrowing | None:
+) -> GuidanceInterval | None:
     """Which of the `calls` denoiser calls of a request need only the conditional rows."""
     if not guidance.guides(request.guidance_scale) or not request.is_guidance_limited:
         return None
-    return Narrowing(guidance.rows_of(request), calls, partial(_is_guided, request, calls))
+    return GuidanceInterval(guidance.rows_of(request), calls, partial(_is_guided, request, calls))
 
 
 def _is_guided(request: GenerationRequest, calls: int, call: int) -> bool:

@@ -164,7 +164,7 @@ def _parkable(
         max_rows=options.max_rows if rule.shared else 1,
         bucket_rows=options.bucket_rows if rule.shared else (),
         enter=options.enter.get(path),
-        memo=OutputCache(options.prompt_cache_bytes) if keeps_outputs else None,
+        output_cache=OutputCache(options.prompt_cache_bytes) if keeps_outputs else None,
     )
 
 

@@ -45,7 +45,7 @@ def work_of(
         isolated=request.reproducible,
         size=(request.width, request.height),
         variant=variant,
-        narrowing=narrow_to_interval(guidance, request, calls),
+        guidance_interval=narrow_to_interval(guidance, request, calls),
         owner=request.owner,
         held=listener.inputs.are_needed,
     )

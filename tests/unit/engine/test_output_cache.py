@@ -38,7 +38,7 @@ def serve(module: Counting, *tokens: Tensor, variant: str | None = None) -> list
 
 def test_a_call_seen_before_is_answered_without_a_forward() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", output_cache=OutputCache(1000))
     first, other, again = serve(module, torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 3))
     assert module.runs == 2
     assert torch.equal(first, again)
@@ -47,7 +47,7 @@ def test_a_call_seen_before_is_answered_without_a_forward() -> None:
 
 def test_writing_into_an_answer_spoils_nobody_elses() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", output_cache=OutputCache(1000))
     for _ in range(3):
         (output,) = serve(module, torch.ones(1, 3))
         assert torch.equal(output, torch.ones(1, 3))
@@ -57,7 +57,7 @@ def test_writing_into_an_answer_spoils_nobody_elses() -> None:
 
 def test_another_adapter_is_another_answer() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", output_cache=OutputCache(1000))
     serve(module, torch.ones(1, 3))
     serve(module, torch.ones(1, 3), variant="adapter")
     assert module.runs == 2
@@ -65,7 +65,7 @@ def test_another_adapter_is_another_answer() -> None:
 
 def test_a_call_that_wants_gradients_runs_itself() -> None:
     module = Counting()
-    make_parkable(module, "text_encoder", "forward", stage="encode", memo=OutputCache(1000))
+    make_parkable(module, "text_encoder", "forward", stage="encode", output_cache=OutputCache(1000))
     tokens = torch.ones(1, 3, requires_grad=True)
     serve(module, tokens)
     with torch.enable_grad():
@@ -75,17 +75,17 @@ def test_a_call_that_wants_gradients_runs_itself() -> None:
 
 
 def test_it_holds_no_more_than_it_may_and_forgets_the_least_used() -> None:
-    memo = OutputCache(max_bytes=2 * 4 * 3)
+    cache = OutputCache(max_bytes=2 * 4 * 3)
     keys = [content_key(None, (torch.full((3,), float(i)),), {}) for i in range(3)]
-    memo.keep(keys[0], torch.zeros(3))
-    memo.keep(keys[1], torch.ones(3))
-    assert memo.find(keys[0])[0]
-    memo.keep(keys[2], torch.ones(3))
-    assert [memo.find(key)[0] for key in keys] == [True, False, True]
-    assert memo.held_bytes == 2 * 4 * 3
-    memo.keep("larger than all", torch.zeros(100))
-    assert not memo.find("larger than all")[0]
-    assert memo.held_bytes == 2 * 4 * 3
+    cache.keep(keys[0], torch.zeros(3))
+    cache.keep(keys[1], torch.ones(3))
+    assert cache.find(keys[0])[0]
+    cache.keep(keys[2], torch.ones(3))
+    assert [cache.find(key)[0] for key in keys] == [True, False, True]
+    assert cache.held_bytes == 2 * 4 * 3
+    cache.keep("larger than all", torch.zeros(100))
+    assert not cache.find("larger than all")[0]
+    assert cache.held_bytes == 2 * 4 * 3
 
 
 def test_keys_differ_with_any_bit_dtype_and_setting() -> None:
