@@ -91,9 +91,8 @@ class RequestLog:
     ) -> None:
         self._clock = clock
         self._wall_clock = wall_clock
-        self._in_flight: dict[RequestKey, RequestRecord] = {}
-        # In the order in which they ended.
-        self._ended: dict[RequestKey, RequestRecord] = {}
+        # Those that ended are in the order of their ends.
+        self._records: dict[RequestKey, RequestRecord] = {}
         self._previews: deque[tuple[RequestRecord, int, int]] = deque()
         self._previews_bytes = 0
         self._most_previews_bytes = previews_bytes
@@ -105,34 +104,33 @@ class RequestLog:
         Raises:
             RequestIdInUseError: a request of that id and owner is still in flight.
         """
-        key = request.key
-        if key in self._in_flight:
+        if self.is_in_flight(request.key):
             raise RequestIdInUseError(
                 f"X-Request-ID {request.id!r} names a request that is still in flight; "
                 "send another, or none",
                 "X-Request-ID",
             )
-        self._ended.pop(key, None)
         progress = new_progress(request, int(self._wall_clock()))
-        record = self._in_flight[key] = RequestRecord(progress, request, ingress)
+        record = self._records[request.key] = RequestRecord(progress, request, ingress)
         return record
 
     def in_flight(self) -> Sequence[RequestRecord]:
         """Every request that has not ended."""
-        return tuple(self._in_flight.values())
+        return [record for record in self._records.values() if not record.progress.ended]
 
     def is_in_flight(self, key: RequestKey) -> bool:
         """Whether a request is known and has not ended."""
-        return key in self._in_flight
+        record = self._records.get(key)
+        return record is not None and not record.progress.ended
 
     def find(self, key: RequestKey) -> RequestRecord | None:
         """What is known of a request, in flight or ended, or None."""
-        return self._in_flight.get(key) or self._ended.get(key)
+        return self._records.get(key)
 
     def add(self, key: RequestKey, event: Event) -> None:
         """Note what happened to a request in flight, and tell its listeners. Else ignored."""
-        record = self._in_flight.get(key)
-        if record is None:
+        record = self._records.get(key)
+        if record is None or record.progress.ended:
             return
         record.progress = advance(record.progress, event)
         if record.progress.expected_s is not None and record.expected_at_s is None:
@@ -177,14 +175,13 @@ class RequestLog:
             self._previews_bytes -= freed_bytes
 
     def _retire(self, record: RequestRecord) -> None:
-        del self._in_flight[record.key]
         record.request = None
-        ended = self._ended
-        ended[record.key] = record
+        self._records[record.key] = self._records.pop(record.key)
+        ended = [record for record in self._records.values() if record.progress.ended]
         if len(ended) > MOST_REPLAYABLE:
-            list(ended.values())[-MOST_REPLAYABLE - 1].drop_steps()
+            ended[-MOST_REPLAYABLE - 1].drop_steps()
         if len(ended) > self._most_ended:
-            del ended[next(iter(ended))]
+            del self._records[ended[0].key]
 
 
 def _without_images(finished: Finished) -> Finished:
