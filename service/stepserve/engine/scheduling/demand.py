@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from stepserve.domain.requests import Priority
 
+# By plain numbers: they are looked up at every tick, and an enumeration's members are slow at that.
 PATIENCE: dict[int, float] = {
-    Priority.INTERACTIVE: 0.125,
-    Priority.NORMAL: 1.0,
-    Priority.BATCH: 8.0,
+    int(Priority.INTERACTIVE): 0.125,
+    int(Priority.NORMAL): 1.0,
+    int(Priority.BATCH): 8.0,
 }
 # Of any request: nothing is learned of it yet.
 SHORTEST_S = 1e-3
@@ -68,4 +69,5 @@ def due_s(since_s: float, seconds: float, priority: int, latest_start_s: float =
 
 def patience(priority: int) -> float:
     """How many times its expected seconds something waits before it goes ahead of newcomers."""
-    return PATIENCE[min(max(priority, Priority.INTERACTIVE), Priority.BATCH)]
+    known = PATIENCE.get(priority)
+    return PATIENCE[min(max(priority, 0), max(PATIENCE))] if known is None else known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState
@@ -83,10 +83,12 @@ class Scheduler:
         queued = [track for track in self.queued if not track.held]
         if not queued:
             return None
-        running = [self._estimator.demand(track) for track in self.running]
+        running = [_rows_of(track) for track in self.running]
         if self._one_at_a_time and running:
             return None
-        if not self._has_room_for_any(queued, running):
+        # Asked at every tick, and at saturation there is none: so when each is due comes later.
+        sizes = {_rows_of(track) for track in queued}
+        if not any(self._policy.has_room(size, running, self.row_limit) for size in sizes):
             return None
         line = {self._estimator.demand(track): track for track in queued}
         first = next_to_start(list(line), running, self.row_limit, self._policy)
@@ -110,13 +112,10 @@ class Scheduler:
         group = self._policy.pick(parked, self._forward_s, self._row_limits.limit)
         return [waiting[item.call] for item in group]
 
-    def _has_room_for_any(self, queued: Sequence[Track], running: Sequence[Demand]) -> bool:
-        """Asked at every tick, and at saturation there is none: so when each is due comes later."""
-        sizes = {(track.rows_ahead, track.work.priority, track.kind) for track in queued}
-        return any(
-            self._policy.has_room(Demand(0, rows, 0, kind, priority), running, self.row_limit)
-            for rows, priority, kind in sizes
-        )
-
     def _forward_s(self, key: CallKey, rows: int) -> float:
         return self._estimator.cost.predict(key.shape, rows)
+
+
+def _rows_of(track: Track) -> Demand:
+    """The rows that a track takes beside others; when it should end is left out."""
+    return Demand(0, track.rows_ahead, 0, track.kind, track.work.priority)
