@@ -138,7 +138,7 @@ def saturated_over_bare(runner: PipelineRunner, rows: int, count: int = 96) -> f
 def batch_of_eight_ratio(runner: PipelineRunner, repeats: int) -> float:
     """Eight requests through the engine over diffusers' own batch before and after them."""
     request = requests_alike(BATCH)[0]
-    pipeline = runner.model.lender.lend(request.scheduler)
+    pipeline = runner.model.factory.copy(request.scheduler)
 
     def plain() -> float:
         started_s = time.perf_counter()

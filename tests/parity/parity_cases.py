@@ -168,7 +168,7 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest, answe
         return {}
 
     def run() -> torch.Tensor:
-        pipeline = runner.model.lender.lend(request.scheduler)
+        pipeline = runner.model.factory.copy(request.scheduler)
         return call(pipeline, request, "pt", callback_on_step_end=step_ended)
 
     steps = request.num_inference_steps

@@ -42,9 +42,9 @@ def test_requests_get_at_once_what_each_gets_alone(family: Family) -> None:
 
 
 def check_shared(family: Family, found: Findings) -> None:
-    assert found.plan.alone is not family.shares
+    assert found.plan.serial is not family.shares
     assert found.unmerged.forwards == found.unmerged.calls
-    if found.plan.alone:
+    if found.plan.serial:
         assert found.plan.remark
         assert found.together.forwards == found.together.calls
     else:
@@ -67,11 +67,11 @@ def check_bfloat16(found: Findings) -> None:
 def test_a_vae_that_the_call_casts_runs_inside_the_call(name: str, dtype: torch.dtype) -> None:
     """The pipeline makes the shared VAE float32 for its own decode, or encode, and back."""
     pipeline = FAMILIES[name].build().to(dtype)
-    trials = make_probe_requests(FAMILIES[name], pipeline)
-    plan = plan_co_batching(pipeline, trials, verified=())
-    assert (plan.alone, plan.inline) == (False, frozenset({"vae"}))
+    probes = make_probe_requests(FAMILIES[name], pipeline)
+    plan = plan_co_batching(pipeline, probes, verified=())
+    assert (plan.serial, plan.inline) == (False, frozenset({"vae"}))
     assert "vae" in plan.remark
-    report = check_sharing(pipeline, trials, options=plan.parking(ENOUGH_ROWS))
+    report = check_sharing(pipeline, probes, options=plan.parking(ENOUGH_ROWS))
     assert report.objection == ""
     assert pipeline.vae.dtype == dtype
 

@@ -10,14 +10,14 @@ from typing import Any
 import diffusers
 import torch
 from stepserve.engine.tracks.track import Stage
-from stepserve.pipelines.copies.factory import borrow
+from stepserve.pipelines.copies.factory import copy_pipeline
 from stepserve.pipelines.modules.attach import ParkingOptions
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
     PlainRun,
+    ProbeRequest,
     SharingReport,
-    Trial,
     check_sharing,
     run_plainly,
 )
@@ -64,10 +64,10 @@ class Findings:
 def examine(family: Family) -> Findings:
     """Run everything. It takes seconds."""
     pipeline = resident(family)
-    trials = make_probe_requests(family, pipeline)
-    plain = run_plainly(pipeline, trials)
-    plan = make_plan(family, pipeline, trials, plain)
-    check = partial(check_sharing, pipeline, trials, plain, one_at_a_time=plan.alone)
+    probes = make_probe_requests(family, pipeline)
+    plain = run_plainly(pipeline, probes)
+    plan = make_plan(family, pipeline, probes, plain)
+    check = partial(check_sharing, pipeline, probes, plain, one_at_a_time=plan.serial)
     bfloat16, independent = examine_bfloat16(family)
     return Findings(
         type(pipeline).__name__,
@@ -81,15 +81,17 @@ def examine(family: Family) -> Findings:
     )
 
 
-def make_probe_requests(family: Family, pipeline: Any) -> list[Trial]:
+def make_probe_requests(family: Family, pipeline: Any) -> list[ProbeRequest]:
     """Its requests, each with a scheduler of its own."""
     return [partial(_call, family, pipeline, variation) for variation in family.variations()]
 
 
-def make_plan(family: Family, pipeline: Any, trials: list[Trial], plain: PlainRun) -> SharingPlan:
+def make_plan(
+    family: Family, pipeline: Any, probes: list[ProbeRequest], plain: PlainRun
+) -> SharingPlan:
     """As of a class that nobody has verified; those that should share are tried by the caller."""
     verified = {type(pipeline).__name__} if family.shares else ()
-    return plan_co_batching(pipeline, trials, verified, plain)
+    return plan_co_batching(pipeline, probes, verified, plain)
 
 
 def examine_float64(family: Family) -> SharingReport | None:
@@ -97,11 +99,11 @@ def examine_float64(family: Family) -> SharingReport | None:
     if not family.float64:
         return None
     pipeline = family.build().to(torch.float64)
-    trials = make_probe_requests(family, pipeline)
-    plain = run_plainly(pipeline, trials)
-    plan = make_plan(family, pipeline, trials, plain)
+    probes = make_probe_requests(family, pipeline)
+    plain = run_plainly(pipeline, probes)
+    plan = make_plan(family, pipeline, probes, plain)
     options = plan.parking(ENOUGH_ROWS)
-    return check_sharing(pipeline, trials, plain, options=options, one_at_a_time=plan.alone)
+    return check_sharing(pipeline, probes, plain, options=options, one_at_a_time=plan.serial)
 
 
 def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
@@ -109,26 +111,28 @@ def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
     if not family.bfloat16:
         return None, False
     pipeline = family.build().to(torch.bfloat16)
-    trials = make_probe_requests(family, pipeline)
-    plain = run_plainly(pipeline, trials)
-    plan = make_plan(family, pipeline, trials, plain)
+    probes = make_probe_requests(family, pipeline)
+    plain = run_plainly(pipeline, probes)
+    plan = make_plan(family, pipeline, probes, plain)
     options = plan.parking(ENOUGH_ROWS)
-    report = check_sharing(pipeline, trials, plain, options=options, one_at_a_time=plan.alone)
+    report = check_sharing(pipeline, probes, plain, options=options, one_at_a_time=plan.serial)
     # Where all bits are the same there is nothing to excuse, and to look for excuses takes long.
-    return report, report.difference > 0 and has_independent_rows(pipeline, trials, options)
+    return report, report.difference > 0 and has_independent_rows(pipeline, probes, options)
 
 
-def has_independent_rows(pipeline: Any, trials: list[Trial], options: ParkingOptions) -> bool:
+def has_independent_rows(
+    pipeline: Any, probes: list[ProbeRequest], options: ParkingOptions
+) -> bool:
     """Whether rows have the same bits in any company, on this device."""
-    with parked_at(Stage.DENOISE, pipeline, trials, options) as groups:
-        # No forward of these trials has more rows.
+    with parked_at(Stage.DENOISE, pipeline, probes, options) as groups:
+        # No forward of these probes has more rows.
         most = max((sum(call.rows for call in group) for group in groups), default=1)
         tried = [calls for group in groups for calls in calls_to_try(group, most)]
         return most_independent_rows(tried, most, least=most) >= most
 
 
 def _call(family: Family, pipeline: Any, variation: Variation) -> Tensor:
-    copied = borrow(pipeline)
+    copied = copy_pipeline(pipeline)
     if family.schedulers:
         name = family.schedulers[variation.index % len(family.schedulers)]
         scheduler: Callable[..., Any] = getattr(diffusers, name).from_config

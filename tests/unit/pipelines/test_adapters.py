@@ -143,8 +143,8 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest) -> Wa
     variant = adapter_cache.resolve(request.adapters)
 
     def run() -> torch.Tensor:
-        lent = runner.model.lender.lend(request.scheduler)
-        return adapter_cache.run_with(variant, lambda: call_plain(lent, request))
+        copied = runner.model.factory.copy(request.scheduler)
+        return adapter_cache.run_with(variant, lambda: call_plain(copied, request))
 
     work = Work(request.id, CLASSIC.rows_of(request), 4, request.n, run, waiting, variant=variant)
     runner.engine.submit(work)

@@ -219,7 +219,7 @@ def test_rows_beyond_the_measured_limit_are_not_compiled(model: LoadedModel) -> 
 
 
 def test_requests_that_run_one_at_a_time_are_not_compiled(model: LoadedModel) -> None:
-    serial = SharingPlan(alone=True, remark="a call changes unet while it runs")
+    serial = SharingPlan(serial=True, remark="a call changes unet while it runs")
     with serving(model, SharingOptions(plan=serial)) as runner:
         found = runner.compile("eager")
         assert found.compilation is Compilation.FAILED

@@ -60,9 +60,9 @@ def drawn_image(model: LoadedModel, side_px: int) -> Image.Image:
         "generator": [torch.Generator("cpu").manual_seed(1)],
         "no_such_argument": 1,
     }
-    pipeline = model.lender.lend(model.capabilities.default_scheduler)
+    pipeline = model.factory.copy(model.capabilities.default_scheduler)
     with torch.no_grad():
-        signature = model.lender.signature(Task.TEXT_TO_IMAGE)
+        signature = model.factory.signature(Task.TEXT_TO_IMAGE)
         return pipeline(**accepted_arguments(signature, wanted)).images[0]
 
 
@@ -82,7 +82,7 @@ def test_stable_diffusion_3_is_no_larger_than_its_table_of_positions(sd3: Loaded
     assert sd3.capabilities.default_guidance_scale == 7.0
 
 
-def test_a_lent_pipeline_of_another_family_makes_images(
+def test_a_copied_pipeline_of_another_family_makes_images(
     flux: LoadedModel, sd3: LoadedModel
 ) -> None:
     assert drawn_image(flux, 32).size == (32, 32)

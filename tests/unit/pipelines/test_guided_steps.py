@@ -233,8 +233,8 @@ def test_other_tasks_take_guidance_as_images_from_a_prompt_do(
 ) -> None:
     """It is tried with images from a prompt only."""
     for model in (flux, tiny, load(save_tiny_sd3(tmp_path))):
-        for task in model.lender.tasks:
-            names = model.lender.signature(task).names
+        for task in model.factory.tasks:
+            names = model.factory.signature(task).names
             promised = model.capabilities.guidance
             assert promised.argument in names
             assert ("negative_prompt" in names) is promised.negative_prompt

@@ -29,17 +29,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def test_every_scheduler_makes_the_same_latents_with_its_timesteps_on_the_host(
     model: LoadedModel,
 ) -> None:
-    lenders = [PipelineFactory(model.pipeline, model.schedulers, kept) for kept in (False, True)]
-    usual, on_host_lender = [
+    factories = [PipelineFactory(model.pipeline, model.schedulers, kept) for kept in (False, True)]
+    usual, on_host_factory = [
         LoadedModel(model.pipeline, model.capabilities, model.schedulers, model.prompt_meter, one)
-        for one in lenders
+        for one in factories
     ]
     assert len(model.schedulers) > 10
     for name in model.schedulers:
         request = a_request(id=name, scheduler=name, num_inference_steps=4)
         with torch.no_grad():
             wanted = call_pipeline(usual, request, output_type="latent")
-            assert torch.equal(call_pipeline(on_host_lender, request, output_type="latent"), wanted)
+            assert torch.equal(
+                call_pipeline(on_host_factory, request, output_type="latent"), wanted
+            )
 
 
 class Asked(DDIMScheduler):

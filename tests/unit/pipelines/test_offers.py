@@ -9,7 +9,7 @@ import pytest
 from stepserve.domain.models import SizeRange
 from stepserve.domain.requests import Task
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.probing.probed_tasks import Offer, find_offer, tried_offer
+from stepserve.pipelines.probing.probed_tasks import Offer, find_offer, probed_offer
 
 SIZES = SizeRange(minimum=32, maximum=128, step=8, native=64)
 NATIVE_ONLY = SizeRange(minimum=64, maximum=64, step=8, native=64)
@@ -61,5 +61,5 @@ def test_what_is_left_out_is_told_with_the_reason(caplog: pytest.LogCaptureFixtu
 
 
 def test_what_an_operator_says_of_sizes_is_believed(tiny: LoadedModel) -> None:
-    offer = tried_offer(tiny)
+    offer = probed_offer(tiny)
     assert offer == Offer(tiny.capabilities.tasks, tiny.capabilities.sizes)

@@ -71,7 +71,7 @@ def test_a_scheduler_that_raises_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", sorted(usable_schedulers(default_scheduler())))
 def test_each_request_gets_an_instance_of_its_own(tiny: LoadedModel, name: str) -> None:
-    one, other = tiny.lender.lend(name), tiny.lender.lend(name)
+    one, other = tiny.factory.copy(name), tiny.factory.copy(name)
     assert type(one.scheduler).__name__ == name
     assert one.scheduler is not other.scheduler
     assert one.scheduler is not tiny.pipeline.scheduler
@@ -81,9 +81,9 @@ def test_each_request_gets_an_instance_of_its_own(tiny: LoadedModel, name: str) 
     assert len(one.scheduler.timesteps) > len(other.scheduler.timesteps)
 
 
-def test_borrowing_changes_nothing_about_the_resident_pipeline(tiny: LoadedModel) -> None:
+def test_copying_changes_nothing_about_the_resident_pipeline(tiny: LoadedModel) -> None:
     before, config = tiny.pipeline.scheduler, dict(tiny.pipeline.config)
-    tiny.lender.lend("EulerDiscreteScheduler")
+    tiny.factory.copy("EulerDiscreteScheduler")
     assert tiny.pipeline.scheduler is before
     assert dict(tiny.pipeline.config) == config
 

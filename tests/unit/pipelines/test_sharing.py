@@ -88,8 +88,8 @@ def as_class(model: LoadedModel, pipeline_class: type) -> LoadedModel:
     pipeline = pipeline_class(**model.pipeline.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     capabilities = replace(model.capabilities, tasks=(Task.TEXT_TO_IMAGE,))
-    lender = PipelineFactory(pipeline, model.schedulers)
-    return replace(model, pipeline=pipeline, capabilities=capabilities, lender=lender)
+    factory = PipelineFactory(pipeline, model.schedulers)
+    return replace(model, pipeline=pipeline, capabilities=capabilities, factory=factory)
 
 
 def mix_rows(model: LoadedModel, share: float = 1e-2) -> None:
@@ -159,7 +159,7 @@ def test_an_unknown_pipeline_is_checked_and_shares(
 def test_a_pipeline_that_swaps_processors_is_served_alone_and_right(fresh: LoadedModel) -> None:
     model = as_class(fresh, SwappingPipeline)
     with running(model) as runner:
-        assert runner.plan.alone
+        assert runner.plan.serial
         assert runner.plan.same_bytes
         capabilities = runner.capabilities()
         assert capabilities.sharing_remark == "a call changes unet while it runs"
@@ -173,7 +173,7 @@ def test_a_pipeline_that_swaps_processors_is_served_alone_and_right(fresh: Loade
 def test_a_text_encoder_that_a_call_changes_runs_inside_it(fresh: LoadedModel) -> None:
     model = as_class(fresh, EncoderChangingPipeline)
     plan = company_of(model)
-    assert not plan.alone
+    assert not plan.serial
     assert plan.inline == {"text_encoder"}
     assert plan.remark == "text_encoder: changed by a call, so runs inside it"
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_a_wrong_rule_is_found_and_requests_run_one_at_a_time(
     wrong = ArgumentRules(ignored=frozenset({"encoder_hidden_states"}))
     monkeypatch.setitem(parking.ARGUMENT_RULES, "UNet2DConditionModel", wrong)
     with running(as_class(fresh, UnknownPipeline)) as runner:
-        assert runner.plan.alone
+        assert runner.plan.serial
         assert "shared forwards raised" in runner.capabilities().sharing_remark
         assert_files_are_plain(runner, REQUESTS)
 
@@ -200,7 +200,7 @@ def test_a_wrong_rule_is_found_and_requests_run_one_at_a_time(
 def test_rows_that_mix_are_found_and_requests_run_one_at_a_time(fresh: LoadedModel) -> None:
     mix_rows(fresh, share=0.5)
     with running(as_class(fresh, UnknownPipeline)) as runner:
-        assert runner.plan.alone
+        assert runner.plan.serial
         assert "answers differ by" in runner.capabilities().sharing_remark
         assert_files_are_plain(runner, REQUESTS)
 
@@ -209,10 +209,10 @@ def test_without_a_cure_it_is_said_that_bytes_depend_on_the_load(fresh: LoadedMo
     mix_rows(fresh, share=1e-6)
     with running(fresh) as runner:
         assert not runner.plan.same_bytes
-        assert not runner.plan.alone
+        assert not runner.plan.serial
         capabilities = runner.capabilities()
         assert not capabilities.same_bytes
-        assert "rows depend on their company" in capabilities.sharing_remark
+        assert "rows depend on co-batched requests" in capabilities.sharing_remark
         # What asks for forwards of its own has the same bytes all the same.
         assert_files_are_plain(runner, [replace(r, reproducible=True) for r in REQUESTS])
 
@@ -234,7 +234,9 @@ def limited_to(rows: int, fixed: bool) -> dict[str, Any]:
         (
             1,
             False,
-            SharingPlan(same_bytes=False, remark="rows depend on their company in the last bits"),
+            SharingPlan(
+                same_bytes=False, remark="rows depend on co-batched requests in the last bits"
+            ),
         ),
     ],
 )

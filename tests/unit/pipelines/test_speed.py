@@ -47,7 +47,7 @@ def an_image(model: LoadedModel) -> bytes:
     request = a_request()
     with torch.no_grad():
         return (
-            model.lender.lend(request.scheduler)(
+            model.factory.copy(request.scheduler)(
                 prompt=request.prompt,
                 width=request.width,
                 height=request.height,

@@ -87,7 +87,7 @@ def rows(tiny: LoadedModel) -> Iterator[list[int]]:
 
 
 def test_the_model_says_what_it_can_do(tiny: LoadedModel) -> None:
-    assert tiny.capabilities.tasks == tiny.lender.tasks == tuple(Task)
+    assert tiny.capabilities.tasks == tiny.factory.tasks == tuple(Task)
     assert tiny.capabilities.guidance_interval
 
 
@@ -95,7 +95,7 @@ def test_the_model_says_what_it_can_do(tiny: LoadedModel) -> None:
 def test_every_task_is_diffusers_own_pipeline_over_the_same_modules(
     tiny: LoadedModel, task: Task
 ) -> None:
-    one, other = (tiny.lender.lend("EulerDiscreteScheduler", task) for _ in range(2))
+    one, other = (tiny.factory.copy("EulerDiscreteScheduler", task) for _ in range(2))
     assert type(one).__name__ == CLASSES[task]
     for name in ("unet", "vae", "text_encoder"):
         assert getattr(one, name) is getattr(tiny.pipeline, name)
@@ -110,7 +110,7 @@ def test_the_resident_scheduler_keeps_its_settings(tmp_path: Path) -> None:
     model = load_model("m", save_tiny_model(tmp_path, scheduler), dtype="float32")
     assert model.pipeline.scheduler.config.skip_prk_steps is False
     for task in Task:
-        assert model.lender.lend("PNDMScheduler", task).scheduler.config.skip_prk_steps is False
+        assert model.factory.copy("PNDMScheduler", task).scheduler.config.skip_prk_steps is False
 
 
 def test_a_pipeline_without_other_tasks_has_one() -> None:
@@ -284,7 +284,7 @@ def test_nothing_is_narrowed_without_need() -> None:
 
 def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedModel) -> None:
     request = a_request(guidance_end=0.5)
-    pipeline = tiny.lender.lend("DDIMScheduler")
+    pipeline = tiny.factory.copy("DDIMScheduler")
     work = Work(
         id="r",
         rows=2,

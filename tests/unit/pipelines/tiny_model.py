@@ -144,10 +144,10 @@ def a_request(**changes: Any) -> GenerationRequest:
 
 def changed_call(model: LoadedModel, mixin: type) -> LoadedModel:
     """The model with a call that is wrapped by a class of its own."""
-    lender = PipelineFactory(model.pipeline, model.schedulers)
-    pipeline, cls = lender._lenders[Task.TEXT_TO_IMAGE]
-    lender._lenders[Task.TEXT_TO_IMAGE] = pipeline, type(cls.__name__, (mixin, cls), {})
-    return replace(model, lender=lender)
+    factory = PipelineFactory(model.pipeline, model.schedulers)
+    pipeline, cls = factory._pipelines[Task.TEXT_TO_IMAGE]
+    factory._pipelines[Task.TEXT_TO_IMAGE] = pipeline, type(cls.__name__, (mixin, cls), {})
+    return replace(model, factory=factory)
 
 
 class Inbox:

@@ -22,7 +22,8 @@ from torch import Tensor
 from stepserve.domain.requests import Task
 from stepserve.pipelines.copies.blending import denoiser_for_inpainting
 from stepserve.pipelines.facts.signature import CallSignature, read_signature
-from stepserve.pipelines.modules.third_party.pinned_noise import on_host, with_pinned_noise
+from stepserve.pipelines.modules.third_party.pinned_noise import on_host
+from stepserve.pipelines.modules.third_party.resident_pipelines import copy_class
 from stepserve.pipelines.schedulers.usable import Configured
 
 OTHER_TASKS = {
@@ -32,19 +33,19 @@ OTHER_TASKS = {
 
 
 class PipelineFactory:
-    """Hands out shallow copies of one pipeline: modules shared, scheduler of their own.
+    """Makes shallow copies of one pipeline: modules shared, scheduler of their own.
 
     For other tasks than the pipeline's own they are of diffusers' classes for these, over the same
     modules, so that requests of all tasks meet in the same forwards.
 
     What a copy needs is worked out once. Building a scheduler reads the signature of its class,
     and a pipeline looks through all modules for the device it runs on: together that takes longer
-    than a denoising step of a small model, for answers that never change.
+    than a denoising step of a small model, for results that never change.
 
     Args:
         pipeline: the resident one.
         schedulers: classes by name.
-        keeps_on_host: whether timesteps stay on the CPU; see `host_numbers`.
+        keeps_on_host: whether timesteps stay on the CPU; see `pinned_noise`.
     """
 
     def __init__(
@@ -55,31 +56,31 @@ class PipelineFactory:
         self._keeps_on_host = keeps_on_host
         self._prototypes: dict[str, Any] = {}
         pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
-        self._lenders = {task: (p, _lent_class(p, keeps_on_host)) for task, p in pipelines.items()}
+        self._pipelines = {task: (p, copy_class(p, keeps_on_host)) for task, p in pipelines.items()}
         self._signatures = {task: read_signature(type(p)) for task, p in pipelines.items()}
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """What can be done with these modules."""
-        return tuple(self._lenders)
+        return tuple(self._pipelines)
 
     def signature(self, task: Task) -> CallSignature:
         """What the pipeline of a task takes."""
         return self._signatures[task]
 
-    def lend(self, scheduler: str | None = None, task: Task = Task.TEXT_TO_IMAGE) -> Any:
+    def copy(self, scheduler: str | None = None, task: Task = Task.TEXT_TO_IMAGE) -> Any:
         """An ordinary pipeline of the task's class name, with a scheduler of its own.
 
         Args:
             scheduler: the class by name; None for a copy of the pipeline's own.
             task: what it is to be used for.
         """
-        pipeline, lent_class = self._lenders[task]
+        pipeline, cls = self._pipelines[task]
         own = pipeline.scheduler
         instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
-        lent = borrow(pipeline, instead)
-        lent.__class__ = lent_class
-        return lent
+        copied = copy_pipeline(pipeline, instead)
+        copied.__class__ = cls
+        return copied
 
     def configured(self, name: str) -> Configured:
         """The class and the settings of a scheduler."""
@@ -118,23 +119,23 @@ def copy_scheduler(scheduler: Any, copied: dict[int, Any] | None = None) -> Any:
     return copy.deepcopy(scheduler, known)
 
 
-def borrow(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
+def copy_pipeline(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
     """A shallow copy of a pipeline whose schedulers and guiders are its own; modules are shared.
 
-    Pipelines inside it, such as a prior's, are borrowed too: their schedulers have state as well.
+    Pipelines inside it, such as a prior's, are copied too: their schedulers have state as well.
 
     Args:
         pipeline: the resident one.
         copied: what stands in for which scheduler, by its id; filled with the copies made.
     """
     copied = {} if copied is None else copied
-    lent = copy.copy(pipeline)
+    own = copy.copy(pipeline)
     for name, value in vars(pipeline).items():
         if isinstance(value, SchedulerMixin | BaseGuidance):
-            vars(lent)[name] = copy_scheduler(value, copied)
+            vars(own)[name] = copy_scheduler(value, copied)
         elif isinstance(value, DiffusionPipeline):
-            vars(lent)[name] = borrow(value, copied)
-    return lent
+            vars(own)[name] = copy_pipeline(value, copied)
+    return own
 
 
 def schedulers_of(pipeline: Any) -> list[Any]:
@@ -168,17 +169,3 @@ def _for_task(pipeline: Any, task: Task) -> Any:
         vars(other)["unet"] = denoiser_for_inpainting(other)
     other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return other
-
-
-def _lent_class(pipeline: Any, keeps_on_host: bool) -> type:
-    device = pipeline._execution_device
-    cls = type(pipeline)
-    if keeps_on_host:
-        cls = with_pinned_noise(cls)
-    answers = {
-        "_execution_device": property(lambda self: device),
-        # At its end a pipeline takes its offloading hooks off and puts new ones on. The modules are
-        # shared, others are in the middle of theirs, and what makes calls park would go with them.
-        "maybe_free_model_hooks": lambda self: None,
-    }
-    return type(cls.__name__, (cls,), answers)

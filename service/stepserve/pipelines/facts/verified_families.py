@@ -1,4 +1,4 @@
-"""Pipelines whose requests the parity suite has seen to get at once what each gets alone.
+"""Pipelines whose requests the parity suite has seen to get at once what each gets by itself.
 
 The suite has a test that this list is its own; `docs/pipelines.md` shows what it found.
 """

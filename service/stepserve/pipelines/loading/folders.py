@@ -34,8 +34,8 @@ from stepserve.pipelines.loading.library_messages import heard_libraries
 from stepserve.pipelines.loading.reasons import NO_FOLDER, reason_of
 from stepserve.pipelines.loading.speed import can_record, check_speed, loading_arguments, settle
 from stepserve.pipelines.loading.step_limits import (
+    probed_schedulers,
     scheduler_steps,
-    triable_schedulers,
     with_scheduler_steps,
 )
 from stepserve.pipelines.loading.weights import check_finite_weights, check_heard
@@ -53,7 +53,7 @@ class LoadedModel:
     `compiles` says whether its denoiser is to be compiled.
     `cuda_graphs` says whether its forwards may be recorded.
     `sizes_are_said` tells that its own file says which sizes it takes.
-    `triable_schedulers` are those that can be tried without the network.
+    `probed_schedulers` are those that can be tried without the network.
     `denoiser_calls` remembers how often the denoiser is called, by what decides it.
     """
 
@@ -61,11 +61,11 @@ class LoadedModel:
     capabilities: ModelCapabilities
     schedulers: dict[str, type]
     prompt_meter: PromptMeter
-    lender: PipelineFactory
+    factory: PipelineFactory
     compiles: bool = False
     cuda_graphs: bool = False
     sizes_are_said: bool = False
-    triable_schedulers: frozenset[str] = frozenset()
+    probed_schedulers: frozenset[str] = frozenset()
     denoiser_calls: LRUCache[Hashable, int] = field(default_factory=lambda: LRUCache(1024))
 
 
@@ -140,25 +140,25 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     keeps_on_host = can_keep_on_host(pipeline, chosen) and not speed.compile
     if keeps_on_host:
         wrap_modules(pipeline, Wrappers(device=chosen))
-    lender = PipelineFactory(pipeline, schedulers, keeps_on_host)
+    factory = PipelineFactory(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),
-        tasks=lender.tasks,
+        tasks=factory.tasks,
         guidance_interval=can_limit_guidance(pipeline),
         fingerprint=take_fingerprint(folder, knobs.dtype, pipeline.device),
         safety_checker=has_checker(pipeline),
     )
-    triable = triable_schedulers(lender, capabilities)
+    probed = probed_schedulers(factory, capabilities)
     return LoadedModel(
         pipeline,
-        with_scheduler_steps(capabilities, scheduler_steps(lender, capabilities, triable)),
+        with_scheduler_steps(capabilities, scheduler_steps(factory, capabilities, probed)),
         schedulers,
         meter,
-        lender,
+        factory,
         compiles=speed.compile,
         cuda_graphs=can_record(speed, chosen),
         sizes_are_said="sizes" in manifest,
-        triable_schedulers=triable,
+        probed_schedulers=probed,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -16,29 +15,25 @@ from stepserve.pipelines.schedulers.usable import Configured
 LIKELY_STEPS = (4, 2, 1)
 
 
-def triable_schedulers(lender: PipelineFactory, capabilities: ModelCapabilities) -> frozenset[str]:
+def probed_schedulers(factory: PipelineFactory, capabilities: ModelCapabilities) -> frozenset[str]:
     """Those of a model's schedulers that can be tried without its network."""
     likely = likely_steps(capabilities)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return frozenset(
-            name
-            for name in capabilities.schedulers
-            if any(_can_do(lender.configured(name), steps) for steps in likely)
-        )
+    return frozenset(
+        name
+        for name in capabilities.schedulers
+        if any(_can_do(factory.configured(name), steps) for steps in likely)
+    )
 
 
 def scheduler_steps(
-    lender: PipelineFactory, capabilities: ModelCapabilities, triable: Collection[str]
+    factory: PipelineFactory, capabilities: ModelCapabilities, probed: Collection[str]
 ) -> dict[str, StepRange]:
     """How many steps each scheduler can do; of those that cannot be tried, any number."""
     most, likely = capabilities.max_num_inference_steps, likely_steps(capabilities)
     found = dict.fromkeys(capabilities.schedulers, StepRange(1, most))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in triable:
-            works = partial(_can_do, lender.configured(name))
-            found[name] = find_steps(works, most, likely)
+    for name in probed:
+        works = partial(_can_do, factory.configured(name))
+        found[name] = find_steps(works, most, likely)
     return found
 
 

@@ -25,7 +25,7 @@ from stepserve.pipelines.facts.capabilities import denoiser_of, guidance_argumen
 from stepserve.pipelines.facts.signature import CallSignature
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.modules.parking import ARGUMENT_RULES
-from stepserve.pipelines.probing.probe_requests import run_trial, trial_request
+from stepserve.pipelines.probing.probe_requests import probe_request, run_probe
 from stepserve.pipelines.probing.sharing_check import difference
 from stepserve.pipelines.requests.call import NO_NEGATIVE_PROMPT, denoiser_calls
 
@@ -65,7 +65,7 @@ class GuidanceTrial:
         Raises:
             Exception: whatever the pipeline raises, if a small request without guidance fails.
         """
-        signature = self._model.lender.signature(Task.TEXT_TO_IMAGE)
+        signature = self._model.factory.signature(Task.TEXT_TO_IMAGE)
         takes_negative = signature.accepts("negative_prompt")
         # Those that need a negative prompt to guide do nothing with the scale alone.
         needs = (False, True) if takes_negative else (False,)
@@ -123,7 +123,7 @@ def find_guidance(model: LoadedModel) -> Guidance:
 def settle_guidance(model: LoadedModel) -> LoadedModel:
     """The model with the guidance that it was seen to take. Run it as `find_guidance`."""
     guidance = find_guidance(model)
-    signature = model.lender.signature(Task.TEXT_TO_IMAGE)
+    signature = model.factory.signature(Task.TEXT_TO_IMAGE)
     return replace(model, capabilities=_with_guidance(model.capabilities, guidance, signature))
 
 
@@ -144,7 +144,7 @@ def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: 
     """Run one small request as if the model took guidance so."""
     tried = replace(model, capabilities=replace(model.capabilities, guidance=guidance))
     request = replace(
-        trial_request(tried.capabilities, Task.TEXT_TO_IMAGE, 0, tried.capabilities.sizes.minimum),
+        probe_request(tried.capabilities, Task.TEXT_TO_IMAGE, 0, tried.capabilities.sizes.minimum),
         guidance_scale=scale,
         negative_prompt=negative_prompt,
     )
@@ -153,7 +153,7 @@ def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: 
     handle = None if denoiser is None else _note_rows(denoiser, rows)
     try:
         with torch.no_grad():
-            image = run_trial(tried, request)
+            image = run_probe(tried, request)
     finally:
         if handle is not None:
             handle.remove()

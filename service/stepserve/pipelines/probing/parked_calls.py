@@ -14,16 +14,16 @@ from stepserve.engine.calls.call import Call, CallKey
 from stepserve.engine.tracks.track import Stage, Track
 from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
-from stepserve.pipelines.probing.sharing_check import Ear, Trial, trial_work
+from stepserve.pipelines.probing.sharing_check import ProbeListener, ProbeRequest, probe_work
 
 
 @contextmanager
 def parked_at(
-    stage: Stage, pipeline: Any, trials: Sequence[Trial], options: ParkingOptions
+    stage: Stage, pipeline: Any, probes: Sequence[ProbeRequest], options: ParkingOptions
 ) -> Iterator[list[list[Call]]]:
-    """Calls of that stage by equal keys: of each trial the first one of every method.
+    """Calls of that stage by equal keys: of each probe request the first one of every method.
 
-    The trials end with the block.
+    The probes end with the block.
     """
     methods = {
         f"{path}.{rule.method}"
@@ -31,7 +31,9 @@ def parked_at(
         if rule.stage == stage and path not in options.inline
     }
     unwrap = wrap_modules(pipeline, Wrappers(parking=options))
-    tracks = [Track(trial_work(i, trial, Ear()), lambda: 0.0) for i, trial in enumerate(trials)]
+    tracks = [
+        Track(probe_work(i, probe, ProbeListener()), lambda: 0.0) for i, probe in enumerate(probes)
+    ]
     try:
         with torch.no_grad():
             groups: dict[CallKey, list[Call]] = defaultdict(list)
@@ -41,7 +43,7 @@ def parked_at(
             yield list(groups.values())
     finally:
         for track in tracks:
-            track.stop(CancelledError("the trial was about one call only"))
+            track.stop(CancelledError("the probe is about one call only"))
         unwrap()
 
 

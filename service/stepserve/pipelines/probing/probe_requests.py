@@ -13,7 +13,7 @@ from torch import Tensor
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import GenerationRequest, Task
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.probing.sharing_check import Trial
+from stepserve.pipelines.probing.sharing_check import ProbeRequest
 from stepserve.pipelines.requests.call import call_pipeline
 from stepserve.pipelines.requests.inputs import InputImages
 
@@ -21,7 +21,9 @@ PROMPTS = ("a red heart", "a blue house")
 STEPS = 2
 
 
-def make_probe_requests(model: LoadedModel, tasks: Sequence[Task] | None = None) -> list[Trial]:
+def make_probe_requests(
+    model: LoadedModel, tasks: Sequence[Task] | None = None
+) -> list[ProbeRequest]:
     """Two requests of each task, one with guidance and one without: calls of two and of one row.
 
     Args:
@@ -29,19 +31,19 @@ def make_probe_requests(model: LoadedModel, tasks: Sequence[Task] | None = None)
         tasks: of these only; None means all that there are pipelines for.
     """
     requests = [
-        trial_request(model.capabilities, task, index, model.capabilities.sizes.native)
-        for task in (model.lender.tasks if tasks is None else tasks)
+        probe_request(model.capabilities, task, index, model.capabilities.sizes.native)
+        for task in (model.factory.tasks if tasks is None else tasks)
         for index in range(len(PROMPTS))
     ]
-    return [partial(run_trial, model, request) for request in requests]
+    return [partial(run_probe, model, request) for request in requests]
 
 
-def trial_request(
+def probe_request(
     capabilities: ModelCapabilities, task: Task, index: int, side_px: int
 ) -> GenerationRequest:
     """A small request for a square image; the second is without guidance."""
     return GenerationRequest(
-        id=f"trial-{task}-{index}",
+        id=f"probe-{task}-{index}",
         model=capabilities.id,
         prompt=PROMPTS[index],
         width=side_px,
@@ -55,7 +57,7 @@ def trial_request(
     )
 
 
-def run_trial(model: LoadedModel, request: GenerationRequest) -> Tensor:
+def run_probe(model: LoadedModel, request: GenerationRequest) -> Tensor:
     """Its image, of shape (1, channels, height, width)."""
     images: Tensor = call_pipeline(model, request, _images(request), output_type="pt")
     return torch.as_tensor(images)

@@ -21,7 +21,7 @@ from stepserve.domain.requests import Task
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.loading.step_limits import likely_steps, within_steps
 from stepserve.pipelines.modules.parking import parkable_methods
-from stepserve.pipelines.probing.probe_requests import run_trial, trial_request
+from stepserve.pipelines.probing.probe_requests import probe_request, run_probe
 from stepserve.pipelines.schedulers.probes import find_steps
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Offer:
     sizes: SizeRange
 
 
-def tried_offer(model: LoadedModel) -> Offer:
+def probed_offer(model: LoadedModel) -> Offer:
     """Try every task at the smallest size. Run it where the model may run, before it is attached.
 
     What a model's own file says of its sizes is believed.
@@ -47,8 +47,8 @@ def tried_offer(model: LoadedModel) -> Offer:
 
     def side(task: Task, side_px: int) -> int:
         with torch.no_grad():
-            request = trial_request(capabilities, task, 0, side_px)
-            return int(run_trial(model, request).shape[-1])
+            request = probe_request(capabilities, task, 0, side_px)
+            return int(run_probe(model, request).shape[-1])
 
     offer = find_offer(capabilities.tasks, capabilities.sizes, side)
     return Offer(offer.tasks, capabilities.sizes) if model.sizes_are_said else offer
@@ -77,8 +77,8 @@ def find_offer(tasks: Sequence[Task], sizes: SizeRange, side: Side) -> Offer:
 def limited_to_pipeline(model: LoadedModel) -> ModelCapabilities:
     """A model's capabilities without the numbers of steps that its pipeline itself refuses.
 
-    A trial goes no further than to the first call of a denoiser: by then all is checked. Run it
-    where the model may run, before it is attached.
+    A probe request goes no further than to the first call of a denoiser: by then all is checked.
+    Run it where the model may run, before its calls park.
     """
     capabilities = model.capabilities
     most = capabilities.max_num_inference_steps
@@ -92,13 +92,13 @@ class _ReachedError(Exception):
 
 def _reaches_denoiser(model: LoadedModel, steps: int) -> bool:
     capabilities = model.capabilities
-    request = trial_request(capabilities, Task.TEXT_TO_IMAGE, 0, capabilities.sizes.minimum)
+    request = probe_request(capabilities, Task.TEXT_TO_IMAGE, 0, capabilities.sizes.minimum)
     try:
         with torch.no_grad(), ExitStack() as stack:
             for _, module, rule in parkable_methods(model.pipeline):
                 if rule.shared:
                     stack.callback(module.register_forward_pre_hook(_reach).remove)
-            run_trial(model, replace(request, num_inference_steps=steps))
+            run_probe(model, replace(request, num_inference_steps=steps))
     except _ReachedError:
         return True
     except Exception:

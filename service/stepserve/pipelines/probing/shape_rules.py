@@ -63,7 +63,7 @@ class SizeRules:
         if method is None:
             self.same_bytes = False
             logger.info(
-                "%s: rows depend on their company: %s", call.method.name, call.key.shape[1:]
+                "%s: rows depend on co-batched requests: %s", call.method.name, call.key.shape[1:]
             )
         return method or call.method
 

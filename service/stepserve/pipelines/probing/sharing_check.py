@@ -30,12 +30,12 @@ from stepserve.engine.tracks.track import Track, Work
 from stepserve.pipelines.modules.parking import ParkingOptions, ParkingRule, parkable_methods
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 
-Trial = Callable[[], Tensor]
-"""One request: calls a borrowed pipeline, and returns what is to be compared."""
+ProbeRequest = Callable[[], Tensor]
+"""One request: calls a copied pipeline, and returns what is to be compared."""
 
-# More than any trial has.
-TRIAL_STEPS = 1000
-# Nothing is remembered: every trial is to take its own way.
+# More than any probe request has.
+PROBE_STEPS = 1000
+# Nothing is cached: every probe request is to take its own way.
 ENOUGH_ROWS = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
 # Largest difference that rounding explains, as a share of the largest value.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -45,7 +45,7 @@ SHARE_OF_SEPARATION = 0.25
 
 @dataclass(frozen=True)
 class SharingReport:
-    """What came of the trials.
+    """What came of the probes.
 
     Args:
         calls: of the modules that are called at every step.
@@ -88,8 +88,8 @@ class SharingReport:
 
 
 @dataclass
-class Ear:
-    """Keeps what becomes of one trial."""
+class ProbeListener:
+    """Keeps what becomes of one probe request."""
 
     result: Any = None
     error: BaseException | None = None
@@ -101,11 +101,11 @@ class Ear:
         """Nothing to do."""
 
     def finished(self, result: Any, timings: Timings) -> None:
-        """The trial returned."""
+        """The pipeline call returned."""
         self.result = result
 
     def failed(self, error: BaseException, timings: Timings) -> None:
-        """The trial raised."""
+        """The pipeline call raised."""
         self.error = error
 
 
@@ -164,9 +164,9 @@ class PlainRun:
     """What plain calls gave, one after another.
 
     Args:
-        results: of each trial.
+        results: of each probe request.
         calls: of the stepped modules.
-        changed: components that some trial changes while it runs.
+        changed: components that some probe request changes while it runs.
     """
 
     results: list[Tensor]
@@ -174,50 +174,52 @@ class PlainRun:
     changed: frozenset[str]
 
 
-def run_plainly(pipeline: Any, trials: Sequence[Trial]) -> PlainRun:
-    """Run the trials one after another, without an engine."""
+def run_plainly(pipeline: Any, probes: Sequence[ProbeRequest]) -> PlainRun:
+    """Run the probes one after another, without an engine."""
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
-        results = [trial() for trial in trials]
+        results = [probe() for probe in probes]
     return PlainRun(results, watch.forwards, frozenset(watch.changed))
 
 
 def check_sharing(
     pipeline: Any,
-    trials: Sequence[Trial],
+    probes: Sequence[ProbeRequest],
     plain: PlainRun | None = None,
     arrivals: Sequence[int] | None = None,
     options: ParkingOptions = ENOUGH_ROWS,
     one_at_a_time: bool = False,
 ) -> SharingReport:
-    """Run the trials at once, and compare with what they give one after another.
+    """Run the probes at once, and compare with what they give one after another.
 
     The pipeline must not be attached to an engine. Run it on the thread that will run the engine.
 
     Args:
         pipeline: a resident one.
-        trials: two or more requests that differ.
+        probes: two or more requests that differ.
         plain: what they gave one after another, if they were run before.
         arrivals: at which tick each begins; None means all at the first.
         options: how it is attached; components that are inline there may be changed by a call.
         one_at_a_time: nobody starts before the one at work has ended; a call may change anything.
     """
-    plain = plain or run_plainly(pipeline, trials)
+    plain = plain or run_plainly(pipeline, probes)
     changed = plain.changed - options.inline
     if changed and not one_at_a_time:
         return SharingReport(changed=tuple(sorted(changed)))
-    batcher = Batcher(len(trials), Execution(one_at_a_time=one_at_a_time))
+    batcher = Batcher(len(probes), Execution(one_at_a_time=one_at_a_time))
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
-        ears = run_at_once(batcher, pipeline, trials, arrivals or [0] * len(trials), options)
+        listeners = run_at_once(batcher, pipeline, probes, arrivals or [0] * len(probes), options)
     report = SharingReport(plain.calls, watch.forwards, batcher.counters.retries)
-    errors = [f"{type(e.error).__name__}: {e.error}" for e in ears if e.error is not None]
+    errors = [f"{type(e.error).__name__}: {e.error}" for e in listeners if e.error is not None]
     if errors:
         return replace(report, error=errors[0])
     separation = smallest_separation(plain.results)
     return replace(
         report,
-        difference=max(difference(p, e.result) for p, e in zip(plain.results, ears, strict=True)),
+        difference=max(
+            difference(p, e.result) for p, e in zip(plain.results, listeners, strict=True)
+        ),
         separation=separation,
         bound=ROUNDING.get(dtype_of(pipeline), SHARE_OF_SEPARATION * separation),
     )
@@ -226,31 +228,31 @@ def check_sharing(
 def run_at_once(
     batcher: Batcher,
     pipeline: Any,
-    trials: Sequence[Trial],
+    probes: Sequence[ProbeRequest],
     arrivals: Sequence[int],
     options: ParkingOptions,
-) -> list[Ear]:
-    """Run the trials through a batcher; returns what became of each."""
-    ears = [Ear() for _ in trials]
-    waiting = sorted(zip(arrivals, range(len(trials)), strict=True))
+) -> list[ProbeListener]:
+    """Run the probes through a batcher; returns what became of each."""
+    listeners = [ProbeListener() for _ in probes]
+    waiting = sorted(zip(arrivals, range(len(probes)), strict=True))
     unwrap = wrap_modules(pipeline, Wrappers(parking=options))
     try:
         tick = 0
         while waiting or batcher.scheduler.tracks:
             while waiting and waiting[0][0] <= tick:
                 _, index = waiting.pop(0)
-                track = Track(trial_work(index, trials[index], ears[index]), batcher.clock)
+                track = Track(probe_work(index, probes[index], listeners[index]), batcher.clock)
                 batcher.scheduler.add(track)
             batcher.tick()
             tick += 1
     finally:
         unwrap()
-    return ears
+    return listeners
 
 
-def trial_work(index: int, trial: Trial, ear: Ear) -> Work:
-    """A trial as the engine wants it: long, so that all are in step before the first step."""
-    return Work(f"trial-{index}", rows=1, steps=TRIAL_STEPS, images=1, run=trial, listener=ear)
+def probe_work(index: int, probe: ProbeRequest, listener: ProbeListener) -> Work:
+    """A probe request as work: long, so that all are in step before the first step."""
+    return Work(f"probe-{index}", rows=1, steps=PROBE_STEPS, images=1, run=probe, listener=listener)
 
 
 def difference(one: Tensor, other: Tensor) -> float:

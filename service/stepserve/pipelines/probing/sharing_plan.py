@@ -5,7 +5,7 @@ Three things are asked of the pipeline and of the device, in this order:
 1. Does a call change shared modules while it runs? A text encoder or VAE that it changes runs in
    the call, unparked, so that nobody else gets to see the change. If it changes what is called at
    every step, its requests run one at a time.
-2. Do requests at once get what each gets alone? Pipelines of the parity suite were seen to; any
+2. Do requests at once get what each gets by itself? The parity suite has shown it for some; any
    other is tried here, and runs one at a time if not.
 3. Do rows depend on what they share a forward with, in their last bits? Forwards get no more rows
    than are free of that. If those are too few, it may be cured by filling forwards up to one row
@@ -35,7 +35,7 @@ from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
     PlainRun,
-    Trial,
+    ProbeRequest,
     check_sharing,
     run_plainly,
 )
@@ -48,6 +48,8 @@ FIXED_ROWS = 8
 # What else forwards are filled up to, where that gives a row the same bits.
 FILLED_ROWS = (4, 12, 16, 24, 32)
 
+DEPENDENT_ROWS = "rows depend on co-batched requests in the last bits"
+
 # What a forward is tried with: enough for different content, and few enough to start soon.
 TRIED_CALLS = 8
 
@@ -57,7 +59,7 @@ class SharingPlan:
     """How requests share forwards.
 
     Args:
-        alone: they do not: they run one at a time.
+        serial: they do not: they run one at a time.
         inline: components that run inside a call, unparked.
         max_rows: most rows of a shared forward that keep images as they are; 0: any number.
         filled_rows: for the sake of equal bytes every shared forward is filled up to the next of
@@ -68,7 +70,7 @@ class SharingPlan:
         remark: why it is not the usual plan; for people.
     """
 
-    alone: bool = False
+    serial: bool = False
     inline: frozenset[str] = frozenset()
     max_rows: int = 0
     filled_rows: tuple[int, ...] = ()
@@ -79,7 +81,7 @@ class SharingPlan:
     @property
     def row_policy(self) -> str:
         """In a few words, for fingerprints: images of different policies may differ."""
-        if self.alone:
+        if self.serial:
             return "one request at a time"
         buckets = self.filled_rows or self.row_buckets
         return f"filled up to {', '.join(map(str, buckets))} rows" if buckets else "any rows"
@@ -91,7 +93,7 @@ class SharingPlan:
 
     def for_graphs(self, max_rows: int) -> SharingPlan:
         """This plan where forwards run compiled graphs, which are made for few row counts."""
-        if self.alone:
+        if self.serial:
             return self
         if self.filled_rows:
             # One graph instead of many.
@@ -123,7 +125,7 @@ def row_buckets(max_rows: int) -> tuple[int, ...]:
 
 def plan_sharing(
     pipeline: Any,
-    trials: Sequence[Trial],
+    probes: Sequence[ProbeRequest],
     max_rows: int,
     fix_rows: bool = True,
     row_buckets: tuple[int, ...] = (),
@@ -134,21 +136,21 @@ def plan_sharing(
 
     Args:
         pipeline: a resident one.
-        trials: small requests that differ, of every task that it serves.
+        probes: small requests that differ, of every task that it serves.
         max_rows: most rows of one shared forward.
         fix_rows: whether forwards may be filled up for the sake of equal bytes.
         row_buckets: what forwards are to be filled up to in any case.
     """
-    plan = plan_co_batching(pipeline, trials)
-    if plan.alone:
+    plan = plan_co_batching(pipeline, probes)
+    if plan.serial:
         return plan
     plan = replace(plan, row_buckets=row_buckets)
-    return plan_rows(pipeline, trials, plan, max_rows, fix_rows)
+    return plan_rows(pipeline, probes, plan, max_rows, fix_rows)
 
 
 def plan_co_batching(
     pipeline: Any,
-    trials: Sequence[Trial],
+    probes: Sequence[ProbeRequest],
     verified: Collection[str] = VERIFIED,
     plain: PlainRun | None = None,
 ) -> SharingPlan:
@@ -156,42 +158,44 @@ def plan_co_batching(
 
     Args:
         pipeline: a resident one.
-        trials: small requests that differ.
-        verified: classes of pipelines that need no trial of requests at once.
-        plain: what the trials gave one after another, if they were run before.
+        probes: small requests that differ.
+        verified: classes of pipelines that need no probe of requests at once.
+        plain: what the probes gave one after another, if they were run before.
     """
-    plain = plain or run_plainly(pipeline, trials)
+    plain = plain or run_plainly(pipeline, probes)
     changed = plain.changed
     stepped = {path for path, _, rule in parkable_methods(pipeline) if rule.shared}
     if changed & stepped:
         names = ", ".join(sorted(changed & stepped))
-        return SharingPlan(alone=True, remark=f"a call changes {names} while it runs")
+        return SharingPlan(serial=True, remark=f"a call changes {names} while it runs")
     remark = f"{', '.join(sorted(changed))}: changed by a call, so runs inside it"
     plan = SharingPlan(inline=changed, remark=remark if changed else "")
     if type(pipeline).__name__ in verified:
         return plan
-    report = check_sharing(pipeline, trials, plain, options=plan.parking(ENOUGH_ROWS))
+    report = check_sharing(pipeline, probes, plain, options=plan.parking(ENOUGH_ROWS))
     if report.objection:
-        return replace(plan, alone=True, remark=report.objection)
+        return replace(plan, serial=True, remark=report.objection)
     return plan
 
 
 def plan_rows(
-    pipeline: Any, trials: Sequence[Trial], plan: SharingPlan, max_rows: int, fix_rows: bool
+    pipeline: Any, probes: Sequence[ProbeRequest], plan: SharingPlan, max_rows: int, fix_rows: bool
 ) -> SharingPlan:
     """Whether images have the same bytes at any load, and what it takes."""
-    with parked_at(Stage.DENOISE, pipeline, trials, plan.parking(ENOUGH_ROWS)) as groups:
+    with parked_at(Stage.DENOISE, pipeline, probes, plan.parking(ENOUGH_ROWS)) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
         found = same_bits(tried, max_rows, fix_rows)
     if found is not None:
         return replace(plan, max_rows=found.most, filled_rows=found.filled)
-    remark = "; ".join(filter(None, [plan.remark, "rows depend on their company in the last bits"]))
+    remark = "; ".join(
+        filter(None, [plan.remark, "rows depend on co-batched requests in the last bits"])
+    )
     return replace(plan, same_bytes=False, remark=remark)
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Forwards that give a row the same bits in any company.
+    """Forwards that give a row the same bits whatever shares the forward.
 
     Args:
         most: rows of the largest.
@@ -226,7 +230,7 @@ def most_independent_rows(tried: Sequence[Sequence[Call]], max_rows: int, least:
 
 
 def rows_to_fill(tried: Sequence[Sequence[Call]], max_rows: int) -> tuple[int, ...]:
-    """Row counts whose forwards give every call the same bits in any company; none if none do."""
+    """Row counts whose forwards give every call the same bits; none if none do."""
     counts = min(FIXED_ROWS, max_rows), *(rows for rows in FILLED_ROWS if rows <= max_rows)
     for calls in tried:
         counts = agreeing_row_counts(calls, counts)

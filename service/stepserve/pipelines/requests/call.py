@@ -78,17 +78,17 @@ def run_pipeline(
     on_preview: OnPreview | None = None,
     is_checked: bool = True,
 ) -> Any:
-    """Call a borrowed pipeline with those of a request's arguments that it takes.
+    """Call a copied pipeline with those of a request's arguments that it takes.
 
     Raises:
         ContentFilteredError: the pipeline's own checker refuses the prompt.
         InvalidRequestError: the request's settings alone make the call fail.
     """
-    signature = model.lender.signature(request.task)
+    signature = model.factory.signature(request.task)
     generators = make_generators(request.seed, request.n)
-    borrowed = _borrow(model, request, generators)
-    remove_checker(borrowed, unless=is_checked)
-    previewer = _previewer(borrowed, request, on_preview)
+    copied = _copy_for(model, request, generators)
+    remove_checker(copied, unless=is_checked)
+    previewer = _previewer(copied, request, on_preview)
     expected = denoiser_calls(model, request)
 
     def ended(step: int, steps: int, latents: torch.Tensor) -> None:
@@ -105,9 +105,9 @@ def run_pipeline(
 
     # Some that do not know it take anything, and leave it lying.
     if "callback_on_step_end" not in signature.names:
-        watch_steps(borrowed.scheduler, lambda step, latents: ended(step, expected, latents))
+        watch_steps(copied.scheduler, lambda step, latents: ended(step, expected, latents))
 
-    watch_images(borrowed, lambda image: _check_image(image, request))
+    watch_images(copied, lambda image: _check_image(image, request))
     wanted = {
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
@@ -119,19 +119,19 @@ def run_pipeline(
         **guidance_arguments(model.capabilities.guidance, request),
         **task_arguments(request, inputs),
     }
-    make = partial(model.lender.new_scheduler, request.scheduler)
+    make = partial(model.factory.new_scheduler, request.scheduler)
     with blaming_settings(request, make), guardrail(request.model):
-        return borrowed(**accepted_arguments(signature, wanted))
+        return copied(**accepted_arguments(signature, wanted))
 
 
-def _borrow(
+def _copy_for(
     model: LoadedModel, request: GenerationRequest, generators: Sequence[torch.Generator]
 ) -> Any:
     """A pipeline whose every draw is of the request's own generators."""
-    borrowed = model.lender.lend(request.scheduler, request.task)
-    for scheduler in schedulers_of(borrowed):
+    copied = model.factory.copy(request.scheduler, request.task)
+    for scheduler in schedulers_of(copied):
         draw_from(scheduler, generators)
-    return borrowed
+    return copied
 
 
 def _previewer(
@@ -186,15 +186,15 @@ def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
 
 
 def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
-    pipeline = model.lender.lend(request.scheduler, request.task)
+    pipeline = model.factory.copy(request.scheduler, request.task)
     steps, scheduler = request.num_inference_steps, pipeline.scheduler
     try:
         set_steps(scheduler, steps)
         timesteps = left = len(scheduler.timesteps)
         if request.task is not Task.TEXT_TO_IMAGE and _takes_strength(model, request.task):
             left = count_left(pipeline, request, timesteps)
-        if request.scheduler in model.triable_schedulers:
-            make = partial(model.lender.new_scheduler, request.scheduler)
+        if request.scheduler in model.probed_schedulers:
+            make = partial(model.factory.new_scheduler, request.scheduler)
             try_ends(make, steps, (timesteps - left) // scheduler.order)
     except Exception as error:
         # Such as PNDM, which begins with four steps of a higher order.
@@ -206,7 +206,7 @@ def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
 
 
 def _takes_strength(model: LoadedModel, task: Task) -> bool:
-    return model.lender.signature(task).accepts("strength")
+    return model.factory.signature(task).accepts("strength")
 
 
 def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int:

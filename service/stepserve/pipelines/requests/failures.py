@@ -58,7 +58,7 @@ def _blamed(
     if refused:
         return cannot_be_done(request, f"{refused}: {error}")
     if is_overflow or any(isinstance(owner, SchedulerMixin) for _, owner in _callers(error)):
-        return _tried_alone(request, make)
+        return _tried_steps(request, make)
     return None
 
 
@@ -75,7 +75,7 @@ def _refused(error: Exception) -> str:
     return ""
 
 
-def _tried_alone(request: GenerationRequest, make: MakeScheduler) -> InvalidRequestError | None:
+def _tried_steps(request: GenerationRequest, make: MakeScheduler) -> InvalidRequestError | None:
     try:
         try_all(make, request.num_inference_steps)
     except ScheduleError as why:

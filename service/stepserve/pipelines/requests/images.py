@@ -42,14 +42,14 @@ USUAL_QUALITY = 95
 
 def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
     """What image `index` of a request can be made again from, alone."""
-    alone = asdict(replace(request, seed=request.seed + index, n=1))
+    fields = asdict(replace(request, seed=request.seed + index, n=1))
     for field in WITHOUT_EFFECT:
-        del alone[field]
+        del fields[field]
     for field in ("image", "mask_image"):
-        file = alone.pop(field)
+        file = fields.pop(field)
         if file is not None:
-            alone[f"{field}_sha256"] = hashlib.sha256(file).hexdigest()
-    return {"software": f"stepserve {__version__}", **alone}
+            fields[f"{field}_sha256"] = hashlib.sha256(file).hexdigest()
+    return {"software": f"stepserve {__version__}", **fields}
 
 
 def encode_image(image: Image.Image | None, request: GenerationRequest, index: int) -> EncodedImage:

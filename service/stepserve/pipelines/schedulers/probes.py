@@ -7,6 +7,7 @@ schedule; how many that is depends on the class and on the model's settings.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,15 @@ def try_all(make: MakeScheduler, steps: int) -> None:
     _walk(make, steps, range(steps))
 
 
+@contextmanager
+def _muted() -> Iterator[None]:
+    """A warning is no reason to leave a scheduler out, even where warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_muted()
 def can_do(make: MakeScheduler, steps: int) -> bool:
     """Whether both ends of so many steps can be done."""
     try:
@@ -77,6 +87,7 @@ def can_do(make: MakeScheduler, steps: int) -> bool:
     return True
 
 
+@_muted()
 def draws_from_elsewhere(make: MakeScheduler, steps: int) -> bool:
     """Whether a scheduler draws noise that no generator of the request decides.
 

@@ -18,7 +18,7 @@ from stepserve.pipelines.modules.call_shapes import Example, UniformArguments, s
 from stepserve.pipelines.modules.compiling import Backend, CompiledForward
 from stepserve.pipelines.modules.parking import components_of
 from stepserve.pipelines.probing.parked_calls import parked_at
-from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, Trial
+from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, ProbeRequest
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,11 @@ class Compiled:
 
 
 def compile_denoiser(
-    pipeline: Any, plan: SharingPlan, trials: Sequence[Trial], row_limit: int, backend: Backend
+    pipeline: Any,
+    plan: SharingPlan,
+    probes: Sequence[ProbeRequest],
+    row_limit: int,
+    backend: Backend,
 ) -> Compiled:
     """Compile one graph for each row count that shared forwards of the native size may have.
 
@@ -51,16 +55,16 @@ def compile_denoiser(
     Args:
         pipeline: a resident one.
         plan: how its forwards are shared, with row buckets.
-        trials: small requests of every task that it serves.
+        probes: small requests of every task that it serves.
         row_limit: most rows of a shared forward.
         backend: as `torch.compile` takes it.
     """
-    if plan.alone:
+    if plan.serial:
         return _failed(f"requests run one at a time: {plan.remark}")
     denoiser = denoiser_of(pipeline)
     path = next(path for path, module in components_of(pipeline) if module is denoiser)
     try:
-        with parked_at(Stage.DENOISE, pipeline, trials, plan.parking(ENOUGH_ROWS)) as parked:
+        with parked_at(Stage.DENOISE, pipeline, probes, plan.parking(ENOUGH_ROWS)) as parked:
             groups = [calls for calls in parked if calls[0].method.module == path]
             return _compile(path, groups, plan, row_limit, backend)
     except StepserveError as error:

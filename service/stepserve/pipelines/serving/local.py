@@ -24,8 +24,8 @@ def generate_locally(
         StepserveError: the request was refused or failed.
     """
     # There is nobody to share with, so nothing to find out about that.
-    alone = SharingOptions(plan=SharingPlan())
-    runner = PipelineRunner(model, adapters=adapters, sharing=alone)
+    unshared = SharingOptions(plan=SharingPlan())
+    runner = PipelineRunner(model, adapters=adapters, sharing=unshared)
     runner.start()
     events: SimpleQueue[Event] = SimpleQueue()
     try:

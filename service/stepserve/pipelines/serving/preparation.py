@@ -19,9 +19,9 @@ from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_hos
 from stepserve.pipelines.modules.wrappers import Wrappers
 from stepserve.pipelines.probing.guidance_cost import settle_guidance
 from stepserve.pipelines.probing.probe_requests import make_probe_requests
-from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline, tried_offer
+from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline, probed_offer
 from stepserve.pipelines.probing.shape_rules import SizeRules
-from stepserve.pipelines.probing.sharing_check import Trial
+from stepserve.pipelines.probing.sharing_check import ProbeRequest
 from stepserve.pipelines.probing.sharing_plan import SharingPlan, plan_sharing, row_buckets
 
 
@@ -53,7 +53,7 @@ class Preparation:
         plan: how its forwards are shared.
         wrappers: what stands around the methods of its modules.
         execution: how the engine is to run its forwards.
-        trials: small requests of every task that it serves.
+        probes: small requests of every task that it serves.
         size_rules: what calls of each size need, where that is not the same for all.
         threads: torch threads of the engine on a CPU; 0 on another device.
     """
@@ -62,7 +62,7 @@ class Preparation:
     plan: SharingPlan
     wrappers: Wrappers
     execution: Execution = DEFAULT_EXECUTION
-    trials: Sequence[Trial] = ()
+    probes: Sequence[ProbeRequest] = ()
     size_rules: SizeRules | None = None
     threads: int = 0
 
@@ -78,10 +78,10 @@ def prepare(
     ceiling = engine.options.row_ceiling
     if sharing.plan is None:
         model = with_probed_capabilities(model)
-    trials = make_probe_requests(model, model.capabilities.tasks)
+    probes = make_probe_requests(model, model.capabilities.tasks)
     plan = sharing.plan or plan_sharing(
         model.pipeline,
-        trials,
+        probes,
         ceiling,
         sharing.fixed_rows,
         row_buckets(ceiling) if model.compiles else (),
@@ -96,14 +96,14 @@ def prepare(
         )
     )
     # Adapters change modules, and a graph is of a module as it was.
-    records = model.cuda_graphs and not (adapters.options.any or plan.alone)
-    needs_rules = device.type != "cpu" and plan.same_bytes and not (plan.alone or model.compiles)
+    records = model.cuda_graphs and not (adapters.options.any or plan.serial)
+    needs_rules = device.type != "cpu" and plan.same_bytes and not (plan.serial or model.compiles)
     rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows) if needs_rules else None
-    decodes_aside = can_keep_on_host(model.pipeline, device) and not plan.alone
+    decodes_aside = can_keep_on_host(model.pipeline, device) and not plan.serial
     execution = Execution(
         row_ceiling=parking.max_rows,
         row_limit=None if plan.has_one_row_count else parking.max_rows,
-        one_at_a_time=plan.alone,
+        one_at_a_time=plan.serial,
         adjust=rules,
         start_timing=timing_for(device),
         side_stream=CudaSideStream() if decodes_aside else None,
@@ -113,7 +113,7 @@ def prepare(
         plan,
         Wrappers(parking=parking, record=CudaRecorder() if records else None),
         execution,
-        trials,
+        probes,
         rules,
         # The engine thread's own number counts.
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
@@ -124,6 +124,6 @@ def with_probed_capabilities(model: LoadedModel) -> LoadedModel:
     """Tell what holds, not what the pipeline seems to offer."""
     model = replace(model, capabilities=limited_to_pipeline(model))
     model = settle_guidance(model)
-    offer = tried_offer(model)
+    offer = probed_offer(model)
     capabilities = replace(model.capabilities, tasks=offer.tasks, sizes=offer.sizes)
     return replace(model, capabilities=capabilities)

@@ -191,7 +191,7 @@ class PipelineRunner:
         prepared = self._prepared
         self._unwrap()
         compiled = compile_denoiser(
-            self.model.pipeline, prepared.plan, prepared.trials, self.engine.row_limit, backend
+            self.model.pipeline, prepared.plan, prepared.probes, self.engine.row_limit, backend
         )
         wrappers = replace(prepared.wrappers, compiled=compiled.forwards)
         self._unwrap = wrap_modules(self.model.pipeline, wrappers)
