@@ -24,7 +24,7 @@ class LeapingSelector(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """For tests marked `virtual_time`, which use neither threads nor sockets."""
+    """For tests marked `virtual_time`, which use no threads, and sockets to themselves at most."""
 
     def __init__(self) -> None:
         self._leaping = LeapingSelector()
@@ -32,7 +32,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         """Seconds of virtual time."""
-        # A timer that is due must not lie behind by a rounding error.
         return self._leaping.now_s
 
 

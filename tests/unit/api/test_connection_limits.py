@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from api_fakes import Blocking, FakeBackend, finish, make_app
@@ -16,9 +17,12 @@ from served import HEALTH, connect, is_closed, read_all, read_response, response
 from stepserve.api.exchange_context import Exchange
 from stepserve.api.http.head_limits import HeadLimits
 from stepserve.api.http.protocol import ConnectionLimits
+from stepserve.api.http.server import make_server
 from stepserve.api.observe.exchanges import Observation
 from stepserve.domain.events import Accepted, Event, Outcome
 from stepserve.domain.requests import GenerationRequest
+from uvicorn.server import ServerState
+from virtual_time import until
 
 LIMITS = ConnectionLimits(
     HeadLimits(max_url_bytes=1000, max_header_bytes=4000, max_headers=20),
@@ -200,14 +204,24 @@ def test_what_is_refused_is_told_like_any_other_answer(backend: FakeBackend):
     assert not exchange.asks_for_work
 
 
-def test_one_that_works_is_not_cut_off(port: int, backend: FakeBackend):
-    blocking = Blocking()
-    backend.generate_with(blocking)
-    with connect(port) as client:
-        client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
-        assert blocking.began.wait(10)
+@pytest.mark.virtual_time
+async def test_one_that_works_is_not_cut_off(backend: FakeBackend):
+    backend.generate_with(blocking := Blocking())
+    server_end, client_end = socket.socketpair()
+    config = make_server(make_app(backend), LIMITS, MOST).config
+    config.load()
+    of_server = {"config": config, "server_state": ServerState(), "app_state": {}}
+    protocol = partial(config.http_protocol_class, **of_server)
+    await asyncio.get_running_loop().connect_accepted_socket(protocol, server_end)
+    reader, writer = await asyncio.open_connection(sock=client_end)
+    writer.write(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
+    await until(lambda: backend.requests)
 
-        assert not is_closed(client, 3 * LIMITS.header_timeout_s)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 3 * LIMITS.header_timeout_s)
+    writer.close()
+    await writer.wait_closed()
+    await until(blocking.cancelled.is_set)
 
 
 def test_the_longest_silent_connection_gives_way_to_a_new_one(backend: FakeBackend):
