@@ -11,7 +11,7 @@ import diffusers
 import torch
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.copies.factory import copy_pipeline
-from stepserve.pipelines.modules.attach import ParkingOptions
+from stepserve.pipelines.modules.parking import ParkingOptions
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
