@@ -89,7 +89,7 @@ def _call_due_s(item: Parked, seconds: float) -> float:
 
 
 DUE_TIME = Policy(pick, SHORTEST_FIRST.rank, as_urgent)
-STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, all_running, kinds_at_work=1)
+STRICT_FIFO = Policy(strict_fifo, lambda queued: queued.arrival, all_running, kinds_in_flight=1)
 POLICIES = MappingProxyType(
     {"shortest-first": SHORTEST_FIRST, "due-time": DUE_TIME, "strict-fifo": STRICT_FIFO}
 )

@@ -57,7 +57,7 @@ class Account:
     """What is known of one replica.
 
     Args:
-        jobs: what it has in hand, by request id.
+        jobs: what it has in flight, by request id.
         since: when this router sent what the latest report may not list yet.
         ended: when this router saw end what the latest report may still list.
         own: requests that this router sent.
@@ -116,7 +116,7 @@ class Ledger:
             self._write(key)
 
     def note_report(self, key: ReplicaKey, report: Report) -> None:
-        """A replica told what it has in hand."""
+        """A replica told what it has in flight."""
         account = self._accounts.get(key)
         if account is not None:
             before = len(account.jobs), len(account.own)
@@ -160,8 +160,8 @@ class Ledger:
         if not account.jobs:
             self._write(key)
 
-    def has_in_hand(self, key: ReplicaKey, job_id: str) -> bool:
-        """Whether a replica is thought to be at work on a request."""
+    def has_in_flight(self, key: ReplicaKey, job_id: str) -> bool:
+        """Whether a replica is thought to be running a request."""
         account = self._accounts.get(key)
         return account is not None and job_id in account.jobs
 
@@ -172,7 +172,7 @@ class Ledger:
     def _finish_and_harm_s(self, job: Job) -> tuple[Floats, Floats]:
         """Seconds until `job` would be finished, and by which all others together get later."""
         lower, upper, share = _between(job.steps)
-        # What is in hand melts by a second a second.
+        # What is in flight melts by a second a second.
         done_s = self._clock() - self._written_s
         left = np.clip(1 - done_s / np.maximum(self._ahead_s[:, -1], 1e-9), 0, 1)
         ahead_s = (1 - share) * self._ahead_s[:, lower] + share * self._ahead_s[:, upper]
@@ -189,8 +189,8 @@ class Ledger:
 
     def _note_news(self, key: ReplicaKey) -> None:
         """A replica got on just now; one without work has nothing to show."""
-        is_at_work = bool(self._accounts[key].jobs)
-        self._accounts[key].news_s = self._clock() if is_at_work else math.inf
+        has_work = bool(self._accounts[key].jobs)
+        self._accounts[key].news_s = self._clock() if has_work else math.inf
         self._news_s[self._places[key]] = self._accounts[key].news_s
 
     def has_room(self, job: Job) -> NDArray[np.bool_]:

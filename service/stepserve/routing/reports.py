@@ -44,12 +44,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What a replica has in hand, and what its steps cost there.
+    """What a replica has in flight, and what its steps cost there.
 
     Args:
         jobs: everything accepted and not yet ended.
         costs: by size; only those that were measured.
-        image_limit: images in hand beyond which it refuses.
+        image_limit: images in flight beyond which it refuses.
         guidance: what a step of a guided request takes there, and of one that is not.
     """
 

@@ -9,7 +9,7 @@ from stepserve.engine.scheduling.admission import MINIMUM_RETRY_S, Ending, Load,
 endings = st.lists(st.builds(Ending, st.floats(0, 1e6), st.integers(1, 8)), min_size=1, max_size=20)
 
 
-def test_load_sums_up_what_is_in_hand() -> None:
+def test_load_sums_up_what_is_in_flight() -> None:
     assert load_of([Ending(3.0, 2), Ending(5.0, 1), Ending(4.0, 4)]) == Load(3, 7, 5.0)
     assert load_of([]) == Load(0, 0, 0.0)
 
@@ -20,10 +20,10 @@ def test_an_empty_server_takes_any_request(images: int, limit: int) -> None:
 
 
 def test_images_up_to_the_limit_get_in() -> None:
-    in_hand = [Ending(1.0, 2)] * 3
-    check_room(in_hand, 2, limit=8)
-    with pytest.raises(ServerFullError, match="6 images are in hand and the limit is 8"):
-        check_room(in_hand, 3, limit=8)
+    in_flight = [Ending(1.0, 2)] * 3
+    check_room(in_flight, 2, limit=8)
+    with pytest.raises(ServerFullError, match="6 of 8 images pending"):
+        check_room(in_flight, 3, limit=8)
 
 
 @pytest.mark.parametrize(("images", "retry_after_s"), [(1, 2.0), (2, 2.0), (3, 7.0), (9, 9.0)])
@@ -33,11 +33,11 @@ def test_retry_after_is_when_there_should_be_room(images: int, retry_after_s: fl
     assert refused.value.retry_after_s == retry_after_s
 
 
-@given(in_hand=endings, images=st.integers(1, 8))
-def test_once_those_have_ended_the_request_is_let_in(in_hand: list[Ending], images: int) -> None:
-    limit = max(sum(item.images for item in in_hand), images)
+@given(in_flight=endings, images=st.integers(1, 8))
+def test_once_those_have_ended_the_request_is_let_in(in_flight: list[Ending], images: int) -> None:
+    limit = max(sum(item.images for item in in_flight), images)
     with pytest.raises(ServerFullError) as refused:
-        check_room([*in_hand, Ending(0.0, limit)], images, limit)
+        check_room([*in_flight, Ending(0.0, limit)], images, limit)
     retry_after_s = refused.value.retry_after_s
     assert retry_after_s >= MINIMUM_RETRY_S
-    check_room([item for item in in_hand if item.seconds > retry_after_s], images, limit)
+    check_room([item for item in in_flight if item.seconds > retry_after_s], images, limit)

@@ -1,11 +1,11 @@
-"""What admission promises, by simulation with forecasts that err: see `door_simulation`."""
+"""What admission promises, by simulation with forecasts that err: see `simulated_engine`."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import pytest
-from door_simulation import ListenSocket, Score, Traffic, capacity_per_s
+from simulated_engine import Score, SimulatedEngine, Traffic, capacity_per_s
 from stepserve.domain.errors import ServerFullError, UnmeetableDeadlineError
 from stepserve.engine.loop.engine import Engine
 from stepserve.engine.scheduling.lateness import LatenessQuantile
@@ -25,7 +25,7 @@ def scores(load: float) -> tuple[Score, ...]:
     traffic = [
         Traffic(load * capacity(), without_deadline=WITHOUT_DEADLINE, seed=seed) for seed in SEEDS
     ]
-    return tuple(ListenSocket(item).run() for item in traffic)
+    return tuple(SimulatedEngine(item).run() for item in traffic)
 
 
 def met_share(scores: tuple[Score, ...]) -> float:
@@ -63,12 +63,12 @@ def test_refusals_say_when_to_come_back_and_what_could_be_promised() -> None:
 
 
 def test_without_foresight_next_to_nothing_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "_check_deadlines", lambda *prospects: None)
-    score = ListenSocket(Traffic(1.5 * capacity(), count=200)).run()
+    monkeypatch.setattr(Engine, "_check_deadlines", lambda *estimates: None)
+    score = SimulatedEngine(Traffic(1.5 * capacity(), count=200)).run()
     assert score.met_share < 0.5
 
 
 def test_without_the_margin_more_promises_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LatenessQuantile, "safe_s", lambda self, seconds, forward_s: seconds)
-    broken = [ListenSocket(Traffic(1.5 * capacity(), seed=seed)).run() for seed in SEEDS]
+    broken = [SimulatedEngine(Traffic(1.5 * capacity(), seed=seed)).run() for seed in SEEDS]
     assert met_share(tuple(broken)) < 0.98

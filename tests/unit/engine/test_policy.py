@@ -17,7 +17,7 @@ from stepserve.engine.calls.call import CallKey, ParkableMethod
 from stepserve.engine.scheduling.demand import Demand, due_s, patience
 from stepserve.engine.scheduling.policy import (
     HOLD,
-    KINDS_AT_WORK,
+    KINDS_IN_FLIGHT,
     SHORTEST_FIRST,
     Parked,
     Policy,
@@ -333,7 +333,7 @@ def test_when_rows_do_not_fit_the_shortest_take_part() -> None:
     assert shortest_first(items, price) == [items[1], items[2]]
 
 
-def test_a_short_request_goes_without_company_that_would_slow_it_down() -> None:
+def test_a_short_request_goes_without_others_that_would_slow_it_down() -> None:
     short, long = step(0, 0.1), [step(n, 4.0, rows=2) for n in (1, 2)]
     assert shortest_first([short, *long], line_price) == [short]
     # Of equals none is worth making the others wait.
@@ -449,7 +449,7 @@ def test_rows_of_other_kinds_keep_nobody_from_starting() -> None:
 
 
 def test_all_kinds_together_have_the_rows_of_some_forwards() -> None:
-    running = [Demand(rows=8, kind=kind) for kind in range(KINDS_AT_WORK)]
+    running = [Demand(rows=8, kind=kind) for kind in range(KINDS_IN_FLIGHT)]
     old, later = demand(0, 2, 0.0, kind="a"), demand(1, 2, 9.0, kind="b")
     assert next_to_start([old, later], running, 8, SHORTEST_FIRST) is None
     assert next_to_start([old, later], running[1:], 8, SHORTEST_FIRST) == old
@@ -484,10 +484,10 @@ def test_what_is_started_fits_and_all_are_started(
             of_kind = [item.rows for item in others if item.kind == first.kind]
             assert not of_kind or sum(of_kind) + first.rows <= max_rows
             in_all = sum(item.rows for item in others) + first.rows
-            assert not others or in_all <= policy.kinds_at_work * max_rows
+            assert not others or in_all <= policy.kinds_in_flight * max_rows
             queued.remove(first)
             running.append(first)
-        assert running, "nobody is at work, and nobody is started"
+        assert running, "nobody runs, and nobody is started"
         running.pop(chance.randrange(len(running)))
 
 

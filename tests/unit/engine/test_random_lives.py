@@ -118,11 +118,11 @@ class Lives(RuleBasedStateMachine):
         ACTIONS["total"] += 1
 
     @invariant()
-    def everyone_is_answered_once_or_still_in_hand(self) -> None:
-        in_hand = {track.work.id for track in self.batcher.scheduler.tracks}
+    def everyone_is_answered_once_or_still_in_flight(self) -> None:
+        in_flight = {track.work.id for track in self.batcher.scheduler.tracks}
         for name, ear in self.ears.items():
-            assert len(ear.ends) == (name not in in_hand)
-        assert sorted(self.ended) == sorted(set(self.jobs) - in_hand)
+            assert len(ear.ends) == (name not in in_flight)
+        assert sorted(self.ended) == sorted(set(self.jobs) - in_flight)
 
     def teardown(self) -> None:
         while self.batcher.tick():

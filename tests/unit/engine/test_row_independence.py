@@ -119,9 +119,9 @@ def test_a_single_row_is_always_alone() -> None:
 @given(rows=st.lists(st.integers(1, 3), min_size=1, max_size=9), count=st.integers(3, 64))
 def test_each_call_takes_part_in_forwards_as_large_as_can_be(rows: list[int], count: int) -> None:
     tried = list(groups_of(rows, count))
-    sums = [sum(rows[index] for index in company) for company in tried]
+    sums = [sum(rows[index] for index in group) for group in tried]
     assert all(count - min(rows) < total <= count for total in sums)
-    assert {index for company in tried for index in company} == set(range(len(rows)))
+    assert {index for group in tried for index in group} == set(range(len(rows)))
 
 
 @given(max_rows=st.integers(1, 300))
@@ -133,9 +133,9 @@ def test_row_counts_grow_to_the_limit_in_small_steps(max_rows: int) -> None:
 
 
 def test_every_call_meets_others_and_stands_at_several_places() -> None:
-    tried = [company for count in row_counts(32) for company in groups_of([2, 2, 1, 1], count)]
+    tried = [group for count in row_counts(32) for group in groups_of([2, 2, 1, 1], count)]
     for call in range(4):
-        assert len({company.index(call) for company in tried if call in company}) > 1
+        assert len({group.index(call) for group in tried if call in group}) > 1
 
 
 def test_layers_with_one_vector_a_row_are_found_and_tried_with_many_rows() -> None:

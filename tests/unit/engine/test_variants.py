@@ -65,7 +65,7 @@ def test_each_forward_finds_the_module_set_to_the_variant_of_its_calls() -> None
     assert sorted(module.forwards, key=str) == sorted([("a", 4), (None, 2), ("b", 2)] * 3, key=str)
 
 
-def test_isolated_work_is_given_its_own_variant_and_no_company() -> None:
+def test_isolated_work_is_given_its_own_variant_and_shares_with_nobody() -> None:
     works: list[Work] = []
 
     def make(module: Switched) -> list[Work]:

@@ -31,16 +31,16 @@ def a_job(name: str = "new", steps: int = 10, rows: int = 2, size: str = "64x64"
 def a_ledger(*jobs: tuple[Job, ...], limit: int = 64, clock: Clock | None = None) -> Ledger:
     ledger = Ledger(clock or Clock(), seed=0)
     ledger.set_replicas(range(len(jobs)))
-    for number, in_hand in enumerate(jobs):
-        ledger.note_report(number, Report(in_hand, COSTS, limit))
+    for number, in_flight in enumerate(jobs):
+        ledger.note_report(number, Report(in_flight, COSTS, limit))
     return ledger
 
 
-def stepwise_finish_s(job: Job, in_hand: tuple[Job, ...]) -> float:
+def stepwise_finish_s(job: Job, in_flight: tuple[Job, ...]) -> float:
     """The definition, cycle by cycle."""
     seconds = 0.0
     for cycle in range(job.steps):
-        stepping = [other for other in (*in_hand, job) if other.steps > cycle]
+        stepping = [other for other in (*in_flight, job) if other.steps > cycle]
         seconds += sum(COSTS[other.size].row_s * other.rows for other in stepping)
         seconds += sum(COSTS[g.split()[0]].fixed_s for g in {other.group for other in stepping})
     return seconds
@@ -61,17 +61,17 @@ JOBS = st.lists(
 
 @given(JOBS, st.sampled_from(EXACT_STEPS), st.sampled_from(sorted(COSTS)), st.booleans())
 def test_the_closed_form_is_what_happens_cycle_by_cycle(
-    in_hand: tuple[Job, ...], steps: int, size: str, sent: bool
+    in_flight: tuple[Job, ...], steps: int, size: str, sent: bool
 ) -> None:
-    ledger = a_ledger(() if sent else in_hand)
-    for job in in_hand if sent else ():
+    ledger = a_ledger(() if sent else in_flight)
+    for job in in_flight if sent else ():
         ledger.note_sent(0, job)
     job = a_job(steps=steps, size=size)
-    assert ledger.finish_s(job)[0] == pytest.approx(stepwise_finish_s(job, in_hand))
+    assert ledger.finish_s(job)[0] == pytest.approx(stepwise_finish_s(job, in_flight))
 
 
 @given(JOBS, JOBS, st.integers(1, 1000))
-def test_more_in_hand_and_more_steps_never_finish_sooner(
+def test_more_in_flight_and_more_steps_never_finish_sooner(
     few: tuple[Job, ...], more: tuple[Job, ...], steps: int
 ) -> None:
     # Of another group: one's own may be joined.
@@ -104,7 +104,7 @@ def test_adapters_are_groups_of_their_own_and_reproducible_requests_are_alone() 
     assert job_of(replace(request, image=b"x", strength=0.5), CLASSIC).steps == 2
 
 
-def test_those_who_step_alone_share_with_nobody() -> None:
+def test_those_whose_rows_share_no_forward_take_their_own() -> None:
     alone = replace(a_job("a", 12), group=ALONE)
     ledger = a_ledger((alone,))
     assert ledger.finish_s(alone)[0] == pytest.approx(2 * stepwise_finish_s(a_job("a", 12), ()))
@@ -123,7 +123,7 @@ def test_the_slow_replica_gets_less() -> None:
     assert taken[0] > 2 * taken[1] > 0
 
 
-def test_what_is_in_hand_melts_and_reports_are_believed() -> None:
+def test_what_is_in_flight_melts_and_reports_are_believed() -> None:
     clock = Clock()
     ledger = a_ledger((), clock=clock)
     idle_s = ledger.finish_s(a_job())[0]
@@ -137,7 +137,7 @@ def test_what_is_in_hand_melts_and_reports_are_believed() -> None:
     assert ledger.finish_s(a_job())[0] == pytest.approx(idle_s)
 
 
-def test_who_is_silent_with_work_in_hand_is_asked_less_and_less() -> None:
+def test_who_is_silent_with_work_in_flight_is_asked_less_and_less() -> None:
     clock = Clock()
     ledger = a_ledger((a_job("a", 100),), (a_job("b", 100), a_job("c", 100)), clock=clock)
     before_s = ledger.finish_s(a_job())
@@ -249,5 +249,5 @@ def test_one_id_of_two_owners_is_two_jobs() -> None:
     ledger.note_sent(0, bob)
     ledger.note_ended(0, alice.id)
 
-    assert not ledger.has_in_hand(0, alice.id)
-    assert ledger.has_in_hand(0, bob.id)
+    assert not ledger.has_in_flight(0, alice.id)
+    assert ledger.has_in_flight(0, bob.id)

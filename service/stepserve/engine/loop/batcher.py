@@ -135,7 +135,7 @@ class Batcher:
             self._decode_aside(group, calls, side_stream)
             return
         results = self.executor.run(calls)
-        # The device may still be at work, and what comes after steps may be launched behind it.
+        # The device may still be busy, and what comes after steps may be launched behind it.
         running = []
         for forward, tracks in self._launched(group, results):
             if forward.timing.runs_on and forward.stage in (Stage.CONTROL, Stage.DENOISE):

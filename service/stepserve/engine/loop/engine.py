@@ -1,4 +1,4 @@
-"""The engine: one thread that batches, and a door that other threads may knock on."""
+"""The engine: one thread that batches, and what other threads may ask of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class EngineOptions:
     Args:
         max_rows: most rows of one shared denoiser forward, or None if that is to be measured; see
             `Engine.limit_rows`.
-        max_pending_images: images in hand beyond which new requests are refused.
+        max_pending_images: images in flight beyond which new requests are refused.
         threads: torch threads of the engine, or None for torch's default.
         niceness: how far the engine thread steps back behind the threads that answer HTTP.
         gradients: whether pipelines may compute gradients, as some kinds of guidance do. Without,
@@ -87,7 +87,7 @@ class Engine:
     """Runs submitted work. Every accepted piece of work ends in exactly one listener call.
 
     All methods may be called from any thread, and by listeners; only `stop` may not be called by
-    `Listener.accepted`, which runs while the door is held. `row_limit` is the most rows of one
+    `Listener.accepted`, which runs under the engine's lock. `row_limit` is the most rows of one
     shared denoiser forward, as configured or measured, and `row_ceiling` the most it may become.
 
     Args:
@@ -115,10 +115,10 @@ class Engine:
         # Guarded by the lock: what submitting threads and the engine thread share. A listener that
         # hears it was accepted may call the engine again, hence reentrant.
         self._lock = threading.RLock()
-        self._nothing_in_hand = threading.Condition(self._lock)
-        self._in_hand: set[Track] = set()
+        self._nothing_in_flight = threading.Condition(self._lock)
+        self._in_flight: set[Track] = set()
         self._open = True
-        self._last_in_hand_s = -math.inf
+        self._last_in_flight_s = -math.inf
         self._prepare: Callable[[], None] = lambda: None
         self._one_at_a_time = False
         # Written by the engine thread only.
@@ -139,7 +139,7 @@ class Engine:
         """Accept work and return how many requests are ahead of it.
 
         Raises:
-            ServerFullError: too many images are in hand already, or with this work too some in
+            ServerFullError: too many images are in flight already, or with this work too some in
                 hand would miss their deadlines.
             UnmeetableDeadlineError: it would not be finished within its own deadline.
             NotReadyError: the engine is draining or has stopped.
@@ -149,13 +149,13 @@ class Engine:
         with self._lock:
             if not self._open:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
-            in_hand = self._not_ended()
-            self._check_room(in_hand, work.images)
+            in_flight = self._not_ended()
+            self._check_room(in_flight, work.images)
             track = Track(work, self._clock)
-            prospect = self._forecast([*in_hand, track])
-            self._check_deadlines(in_hand, track, prospect)
-            self._let_in(in_hand, track, prospect)
-        return len(in_hand)
+            estimate = self._forecast([*in_flight, track])
+            self._check_deadlines(in_flight, track, estimate)
+            self._let_in(in_flight, track, estimate)
+        return len(in_flight)
 
     def cancel(self, key: RequestKey) -> None:
         """End a request at its next park; does nothing if it is unknown or ended already."""
@@ -171,14 +171,14 @@ class Engine:
         self._commands.put(lambda: self.batcher.stop_track(key, error))
 
     def load(self) -> Load:
-        """Work in hand: everything accepted and not yet ended."""
+        """Work in flight: everything accepted and not yet ended."""
         with self._lock:
             return load_of(self._endings(self._not_ended()))
 
     def estimator_of(self, key: RequestKey) -> tuple[int, float] | None:
-        """How many requests in hand came before this one, and when it should end, in seconds.
+        """How many requests in flight came before this one, and when it should end, in seconds.
 
-        None if it is not in hand.
+        None if it is not in flight.
         """
         with self._lock:
             tracks = self._not_ended()
@@ -241,7 +241,7 @@ class Engine:
         return self._clock() - self._last_sign_of_life_s
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """Take no new work, finish what is in hand within `drain_s`, cancel the rest, end.
+        """Take no new work, finish what is in flight within `drain_s`, cancel the rest, end.
 
         Returns when the engine thread has ended, unless a listener calls it on that very thread.
         """
@@ -251,7 +251,7 @@ class Engine:
                 self._close()
                 return
             if threading.current_thread() is not self._thread:
-                self._nothing_in_hand.wait_for(lambda: not self._in_hand, drain_s)
+                self._nothing_in_flight.wait_for(lambda: not self._in_flight, drain_s)
         self._commands.put(self._end)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -313,7 +313,7 @@ class Engine:
         except Exception as error:
             # Ours, as pipelines and listeners are caught elsewhere. Everyone is told, and the
             # engine goes on with what comes next.
-            logger.exception("the engine met an error of its own")
+            logger.exception("internal engine error")
             lost = self.batcher.executor.has_lost_device(error)
             self.batcher.stop_all(_stopped if lost else partial(_engine_failed, error))
 
@@ -328,7 +328,7 @@ class Engine:
         self._running = False
 
     def _close(self) -> None:
-        """Answer everything that is still in hand, whatever happened before."""
+        """Answer everything that is still in flight, whatever happened before."""
         with self._lock:
             self._open = False
         self._running = False
@@ -336,57 +336,61 @@ class Engine:
             self._take_commands(wait=False)
             self.batcher.stop_all(_stopped)
         except Exception:
-            logger.exception("the engine met an error of its own while it stopped")
+            logger.exception("internal engine error while stopping")
         with self._lock:
-            left_over = list(self._in_hand)
+            left_over = list(self._in_flight)
         for track in left_over:
             track.abandon(_stopped(track.work.id))
             self._forget(track)
 
     def _forget(self, track: Track) -> None:
         with self._lock:
-            self._in_hand.discard(track)
-            self._last_in_hand_s = self._clock()
-            if not self._in_hand:
-                self._nothing_in_hand.notify_all()
+            self._in_flight.discard(track)
+            self._last_in_flight_s = self._clock()
+            if not self._in_flight:
+                self._nothing_in_flight.notify_all()
 
     def _not_ended(self) -> list[Track]:
-        """What is in hand, in the order of arrival so that equal histories have equal forecasts.
+        """What is in flight, in the order of arrival so that equal histories have equal forecasts.
 
         Not what is about to be forgotten: who was told of an end may send the next work at once.
         """
         return sorted(
-            (track for track in self._in_hand if not track.ended), key=lambda track: track.arrival
+            (track for track in self._in_flight if not track.ended), key=lambda track: track.arrival
         )
 
-    def _check_room(self, in_hand: Sequence[Track], images: int) -> None:
+    def _check_room(self, in_flight: Sequence[Track], images: int) -> None:
         limit = self.options.max_pending_images
-        if sum(track.work.images for track in in_hand) + images > limit:
-            check_room(self._endings(in_hand), images, limit)
+        if sum(track.work.images for track in in_flight) + images > limit:
+            check_room(self._endings(in_flight), images, limit)
 
     def _check_deadlines(
-        self, in_hand: Sequence[Track], track: Track, prospect: CompletionEstimate
+        self, in_flight: Sequence[Track], track: Track, estimate: CompletionEstimate
     ) -> None:
         now_s, estimator = track.submitted_s, self._estimator
-        check_promises(prospect, estimator.lateness, [other.expires_s - now_s for other in in_hand])
+        check_promises(
+            estimate, estimator.lateness, [other.expires_s - now_s for other in in_flight]
+        )
         deadline_s = track.work.deadline_s
         if deadline_s is None or not estimator.knows(track):
             return
         # It learns from nobody but those that it lets in.
         doubt = STALE_FACTOR if self._is_stale(now_s) else 1.0
-        check_deadline(prospect, estimator.lateness, deadline_s, doubt)
+        check_deadline(estimate, estimator.lateness, deadline_s, doubt)
 
     def _is_stale(self, now_s: float) -> bool:
-        """Whether the last work in hand is so long ago that what was learned may have changed."""
-        return not self._in_hand and now_s - self._last_in_hand_s >= STALE_S
+        """Whether the last work in flight is so long ago that what was learned may have changed."""
+        return not self._in_flight and now_s - self._last_in_flight_s >= STALE_S
 
-    def _let_in(self, in_hand: Sequence[Track], track: Track, prospect: CompletionEstimate) -> None:
-        now_s, forward_s = track.submitted_s, prospect.forward_s
-        for other, seconds in zip([*in_hand, track], prospect.finish_s, strict=True):
+    def _let_in(
+        self, in_flight: Sequence[Track], track: Track, estimate: CompletionEstimate
+    ) -> None:
+        now_s, forward_s = track.submitted_s, estimate.forward_s
+        for other, seconds in zip([*in_flight, track], estimate.finish_s, strict=True):
             other.predicted = Prediction(now_s, seconds, forward_s)
-        expected_s = self._estimator.stretched_s(track, prospect.finish_s[-1])
-        self._in_hand.add(track)
-        tell(track.work.id, track.work.listener.accepted, len(in_hand), expected_s)
+        expected_s = self._estimator.stretched_s(track, estimate.finish_s[-1])
+        self._in_flight.add(track)
+        tell(track.work.id, track.work.listener.accepted, len(in_flight), expected_s)
         self._commands.put(lambda: self.batcher.scheduler.add(track))
 
     def _forecast(self, tracks: Sequence[Track]) -> CompletionEstimate:

@@ -84,7 +84,7 @@ class Executor:
         self._start_timing = start_timing
 
     def run(self, calls: Sequence[Call]) -> list[Done | Raised]:
-        """One result for each call; the device may still be at work on the outputs.
+        """One result for each call; the device may still be busy on the outputs.
 
         Args:
             calls: with equal keys, whose rows fit into one forward.

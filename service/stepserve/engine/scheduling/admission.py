@@ -16,7 +16,7 @@ MINIMUM_RETRY_S = 1.0
 
 @dataclass(frozen=True)
 class Ending:
-    """A request in hand will be finished in `seconds`, and with it so many images."""
+    """A request in flight will be finished in `seconds`, and with it so many images."""
 
     seconds: float
     images: int
@@ -24,7 +24,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Load:
-    """Work in hand: requests accepted and not yet ended, their images, and seconds to do it."""
+    """Work in flight: requests accepted and not yet ended, their images, and seconds to do it."""
 
     requests: int
     images: int
@@ -32,7 +32,7 @@ class Load:
 
 
 def load_of(endings: Sequence[Ending]) -> Load:
-    """Everything in hand, summed up."""
+    """Everything in flight, summed up."""
     return Load(
         requests=len(endings),
         images=sum(ending.images for ending in endings),
@@ -47,23 +47,22 @@ def check_room(endings: Sequence[Ending], images: int, limit: int) -> None:
     empty server takes any request.
 
     Args:
-        endings: of everything in hand.
+        endings: of everything in flight.
 
     Raises:
-        ServerFullError: more than `limit` images would be in hand; `retry_after_s` is the time
+        ServerFullError: more than `limit` images would be in flight; `retry_after_s` is the time
             until so many of them should be finished that this request would be let in.
     """
-    in_hand = sum(ending.images for ending in endings)
-    if endings and in_hand + images > limit:
+    in_flight = sum(ending.images for ending in endings)
+    if endings and in_flight + images > limit:
         raise ServerFullError(
-            f"the server is full: {in_hand} images are in hand and the limit is {limit}; "
-            f"this request asks for {images} more",
-            retry_after_s=max(_room_s(endings, in_hand + images - limit), MINIMUM_RETRY_S),
+            f"queue full: {in_flight} of {limit} images pending, {images} more requested",
+            retry_after_s=max(_room_s(endings, in_flight + images - limit), MINIMUM_RETRY_S),
         )
 
 
 def check_deadline(
-    prospect: CompletionEstimate, margin: LatenessQuantile, deadline_s: float, doubt: float = 1.0
+    estimate: CompletionEstimate, lateness: LatenessQuantile, deadline_s: float, doubt: float = 1.0
 ) -> None:
     """Let a newcomer in if its own deadline can be promised, or refuse it.
 
@@ -74,60 +73,61 @@ def check_deadline(
     Raises:
         UnmeetableDeadlineError: it cannot; `retry_after_s` is the time until it should be let in.
     """
-    safe_s = margin.safe_s(prospect.finish_s[-1], prospect.forward_s)
+    safe_s = lateness.safe_s(estimate.finish_s[-1], estimate.forward_s)
     if safe_s <= doubt * deadline_s:
         return
-    serial_s = _serial_s(prospect, margin)
+    serial_s = _serial_s(estimate, lateness)
     if serial_s > deadline_s:
-        message = f"this request can only be promised within {serial_s:.3g} s, even alone"
-        wait_s = math.inf
+        reason, wait_s = f"estimated {serial_s:.3g} s even with no other requests", math.inf
     else:
-        message = f"with what is in hand this request can only be promised within {safe_s:.3g} s"
-        wait_s = _wait_s(prospect, margin, deadline_s)
-    message = f"deadline_s is {deadline_s:g}, but {message}"
+        reason = f"estimated {safe_s:.3g} s under current load"
+        wait_s = _wait_s(estimate, lateness, deadline_s)
+    message = f"cannot meet deadline_s={deadline_s:g}: {reason}"
     raise UnmeetableDeadlineError(message, max(wait_s, MINIMUM_RETRY_S), safe_s)
 
 
 def check_promises(
-    prospect: CompletionEstimate, margin: LatenessQuantile, left_s: Sequence[float]
+    estimate: CompletionEstimate, lateness: LatenessQuantile, left_s: Sequence[float]
 ) -> None:
-    """Let a newcomer in if everyone in hand still meets its deadline, or refuse it.
+    """Let a newcomer in if everyone in flight still meets its deadline, or refuse it.
 
     A promise that cannot be kept any more, newcomer or not, keeps nobody out.
 
     Args:
-        left_s: seconds until the deadline of each in hand; infinite where there is none.
+        left_s: seconds until the deadline of each in flight; infinite where there is none.
 
     Raises:
         ServerFullError: some would miss theirs; `retry_after_s` is when those should be finished.
     """
-    forward_s, in_hand = prospect.forward_s, prospect.finish_s[:-1]
-    at_risk = [margin.safe_s(s, forward_s) > left for s, left in zip(in_hand, left_s, strict=True)]
+    forward_s, in_flight = estimate.forward_s, estimate.finish_s[:-1]
+    at_risk = [
+        lateness.safe_s(s, forward_s) > left for s, left in zip(in_flight, left_s, strict=True)
+    ]
     if not any(at_risk):
         return
-    risks = list(compress(zip(prospect.without_s(), left_s, strict=True), at_risk))
+    risks = list(compress(zip(estimate.without_s(), left_s, strict=True), at_risk))
     kept_s = [without_s for without_s, left in risks if without_s <= left]
     if kept_s:
         raise ServerFullError(
-            f"the server is full: with this request, {len(kept_s)} of those in hand could miss the "
-            "deadlines that they were promised",
+            f"queue full: with this request, {len(kept_s)} of those in flight could miss their "
+            "deadlines",
             retry_after_s=max(*kept_s, MINIMUM_RETRY_S),
         )
 
 
-def _serial_s(prospect: CompletionEstimate, margin: LatenessQuantile) -> float:
-    alone = prospect.serial()
-    return margin.safe_s(alone.finish_s[-1], alone.forward_s)
+def _serial_s(estimate: CompletionEstimate, lateness: LatenessQuantile) -> float:
+    alone = estimate.serial()
+    return lateness.safe_s(alone.finish_s[-1], alone.forward_s)
 
 
-def _wait_s(prospect: CompletionEstimate, margin: LatenessQuantile, deadline_s: float) -> float:
-    """When a newcomer that can be promised alone could be promised beside what is then in hand.
+def _wait_s(estimate: CompletionEstimate, lateness: LatenessQuantile, deadline_s: float) -> float:
+    """When a newcomer that can be promised alone could be promised beside what is then in flight.
 
     Each second of waiting gains at most a second: what is too late after one trial is added.
     """
-    forward_s = prospect.forward_s
-    wait_s = margin.safe_s(prospect.finish_s[-1], forward_s) - deadline_s
-    return wait_s + max(margin.safe_s(prospect.later_s(wait_s), forward_s) - deadline_s, 0.0)
+    forward_s = estimate.forward_s
+    wait_s = lateness.safe_s(estimate.finish_s[-1], forward_s) - deadline_s
+    return wait_s + max(lateness.safe_s(estimate.later_s(wait_s), forward_s) - deadline_s, 0.0)
 
 
 def _room_s(endings: Sequence[Ending], too_many: int) -> float:

@@ -1,4 +1,4 @@
-"""How far requests end beyond what was foretold: learned, so that deadlines can be promised."""
+"""How far requests end beyond what was predicted: learned, so that deadlines can be promised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stepserve.engine.tracks.prediction import Prediction
 
 PROMISED_SHARE = 0.985
 REMEMBERED = 256
-# Before enough was seen to know better, and at the most: a while of mishaps may not shut the door.
+# Before enough was seen to know better, and at the most: a while of mishaps may not refuse everybody.
 FIRST_SHARE = 0.15
 MOST_SHARE = 0.6
 
@@ -21,7 +21,7 @@ FORWARDS_AHEAD = 2
 
 
 class LatenessQuantile:
-    """A high quantile of how late requests were, by what had been foretold of them last.
+    """A high quantile of how late requests were, by what had been predicted of them last.
 
     Conformal: of n latenesses that were seen, the next one is at most the one of rank
     `PROMISED_SHARE * (n + 1)` with that probability, however they are distributed. Requests that

@@ -25,15 +25,15 @@ latest start if that is sooner. What is due first is started first, while its ro
 that running requests of at least its priority will still take; the rows of lower ones it may take.
 They stay parked, and go on later exactly where they stood. Rows count among requests of its kind,
 which it can share forwards with: others neither fill nor lengthen these. So each kind gets large
-forwards on a mixed load; but all together have at most `KINDS_AT_WORK` forwards' rows, as each at
-work gets a step now and then and what is started need not wait for the rest. Behind one that does
-not fit yet, only requests of higher priority (or of another kind, where it is the rows of its own
+forwards on a mixed load; but all together have at most `KINDS_IN_FLIGHT` forwards' rows, as
+each that runs gets a step now and then and what is started need not wait for the rest. Behind one
+that does not fit yet, only requests of higher priority (or of another kind, where it is the rows of its own
 that it waits for) are started, and only while they leave it its rows: so neither do the old block
 the urgent, nor the urgent starve them. A short request is started before long ones that were
 submitted a little earlier.
 
 Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
-a forward with its key, F the longest forward and A the number of tracks at work; let H be `HOLD`.
+a forward with its key, F the longest forward and A the number of running tracks; let H be `HOLD`.
 x is overdue by t + H * p * C. Nobody is overdue before being parked, so a call parked after that
 is overdue later still, whatever its priority and deadline, and no group is led by it while x waits.
 What leads a group before x is therefore parked by t + H * p * C: besides the forward that runs at
@@ -73,8 +73,8 @@ CLEARLY = 2.0
 # A front costs no more than this share of the forward; and where it costs nothing, nothing is known
 # of what sharing spares, as the cost model has seen one row count.
 LEAST_LOST, MOST_LOST = 0.01, 0.2
-# Rows at work in all, over those of one kind.
-KINDS_AT_WORK = 3
+# Rows of all running requests, over those of one kind.
+KINDS_IN_FLIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def next_to_start(
     """
     line = list(queued)
     of_kind: dict[Hashable, int] = defaultdict(lambda: max_rows)
-    in_all = policy.rows_at_work(max_rows)
+    in_all = policy.rows_in_flight(max_rows)
     while line:
         head = min(line, key=policy.rank)
         lacking = policy.lacking(head, running, of_kind[head.kind], in_all)
@@ -223,21 +223,21 @@ class Policy:
         pick: the calls for the next forward.
         rank: of queued requests, the one of the lowest rank is started next.
         beside: the running requests that one has to fit beside.
-        kinds_at_work: rows of all running requests, over those of one kind.
+        kinds_in_flight: rows of all running requests, over those of one kind.
     """
 
     pick: Callable[[Sequence[Parked], CostOf, LimitOf], list[Parked]]
     rank: Callable[[Demand], float]
     beside: Callable[[Demand, Sequence[Demand]], Sequence[Demand]]
-    kinds_at_work: int = KINDS_AT_WORK
+    kinds_in_flight: int = KINDS_IN_FLIGHT
 
-    def rows_at_work(self, max_rows: int) -> int:
+    def rows_in_flight(self, max_rows: int) -> int:
         """How many rows all running requests may have, where forwards have at most so many."""
-        return self.kinds_at_work * max_rows
+        return self.kinds_in_flight * max_rows
 
     def has_room(self, item: Demand, running: Sequence[Demand], max_rows: int) -> bool:
         """Whether it may be started beside these, where forwards have at most so many rows."""
-        return self.lacking(item, running, max_rows, self.rows_at_work(max_rows)) is None
+        return self.lacking(item, running, max_rows, self.rows_in_flight(max_rows)) is None
 
     def lacking(
         self, item: Demand, running: Sequence[Demand], of_kind: int, in_all: int
@@ -247,7 +247,7 @@ class Policy:
         Beside nobody there is room for one, however large.
 
         Args:
-            of_kind: rows that its kind may have at work.
+            of_kind: rows that its kind may have in flight.
             in_all: rows that all may have.
         """
         others = self.beside(item, running)

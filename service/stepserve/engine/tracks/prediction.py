@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was last foretold of a request, and when.
+    """What was last predicted of a request, and when.
 
     Args:
         at_s: on the engine's clock.
         seconds: from then until its end.
-        forward_s: one forward of what was in hand.
+        forward_s: one forward of what was in flight.
     """
 
     at_s: float

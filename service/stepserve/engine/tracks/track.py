@@ -90,7 +90,7 @@ class Work:
 
     @property
     def key(self) -> RequestKey:
-        """What names it among all that is in hand."""
+        """What names it among all that is in flight."""
         return RequestKey(self.id, self.owner)
 
 
@@ -125,7 +125,7 @@ class Track:
         self.arrival = next(_arrivals)
         # Seconds that it should take if nothing more came; what that was worth is learned.
         self.first_predicted_s: float | None = None
-        # The same, foretold anew with each that came later.
+        # The same, predicted anew with each that came later.
         self.predicted: Prediction | None = None
         self._clock = clock
         self._stopped_by: BaseException | None = None

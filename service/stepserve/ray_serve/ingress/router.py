@@ -144,7 +144,7 @@ class BatchingRouter(RequestRouter):
         self._sent = {
             name: (replica_id, job)
             for name, (replica_id, job) in self._sent.items()
-            if self._ledger.has_in_hand(replica_id, job.id)
+            if self._ledger.has_in_flight(replica_id, job.id)
         }
 
     def _note_sent(self, pending: PendingRequest, replica_id: ReplicaID, job: Job) -> None:

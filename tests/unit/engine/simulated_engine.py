@@ -1,6 +1,6 @@
-"""Requests at random moments before the real engine's door, on a fake clock.
+"""Requests at random moments to the real engine, on a fake clock.
 
-An engine that was never started is turned by hand: its door, admission, forecasts, policy and
+An engine that was never started is turned by hand: its admission, forecasts, policy and
 batcher are the real ones, and only forwards take as long as the clock is told.
 """
 
@@ -37,7 +37,7 @@ class NoisyDenoiser(Denoiser):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What comes to the door.
+    """What comes to the engine.
 
     Args:
         per_s: requests a second, at random moments that depend on nothing (Poisson).
@@ -73,7 +73,7 @@ class Score:
         return len(self.finished) / self.seconds
 
 
-class ListenSocket:
+class SimulatedEngine:
     """One engine and the requests that come to it."""
 
     def __init__(self, traffic: Traffic) -> None:
@@ -92,7 +92,7 @@ class ListenSocket:
         """Let everything come, and turn the engine until it is done with it."""
         next_s, warm_s = self.clock.now_s, self.clock.now_s
         while self.turn() or len(self.works) < self.traffic.count:
-            if not self.engine._in_hand:
+            if not self.engine._in_flight:
                 self.clock.now_s = max(self.clock.now_s, next_s)
             while len(self.works) < self.traffic.count and self.clock.now_s >= next_s:
                 self.submit(self.draw())
@@ -148,5 +148,5 @@ def serial_s(job: Job) -> float:
 def capacity_per_s(count: int = 200) -> float:
     """Requests a second that an engine finishes which always has a queue."""
     traffic = Traffic(per_s=1e9, count=count + WARM_UP, without_deadline=1.0)
-    score = ListenSocket(traffic).run()
+    score = SimulatedEngine(traffic).run()
     return (count + WARM_UP) / score.seconds

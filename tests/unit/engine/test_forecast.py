@@ -148,7 +148,7 @@ def make_image(modules: Modules, width: int, rows: int, steps: int) -> torch.Ten
 
 @dataclass(frozen=True)
 class Guess:
-    """What was foretold for a request, and when it was submitted."""
+    """What was predicted for a request, and when it was submitted."""
 
     track: Track
     expected_s: float
@@ -166,7 +166,7 @@ class TwoSizes:
         self.ended_s: dict[str, float] = {}
 
     def run(self, count: int) -> list[float]:
-        """Relative errors of what was foretold, in the order of submission."""
+        """Relative errors of what was predicted, in the order of submission."""
         next_s = self.bench.clock.now_s
         while len(self.ended_s) < count:
             while len(self.guesses) < count and self.bench.clock.now_s >= next_s:
@@ -205,7 +205,7 @@ def test_the_median_error_of_predicted_finish_times_is_small_once_warm(
     assert statistics.median(errors) < bound
 
 
-def test_a_lone_request_is_foretold_almost_exactly() -> None:
+def test_a_lone_request_is_predicted_almost_exactly() -> None:
     bench = Bench()
     for seed in (1, 2, 3):
         ear = bench.add(Job(seed=seed, steps=10 * seed))
