@@ -10,7 +10,7 @@ from stepserve.engine.tracks.prediction import Prediction
 
 PROMISED_SHARE = 0.985
 REMEMBERED = 256
-# Before enough was seen to know better, and at the most: a while of mishaps may not refuse everybody.
+# Before enough was seen to know better, and at most: some mishaps may not refuse everybody.
 FIRST_SHARE = 0.15
 MOST_SHARE = 0.6
 

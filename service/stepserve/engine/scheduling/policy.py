@@ -25,11 +25,11 @@ latest start if that is sooner. What is due first is started first, while its ro
 that running requests of at least its priority will still take; the rows of lower ones it may take.
 They stay parked, and go on later exactly where they stood. Rows count among requests of its kind,
 which it can share forwards with: others neither fill nor lengthen these. So each kind gets large
-forwards on a mixed load; but all together have at most `KINDS_IN_FLIGHT` forwards' rows, as
-each that runs gets a step now and then and what is started need not wait for the rest. Behind one
-that does not fit yet, only requests of higher priority (or of another kind, where it is the rows of its own
-that it waits for) are started, and only while they leave it its rows: so neither do the old block
-the urgent, nor the urgent starve them. A short request is started before long ones that were
+forwards on a mixed load; but all together have at most `KINDS_IN_FLIGHT` forwards' rows, as each
+that runs gets a step now and then and what is started need not wait for the rest. Behind one that
+does not fit yet, only requests of higher priority (or of another kind, where it is the rows of its
+own that it waits for) are started, and only while they leave it its rows: so neither do the old
+block the urgent, nor the urgent starve them. A short request is started before long ones that were
 submitted a little earlier.
 
 Nothing starves. Let call x be parked at t with patience p, let C be the largest expected cost of
