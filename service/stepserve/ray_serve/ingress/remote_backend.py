@@ -73,10 +73,9 @@ class RemoteBackend:
         try:
             yield events
         except (asyncio.CancelledError, GeneratorExit):
+            events.cancel()
             self._cancel_everywhere(request)
             raise
-        finally:
-            events.cancel()
 
     def _cancel_everywhere(self, request: GenerationRequest) -> None:
         """Its client left. Ray's own cancelling of a call may get lost."""
