@@ -27,17 +27,22 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 	@if [ -t 0 ]; then set -m; fi; \
 	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-image out $(OPTIONS); exit $$?
 
-# Services have the machine to themselves; the others compute on one thread each, two at once.
-COMMANDS := tests/integration/test_cli.py tests/integration/test_hub_models.py
-ALONE := tests/integration $(COMMANDS:%=--ignore=%)
-BESIDE := $(COMMANDS) tests/browser tests/parity tests/unit
-# A file goes to one worker as a whole, which starts what it needs once; the longest come first.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# What measures seconds and memory has the machine to itself. Of the rest two run at once: services,
+# which mostly wait, and what computes, on one thread each.
+ALONE := $(addprefix tests/integration/test_,chaos.py endurance.py uploads.py)
+SERVICES := $(addprefix tests/,integration/test_many_models.py integration/test_lost_nodes.py browser) \
+  tests/integration $(ALONE:%=--ignore=%) --ignore=tests/integration/test_cli.py
+OTHERS := tests/integration/test_cli.py tests/parity tests/unit
 CHOSEN := -m "not slow"
+PYTEST = $(BIN)/python -m pytest --durations=12 $(CHOSEN)
+# A file goes to one worker as a whole, which starts what it needs once; the longest come first.
+TWO_AT_ONCE = $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## Run every test that is not marked slow.
 	@status=0; \
-	$(BIN)/python -m pytest $(CHOSEN) --durations=12 $(ALONE) || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHOSEN) --durations=12 $(TWO) $(BESIDE) || status=1; \
+	$(PYTEST) $(ALONE) || status=1; \
+	$(TWO_AT_ONCE) $(SERVICES) || status=1; \
+	$(TWO_AT_ONCE) $(OTHERS) || status=1; \
 	exit $$status
 
 test-all: CHOSEN :=

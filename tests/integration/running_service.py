@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,15 +17,24 @@ import psutil
 
 READY_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
+PORTS = range(21000, 22000)
 STEPSERVE = str(Path(sys.executable).with_name("stepserve"))
 # What most tests need of a model: it loads with a fifth less work than one that is measured.
 QUICKLY_LOADED = {"max_rows": 8, "threads": 1}
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that stays free until it is used: the system gives others to connections."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def _environment() -> dict[str, str]:
+    """Without what is meant for the tests' own computations."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 @dataclass
@@ -60,7 +71,7 @@ class Service:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.working_folder,
-                env=os.environ | engine | self.variables,
+                env=_environment() | engine | self.variables,
                 # Like a shell does: Ctrl-C reaches the whole group, Ray's processes included.
                 start_new_session=True,
             )

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
@@ -131,9 +132,18 @@ def test_other_formats(client: httpx.Client, output_format: str, kind: str) -> N
     assert response.image().format == kind
 
 
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """As the replica's torch uses them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_same_image_as_diffusers_alone_while_others_share_the_batch(
-    client: httpx.Client,
+    client: httpx.Client, all_cores: None
 ) -> None:
     schedulers = ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
     bodies = [
@@ -150,7 +160,6 @@ def test_same_image_as_diffusers_alone_while_others_share_the_batch(
         responses = list(pool.map(lambda body: generate(client, **body), bodies))
     shares = [float(a.headers["server-timing"].split("share ")[1].strip('"')) for a in responses]
     assert min(shares) < 0.6, "no forward was shared"
-    # The replica's torch uses all cores; so must the reference.
     pipeline = load_model("emoji", EMBEDDED).pipeline
     for body, response in zip(bodies, responses, strict=True):
         scheduler = getattr(diffusers, str(body["scheduler"]))
