@@ -75,7 +75,12 @@ class Service:
                 # Like a shell does: Ctrl-C reaches the whole group, Ray's processes included.
                 start_new_session=True,
             )
-        self._wait_until_greeted()
+        try:
+            self._wait_until_greeted()
+        except BaseException:
+            # Nobody else would end it.
+            self.kill()
+            raise
 
     @property
     def root(self) -> psutil.Process:
