@@ -30,12 +30,11 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 # What measures seconds and memory has the machine to itself. Of the rest two run at once: services,
 # which mostly wait, and what computes, on one thread each.
 ALONE := $(addprefix tests/integration/test_,chaos.py endurance.py uploads.py)
-SERVICES := $(addprefix tests/,integration/test_many_models.py integration/test_lost_nodes.py browser) \
-  tests/integration $(ALONE:%=--ignore=%) --ignore=tests/integration/test_cli.py
+SERVICES := tests/browser tests/integration $(ALONE:%=--ignore=%) --ignore=tests/integration/test_cli.py
 OTHERS := tests/integration/test_cli.py tests/parity tests/unit
 CHOSEN := -m "not slow"
 PYTEST = $(BIN)/python -m pytest --durations=12 $(CHOSEN)
-# A file goes to one worker as a whole, which starts what it needs once; the longest come first.
+# A file goes to one worker as a whole, which starts what it needs once.
 TWO_AT_ONCE = $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## Run every test that is not marked slow.
