@@ -13,6 +13,8 @@ from stepserve.domain.model_status import ModelStatus, unknown_status
 from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.ray_serve.applications import Listed
 from stepserve.ray_serve.ingress.model_watch import (
+    COMPILING,
+    LOADING,
     LOADING_INTERVAL_S,
     PROBE_INTERVAL_S,
     SILENCE_S,
@@ -92,6 +94,18 @@ async def test_aliases_are_those_of_the_start_until_the_model_tells_its_own() ->
     assert loading == [("dall-e-2",), ()]
     loaded = await told(watch, ready=True)
     assert loaded.capabilities.aliases == ("gpt-image-1",)
+
+
+async def test_a_model_that_is_to_be_compiled_says_so_while_it_loads() -> None:
+    models = Models()
+    models.listed["quick"] = Listed()
+    watch = ModelWatch(models.list_models, models.ask, models.wake, {}, clock, {"emoji"})
+    await watch.start()
+    assert [status.detail for status in watch.statuses()] == [COMPILING, LOADING]
+    await pass_time(SILENCE_S)
+    assert [status.detail for status in watch.statuses()] == [COMPILING, LOADING]
+    models.loaded.set()
+    await told(watch, ready=True, detail="")
 
 
 async def test_models_are_seldom_listed_while_nothing_changes() -> None:

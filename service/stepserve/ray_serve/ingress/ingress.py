@@ -115,7 +115,8 @@ def build_app(settings: Settings, keys: KeyRing, counter: Any, *, echo_request_i
         Flusher(trim, INGRESS_TRIM_INTERVAL_S, "heap").start()
     observation = observe(settings.telemetry)
     aliases = {model_id: model.aliases for model_id, model in settings.models.items()}
-    backend = RemoteBackend(count_retries(), aliases)
+    compiled = {model_id for model_id, model in settings.models.items() if model.compile}
+    backend = RemoteBackend(count_retries(), aliases, compiled)
     usage = LocalUsage(time.monotonic) if counter is None else SharedUsage(counter)
     results, access = settings.results, Access(keys, usage)
     store = open_store(results.address, results.expires_s, results.secret)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayError
@@ -33,6 +33,7 @@ WAKE_TIMEOUT_S = 30.0
 # A busy machine may be slow to reply, and a lost replica takes some seconds to replace.
 SILENCE_S = 15.0
 LOADING = "loading"
+COMPILING = "loading, and compiling, which may take minutes"
 
 
 List = Callable[[], Awaitable[Mapping[str, Listed]]]
@@ -45,6 +46,7 @@ class Watched:
 
     Args:
         clock: seconds, monotonic.
+        loading: what to say while it is loaded.
         is_settled: set once there was anything to say but that it loads.
         heard_s: when it last replied.
         detail: what it then said of itself.
@@ -53,6 +55,7 @@ class Watched:
     listed: Listed
     status: ModelStatus
     clock: Callable[[], float]
+    loading: str = LOADING
     is_settled: asyncio.Event = field(default_factory=asyncio.Event)
     heard_s: float = 0.0
     detail: str = ""
@@ -60,7 +63,7 @@ class Watched:
     def note(self, ready: bool, detail: str) -> None:
         """Whether it takes requests is known otherwise than from its own reply."""
         self.status = replace(self.status, ready=ready, detail=detail)
-        if detail != LOADING:
+        if detail != self.loading:
             self.is_settled.set()
 
     def hear(self, status: ModelStatus) -> None:
@@ -75,7 +78,7 @@ class Watched:
         if self.status.ready and self.status.detail:
             self.note(ready=True, detail="waking up")
         elif not self.status.ready or self.clock() - self.heard_s > SILENCE_S:
-            self.note(ready=False, detail=self.listed.waiting or LOADING)
+            self.note(ready=False, detail=self.listed.waiting or self.loading)
 
 
 class ModelWatch:
@@ -88,6 +91,7 @@ class ModelWatch:
         wake: asks it as well, and waits for a replica, which wakes a model that sleeps.
         aliases: other names of models, by id, until they say theirs.
         clock: seconds, monotonic.
+        compiled: ids of models that are compiled before they are ready.
     """
 
     def __init__(
@@ -97,8 +101,10 @@ class ModelWatch:
         wake: Ask,
         aliases: Mapping[str, tuple[str, ...]],
         clock: Callable[[], float] = time.monotonic,
+        compiled: Collection[str] = (),
     ) -> None:
         self._aliases = aliases
+        self._compiled = compiled
         self._list_models = list_models
         self._ask = ask
         self._wake = wake
@@ -172,7 +178,9 @@ class ModelWatch:
                 known.listed = listed
                 continue
             aliases = self._aliases.get(model_id, ())
-            watched = Watched(listed, unknown_status(model_id, LOADING, aliases), self._clock)
+            loading = COMPILING if model_id in self._compiled else LOADING
+            status = unknown_status(model_id, loading, aliases)
+            watched = Watched(listed, status, self._clock, loading)
             self._watched[model_id] = watched
             self._tasks[model_id] = asyncio.create_task(self._watch(model_id, watched))
 
@@ -210,7 +218,7 @@ class ModelWatch:
 
     async def _wake_once(self, model_id: str, watched: Watched) -> None:
         """Only a loaded model knows its limits, and without them no request could wake it."""
-        watched.note(ready=False, detail=LOADING)
+        watched.note(ready=False, detail=watched.loading)
         status = await self._reply(model_id, self._wake(model_id), WAKE_TIMEOUT_S)
         if status is not None:
             watched.hear(status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -33,17 +33,23 @@ class RemoteBackend:
     Args:
         retried: called with a model's id whenever a request of it goes to another replica.
         aliases: other names of models, by id, until they say theirs.
+        compiled: ids of models that are compiled before they are ready.
     """
 
     def __init__(
-        self, retried: Callable[[str], None], aliases: Mapping[str, tuple[str, ...]]
+        self,
+        retried: Callable[[str], None],
+        aliases: Mapping[str, tuple[str, ...]],
+        compiled: Collection[str] = (),
     ) -> None:
         self._retried = retried
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
         self._asking: set[asyncio.Task[list[Any]]] = set()
         self._news: SharedCalls[Sequence[NumberedEvent] | None] = SharedCalls()
-        self._watch = ModelWatch(list_models, self._status, self._status_once_awake, aliases)
+        self._watch = ModelWatch(
+            list_models, self._status, self._status_once_awake, aliases, compiled=compiled
+        )
 
     async def start(self) -> None:
         """Begin to watch the models."""
