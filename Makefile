@@ -27,9 +27,9 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 	@if [ -t 0 ]; then set -m; fi; \
 	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-image out $(OPTIONS); exit $$?
 
-# What measures seconds and memory has the machine to itself. Of the rest two run at once: services,
-# which mostly wait, and what computes, on one thread each.
-ALONE := $(addprefix tests/integration/test_,chaos.py endurance.py uploads.py)
+# What measures seconds and memory, or computes on every core, has the machine to itself. Of the rest
+# two run at once: services, which mostly wait, and what computes, on one thread each.
+ALONE := $(addprefix tests/integration/test_,chaos.py endurance.py service.py uploads.py)
 SERVICES := tests/browser tests/integration $(ALONE:%=--ignore=%) --ignore=tests/integration/test_cli.py
 OTHERS := tests/integration/test_cli.py tests/parity tests/unit
 CHOSEN := -m "not slow"
