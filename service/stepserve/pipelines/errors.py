@@ -12,7 +12,7 @@ class ModelLoadError(StepserveError):
 
     Args:
         message: which and why, for whoever runs the service: it may hold paths and library words.
-        reason: why, for whoever uses it; None where the message can be told to anybody.
+        reason: why, for whoever uses it; None where anybody may read the message.
     """
 
     def __init__(self, message: str, reason: str | None = None) -> None:

@@ -43,7 +43,7 @@ class AdapterSwitch:
         return self._variant == variant
 
     def set(self, variant: Hashable, scales: Sequence[tuple[str, float]]) -> None:
-        """Apply exactly the adapters of `scales`, in that order, and remember it as `variant`."""
+        """Apply exactly the adapters of `scales`, in that order, and note it as `variant`."""
         # Should anything raise, nobody must think that it is set.
         self._variant = self
         for name, scale in scales:

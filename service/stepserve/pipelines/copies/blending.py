@@ -17,7 +17,7 @@ MASK_CHANNELS = 1
 
 
 class BlendedDenoiser:
-    """The resident UNet in every respect, but for the number of channels that its config tells."""
+    """The resident UNet in every respect, but for the number of channels in its config."""
 
     def __init__(self, unet: Any) -> None:
         self._unet = unet

@@ -58,7 +58,12 @@ def remove_checker(pipeline: Any, unless: bool = False) -> None:
 
 
 def flagged_previews(pipeline: Any, decoded: torch.Tensor) -> frozenset[int]:
-    """Which images the checker flags of those that are foretold, of values -1 to 1."""
+    """Which predicted images the checker flags.
+
+    Args:
+        pipeline: a copy that one request has to itself.
+        decoded: of shape (images, channels, height, width), values -1 to 1.
+    """
     if not has_checker(pipeline) or not hasattr(pipeline, "run_safety_checker"):
         return frozenset()
     # A VAE may be kept in another precision than the checker.

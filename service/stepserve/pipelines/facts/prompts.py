@@ -50,7 +50,7 @@ class TokenCounter:
 
 
 class PromptMeter:
-    """Refuses prompts that no text encoder reads to their end, and tells which of them cut one.
+    """Refuses prompts that no text encoder reads to their end, and says which of them cut one.
 
     Pipelines with several encoders give the short ones (CLIP's, of 77 tokens) what fits, and the
     whole prompt to a long one (T5's). Without a tokenizer, every prompt passes.

@@ -11,7 +11,7 @@ from typing import Any
 
 # Pipelines give these a default of None and raise when they are left out.
 IMAGE_INPUTS = ("image", "mask_image", "control_image")
-# Arguments that tell a pipeline for something else than images.
+# Arguments that mark a pipeline for something else than images.
 OTHER_MEDIA = {
     "num_frames": "videos",
     "frames": "videos",

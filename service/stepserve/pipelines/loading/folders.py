@@ -52,9 +52,9 @@ class LoadedModel:
 
     `compiles` says whether its denoiser is to be compiled.
     `cuda_graphs` says whether its forwards may be recorded.
-    `sizes_are_said` tells that its own file says which sizes it takes.
+    `sizes_are_said` says whether its own file says which sizes it takes.
     `probed_schedulers` are those that can be tried without the network.
-    `denoiser_calls` remembers how often the denoiser is called, by what decides it.
+    `denoiser_calls` caches how often the denoiser is called, by what decides it.
     """
 
     pipeline: Any

@@ -1,7 +1,7 @@
-"""Why a model cannot be loaded, in words that may be told to anybody.
+"""Why a model cannot be loaded, in words that anybody may read.
 
 What libraries raise names paths and their own insides. That belongs in the log; answers over HTTP
-tell what kind of fault it is.
+say what kind of fault it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KINDS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str],
 
 
 def reason_of(error: BaseException) -> str:
-    """What to tell of an error that was met while a model was loaded."""
+    """What to say of an error that was met while a model was loaded."""
     if isinstance(error, ModelLoadError):
         return error.reason
     for kinds, reason in _KINDS:

@@ -48,7 +48,7 @@ def can_record(speed: SpeedSettings, device: torch.device) -> bool:
 
 
 def loading_arguments(speed: SpeedSettings, folder: Path) -> dict[str, Any]:
-    """What `from_pretrained` must be told so that the denoiser is quantized while it is read."""
+    """What `from_pretrained` must be given so that the denoiser is quantized while it is read."""
     if speed.quantization == "none":
         return {}
     components = json.loads((folder / "model_index.json").read_text())

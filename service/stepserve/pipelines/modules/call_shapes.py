@@ -23,8 +23,9 @@ class Example:
 class UniformArguments:
     """Brings the arguments of a denoiser into the form that its graphs were compiled for.
 
-    A call that runs alone keeps its timestep as the pipeline made it: one number, whole or not as
-    its scheduler likes. Stacked calls have one a row. A denoiser takes all of these for the same.
+    A call that shares no forward keeps its timestep as the pipeline made it: one number, an integer
+    or not as its scheduler likes. Stacked calls have one a row, of shape (rows,). A denoiser takes
+    all of these for the same.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:

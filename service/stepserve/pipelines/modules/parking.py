@@ -59,7 +59,7 @@ def _names(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-# What the arguments themselves do not tell, by class of the module.
+# What the arguments themselves do not show, by class of the module.
 ARGUMENT_RULES = {
     # `decode` takes one, and draws nothing.
     "AutoencoderKL": ArgumentRules(ignored=_names("generator")),

@@ -2,7 +2,7 @@
 
 What `plan_sharing` finds out holds for the native size. The libraries of a GPU choose their kernels
 by the size of an image as well: on an H200 the rows of the embedded model keep their bits in
-company of up to 12 at 64x64, of 6 at 96x96 and of none at 48x64. Filling forwards up cures it.
+forwards of up to 12 rows at 64x64, of 6 at 96x96 and of one at 48x64. Filling forwards up cures it.
 
 On a CPU this would hold everybody up for seconds, and no size was ever seen to differ from the
 native one there; so it is for other devices.

@@ -1,7 +1,7 @@
 """Does sharing forwards leave a pipeline's answers as they are? It is tried, not assumed.
 
 A few requests are made one after another by plain calls, then again at once through a batcher. What
-is compared tells more than whether numbers agree:
+is compared shows more than whether numbers agree:
 
 - a pipeline that changes a shared module for the time of one call (it swaps attention processors,
   scales an adapter) would change it for everyone who is parked meanwhile: `Watch` sees that in the
@@ -39,7 +39,7 @@ PROBE_STEPS = 1000
 ENOUGH_ROWS = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
 # Largest difference that rounding explains, as a share of the largest value.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
-# In half precision rounding is coarse, and only a share of what two requests differ by tells.
+# In half precision rounding is coarse, and only a share of what two requests differ by counts.
 SHARE_OF_SEPARATION = 0.25
 
 
@@ -256,7 +256,10 @@ def probe_work(index: int, probe: ProbeRequest, listener: ProbeListener) -> Work
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference as a share of the largest value; infinite where shapes disagree or NaN."""
+    """Largest difference of two tensors of any one shape, as a share of the largest value.
+
+    Infinite where shapes disagree or a number is NaN.
+    """
     if one.shape != other.shape:
         return float("inf")
     one, other = one.double(), other.double()

@@ -240,7 +240,7 @@ def rows_to_fill(tried: Sequence[Sequence[Call]], max_rows: int) -> tuple[int, .
 
 
 def calls_to_try(group: Sequence[Call], max_rows: int) -> Iterator[list[Call]]:
-    """Calls of layers that a few rows tell little of, then of the whole module."""
+    """Calls of layers that a few rows show little of, then of the whole module."""
     generator = torch.Generator().manual_seed(0)
     yield from vector_layer_calls(group[0], max_rows, generator)
     # At the first step all timesteps are the same: others are tried, too.

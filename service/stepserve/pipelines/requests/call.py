@@ -78,7 +78,7 @@ def run_pipeline(
     on_preview: OnPreview | None = None,
     is_checked: bool = True,
 ) -> Any:
-    """Call a copied pipeline with those of a request's arguments that it takes.
+    """Call a copy of the pipeline with those of a request's arguments that it takes.
 
     Raises:
         ContentFilteredError: the pipeline's own checker refuses the prompt.
@@ -144,15 +144,15 @@ def _previewer(
 
 def guidance_arguments(guidance: Guidance, request: GenerationRequest) -> dict[str, Any]:
     """The scale and the negative prompt as the model takes them."""
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if guidance.argument:
-        told[guidance.argument] = request.guidance_scale
+        arguments[guidance.argument] = request.guidance_scale
     # Pipelines differ in what stands for none.
     if request.negative_prompt:
-        told["negative_prompt"] = request.negative_prompt
+        arguments["negative_prompt"] = request.negative_prompt
     elif guidance.needs_negative and guidance.guides(request.guidance_scale):
-        told["negative_prompt"] = NO_NEGATIVE_PROMPT
-    return told
+        arguments["negative_prompt"] = NO_NEGATIVE_PROMPT
+    return arguments
 
 
 def task_arguments(request: GenerationRequest, inputs: InputImages) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int
     if choose is None:
         # Pipelines of several parts leave it to one of them.
         return max(min(int(steps * request.strength), timesteps), 1)
-    told = {
+    arguments = {
         "num_inference_steps": steps,
         "strength": request.strength,
         "timesteps": scheduler.timesteps,
@@ -225,7 +225,7 @@ def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int
     }
     taken = parameter_names(choose)
     # What comes last is a number of steps, of which some schedulers make two timesteps.
-    *_, left, _ = choose(**{name: value for name, value in told.items() if name in taken})
+    *_, left, _ = choose(**{name: value for name, value in arguments.items() if name in taken})
     return len(left)
 
 

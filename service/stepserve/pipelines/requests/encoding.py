@@ -43,7 +43,7 @@ class ImageEncoder:
             )
 
     def submit(self, images: int, encode: Callable[[], Telling]) -> None:
-        """Make files of so many images when it is their turn, and tell of them.
+        """Make files of so many images when it is their turn, and say so.
 
         Raises:
             RuntimeError: it has ended.
@@ -61,11 +61,11 @@ class ImageEncoder:
 
     def _run(self, images: int, encode: Callable[[], Telling]) -> None:
         try:
-            told = encode()
+            telling = encode()
         finally:
             self._count(-images)
         # Afterwards, as whoever is told may send the next request at once.
-        told()
+        telling()
 
     def _count(self, images: int) -> None:
         with self._lock:

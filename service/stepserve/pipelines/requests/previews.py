@@ -1,4 +1,4 @@
-"""What the images of a request will roughly be, told before its last step.
+"""What the images of a request will roughly be, predicted before its last step.
 
 A scheduler is given the noisy latents and what the network says of them. The two foretell the clean
 latents, x_0, which the VAE decodes like any others: an intermediate image, not a thumbnail.

@@ -27,7 +27,7 @@ LEARNS_VARIANCE = ("learned", "learned_range")
 # Two sources of noise, to see which one a scheduler draws from.
 SEEDS = (1, 2)
 
-# Flow-matching schedulers that shift their noise by the image's size are told how far.
+# Flow-matching schedulers that shift their noise by the image's size are given how far.
 PROBE_SHIFT = 1.0
 
 MakeScheduler = Callable[[], Any]
@@ -38,7 +38,7 @@ class ScheduleError(Exception):
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
-    """Prepare a scheduler for that many steps, whatever else its class wants to be told."""
+    """Prepare a scheduler for that many steps, whatever else its class wants."""
     if getattr(scheduler.config, "use_dynamic_shifting", False):
         scheduler.set_timesteps(steps, mu=PROBE_SHIFT)
     else:

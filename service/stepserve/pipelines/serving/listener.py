@@ -1,4 +1,4 @@
-"""What becomes of one request, told as events to whoever submitted it."""
+"""What becomes of one request, as events for whoever submitted it."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class PipelineRunner:
             raise ModelLoadError("compile and adapters cannot be combined")
         # By the model's own safety checker, since the start.
         self.images_withheld = 0
-        # Diffusers walks through all modules to tell.
+        # Diffusers walks through all modules for it.
         self._device = model.pipeline.device
         self._sharing = sharing
         self._prepared = Preparation(model, SharingPlan(), Wrappers())

@@ -215,7 +215,7 @@ def _set_measured_limit(runner: PipelineRunner) -> None:
 
 
 def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None:
-    """Seconds of one step of `request` alone, or None if it cannot be done."""
+    """Seconds of one step of `request` by itself, or None if it cannot be done."""
     stopwatch = Stopwatch(torch.device(runner.model.pipeline.device))
     guidance = runner.model.capabilities.guidance
     work = Work(
@@ -269,7 +269,7 @@ def _run(runner: PipelineRunner, request: GenerationRequest) -> None:
         # It draws, and its checker looks at what it draws.
         return
     if isinstance(result, GenerationFailedError):
-        # Rather than what a request is told: that its scheduler or its guidance is to blame.
+        # Rather than what a request is answered: that its scheduler or its guidance is to blame.
         check_all_weights(runner.model.pipeline)
     if isinstance(result, StepserveError):
         raise result
