@@ -8,10 +8,13 @@ fall instead, which Prometheus would take for a restart from 0.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+from prometheus_client import generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -21,6 +24,7 @@ SERVES = "ray_serve_"
 # Ray's agent makes up the sums of histograms from the middles of buckets, so ours are counted too.
 EXACT_SUM = "_exact_sum"
 NODE_LABEL = "node"
+UNREACHABLE = "stepserve_metrics_unreachable_nodes"
 PROCESS_LABELS = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
@@ -40,7 +44,18 @@ def merge(pages: Mapping[str, str | None]) -> str:
             families.setdefault(name, Family(name, family.documentation, family.type))
             _add(family, node, values[name])
     _correct(values, sums)
-    return "".join([*_text(families, values), _unreachable(pages)])
+    for name, family in families.items():
+        series = values[name].items()
+        family.samples = [Sample(sample, dict(labels), value) for (sample, labels), value in series]
+    number = sum(page is None for page in pages.values())
+    unreachable = GaugeMetricFamily(UNREACHABLE, "Nodes whose metrics are missing here.", number)
+    found = _Families([*(families[name] for name in sorted(families)), unreachable])
+    return generate_latest(found).decode()
+
+
+class _Families(list[Family], Collector):
+    def collect(self) -> list[Family]:
+        return self
 
 
 def _relevant(page: str) -> str:
@@ -85,27 +100,3 @@ def _correct(values: dict[str, dict[Key, float]], sums: Mapping[Key, float]) -> 
         series = values.get(name.removesuffix("_sum"), {})
         if (name, labels) in series:
             series[name, labels] = value
-
-
-def _text(
-    families: Mapping[str, Family], values: Mapping[str, Mapping[Key, float]]
-) -> Iterator[str]:
-    for name, family in sorted(families.items()):
-        shown = f"{name}_total" if family.type == "counter" else name
-        yield f"# HELP {shown} {_escaped(family.documentation)}\n"
-        yield f"# TYPE {shown} {family.type}\n"
-        for (sample, labels), value in values[name].items():
-            inner = ",".join(f'{key}="{_escaped(text, quotes=True)}"' for key, text in labels)
-            yield f"{sample}{{{inner}}} {value!r}\n"
-
-
-def _escaped(text: str, quotes: bool = False) -> str:
-    text = text.replace("\\", r"\\").replace("\n", r"\n")
-    return text.replace('"', r"\"") if quotes else text
-
-
-def _unreachable(pages: Mapping[str, str | None]) -> str:
-    name = "stepserve_metrics_unreachable_nodes"
-    number = sum(page is None for page in pages.values())
-    header = f"# HELP {name} Nodes whose metrics are missing here.\n# TYPE {name} gauge\n"
-    return f"{header}{name} {number}\n"
