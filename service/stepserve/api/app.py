@@ -26,7 +26,7 @@ from stepserve.api.bodies.reading import BodyBudget, BodyReader
 from stepserve.api.bodies.schemas import ImageReference
 from stepserve.api.errors import UnauthorizedError
 from stepserve.api.handlers import add_error_handlers
-from stepserve.api.http.head_limits import HeadLimitMiddleware, head_limits
+from stepserve.api.http.head_limits import HeadLimitMiddleware
 from stepserve.api.http.in_flight import InFlight, InFlightMiddleware
 from stepserve.api.http.methods import HeadMiddleware
 from stepserve.api.http.middleware import (
@@ -178,7 +178,7 @@ def _middleware(
         Middleware(ObservationMiddleware, observation=observation),
         Middleware(TimingMiddleware),
         Middleware(UnexpectedErrorMiddleware),
-        Middleware(HeadLimitMiddleware, limits=head_limits(http)),
+        Middleware(HeadLimitMiddleware, limits=http),
         Middleware(CrossSiteMiddleware, origins=http.cors_origins),
         Middleware(AccessMiddleware, access=access),
         Middleware(BodyTurnsMiddleware, turns=BodyTurns(most_pending_bytes)),

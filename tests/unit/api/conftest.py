@@ -6,7 +6,7 @@ import httpx
 import pytest
 from api_fakes import FakeBackend, client_for, make_app
 from served import served
-from stepserve.api.http.protocol import ConnectionLimits
+from stepserve.config import HttpSettings
 
 
 @pytest.fixture
@@ -23,5 +23,5 @@ async def client(backend: FakeBackend) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 def server_port(backend: FakeBackend) -> Iterator[int]:
     """A real server with the limits that an operator would have it have."""
-    with served(make_app(backend), ConnectionLimits()) as port:
+    with served(make_app(backend), HttpSettings()) as port:
         yield port

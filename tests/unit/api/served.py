@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
-from stepserve.api.http.protocol import ConnectionLimits
 from stepserve.api.http.server import make_server
+from stepserve.config import HttpSettings
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 @contextmanager
-def served(app: FastAPI, limits: ConnectionLimits, max_connections: int = 100) -> Iterator[int]:
+def served(app: FastAPI, limits: HttpSettings, max_connections: int = 100) -> Iterator[int]:
     """Our server in a thread, at a port that it yields; its socket listens before it runs."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     port = listener.getsockname()[1]

@@ -9,7 +9,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from stepserve.api.errors import HeadersTooLargeError, MalformedHttpError, MethodNotAllowedError
-from stepserve.api.http.head_limits import HeadLimits, header_bytes
+from stepserve.api.http.head_limits import check_headers, check_url, header_bytes
+from stepserve.config import HttpSettings
 from stepserve.domain.errors import StepserveError
 
 PIECE_BYTES = 4096
@@ -22,9 +23,9 @@ OF_AN_UPGRADE = (b"upgrade", b"http2-settings", b"connection")
 class LimitedParsing(HttpToolsProtocol):
     """Parses requests, and calls `refuse` for one that is over the limits or none."""
 
-    def __init__(self, limits: HeadLimits, **of_uvicorn: Any) -> None:
+    def __init__(self, limits: HttpSettings, **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
-        self._head_limits = limits
+        self._limits = limits
         # Of the request that is being parsed. Before its first byte it is in its head, too.
         self.url = b""
         self.in_head = True
@@ -57,13 +58,13 @@ class LimitedParsing(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         """A part of its URL."""
         super().on_url(url)
-        self._check(self._head_limits.check_url, len(self.url))
+        self._check(check_url, len(self.url), self._limits)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; or a trailer, which counts but is dropped, as it comes after all checks."""
         self._header_count += 1
         self._head_bytes += header_bytes(name, value)
-        self._check(self._head_limits.check_headers, self._header_count, self._head_bytes)
+        self._check(check_headers, self._header_count, self._head_bytes, self._limits)
         if self.in_head:
             super().on_header(name, value)
             if name.lower() == b"content-length":
@@ -98,7 +99,7 @@ class LimitedParsing(HttpToolsProtocol):
             self.parser.feed_data(piece)
             # What may be of the URL, or of the request before, counts for neither.
             loose_bytes = self.loose_bytes - len(self.url) - PIECE_BYTES
-            self._head_limits.check_headers(self._header_count, loose_bytes)
+            check_headers(self._header_count, loose_bytes, self._limits)
         except httptools.HttpParserUpgrade as upgrade:
             return piece[upgrade.args[0] :]
         except httptools.HttpParserError as error:

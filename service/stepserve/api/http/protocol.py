@@ -7,39 +7,22 @@ a response; one client could so hold up all others, which share an event loop.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from stepserve.api.errors import SlowRequestError, TooManyConnectionsError
 from stepserve.api.http.client_transport import ClientTransport
-from stepserve.api.http.head_limits import HeadLimits
 from stepserve.api.http.open_connections import OpenConnections
 from stepserve.api.http.parsing import LimitedParsing
 from stepserve.api.http.refusals import Refusals
 from stepserve.api.http.timers import Timers
+from stepserve.config import HttpSettings
 from stepserve.domain.errors import StepserveError
 
 FIRST_PROBE_S = 0.2
 PROBE_FACTOR = 4
 RETRY_S = 1.0
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """What one connection may take.
-
-    Args:
-        header_timeout_s: from its start, or the first byte of a request, to the end of the headers.
-        send_timeout_s: how long a client may leave a response unread.
-        keep_alive_s: how long it may be silent after a response.
-    """
-
-    head: HeadLimits = field(default_factory=HeadLimits)
-    header_timeout_s: float = 20.0
-    send_timeout_s: float = 30.0
-    keep_alive_s: float = 90.0
 
 
 class LimitedHttpProtocol(LimitedParsing):
@@ -51,13 +34,12 @@ class LimitedHttpProtocol(LimitedParsing):
 
     def __init__(
         self,
-        limits: ConnectionLimits,
+        limits: HttpSettings,
         connections: OpenConnections,
         refusals: Refusals,
         **of_uvicorn: Any,
     ) -> None:
-        super().__init__(limits.head, **of_uvicorn)
-        self._limits = limits
+        super().__init__(limits, **of_uvicorn)
         self._open = connections
         self._refusals = refusals
         self._client: ClientTransport

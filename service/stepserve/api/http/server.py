@@ -9,11 +9,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from stepserve.api.http.open_connections import OpenConnections
-from stepserve.api.http.protocol import ConnectionLimits, LimitedHttpProtocol
+from stepserve.api.http.protocol import LimitedHttpProtocol
 from stepserve.api.http.refusals import Refusals
+from stepserve.config import HttpSettings
 
 
-def make_server(app: FastAPI, limits: ConnectionLimits, max_connections: int) -> uvicorn.Server:
+def make_server(app: FastAPI, limits: HttpSettings, max_connections: int) -> uvicorn.Server:
     """Return a server of an app that `create_app` made; its `serve` takes the sockets to listen on.
 
     Args:

@@ -19,13 +19,11 @@ from stepserve.api.app import create_app
 from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import KeyRing
 from stepserve.api.auth.usage import LocalUsage
-from stepserve.api.http.head_limits import head_limits
 from stepserve.api.http.in_flight import InFlight
 from stepserve.api.http.open_connections import affordable_connections
-from stepserve.api.http.protocol import ConnectionLimits
 from stepserve.api.http.server import make_server
 from stepserve.api.results.store import open_store
-from stepserve.config import HttpSettings, Settings
+from stepserve.config import Settings
 from stepserve.ray_serve.heap import (
     INGRESS_TRIM_INTERVAL_S,
     heap_trimmer,
@@ -85,7 +83,7 @@ class OpenIngress:
         self.in_flight: InFlight = app.state.in_flight
         self.drained = False
         most = affordable_connections(settings.http.max_connections)
-        self.server = make_server(app, connection_limits(settings.http), most)
+        self.server = make_server(app, settings.http, most)
         # Ray Serve calls constructors inside the event loop that their replica's methods run in.
         self.serving = asyncio.create_task(self.server.serve([receive_listen_socket(listen_path)]))
 
@@ -122,11 +120,4 @@ def build_app(settings: Settings, keys: KeyRing, counter: Any, *, echo_request_i
     store = open_store(results.address, results.expires_s, results.secret)
     return create_app(
         backend, settings, store, access, observation, echo_request_id=echo_request_id
-    )
-
-
-def connection_limits(http: HttpSettings) -> ConnectionLimits:
-    """What one connection may take of a server of our own."""
-    return ConnectionLimits(
-        head_limits(http), http.header_timeout_s, http.send_timeout_s, http.keep_alive_s
     )

@@ -15,17 +15,18 @@ import pytest
 from api_fakes import Blocking, FakeBackend, finish, make_app
 from served import HEALTH, connect, is_closed, read_all, read_response, response_in, served
 from stepserve.api.exchange_context import Exchange
-from stepserve.api.http.head_limits import HeadLimits
-from stepserve.api.http.protocol import ConnectionLimits
 from stepserve.api.http.server import make_server
 from stepserve.api.observe.exchanges import Observation
+from stepserve.config import HttpSettings
 from stepserve.domain.events import Accepted, Event, Outcome
 from stepserve.domain.requests import GenerationRequest
 from uvicorn.server import ServerState
 from virtual_time import until
 
-LIMITS = ConnectionLimits(
-    HeadLimits(max_url_bytes=1000, max_header_bytes=4000, max_headers=20),
+LIMITS = HttpSettings(
+    max_url_bytes=1000,
+    max_header_bytes=4000,
+    max_headers=20,
     header_timeout_s=0.3,
     send_timeout_s=0.5,
     keep_alive_s=0.4,
@@ -225,7 +226,7 @@ async def test_one_that_works_is_not_cut_off(backend: FakeBackend):
 
 
 def test_the_longest_silent_connection_gives_way_to_a_new_one(backend: FakeBackend):
-    patient = ConnectionLimits(header_timeout_s=60)
+    patient = HttpSettings(header_timeout_s=60)
     with served(make_app(backend), patient, max_connections=3) as port:
         first, half = connect(port), connect(port)
         half.sendall(HEALTH[:20])
@@ -244,7 +245,7 @@ def test_the_longest_silent_connection_gives_way_to_a_new_one(backend: FakeBacke
 def test_those_at_work_do_not_give_way(backend: FakeBackend):
     blocking = Blocking()
     backend.generate_with(blocking)
-    with served(make_app(backend), ConnectionLimits(), max_connections=1) as port:
+    with served(make_app(backend), HttpSettings(), max_connections=1) as port:
         with connect(port) as client:
             client.sendall(GENERATIONS + b'Content-Length: 17\r\n\r\n{"prompt": "cat"}')
             assert blocking.began.wait(10)

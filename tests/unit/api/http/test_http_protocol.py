@@ -10,13 +10,13 @@ from typing import Any, cast
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepserve.api.http.head_limits import HeadLimits
 from stepserve.api.http.open_connections import OpenConnections
-from stepserve.api.http.protocol import ConnectionLimits, LimitedHttpProtocol
+from stepserve.api.http.protocol import LimitedHttpProtocol
 from stepserve.api.http.refusals import Refusals
+from stepserve.config import HttpSettings
 from uvicorn.server import ServerState
 
-LIMITS = ConnectionLimits(HeadLimits(max_url_bytes=40, max_header_bytes=200, max_headers=8))
+LIMITS = HttpSettings(max_url_bytes=40, max_header_bytes=200, max_headers=8)
 
 GET = b"GET /got HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST /sent HTTP/1.1\r\nContent-Length: 11\r\n\r\nhello world"

@@ -12,7 +12,6 @@ from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import KeyRing
 from stepserve.api.auth.usage import LocalUsage
 from stepserve.api.exchange_context import Exchange
-from stepserve.api.http.protocol import ConnectionLimits
 from stepserve.api.observe.exchanges import Observation
 from stepserve.config import HttpSettings, Settings
 from stepserve.domain.events import Accepted, Event
@@ -64,7 +63,7 @@ async def test_head_is_told_with_its_route(backend: FakeBackend):
 
 
 def test_head_on_a_real_connection(backend: FakeBackend):
-    with served(make_app(backend), ConnectionLimits()) as port, connect(port) as client:
+    with served(make_app(backend), HttpSettings()) as port, connect(port) as client:
         client.sendall(b"HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
         client.sendall(b"HEAD /readyz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         heads = read_all(client).split(b"\r\n\r\n")
