@@ -19,10 +19,11 @@ from stepserve.pipelines.adapters.files import PEFT_CONFIG, AdapterFile, Adapter
 from stepserve.pipelines.loading.weights import is_finite
 
 PEFT_PREFIX = "base_model.model."
-COMFY_PREFIX = "diffusion_model."
 METADATA = "lora_adapter_metadata"
-# A name that is a path into a module and nothing else: no component, no trainer's own spelling.
+# A name that is a path into a module and nothing else, but for PEFT's or ComfyUI's prefix: no
+# component, no trainer's own spelling.
 _BARE = re.compile(
+    r"(?:base_model\.model\.)?(?:diffusion_model\.)?"
     r"(?P<path>.+)\.(?:lora_(?P<factor>A|B|down|up)(?:\.default)?\.(?P<kind>weight|bias)|alpha)"
 )
 _FACTORS = {"A": "A", "B": "B", "down": "A", "up": "B"}
@@ -91,7 +92,7 @@ def _in_diffusers_layout(
     tensors: Mapping[str, Tensor], components: Mapping[str, nn.Module], config_path: Path
 ) -> AdapterContents | None:
     """Bare paths, or with PEFT's or ComfyUI's prefix, under the name of their component."""
-    found = {name: _BARE.fullmatch(_without_prefix(name)) for name in tensors}
+    found = {name: _BARE.fullmatch(name) for name in tensors}
     matches = {name: match for name, match in found.items() if match is not None}
     if len(matches) < len(tensors):
         return None
@@ -111,10 +112,6 @@ def _in_diffusers_layout(
     own = _read_peft_config(config_path) if is_peft else {}
     config = _layer_config(component, renamed, alphas, own)
     return AdapterContents(renamed, config, is_renamed=True)
-
-
-def _without_prefix(name: str) -> str:
-    return name.removeprefix(PEFT_PREFIX).removeprefix(COMFY_PREFIX)
 
 
 def _has_most(module: nn.Module, paths: set[str]) -> bool:

@@ -134,7 +134,10 @@ def _check_tensor_names(names: Collection[str]) -> None:
             raise AdapterFileError(f"its tensor {name!r} is none of a LoRA adapter")
     for name, factor in factors.items():
         # Without it, diffusers would leave memory as it was found in its place.
-        if factor is not None and _partner(name, factor) not in names:
+        if factor is None:
+            continue
+        other = f"{name[: factor.start()]}{factor[1]}{_PARTNER[factor[2]]}{factor[3]}"
+        if other not in names:
             raise AdapterFileError(f"it lacks the other factor of {name!r}")
 
 
@@ -142,10 +145,6 @@ def _check_kind(names: Collection[str]) -> None:
     for kind, pattern in _OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in names):
             raise AdapterFileError(f"it is {kind}: {INSTEAD}")
-
-
-def _partner(name: str, factor: re.Match[str]) -> str:
-    return f"{name[: factor.start()]}{factor[1]}{_PARTNER[factor[2]]}{factor[3]}"
 
 
 def _weights_file(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from stepserve.domain.guidance import Guidance
@@ -35,8 +34,5 @@ def narrow_to_interval(
     """Which of the `calls` denoiser calls of a request need only the conditional rows."""
     if not guidance.guides(request.guidance_scale) or not request.is_guidance_limited:
         return None
-    return GuidanceInterval(guidance.rows_of(request), calls, partial(_is_guided, request, calls))
-
-
-def _is_guided(request: GenerationRequest, calls: int, call: int) -> bool:
-    return request.is_guided(call, calls)
+    rows = guidance.rows_of(request)
+    return GuidanceInterval(rows, calls, lambda call: request.is_guided(call, calls))

@@ -47,7 +47,8 @@ class UniformArguments:
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The leading size of the first tensor that has dimensions; 1 where there is none."""
     leaves, _ = flatten((args, list(kwargs.values())))
-    return next((leaf.shape[0] for leaf in leaves if _has_rows(leaf)), 1)
+    sizes = (leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next(sizes, 1)
 
 
 def shape_of(example: Example) -> Hashable:
@@ -75,7 +76,3 @@ def _describe(leaf: Any) -> Hashable:
 
 def _dense(leaf: Any) -> Any:
     return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0

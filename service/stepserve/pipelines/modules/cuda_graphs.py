@@ -86,7 +86,8 @@ class GraphedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay the graph of this shape, or run eager code."""
         leaves, structure = flatten((args, kwargs))
-        if torch.is_grad_enabled() or not all(map(_can_be_given, leaves)):
+        is_plain = all(isinstance(leaf, torch.Tensor) or type(leaf) in SIMPLE for leaf in leaves)
+        if torch.is_grad_enabled() or not is_plain:
             return self._wrapped(*args, **kwargs)
         shape = (structure, tuple(map(_describe, leaves)))
         recording = self._recordings.get(shape)
@@ -163,10 +164,6 @@ class CudaRecording:
         self._graph.replay()
         # The next graph writes into the same memory.
         return duplicate(self._output)
-
-
-def _can_be_given(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) or type(leaf) in SIMPLE
 
 
 def _describe(leaf: Any) -> Hashable:

@@ -158,17 +158,10 @@ def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: 
         if handle is not None:
             handle.remove()
     if not rows:
-        return Seen(image, _usual(guidance, scale))
-    return Seen(image, _step_of(rows, denoiser_calls(tried, request)))
-
-
-def _usual(guidance: Guidance, scale: float) -> StepWork:
-    """For pipelines of several parts, whose steps are not seen."""
-    return CLASSIC.guided if guidance.guides(scale) else PLAIN
-
-
-def _step_of(rows: list[int], timesteps: int) -> StepWork:
-    return StepWork(max(rows), max(round(len(rows) / timesteps), 1))
+        # A pipeline of several parts, whose steps are not seen.
+        return Seen(image, CLASSIC.guided if guidance.guides(scale) else PLAIN)
+    calls = max(round(len(rows) / denoiser_calls(tried, request)), 1)
+    return Seen(image, StepWork(max(rows), calls))
 
 
 def _note_rows(denoiser: Any, rows: list[int]) -> Any:

@@ -29,11 +29,6 @@ NO_IMAGES = InputImages()
 NO_NEGATIVE_PROMPT = " "
 
 
-def make_generators(seed: int, n: int) -> list[torch.Generator]:
-    """One CPU generator an image: the same seed gives the same noise on every device."""
-    return [torch.Generator("cpu").manual_seed(seed + index) for index in range(n)]
-
-
 def make_images(
     model: LoadedModel,
     request: GenerationRequest,
@@ -85,7 +80,8 @@ def run_pipeline(
         InvalidRequestError: the request's settings alone make the call fail.
     """
     signature = model.factory.signature(request.task)
-    generators = make_generators(request.seed, request.n)
+    # On the CPU, so that a seed gives the same noise on every device.
+    generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.n)]
     copied = _copy_for(model, request, generators)
     remove_checker(copied, unless=is_checked)
     previewer = _previewer(copied, request, on_preview)

@@ -6,7 +6,6 @@ schedule; how many that is depends on the class and on the model's settings.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -98,7 +97,8 @@ def draws_from_elsewhere(make: MakeScheduler, steps: int) -> bool:
         for seed in SEEDS:
             torch.default_generator.manual_seed(seed)
             state = torch.get_rng_state()
-            results.append(_last(_samples(make, steps, range(steps))))
+            *_, last = _samples(make, steps, range(steps))
+            results.append(last)
             if not torch.equal(state, torch.get_rng_state()):
                 return True
     except Exception:
@@ -203,7 +203,3 @@ def _answer(scheduler: Any) -> Tensor:
     # Such models say the variance as well, in channels of its own.
     learns = getattr(scheduler.config, "variance_type", None) in LEARNS_VARIANCE
     return torch.cat([answer, 0 * answer], dim=1) if learns else answer
-
-
-def _last(samples: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(lambda before, after: after, samples)

@@ -24,7 +24,8 @@ def observe(settings: TelemetrySettings) -> Observation:
     """Begin to observe, in an ingress replica."""
     start_logging(settings)
     instruments = RayInstruments()
-    Flusher(lambda: _set_version(instruments)).start()
+    labels = {"version": __version__, "process": "ingress"}
+    Flusher(lambda: instruments.set(catalogue.BUILD, 1, labels)).start()
     listeners = (_Recorder(instruments), AccessLog(settings.log_prompts))
     provider = open_traces(f"ingress-{os.getpid()}")
     traces = None if provider is None else HttpTraces(provider)
@@ -55,7 +56,3 @@ class _Recorder:
             # Probes of a model that loads are refused nothing.
             refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
         )
-
-
-def _set_version(instruments: Instruments) -> None:
-    instruments.set(catalogue.BUILD, 1, {"version": __version__, "process": "ingress"})

@@ -8,7 +8,6 @@ import socket
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -269,7 +268,7 @@ def test_many_requests_at_once_are_answered_in_order(port: int):
 
 
 def test_a_connection_that_waits_holds_nothing_of_the_request_before(backend: FakeBackend):
-    patient = replace(LIMITS, keep_alive_s=60, header_timeout_s=60)
+    patient = LIMITS.model_copy(update={"keep_alive_s": 60.0, "header_timeout_s": 60.0})
     with served(make_app(backend), patient, MOST) as port, connect(port) as client:
         client.sendall(GENERATIONS + b'Content-Length: 15\r\n\r\n{"prompt": "x"}')
         assert read_response(client).status == 200
