@@ -29,7 +29,7 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 
 # What measures seconds and memory, or computes on every core, has the machine to itself. Of the rest
 # two run at once: services, which mostly wait, and what computes, on one thread each.
-ALONE := $(addprefix tests/integration/test_,chaos.py endurance.py service.py uploads.py)
+ALONE := $(addprefix tests/integration/test_,chaos.py endurance.py load.py service.py uploads.py)
 SERVICES := tests/browser tests/integration $(ALONE:%=--ignore=%) --ignore=tests/integration/test_cli.py
 OTHERS := tests/integration/test_cli.py tests/parity tests/unit
 CHOSEN := -m "not slow"
