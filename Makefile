@@ -51,7 +51,9 @@ check: $(INSTALLED)  ## What CI runs first: format, lint, types, import directio
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/check_words.py
 
 coverage: $(INSTALLED)  ## Print which lines the unit tests run.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term:skip-covered tests/unit

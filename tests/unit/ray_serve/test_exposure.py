@@ -55,7 +55,7 @@ def test_this_machine_needs_no_keys(host: str):
     check_exposure(settings_of(host))
 
 
-def test_an_empty_list_of_keys_opens_no_door(tmp_path: Path):
+def test_an_empty_list_of_keys_lets_nobody_in(tmp_path: Path):
     empty = tmp_path / "empty.yaml"
     empty.write_text("keys: []\n")
     with pytest.raises(OpenToAllError):

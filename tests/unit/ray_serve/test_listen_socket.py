@@ -91,7 +91,7 @@ def test_a_borrower_that_leaves_at_once_does_not_keep_it_from_others() -> None:
         receive_listen_socket(listen_path).close()
 
 
-def test_it_is_lent_again_after_a_time_without_descriptors() -> None:
+def test_it_is_handed_out_again_after_a_time_without_descriptors() -> None:
     tired = threading.Event()
 
     def note_and_rest(closed: threading.Event) -> None:
@@ -139,7 +139,7 @@ def test_an_address_of_another_machine_is_refused() -> None:
         held_listen_socket("192.0.2.1", 8000).__enter__()
 
 
-def test_nothing_is_lent_once_the_service_has_stopped() -> None:
+def test_nothing_is_handed_out_once_the_service_has_stopped() -> None:
     with held_listen_socket(HOST, free_port()) as listen_path:
         pass
     with pytest.raises(OSError, match="No such file"):

@@ -118,7 +118,7 @@ def guidance_arguments(signature: CallSignature) -> tuple[str, ...]:
 
 
 def promised_guidance(signature: CallSignature) -> Guidance:
-    """How a pipeline takes guidance by its signature; `guided_steps` finds out what holds.
+    """How a pipeline takes guidance by its signature; `guidance_cost` finds out what holds.
 
     An argument without a number as its default is one that most models of a class cannot use.
     """

@@ -96,7 +96,7 @@ def _modules_for_channels_last(pipeline: Any, wanted: bool | None) -> Iterator[t
     """Where it helps: modules that are made of convolutions.
 
     With channels last every kernel gives a row the same bits in any batch (bfloat16 on CPU), and
-    convolutions are faster on both kinds of device. A transformer has one, at its door.
+    convolutions are faster on both kinds of device. A transformer has one, its first layer.
     """
     if wanted is False:
         return

@@ -200,7 +200,7 @@ def check_sharing(
         plain: what they gave one after another, if they were run before.
         arrivals: at which tick each begins; None means all at the first.
         options: how it is attached; components that are inline there may be changed by a call.
-        one_at_a_time: nobody starts before the one at work has ended; a call may change anything.
+        one_at_a_time: none starts before the running one has ended; a call may change anything.
     """
     plain = plain or run_plainly(pipeline, probes)
     changed = plain.changed - options.inline

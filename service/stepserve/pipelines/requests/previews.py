@@ -1,6 +1,6 @@
 """What the images of a request will roughly be, predicted before its last step.
 
-A scheduler is given the noisy latents and what the network says of them. The two foretell the clean
+A scheduler is given the noisy latents and what the network says of them. The two predict the clean
 latents, x_0, which the VAE decodes like any others: an intermediate image, not a thumbnail.
 """
 
@@ -114,7 +114,7 @@ def is_variance_exploding(scheduler: Any) -> bool:
 
 
 def preview_steps(previews: int, steps: int) -> list[int]:
-    """After which of `steps` steps (from 1) to foretell: evenly spread, never after the last."""
+    """After which of `steps` steps (from 1) to make a preview: evenly spread, never after the last."""
     return sorted({round(i * steps / (previews + 1)) for i in range(1, previews + 1)} - {0, steps})
 
 
@@ -130,7 +130,7 @@ def can_preview(pipeline: Any) -> bool:
 
 
 class Previewer:
-    """Decodes what is foretold at some of a request's steps. Runs inside the request's greenlet.
+    """Decodes what is predicted at some of a request's steps. Runs inside the request's greenlet.
 
     Args:
         pipeline: the request's own copy.
@@ -145,7 +145,7 @@ class Previewer:
         self._told = 0
 
     def step_ended(self, step: int, steps: int) -> None:
-        """Foretell, if it is time to."""
+        """Make a preview, if it is time to."""
         if step not in preview_steps(self._request.previews, steps):
             return
         latents = self._observed.predict()

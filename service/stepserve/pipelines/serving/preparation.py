@@ -54,7 +54,7 @@ class Preparation:
         wrappers: what stands around the methods of its modules.
         execution: how the engine is to run its forwards.
         probes: small requests of every task that it serves.
-        size_rules: what calls of each size need, where that is not the same for all.
+        shape_rules: what calls of each size need, where that is not the same for all.
         threads: torch threads of the engine on a CPU; 0 on another device.
     """
 
@@ -63,7 +63,7 @@ class Preparation:
     wrappers: Wrappers
     execution: Execution = DEFAULT_EXECUTION
     probes: Sequence[ProbeRequest] = ()
-    size_rules: SizeRules | None = None
+    shape_rules: SizeRules | None = None
     threads: int = 0
 
 

@@ -128,7 +128,7 @@ class PipelineRunner:
         limits = replace(
             self._limits, adapters=self.adapters.names(), expected_s=self._usual_request_s()
         )
-        rules = self._prepared.size_rules
+        rules = self._prepared.shape_rules
         return limits if rules is None else replace(limits, same_bytes=rules.same_bytes)
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:

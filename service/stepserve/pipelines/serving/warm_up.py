@@ -94,7 +94,7 @@ class Curve:
         """What to know about it, or nothing."""
         remarks = [
             "no time for more" if self.cut_short else "",
-            "others were at work" if self.disturbed else "",
+            "others were running" if self.disturbed else "",
         ]
         return ", ".join(filter(None, remarks))
 

@@ -1,4 +1,4 @@
-"""The shelf knows no family of pipelines: diffusers' own loaders do."""
+"""The adapter cache knows no family of pipelines: diffusers' own loaders do."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def plain_forward(denoiser: Denoiser, file: Path) -> torch.Tensor:
     return denoiser.forward()
 
 
-def shelf_forwards(denoiser: Denoiser, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def cached_adapter_forwards(denoiser: Denoiser, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """With the adapter, and set to none while it is loaded."""
     adapter_cache = AdapterCache(denoiser.pipeline, AdapterOptions(folder=file.parent))
     variant = adapter_cache.resolve([AdapterUse(file.stem, SCALE)])
@@ -184,7 +184,7 @@ def test_a_family_is_as_plain_diffusers_has_it(
 ) -> None:
     file = save_adapter(family(), tmp_path)
     bare, wanted = family().forward(), plain_forward(family(), file)
-    with_adapter, without = shelf_forwards(family(), file)
+    with_adapter, without = cached_adapter_forwards(family(), file)
     assert not torch.equal(bare, wanted)
     assert torch.equal(with_adapter, wanted)
     assert torch.equal(without, bare)
@@ -201,7 +201,7 @@ def test_files_of_kohyas_trainer_are_read(tmp_path: Path) -> None:
         tensors[f"{prefix}.alpha"] = torch.tensor(4.0)
     kohya = tmp_path / "kohya.safetensors"
     save_file(tensors, kohya)
-    assert torch.equal(shelf_forwards(sdxl(), kohya)[0], wanted)
+    assert torch.equal(cached_adapter_forwards(sdxl(), kohya)[0], wanted)
 
 
 def test_an_adapter_that_diffusers_would_make_room_for_in_the_model_is_refused(
@@ -217,7 +217,7 @@ def test_an_adapter_that_diffusers_would_make_room_for_in_the_model_is_refused(
     denoiser = flux()
     before = denoiser.forward()
     with pytest.raises(InvalidRequestError, match=r"x_embedder.* is for 8 features"):
-        shelf_forwards(denoiser, file)
+        cached_adapter_forwards(denoiser, file)
     assert torch.equal(denoiser.forward(), before)
     denoiser.pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
     assert denoiser.module.x_embedder.in_features == 8, "the danger that this test is about"

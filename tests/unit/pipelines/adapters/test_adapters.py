@@ -138,7 +138,7 @@ class Waiting:
 
 
 def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest) -> Waiting:
-    """Through shelf and engine: the answer is images before they are rounded to bytes."""
+    """Through adapter cache and engine: the outcome is images before they are rounded to bytes."""
     adapter_cache, waiting = runner.adapters, Waiting()
     variant = adapter_cache.resolve(request.adapters)
 
@@ -365,7 +365,7 @@ def test_a_file_replaced_while_its_request_waits_is_told(make: Make, folder: Pat
     assert drawn_image(runner, AdapterUse("plain")) == drawn_image(runner, AdapterUse("conv"))
 
 
-def test_an_unknown_name_is_refused_at_the_door(make: Make) -> None:
+def test_an_unknown_name_is_refused_before_work(make: Make) -> None:
     runner = make()
     runner.start()
     kinds, message = refusal(runner, AdapterUse("plane"))
@@ -413,7 +413,7 @@ def add_tensor(path: Path, name: str) -> None:
     ],
     ids=["cut", "pickle", "empty", "no tensors", "base", "dora", "half", "unknown factor"],
 )
-def test_a_broken_file_is_refused_at_the_door(
+def test_a_broken_file_is_refused_before_work(
     make: Make, folder: Path, break_it: Callable[[Path], None], reason: str
 ) -> None:
     break_it(folder / "plain.safetensors")

@@ -1,6 +1,6 @@
 """What the engine finds out at its start.
 
-About pipelines that change modules, rules that are wrong, and rows that depend on their company.
+About pipelines that change modules, rules that are wrong, and rows that depend on co-batched ones.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def as_class(model: LoadedModel, pipeline_class: type) -> LoadedModel:
 
 
 def mix_rows(model: LoadedModel, share: float = 1e-2) -> None:
-    """Make every row depend on its company, by `share` of the mean."""
+    """Make every row depend on the co-batched ones, by `share` of the mean."""
     model.pipeline.unet.conv_out.register_forward_hook(
         lambda module, args, output: output + share * output.mean(0, keepdim=True)
     )
@@ -129,7 +129,7 @@ def assert_files_are_plain(runner: PipelineRunner, requests: list[GenerationRequ
         assert finished.images == tuple(encode_image(im, request, i) for i, im in enumerate(images))
 
 
-def company_of(model: LoadedModel) -> SharingPlan:
+def plan_of(model: LoadedModel) -> SharingPlan:
     return plan_co_batching(model.pipeline, make_probe_requests(model))
 
 
@@ -137,7 +137,7 @@ def test_a_verified_pipeline_shares_unchecked(
     fresh: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(sharing_module, "check_sharing")
-    assert company_of(fresh) == SharingPlan()
+    assert plan_of(fresh) == SharingPlan()
 
 
 def test_an_unknown_pipeline_is_checked_and_shares(
@@ -150,7 +150,7 @@ def test_an_unknown_pipeline_is_checked_and_shares(
         return reports[-1]
 
     monkeypatch.setattr(sharing_module, "check_sharing", checked)
-    assert company_of(as_class(fresh, UnknownPipeline)) == SharingPlan()
+    assert plan_of(as_class(fresh, UnknownPipeline)) == SharingPlan()
     (report,) = reports
     assert report.calls_per_forward == 2
     assert report.difference < report.bound < report.separation
@@ -172,7 +172,7 @@ def test_a_pipeline_that_swaps_processors_is_served_alone_and_right(fresh: Loade
 
 def test_a_text_encoder_that_a_call_changes_runs_inside_it(fresh: LoadedModel) -> None:
     model = as_class(fresh, EncoderChangingPipeline)
-    plan = company_of(model)
+    plan = plan_of(model)
     assert not plan.serial
     assert plan.inline == {"text_encoder"}
     assert plan.remark == "text_encoder: changed by a call, so runs inside it"
@@ -278,7 +278,7 @@ def test_row_policies_are_told_by_the_fingerprint(fresh: LoadedModel) -> None:
             assert fingerprint is not None
             assert fingerprint.row_buckets == plan.row_policy
             told.append(fingerprint.short)
-    # A lower limit does not change an image where rows do not depend on their company.
+    # A lower limit does not change an image where rows do not depend on co-batched ones.
     assert told[0] == told[1] != told[2]
 
 

@@ -1,4 +1,4 @@
-"""Images on the way: what is foretold, when, and that nothing else changes."""
+"""Previews: what is predicted, when, and that nothing else changes."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ def test_an_interval_that_holds_no_step_is_no_guidance(tiny: LoadedModel, rows: 
     assert pixels(one.images[0].data) == pixels(other.images[0].data)
 
 
-def test_guided_and_unguided_steps_share_forwards(tiny: LoadedModel, rows: list[int]) -> None:
+def test_steps_with_and_without_guidance_share_forwards(tiny: LoadedModel, rows: list[int]) -> None:
     requests = [
         a_request(id="a", num_inference_steps=4, guidance_end=0.5, n=2),
         a_request(id="b", num_inference_steps=4, seed=9),

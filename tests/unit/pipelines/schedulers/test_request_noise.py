@@ -68,7 +68,7 @@ def images(runner: PipelineRunner, *requests: GenerationRequest) -> list[list[by
     return [[pixels(i.data) for i in o.images] for o in outcomes if isinstance(o, Finished)]
 
 
-def assert_same_alone_and_with_company(runner: PipelineRunner, **changes: Any) -> None:
+def assert_same_alone_and_co_batched(runner: PipelineRunner, **changes: Any) -> None:
     before = torch.get_rng_state()
     request = sized(runner, id="a", n=2, **changes)
     [first] = images(runner, request)
@@ -77,11 +77,11 @@ def assert_same_alone_and_with_company(runner: PipelineRunner, **changes: Any) -
     torch.manual_seed(6)
     state = torch.get_rng_state()
     others = [sized(runner, id=name, seed=50 + i, **changes) for i, name in enumerate("bc")]
-    in_company = images(runner, others[0], request, others[1])
+    co_batched = images(runner, others[0], request, others[1])
     assert first == second
-    # In company the last bits may differ, which noise of another seed is far from.
-    assert furthest(first, in_company[1]) <= 2
-    assert furthest(first[:1], in_company[0]) > 10
+    # Co-batched, the last bits may differ, which noise of another seed is far from.
+    assert furthest(first, co_batched[1]) <= 2
+    assert furthest(first[:1], co_batched[0]) > 10
     assert torch.equal(state, torch.get_rng_state())
     torch.set_rng_state(before)
 
@@ -97,7 +97,7 @@ def furthest(some: list[bytes], others: list[bytes]) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_scheduler_keeps_to_the_seed(stable_diffusion: PipelineRunner, name: str) -> None:
-    assert_same_alone_and_with_company(stable_diffusion, scheduler=name)
+    assert_same_alone_and_co_batched(stable_diffusion, scheduler=name)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,6 @@ def test_every_flow_scheduler_keeps_to_the_seed(family: str, flow: str, tmp_path
     use_scheduler(tmp_path, FLOW[flow])
     runner = started(tmp_path)
     try:
-        assert_same_alone_and_with_company(runner)
+        assert_same_alone_and_co_batched(runner)
     finally:
         runner.stop()

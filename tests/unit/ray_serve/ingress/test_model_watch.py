@@ -244,7 +244,7 @@ async def test_a_model_that_was_given_up_says_why_whatever_it_answers() -> None:
     models.loaded.set()
     models.listed["emoji"] = Listed(failure="failed: out of memory")
     watch = await started(models)
-    # Replicas of before may still be at work: to be asked tells them that somebody waits.
+    # Replicas of before may still run requests: to be asked tells them that somebody waits.
     await until(lambda: models.asked >= 3)
     assert [(s.ready, s.detail) for s in watch.statuses()] == [(False, "failed: out of memory")]
 

@@ -56,8 +56,8 @@ def remembered(router: BatchingRouter) -> dict[str, str]:
     """Where requests are thought to be; the ledger must think so too."""
     for replica_id, job in router._sent.values():
         assert router._ledger.has_in_flight(replica_id, job.id)
-    in_hand = sum(len(account.jobs) for account in router._ledger._accounts.values())
-    assert in_hand == len(router._sent)
+    in_flight = sum(len(account.jobs) for account in router._ledger._accounts.values())
+    assert in_flight == len(router._sent)
     return {name: replica_id.unique_id for name, (replica_id, _) in router._sent.items()}
 
 

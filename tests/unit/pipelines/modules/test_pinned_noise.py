@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.modules.third_party import pinned_noise as host_numbers
+from stepserve.pipelines.modules.third_party import pinned_noise
 from stepserve.pipelines.modules.third_party.pinned_noise import (
     can_keep_on_host,
     on_device,
@@ -75,10 +75,10 @@ def test_noise_is_the_same_and_goes_by_way_of_pinned_memory(
 ) -> None:
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(
-        host_numbers, "_bring", lambda tensor, device: pinned.append(tensor) or tensor
+        pinned_noise, "_bring", lambda tensor, device: pinned.append(tensor) or tensor
     )
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    draw = host_numbers.pinned_randn_tensor
+    draw = pinned_noise.pinned_randn_tensor
     noise = draw((2, 3), generators, device=torch.device("cuda"), dtype=torch.bfloat16)
     wanted = [
         torch.randn(1, 3, generator=g.manual_seed(g.initial_seed()), dtype=torch.bfloat16)
@@ -106,7 +106,7 @@ class Where(torch.nn.Module):
 
 def test_arguments_are_brought_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     # No memory can be pinned where there is no accelerator.
-    monkeypatch.setattr(host_numbers, "from_pinned", lambda tensor: tensor)
+    monkeypatch.setattr(pinned_noise, "from_pinned", lambda tensor: tensor)
     module = Where()
     module.forward = on_device(module.forward, torch.device("meta"))  # type: ignore[method-assign]
     sample = torch.ones(1)
