@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Service:
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     variables: dict[str, str] = field(default_factory=dict)
-    engine: dict[str, float] = field(default_factory=dict)
+    engine: Mapping[str, float] = field(default_factory=dict)
     working_folder: Path | None = None
     """Where it is started; None: here."""
 

@@ -114,7 +114,7 @@ def is_variance_exploding(scheduler: Any) -> bool:
 
 
 def preview_steps(previews: int, steps: int) -> list[int]:
-    """After which of `steps` steps (from 1) to make a preview: evenly spread, never after the last."""
+    """After which of `steps` steps (from 1) to make previews: evenly spread, not after the last."""
     return sorted({round(i * steps / (previews + 1)) for i in range(1, previews + 1)} - {0, steps})
 
 

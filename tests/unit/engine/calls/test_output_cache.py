@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from engine_fakes import Ear, FakeClock
 from stepserve.engine.calls.output_cache import OutputCache, content_key
@@ -69,7 +71,7 @@ def test_a_call_that_wants_gradients_runs_itself() -> None:
     tokens = torch.ones(1, 3, requires_grad=True)
     serve(module, tokens)
     with torch.enable_grad():
-        outputs = serve.__wrapped__(module, tokens, tokens)
+        outputs = cast(Any, serve).__wrapped__(module, tokens, tokens)
     assert module.runs == 3
     assert all(output.requires_grad for output in outputs)
 

@@ -67,7 +67,7 @@ def device() -> TwoQueues:
 
 @pytest.fixture
 def bench(device: TwoQueues) -> Bench:
-    execution = Execution(start_timing=device.start, side_stream=device)  # type: ignore[arg-type]
+    execution = Execution(start_timing=device.start, side_stream=device)
     return Bench(execution=execution, clock=device.clock)
 
 

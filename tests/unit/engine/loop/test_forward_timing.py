@@ -31,7 +31,7 @@ class Device:
             self.log.append("woken")
             resume(output)
 
-        track.resume = noted  # type: ignore[method-assign]
+        track.resume = noted
 
 
 class RunningOn:

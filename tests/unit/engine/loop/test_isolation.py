@@ -6,6 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import greenlet
@@ -152,10 +153,7 @@ def sharing(forward: Callable[..., Any], calls: int, steps: int) -> tuple[Bench,
     def run(seed: int) -> list[Any]:
         return [module(torch.full((2, 3), float(seed))) for _ in range(steps)]
 
-    ears = [
-        bench.add_work(make_work(lambda seed=seed: run(seed), name=str(seed)))
-        for seed in range(calls)
-    ]
+    ears = [bench.add_work(make_work(partial(run, seed), name=str(seed))) for seed in range(calls)]
     return bench, ears
 
 
@@ -274,7 +272,8 @@ def test_nothing_is_kept_of_a_request_that_ended(
         raises_at=1 if ending == "own python" else None,
         poisoned_at=1 if ending == "poisoned" else None,
     )
-    ear, kept = Ear(), []
+    ear = Ear()
+    kept: list[weakref.ref[Any]] = []
 
     def run() -> None:
         sentinel = torch.zeros(3)

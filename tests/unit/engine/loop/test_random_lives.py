@@ -6,7 +6,7 @@ import gc
 import logging
 import weakref
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import greenlet
 import pytest
@@ -88,7 +88,7 @@ class Lives(RuleBasedStateMachine):
             poisoned_at=steps // 2 if trouble == "poisoned" else None,
         )
         work = self._work(job, priority, deadline_s)
-        self.jobs[name], self.ears[name] = job, work.listener
+        self.jobs[name], self.ears[name] = job, cast(Ear, work.listener)
         if deadline_s is not None:
             self.deadlines.add(name)
         self.batcher.scheduler.add(Track(work, self.modules.clock))
@@ -114,7 +114,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(rows=st.sampled_from([3, 5, 1000]))
     def change_memory(self, rows: int) -> None:
-        self.modules.denoiser.fits = rows
+        cast(Any, self.modules.denoiser).fits = rows
         ACTIONS["total"] += 1
 
     @invariant()

@@ -212,9 +212,10 @@ def test_a_lone_request_is_predicted_almost_exactly() -> None:
         bench.run()
     track = Track(job_work(bench.modules, Job(seed=4, steps=50)), bench.clock)
     expected_s = bench.finish_times_s(track)[-1]
-    ear = track.work.listener
+    listener = track.work.listener
     bench.batcher.scheduler.add(track)
     bench.run()
-    assert isinstance(ear, Ear)
+    assert isinstance(listener, Ear)
+    ear = listener
     assert ear.timings is not None
     assert expected_s == pytest.approx(ear.timings.total_s, rel=0.01)

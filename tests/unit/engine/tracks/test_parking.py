@@ -32,7 +32,8 @@ def test_undoing_restores_the_module() -> None:
 def test_undoing_keeps_what_was_on_the_instance_before() -> None:
     """Such as the hooks that accelerate puts there."""
     module = Doubler()
-    module.forward = hook = lambda sample: sample + 5
+    hook = lambda sample: sample + 5  # noqa: E731
+    module.forward = hook  # type: ignore[assignment]
     make_parkable(module, "doubler", "forward", stage="denoise")()
     assert module.forward is hook
 

@@ -197,7 +197,7 @@ def test_a_checker_may_be_dropped(folder: Path) -> None:
 
 def test_a_folder_without_a_checker_is_the_same_either_way(tiny_folder: Path) -> None:
     for choice in ("keep", "drop"):
-        model = load_model("tiny", tiny_folder, "float32", "cpu", safety_checker=choice)  # type: ignore[arg-type]
+        model = load_model("tiny", tiny_folder, "float32", "cpu", safety_checker=choice)
         assert not model.capabilities.safety_checker
         assert make_images(model, a_request())[0] is not None
 

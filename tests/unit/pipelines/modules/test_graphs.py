@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ class Fixed:
 
     def __init__(self, forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec) -> None:
         self.places = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = structure.unflatten(self.places)
+        args, kwargs = cast(Any, structure.unflatten(self.places))
         self.run = lambda: Denoiser.forward(Denoiser(), *args, **kwargs)
         forward(*args, **kwargs)
         self.replayed = 0
@@ -53,7 +53,7 @@ def without_gradients() -> Any:
 
 def graphed(record: Any = Fixed, most: int = 8) -> tuple[Denoiser, GraphedForward]:
     module = Denoiser()
-    module.forward = forward = GraphedForward(module.forward, record, most)  # type: ignore[assignment]
+    module.forward = forward = GraphedForward(module.forward, record, most)
     return module, forward
 
 

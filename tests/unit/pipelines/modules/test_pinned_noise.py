@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from stepserve.pipelines.modules.third_party.pinned_noise import (
 )
 from stepserve.pipelines.requests.call import call_pipeline
 from tiny_model import a_request, save_tiny_model
+
+
+def noting(tensors: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function that gives its first argument back, and notes it."""
+
+    def note(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    return note
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,7 @@ def test_timesteps_come_to_the_host_once_they_were_worked_out_where_pipelines_as
         assert ours == theirs
     scheduler: Any = on_host(Asked).from_config(model.pipeline.scheduler.config)  # type: ignore[attr-defined]
     brought: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: brought.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "cpu", noting(brought))
     scheduler.set_timesteps(4, device="cuda")
     # Sigmas stay: some schedulers compute with them on the device.
     assert scheduler.asked_for == "cuda"
@@ -74,9 +85,7 @@ def test_noise_is_the_same_and_goes_by_way_of_pinned_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pinned: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        pinned_noise, "_bring", lambda tensor, device: pinned.append(tensor) or tensor
-    )
+    monkeypatch.setattr(pinned_noise, "_bring", noting(pinned))
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     draw = pinned_noise.pinned_randn_tensor
     noise = draw((2, 3), generators, device=torch.device("cuda"), dtype=torch.bfloat16)
@@ -108,7 +117,7 @@ def test_arguments_are_brought_to_the_device(monkeypatch: pytest.MonkeyPatch) ->
     # No memory can be pinned where there is no accelerator.
     monkeypatch.setattr(pinned_noise, "from_pinned", lambda tensor: tensor)
     module = Where()
-    module.forward = on_device(module.forward, torch.device("meta"))  # type: ignore[method-assign]
+    module.forward = on_device(module.forward, torch.device("meta"))
     sample = torch.ones(1)
     assert module(sample, inner={"a": sample}) == ("meta", "meta")
     assert module(sample.to("meta"), inner={"a": sample, "b": 1}) == ("meta", "meta")

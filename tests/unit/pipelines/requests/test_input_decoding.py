@@ -210,9 +210,9 @@ def test_a_bug_in_a_decoder_ends_the_request(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_finished_images_that_wait_for_their_files_are_counted() -> None:
     encoder, gate = ImageEncoder(most_images=4), threading.Event()
-    encoder.submit(3, lambda: assert_waited(gate))
+    encoder.submit(3, lambda: tell_after(gate))
     encoder.check_room()
-    encoder.submit(1, lambda: None)
+    encoder.submit(1, lambda: lambda: None)
     with pytest.raises(ServerFullError, match="4 finished images wait to be encoded"):
         encoder.check_room()
     gate.set()
@@ -220,5 +220,6 @@ def test_finished_images_that_wait_for_their_files_are_counted() -> None:
     encoder.check_room()
 
 
-def assert_waited(gate: threading.Event) -> None:
+def tell_after(gate: threading.Event) -> Callable[[], None]:
     assert gate.wait(PATIENCE_S)
+    return lambda: None

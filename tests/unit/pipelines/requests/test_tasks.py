@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from cachetools import LRUCache
 from diffusers import DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
 from PIL import Image
-from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
+from stepserve.domain.errors import GenerationFailedError, InvalidRequestError, StepserveError
 from stepserve.domain.events import Failed, Finished
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest, Priority, Task
@@ -297,7 +297,7 @@ def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedM
         ),
     )
     ended = Inbox()
-    work.listener.failed = lambda error, timings: ended(Failed("r", error))
+    work.listener.failed = lambda error, timings: ended(Failed("r", cast(StepserveError, error)))
     runner = PipelineRunner(tiny, sharing=UNTRIED)
     runner.engine.submit(work)
     runner.start()
