@@ -1,3 +1,3 @@
 """Stepserve: a diffusion-model server that batches at every denoising step."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
