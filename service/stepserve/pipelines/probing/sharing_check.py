@@ -25,6 +25,15 @@ from torch import Tensor, nn
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.loop.execution import Execution
+from stepserve.engine.scheduling.policy import (
+    SHORTEST_FIRST,
+    CostOf,
+    LimitOf,
+    Parked,
+    fit_rows,
+    groups,
+    method_limit,
+)
 from stepserve.engine.tracks.interception import replace_method
 from stepserve.engine.tracks.track import Track, Work
 from stepserve.pipelines.modules.parking import ParkingOptions, ParkingRule, parkable_methods
@@ -33,8 +42,6 @@ from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 ProbeRequest = Callable[[], Tensor]
 """One request: calls a copied pipeline, and returns what is to be compared."""
 
-# More than any probe request has.
-PROBE_STEPS = 1000
 # Nothing is cached: every probe request is to take its own way.
 ENOUGH_ROWS = ParkingOptions(max_rows=64, prompt_cache_bytes=0)
 # Largest difference that rounding explains, as a share of the largest value.
@@ -206,7 +213,11 @@ def check_sharing(
     changed = plain.changed - options.inline
     if changed and not one_at_a_time:
         return SharingReport(changed=tuple(sorted(changed)))
-    batcher = Batcher(len(probes), Execution(one_at_a_time=one_at_a_time))
+    batcher = Batcher(
+        len(probes),
+        Execution(one_at_a_time=one_at_a_time),
+        policy=replace(SHORTEST_FIRST, pick=InStep()),
+    )
     watch = Watch(pipeline)
     with torch.no_grad(), watch.watching():
         listeners = run_at_once(batcher, pipeline, probes, arrivals or [0] * len(probes), options)
@@ -251,8 +262,29 @@ def run_at_once(
 
 
 def probe_work(index: int, probe: ProbeRequest, listener: ProbeListener) -> Work:
-    """A probe request as work: long, so that all are in step before the first step."""
-    return Work(f"probe-{index}", rows=1, steps=PROBE_STEPS, images=1, run=probe, listener=listener)
+    """A probe request as work for the engine."""
+    return Work(f"probe-{index}", rows=1, steps=1, images=1, run=probe, listener=listener)
+
+
+class InStep:
+    """Calls of the module that was called first go first, so that no probe gets ahead of others.
+
+    What is tried is that they may share, for which they have to be in step.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def __call__(
+        self, parked: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf = method_limit
+    ) -> list[Parked]:
+        """The calls for the next forward; empty if nothing is parked."""
+        waiting = groups(parked)
+        for group in waiting:
+            self._seen.setdefault(group[0].call.method.name, len(self._seen))
+        # `min` keeps the first of equals, which is the group with the oldest call.
+        group = min(waiting, key=lambda group: self._seen[group[0].call.method.name], default=[])
+        return fit_rows(group, limit_of(group[0].call)) if group else []
 
 
 def difference(one: Tensor, other: Tensor) -> float:
