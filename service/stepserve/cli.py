@@ -9,6 +9,7 @@ if __name__ == "__main__":
     leave_out_current_folder()
 
 # isort: split
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -111,6 +112,8 @@ def serve(
         curl http://127.0.0.1:8000/v1/images/generations
           -H "Content-Type: application/json" -d '{"prompt": "red heart"}'
     """
+    # While modules are imported Python may lose a Ctrl-C; the system ends the process instead.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from stepserve.first_image import greet
     from stepserve.ray_serve.exposure import read_access_keys
     from stepserve.ray_serve.local.server import serve_until_stopped

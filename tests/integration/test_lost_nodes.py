@@ -104,6 +104,7 @@ def least_in_flight(url: str) -> int:
     return min((len(told["requests"]) for told in chaos.replicas_told(url) or []), default=0)
 
 
+@pytest.mark.slow
 def test_a_lost_node_takes_no_request_with_it(nodes: Nodes, say: Callable[[str], None]) -> None:
     """Each node has a proxy: whoever was connected to the lost one has to ask again."""
     url = nodes.service.url

@@ -167,6 +167,7 @@ def test_one_that_failed_is_tried_again_at_a_reload_and_once_its_folder_changes(
     assert many.draw("steady").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_model_sleeps_wakes_and_grows(many: Many) -> None:
     told = many.wait(lambda told: "asleep" in told["sleepy"]["detail"])
     assert told["sleepy"]["ready"]
