@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Security
@@ -13,8 +14,8 @@ from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
 from stepserve import __version__
-from stepserve.api.auth.access import Access, AccessMiddleware, UsageMiddleware
-from stepserve.api.auth.cross_origin import CrossOriginMiddleware, CrossSiteMiddleware
+from stepserve.api.auth.access import Access, UsageMiddleware, identify
+from stepserve.api.auth.cross_origin import CrossOriginMiddleware, check_site
 from stepserve.api.backend import Backend
 from stepserve.api.bodies.pending_bytes import (
     BodyTurns,
@@ -26,14 +27,14 @@ from stepserve.api.bodies.reading import BodyBudget, BodyReader
 from stepserve.api.bodies.schemas import ImageReference
 from stepserve.api.errors import UnauthorizedError
 from stepserve.api.handlers import add_error_handlers
-from stepserve.api.http.head_limits import HeadLimitMiddleware
+from stepserve.api.http.head_limits import check_head
 from stepserve.api.http.in_flight import InFlight, InFlightMiddleware
 from stepserve.api.http.methods import HeadMiddleware
 from stepserve.api.http.middleware import (
     BodyLimitMiddleware,
+    ChecksMiddleware,
+    ErrorMiddleware,
     RequestIdMiddleware,
-    TimingMiddleware,
-    UnexpectedErrorMiddleware,
 )
 from stepserve.api.inputs.fetch import FetchTurns
 from stepserve.api.observe.exchanges import Observation, ObservationMiddleware
@@ -172,15 +173,17 @@ def _middleware(
         allow_headers=("*",),
         expose_headers=EXPOSED_HEADERS,
     )
+    checks = (
+        partial(check_head, limits=http),
+        partial(check_site, origins=http.cors_origins),
+        partial(identify, keys=access.keys),
+    )
     return [
         *([cors] if http.cors_origins else []),
         Middleware(RequestIdMiddleware, echo=echo_request_id),
         Middleware(ObservationMiddleware, observation=observation),
-        Middleware(TimingMiddleware),
-        Middleware(UnexpectedErrorMiddleware),
-        Middleware(HeadLimitMiddleware, limits=http),
-        Middleware(CrossSiteMiddleware, origins=http.cors_origins),
-        Middleware(AccessMiddleware, access=access),
+        Middleware(ErrorMiddleware),
+        Middleware(ChecksMiddleware, checks=checks),
         Middleware(BodyTurnsMiddleware, turns=BodyTurns(most_pending_bytes)),
         Middleware(
             BodyLimitMiddleware,

@@ -64,6 +64,12 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     """The request body is declared as something that this URL does not take."""
 
 
+class UnsupportedCodingError(UnsupportedMediaTypeError):
+    """The request body is compressed in a way that nobody reads here."""
+
+    codings = ("gzip", "deflate")
+
+
 class MalformedHttpError(InvalidRequestError):
     """What arrived is not HTTP/1.1."""
 
@@ -237,6 +243,10 @@ def _public_message(error: Exception, kind: ErrorKind, request_id: str) -> str:
 
 
 def _headers(error: Exception) -> dict[str, str]:
+    if isinstance(error, UnauthorizedError):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, UnsupportedCodingError):
+        return {"Accept-Encoding": ", ".join(error.codings)}
     if not isinstance(error, RefusedError | StoppedError):
         return {}
     after_s = error.retry_after_s if isinstance(error, RefusedError) else STOPPED_RETRY_S

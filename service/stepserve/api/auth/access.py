@@ -1,4 +1,4 @@
-"""ASGI middleware: who calls, and whether it is their turn."""
+"""Who calls, and whether it is their turn."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 # As the router itself finds the path below a prefix: if it were found otherwise, some would get in.
 from starlette._utils import get_route_path
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepserve.api.auth.keys import ANYBODY, ApiKey, Caller, KeyRing, caller_of_key
 from stepserve.api.auth.usage import Rate, Refusal, Usage
 from stepserve.api.errors import KeyLimitError, UnauthorizedError, error_response
-from stepserve.api.request_id import request_id_of
-from stepserve.domain.errors import NotReadyError, StepserveError
+from stepserve.api.request_id import request_id_of, with_headers
 
 GUARDED = "/v1/"
 LINKS = "/v1/results/"
@@ -33,26 +32,22 @@ class Access:
     usage: Usage
 
 
-class AccessMiddleware:
-    """Lets in who has a key, before any body is read. Without keys everybody is let in."""
+def identify(scope: Scope, keys: KeyRing) -> None:
+    """Note in `scope` who calls. Without keys everybody may.
 
-    def __init__(self, app: ASGIApp, *, access: Access) -> None:
-        self._app = app
-        self._access = access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or answer 401."""
-        scope["state"]["caller"] = ANYBODY
-        # The browser asks for permission without a key.
-        if not self._access.keys.keys or not _is_guarded(scope) or scope["method"] == "OPTIONS":
-            return await self._app(scope, receive, send)
-        key = self._access.keys.find(_token(scope))
-        if key is None:
-            return await _refuse(UnauthorizedError(_how_to_come_in(scope)), scope, receive, send)
-        scope["state"]["caller"] = caller_of_key(key)
-        if key.has_limits and get_route_path(scope).startswith(COUNTED):
-            scope["state"]["limited_key"] = key
-        return await self._app(scope, receive, send)
+    Raises:
+        UnauthorizedError: the request has no key, or a wrong one.
+    """
+    scope["state"]["caller"] = ANYBODY
+    # The browser asks for permission without a key.
+    if not keys.keys or not _is_guarded(scope) or scope["method"] == "OPTIONS":
+        return
+    key = keys.find(_token(scope))
+    if key is None:
+        raise UnauthorizedError(_how_to_come_in(scope))
+    scope["state"]["caller"] = caller_of_key(key)
+    if key.has_limits and get_route_path(scope).startswith(COUNTED):
+        scope["state"]["limited_key"] = key
 
 
 class UsageMiddleware:
@@ -63,20 +58,22 @@ class UsageMiddleware:
         self._usage = usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or answer 429."""
+        """Serve one connection, or respond with 429.
+
+        Raises:
+            NotReadyError: nobody counts.
+        """
         key: ApiKey | None = scope.get("state", {}).get("limited_key")
         if key is None:
             return await self._app(scope, receive, send)
         lease = secrets.token_hex(16)
         try:
             response = await self._usage.take(key, lease)
+            app: ASGIApp = self._app
             if isinstance(response, Refusal):
                 error = KeyLimitError(response.message, response.retry_after_s)
-                return await _refuse(error, scope, receive, _with_limits(send, response.rate))
-            await self._app(scope, receive, _with_limits(send, response.rate))
-        except NotReadyError as error:
-            # Those of the app are answered inside it: nobody answers who counts.
-            await _refuse(error, scope, receive, send)
+                app = error_response(error, request_id_of(scope))
+            await app(scope, receive, with_headers(send, _limits(response.rate)))
         finally:
             self._usage.give_back(key.name, lease)
 
@@ -103,27 +100,11 @@ def _how_to_come_in(scope: Scope) -> str:
     return "an API key is required: send it as 'Authorization: Bearer KEY'"
 
 
-async def _refuse(error: StepserveError, scope: Scope, receive: Receive, send: Send) -> None:
-    response = error_response(error, request_id_of(scope))
-    if isinstance(error, UnauthorizedError):
-        response.headers["WWW-Authenticate"] = "Bearer"
-    await response(scope, receive, send)
-
-
-def _with_limits(send: Send, rate: Rate | None) -> Send:
+def _limits(rate: Rate | None) -> dict[str, str]:
     if rate is None:
-        return send
-    told = {
+        return {}
+    return {
         "x-ratelimit-limit-requests": str(rate.limit),
         "x-ratelimit-remaining-requests": str(rate.remaining),
         "x-ratelimit-reset-requests": f"{math.ceil(rate.reset_s)}s",
     }
-
-    async def send_with_limits(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in told.items():
-                headers[name] = value
-        await send(message)
-
-    return send_with_limits

@@ -6,11 +6,10 @@ import zlib
 
 from starlette.datastructures import Headers
 
-from stepserve.api.errors import MalformedBodyError, UnsupportedMediaTypeError
+from stepserve.api.errors import MalformedBodyError, UnsupportedCodingError
 from stepserve.domain.errors import BodyTooLargeError
 from stepserve.domain.limits import shown
 
-CODINGS = ("gzip", "deflate")
 SAME_AS = {"x-gzip": "gzip"}
 NOTHING_TO_DO = ("", "identity", "chunked")
 
@@ -108,16 +107,16 @@ def decoder_of(headers: Headers, limit_bytes: int) -> Decoder:
     """What reads a body with these headers.
 
     Raises:
-        UnsupportedMediaTypeError: it is compressed in a way, or in several, that nobody reads here.
+        UnsupportedCodingError: it is compressed in a way, or in several, that nobody reads here.
     """
     said = [*headers.getlist("content-encoding"), *headers.getlist("transfer-encoding")]
     codings = [coding.strip().lower() for value in said for coding in value.split(",")]
     wanted = [SAME_AS.get(c, c) for c in codings if c not in NOTHING_TO_DO]
     if not wanted:
         return Plain()
-    if len(wanted) > 1 or wanted[0] not in CODINGS:
-        known = " or ".join(CODINGS)
-        raise UnsupportedMediaTypeError(
+    if len(wanted) > 1 or wanted[0] not in UnsupportedCodingError.codings:
+        known = " or ".join(UnsupportedCodingError.codings)
+        raise UnsupportedCodingError(
             f"Content-Encoding must be {known} or none, got {shown(', '.join(wanted))}"
         )
     return Inflater(wanted[0], limit_bytes)

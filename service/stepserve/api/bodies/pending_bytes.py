@@ -14,8 +14,6 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepserve.api.bodies.reading import SMALL_BYTES, declared_bytes
-from stepserve.api.errors import error_response
-from stepserve.api.request_id import request_id_of
 from stepserve.domain.errors import ServerFullError
 
 RETRY_S = 2.0
@@ -137,15 +135,16 @@ class PendingBytesMiddleware:
         self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or respond with 429."""
+        """Serve one connection.
+
+        Raises:
+            ServerFullError: there is no room for its body.
+        """
         size_bytes = scope["state"].get("body_bytes", 0)
         with self._pending.hold() as hold:
-            try:
-                hold.grow(size_bytes if size_bytes > SMALL_BYTES else 0)
-            except ServerFullError as error:
-                return await error_response(error, request_id_of(scope))(scope, receive, send)
+            hold.grow(size_bytes if size_bytes > SMALL_BYTES else 0)
             scope["state"]["hold"] = hold
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
 
 
 def hold_of(scope: Scope) -> Hold:

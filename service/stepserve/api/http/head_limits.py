@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from stepserve.api.errors import HeadersTooLargeError, UrlTooLongError, error_response
-from stepserve.api.request_id import request_id_of
+from stepserve.api.errors import HeadersTooLargeError, UrlTooLongError
 from stepserve.config import HttpSettings
-from stepserve.domain.errors import InvalidRequestError
 
 FIELD_OVERHEAD_BYTES = len(": \r\n")
 
@@ -42,27 +40,18 @@ def check_headers(count: int, size_bytes: int, limits: HttpSettings) -> None:
         )
 
 
-class HeadLimitMiddleware:
-    """Refuses requests whose URL or headers are over the limits, whatever server took them."""
+def check_head(scope: Scope, limits: HttpSettings) -> None:
+    """Return if URL and headers of a request are within the limits, whatever server took it.
 
-    def __init__(self, app: ASGIApp, *, limits: HttpSettings) -> None:
-        self._app = app
-        self._limits = limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or answer 414 or 431."""
-        try:
-            self._check(scope)
-        except InvalidRequestError as error:
-            return await error_response(error, request_id_of(scope))(scope, receive, send)
-        return await self._app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
-        path = scope.get("raw_path") or scope["path"].encode()
-        check_url(len(path) + len(scope.get("query_string", b"")), self._limits)
-        headers = scope["headers"]
-        size_bytes = sum(header_bytes(name, value) for name, value in headers)
-        check_headers(len(headers), size_bytes, self._limits)
+    Raises:
+        UrlTooLongError: the URL is not.
+        HeadersTooLargeError: the headers are not.
+    """
+    path = scope.get("raw_path") or scope["path"].encode()
+    check_url(len(path) + len(scope.get("query_string", b"")), limits)
+    headers = scope["headers"]
+    size_bytes = sum(header_bytes(name, value) for name, value in headers)
+    check_headers(len(headers), size_bytes, limits)
 
 
 def header_bytes(name: bytes, value: bytes) -> int:

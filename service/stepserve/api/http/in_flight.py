@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,33 +20,30 @@ class InFlight:
 
     def __init__(self) -> None:
         self.stopped = asyncio.Event()
-        self._exchanges: set[asyncio.Event] = set()
+        self._exchanges: set[asyncio.Future[None]] = set()
 
-    def begin(self) -> asyncio.Event:
-        """An exchange begins."""
-        over = asyncio.Event()
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """An exchange is in flight until the block is left."""
+        over = asyncio.get_running_loop().create_future()
         self._exchanges.add(over)
-        return over
-
-    def end(self, over: asyncio.Event) -> None:
-        """It is over."""
-        over.set()
-        self._exchanges.discard(over)
+        try:
+            yield
+        finally:
+            self._exchanges.discard(over)
+            over.set_result(None)
 
     async def settle(self, within_s: float) -> int:
         """Wait for every exchange that is in flight now, and end those that take longer.
 
         Returns how many had to be told that the server stops.
         """
-        exchanges = [asyncio.create_task(over.wait()) for over in self._exchanges]
-        if not exchanges:
+        if not self._exchanges:
             return 0
-        _, late = await asyncio.wait(exchanges, timeout=within_s)
+        _, late = await asyncio.wait(self._exchanges, timeout=within_s)
         if late:
             self.stopped.set()
             await asyncio.wait(late, timeout=RESPONSE_S)
-        for task in exchanges:
-            task.cancel()
         return len(late)
 
 
@@ -59,9 +58,7 @@ class InFlightMiddleware:
         """Serve one connection."""
         if scope["type"] != "http":
             # The start and the end of the app are the router's: what comes after sees HTTP only.
-            return await scope["app"].router(scope, receive, send)
-        over = self._in_flight.begin()
-        try:
+            await scope["app"].router(scope, receive, send)
+            return
+        with self._in_flight.exchange():
             await self._app(scope, receive, send)
-        finally:
-            self._in_flight.end(over)

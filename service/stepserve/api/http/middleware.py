@@ -1,17 +1,17 @@
-"""ASGI middleware, outermost first: request id, timing, answers to bugs, body limit."""
+"""ASGI middleware, outermost first: request id, responses to errors, checks, body limit."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import time
 import uuid
+from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stepserve.api.bodies.content_coding import CODINGS, decoder_of
+from stepserve.api.bodies.content_coding import decoder_of
 from stepserve.api.bodies.reading import (
     JSON,
     Body,
@@ -20,11 +20,9 @@ from stepserve.api.bodies.reading import (
     declared_bytes,
     media_type_of,
 )
-from stepserve.api.errors import UnsupportedMediaTypeError, error_response
-from stepserve.api.request_id import REQUEST_ID_HEADER, request_id_of
-from stepserve.domain.errors import StepserveError
+from stepserve.api.errors import error_response
+from stepserve.api.request_id import REQUEST_ID_HEADER, request_id_of, with_headers
 
-TIMING_HEADER = "Server-Timing"
 TURNS = 10
 """Of the event loop between two long bodies: a short request takes no more."""
 
@@ -43,57 +41,46 @@ class RequestIdMiddleware:
         """Serve one connection under its id."""
         request_id = _choose_id(Headers(scope=scope).get(REQUEST_ID_HEADER, ""))
         scope.setdefault("state", {})["request_id"] = request_id
-        tell = _with_header(send, REQUEST_ID_HEADER, request_id) if self._echo else send
+        tell = with_headers(send, {REQUEST_ID_HEADER: request_id}) if self._echo else send
         return await self._app(scope, receive, tell)
 
 
-class TimingMiddleware:
-    """Tells in `Server-Timing` how long a response took, where a route tells nothing more exact."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection and time it up to the first byte of the response."""
-        started_s = time.perf_counter()
-
-        async def timed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                total_ms = (time.perf_counter() - started_s) * 1000
-                MutableHeaders(scope=message).setdefault(TIMING_HEADER, f"total;dur={total_ms:.1f}")
-            await send(message)
-
-        return await self._app(scope, receive, timed)
-
-
-class UnexpectedErrorMiddleware:
-    """Answers a bug with a 500 that tells nothing but the request id; the log has the rest."""
+class ErrorMiddleware:
+    """Responds to errors of the middleware inside it, and to bugs."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, and never leave it unanswered."""
-        response = _Response(send)
+        has_begun = False
+
+        async def noticed(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
-            await self._app(scope, receive, response.send)
+            await self._app(scope, receive, noticed)
         except Exception as error:
-            if response.has_begun:
+            if has_begun:
                 # A stream: the server cuts it off, which is all that can still be told.
                 raise
             await error_response(error, request_id_of(scope))(scope, receive, send)
 
 
-class _Response:
-    """Passes a response on, and knows whether it has begun."""
+class ChecksMiddleware:
+    """Looks at each request before any body is read: a check raises the error to respond with."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.has_begun = False
+    def __init__(self, app: ASGIApp, *, checks: tuple[Callable[[Scope], None], ...]) -> None:
+        self._app = app
+        self._checks = checks
 
-    async def send(self, message: Message) -> None:
-        self.has_begun = True
-        await self._send(message)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection if all checks return."""
+        for check in self._checks:
+            check(scope)
+        await self._app(scope, receive, send)
 
 
 class BodyLimitMiddleware:
@@ -113,14 +100,13 @@ class BodyLimitMiddleware:
         self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or answer 400, 408, 413, 415 or 503."""
+        """Serve one connection.
+
+        Raises:
+            StepserveError: its body is not as it must be (400, 408, 413, 415 or 503).
+        """
         try:
             body = await self._read(scope, receive)
-        except StepserveError as error:
-            response = error_response(error, request_id_of(scope))
-            if isinstance(error, UnsupportedMediaTypeError):
-                response.headers["Accept-Encoding"] = ", ".join(CODINGS)
-            return await response(scope, receive, send)
         except ClientDisconnect:
             return None
         scope["state"]["body_bytes"] = body.size_bytes
@@ -166,12 +152,3 @@ class BodyLimitMiddleware:
 
 def _choose_id(given: str) -> str:
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _with_header(send: Send, name: str, value: str) -> Send:
-    async def send_with_header(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)[name] = value
-        await send(message)
-
-    return send_with_header
