@@ -31,11 +31,6 @@ READY_RETRY_S = 5.0
 """When to ask a loading model again: loading takes seconds to minutes."""
 
 
-def get_backend(request: Request) -> Backend:
-    """Return the backend the app was made with."""
-    return cast(Backend, request.app.state.backend)
-
-
 @dataclass(frozen=True)
 class Incoming:
     """One request as it came in, and what is there to serve it.
@@ -66,21 +61,17 @@ class Incoming:
 
 def get_incoming(request: Request) -> Incoming:
     """Return everything a route needs to know of the request."""
+    state = request.app.state
     return Incoming(
         http=request,
-        backend=get_backend(request),
-        settings=request.app.state.settings,
-        store=get_store(request),
+        backend=state.backend,
+        settings=state.settings,
+        store=state.store,
         caller=caller_in(request.scope),
         request_id=request_id_of(request.scope),
-        fetches=request.app.state.fetches,
+        fetches=state.fetches,
         hold=hold_of(request.scope),
     )
-
-
-def get_store(request: Request) -> ResultStore:
-    """Return the store that the app was made with."""
-    return cast(ResultStore, request.app.state.store)
 
 
 def require_json(request: Request) -> None:
@@ -107,8 +98,6 @@ def declared_type(request: Request, *known: str) -> str:
     return media_type
 
 
-BackendDep = Annotated[Backend, Depends(get_backend)]
-StoreDep = Annotated[ResultStore, Depends(get_store)]
 IncomingDep = Annotated[Incoming, Depends(get_incoming)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from stepserve import __version__
-from stepserve.api.dependencies import NO_REASON, BackendDep, StoreDep, require_ready
+from stepserve.api.dependencies import NO_REASON, IncomingDep, require_ready
 from stepserve.api.images.responses import HealthResponse, ReadyResponse
 from stepserve.api.openapi import error_responses
 from stepserve.api.results.space import ResultsUnavailableError
@@ -24,17 +24,18 @@ async def healthz() -> HealthResponse:
 @router.get(
     "/readyz", summary="Does any model take requests?", responses=error_responses(NotReadyError)
 )
-async def readyz(backend: BackendDep, store: StoreDep) -> ReadyResponse:
+async def readyz(incoming: IncomingDep) -> ReadyResponse:
     """Answers 503 while no model is ready; the message tells why.
 
     A model that is added, or cannot be loaded, keeps nobody from the others.
     """
-    statuses = list(await backend.models())
+    statuses = list(await incoming.backend.models())
     ready = [status.capabilities.id for status in statuses if status.ready]
     if not ready:
         require_ready(statuses)
     details = {s.capabilities.id: s.detail or NO_REASON for s in statuses if not s.ready}
-    return ReadyResponse(models=ready, not_ready=details, results=await _trouble_with(store))
+    results = await _trouble_with(incoming.store)
+    return ReadyResponse(models=ready, not_ready=details, results=results)
 
 
 async def _trouble_with(store: ResultStore) -> str:

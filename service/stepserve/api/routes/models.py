@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from stepserve.api.dependencies import BackendDep, IncomingDep, find_model
+from stepserve.api.dependencies import IncomingDep, find_model
 from stepserve.api.images.responses import (
     BatchResponse,
     ModelList,
@@ -18,17 +18,17 @@ router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", summary="List models", responses=error_responses())
-async def list_models(backend: BackendDep) -> ModelList:
+async def list_models(incoming: IncomingDep) -> ModelList:
     """Every served model with its limits and defaults, also those that are still loading."""
-    return ModelList(data=[model_response(status) for status in await backend.models()])
+    return ModelList(data=[model_response(status) for status in await incoming.backend.models()])
 
 
 @router.get(
     "/v1/models/{id}", summary="Show one model", responses=error_responses(UnknownModelError)
 )
-async def show_model(id: str, backend: BackendDep) -> ModelResponse:  # noqa: A002 (OpenAI's name)
+async def show_model(id: str, incoming: IncomingDep) -> ModelResponse:  # noqa: A002
     """One model with its limits and defaults."""
-    return model_response(await find_model(backend, id))
+    return model_response(await find_model(incoming.backend, id))
 
 
 @router.get(

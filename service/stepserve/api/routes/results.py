@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 
-from stepserve.api.dependencies import StoreDep
+from stepserve.api.dependencies import IncomingDep
 from stepserve.api.openapi import error_responses
 from stepserve.api.results.store import LinkExpiredError, ResultNotFoundError, WrongSignatureError
 
@@ -31,17 +31,16 @@ _IMAGE = {"schema": {"type": "string", "format": "binary"}}
 )
 async def fetch_result(
     name: str,
-    request: Request,
-    store: StoreDep,
+    incoming: IncomingDep,
     signature: Annotated[str, Query(description="As the link has it.")] = "",
 ) -> Response:
     """The links of responses with `response_format: url` lead here, and need no API key."""
-    data, media_type, left_s = await store.get(name, signature)
+    data, media_type, left_s = await incoming.store.get(name, signature)
     headers = {
         "Content-Length": str(len(data)),
         "Cache-Control": f"private, max-age={left_s}, immutable",
         "Content-Disposition": f'inline; filename="{name}"',
         "X-Content-Type-Options": "nosniff",
     }
-    body = b"" if request.method == "HEAD" else data
+    body = b"" if incoming.http.method == "HEAD" else data
     return Response(body, media_type=media_type, headers=headers)
