@@ -26,17 +26,6 @@ ZLIB_METHOD = 8
 """The low half of the first byte where deflate comes with a zlib header, as it should."""
 
 
-class Plain:
-    """A body as it is sent."""
-
-    def feed(self, data: bytes) -> bytes:
-        """The next part of the body."""
-        return data
-
-    def check_end(self) -> None:
-        """Any end is a good one."""
-
-
 class Inflater:
     """A compressed body, which never becomes longer than `limit_bytes`."""
 
@@ -100,11 +89,8 @@ class Inflater:
             )
 
 
-Decoder = Plain | Inflater
-
-
-def decoder_of(headers: Headers, limit_bytes: int) -> Decoder:
-    """What reads a body with these headers.
+def inflater_of(headers: Headers, limit_bytes: int) -> Inflater | None:
+    """What reads a body with these headers; None where it is not compressed.
 
     Raises:
         UnsupportedCodingError: it is compressed in a way, or in several, that nobody reads here.
@@ -113,7 +99,7 @@ def decoder_of(headers: Headers, limit_bytes: int) -> Decoder:
     codings = [coding.strip().lower() for value in said for coding in value.split(",")]
     wanted = [SAME_AS.get(c, c) for c in codings if c not in NOTHING_TO_DO]
     if not wanted:
-        return Plain()
+        return None
     if len(wanted) > 1 or wanted[0] not in UnsupportedCodingError.codings:
         known = " or ".join(UnsupportedCodingError.codings)
         raise UnsupportedCodingError(

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from stepserve.api.bodies.content_coding import Decoder
+from stepserve.api.bodies.content_coding import Inflater
 from stepserve.api.errors import (
     MalformedJsonError,
     SlowRequestError,
@@ -134,7 +134,7 @@ class BodyReader:
     timeout_s: float
     budget: BodyBudget
 
-    async def read(self, receive: Receive, decoder: Decoder, body: Body) -> None:
+    async def read(self, receive: Receive, inflater: Inflater | None, body: Body) -> None:
         """Read `body` to its end, unfolded.
 
         Raises:
@@ -149,7 +149,7 @@ class BodyReader:
         with self.budget.hold(timeout) as held:
             try:
                 async with timeout:
-                    await _read(receive, decoder, body, held)
+                    await _read(receive, inflater, body, held)
             except TimeoutError:
                 if held.gave_way:
                     message = "too many bytes of bodies are being received; try again"
@@ -158,16 +158,18 @@ class BodyReader:
                 raise SlowRequestError(message) from None
 
 
-async def _read(receive: Receive, decoder: Decoder, body: Body, held: Held) -> None:
+async def _read(receive: Receive, inflater: Inflater | None, body: Body, held: Held) -> None:
     """Count what arrives: the declared length is only a hint, and chunks declare none."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        body.add(decoder.feed(message.get("body", b"")))
+        data = message.get("body", b"")
+        body.add(inflater.feed(data) if inflater else data)
         held.grow(body.size_bytes)
         if not message.get("more_body", False):
-            decoder.check_end()
+            if inflater:
+                inflater.check_end()
             return
 
 

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stepserve.api.bodies.content_coding import decoder_of
+from stepserve.api.bodies.content_coding import inflater_of
 from stepserve.api.bodies.reading import (
     JSON,
     Body,
@@ -116,9 +116,9 @@ class BodyLimitMiddleware:
         headers = Headers(scope=scope)
         limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
         body = Body(limit_bytes, is_json=media_type_of(headers) == JSON)
-        decoder = decoder_of(headers, limit_bytes)
+        inflater = inflater_of(headers, limit_bytes)
         check_length(declared_bytes(headers), limit_bytes)
-        await self._reader.read(receive, decoder, body)
+        await self._reader.read(receive, inflater, body)
         return body
 
     def _replay(self, body: Body, receive: Receive) -> Receive:

@@ -14,7 +14,6 @@ import httpx
 import pytest
 from api_fakes import SETTINGS, FakeBackend, client_for, make_app
 from stepserve.api.auth.keys import ApiKey, hash_key
-from stepserve.api.bodies.content_coding import Plain
 from stepserve.api.bodies.reading import MAX_JSON_VALUES, SMALL_BYTES, Body, BodyBudget, BodyReader
 from stepserve.api.errors import SlowRequestError, TooManyBodiesError
 from stepserve.config import HttpSettings, Settings
@@ -260,7 +259,7 @@ class Endless:
 
 async def test_a_body_that_does_not_arrive_is_given_up():
     with pytest.raises(SlowRequestError, match=r"within 0\.01 s"):
-        await BodyReader(0.01, BodyBudget(10**6)).read(Endless(5).receive, Plain(), Body(100))
+        await BodyReader(0.01, BodyBudget(10**6)).read(Endless(5).receive, None, Body(100))
 
 
 async def test_a_slow_body_is_answered(backend: FakeBackend):
@@ -284,7 +283,7 @@ async def test_the_body_that_is_awaited_longest_gives_way():
     reading, bodies = [], []
     for sender in (first, small, second, third):
         bodies.append(Body(10**6))
-        read = reader.read(sender.receive, Plain(), bodies[-1])
+        read = reader.read(sender.receive, None, bodies[-1])
         reading.append(asyncio.create_task(read))
         await sender.asked.wait()
     with pytest.raises(TooManyBodiesError):
