@@ -54,12 +54,8 @@ def _respond_to_method(request: Request) -> Response:
 def _translate(request: Request, error: Exception) -> Exception:
     if isinstance(error, RequestValidationError):
         return invalid_request(error, ImageRequest)
-    if isinstance(error, HTTPException):
-        return _translate_routing(request, error)
-    return error
-
-
-def _translate_routing(request: Request, error: HTTPException) -> InvalidRequestError:
+    if not isinstance(error, HTTPException):
+        return error
     url = f"{request.method} {shown(request.url.path)}"
     match error.status_code:
         case 404:

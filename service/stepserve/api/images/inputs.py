@@ -16,6 +16,7 @@ from stepserve.api.dependencies import FORM, Incoming, declared_type
 from stepserve.api.errors import MalformedJsonError
 from stepserve.api.inputs.fetch import fetch_image, is_elsewhere
 from stepserve.api.inputs.uploads import read_upload
+from stepserve.config import UploadSettings
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import ImageFile
 from stepserve.domain.models import ModelCapabilities, SizeRange
@@ -92,7 +93,9 @@ async def read_inputs(incoming: Incoming, body_class: type[InputBody]) -> Inputs
         files = {}
     images: list[Source] = [*files.pop("image", []), *files.pop("images", [])]
     images += _image_addresses(body)
-    masks: list[Source] = [*files.pop("mask", []), *_mask_addresses(body)]
+    masks: list[Source] = list(files.pop("mask", []))
+    if isinstance(body, EditRequest) and body.mask is not None:
+        masks.append(body.mask.image_url)
     if files:
         raise InvalidRequestError(f"unknown file {min(files)!r} (known: image, mask)", min(files))
     # Counted before any is decoded or fetched: each may take seconds.
@@ -111,24 +114,24 @@ async def _files(incoming: Incoming, image: Source, mask: Source | None) -> dict
     sources = {"image": image} | ({} if mask is None else {"mask": mask})
     files = {field: source for field, source in sources.items() if isinstance(source, bytes)}
     addresses = {field: source for field, source in sources.items() if isinstance(source, str)}
+    limits = incoming.settings.uploads
     if not any(map(is_elsewhere, addresses.values())):
         # Without letting others in between: while texts are decoded they are held several times.
         for field, address in addresses.items():
-            files[field] = await _fetch(incoming, field, address)
+            files[field] = await fetch_image(address, field, limits)
         return files
-    limits = incoming.settings.uploads
     async with incoming.fetches.turn(limits.fetch_timeout_s):
         incoming.hold.grow(limits.max_bytes * len(addresses))
-        fetched = await _fetch_all(incoming, addresses)
+        fetched = await _fetch_all(addresses, limits)
     incoming.hold.change(sum(map(len, fetched.values())) - limits.max_bytes * len(addresses))
     return files | fetched
 
 
-async def _fetch_all(incoming: Incoming, addresses: dict[str, str]) -> dict[str, bytes]:
+async def _fetch_all(addresses: dict[str, str], limits: UploadSettings) -> dict[str, bytes]:
     try:
         async with asyncio.TaskGroup() as group:
             fetching = {
-                field: group.create_task(_fetch(incoming, field, address))
+                field: group.create_task(fetch_image(address, field, limits))
                 for field, address in addresses.items()
             }
     except ExceptionGroup as errors:
@@ -177,20 +180,9 @@ async def _json(incoming: Incoming) -> object:
         incoming.http._body = b""
 
 
-async def _fetch(incoming: Incoming, field: str, address: str) -> bytes:
-    return await fetch_image(address, field, incoming.settings.uploads)
-
-
 def _image_addresses(body: InputBody) -> list[str]:
     single = [] if body.image is None else [body.image]
     return [*single, *(reference.image_url for reference in body.images or ())]
-
-
-def _mask_addresses(body: InputBody) -> list[str]:
-    mask = body.mask if isinstance(body, EditRequest) else None
-    if mask is None:
-        return []
-    return [mask.image_url]
 
 
 def _only(field: str, sources: Sequence[Source]) -> Source | None:

@@ -185,12 +185,12 @@ async def _fetch(
     async with httpcore.AsyncConnectionPool(network_backend=backend, max_connections=1) as pool:
         for _ in range(MAX_REDIRECTS + 1):
             _check_address(address, field)
-            headers = [("Host", _host(address)), ("User-Agent", USER_AGENT)]
+            headers = [("Host", urlsplit(address).netloc), ("User-Agent", USER_AGENT)]
             async with pool.stream("GET", address, headers=headers) as response:
                 if response.status not in REDIRECTS:
                     return await _read(response, field, address, limits.max_bytes)
-                location = _header(response, b"location")
-            address = urljoin(address, location)
+                received = {name.lower(): value for name, value in response.headers}
+            address = urljoin(address, received.get(b"location", b"").decode("latin-1"))
     raise InvalidRequestError(f"{field} is redirected more than {MAX_REDIRECTS} times", field)
 
 
@@ -232,12 +232,3 @@ def _not_allowed(field: str, address: str) -> InvalidRequestError:
         f"got {shown(address)}",
         field,
     )
-
-
-def _host(address: str) -> str:
-    return urlsplit(address).netloc
-
-
-def _header(response: httpcore.Response, name: bytes) -> str:
-    values = [value for key, value in response.headers if key.lower() == name]
-    return values[0].decode("latin-1") if values else ""
