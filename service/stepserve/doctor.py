@@ -44,12 +44,11 @@ def examine(url: str, api_key: str | None = None) -> Iterator[Finding]:
 def _try(check: Check, client: httpx.Client) -> Finding:
     try:
         return check(client)
-    except httpx.HTTPStatusError as error:
-        name = check.__name__.removeprefix("_")
-        return Finding(name, False, _refusal(error.response), _advice(client, error))
     except (httpx.HTTPError, ValueError, KeyError) as error:
-        name = check.__name__.removeprefix("_")
-        return Finding(name, False, f"{type(error).__name__}: {error}", _advice(client, error))
+        told = f"{type(error).__name__}: {error}"
+        if isinstance(error, httpx.HTTPStatusError):
+            told = _refusal(error.response)
+        return Finding(check.__name__.removeprefix("_"), False, told, _advice(client, error))
 
 
 def _refusal(response: httpx.Response) -> str:

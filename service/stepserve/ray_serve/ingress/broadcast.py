@@ -10,25 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol
+from typing import Any
+
+from ray.serve.handle import DeploymentBroadcastResponse
 
 
-class Reply(Protocol):
-    """Of one replica: Ray Serve's `ReplicaResult`."""
-
-    def get_async(self) -> Awaitable[Any]:
-        """What it returns."""
-        ...
-
-
-class Broadcast(Protocol):
-    """A call of all replicas: Ray Serve's `DeploymentBroadcastResponse`."""
-
-    def _fetch_replica_results_async(self) -> Awaitable[Sequence[Reply]]: ...
-
-
-async def responses(broadcast: Broadcast, timeout_s: float) -> list[Any]:
+async def responses(broadcast: DeploymentBroadcastResponse, timeout_s: float) -> list[Any]:
     """What replicas return within `timeout_s`; of those that fail or are silent, nothing.
 
     Raises:
@@ -49,6 +36,6 @@ async def responses(broadcast: Broadcast, timeout_s: float) -> list[Any]:
     return heard
 
 
-async def _listen(reply: Reply, heard: list[Any]) -> None:
+async def _listen(reply: Any, heard: list[Any]) -> None:
     with contextlib.suppress(Exception):
         heard.append(await reply.get_async())
