@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TextIO
 
 from stepserve.telemetry.log_sink import SinkHandler
@@ -23,14 +22,6 @@ SINK_VARIABLE = "_STEPSERVE_LOG_SINK"
 OURS = "stepserve"
 DIM, RED, YELLOW, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
 COLOURS = {"WARNING": YELLOW, "ERROR": RED, "CRITICAL": RED}
-
-
-@dataclass(frozen=True)
-class LogOptions:
-    """What an operator decides; see `TelemetrySettings`."""
-
-    format: str = "auto"
-    level: str = "info"
 
 
 class JsonFormatter(logging.Formatter):
@@ -71,10 +62,14 @@ class TextFormatter(logging.Formatter):
         return f"{colour}{text}{PLAIN}" if self._colours and colour else text
 
 
-def set_up_logging(options: LogOptions, environ: Mapping[str, str] | None = None) -> None:
-    """Let this process log as the operator wants: to the service that started it, or to stderr."""
+def set_up_logging(log_format: str, level: str, environ: Mapping[str, str] | None = None) -> None:
+    """Let this process log as the operator wants: to the service that started it, or to stderr.
+
+    Args:
+        log_format: see `TelemetrySettings`, as of `level`.
+    """
     environ = os.environ if environ is None else environ
-    wanted = environ.get(FORMAT_VARIABLE) or resolved_format(options.format, sys.stderr)
+    wanted = environ.get(FORMAT_VARIABLE) or resolved_format(log_format, sys.stderr)
     sink = environ.get(SINK_VARIABLE)
     handler = SinkHandler(sink) if sink else logging.StreamHandler()
     handler.setFormatter(make_formatter(wanted))
@@ -82,7 +77,7 @@ def set_up_logging(options: LogOptions, environ: Mapping[str, str] | None = None
     for former in ours.handlers:
         former.close()
     ours.handlers = [handler]
-    ours.setLevel(options.level.upper())
+    ours.setLevel(level.upper())
     ours.propagate = False
 
 

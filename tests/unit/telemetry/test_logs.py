@@ -10,7 +10,6 @@ from stepserve.telemetry.log_sink import SinkHandler, log_sink
 from stepserve.telemetry.logs import (
     FORMAT_VARIABLE,
     SINK_VARIABLE,
-    LogOptions,
     make_formatter,
     resolved_format,
     set_up_logging,
@@ -94,7 +93,7 @@ def test_the_format_that_is_meant(name: str, stream: io.StringIO, expected: str)
 def test_lines_reach_whoever_started_the_service():
     stream = io.StringIO()
     with log_sink(stream) as path:
-        set_up_logging(LogOptions(level="info"), {SINK_VARIABLE: path, FORMAT_VARIABLE: "json"})
+        set_up_logging("auto", "info", {SINK_VARIABLE: path, FORMAT_VARIABLE: "json"})
         logger = logging.getLogger("stepserve.somewhere")
         logger.debug("too much")
         for index in range(3):
@@ -111,7 +110,7 @@ def test_logging_goes_on_when_nobody_reads(tmp_path):
 
 
 def test_without_a_service_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]):
-    set_up_logging(LogOptions(format="text"), {})
+    set_up_logging("text", "info", {})
     logging.getLogger("stepserve.here").warning("look")
 
     assert "look" in capsys.readouterr().err

@@ -11,18 +11,18 @@ from stepserve.api.observe.access_log import AccessLog
 from stepserve.api.observe.exchanges import Observation
 from stepserve.config import TelemetrySettings
 from stepserve.ray_serve.ingress.node_metrics import read_metrics
-from stepserve.ray_serve.logging import start_logging
 from stepserve.ray_serve.ray_instruments import RayInstruments
 from stepserve.telemetry import catalogue
 from stepserve.telemetry.flusher import Flusher
 from stepserve.telemetry.http_metrics import record_response
 from stepserve.telemetry.instruments import Instruments
+from stepserve.telemetry.logs import set_up_logging
 from stepserve.telemetry.tracing import HttpTraces, open_traces
 
 
 def observe(settings: TelemetrySettings) -> Observation:
     """Begin to observe, in an ingress replica."""
-    start_logging(settings)
+    set_up_logging(settings.log_format, settings.log_level)
     instruments = RayInstruments()
     labels = {"version": __version__, "process": "ingress"}
     Flusher(lambda: instruments.set(catalogue.BUILD, 1, labels)).start()

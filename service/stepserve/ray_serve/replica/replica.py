@@ -28,13 +28,13 @@ from stepserve.garbage import collection_paused
 from stepserve.models.catalogue import ModelNotFoundError
 from stepserve.ray_serve.autoscaling import BACKLOG
 from stepserve.ray_serve.heap import TRIM_INTERVAL_S, heap_trimmer
-from stepserve.ray_serve.logging import start_logging
 from stepserve.ray_serve.replica.load_attempts import LoadAttempts, folder_state
 from stepserve.ray_serve.replica.metrics import ReplicaMetrics, open_request_traces
 from stepserve.ray_serve.replica.request_tracker import RequestTracker
 from stepserve.ray_serve.replica.watchdog import watch_interpreter, watch_work
 from stepserve.ray_serve.replica_port import listen_on_node_address
 from stepserve.telemetry.flusher import Flusher
+from stepserve.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
     from stepserve.pipelines.serving.runner import PipelineRunner
@@ -80,7 +80,7 @@ class ModelReplica:
         self._attempts = LoadAttempts(partial(folder_state, _own_folder(spec)), time.monotonic)
         # Other threads than the one that loads it look here.
         self._model: ServingModel | None = None
-        start_logging(spec.telemetry)
+        set_up_logging(spec.telemetry.log_format, spec.telemetry.log_level)
         if not self._load():
             threading.Thread(target=self._load_again, name="load", daemon=True).start()
 
