@@ -102,13 +102,14 @@ class Trouble:
         self._error: ResultsUnavailableError | None = None
         self._since_s = 0.0
 
-    def note(self, error: BaseException | None) -> ResultsUnavailableError | None:
-        """Storage refused something, or took it; returns what to tell of the former."""
-        if error is None:
-            if self._error is not None:
-                logger.info("results can be kept again")
-            self._error = None
-            return None
+    def clear(self) -> None:
+        """Storage took something."""
+        if self._error is not None:
+            logger.info("results can be kept again")
+        self._error = None
+
+    def note(self, error: BaseException) -> ResultsUnavailableError:
+        """Storage refused something; returns what to tell of it."""
         if self._error is None:
             logger.error("results cannot be kept: %s: %s", type(error).__name__, error)
         self._error, self._since_s = unavailable(error), self._clock()

@@ -142,9 +142,8 @@ class ResultStore:
             await asyncio.wait_for(asyncio.to_thread(use, *arguments), within_s)
         except Exception as error:
             # Whatever clients of object stores raise.
-            told = self._trouble.note(error)
-            raise (told or unavailable(error)) from error
-        self._trouble.note(None)
+            raise self._trouble.note(error) from error
+        self._trouble.clear()
 
     def _new_name(self, ending: str) -> str:
         expires = int(self._clock() + self._expires_s)
