@@ -192,19 +192,13 @@ class ModelWatch:
                 await self._ask_once(model_id)
             elif watched.listed.asleep:
                 await self._let_sleep(model_id, watched)
-            elif not await self._replies(model_id, watched):
+            elif (status := await self._ask_once(model_id)) is not None:
+                watched.hear(status)
+            else:
+                watched.note_silence()
                 await asyncio.sleep(LOADING_INTERVAL_S)
                 continue
             await asyncio.sleep(PROBE_INTERVAL_S)
-
-    async def _replies(self, model_id: str, watched: Watched) -> bool:
-        """Whether a replica replies."""
-        status = await self._ask_once(model_id)
-        if status is None:
-            watched.note_silence()
-            return False
-        watched.hear(status)
-        return True
 
     async def _let_sleep(self, model_id: str, watched: Watched) -> None:
         """It is not asked, as it would wake up, unless it has never replied."""
