@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 
 from stepserve.api.auth.keys import KeyRing
+from stepserve.api.results.store import open_store
 from stepserve.config import ModelSettings, Settings
 from stepserve.ray_serve import METRIC_VARIABLES
 from stepserve.ray_serve.applications import (
@@ -24,7 +25,7 @@ from stepserve.ray_serve.ingress.ingress import OpenIngress, ProxiedIngress
 from stepserve.ray_serve.ingress.router import router_config
 from stepserve.ray_serve.ingress.shared_usage import UsageCounter
 from stepserve.ray_serve.replica.replica import ModelReplica, ReplicaSpec
-from stepserve.ray_serve.result_store import check_results, with_secret
+from stepserve.ray_serve.result_store import with_secret
 
 OF_EVERY_DEPLOYMENT: Mapping[str, Any] = MappingProxyType(
     {
@@ -58,8 +59,10 @@ def ingress_target(settings: Settings, listen_path: str | None = None) -> serve.
         StoreUnusableError: results cannot be kept where the settings say.
     """
     keys = read_access_keys(settings)
-    settings = settings.model_copy(update={"results": with_secret(settings.results)})
-    check_results(settings.results)
+    results = with_secret(settings.results)
+    # Tried before anything is started.
+    open_store(results.address, results.expires_s, results.secret)
+    settings = settings.model_copy(update={"results": results})
     ingress = serve.deployment(
         ProxiedIngress if listen_path is None else OpenIngress,
         name=INGRESS_DEPLOYMENT,
@@ -71,11 +74,10 @@ def ingress_target(settings: Settings, listen_path: str | None = None) -> serve.
         },
     )
     counter = _counter(settings, keys)
-    if listen_path is None:
-        target = ingress.bind(settings, keys, counter)
-        return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix="/")
-    target = ingress.bind(settings, keys, counter, listen_path=listen_path)
-    return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix=None)
+    at = {} if listen_path is None else {"listen_path": listen_path}
+    target = ingress.bind(settings, keys, counter, **at)
+    prefix = "/" if listen_path is None else None
+    return serve.RunTarget(target, name=INGRESS_APPLICATION, route_prefix=prefix)
 
 
 def model_target(model_id: str, settings: Settings) -> serve.RunTarget:

@@ -1,10 +1,10 @@
-"""Where results are kept, checked before anything is started."""
+"""The secret that links to results are signed with, read before anything is started."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from stepserve.api.results.store import StoreUnusableError, open_store
+from stepserve.api.results.store import StoreUnusableError
 from stepserve.config import ResultSettings
 from stepserve.private_files import NotPrivateError, check_not_writable_by_others
 
@@ -22,15 +22,6 @@ def with_secret(settings: ResultSettings) -> ResultSettings:
         return settings
     secret = _read(Path(settings.secret_file))
     return settings.model_copy(update={"secret": secret, "secret_file": None})
-
-
-def check_results(settings: ResultSettings) -> None:
-    """Return if results can be kept where the settings say.
-
-    Raises:
-        StoreUnusableError: they cannot; the message says why.
-    """
-    open_store(settings.address, settings.expires_s, settings.secret)
 
 
 def _read(path: Path) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stepserve.api.results.store import StoreUnusableError
+from stepserve.api.results.store import StoreUnusableError, open_store
 from stepserve.config import ResultSettings
-from stepserve.ray_serve.result_store import check_results, with_secret
+from stepserve.ray_serve.result_store import with_secret
 
 
 def test_the_secret_is_read_from_its_file(tmp_path: Path):
@@ -16,7 +16,7 @@ def test_the_secret_is_read_from_its_file(tmp_path: Path):
     settings = ResultSettings(address="memory://x", secret_file=str(file))
 
     assert with_secret(settings).secret == "a secret of sixteen"
-    check_results(with_secret(settings))
+    assert open_store(settings.address, 60, with_secret(settings).secret)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_folder_of_everybody_is_refused_before_anything_starts(tmp_path: Path)
     tmp_path.chmod(0o777)
     settings = ResultSettings(address=str(tmp_path), secret="a secret of sixteen")
     with pytest.raises(StoreUnusableError, match=r"other users may write to .*results\.address"):
-        check_results(settings)
+        open_store(settings.address, 60, settings.secret)
 
 
 def test_settings_without_a_file_are_left_as_they_are():
@@ -61,4 +61,4 @@ def test_an_unknown_kind_of_store_is_told():
     settings = ResultSettings(address="nothing://x", secret="a secret of sixteen")
 
     with pytest.raises(StoreUnusableError, match="'nothing://x'"):
-        check_results(settings)
+        open_store(settings.address, 60, settings.secret)
