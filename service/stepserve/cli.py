@@ -174,7 +174,7 @@ def generate(
         from stepserve.pipelines.serving.local import generate_locally
 
     _check_writable(output)
-    settings = _settings(config)
+    settings = load_settings(config)
     adapters, used = _adapters(settings.models[_model_id(settings, model)], adapter or [])
     loaded = settle_guidance(_load(settings, model))
     capabilities = replace(loaded.capabilities, max_adapters=adapters.max_loaded)
@@ -206,7 +206,7 @@ def models(config: ConfigOption = None) -> None:
 
     Exit code 1 if one of them is not there.
     """
-    settings = _settings(config)
+    settings = load_settings(config)
     for model_id, model in settings.models.items():
         mark = "*" if model_id == settings.default_model else " "
         also = f"  (also {', '.join(model.aliases)})" if model.aliases else ""
@@ -285,7 +285,7 @@ def explain(
 
     if wanted is not None and prompt is not None:
         raise InvalidRequestError(f"the prompt is said twice: {wanted!r} and --prompt {prompt!r}")
-    settings = _settings(config)
+    settings = load_settings(config)
     folder = find_model(settings.models[_model_id(settings, model)])
     hush_libraries()
     for path in draw(folder, output, prompt or wanted or EXPLAINED, seed, steps):
@@ -393,7 +393,7 @@ def list_keys(
     from stepserve.api.auth.keys import read_keys
     from stepserve.ray_serve.exposure import read_access_keys
 
-    known = read_access_keys(_settings(config)) if file is None else read_keys(file, None)
+    known = read_access_keys(load_settings(config)) if file is None else read_keys(file, None)
     for key in known.keys:
         rate = "any number" if key.requests_per_minute is None else f"{key.requests_per_minute:g}"
         most = "any" if key.max_concurrent is None else key.max_concurrent
@@ -403,11 +403,7 @@ def list_keys(
 @config_app.command("check")
 def check_config(config: ConfigOption = None) -> None:
     """Check the configuration file and STEPSERVE_ variables, and print what is in effect."""
-    typer.echo(_settings(config).describe(), nl=False)
-
-
-def _settings(config: Path | None) -> Settings:
-    return load_settings(config)
+    typer.echo(load_settings(config).describe(), nl=False)
 
 
 def _model_id(settings: Settings, model: str | None) -> str:

@@ -149,11 +149,6 @@ def check_folders(settings: Settings) -> None:
         raise errors[0]
 
 
-def joins_cluster() -> bool:
-    """Whether the service joins a cluster that somebody else started, instead of one of its own."""
-    return joined_address() is not None
-
-
 def start_ray(settings: Settings, folder: RuntimeFolder) -> None:
     """Start a local Ray, or join the cluster that `RAY_ADDRESS` names."""
     set_defaults({"RAY_USAGE_STATS_ENABLED": "0"})
@@ -277,7 +272,7 @@ class Starting:
 
 def stop_ray() -> None:
     """Take the application off a cluster that was joined, and leave Ray or end the local one."""
-    if joins_cluster() and ray.is_initialized():
+    if joined_address() and ray.is_initialized():
         for name in applications():
             if name == INGRESS_APPLICATION or name.startswith(MODEL_PREFIX):
                 serve.delete(name)
@@ -380,7 +375,7 @@ def _settled(read_settings: Callable[[], Settings], pause: Callable[[float], Non
 def _listen_path(settings: Settings, folder: RuntimeFolder) -> Iterator[str | None]:
     """Where the ingress borrows its listening socket; None if Ray Serve's proxies are to listen."""
     with held_listen_socket(settings.http.host, settings.http.port, folder.path) as listen_path:
-        if not joins_cluster():
+        if not joined_address():
             yield listen_path
             return
     # The address was free. Ray would share it with another service of ours, unasked.
@@ -390,7 +385,7 @@ def _listen_path(settings: Settings, folder: RuntimeFolder) -> Iterator[str | No
 @contextmanager
 def _logs_come_here(settings: Settings, folder: RuntimeFolder) -> Iterator[None]:
     """Let the processes of a local service log to this one's stderr."""
-    if joins_cluster():
+    if joined_address():
         yield
         return
     with log_sink(sys.stderr, folder.path) as path:
