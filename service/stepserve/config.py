@@ -588,11 +588,8 @@ def _unknown_variable(name: str, known: Iterable[str]) -> str:
         if name.endswith(f"__{as_variable(old)}"):
             renamed = name.removesuffix(as_variable(old)) + as_variable(new)
             return f"this variable is now called {renamed!r}"
-    return f"unknown variable{_similar_variable(name, known)}"
-
-
-def _similar_variable(name: str, known: Iterable[str]) -> str:
     # Compared without the prefix: it would make any two variables look alike.
     rest = [variable.removeprefix(PREFIX) for variable in known]
     close = get_close_matches(name.removeprefix(PREFIX), rest, n=1)
-    return f"; did you mean {PREFIX + close[0]!r}?" if close else ""
+    hint = f"; did you mean {PREFIX + close[0]!r}?" if close else ""
+    return f"unknown variable{hint}"

@@ -77,7 +77,8 @@ class ObservationMiddleware:
             exchange = _exchange(scope, status, trace_id, time.perf_counter() - started_s)
             if span is not None:
                 _end_span(span, exchange)
-            self._tell(exchange)
+            for listener in self._listeners:
+                listener(exchange)
 
     def _begin_span(self, scope: Scope) -> HttpSpan | None:
         if self._traces is None or not _is_traced(scope["path"]):
@@ -85,10 +86,6 @@ class ObservationMiddleware:
         span = self._traces.begin(dict(Headers(scope=scope)), scope["method"])
         scope["state"]["trace_context"] = span.carrier
         return span
-
-    def _tell(self, exchange: Exchange) -> None:
-        for listener in self._listeners:
-            listener(exchange)
 
 
 def trace_context_of(scope: Scope) -> TraceContext:
