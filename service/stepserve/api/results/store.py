@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from stepserve.api.results.space import SPARE_BYTES, Trouble, probe, unavailable, write_whole
 from stepserve.domain.errors import InvalidRequestError, StepserveError
@@ -82,7 +83,7 @@ class ResultStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._files, self._root = _open(address)
-        self._is_local = "file" in _protocols(self._files)
+        self._is_local = isinstance(self._files, LocalFileSystem)
         self._expires_s = expires_s
         self._secret = secret
         self._clock = clock
@@ -202,7 +203,7 @@ class ResultStore:
             paths = self._files.ls(self._root, detail=False)
         except FileNotFoundError:
             return 0
-        removed = expired(map(_base_name, paths), self._clock())
+        removed = expired((path.rsplit("/", 1)[-1] for path in paths), self._clock())
         for name in removed:
             # Another replica may be faster.
             with contextlib.suppress(FileNotFoundError):
@@ -237,7 +238,7 @@ def open_store(address: str, expires_s: float, secret: str | None = None) -> Res
         files, root = _open(address)
     except (ImportError, ValueError) as error:
         raise StoreUnusableError(f"results cannot be kept at {address!r}: {error}") from error
-    if "file" in _protocols(files):
+    if isinstance(files, LocalFileSystem):
         return ResultStore(address, expires_s, _local_secret(Path(root), secret))
     if not secret:
         raise StoreUnusableError(
@@ -283,12 +284,3 @@ def _make_secret(path: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.link(partial, path)
     partial.unlink()
-
-
-def _protocols(files: Any) -> tuple[str, ...]:
-    protocol = files.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def _base_name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
