@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 from stepserve import __version__
 from stepserve.api.exchange_context import Exchange
@@ -26,7 +27,7 @@ def observe(settings: TelemetrySettings) -> Observation:
     instruments = RayInstruments()
     labels = {"version": __version__, "process": "ingress"}
     Flusher(lambda: instruments.set(catalogue.BUILD, 1, labels)).start()
-    listeners = (_Recorder(instruments), AccessLog(settings.log_prompts))
+    listeners = (partial(_record, instruments), AccessLog(settings.log_prompts))
     provider = open_traces(f"ingress-{os.getpid()}")
     traces = None if provider is None else HttpTraces(provider)
     return Observation(listeners, read_metrics if settings.metrics else None, traces)
@@ -38,21 +39,16 @@ def count_retries() -> Callable[[str], None]:
     return lambda model: instruments.count(catalogue.REQUEST_RETRIES, 1, {"model": model})
 
 
-class _Recorder:
-    """Records each exchange: a few microseconds, so it needs no thread of its own."""
-
-    def __init__(self, instruments: Instruments) -> None:
-        self._instruments = instruments
-
-    def __call__(self, exchange: Exchange) -> None:
-        notes = exchange.notes
-        record_response(
-            self._instruments,
-            route=exchange.route,
-            model=notes.model,
-            status=exchange.status,
-            outcome=exchange.outcome,
-            duration_s=exchange.duration_s,
-            # Probes of a model that loads are refused nothing.
-            refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
-        )
+def _record(instruments: Instruments, exchange: Exchange) -> None:
+    """Record an exchange: a few microseconds, so it needs no thread of its own."""
+    notes = exchange.notes
+    record_response(
+        instruments,
+        route=exchange.route,
+        model=notes.model,
+        status=exchange.status,
+        outcome=exchange.outcome,
+        duration_s=exchange.duration_s,
+        # Probes of a model that loads are refused nothing.
+        refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
+    )

@@ -21,10 +21,12 @@ from stepserve.ray_serve.applications import list_models, model_handle
 from stepserve.ray_serve.ingress.broadcast import responses
 from stepserve.ray_serve.ingress.model_watch import ModelWatch
 from stepserve.ray_serve.ingress.retries import with_retries
-from stepserve.ray_serve.ingress.shared_calls import SharedCalls
 
 # The reply comes from memory; a replica that takes longer is as good as gone.
 ASK_TIMEOUT_S = 5.0
+
+Question = tuple[RequestKey, int, float]
+"""Whose events, from which number on, and for how many seconds they are waited for."""
 
 
 class RemoteBackend:
@@ -46,7 +48,7 @@ class RemoteBackend:
         self._handles: dict[str, Any] = {}
         self._id = uuid4().hex
         self._asking: set[asyncio.Task[list[Any]]] = set()
-        self._news: SharedCalls[Sequence[NumberedEvent] | None] = SharedCalls()
+        self._following: dict[Question, asyncio.Task[Sequence[NumberedEvent] | None]] = {}
         self._watch = ModelWatch(
             list_models, self._status, self._status_once_awake, aliases, compiled=compiled
         )
@@ -105,9 +107,12 @@ class RemoteBackend:
 
         Each replica is asked: those who follow a request together ask together.
         """
-        return await self._news.result(
-            (key, number, wait_s), lambda: self._events(key, number, wait_s)
-        )
+        question = (key, number, wait_s)
+        if question not in self._following:
+            asking = self._following[question] = asyncio.create_task(self._events(*question))
+            asking.add_done_callback(lambda _: self._following.pop(question))
+        # Asking goes on for others if one of them leaves.
+        return await asyncio.shield(self._following[question])
 
     async def _events(
         self, key: RequestKey, number: int, wait_s: float
@@ -120,9 +125,6 @@ class RemoteBackend:
         """The batch of each replica of a model, without the ids of other owners' requests."""
         views: list[BatchView | None] = await self._ask_replicas(model_id, "batch", owner)
         return [view for view in views if view is not None]
-
-    def _model_ids(self) -> list[str]:
-        return [status.capabilities.id for status in self._watch.statuses()]
 
     def _handle(self, model_id: str) -> Any:
         if model_id not in self._handles:
@@ -144,8 +146,9 @@ class RemoteBackend:
 
     async def _ask_all(self, method: str, *arguments: Any, slack_s: float = 0.0) -> list[Any]:
         """The replies of all replicas of all models: only they know which requests they have."""
+        model_ids = [status.capabilities.id for status in self._watch.statuses()]
         of_models = await asyncio.gather(
-            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in self._model_ids())
+            *(self._ask_replicas(m, method, *arguments, slack_s=slack_s) for m in model_ids)
         )
         return [response for of_model in of_models for response in of_model]
 
