@@ -24,7 +24,7 @@ from stepserve.ray_serve.exposure import needs_counter, read_access_keys
 from stepserve.ray_serve.ingress.ingress import OpenIngress, ProxiedIngress
 from stepserve.ray_serve.ingress.router import router_config
 from stepserve.ray_serve.ingress.shared_usage import UsageCounter
-from stepserve.ray_serve.replica.replica import ModelReplica, ReplicaSpec
+from stepserve.ray_serve.replica.replica import ModelReplica
 from stepserve.ray_serve.result_store import with_secret
 
 OF_EVERY_DEPLOYMENT: Mapping[str, Any] = MappingProxyType(
@@ -83,8 +83,8 @@ def ingress_target(settings: Settings, listen_path: str | None = None) -> serve.
 def model_target(model_id: str, settings: Settings) -> serve.RunTarget:
     """The application that serves one model, which the ingress alone reaches."""
     model = settings.models[model_id]
-    spec = ReplicaSpec(model_id, model, settings.telemetry)
-    target = _model_deployment(model_id, model, is_crowded(settings)).bind(spec)
+    deployment = _model_deployment(model_id, model, is_crowded(settings))
+    target = deployment.bind(model_id, model, settings.telemetry)
     return serve.RunTarget(target, name=model_application(model_id), route_prefix=None)
 
 

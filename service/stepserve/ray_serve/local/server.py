@@ -117,7 +117,7 @@ def serve_until_stopped(
                 # Again: Ray has put handlers of its own in place, which end the process on SIGTERM.
                 _listen(signals)
                 targets = (model_target(model_id, settings) for model_id in settings.models)
-                deploy([ingress, *targets])
+                serve.run_many([ingress, *targets], wait_for_applications_running=False)
                 if wait_until_ready(settings, signals.stopped, tell):
                     when_ready(base_url(settings))
                     for _ in signals.reloads():
@@ -164,11 +164,6 @@ def start_ray(settings: Settings, folder: RuntimeFolder) -> None:
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=logging_config)
 
 
-def deploy(targets: Sequence[serve.RunTarget]) -> None:
-    """Hand applications to Ray Serve without waiting for their models."""
-    serve.run_many(targets, wait_for_applications_running=False)
-
-
 def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
     """Add, update and remove models; those that stay as they are notice nothing.
 
@@ -181,7 +176,8 @@ def apply_models(old: Settings, new: Settings, tell: Tell) -> Settings:
     changed = [m for m, settings in new.models.items() if old.models.get(m) != settings]
     failed = failed_models([model_id for model_id in new.models if model_id not in changed])
     if changed or failed:
-        deploy([model_target(model_id, in_effect) for model_id in (*changed, *failed)])
+        targets = [model_target(model_id, in_effect) for model_id in (*changed, *failed)]
+        serve.run_many(targets, wait_for_applications_running=False)
     removed = [model_id for model_id in old.models if model_id not in new.models]
     for model_id in removed:
         serve.delete(model_application(model_id), _blocking=False)

@@ -45,15 +45,6 @@ LOOK_AGAIN_S = 2.0
 
 
 @dataclass(frozen=True)
-class ReplicaSpec:
-    """What a replica is to load, and how."""
-
-    model_id: str
-    settings: ModelSettings
-    telemetry: TelemetrySettings
-
-
-@dataclass(frozen=True)
 class ServingModel:
     """What there is once a model is loaded, warm and served.
 
@@ -73,14 +64,17 @@ class ModelReplica:
     One whose model cannot be loaded stays, says why, and tries again now and then.
     """
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(
+        self, model_id: str, settings: ModelSettings, telemetry: TelemetrySettings
+    ) -> None:
         listen_on_node_address()
-        self._spec = spec
+        self._model_id = model_id
+        self._settings = settings
         self._draining = False
-        self._attempts = LoadAttempts(partial(folder_state, _own_folder(spec)), time.monotonic)
+        self._attempts = LoadAttempts(partial(folder_state, _own_folder(settings)), time.monotonic)
         # Other threads than the one that loads it look here.
         self._model: ServingModel | None = None
-        set_up_logging(spec.telemetry.log_format, spec.telemetry.log_level)
+        set_up_logging(telemetry.log_format, telemetry.log_level)
         if not self._load():
             threading.Thread(target=self._load_again, name="load", daemon=True).start()
 
@@ -92,7 +86,7 @@ class ModelReplica:
         began_s = time.monotonic()
         self._attempts.begin()
         try:
-            runner = load_runner(self._spec.model_id, self._spec.settings)
+            runner = load_runner(self._model_id, self._settings)
         except Exception as error:
             self._note_failure(error)
             return False
@@ -108,7 +102,7 @@ class ModelReplica:
         ours = isinstance(error, StepserveError)
         logger.error(
             "model %s cannot be loaded: %s; %s",
-            self._spec.model_id,
+            self._model_id,
             error if ours else f"{type(error).__name__}: {error}",
             self._attempts.next_try,
             exc_info=None if ours else error,
@@ -124,14 +118,13 @@ class ModelReplica:
                     return
 
     def _serve(self, runner: PipelineRunner, load_s: float) -> ServingModel:
-        model_id = self._spec.model_id
-        logger.info("model %s is ready after %.1f s", model_id, load_s)
+        logger.info("model %s is ready after %.1f s", self._model_id, load_s)
         traces = open_request_traces()
-        metrics = ReplicaMetrics(runner, model_id, load_s, traces)
+        metrics = ReplicaMetrics(runner, self._model_id, load_s, traces)
         metrics.start()
         if (trim := heap_trimmer()) is not None:
             Flusher(trim, TRIM_INTERVAL_S, "heap").start()
-        stuck_after_s = self._spec.settings.engine.stuck_after_s
+        stuck_after_s = self._settings.engine.stuck_after_s
         watch_interpreter(stuck_after_s)
         # One that drained has no engine any more.
         watch_work(lambda: 0.0 if self._draining else runner.engine.silent_s(), stuck_after_s)
@@ -142,9 +135,9 @@ class ModelReplica:
 
         An ingress asks every second, which is its heartbeat.
         """
-        aliases = self._spec.settings.aliases
+        aliases = self._settings.aliases
         if (model := self._model) is None:
-            return unknown_status(self._spec.model_id, self._attempts.failure, aliases)
+            return unknown_status(self._model_id, self._attempts.failure, aliases)
         if ingress:
             model.tracker.hear(ingress)
         capabilities = replace(
@@ -166,7 +159,7 @@ class ModelReplica:
         return self._model.tracker.submit(request, ingress)
 
     async def _refuse(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        message = f"model {self._spec.model_id} {self._attempts.failure}"
+        message = f"model {self._model_id} {self._attempts.failure}"
         yield Failed(request.id, NotReadyError(message, self._attempts.retry_after_s))
 
     async def progress(self, key: RequestKey) -> Progress | None:
@@ -197,7 +190,7 @@ class ModelReplica:
         self._draining = True
         if (model := self._model) is None:
             return
-        drain_s = self._spec.settings.engine.drain_s
+        drain_s = self._settings.engine.drain_s
         in_flight = model.runner.engine.load().requests
         logger.info("draining: %d requests in flight get up to %.0f s", in_flight, drain_s)
         await asyncio.to_thread(model.runner.stop, drain_s)
@@ -219,7 +212,6 @@ class ModelReplica:
             self._model.tracker.cancel_orphans()
 
 
-def _own_folder(spec: ReplicaSpec) -> Path | None:
+def _own_folder(settings: ModelSettings) -> Path | None:
     """Where the model lies, if that is not the embedded model's folder or a hub."""
-    settings = spec.settings
     return None if settings.path is None or settings.revision else Path(settings.path)

@@ -20,7 +20,7 @@ from stepserve.domain.requests import GenerationRequest
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.loading.reasons import reason_of
-from stepserve.ray_serve.replica.replica import ModelReplica, ReplicaSpec
+from stepserve.ray_serve.replica.replica import ModelReplica
 from tiny_model import a_request, save_tiny_model, tiny_unet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -93,7 +93,7 @@ def replica_of(folder: Path) -> Iterator[ModelReplica]:
     settings = ModelSettings(
         path=str(folder), dtype="float32", engine=EngineSettings(threads=1, max_rows=4)
     )
-    replica = ModelReplica(ReplicaSpec("x", settings, TelemetrySettings()))
+    replica = ModelReplica("x", settings, TelemetrySettings())
     yield replica
     # It tries no more.
     asyncio.run(replica.drain())
