@@ -208,14 +208,11 @@ class ModelWatch:
             # Why it cannot be loaded. Awake it would say so again.
             watched.note(ready=False, detail=watched.detail)
         else:
-            await self._wake_once(model_id, watched)
-
-    async def _wake_once(self, model_id: str, watched: Watched) -> None:
-        """Only a loaded model knows its limits, and without them no request could wake it."""
-        watched.note(ready=False, detail=watched.loading)
-        status = await self._reply(model_id, self._wake(model_id), WAKE_TIMEOUT_S)
-        if status is not None:
-            watched.hear(status)
+            # Only a loaded model knows its limits, and without them no request could wake it.
+            watched.note(ready=False, detail=watched.loading)
+            status = await self._reply(model_id, self._wake(model_id), WAKE_TIMEOUT_S)
+            if status is not None:
+                watched.hear(status)
 
     async def _ask_once(self, model_id: str) -> ModelStatus | None:
         return await self._reply(model_id, self._ask(model_id), PROBE_TIMEOUT_S)
