@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Security
-from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
@@ -23,7 +22,6 @@ from stepserve.api.bodies.pending_bytes import (
     PendingBytes,
     PendingBytesMiddleware,
 )
-from stepserve.api.bodies.reading import BodyBudget, BodyReader
 from stepserve.api.bodies.schemas import ImageReference
 from stepserve.api.errors import UnauthorizedError
 from stepserve.api.handlers import add_error_handlers
@@ -110,7 +108,8 @@ def create_app(
         redoc_url=None,
         openapi_tags=TAGS,
         servers=SERVERS,
-        generate_unique_id_function=_operation_id,
+        # What client generators call the function: `create_images`.
+        generate_unique_id_function=lambda route: route.name,
         # A redirect would lose the body of a POST, or lead past a proxy: a wrong URL is a 404.
         redirect_slashes=False,
         middleware=[
@@ -126,7 +125,11 @@ def create_app(
     app.state.observation = observation
     app.state.in_flight = in_flight
     add_error_handlers(app)
-    keys = _told_of_keys() if access.keys.keys else {}
+    keys: dict[str, Any] = {}
+    if access.keys.keys:
+        # For the document. They are checked elsewhere, before any body is read.
+        keys["dependencies"] = [Security(KEY_SCHEME)]
+        keys["responses"] = error_responses(UnauthorizedError)
     for part in (images, requests, models):
         app.include_router(part.router, **keys)
     for part in (results, health, metrics, docs, playground):
@@ -135,19 +138,6 @@ def create_app(
     app.mount(playground.ASSETS_URL, playground.ASSETS)
     add_schemas(app, ImageReference)
     return app
-
-
-def _operation_id(route: APIRoute) -> str:
-    """What client generators call the function: `create_images`."""
-    return route.name
-
-
-def _told_of_keys() -> dict[str, Any]:
-    """What the document says of keys. They are checked elsewhere, before any body is read."""
-    return {
-        "dependencies": [Security(KEY_SCHEME)],
-        "responses": error_responses(UnauthorizedError),
-    }
 
 
 @asynccontextmanager
@@ -185,12 +175,7 @@ def _middleware(
         Middleware(ErrorMiddleware),
         Middleware(ChecksMiddleware, checks=checks),
         Middleware(BodyTurnsMiddleware, turns=BodyTurns(most_pending_bytes)),
-        Middleware(
-            BodyLimitMiddleware,
-            max_bytes=http.max_body_bytes,
-            max_upload_bytes=http.max_upload_bytes,
-            reader=BodyReader(http.body_timeout_s, BodyBudget(http.max_bodies_bytes)),
-        ),
+        Middleware(BodyLimitMiddleware, limits=http),
         Middleware(PendingBytesMiddleware, pending=PendingBytes(most_pending_bytes)),
         Middleware(UsageMiddleware, usage=access.usage),
         Middleware(HeadMiddleware),

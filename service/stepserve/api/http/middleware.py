@@ -15,6 +15,7 @@ from stepserve.api.bodies.content_coding import inflater_of
 from stepserve.api.bodies.reading import (
     JSON,
     Body,
+    BodyBudget,
     BodyReader,
     check_length,
     declared_bytes,
@@ -22,6 +23,7 @@ from stepserve.api.bodies.reading import (
 )
 from stepserve.api.errors import error_response
 from stepserve.api.request_id import REQUEST_ID_HEADER, request_id_of, with_headers
+from stepserve.config import HttpSettings
 
 TURNS = 10
 """Of the event loop between two long bodies: a short request takes no more."""
@@ -39,7 +41,8 @@ class RequestIdMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection under its id."""
-        request_id = _choose_id(Headers(scope=scope).get(REQUEST_ID_HEADER, ""))
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         tell = with_headers(send, {REQUEST_ID_HEADER: request_id}) if self._echo else send
         return await self._app(scope, receive, tell)
@@ -86,17 +89,14 @@ class ChecksMiddleware:
 class BodyLimitMiddleware:
     """Reads the whole body before anything else runs, and refuses one over the limits.
 
-    Its length is limited to `max_upload_bytes` for URLs that take images, `max_bytes` for all
+    Its length is limited to `max_upload_bytes` for URLs that take images, `max_body_bytes` for all
     others. What the app sees of it is never compressed.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int, reader: BodyReader
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, limits: HttpSettings) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._max_upload_bytes = max_upload_bytes
-        self._reader = reader
+        self._limits = limits
+        self._reader = BodyReader(limits.body_timeout_s, BodyBudget(limits.max_bodies_bytes))
         self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,7 +114,9 @@ class BodyLimitMiddleware:
 
     async def _read(self, scope: Scope, receive: Receive) -> Body:
         headers = Headers(scope=scope)
-        limit_bytes = self._max_upload_bytes if scope["path"] in UPLOADS else self._max_bytes
+        limits = self._limits
+        is_upload = scope["path"] in UPLOADS
+        limit_bytes = limits.max_upload_bytes if is_upload else limits.max_body_bytes
         body = Body(limit_bytes, is_json=media_type_of(headers) == JSON)
         inflater = inflater_of(headers, limit_bytes)
         check_length(declared_bytes(headers), limit_bytes)
@@ -148,7 +150,3 @@ class BodyLimitMiddleware:
         async with self._turn:
             for _ in range(TURNS):
                 await asyncio.sleep(0)
-
-
-def _choose_id(given: str) -> str:
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -152,15 +152,6 @@ async def _from_image(
     return await _respond(incoming, inputs.body, request, model, event_prefix, response)
 
 
-def _ignored(
-    incoming: Incoming, body: ImageRequestBase, generation: GenerationRequest, model: ModelStatus
-) -> tuple[str, ...]:
-    """Names that were sent, in the body or in the URL's query, and change nothing."""
-    in_body = body.ignored_fields(generation.guidance_scale, model.capabilities.guidance)
-    in_query = ignored_queries(incoming.http.query_params, type(body))
-    return tuple(dict.fromkeys((*in_body, *in_query)))
-
-
 async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStatus:
     default = incoming.settings.default_model
     model = await find_model(incoming.backend, default if body.model is None else body.model)
@@ -184,6 +175,8 @@ async def _respond(
     if body.wants_urls:
         await incoming.store.check(needed_bytes(request))
     traced = replace(request, trace_context=trace_context_of(incoming.http.scope))
-    ignored = _ignored(incoming, body, request, model)
+    in_body = body.ignored_fields(request.guidance_scale, model.capabilities.guidance)
+    in_query = ignored_queries(incoming.http.query_params, type(body))
+    ignored = tuple(dict.fromkeys((*in_body, *in_query)))
     responder = ImageResponder(incoming, traced, body.wants_urls, ignored, event_prefix)
     return await (responder.stream() if body.stream else responder.whole(response))
