@@ -71,8 +71,11 @@ class RequestTracker:
         that id that is not heard from any more.
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
+        if ingress:
+            self._heartbeats.hear(ingress)
+        await self._wait_until_free(request.key)
         try:
-            record = await self._open(request, ingress)
+            record = self._log.open(request, ingress)
         except RequestIdInUseError as error:
             yield Failed(request.id, error)
             return
@@ -152,17 +155,6 @@ class RequestTracker:
             return events
         await _wait_for_event(record, wait_s)
         return self._log.events_since(key, number)
-
-    async def _open(self, request: GenerationRequest, ingress: str) -> RequestRecord:
-        """A record of a request; one of the same id that is about to end is waited for.
-
-        Raises:
-            RequestIdInUseError: a request of that id and owner is still in flight.
-        """
-        if ingress:
-            self._heartbeats.hear(ingress)
-        await self._wait_until_free(request.key)
-        return self._log.open(request, ingress)
 
     def _submit(self, request: GenerationRequest, record: RequestRecord) -> None:
         self._loop = asyncio.get_running_loop()
