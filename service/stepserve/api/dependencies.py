@@ -8,15 +8,13 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from stepserve.api.auth.access import caller_in
 from stepserve.api.auth.keys import Caller
 from stepserve.api.backend import Backend
-from stepserve.api.bodies.pending_bytes import Hold, hold_of
+from stepserve.api.bodies.pending_bytes import Hold
 from stepserve.api.bodies.reading import JSON, media_type_of
 from stepserve.api.errors import UnsupportedMediaTypeError
 from stepserve.api.http.in_flight import InFlight
 from stepserve.api.inputs.fetch import FetchTurns
-from stepserve.api.request_id import request_id_of
 from stepserve.api.results.store import ResultStore
 from stepserve.config import Settings
 from stepserve.domain.errors import NotReadyError, UnknownModelError
@@ -67,10 +65,10 @@ def get_incoming(request: Request) -> Incoming:
         backend=state.backend,
         settings=state.settings,
         store=state.store,
-        caller=caller_in(request.scope),
-        request_id=request_id_of(request.scope),
+        caller=request.state.caller,
+        request_id=request.state.request_id,
         fetches=state.fetches,
-        hold=hold_of(request.scope),
+        hold=request.state.hold,
     )
 
 

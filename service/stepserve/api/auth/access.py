@@ -11,7 +11,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stepserve.api.auth.keys import ANYBODY, ApiKey, Caller, KeyRing, caller_of_key
+from stepserve.api.auth.keys import ANYBODY, ApiKey, KeyRing, caller_of_key
 from stepserve.api.auth.usage import Rate, Refusal, Usage
 from stepserve.api.errors import KeyLimitError, UnauthorizedError, error_response
 from stepserve.api.request_id import request_id_of, with_headers
@@ -76,12 +76,6 @@ class UsageMiddleware:
             await app(scope, receive, with_headers(send, _limits(response.rate)))
         finally:
             self._usage.give_back(key.name, lease)
-
-
-def caller_in(scope: Scope) -> Caller:
-    """Who sent the request of a connection."""
-    caller: Caller = scope["state"]["caller"]
-    return caller
 
 
 def _is_guarded(scope: Scope) -> bool:

@@ -145,9 +145,3 @@ class PendingBytesMiddleware:
             hold.grow(size_bytes if size_bytes > SMALL_BYTES else 0)
             scope["state"]["hold"] = hold
             await self._app(scope, receive, send)
-
-
-def hold_of(scope: Scope) -> Hold:
-    """What the request of a connection holds."""
-    hold: Hold = scope["state"]["hold"]
-    return hold
