@@ -19,7 +19,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 from stepserve.domain.errors import StepserveError
-from stepserve.domain.guidance import CLASSIC, Guidance
+from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest
 from stepserve.routing.ledger import Ledger
 from stepserve.routing.reports import Job, Report, job_of
@@ -100,9 +100,10 @@ class BatchingRouter(RequestRouter):
             return [candidate_replicas]
         # Else Ray Serve asks again at once, and for ever, where no replica can be reached.
         pending_request.routing_context.should_backoff = True
-        job = _job(pending_request, self._guidance)
-        if job is None:
+        request = pending_request.args[0] if pending_request.args else None
+        if not isinstance(request, GenerationRequest):
             return [candidate_replicas]
+        job = job_of(request, self._guidance)
         with self._lock:
             ranked = [self._replicas.get(key) for key in self._ledger.choose(job, RANKS)]
             best = [replica for replica in ranked if replica is not None]
@@ -154,8 +155,3 @@ class BatchingRouter(RequestRouter):
             self._ledger.note_ended(before[0], job.id)
         self._sent[name] = replica_id, job
         self._ledger.note_sent(replica_id, job)
-
-
-def _job(pending: PendingRequest, guidance: Guidance) -> Job | None:
-    request = pending.args[0] if pending.args else None
-    return job_of(request, guidance) if isinstance(request, GenerationRequest) else None

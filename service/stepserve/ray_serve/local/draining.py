@@ -42,7 +42,9 @@ def drain(settings: Settings, hurried: threading.Event) -> None:
     what is not finished by then is answered with `StoppedError`.
     """
     draining = [
-        threading.Thread(target=_drain_model, args=(model_id, drain_s), daemon=True)
+        threading.Thread(
+            target=_ask_all, args=(model_handle(model_id), drain_s + SLACK_S, "drain"), daemon=True
+        )
         for model_id, drain_s in _with_replicas(settings)
     ]
     for thread in draining:
@@ -63,10 +65,6 @@ def _with_replicas(settings: Settings) -> Iterable[tuple[str, float]]:
         deployments = application.deployments.values() if application is not None else ()
         if any(deployment.replica_states.get(ReplicaState.RUNNING) for deployment in deployments):
             yield model_id, model.engine.drain_s
-
-
-def _drain_model(model_id: str, drain_s: float) -> None:
-    _ask_all(model_handle(model_id), drain_s + SLACK_S, "drain")
 
 
 def _drain_ingress(within_s: float) -> None:
