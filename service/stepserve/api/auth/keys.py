@@ -161,7 +161,8 @@ def read_keys(path: Path | None, listed: str | None) -> KeyRing:
         KeysUnreadableError: names the file or entry, and what is wrong with it.
     """
     from_file = () if path is None else _read_file(path).keys
-    return KeyRing([*from_file, *_read_list(listed or "")])
+    entries = enumerate((listed or "").split(","))
+    return KeyRing([*from_file, *(_read_entry(i, e.strip()) for i, e in entries if e.strip())])
 
 
 def add_key(path: Path, key: ApiKey) -> None:
@@ -227,10 +228,6 @@ def _read_file(path: Path) -> KeysFile:
         # Without the values: a plain key written in place of a hash must not reach a log.
         problems = [".".join(map(str, e["loc"])) + f": {e['msg']}" for e in error.errors()]
         raise KeysUnreadableError(f"wrong API keys in {path}: {'; '.join(problems)}") from None
-
-
-def _read_list(listed: str) -> list[ApiKey]:
-    return [_read_entry(i, e.strip()) for i, e in enumerate(listed.split(",")) if e.strip()]
 
 
 def _read_entry(index: int, entry: str) -> ApiKey:

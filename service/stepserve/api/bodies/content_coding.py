@@ -48,7 +48,7 @@ class Inflater:
         self._received_bytes += len(data)
         stream = self._stream = self._stream or self._open(data)
         try:
-            made = stream.decompress(data, self._room_bytes() + 1)
+            made = stream.decompress(data, self._most_bytes() - self._made_bytes + 1)
         except zlib.error as error:
             raise MalformedBodyError(f"the body is no {self._coding}: {error}") from error
         self._made_bytes += len(made)
@@ -74,9 +74,6 @@ class Inflater:
     def _most_bytes(self) -> int:
         by_ratio = max(FREE_BYTES, MAX_RATIO * self._received_bytes)
         return min(self._limit_bytes, by_ratio)
-
-    def _room_bytes(self) -> int:
-        return self._most_bytes() - self._made_bytes
 
     def _check_length(self, made_bytes: int) -> None:
         if self._made_bytes > self._limit_bytes:

@@ -115,7 +115,7 @@ def parse_fields(fields: dict[str, str], model: type[Model]) -> Model:
     Raises:
         InvalidRequestError: a field is unknown, or of another type.
     """
-    texts = _text_fields(model)
+    texts = {name for name, f in model.model_fields.items() if _holds_text(f.annotation)}
     values = {name: value if name in texts else _as_json(value) for name, value in fields.items()}
     return parse_body(values, model)
 
@@ -133,10 +133,6 @@ def parse_body(values: Any, model: type[Model]) -> Model:
             dict(problem) | {"loc": ("body", *problem["loc"])} for problem in error.errors()
         ]
         raise invalid_request(RequestValidationError(problems), model) from error
-
-
-def _text_fields(model: type[BaseModel]) -> set[str]:
-    return {name for name, field in model.model_fields.items() if _holds_text(field.annotation)}
 
 
 def _holds_text(annotation: Any) -> bool:

@@ -29,14 +29,10 @@ def invalid_request(error: RequestValidationError, body: type[BaseModel]) -> Inv
     problems = list(error.errors())
     first = problems[0]
     if first["type"] == "json_invalid":
-        return MalformedJsonError(_where_json_broke(first))
+        reason, position = first["ctx"]["error"], first["loc"][-1]
+        return MalformedJsonError(f"the body is not valid JSON: {reason} (at character {position})")
     messages = [_explain(problem, body) for problem in problems[:MAX_PROBLEMS]]
     return InvalidRequestError("; ".join(messages), _param(first))
-
-
-def _where_json_broke(problem: dict[str, Any]) -> str:
-    reason, position = problem["ctx"]["error"], problem["loc"][-1]
-    return f"the body is not valid JSON: {reason} (at character {position})"
 
 
 def _explain(problem: dict[str, Any], body: type[BaseModel]) -> str:
@@ -47,18 +43,14 @@ def _explain(problem: dict[str, Any], body: type[BaseModel]) -> str:
         case "missing":
             return f"{field} is required"
         case "extra_forbidden":
-            return f"unknown field {shown(field)}{_hint(problem, body)}"
+            *path, name = problem["loc"][1:]
+            return f"unknown field {shown(field)}{hint(str(name), field_names(body, path))}"
         case "model_type" | "model_attributes_type":
             return f"{field} must be an object, got {brief_json(problem['input'])}"
         case "value_error":
             return str(problem["ctx"]["error"])
     reason = problem["msg"].replace("Input should", f"{field} must", 1)
     return f"{reason}, got {brief_json(problem['input'])}"
-
-
-def _hint(problem: dict[str, Any], body: type[BaseModel]) -> str:
-    *path, name = problem["loc"][1:]
-    return hint(str(name), field_names(body, path))
 
 
 def brief_json(value: Any) -> str:

@@ -92,7 +92,8 @@ async def read_inputs(incoming: Incoming, body_class: type[InputBody]) -> Inputs
         body = parse_body(await _json(incoming), body_class)
         files = {}
     images: list[Source] = [*files.pop("image", []), *files.pop("images", [])]
-    images += _image_addresses(body)
+    images += [] if body.image is None else [body.image]
+    images += [reference.image_url for reference in body.images or ()]
     masks: list[Source] = list(files.pop("mask", []))
     if isinstance(body, EditRequest) and body.mask is not None:
         masks.append(body.mask.image_url)
@@ -178,11 +179,6 @@ async def _json(incoming: Incoming) -> object:
     finally:
         # Kept by Starlette as long as the request else, beside the files that it holds.
         incoming.http._body = b""
-
-
-def _image_addresses(body: InputBody) -> list[str]:
-    single = [] if body.image is None else [body.image]
-    return [*single, *(reference.image_url for reference in body.images or ())]
 
 
 def _only(field: str, sources: Sequence[Source]) -> Source | None:
