@@ -171,7 +171,7 @@ class CoBatchWatch:
         current = greenlet.getcurrent()
         assert isinstance(current, TrackGreenlet)
         for row in args[0]:
-            self._submissions[content_digest(row)].add(current.track.work.id)
+            self._submissions[content_digest(row)].add(current.track.id)
 
     def _ran(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         self.rows.append(args[0].shape[0])

@@ -157,7 +157,7 @@ class TaskWatcher:
     def _handed_over(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         current = greenlet.getcurrent()
         assert isinstance(current, TrackGreenlet)
-        task = current.track.work.id.partition("/")[0]
+        task = current.track.id.partition("/")[0]
         self._task_of |= {content_digest(row): task for row in args[0]}
 
     def _ran(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ shared and a plain run is a mistake of the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from stepserve.engine.loop.observer import Observer
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
 from stepserve.engine.tracks.interception import make_parkable
-from stepserve.engine.tracks.track import Track, Work
+from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
 
 WIDTH = 4
@@ -157,7 +157,7 @@ class Ear:
         return [word for word in self.news if word in ("finished", "failed")]
 
 
-def make_work(
+def make_track(
     run: Callable[[], Any],
     *,
     name: str = "r",
@@ -165,12 +165,12 @@ def make_work(
     steps: int = 3,
     images: int = 1,
     ear: Any = None,
-) -> Work:
-    return Work(name, rows, steps, images, run, ear or Ear())
+) -> Track:
+    return Track(name, rows, steps, images, run, ear or Ear())
 
 
-def job_work(modules: Modules, job: Job, ear: Ear | None = None) -> Work:
-    return make_work(
+def job_track(modules: Modules, job: Job, ear: Ear | None = None) -> Track:
+    return make_track(
         lambda: job.run(modules),
         name=str(job.seed),
         rows=job.rows,
@@ -212,15 +212,16 @@ class Bench:
         return self.estimator.forecast(tracks, self.max_rows).finish_s
 
     def _on_ended(self, track: Track) -> None:
-        self.ended.append(track.work.id)
+        self.ended.append(track.id)
 
     def add(self, job: Job) -> Ear:
-        return self.add_work(job_work(self.modules, job))
+        return self.add_track(job_track(self.modules, job))
 
-    def add_work(self, work: Work) -> Ear:
-        self.batcher.scheduler.add(Track(work, self.clock))
-        assert isinstance(work.listener, Ear)
-        return work.listener
+    def add_track(self, track: Track) -> Ear:
+        """Submit it now, by the clock of the bench."""
+        self.batcher.scheduler.add(replace(track, clock=self.clock))
+        assert isinstance(track.listener, Ear)
+        return track.listener
 
     def run(self, ticks: int | None = None) -> int:
         """Tick until there is nothing to do, or so many times; returns ticks that did something."""

@@ -10,10 +10,10 @@ import random
 from dataclasses import dataclass, field, replace
 
 import torch
-from engine_fakes import Denoiser, Ear, Job, Modules, job_work
+from engine_fakes import Denoiser, Ear, Job, Modules, job_track
 from stepserve.domain.errors import RefusedError
 from stepserve.engine.loop.engine import Engine, EngineOptions
-from stepserve.engine.tracks.track import Work
+from stepserve.engine.tracks.track import Track
 
 STEPS = {4: 0.25, 10: 0.25, 20: 0.35, 50: 0.15}
 GUIDED = 0.8
@@ -58,9 +58,9 @@ class Score:
 
     seconds: float
     refused: list[RefusedError] = field(default_factory=list)
-    met: list[Work] = field(default_factory=list)
-    missed: list[Work] = field(default_factory=list)
-    finished: list[Work] = field(default_factory=list)
+    met: list[Track] = field(default_factory=list)
+    missed: list[Track] = field(default_factory=list)
+    finished: list[Track] = field(default_factory=list)
 
     @property
     def met_share(self) -> float:
@@ -85,19 +85,19 @@ class SimulatedEngine:
         self.clock = self.modules.clock
         options = EngineOptions(max_rows=MAX_ROWS, max_pending_images=MANY)
         self.engine = Engine(options, clock=self.clock)
-        self.works: list[Work] = []
+        self.tracks: list[Track] = []
         self.refused: dict[str, RefusedError] = {}
 
     def run(self) -> Score:
         """Let everything come, and turn the engine until it is done with it."""
         next_s, warm_s = self.clock.now_s, self.clock.now_s
-        while self.turn() or len(self.works) < self.traffic.count:
+        while self.turn() or len(self.tracks) < self.traffic.count:
             if not self.engine._in_flight:
                 self.clock.now_s = max(self.clock.now_s, next_s)
-            while len(self.works) < self.traffic.count and self.clock.now_s >= next_s:
+            while len(self.tracks) < self.traffic.count and self.clock.now_s >= next_s:
                 self.submit(self.draw())
                 next_s += self.chance.expovariate(self.traffic.per_s)
-                warm_s = next_s if len(self.works) == WARM_UP else warm_s
+                warm_s = next_s if len(self.tracks) == WARM_UP else warm_s
         self.engine.stop()
         return self.score(max(next_s - warm_s, self.clock.now_s - warm_s))
 
@@ -106,37 +106,37 @@ class SimulatedEngine:
         self.engine._take_commands(wait=False)
         return self.engine.batcher.tick()
 
-    def draw(self) -> Work:
+    def draw(self) -> Track:
         """The next request."""
         steps = self.chance.choices(list(STEPS), weights=list(STEPS.values()))[0]
-        job = Job(len(self.works), steps, rows=2 if self.chance.random() < GUIDED else 1)
+        job = Job(len(self.tracks), steps, rows=2 if self.chance.random() < GUIDED else 1)
         patient = self.chance.random() < self.traffic.without_deadline
         deadline_s = None if patient else self.traffic.slack * serial_s(job)
-        return replace(job_work(self.modules, job), deadline_s=deadline_s)
+        return replace(job_track(self.modules, job), deadline_s=deadline_s, clock=self.clock)
 
-    def submit(self, work: Work) -> None:
+    def submit(self, track: Track) -> None:
         """Knock."""
-        self.works.append(work)
+        self.tracks.append(track)
         try:
-            self.engine.submit(work)
+            self.engine.submit(track)
         except RefusedError as error:
-            self.refused[work.id] = error
+            self.refused[track.id] = error
 
     def score(self, seconds: float) -> Score:
         """Of what came after the warm-up."""
         score = Score(seconds)
-        for work in self.works[WARM_UP:]:
-            if work.id in self.refused:
-                score.refused.append(self.refused[work.id])
+        for track in self.tracks[WARM_UP:]:
+            if track.id in self.refused:
+                score.refused.append(self.refused[track.id])
                 continue
-            ear = work.listener
+            ear = track.listener
             assert isinstance(ear, Ear)
             assert ear.timings is not None
-            in_time = work.deadline_s is None or ear.timings.total_s <= work.deadline_s
+            in_time = track.deadline_s is None or ear.timings.total_s <= track.deadline_s
             if in_time and ear.ends == ["finished"]:
-                score.finished.append(work)
-            if work.deadline_s is not None:
-                (score.met if in_time else score.missed).append(work)
+                score.finished.append(track)
+            if track.deadline_s is not None:
+                (score.met if in_time else score.missed).append(track)
         return score
 
 

@@ -64,8 +64,7 @@ class Accounting:
             stage=call.method.stage,
             module=call.method.name,
             requests=tuple(
-                (track.work.key, call.rows)
-                for track, call in zip(tracks, forward.calls, strict=True)
+                (track.key, call.rows) for track, call in zip(tracks, forward.calls, strict=True)
             ),
             rows=rows,
             padded_rows=forward.padded_rows,
@@ -103,15 +102,15 @@ class Accounting:
 
     def track_ended(self, track: Track) -> None:
         """A request has ended, and its listener has heard it."""
-        now_s, work = self._clock(), track.work
+        now_s = self._clock()
         self._estimator.track_ended(track, now_s)
         report = EndReport(
-            key=work.key,
+            key=track.key,
             state=track.state,
             timings=track.timings(now_s),
-            images=work.images,
+            images=track.images,
             steps_left=track.steps_left,
-            has_deadline=work.deadline_s is not None,
+            has_deadline=track.deadline_s is not None,
             ended_s=now_s,
         )
         for observer in self._observers:

@@ -77,7 +77,7 @@ class Batcher:
     def stop_all(self, make_error: Callable[[str], BaseException]) -> None:
         """End every track with the error that `make_error` makes for its request id."""
         for track in list(self.scheduler.tracks):
-            track.stop(make_error(track.work.id))
+            track.stop(make_error(track.id))
         self._forget_ended()
 
     def tick(self) -> bool:
@@ -211,8 +211,8 @@ class Batcher:
 
 
 def _in_batch(track: Track, owner: str) -> RequestInBatch:
-    work, shown_id = track.work, id_for(owner, track.work.key)
-    return RequestInBatch(shown_id, track.state, track.steps_done, work.steps, work.rows)
+    shown_id = id_for(owner, track.key)
+    return RequestInBatch(shown_id, track.state, track.steps_done, track.steps, track.rows)
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:
@@ -220,11 +220,10 @@ def _calls(group: Sequence[Track]) -> list[Call]:
 
 
 def _device_lost(track: Track) -> StoppedError:
-    return StoppedError(f"request {track.work.id} was not finished before its device was lost")
+    return StoppedError(f"request {track.id} was not finished before its device was lost")
 
 
 def _expired(track: Track) -> ExpiredError:
     return ExpiredError(
-        f"request {track.work.id} was not finished within its deadline of "
-        f"{track.work.deadline_s:g} s"
+        f"request {track.id} was not finished within its deadline of {track.deadline_s:g} s"
     )

@@ -42,7 +42,7 @@ from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.forecast import CompletionEstimate
 from stepserve.engine.tracks.listener import tell
 from stepserve.engine.tracks.prediction import Prediction
-from stepserve.engine.tracks.track import Clock, Track, Work
+from stepserve.engine.tracks.track import Clock, Track
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +135,12 @@ class Engine:
         self._thread.start()
         prepared.result()
 
-    def submit(self, work: Work) -> int:
-        """Accept work and return how many requests are ahead of it.
+    def submit(self, track: Track) -> int:
+        """Accept a new track and return how many requests are ahead of it.
 
         Raises:
-            ServerFullError: too many images are in flight already, or with this work too some in
-                hand would miss their deadlines.
+            ServerFullError: too many images are in flight already, or with this track too some in
+                flight would miss their deadlines.
             UnmeetableDeadlineError: it would not be finished within its own deadline.
             NotReadyError: the engine is draining or has stopped.
         """
@@ -150,8 +150,7 @@ class Engine:
             if not self._open:
                 raise NotReadyError("the server is draining and takes no new work", DRAIN_RETRY_S)
             in_flight = self._not_ended()
-            self._check_room(in_flight, work.images)
-            track = Track(work, self._clock)
+            self._check_room(in_flight, track.images)
             estimate = self._forecast([*in_flight, track])
             self._check_deadlines(in_flight, track, estimate)
             self._let_in(in_flight, track, estimate)
@@ -184,22 +183,22 @@ class Engine:
             tracks = self._not_ended()
             seconds = self._forecast(tracks).finish_s
         for position, (track, expected_s) in enumerate(zip(tracks, seconds, strict=True)):
-            if track.work.key == key:
+            if track.key == key:
                 return position, expected_s
         return None
 
     def demands(self) -> dict[RequestKey, Demand]:
         """What is left to do for each request in flight."""
         with self._lock:
-            return {t.work.key: self._estimator.demand(t) for t in self._not_ended()}
+            return {t.key: self._estimator.demand(t) for t in self._not_ended()}
 
     def step_costs(self) -> dict[Hashable, tuple[float, float]]:
         """What was learned of steps; see `CompletionEstimator.step_costs`."""
         return self._estimator.step_costs()
 
-    def serial_s(self, work: Work) -> float:
-        """Seconds that `work` should take if there were no other; 0 while nothing is learned."""
-        return self._forecast([Track(work, self._clock)]).finish_s[0]
+    def serial_s(self, track: Track) -> float:
+        """Seconds that `track` should take if there were no other; 0 while nothing is learned."""
+        return self._forecast([track]).finish_s[0]
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two ticks, and wait for what it returns.
@@ -340,7 +339,7 @@ class Engine:
         with self._lock:
             left_over = list(self._in_flight)
         for track in left_over:
-            track.abandon(_stopped(track.work.id))
+            track.abandon(_stopped(track.id))
             self._forget(track)
 
     def _forget(self, track: Track) -> None:
@@ -361,7 +360,7 @@ class Engine:
 
     def _check_room(self, in_flight: Sequence[Track], images: int) -> None:
         limit = self.options.max_pending_images
-        if sum(track.work.images for track in in_flight) + images > limit:
+        if sum(track.images for track in in_flight) + images > limit:
             check_room(self._endings(in_flight), images, limit)
 
     def _check_deadlines(
@@ -371,7 +370,7 @@ class Engine:
         check_promises(
             estimate, estimator.lateness, [other.expires_s - now_s for other in in_flight]
         )
-        deadline_s = track.work.deadline_s
+        deadline_s = track.deadline_s
         if deadline_s is None or not estimator.knows(track):
             return
         # It learns from nobody but those that it lets in.
@@ -390,7 +389,7 @@ class Engine:
             other.predicted = Prediction(now_s, seconds, forward_s)
         expected_s = self._estimator.stretched_s(track, estimate.finish_s[-1])
         self._in_flight.add(track)
-        tell(track.work.id, track.work.listener.accepted, len(in_flight), expected_s)
+        tell(track.id, track.listener.accepted, len(in_flight), expected_s)
         self._commands.put(lambda: self.batcher.scheduler.add(track))
 
     def _forecast(self, tracks: Sequence[Track]) -> CompletionEstimate:
@@ -399,7 +398,7 @@ class Engine:
 
     def _endings(self, tracks: Sequence[Track]) -> list[Ending]:
         seconds = self._forecast(tracks).finish_s
-        return [Ending(s, t.work.images) for s, t in zip(seconds, tracks, strict=True)]
+        return [Ending(s, t.images) for s, t in zip(seconds, tracks, strict=True)]
 
 
 def _answer(answer: Future[T], function: Callable[[], T]) -> None:

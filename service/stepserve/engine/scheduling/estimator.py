@@ -63,7 +63,7 @@ class CompletionEstimator:
     def step_ended(self, track: Track, call: Call) -> None:
         """A denoising step of a track took part in a forward."""
         self._latest = StepShape(call.key.shape, call.method.max_rows)
-        self._shapes[track.work.size] = self._latest
+        self._shapes[track.size] = self._latest
 
     def tick_ended(self, busy_s: float, forward_s: float) -> None:
         """A tick is over; what was not spent in forwards is the engine's and the pipelines'."""
@@ -74,7 +74,7 @@ class CompletionEstimator:
         if track.state is RequestState.FINISHED:
             stage_s = track.stage_s
             other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
-            self._other_row_s.observe(other_s / track.work.rows)
+            self._other_row_s.observe(other_s / track.rows)
             self._learn_stretch(track, now_s - track.submitted_s)
         # What expired would have ended even later. Without it only those on time would be heeded.
         if track.predicted and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
@@ -86,19 +86,19 @@ class CompletionEstimator:
 
     def demand(self, track: Track) -> Demand:
         """What is left to do for a track, as all that decides and predicts sees it."""
-        work, left = track.work, track.steps_left
-        step_s = self._forward_s(self._step_shape(track).shape, work.rows)
+        left = track.steps_left
+        step_s = self._forward_s(self._step_shape(track).shape, track.rows)
         left_s = left * step_s
         return Demand(
             track.arrival,
             track.rows_ahead,
             left,
             track.kind,
-            work.priority,
+            track.priority,
             track.submitted_s,
             left_s,
-            work.steps * step_s,
-            math.inf if work.deadline_s is None else track.expires_s - left_s,
+            track.steps * step_s,
+            track.expires_s - left_s,
             track.state is RequestState.RUNNING,
         )
 
@@ -130,7 +130,7 @@ class CompletionEstimator:
 
     def knows(self, track: Track) -> bool:
         """Whether steps of its size were ever measured, so that there is more than a guess."""
-        return track.work.size in self._shapes
+        return track.size in self._shapes
 
     def stretched_s(self, track: Track, predicted_s: float) -> float:
         """What was predicted for a new track, made longer by as much as it usually gets.
@@ -148,7 +148,7 @@ class CompletionEstimator:
             stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
 
     def _step_shape(self, track: Track) -> StepShape:
-        return self._shapes.get(track.work.size, self._latest)
+        return self._shapes.get(track.size, self._latest)
 
     def _line(self, step: StepShape) -> tuple[float, float]:
         one_s, all_s = (self._forward_s(step.shape, rows) for rows in (1, step.max_rows))
@@ -161,4 +161,4 @@ class CompletionEstimator:
 
 def _kind(track: Track) -> Hashable:
     """Requests of equal kinds are passed over alike: of one size, and of similar step counts."""
-    return track.work.size, track.work.steps.bit_length()
+    return track.size, track.steps.bit_length()

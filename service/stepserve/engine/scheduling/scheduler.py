@@ -60,7 +60,7 @@ class Scheduler:
 
     def find(self, key: RequestKey) -> list[Track]:
         """The track of that request, if it is there."""
-        return [track for track in self.tracks if track.work.key == key]
+        return [track for track in self.tracks if track.key == key]
 
     def expired(self, now_s: float) -> list[Track]:
         """Those whose deadline has passed."""
@@ -118,4 +118,4 @@ class Scheduler:
 
 def _rows_of(track: Track) -> Demand:
     """The rows that a track takes beside others; when it should end is left out."""
-    return Demand(0, track.rows_ahead, 0, track.kind, track.work.priority)
+    return Demand(0, track.rows_ahead, 0, track.kind, track.priority)

@@ -63,7 +63,7 @@ def parkable(
         current = greenlet.getcurrent()
         if not isinstance(current, TrackGreenlet) or _wants_gradients(args, kwargs):
             return original(*args, **kwargs)
-        interval = current.track.work.guidance_interval
+        interval = current.track.guidance_interval
         if method.stage == Stage.DENOISE and interval is not None:
             return _park_narrowed(current.track, interval, method, args, kwargs)
         if method.output_cache is None:
@@ -117,8 +117,8 @@ def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: A
         args,
         kwargs,
         next(_sequence),
-        variant=track.variant,
-        module_variant=track.work.variant,
+        variant=track.sharing_variant,
+        module_variant=track.variant,
     )
     return track.park(call)
 
@@ -140,7 +140,7 @@ def _park_narrowed(
 def _recall(
     track: Track, method: ParkableMethod, cache: OutputCache, args: tuple[Any, ...], kwargs: Any
 ) -> Any:
-    key = content_key(track.work.variant, args, kwargs)
+    key = content_key(track.variant, args, kwargs)
     known, output = cache.find(key)
     if not known:
         output = _park(track, method, args, kwargs)

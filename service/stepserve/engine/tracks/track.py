@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -49,28 +50,38 @@ class Stage(StrEnum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What the engine is asked to do.
+class TrackGreenlet(greenlet.greenlet):
+    """A greenlet that knows its track, so that a parkable module finds it."""
+
+    track: Track
+
+
+@dataclass(eq=False)
+class Track:
+    """A request in the engine: what is asked of it, and how far it is. Submitted when constructed.
+
+    The engine resumes it with the outputs of module calls; it runs on until its next call, which
+    is then in `call`, or until it ends. Whatever the pipeline raises ends this track and no other.
 
     Args:
-        id: names the work in messages, and among the works of its owner.
+        id: names it in messages, and among the tracks of its owner.
         rows: rows that each denoiser call will take, unless it is narrowed.
         steps: denoiser calls expected, for estimates.
-        images: images it makes, counted against the limit on waiting work.
+        images: images it makes, counted against the limit on those pending.
         run: the pipeline call; it runs in a greenlet on the engine thread.
         listener: hears the end, exactly once.
         variant: what the shared modules must be set to while they serve it, such as a set of
             adapters. Calls of different variants never share a forward.
         priority: 0 goes first; see `policy`.
-        deadline_s: seconds after submission by which an answer is of use, or None.
+        deadline_s: seconds after submission by which its images are of use, or None.
         isolated: its calls never share a forward.
         size: what decides the cost of its steps, such as width and height. Requests of equal size
             are expected to take equally long for a row.
         guidance_interval: which denoiser calls need only half of their rows, or None.
-        owner: who it is for. Works of several owners may have the same id.
+        owner: who it is for. Tracks of several owners may have the same id.
         held: it may not start before `Engine.release` is told that what it needs is there. Until
             then it waits in line as any other.
+        clock: the engine's.
     """
 
     id: str
@@ -87,30 +98,12 @@ class Work:
     guidance_interval: GuidanceInterval | None = None
     owner: str = ""
     held: bool = False
+    clock: Clock = time.perf_counter
 
-    @property
-    def key(self) -> RequestKey:
-        """What names it among all that is in flight."""
-        return RequestKey(self.id, self.owner)
-
-
-class TrackGreenlet(greenlet.greenlet):
-    """A greenlet that knows its track, so that a parkable module finds it."""
-
-    track: Track
-
-
-class Track:
-    """One piece of work between its submission and its end.
-
-    The engine resumes it with the outputs of module calls; it runs on until its next call, which
-    is then in `call`, or until it ends. Whatever the pipeline raises ends this track and no other.
-    """
-
-    def __init__(self, work: Work, clock: Clock) -> None:
-        self.work = work
+    def __post_init__(self) -> None:
+        self.key = RequestKey(self.id, self.owner)
         self.state = RequestState.QUEUED
-        self.submitted_s = clock()
+        self.submitted_s = self.clock()
         self.started_s: float | None = None
         # When its first denoising step began.
         self.first_step_s: float | None = None
@@ -118,7 +111,6 @@ class Track:
         # Its part of the rows of each denoiser forward.
         self.shares: list[float] = []
         self.call: Call | None = None
-        self.held = work.held
         self.parked_s = 0.0
         self.steps_done = 0
         # Orders tracks by their submission.
@@ -127,7 +119,6 @@ class Track:
         self.first_predicted_s: float | None = None
         # The same, predicted anew with each that came later.
         self.predicted: Prediction | None = None
-        self._clock = clock
         self._stopped_by: BaseException | None = None
         # Made on start: a greenlet belongs to the thread that makes it, which must be the engine's.
         self._greenlet: TrackGreenlet | None = None
@@ -138,31 +129,30 @@ class Track:
         return is_terminal(self.state)
 
     @property
-    def variant(self) -> Hashable:
+    def sharing_variant(self) -> Hashable:
         """What keeps its calls apart from others': its adapters, and itself if it is isolated."""
-        return (self.work.variant, self.work.key) if self.work.isolated else self.work.variant
+        return (self.variant, self.key) if self.isolated else self.variant
 
     @property
     def kind(self) -> Hashable:
         """Requests of equal kind can share forwards."""
-        return self.work.size, self.variant
+        return self.size, self.sharing_variant
 
     @property
     def steps_left(self) -> int:
         """Denoiser calls still expected."""
-        return max(self.work.steps - self.steps_done, 0)
+        return max(self.steps - self.steps_done, 0)
 
     @property
     def rows_ahead(self) -> int:
         """The most rows that any of its denoiser calls will still take. Never grows."""
-        interval = self.work.guidance_interval
-        return self.work.rows if interval is None else interval.rows_from(self.steps_done)
+        interval = self.guidance_interval
+        return self.rows if interval is None else interval.rows_from(self.steps_done)
 
     @property
     def expires_s(self) -> float:
         """When its deadline passes, on the engine's clock."""
-        deadline_s = self.work.deadline_s
-        return math.inf if deadline_s is None else self.submitted_s + deadline_s
+        return self.submitted_s + (math.inf if self.deadline_s is None else self.deadline_s)
 
     def timings(self, now_s: float) -> Timings:
         """Seconds by stage up to this moment."""
@@ -180,9 +170,9 @@ class Track:
     def start(self) -> None:
         """Run up to the first module call."""
         self.state = move(self.state, RequestState.RUNNING)
-        self.started_s = self._clock()
-        tell(self.work.id, self.work.listener.started)
-        self._greenlet = TrackGreenlet(self.work.run)
+        self.started_s = self.clock()
+        tell(self.id, self.listener.started)
+        self._greenlet = TrackGreenlet(self.run)
         self._greenlet.track = self
         self._run(self._greenlet.switch)
 
@@ -240,7 +230,7 @@ class Track:
     def _settle(self, result: Any) -> None:
         """After a switch that raised nothing: parked, ended, or made to end."""
         if self.call is not None:
-            self.parked_s = self._clock()
+            self.parked_s = self.clock()
         elif self._stopped_by is not None:
             self._fail(self._stopped_by)
         elif isinstance(result, greenlet.GreenletExit):
@@ -248,8 +238,8 @@ class Track:
             self._fail(result)
         else:
             self._end(RequestState.FINISHED)
-            timings = self.timings(self._clock())
-            tell(self.work.id, self.work.listener.finished, result, timings)
+            timings = self.timings(self.clock())
+            tell(self.id, self.listener.finished, result, timings)
 
     def _fail(self, error: BaseException) -> None:
         error = self._stopped_by or error
@@ -260,9 +250,9 @@ class Track:
         else:
             self._end(RequestState.FAILED)
             if not isinstance(error, InvalidRequestError):
-                logger.warning("request %s failed", self.work.id, exc_info=error)
+                logger.warning("request %s failed", self.id, exc_info=error)
         forget_frames(error)
-        tell(self.work.id, self.work.listener.failed, error, self.timings(self._clock()))
+        tell(self.id, self.listener.failed, error, self.timings(self.clock()))
 
     def _end(self, state: RequestState) -> None:
         self.state = move(self.state, state)

@@ -14,7 +14,7 @@ from stepserve.engine.calls.call import Call, CallKey
 from stepserve.engine.tracks.track import Stage, Track
 from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
-from stepserve.pipelines.probing.sharing_check import ProbeListener, ProbeRequest, probe_work
+from stepserve.pipelines.probing.sharing_check import ProbeListener, ProbeRequest, probe_track
 
 
 @contextmanager
@@ -31,9 +31,7 @@ def parked_at(
         if rule.stage == stage and path not in options.inline
     }
     unwrap = wrap_modules(pipeline, Wrappers(parking=options))
-    tracks = [
-        Track(probe_work(i, probe, ProbeListener()), lambda: 0.0) for i, probe in enumerate(probes)
-    ]
+    tracks = [probe_track(i, probe, ProbeListener()) for i, probe in enumerate(probes)]
     try:
         with torch.no_grad():
             groups: dict[CallKey, list[Call]] = defaultdict(list)

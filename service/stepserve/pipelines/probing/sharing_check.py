@@ -35,7 +35,7 @@ from stepserve.engine.scheduling.policy import (
     method_limit,
 )
 from stepserve.engine.tracks.interception import replace_method
-from stepserve.engine.tracks.track import Track, Work
+from stepserve.engine.tracks.track import Track
 from stepserve.pipelines.modules.parking import ParkingOptions, ParkingRule, parkable_methods
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 
@@ -252,8 +252,7 @@ def run_at_once(
         while waiting or batcher.scheduler.tracks:
             while waiting and waiting[0][0] <= tick:
                 _, index = waiting.pop(0)
-                track = Track(probe_work(index, probes[index], listeners[index]), batcher.clock)
-                batcher.scheduler.add(track)
+                batcher.scheduler.add(probe_track(index, probes[index], listeners[index]))
             batcher.tick()
             tick += 1
     finally:
@@ -261,9 +260,9 @@ def run_at_once(
     return listeners
 
 
-def probe_work(index: int, probe: ProbeRequest, listener: ProbeListener) -> Work:
-    """A probe request as work for the engine."""
-    return Work(f"probe-{index}", rows=1, steps=1, images=1, run=probe, listener=listener)
+def probe_track(index: int, probe: ProbeRequest, listener: ProbeListener) -> Track:
+    """A probe request as the engine wants it."""
+    return Track(f"probe-{index}", rows=1, steps=1, images=1, run=probe, listener=listener)
 
 
 class InStep:

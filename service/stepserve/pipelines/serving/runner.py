@@ -41,7 +41,7 @@ from stepserve.pipelines.serving.preparation import (
     SharingOptions,
     prepare,
 )
-from stepserve.pipelines.serving.work import work_of
+from stepserve.pipelines.serving.track import track_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class PipelineRunner:
                 self._count_withheld,
                 cut_prompts,
             )
-            self.engine.submit(work_of(self.model, self.adapters, request, listener))
+            self.engine.submit(track_of(self.model, self.adapters, request, listener))
             self._decoder.submit(inputs)
         except (InvalidRequestError, RefusedError) as error:
             sink(Failed(request.id, error))
@@ -242,8 +242,8 @@ class PipelineRunner:
             scheduler=limits.default_scheduler,
         )
         listener = RequestListener(usual, lambda event: None, self._encoder, Inputs(usual))
-        work = work_of(self.model, self.adapters, usual, listener)
-        return self.engine.serial_s(work) or None
+        track = track_of(self.model, self.adapters, usual, listener)
+        return self.engine.serial_s(track) or None
 
     def _fingerprint(self) -> str:
         fingerprint = self._limits.fingerprint

@@ -30,7 +30,7 @@ from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
 from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.engine.scheduling.row_limits import knee
-from stepserve.engine.tracks.track import Work
+from stepserve.engine.tracks.track import Track
 from stepserve.pipelines.loading.weights import check_all_weights
 from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.runner import PipelineRunner
@@ -218,7 +218,7 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     """Seconds of one step of `request` by itself, or None if it cannot be done."""
     stopwatch = Stopwatch(torch.device(runner.model.pipeline.device))
     guidance = runner.model.capabilities.guidance
-    work = Work(
+    track = Track(
         id=request.id,
         rows=_rows(runner, request),
         steps=guidance.calls_of(request, request.num_inference_steps),
@@ -227,7 +227,7 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
         listener=stopwatch,
         size=(request.width, request.height),
     )
-    runner.engine.submit(work)
+    runner.engine.submit(track)
     error = stopwatch.ended.get()
     if error is not None and not is_out_of_memory(error):
         logger.warning("%d images could not be measured: %s", request.n, error)

@@ -7,7 +7,7 @@ from engine_fakes import Ear, FakeClock
 from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.tracks.interception import make_parkable
-from stepserve.engine.tracks.track import Track, Work
+from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
 
 
@@ -31,8 +31,8 @@ def serve(module: Counting, *tokens: Tensor, variant: str | None = None) -> list
         def run(value: Tensor = value) -> None:
             outputs.append(module(value)[0])
 
-        work = Work(str(index), 1, 1, 1, run, Ear(), variant=variant)
-        batcher.scheduler.add(Track(work, batcher.clock))
+        track = Track(str(index), 1, 1, 1, run, Ear(), variant, clock=batcher.clock)
+        batcher.scheduler.add(track)
         while batcher.tick():
             pass
     return outputs

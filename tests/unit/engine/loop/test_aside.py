@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from engine_fakes import WIDTH, Bench, FakeClock, Job, PoisonedError, alone, make_work
+from engine_fakes import WIDTH, Bench, FakeClock, Job, PoisonedError, alone, make_track
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.loop.execution import Execution
@@ -109,7 +109,7 @@ def test_who_ends_while_it_is_decoded_is_not_woken(bench: Bench, device: TwoQueu
 
 def test_a_decoder_that_raises_fails_its_own_request(bench: Bench, device: TwoQueues) -> None:
     spoiled = torch.full((1, WIDTH), float("nan"))
-    bad = bench.add_work(make_work(lambda: bench.modules.decoder(spoiled)))
+    bad = bench.add_track(make_track(lambda: bench.modules.decoder(spoiled)))
     good = bench.add(Job(seed=2))
     bench.run()
     assert isinstance(bad.error, PoisonedError)
@@ -118,7 +118,7 @@ def test_a_decoder_that_raises_fails_its_own_request(bench: Bench, device: TwoQu
 
 def test_who_goes_on_after_decoding_comes_behind_it(bench: Bench, device: TwoQueues) -> None:
     decode = bench.modules.decoder
-    ear = bench.add_work(make_work(lambda: decode(decode(torch.ones(1, WIDTH)))))
+    ear = bench.add_track(make_track(lambda: decode(decode(torch.ones(1, WIDTH)))))
     bench.run()
     assert ear.ends == ["finished"]
     there_and_back = ["launched aside", "woken aside"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_fakes import Bench, Ear, Job, alone, job_work, make_work
+from engine_fakes import Bench, Ear, Job, alone, job_track, make_track
 from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.errors import CancelledError
@@ -112,7 +112,7 @@ def test_active_rows_stay_within_the_limit_and_later_ones_wait_in_order() -> Non
     ears = [bench.add(job) for job in jobs]
     most = 0
     while bench.batcher.tick():
-        most = max(most, sum(track.work.rows for track in bench.batcher.scheduler.running))
+        most = max(most, sum(track.rows for track in bench.batcher.scheduler.running))
     assert most == 4
     assert bench.ended == ["0", "1", "2", "3", "4"]
     for ear, job in zip(ears, jobs, strict=True):
@@ -125,9 +125,9 @@ def test_other_sizes_start_where_their_own_forwards_have_room() -> None:
         bench.add(Job(seed=seed, rows=2, steps=30))
     other = Job(seed=9, rows=2, steps=3)
     # In the fakes a set of adapters is what keeps calls apart, as a size does.
-    bench.add_work(replace(job_work(bench.modules, other), variant="other"))
+    bench.add_track(replace(job_track(bench.modules, other), variant="other"))
     bench.run(1)
-    assert {track.work.id for track in bench.batcher.scheduler.running} == {"0", "1", "9"}
+    assert {track.id for track in bench.batcher.scheduler.running} == {"0", "1", "9"}
     bench.run()
     assert bench.ended == ["9", "0", "1", "2"]
 
@@ -137,9 +137,9 @@ def test_rows_that_are_needed_no_more_let_others_start() -> None:
     bench = Bench(max_rows=4)
     interval = GuidanceInterval(4, calls=6, needs_all=lambda call: call < 2)
     wide = replace(
-        job_work(bench.modules, Job(seed=1, rows=4, steps=6)), guidance_interval=interval
+        job_track(bench.modules, Job(seed=1, rows=4, steps=6)), guidance_interval=interval
     )
-    bench.add_work(wide)
+    bench.add_track(wide)
     bench.run(1)
     newcomer = bench.add(Job(seed=2, rows=2, steps=4))
     bench.run()
@@ -168,7 +168,7 @@ def test_the_queue_goes_on_in_the_same_tick_when_the_first_in_line_ends_at_once(
     def fails() -> None:
         raise ValueError("no")
 
-    failing = bench.add_work(make_work(fails, name="failing", rows=4))
+    failing = bench.add_track(make_track(fails, name="failing", rows=4))
     fine = bench.add(Job(seed=1, rows=4))
     assert bench.batcher.tick()
     assert failing.ends == ["failed"]
@@ -178,7 +178,7 @@ def test_the_queue_goes_on_in_the_same_tick_when_the_first_in_line_ends_at_once(
 
 def test_a_tick_that_only_started_something_is_not_idle() -> None:
     bench = Bench()
-    ear = bench.add_work(make_work(lambda: "no module needed"))
+    ear = bench.add_track(make_track(lambda: "no module needed"))
     assert bench.batcher.tick()
     assert ear.result == "no module needed"
     assert not bench.batcher.tick()
@@ -226,7 +226,7 @@ def test_own_python_counts_towards_the_total() -> None:
         bench.modules.decoder(torch.zeros(1, 4))
         clock.advance(2)
 
-    ear = bench.add_work(make_work(run))
+    ear = bench.add_track(make_track(run))
     bench.run()
     assert ear.timings is not None
     assert ear.timings.total_s == pytest.approx(3 + 0.006)
@@ -286,7 +286,7 @@ def test_of_two_owners_with_one_id_the_right_one_is_ended() -> None:
     bench = Bench()
     jobs = {"alice": Job(seed=7, steps=4), "bob": Job(seed=8, steps=4)}
     ears = {
-        owner: bench.add_work(replace(job_work(bench.modules, job), id="order", owner=owner))
+        owner: bench.add_track(replace(job_track(bench.modules, job), id="order", owner=owner))
         for owner, job in jobs.items()
     }
     bench.run(2)
@@ -300,8 +300,8 @@ def test_of_two_owners_with_one_id_the_right_one_is_ended() -> None:
 def test_isolated_requests_of_two_owners_with_one_id_share_nothing() -> None:
     bench = Bench()
     for owner in ("alice", "bob"):
-        work = job_work(bench.modules, Job(seed=1, steps=4))
-        bench.add_work(replace(work, id="order", owner=owner, isolated=True))
+        track = job_track(bench.modules, Job(seed=1, steps=4))
+        bench.add_track(replace(track, id="order", owner=owner, isolated=True))
     bench.run()
 
     assert bench.modules.denoiser.rows == [2] * 8

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fakes import Ear, Job, Modules, alone, job_work, make_work
+from engine_fakes import Ear, Job, Modules, alone, job_track, make_track
 from stepserve.domain.errors import (
     ExpiredError,
     GenerationFailedError,
@@ -105,7 +105,7 @@ def engines() -> Iterator[Callable[..., Engine]]:
 
 def submit(engine: Engine, modules: Modules, job: Job) -> WaitingEar:
     ear = WaitingEar()
-    engine.submit(job_work(modules, job, ear))
+    engine.submit(job_track(modules, job, ear))
     return ear
 
 
@@ -132,13 +132,13 @@ def test_accepted_is_heard_before_started_even_if_the_engine_is_quicker(
             super().accepted(position, expected_s)
 
     ear = SlowEar()
-    engine.submit(job_work(modules, Job(seed=1), ear))
+    engine.submit(job_track(modules, Job(seed=1), ear))
     assert ear.wait().news == ["accepted", "started", "finished"]
 
 
 def test_position_counts_those_ahead(engines: Callable[..., Engine], modules: Modules) -> None:
     engine = engines(started=False)
-    assert [engine.submit(job_work(modules, Job(seed=s), Ear())) for s in range(3)] == [0, 1, 2]
+    assert [engine.submit(job_track(modules, Job(seed=s), Ear())) for s in range(3)] == [0, 1, 2]
     assert engine.load().requests == engine.load().images == 3
 
 
@@ -148,7 +148,7 @@ def test_the_caller_is_told_when_to_expect_it(
     engine = engines(started=False)
     ears = [Ear() for _ in range(3)]
     for seed, ear in enumerate(ears):
-        engine.submit(job_work(modules, Job(seed=seed, steps=10), ear))
+        engine.submit(job_track(modules, Job(seed=seed, steps=10), ear))
     expected_s = [ear.expected_s for ear in ears]
     assert all(seconds is not None and seconds > 0 for seconds in expected_s)
     assert engine.load().backlog_s > 0
@@ -166,9 +166,9 @@ def test_rows_may_be_limited_while_it_runs(
 
 def test_an_engine_drops_what_expired(engines: Callable[..., Engine], modules: Modules) -> None:
     ear = WaitingEar()
-    work = replace(job_work(modules, Job(seed=1, steps=10**6), ear), deadline_s=0.05)
+    track = replace(job_track(modules, Job(seed=1, steps=10**6), ear), deadline_s=0.05)
     engine = engines()
-    engine.submit(work)
+    engine.submit(track)
     assert isinstance(ear.wait().error, ExpiredError)
     assert engine.load().requests == 0
 
@@ -176,7 +176,7 @@ def test_an_engine_drops_what_expired(engines: Callable[..., Engine], modules: M
 def test_grad_is_disabled_in_tracks(engines: Callable[..., Engine], modules: Modules) -> None:
     engine = engines()
     ear = WaitingEar()
-    engine.submit(make_work(torch.is_grad_enabled, ear=ear))
+    engine.submit(make_track(torch.is_grad_enabled, ear=ear))
     assert ear.wait().result is False
     submit(engine, modules, Job(seed=1)).wait()
     assert modules.denoiser.grad_enabled == {False}
@@ -188,12 +188,12 @@ def test_a_full_server_refuses_and_says_when_to_come_back(
 ) -> None:
     engine = engines(max_pending_images=3)
     gate, ear = Gate(), WaitingEar()
-    engine.submit(make_work(gate.run, name="gate", images=2, ear=ear))
+    engine.submit(make_track(gate.run, name="gate", images=2, ear=ear))
     assert gate.entered.wait(PATIENCE_S)
     accepted = submit(engine, modules, Job(seed=1))
     refused = Ear()
     with pytest.raises(ServerFullError, match="3 of 3 images pending") as full:
-        engine.submit(job_work(modules, Job(seed=2), refused))
+        engine.submit(job_track(modules, Job(seed=2), refused))
     assert full.value.retry_after_s >= 1
     assert refused.news == []
     gate.opened.set()
@@ -219,8 +219,8 @@ def test_who_was_told_of_an_end_may_send_the_next_at_once(
 ) -> None:
     """An answered request takes no place any more, even if the engine has yet to forget it."""
     engine, last = engines(max_pending_images=1), WaitingEar()
-    first = NextOne(lambda: engine.submit(job_work(modules, Job(seed=2), last)))
-    engine.submit(job_work(modules, Job(seed=1), first))
+    first = NextOne(lambda: engine.submit(job_track(modules, Job(seed=2), last)))
+    engine.submit(job_track(modules, Job(seed=1), first))
     first.wait()
     last.wait()
     assert last.news[-1] == "finished"
@@ -252,7 +252,7 @@ def test_while_draining_new_work_is_refused(
 ) -> None:
     engine = engines()
     gate, ear = Gate(), WaitingEar()
-    engine.submit(make_work(gate.run, ear=ear))
+    engine.submit(make_track(gate.run, ear=ear))
     assert gate.entered.wait(PATIENCE_S)
     stopping = threading.Thread(target=engine.stop, args=(PATIENCE_S,))
     stopping.start()
@@ -306,7 +306,7 @@ def test_a_listener_may_stop_and_ask_the_engine(
             super().finished(result, timings)
 
     ear = Stopping()
-    engine.submit(job_work(modules, Job(seed=1), ear))
+    engine.submit(job_track(modules, Job(seed=1), ear))
     ear.wait()
     engine.stop()
     assert ear.news == ["accepted", "started", "finished"]
@@ -407,7 +407,7 @@ class Crowd:
     def submit(self, job: Job) -> None:
         ear = CountingEar(self.some_finished)
         try:
-            self.engine.submit(job_work(self.modules, job, ear))
+            self.engine.submit(job_track(self.modules, job, ear))
         except NotReadyError:
             self.refused.append(ear)
         else:
@@ -459,7 +459,7 @@ def test_niceness_and_threads_belong_to_the_engine_thread(
     found: dict[str, int] = {}
     ear = WaitingEar()
     engine = engines(niceness=3, threads=1)
-    engine.submit(make_work(lambda: priority_and_threads(found), ear=ear))
+    engine.submit(make_track(lambda: priority_and_threads(found), ear=ear))
     assert ear.wait().ends == ["finished"]
     assert found == {"niceness": min(before + 3, 19), "threads": 1}
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
@@ -513,7 +513,7 @@ def test_gradients_go_through_a_resident_module(engines: Callable[..., Engine]) 
         return float(slope + module.forward(torch.ones(1, 1)))
 
     ear = WaitingEar()
-    engines(gradients=True).submit(make_work(guided, ear=ear))
+    engines(gradients=True).submit(make_track(guided, ear=ear))
     ear.wait()
     assert (ear.error, ear.result) == (None, 6.0)
 
@@ -531,7 +531,7 @@ def test_a_pipeline_may_compute_gradients_where_that_is_wanted(
     engine = engines(gradients=gradients)
     assert engine.call(torch.is_inference_mode_enabled) is not gradients
     ear = WaitingEar()
-    engine.submit(make_work(steepest, ear=ear))
+    engine.submit(make_track(steepest, ear=ear))
     ear.wait()
     assert (ear.result == 6.0) is gradients
     assert (ear.error is None) is gradients

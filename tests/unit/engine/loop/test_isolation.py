@@ -6,19 +6,20 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import greenlet
 import pytest
 import torch
-from engine_fakes import Bench, Ear, FakeClock, Job, Modules, PoisonedError, alone, make_work
+from engine_fakes import Bench, Ear, FakeClock, Job, Modules, PoisonedError, alone, make_track
 from stepserve.domain.errors import CancelledError, GenerationFailedError
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.tracks.interception import make_parkable
-from stepserve.engine.tracks.track import Track, as_stepserve_error
+from stepserve.engine.tracks.track import as_stepserve_error
 
 
 def finished_as_alone(ear: Ear, job: Job) -> bool:
@@ -75,7 +76,7 @@ def test_whatever_a_pipeline_raises_is_a_failure(error: BaseException) -> None:
         bench.modules.encoder(torch.zeros(1, 4))
         raise error
 
-    ear = bench.add_work(make_work(run, name="odd"))
+    ear = bench.add_track(make_track(run, name="odd"))
     neighbour = Job(seed=1)
     other = bench.add(neighbour)
     bench.run()
@@ -94,7 +95,7 @@ def test_whatever_a_module_raises_is_a_failure_of_its_call(error: BaseException)
 
     bad = Bad()
     make_parkable(bad, "bad", "forward", stage="denoise")
-    ear = bench.add_work(make_work(lambda: bad(torch.zeros(1, 4))))
+    ear = bench.add_track(make_track(lambda: bad(torch.zeros(1, 4))))
     other = bench.add(Job(seed=1))
     bench.run()
     assert ear.error is error
@@ -111,7 +112,7 @@ def test_a_pipeline_may_catch_a_module_error_and_go_on() -> None:
             bench.modules.encoder(torch.zeros(1, 4))
         return "recovered"
 
-    ear = bench.add_work(make_work(run))
+    ear = bench.add_track(make_track(run))
     bench.run()
     assert ear.result == "recovered"
 
@@ -133,7 +134,7 @@ def test_a_pipeline_that_catches_its_cancellation_ends_all_the_same(
                 continue
         return "as if nothing had happened"
 
-    ear = bench.add_work(make_work(run, name="stubborn"))
+    ear = bench.add_track(make_track(run, name="stubborn"))
     bench.run(3)
     error = CancelledError("gone")
     bench.batcher.stop_track(RequestKey("stubborn"), error)
@@ -153,7 +154,9 @@ def sharing(forward: Callable[..., Any], calls: int, steps: int) -> tuple[Bench,
     def run(seed: int) -> list[Any]:
         return [module(torch.full((2, 3), float(seed))) for _ in range(steps)]
 
-    ears = [bench.add_work(make_work(partial(run, seed), name=str(seed))) for seed in range(calls)]
+    ears = [
+        bench.add_track(make_track(partial(run, seed), name=str(seed))) for seed in range(calls)
+    ]
     return bench, ears
 
 
@@ -219,9 +222,9 @@ def test_a_listener_that_raises_harms_nobody(caplog: pytest.LogCaptureFixture) -
     modules = bench.modules
     fine_job = Job(seed=1)
     fine = bench.add(fine_job)
-    ends = bench.add_work(make_work(lambda: Job(seed=2).run(modules), name="2", ear=RaisingEar()))
-    fails = bench.add_work(
-        make_work(lambda: Job(seed=3, raises_at=1).run(modules), name="3", ear=RaisingEar())
+    ends = bench.add_track(make_track(lambda: Job(seed=2).run(modules), name="2", ear=RaisingEar()))
+    fails = bench.add_track(
+        make_track(lambda: Job(seed=3, raises_at=1).run(modules), name="3", ear=RaisingEar())
     )
     with caplog.at_level(logging.ERROR):
         bench.run()
@@ -248,8 +251,8 @@ def test_grad_mode_of_one_pipeline_does_not_leak_to_others() -> None:
             return torch.is_grad_enabled()
 
     with torch.no_grad():
-        bench.add_work(make_work(curious, name="curious"))
-        ear = bench.add_work(make_work(enabling, name="enabling"))
+        bench.add_track(make_track(curious, name="curious"))
+        ear = bench.add_track(make_track(enabling, name="enabling"))
         bench.run()
         assert not torch.is_grad_enabled()
     assert seen == [False] * 3
@@ -266,7 +269,7 @@ def test_nothing_is_kept_of_a_request_that_ended(
     caplog.set_level(logging.CRITICAL, "stepserve.engine.tracks.track")
     modules = Modules()
     ended: list[str] = []
-    batcher = Batcher(clock=modules.clock, on_ended=lambda track: ended.append(track.work.id))
+    batcher = Batcher(clock=modules.clock, on_ended=lambda track: ended.append(track.id))
     job = Job(
         seed=1,
         raises_at=1 if ending == "own python" else None,
@@ -285,11 +288,11 @@ def test_nothing_is_kept_of_a_request_that_ended(
     gc.collect()
     gc.disable()
     try:
-        track = Track(make_work(run, name="1", ear=ear), modules.clock)
+        track = replace(make_track(run, name="1", ear=ear), clock=modules.clock)
         kept.append(weakref.ref(track))
         batcher.scheduler.add(track)
         batcher.scheduler.add(
-            Track(make_work(lambda: Job(seed=2).run(modules), name="2"), modules.clock)
+            replace(make_track(lambda: Job(seed=2).run(modules), name="2"), clock=modules.clock)
         )
         del track
         if ending == "queued":
@@ -308,7 +311,7 @@ def test_nothing_is_kept_of_a_request_that_ended(
 
 def test_abandoning_a_track_answers_once() -> None:
     ear = Ear()
-    track = Track(make_work(lambda: None, ear=ear), FakeClock())
+    track = replace(make_track(lambda: None, ear=ear), clock=FakeClock())
     track.abandon(GenerationFailedError("lost"))
     track.abandon(GenerationFailedError("again"))
     track.stop(CancelledError("late"))

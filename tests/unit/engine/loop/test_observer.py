@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from engine_fakes import Bench, Job, job_work
+from engine_fakes import Bench, Job, job_track
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.states import RequestState
@@ -55,7 +55,7 @@ def test_each_end_is_reported_once(bench: Bench, watcher: Watcher):
     ear = bench.add(Job(seed=2, steps=50))
     bench.run(10)
     left = next(track for track in bench.batcher.scheduler.running)
-    bench.batcher.stop_track(left.work.key, CancelledError("gone"))
+    bench.batcher.stop_track(left.key, CancelledError("gone"))
     bench.run()
 
     finished, cancelled = watcher.ends
@@ -68,8 +68,8 @@ def test_each_end_is_reported_once(bench: Bench, watcher: Watcher):
 
 def test_a_batch_is_shown_without_the_ids_of_other_owners(bench: Bench):
     for owner in ("alice", "bob"):
-        work = job_work(bench.modules, Job(seed=1, steps=9))
-        bench.add_work(replace(work, id=f"of {owner}", owner=owner))
+        track = job_track(bench.modules, Job(seed=1, steps=9))
+        bench.add_track(replace(track, id=f"of {owner}", owner=owner))
     bench.run(4)
     view = bench.batcher.view("alice")
 

@@ -11,14 +11,14 @@ from typing import Any, cast
 import greenlet
 import pytest
 import torch
-from engine_fakes import Denoiser, Ear, FakeClock, Job, Modules, alone, job_work
+from engine_fakes import Denoiser, Ear, FakeClock, Job, Modules, alone, job_track
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from stepserve.domain.errors import CancelledError, ExpiredError
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.tracks.track import Track, Work
+from stepserve.engine.tracks.track import Track
 
 from loadtests.policies import DUE_TIME
 
@@ -48,7 +48,7 @@ class Lives(RuleBasedStateMachine):
         self.batcher = Batcher(
             8,
             clock=self.modules.clock,
-            on_ended=lambda track: self.ended.append(track.work.id),
+            on_ended=lambda track: self.ended.append(track.id),
             policy=DUE_TIME,
         )
         self.jobs: dict[str, Job] = {}
@@ -57,7 +57,7 @@ class Lives(RuleBasedStateMachine):
         self.cancelled: set[str] = set()
         self.kept: list[weakref.ref[Any]] = []
 
-    def _work(self, job: Job, priority: int, deadline_s: float | None) -> Work:
+    def _track(self, job: Job, priority: int, deadline_s: float | None) -> Track:
         kept, modules = self.kept, self.modules
 
         def run() -> Any:
@@ -66,8 +66,8 @@ class Lives(RuleBasedStateMachine):
             kept.append(weakref.ref(greenlet.getcurrent()))
             return job.run(modules)
 
-        work = job_work(modules, job, Ear())
-        return replace(work, run=run, priority=priority, deadline_s=deadline_s)
+        track = replace(job_track(modules, job, Ear()), clock=modules.clock)
+        return replace(track, run=run, priority=priority, deadline_s=deadline_s)
 
     @rule(
         steps=st.integers(1, 6),
@@ -87,11 +87,11 @@ class Lives(RuleBasedStateMachine):
             raises_at=steps // 2 if trouble == "raises" else None,
             poisoned_at=steps // 2 if trouble == "poisoned" else None,
         )
-        work = self._work(job, priority, deadline_s)
-        self.jobs[name], self.ears[name] = job, cast(Ear, work.listener)
+        track = self._track(job, priority, deadline_s)
+        self.jobs[name], self.ears[name] = job, cast(Ear, track.listener)
         if deadline_s is not None:
             self.deadlines.add(name)
-        self.batcher.scheduler.add(Track(work, self.modules.clock))
+        self.batcher.scheduler.add(track)
         ACTIONS["total"] += 1
 
     @rule(ticks=st.integers(1, 5))
@@ -119,7 +119,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def everyone_is_answered_once_or_still_in_flight(self) -> None:
-        in_flight = {track.work.id for track in self.batcher.scheduler.tracks}
+        in_flight = {track.id for track in self.batcher.scheduler.tracks}
         for name, ear in self.ears.items():
             assert len(ear.ends) == (name not in in_flight)
         assert sorted(self.ended) == sorted(set(self.jobs) - in_flight)

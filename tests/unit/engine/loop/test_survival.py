@@ -12,7 +12,7 @@ from typing import Any
 import greenlet
 import pytest
 import torch
-from engine_fakes import Bench, Ear, Job, alone, make_work, tensor_call
+from engine_fakes import Bench, Ear, Job, alone, make_track, tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.errors import CancelledError, StoppedError
@@ -77,7 +77,7 @@ class Fragile:
                 sample = self.module.forward(sample)
             return sample
 
-        return self.bench.add_work(make_work(run, name=str(seed), steps=steps))
+        return self.bench.add_track(make_track(run, name=str(seed), steps=steps))
 
     def run_many(self, count: int, steps: int) -> None:
         ears = [self.add(seed, steps) for seed in range(count)]
@@ -124,7 +124,7 @@ def test_a_call_that_takes_too_much_memory_alone_fails_alone() -> None:
         fragile.module.forward(torch.zeros(99, 3))
 
     fragile.fails = lambda rows: MemoryError("no") if rows > 9 else None
-    ear = fragile.bench.add_work(make_work(greedy, name="greedy", rows=99))
+    ear = fragile.bench.add_track(make_track(greedy, name="greedy", rows=99))
     fragile.run_many(3, steps=3)
     assert isinstance(ear.error, MemoryError)
 
@@ -214,13 +214,13 @@ def test_a_cancel_at_every_park_leaves_no_trace(
         del tensor
 
     ears = [bench.add(job) for job in others]
-    ear = bench.add_work(make_work(run, name="7", rows=victim.rows, steps=victim.steps))
+    ear = bench.add_track(make_track(run, name="7", rows=victim.rows, steps=victim.steps))
     gc.collect()
     gc.disable()
     try:
         bench.run(park)
         bench.batcher._start_queued()
-        (track,) = (track for track in bench.batcher.scheduler.running if track.work.id == "7")
+        (track,) = (track for track in bench.batcher.scheduler.running if track.id == "7")
         assert track.call is not None
         del track
         bench.batcher.stop_track(RequestKey("7"), CancelledError("gone"))
@@ -259,7 +259,7 @@ def test_callbacks_that_raise_harm_nobody(ending: str) -> None:
     )
     neighbour = Job(seed=2)
     other = bench.add(neighbour)
-    ear = bench.add_work(make_work(lambda: job.run(bench.modules), name="1", ear=Broken()))
+    ear = bench.add_track(make_track(lambda: job.run(bench.modules), name="1", ear=Broken()))
     bench.run(2)
     if ending == "cancelled":
         bench.batcher.stop_track(RequestKey("1"), CancelledError("gone"))

@@ -4,10 +4,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
-from engine_fakes import Ear, FakeClock, make_work
+from engine_fakes import Ear, FakeClock, make_track
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.tracks.interception import make_parkable
-from stepserve.engine.tracks.track import Track, Work
+from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
 
 
@@ -29,61 +29,61 @@ class Switched(nn.Module):
         return sample * 2, str(self.variant)
 
 
-def serve(make: Callable[[Switched], list[Work]]) -> Switched:
+def serve(make: Callable[[Switched], list[Track]]) -> Switched:
     module, clock = Switched(), FakeClock()
     make_parkable(module, "module", "forward", stage="denoise", enter=module.enter)
     batcher = Batcher(clock=clock)
-    for work in make(module):
-        batcher.scheduler.add(Track(work, clock))
+    for track in make(module):
+        batcher.scheduler.add(replace(track, clock=clock))
     while batcher.tick():
         pass
     return module
 
 
-def work_for(module: Switched, name: str, variant: Hashable, isolated: bool = False) -> Work:
+def track_for(module: Switched, name: str, variant: Hashable, isolated: bool = False) -> Track:
     def run() -> list[object]:
         return [module(torch.ones(2, 4))[1] for _ in range(3)]
 
-    return replace(make_work(run, name=name), variant=variant, isolated=isolated)
+    return replace(make_track(run, name=name), variant=variant, isolated=isolated)
 
 
-def answers(works: list[Work]) -> list[object]:
-    ears = [work.listener for work in works]
+def answers(tracks: list[Track]) -> list[object]:
+    ears = [track.listener for track in tracks]
     assert all(isinstance(ear, Ear) for ear in ears)
     return [ear.result for ear in ears if isinstance(ear, Ear)]
 
 
 def test_each_forward_finds_the_module_set_to_the_variant_of_its_calls() -> None:
-    works: list[Work] = []
+    tracks: list[Track] = []
 
-    def make(module: Switched) -> list[Work]:
-        works.extend(work_for(module, str(i), v) for i, v in enumerate(["a", None, "b", "a"]))
-        return works
+    def make(module: Switched) -> list[Track]:
+        tracks.extend(track_for(module, str(i), v) for i, v in enumerate(["a", None, "b", "a"]))
+        return tracks
 
     module = serve(make)
-    assert answers(works) == [["a"] * 3, ["None"] * 3, ["b"] * 3, ["a"] * 3]
+    assert answers(tracks) == [["a"] * 3, ["None"] * 3, ["b"] * 3, ["a"] * 3]
     assert sorted(module.forwards, key=str) == sorted([("a", 4), (None, 2), ("b", 2)] * 3, key=str)
 
 
 def test_isolated_work_is_given_its_own_variant_and_shares_with_nobody() -> None:
-    works: list[Work] = []
+    tracks: list[Track] = []
 
-    def make(module: Switched) -> list[Work]:
-        works.extend(work_for(module, str(i), "a", isolated=i > 0) for i in range(3))
-        return works
+    def make(module: Switched) -> list[Track]:
+        tracks.extend(track_for(module, str(i), "a", isolated=i > 0) for i in range(3))
+        return tracks
 
     module = serve(make)
     assert module.forwards == [("a", 2)] * 9
-    assert answers(works) == [["a"] * 3] * 3
+    assert answers(tracks) == [["a"] * 3] * 3
 
 
 def test_a_variant_that_cannot_be_entered_ends_only_those_that_want_it() -> None:
-    works: list[Work] = []
+    tracks: list[Track] = []
 
-    def make(module: Switched) -> list[Work]:
-        works.extend(work_for(module, str(i), v) for i, v in enumerate(["a", "broken", "broken"]))
-        return works
+    def make(module: Switched) -> list[Track]:
+        tracks.extend(track_for(module, str(i), v) for i, v in enumerate(["a", "broken", "broken"]))
+        return tracks
 
     serve(make)
-    assert answers(works) == [["a"] * 3, None, None]
-    assert [str(work.listener.error) for work in works[1:]] == ["no such variant"] * 2  # type: ignore[attr-defined]
+    assert answers(tracks) == [["a"] * 3, None, None]
+    assert [str(track.listener.error) for track in tracks[1:]] == ["no such variant"] * 2  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from engine_fakes import Ear, Job, Modules, job_work
+from engine_fakes import Ear, Job, Modules, job_track
 from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.errors import ServerFullError, UnmeetableDeadlineError
@@ -177,8 +177,8 @@ class Bench:
 
     def submit(self, seed: int, steps: int, deadline_s: float | None = None) -> Ear:
         ear = Ear()
-        work = job_work(self.modules, Job(seed, steps), ear)
-        self.engine.submit(replace(work, deadline_s=deadline_s))
+        track = job_track(self.modules, Job(seed, steps), ear)
+        self.engine.submit(replace(track, deadline_s=deadline_s, clock=self.clock))
         return ear
 
     def run(self, turns: int = 10**6) -> None:
@@ -239,8 +239,8 @@ def test_idle_is_counted_from_when_work_was_last_in_flight(bench: Bench) -> None
 
 
 def test_a_size_that_was_never_seen_is_tried(bench: Bench) -> None:
-    work = job_work(bench.modules, Job(2, 10))
-    bench.engine.submit(replace(work, size="other", deadline_s=0.3))
+    track = job_track(bench.modules, Job(2, 10))
+    bench.engine.submit(replace(track, size="other", deadline_s=0.3, clock=bench.clock))
     assert bench.engine.load().requests == 1
 
 

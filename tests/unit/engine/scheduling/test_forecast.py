@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fakes import Bench, Denoiser, Ear, Job, Modules, job_work, make_work
+from engine_fakes import Bench, Denoiser, Ear, Job, Modules, job_track, make_track
 from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.engine.scheduling.demand import Demand
@@ -183,15 +183,15 @@ class TwoSizes:
         steps = self.chance.choices([4, 10, 20, 50], weights=[0.25, 0.25, 0.35, 0.15])[0]
         rows = self.chance.choice([1, 2, 2, 2, 4])
         run = partial(make_image, self.bench.modules, WIDTHS[size], rows, steps)
-        work = make_work(run, name=str(number), rows=rows, steps=steps)
-        track = Track(replace(work, size=size), self.bench.clock)
+        track = make_track(run, name=str(number), rows=rows, steps=steps)
+        track = replace(track, size=size, clock=self.bench.clock)
         bench = self.bench
         expected_s = bench.estimator.stretched_s(track, bench.finish_times_s(track)[-1])
         self.guesses.append(Guess(track, expected_s, self.bench.clock.now_s))
         self.bench.batcher.scheduler.add(track)
 
     def error(self, guess: Guess) -> float:
-        actual_s = self.ended_s[guess.track.work.id] - guess.submitted_s
+        actual_s = self.ended_s[guess.track.id] - guess.submitted_s
         return abs(guess.expected_s - actual_s) / actual_s
 
 
@@ -210,9 +210,9 @@ def test_a_lone_request_is_predicted_almost_exactly() -> None:
     for seed in (1, 2, 3):
         ear = bench.add(Job(seed=seed, steps=10 * seed))
         bench.run()
-    track = Track(job_work(bench.modules, Job(seed=4, steps=50)), bench.clock)
+    track = replace(job_track(bench.modules, Job(seed=4, steps=50)), clock=bench.clock)
     expected_s = bench.finish_times_s(track)[-1]
-    listener = track.work.listener
+    listener = track.listener
     bench.batcher.scheduler.add(track)
     bench.run()
     assert isinstance(listener, Ear)

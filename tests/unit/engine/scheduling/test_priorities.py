@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_fakes import Bench, Ear, Job, alone, job_work
+from engine_fakes import Bench, Ear, Job, alone, job_track
 from stepserve.domain.errors import ExpiredError
 from stepserve.domain.requests import Priority
 from stepserve.domain.states import RequestState
-from stepserve.engine.tracks.track import Track
 
 from loadtests.policies import STRICT_FIFO
 
 
 def add(bench: Bench, job: Job, priority: int = 1, deadline_s: float | None = None) -> Ear:
-    work = job_work(bench.modules, job)
-    return bench.add_work(replace(work, priority=priority, deadline_s=deadline_s))
+    track = job_track(bench.modules, job)
+    return bench.add_track(replace(track, priority=priority, deadline_s=deadline_s))
 
 
 def assert_same(ear: Ear, job: Job) -> None:
@@ -26,7 +25,7 @@ def assert_same(ear: Ear, job: Job) -> None:
 
 
 def steps_done(bench: Bench) -> dict[str, int]:
-    return {track.work.id: track.steps_done for track in bench.batcher.scheduler.running}
+    return {track.id: track.steps_done for track in bench.batcher.scheduler.running}
 
 
 def test_a_preempted_job_stands_still_and_goes_on_where_it_stood() -> None:
@@ -171,8 +170,8 @@ def test_a_pipeline_cannot_talk_its_way_out_of_its_deadline(caught: type[BaseExc
             except caught:
                 continue
 
-    work = replace(job_work(bench.modules, Job(seed=1)), run=run, deadline_s=0.1)
-    track = Track(work, bench.clock)
+    track = job_track(bench.modules, Job(seed=1))
+    track = replace(track, run=run, deadline_s=0.1, clock=bench.clock)
     bench.batcher.scheduler.add(track)
     bench.run()
     assert track.state is RequestState.EXPIRED
@@ -190,9 +189,9 @@ def test_what_is_finished_in_time_is_not_expired() -> None:
 def test_isolated_requests_never_share() -> None:
     bench = Bench()
     isolated = Job(seed=2, steps=4)
-    work = replace(job_work(bench.modules, isolated), isolated=True)
+    track = replace(job_track(bench.modules, isolated), isolated=True)
     others = [bench.add(Job(seed=seed, steps=4)) for seed in (1, 3)]
-    ear = bench.add_work(work)
+    ear = bench.add_track(track)
     bench.run()
     assert_same(ear, isolated)
     assert all(other.ends == ["finished"] for other in others)

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from engine_fakes import Bench, make_work
+from engine_fakes import Bench, make_track
 from stepserve.engine.tracks.interception import make_parkable
 
 
@@ -44,7 +44,7 @@ def test_two_engines_may_share_a_module() -> None:
     second = make_parkable(module, "doubler", "forward", stage="denoise")
     first()
     bench = Bench()
-    ears = [bench.add_work(make_work(lambda: module(torch.ones(1, 2)))) for _ in range(3)]
+    ears = [bench.add_track(make_track(lambda: module(torch.ones(1, 2)))) for _ in range(3)]
     bench.run()
     assert [ear.result.tolist() for ear in ears] == [[[2.0, 2.0]]] * 3
     assert bench.batcher.counters.forwards == 1
@@ -63,8 +63,8 @@ def test_arguments_that_cannot_be_read_fail_their_own_request_only() -> None:
     make_parkable(module, "doubler", "forward", stage="denoise")
     endless: list[object] = []
     endless.append(endless)
-    odd = bench.add_work(make_work(lambda: module(torch.ones(1, 2), scale=endless), name="odd"))
-    fine = bench.add_work(make_work(lambda: module(torch.ones(1, 2)), name="fine"))
+    odd = bench.add_track(make_track(lambda: module(torch.ones(1, 2), scale=endless), name="odd"))
+    fine = bench.add_track(make_track(lambda: module(torch.ones(1, 2)), name="fine"))
     bench.run()
     assert isinstance(odd.error, RecursionError)
     assert fine.ends == ["finished"]

@@ -23,7 +23,7 @@ from stepserve.pipelines.requests.input_decoding import Inputs
 from stepserve.pipelines.serving.listener import RequestListener
 from stepserve.pipelines.serving.preparation import SharingOptions, with_probed_capabilities
 from stepserve.pipelines.serving.runner import PipelineRunner
-from stepserve.pipelines.serving.work import work_of
+from stepserve.pipelines.serving.track import track_of
 from stepserve.ray_serve.replica.request_tracker import RequestTracker
 from stepserve.routing.reports import Report, job_of
 from tiny_families import save_tiny_flux, save_tiny_sd3
@@ -224,8 +224,8 @@ def test_the_engine_is_told(tiny: LoadedModel) -> None:
     runner = PipelineRunner(model, sharing=UNTRIED)
     asked = a_request(n=3, num_inference_steps=5)
     listener = RequestListener(asked, lambda event: None, runner._encoder, Inputs(asked))
-    work = work_of(model, runner.adapters, asked, listener)
-    assert (work.rows, work.steps) == (3, 10)
+    track = track_of(model, runner.adapters, asked, listener)
+    assert (track.rows, track.steps) == (3, 10)
 
 
 def test_other_tasks_take_guidance_as_images_from_a_prompt_do(

@@ -20,7 +20,7 @@ from stepserve.domain.events import Failed, Finished
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest, Priority, Task
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.engine.tracks.track import Work
+from stepserve.engine.tracks.track import Track
 from stepserve.pipelines.copies.blending import BlendedDenoiser, denoiser_for_inpainting
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.copies.guidance_interval import can_limit_guidance, narrow_to_interval
@@ -285,7 +285,7 @@ def test_nothing_is_narrowed_without_need() -> None:
 def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedModel) -> None:
     request = a_request(guidance_end=0.5)
     pipeline = tiny.factory.copy("DDIMScheduler")
-    work = Work(
+    track = Track(
         id="r",
         rows=2,
         steps=2,
@@ -297,9 +297,9 @@ def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedM
         ),
     )
     ended = Inbox()
-    work.listener.failed = lambda error, timings: ended(Failed("r", cast(StepserveError, error)))
+    track.listener.failed = lambda error, timings: ended(Failed("r", cast(StepserveError, error)))
     runner = PipelineRunner(tiny, sharing=UNTRIED)
-    runner.engine.submit(work)
+    runner.engine.submit(track)
     runner.start()
     outcome = ended.wait()
     runner.stop()
@@ -320,16 +320,16 @@ def test_what_the_policy_needs_reaches_the_engine(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = PipelineRunner(tiny, sharing=UNTRIED)
-    submitted: list[Work] = []
+    submitted: list[Track] = []
     monkeypatch.setattr(runner.engine, "submit", submitted.append)
     runner.submit(a_request(), Inbox())
     urgent = a_request(priority=Priority.INTERACTIVE, deadline_s=3.5, reproducible=True, n=2)
     runner.submit(urgent, Inbox())
     runner.stop()
-    plain, work = submitted
+    plain, track = submitted
     assert (plain.priority, plain.deadline_s, plain.isolated) == (1, None, False)
-    assert (work.priority, work.deadline_s, work.isolated) == (0, 3.5, True)
-    assert (work.rows, work.steps, work.images) == (4, 2, 2)
+    assert (track.priority, track.deadline_s, track.isolated) == (0, 3.5, True)
+    assert (track.rows, track.steps, track.images) == (4, 2, 2)
 
 
 def test_a_file_that_is_no_image_is_refused_at_once(runner: PipelineRunner) -> None:

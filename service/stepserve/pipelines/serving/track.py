@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from stepserve.domain.requests import GenerationRequest
-from stepserve.engine.tracks.track import Work
+from stepserve.engine.tracks.track import Track
 from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.copies.guidance_interval import narrow_to_interval
 from stepserve.pipelines.loading.folders import LoadedModel
@@ -13,12 +13,12 @@ from stepserve.pipelines.requests.call import denoiser_calls, make_images
 from stepserve.pipelines.serving.listener import Images, RequestListener
 
 
-def work_of(
+def track_of(
     model: LoadedModel,
     adapters: AdapterCache,
     request: GenerationRequest,
     listener: RequestListener,
-) -> Work:
+) -> Track:
     """What a request takes of the engine, and how it is run.
 
     Raises:
@@ -32,7 +32,7 @@ def work_of(
         images, steps, previews = listener.inputs.images, listener.step_ended, listener.predicted
         return make_images(model, request, images, steps, previews)
 
-    return Work(
+    return Track(
         id=request.id,
         rows=guidance.rows_of(request),
         steps=guidance.calls_of(request, calls),
