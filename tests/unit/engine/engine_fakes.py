@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from stepserve.domain.timings import Timings
 from stepserve.engine.calls.call import Call, ParkableMethod, make_call
+from stepserve.engine.loop.accounting import Observer
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
-from stepserve.engine.loop.observer import Observer
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
-from stepserve.engine.tracks.interception import make_parkable
+from stepserve.engine.tracks.interception import parkable, replace_method
 from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
 
@@ -75,6 +75,14 @@ class Decoder(Costly):
     def forward(self, latents: Tensor) -> Tensor:
         self.spend(latents)
         return latents * 2.0 + 1.0
+
+
+def make_parkable(
+    module: object, module_name: str, method_name: str, **options: Any
+) -> Callable[[], None]:
+    """Put `parkable` around a method of one instance; returns a function that undoes it."""
+    parked = parkable(getattr(module, method_name), module_name, method_name, **options)
+    return replace_method(module, method_name, parked)
 
 
 class Modules:

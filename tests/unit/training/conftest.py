@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from stepserve.training.data.artwork import Artwork
-from stepserve.training.emoji import tiny_recipe, train_emoji
+from stepserve.training.emoji import train_emoji
+from tiny_recipe import tiny_recipe
 
 NAMES = ("red apple", "owl", "red apple", "house", "blue circle")
 STYLES = ("noto", "noto", "fluent", "fluent", "noto")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from stepserve.training.data.artwork import Artwork
 from stepserve.training.data.images import BACKGROUNDS, artwork_tensor, paint, shrink
 from stepserve.training.data.latents import encode_artwork
-from stepserve.training.emoji import tiny_recipe
 from stepserve.training.stages.vae import build_autoencoder
+from tiny_recipe import tiny_recipe
 
 
 @pytest.fixture

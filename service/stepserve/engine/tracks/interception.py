@@ -73,14 +73,6 @@ def parkable(
     return parked
 
 
-def make_parkable(
-    module: object, module_name: str, method_name: str, **options: Any
-) -> Callable[[], None]:
-    """Put `parkable` around a method of one instance; returns a function that undoes it."""
-    parked = parkable(getattr(module, method_name), module_name, method_name, **options)
-    return replace_method(module, method_name, parked)
-
-
 def replace_method(
     module: object, name: str, replacement: Callable[..., Any]
 ) -> Callable[[], None]:

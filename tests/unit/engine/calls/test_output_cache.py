@@ -3,10 +3,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from engine_fakes import Ear, FakeClock
+from engine_fakes import Ear, FakeClock, make_parkable
 from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.tracks.interception import make_parkable
 from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
 

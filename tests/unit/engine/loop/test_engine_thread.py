@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fakes import Ear, Job, Modules, alone, job_track, make_track
+from engine_fakes import Ear, Job, Modules, alone, job_track, make_parkable, make_track
 from stepserve.domain.errors import (
     ExpiredError,
     GenerationFailedError,
@@ -23,7 +23,6 @@ from stepserve.domain.requests import RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.loop.engine import IDLE_WAIT_S, Engine, EngineOptions
-from stepserve.engine.tracks.interception import make_parkable
 
 PATIENCE_S = 20.0
 

@@ -13,12 +13,21 @@ from typing import Any
 import greenlet
 import pytest
 import torch
-from engine_fakes import Bench, Ear, FakeClock, Job, Modules, PoisonedError, alone, make_track
+from engine_fakes import (
+    Bench,
+    Ear,
+    FakeClock,
+    Job,
+    Modules,
+    PoisonedError,
+    alone,
+    make_parkable,
+    make_track,
+)
 from stepserve.domain.errors import CancelledError, GenerationFailedError
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.tracks.interception import make_parkable
 from stepserve.engine.tracks.track import as_stepserve_error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import greenlet
 import pytest
 import torch
-from engine_fakes import Bench, Ear, Job, alone, make_track, tensor_call
+from engine_fakes import Bench, Ear, Job, alone, make_parkable, make_track, tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.errors import CancelledError, StoppedError
@@ -25,7 +25,6 @@ from stepserve.engine.scheduling.row_limits import (
     RowLimits,
     knee,
 )
-from stepserve.engine.tracks.interception import make_parkable
 
 from loadtests.policies import DUE_TIME
 

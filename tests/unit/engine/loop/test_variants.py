@@ -4,9 +4,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
-from engine_fakes import Ear, FakeClock, make_track
+from engine_fakes import Ear, FakeClock, make_parkable, make_track
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.tracks.interception import make_parkable
 from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
 

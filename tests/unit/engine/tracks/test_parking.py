@@ -4,8 +4,7 @@ import inspect
 
 import pytest
 import torch
-from engine_fakes import Bench, make_track
-from stepserve.engine.tracks.interception import make_parkable
+from engine_fakes import Bench, make_parkable, make_track
 
 
 class Doubler(torch.nn.Module):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from engine_fakes import make_parkable
 from stepserve.config import ATTENTION_BACKENDS, SpeedSettings
-from stepserve.engine.tracks.interception import make_parkable
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.loading import speed
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
