@@ -165,6 +165,8 @@ async def test_body_not_declared_as_json(client: httpx.AsyncClient, headers: dic
     assert response.status_code == 415
     error = error_of(response)
     assert error["code"] == "unsupported_media_type"
+    # RFC 9110 12.5.3: it would mean that the coding was wrong.
+    assert "accept-encoding" not in response.headers
     assert "application/json" in error["message"]
 
 
