@@ -86,14 +86,8 @@ class Bench:
 
     def outputs(self, indices: Sequence[int], rows: int, run: Callable[..., Any]) -> list[Any]:
         """Of the calls with these indices together, filled up to `rows`."""
-
-        def together() -> list[Any]:
-            calls = [self.calls[index] for index in indices]
-            return run_together(
-                [replace(c, method=replace(c.method, run=run)) for c in calls], rows
-            )
-
-        return list(self.on_engine(together))
+        calls = _run_by([self.calls[index] for index in indices], run)
+        return list(self.on_engine(partial(run_together, calls, rows)))
 
 
 def main() -> None:
@@ -186,11 +180,13 @@ def _compare(
 def _independent(bench: Bench, rows: int, run: Callable[..., Any]) -> bool:
     """Whether the bits of a call are the same whatever else is in a forward of so many rows."""
     serial = [bench.outputs([index], rows, run)[0] for index in range(len(bench.calls))]
+    together = partial(keep_bits, _run_by(bench.calls, run), serial, rows, rows)
+    return bool(bench.on_engine(together))
 
-    def together(calls: Sequence[Call], bucket_rows: int) -> list[Any]:
-        return bench.outputs([bench.calls.index(call) for call in calls], bucket_rows, run)
 
-    return keep_bits(bench.calls, serial, rows, together, rows)
+def _run_by(calls: Sequence[Call], run: Callable[..., Any]) -> list[Call]:
+    """The same calls, run by one of the two codes."""
+    return [replace(call, method=replace(call.method, run=run)) for call in calls]
 
 
 def _agreeing(bench: Bench, buckets: Sequence[int], run: Callable[..., Any]) -> list[list[int]]:

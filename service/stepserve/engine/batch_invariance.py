@@ -11,9 +11,8 @@ Such layers are therefore tried by themselves as well, with far more rows than r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,54 +25,27 @@ from stepserve.engine.calls.call import Call, ParkableMethod, make_call
 from stepserve.engine.calls.stacking import split, stack, tensors_in
 from stepserve.engine.device_errors import is_out_of_memory
 
-Run = Callable[[Sequence[Call], int], list[Any]]
-"""Runs calls together, in a forward of so many rows, or of as many as their method wants if 0."""
-
 Result = TypeVar("Result")
 
 # Where kernels differ at all, about one number in 10,000 was seen to: enough of them to be sure.
 VECTOR_NUMBERS = 2**16
 
 
-@dataclass(frozen=True)
-class VectorLayer:
-    """A linear layer that gets one vector a row, and how large its numbers are."""
-
-    layer: nn.Linear
-    scale: float
-
-    @property
-    def shape(self) -> Hashable:
-        """What kernels are chosen by."""
-        return self.layer.weight.shape, self.layer.weight.dtype, self.layer.bias is None
-
-    def calls(self, least: int, generator: torch.Generator) -> list[Call]:
-        """Calls of one row each, with vectors of their own; `least` of them or more."""
-        count = max(VECTOR_NUMBERS // self.layer.out_features, least)
-        vectors = torch.randn(count, self.layer.in_features, generator=generator) * self.scale
-        weight = self.layer.weight
-        rows = vectors.to(weight.device, weight.dtype).split(1)
-        method = ParkableMethod("layer", "forward", self.layer.forward)
-        return [make_call(method, (row,), {}) for row in rows]
-
-
-def independent_rows(calls: Sequence[Call], max_rows: int, run: Run | None = None) -> int:
+def independent_rows(calls: Sequence[Call], max_rows: int) -> int:
     """Most rows of a forward in which each call has the bits of its own forward, as far as tried.
 
     Args:
         calls: of equal keys, with different content.
         max_rows: where to stop trying.
-        run: in place of `run_together`, for calls that have to run elsewhere.
 
     Returns:
         `max_rows`, or the row count before the first one where bits differ or memory runs out; 1 if
         that is 2.
     """
-    run = run or run_together
-    serial = [run([call], 0)[0] for call in calls]
+    serial = [run_together([call])[0] for call in calls]
     kept = 1
     for count in row_counts(max_rows):
-        if not _if_memory_suffices(partial(keep_bits, calls, serial, count, run)):
+        if not _if_memory_suffices(partial(keep_bits, calls, serial, count)):
             return kept
         kept = count
     return kept
@@ -118,10 +90,20 @@ def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> li
         least: calls of each layer.
         generator: on the CPU.
     """
-    found: dict[Hashable, VectorLayer] = {}
-    with _seeing_vectors(call.rows, lambda seen: found.setdefault(seen.shape, seen)):
+    found: dict[Hashable, tuple[nn.Linear, float]] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not isinstance(module, nn.Linear) or not args or not isinstance(args[0], Tensor):
+            return
+        if args[0].numel() == call.rows * module.in_features:
+            # What kernels are chosen by.
+            shape = module.weight.shape, module.weight.dtype, module.bias is None
+            size = float(args[0].detach().float().square().mean().sqrt())
+            found.setdefault(shape, (module, size))
+
+    with register_module_forward_pre_hook(look):
         run_together([call])
-    return [layer.calls(least, generator) for layer in found.values()]
+    return [_calls_of(layer, size, least, generator) for layer, size in found.values()]
 
 
 def varied(call: Call, generator: torch.Generator) -> Call:
@@ -156,7 +138,7 @@ def groups_of(rows: Sequence[int], count: int) -> Iterator[list[int]]:
     Where sizes do not fit there are fewer rows. Calls come in changing order: neighbours and places
     change from count to count.
     """
-    stride = next(s for s in range(count, count + len(rows) + 1) if _is_coprime(s, len(rows)))
+    stride = next(s for s in range(count, count + len(rows) + 1) if math.gcd(s, len(rows)) == 1)
     order = [index * stride % len(rows) for index in range(len(rows))]
     smallest = min(rows, default=0)
     seen: set[int] = set()
@@ -199,7 +181,7 @@ def _if_memory_suffices(attempt: Callable[[], Result]) -> Result | None:
 
 
 def keep_bits(
-    calls: Sequence[Call], serial: Sequence[Any], count: int, run: Run, bucket_rows: int = 0
+    calls: Sequence[Call], serial: Sequence[Any], count: int, bucket_rows: int = 0
 ) -> bool:
     """Whether each call has the bits of its own forward, in groups of `count` rows.
 
@@ -207,14 +189,13 @@ def keep_bits(
         calls: of equal keys, with different content.
         serial: the output of each from a forward of its own.
         count: rows of calls that run together, as far as their sizes fit.
-        run: how.
         bucket_rows: what forwards are filled up to; 0: as their method wants it.
     """
     return all(
         same_bits(output, serial[index])
         for group in groups_of([call.rows for call in calls], count)
         for index, output in zip(
-            group, run([calls[index] for index in group], bucket_rows), strict=True
+            group, run_together([calls[index] for index in group], bucket_rows), strict=True
         )
     )
 
@@ -222,7 +203,7 @@ def keep_bits(
 def _keep_bits_in(calls: Sequence[Call], serial: Sequence[Any], bucket_rows: int) -> bool:
     # What fills a forward up shares it, too: few counts are enough.
     counts = {max(bucket_rows // 2, 1), bucket_rows}
-    return all(keep_bits(calls, serial, count, run_together, bucket_rows) for count in counts)
+    return all(keep_bits(calls, serial, count, bucket_rows) for count in counts)
 
 
 def _fill_up(
@@ -240,12 +221,6 @@ def _fill_up(
     return group
 
 
-def _is_coprime(one: int, other: int) -> bool:
-    while other:
-        one, other = other, one % other
-    return one == 1
-
-
 def _vary(value: Any, kind: ArgumentKind, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
         return value
@@ -256,25 +231,18 @@ def _vary(value: Any, kind: ArgumentKind, generator: torch.Generator) -> Any:
 
 
 def _first_row(value: Any, kind: ArgumentKind, rows: int) -> Any:
-    if kind is ArgumentKind.ROW_LIST:
-        return value[:1]
-    if kind is ArgumentKind.BATCHED or (kind is ArgumentKind.PER_ROW and value.dim() > 0):
+    is_per_row = kind is ArgumentKind.PER_ROW and value.dim() > 0
+    if kind in (ArgumentKind.ROW_LIST, ArgumentKind.BATCHED) or is_per_row:
         return value[:1]
     if kind is ArgumentKind.REPEATED:
         return value[: value.shape[0] // rows]
     return value[:, :1] if kind is ArgumentKind.LAYERED else value
 
 
-@contextmanager
-def _seeing_vectors(rows: int, see: Callable[[VectorLayer], object]) -> Iterator[None]:
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(module, nn.Linear) or not args or not isinstance(args[0], Tensor):
-            return
-        if args[0].numel() == rows * module.in_features:
-            see(VectorLayer(module, float(args[0].detach().float().square().mean().sqrt())))
-
-    handle = register_module_forward_pre_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _calls_of(layer: nn.Linear, size: float, least: int, generator: torch.Generator) -> list[Call]:
+    """Calls of one row each, with vectors of their own of that size; `least` of them or more."""
+    count = max(VECTOR_NUMBERS // layer.out_features, least)
+    vectors = torch.randn(count, layer.in_features, generator=generator) * size
+    method = ParkableMethod("layer", "forward", layer.forward)
+    rows = vectors.to(layer.weight.device, layer.weight.dtype).split(1)
+    return [make_call(method, (row,), {}) for row in rows]

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from stepserve.engine.batch_invariance import independent_rows
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.copies.factory import copy_pipeline
 from stepserve.pipelines.modules.parking import ParkingOptions
@@ -24,7 +25,6 @@ from stepserve.pipelines.probing.sharing_check import (
 from stepserve.pipelines.probing.sharing_plan import (
     SharingPlan,
     calls_to_try,
-    most_independent_rows,
     plan_co_batching,
 )
 from torch import Tensor
@@ -128,7 +128,7 @@ def has_independent_rows(
         # No forward of these probes has more rows.
         most = max((sum(call.rows for call in group) for group in groups), default=1)
         tried = [calls for group in groups for calls in calls_to_try(group, most)]
-        return most_independent_rows(tried, most, least=most) >= most
+        return all(independent_rows(calls, most) >= most for calls in tried)
 
 
 def _call(family: Family, pipeline: Any, variation: Variation) -> Tensor:

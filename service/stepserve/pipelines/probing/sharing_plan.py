@@ -145,7 +145,13 @@ def plan_sharing(
     if plan.serial:
         return plan
     plan = replace(plan, row_buckets=row_buckets)
-    return plan_rows(pipeline, probes, plan, max_rows, fix_rows)
+    with parked_at(Stage.DENOISE, pipeline, probes, plan.parking(ENOUGH_ROWS)) as groups:
+        tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
+        found = same_bits(tried, max_rows, fix_rows)
+    if found is not None:
+        return replace(plan, max_rows=found.most, filled_rows=found.filled)
+    remark = "; ".join(filter(None, [plan.remark, DEPENDENT_ROWS]))
+    return replace(plan, same_bytes=False, remark=remark)
 
 
 def plan_co_batching(
@@ -178,21 +184,6 @@ def plan_co_batching(
     return plan
 
 
-def plan_rows(
-    pipeline: Any, probes: Sequence[ProbeRequest], plan: SharingPlan, max_rows: int, fix_rows: bool
-) -> SharingPlan:
-    """Whether images have the same bytes at any load, and what it takes."""
-    with parked_at(Stage.DENOISE, pipeline, probes, plan.parking(ENOUGH_ROWS)) as groups:
-        tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
-        found = same_bits(tried, max_rows, fix_rows)
-    if found is not None:
-        return replace(plan, max_rows=found.most, filled_rows=found.filled)
-    remark = "; ".join(
-        filter(None, [plan.remark, "rows depend on co-batched requests in the last bits"])
-    )
-    return replace(plan, same_bytes=False, remark=remark)
-
-
 @dataclass(frozen=True)
 class RowCounts:
     """Forwards that give a row the same bits whatever shares the forward.
@@ -214,29 +205,17 @@ def same_bits(tried: Sequence[Sequence[Call]], max_rows: int, fix_rows: bool) ->
         fix_rows: whether forwards may be filled up for that.
     """
     fixed_rows = min(FIXED_ROWS, max_rows)
-    rows = most_independent_rows(tried, max_rows, fixed_rows)
+    rows = max_rows
+    for calls in tried:
+        if rows >= fixed_rows:
+            rows = independent_rows(calls, rows)
     if rows >= fixed_rows:
         return RowCounts(rows)
-    filled = rows_to_fill(tried, max_rows) if fix_rows else ()
+    counts = (fixed_rows, *(rows for rows in FILLED_ROWS if rows <= max_rows)) if fix_rows else ()
+    for calls in tried:
+        counts = agreeing_row_counts(calls, counts) if counts else ()
+    filled = tuple(sorted(set(counts)))
     return RowCounts(filled[-1], filled) if filled else None
-
-
-def most_independent_rows(tried: Sequence[Sequence[Call]], max_rows: int, least: int) -> int:
-    """Most rows of a forward that keep all bits; where `least` do not, some lower number."""
-    for calls in tried:
-        if max_rows >= least:
-            max_rows = independent_rows(calls, max_rows)
-    return max_rows
-
-
-def rows_to_fill(tried: Sequence[Sequence[Call]], max_rows: int) -> tuple[int, ...]:
-    """Row counts whose forwards give every call the same bits; none if none do."""
-    counts = min(FIXED_ROWS, max_rows), *(rows for rows in FILLED_ROWS if rows <= max_rows)
-    for calls in tried:
-        counts = agreeing_row_counts(calls, counts)
-        if not counts:
-            return ()
-    return tuple(sorted(set(counts)))
 
 
 def calls_to_try(group: Sequence[Call], max_rows: int) -> Iterator[list[Call]]:
