@@ -170,13 +170,13 @@ def generate(
     Example: stepserve generate "a red heart" -o heart.png --seed 7
     """
     with collection_paused():
-        from stepserve.pipelines.probing.guidance_cost import settle_guidance
+        from stepserve.pipelines.probing.guidance_cost import with_probed_guidance
         from stepserve.pipelines.serving.local import generate_locally
 
     _check_writable(output)
     settings = load_settings(config)
     adapters, used = _adapters(settings.models[_model_id(settings, model)], adapter or [])
-    loaded = settle_guidance(_load(settings, model))
+    loaded = with_probed_guidance(_load(settings, model))
     capabilities = replace(loaded.capabilities, max_adapters=adapters.max_loaded)
     wanted = {
         "prompt": prompt,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -88,11 +89,12 @@ def wrap_modules(pipeline: Any, wrappers: Wrappers) -> Callable[[], None]:
     Raises:
         LayerOrderError: a method has a layer already that must be outside a new one.
     """
-    undo: list[Callable[[], None]] = []
+    undo = ExitStack()
     for path, module, rule in parkable_methods(pipeline):
         for layer, wrap in _layers(path, module, rule, wrappers):
-            undo.append(put_around(module, rule.method, layer, wrap))
-    return functools.partial(_undo_all, undo)
+            undo.callback(put_around(module, rule.method, layer, wrap))
+    # Last on, first off: nothing is taken off that is inside something else.
+    return undo.close
 
 
 def put_around(
@@ -173,9 +175,3 @@ def _names(module: nn.Module, name: str) -> Iterator[str]:
         yield getattr(wrapper, LAYER_ATTRIBUTE)
     if name == "forward" and hasattr(module, OFFLOADING_HOOK):
         yield "offloading"
-
-
-def _undo_all(undo: list[Callable[[], None]]) -> None:
-    # Nothing is taken off that is inside something else.
-    for restore in reversed(undo):
-        restore()

@@ -9,6 +9,7 @@ take arguments that they make nothing of.
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -17,12 +18,10 @@ import torch
 from torch import Tensor
 
 from stepserve.domain.guidance import CLASSIC, PLAIN, Guidance, StepWork
-from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import Task
 from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
 from stepserve.engine.tracks.interception import parameter_names
 from stepserve.pipelines.facts.capabilities import denoiser_of, guidance_arguments
-from stepserve.pipelines.facts.signature import CallSignature
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.modules.parking import ARGUMENT_RULES
 from stepserve.pipelines.probing.probe_requests import probe_request, run_probe
@@ -120,24 +119,18 @@ def find_guidance(model: LoadedModel) -> Guidance:
         return model.capabilities.guidance
 
 
-def settle_guidance(model: LoadedModel) -> LoadedModel:
+def with_probed_guidance(model: LoadedModel) -> LoadedModel:
     """The model with the guidance that it was seen to take. Run it as `find_guidance`."""
-    guidance = find_guidance(model)
-    signature = model.factory.signature(Task.TEXT_TO_IMAGE)
-    return replace(model, capabilities=_with_guidance(model.capabilities, guidance, signature))
-
-
-def _with_guidance(
-    capabilities: ModelCapabilities, guidance: Guidance, signature: CallSignature
-) -> ModelCapabilities:
-    before = capabilities.guidance
-    capabilities = replace(capabilities, guidance=guidance)
+    guidance, before = find_guidance(model), model.capabilities.guidance
+    capabilities = replace(model.capabilities, guidance=guidance)
     if not guidance.argument:
-        return replace(capabilities, default_guidance_scale=OFF, max_guidance_scale=OFF)
-    scale = signature.default(guidance.argument, int | float)
-    if guidance.argument == before.argument or scale is None:
-        return capabilities
-    return replace(capabilities, default_guidance_scale=scale)
+        capabilities = replace(capabilities, default_guidance_scale=OFF, max_guidance_scale=OFF)
+    elif guidance.argument != before.argument:
+        signature = model.factory.signature(Task.TEXT_TO_IMAGE)
+        usual = signature.default(guidance.argument, int | float)
+        scale = capabilities.default_guidance_scale if usual is None else usual
+        capabilities = replace(capabilities, default_guidance_scale=scale)
+    return replace(model, capabilities=capabilities)
 
 
 def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: str) -> Seen:
@@ -150,13 +143,8 @@ def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: 
     )
     rows: list[int] = []
     denoiser = denoiser_of(model.pipeline)
-    handle = None if denoiser is None else _note_rows(denoiser, rows)
-    try:
-        with torch.no_grad():
-            image = run_probe(tried, request)
-    finally:
-        if handle is not None:
-            handle.remove()
+    with torch.no_grad(), nullcontext() if denoiser is None else _noting_rows(denoiser, rows):
+        image = run_probe(tried, request)
     if not rows:
         # A pipeline of several parts, whose steps are not seen.
         return Seen(image, CLASSIC.guided if guidance.guides(scale) else PLAIN)
@@ -164,8 +152,8 @@ def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: 
     return Seen(image, StepWork(max(rows), calls))
 
 
-def _note_rows(denoiser: Any, rows: list[int]) -> Any:
-    """Note the rows of every call of the denoiser; returns what ends that by `remove`."""
+def _noting_rows(denoiser: Any, rows: list[int]) -> AbstractContextManager[Any]:
+    """Note the rows of every call of the denoiser until the end of the block."""
     rules = ARGUMENT_RULES.get(type(denoiser).__name__, NO_RULES)
     parameters = parameter_names(denoiser.forward)
     method = ParkableMethod("", "", denoiser.forward, parameters=parameters, rules=rules)
@@ -173,4 +161,5 @@ def _note_rows(denoiser: Any, rows: list[int]) -> Any:
     def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows.append(make_call(method, args, kwargs).rows)
 
-    return denoiser.register_forward_pre_hook(see, with_kwargs=True)
+    handle: AbstractContextManager[Any] = denoiser.register_forward_pre_hook(see, with_kwargs=True)
+    return handle

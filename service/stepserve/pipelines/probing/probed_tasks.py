@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from stepserve.domain.models import ModelCapabilities, SizeRange, StepRange
+from stepserve.domain.models import SizeRange, StepRange
 from stepserve.domain.requests import Task
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.loading.step_limits import likely_steps, within_steps
@@ -30,15 +30,7 @@ Side = Callable[[Task, int], int]
 """The side of the image that is made for a task when so many pixels are asked for; may raise."""
 
 
-@dataclass(frozen=True)
-class Offer:
-    """Tasks and sizes that hold."""
-
-    tasks: tuple[Task, ...]
-    sizes: SizeRange
-
-
-def probed_offer(model: LoadedModel) -> Offer:
+def with_probed_tasks(model: LoadedModel) -> LoadedModel:
     """Try every task at the smallest size. Run it where the model may run, before it is attached.
 
     What a model's own file says of its sizes is believed.
@@ -50,11 +42,14 @@ def probed_offer(model: LoadedModel) -> Offer:
             request = probe_request(capabilities, task, 0, side_px)
             return int(run_probe(model, request).shape[-1])
 
-    offer = find_offer(capabilities.tasks, capabilities.sizes, side)
-    return Offer(offer.tasks, capabilities.sizes) if model.sizes_are_said else offer
+    tasks, sizes = find_offer(capabilities.tasks, capabilities.sizes, side)
+    sizes = capabilities.sizes if model.sizes_are_said else sizes
+    return replace(model, capabilities=replace(capabilities, tasks=tasks, sizes=sizes))
 
 
-def find_offer(tasks: Sequence[Task], sizes: SizeRange, side: Side) -> Offer:
+def find_offer(
+    tasks: Sequence[Task], sizes: SizeRange, side: Side
+) -> tuple[tuple[Task, ...], SizeRange]:
     """Those of the tasks that can be done, and the native size alone where others cannot.
 
     A model that cannot even make an image from a prompt will say so when it is warmed up.
@@ -71,11 +66,11 @@ def find_offer(tasks: Sequence[Task], sizes: SizeRange, side: Side) -> Offer:
             kept.append(task)
         else:
             logger.warning("%s does not work, so it is not offered: %s", task, objection)
-    return Offer(tuple(kept), sizes)
+    return tuple(kept), sizes
 
 
-def limited_to_pipeline(model: LoadedModel) -> ModelCapabilities:
-    """A model's capabilities without the numbers of steps that its pipeline itself refuses.
+def with_probed_steps(model: LoadedModel) -> LoadedModel:
+    """The model without the numbers of steps that its pipeline itself refuses.
 
     A probe request goes no further than to the first call of a denoiser: by then all is checked.
     Run it where the model may run, before its calls park.
@@ -83,7 +78,9 @@ def limited_to_pipeline(model: LoadedModel) -> ModelCapabilities:
     capabilities = model.capabilities
     most = capabilities.max_num_inference_steps
     taken = find_steps(partial(_reaches_denoiser, model), most, likely_steps(capabilities))
-    return capabilities if taken == StepRange(1, most) else within_steps(capabilities, taken)
+    if taken == StepRange(1, most):
+        return model
+    return replace(model, capabilities=within_steps(capabilities, taken))
 
 
 class _ReachedError(Exception):
@@ -97,7 +94,7 @@ def _reaches_denoiser(model: LoadedModel, steps: int) -> bool:
         with torch.no_grad(), ExitStack() as stack:
             for _, module, rule in parkable_methods(model.pipeline):
                 if rule.shared:
-                    stack.callback(module.register_forward_pre_hook(_reach).remove)
+                    stack.enter_context(module.register_forward_pre_hook(_reach))
             run_probe(model, replace(request, num_inference_steps=steps))
     except _ReachedError:
         return True

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,12 +127,10 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look on until the end of the block."""
-        undo = [self._look_at(*method) for method in parkable_methods(self.pipeline)]
-        try:
+        with ExitStack() as undo:
+            for method in parkable_methods(self.pipeline):
+                undo.callback(self._look_at(*method))
             yield
-        finally:
-            for restore in reversed(undo):
-                restore()
 
     def _look_at(self, path: str, module: nn.Module, rule: ParkingRule) -> Callable[[], None]:
         original = getattr(module, rule.method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -17,9 +17,9 @@ from stepserve.pipelines.modules.cuda_graphs import CudaRecorder
 from stepserve.pipelines.modules.parking import PROMPTS_BYTES, ParkingOptions
 from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
 from stepserve.pipelines.modules.wrappers import Wrappers
-from stepserve.pipelines.probing.guidance_cost import settle_guidance
+from stepserve.pipelines.probing.guidance_cost import with_probed_guidance
 from stepserve.pipelines.probing.probe_requests import make_probe_requests
-from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline, probed_offer
+from stepserve.pipelines.probing.probed_tasks import with_probed_steps, with_probed_tasks
 from stepserve.pipelines.probing.shape_rules import SizeRules
 from stepserve.pipelines.probing.sharing_check import ProbeRequest
 from stepserve.pipelines.probing.sharing_plan import SharingPlan, plan_sharing, row_buckets
@@ -77,7 +77,8 @@ def prepare(
     device = model.pipeline.device
     ceiling = engine.options.row_ceiling
     if sharing.plan is None:
-        model = with_probed_capabilities(model)
+        # Tell what holds, not what the pipeline seems to offer.
+        model = with_probed_tasks(with_probed_guidance(with_probed_steps(model)))
     probes = make_probe_requests(model, model.capabilities.tasks)
     plan = sharing.plan or plan_sharing(
         model.pipeline,
@@ -118,12 +119,3 @@ def prepare(
         # The engine thread's own number counts.
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
     )
-
-
-def with_probed_capabilities(model: LoadedModel) -> LoadedModel:
-    """Tell what holds, not what the pipeline seems to offer."""
-    model = replace(model, capabilities=limited_to_pipeline(model))
-    model = settle_guidance(model)
-    offer = probed_offer(model)
-    capabilities = replace(model.capabilities, tasks=offer.tasks, sizes=offer.sizes)
-    return replace(model, capabilities=capabilities)

@@ -17,11 +17,12 @@ from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import GenerationRequest
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.probing.guidance_cost import find_guidance, settle_guidance
+from stepserve.pipelines.probing.guidance_cost import find_guidance, with_probed_guidance
+from stepserve.pipelines.probing.probed_tasks import with_probed_steps, with_probed_tasks
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 from stepserve.pipelines.requests.input_decoding import Inputs
 from stepserve.pipelines.serving.listener import RequestListener
-from stepserve.pipelines.serving.preparation import SharingOptions, with_probed_capabilities
+from stepserve.pipelines.serving.preparation import SharingOptions
 from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.track import track_of
 from stepserve.ray_serve.replica.request_tracker import RequestTracker
@@ -73,7 +74,7 @@ def test_guidance_as_an_input_costs_nothing_and_takes_no_negative_prompt(flux: L
 
 
 def test_guidance_that_only_a_negative_prompt_turns_on(schnell: LoadedModel) -> None:
-    settled = settle_guidance(schnell).capabilities
+    settled = with_probed_guidance(schnell).capabilities
     assert settled.guidance == TRUE_CFG
     # As the signature of the pipeline has it.
     assert settled.default_guidance_scale == 1.0
@@ -93,7 +94,7 @@ class NoGuidance:
 
 
 def test_a_pipeline_that_ignores_guidance_is_said_to_take_none(tiny: LoadedModel) -> None:
-    settled = settle_guidance(changed_call(tiny, NoGuidance)).capabilities
+    settled = with_probed_guidance(changed_call(tiny, NoGuidance)).capabilities
     assert settled.guidance.kind is GuidanceKind.NONE
     assert not settled.guidance.negative_prompt
     assert (settled.default_guidance_scale, settled.max_guidance_scale) == (1.0, 1.0)
@@ -112,7 +113,7 @@ def flow_request(**changes: Any) -> GenerationRequest:
 def started(model: LoadedModel) -> PipelineRunner:
     """A runner that tried what its model does, but not how rows may share."""
     runner = PipelineRunner(
-        with_probed_capabilities(model),
+        with_probed_tasks(with_probed_guidance(with_probed_steps(model))),
         EngineOptions(max_rows=8, max_pending_images=64, threads=1),
         sharing=SharingOptions(plan=SharingPlan()),
     )

@@ -9,7 +9,7 @@ import pytest
 from stepserve.domain.models import SizeRange
 from stepserve.domain.requests import Task
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.probing.probed_tasks import Offer, find_offer, probed_offer
+from stepserve.pipelines.probing.probed_tasks import find_offer, with_probed_tasks
 
 SIZES = SizeRange(minimum=32, maximum=128, step=8, native=64)
 NATIVE_ONLY = SizeRange(minimum=64, maximum=64, step=8, native=64)
@@ -51,7 +51,7 @@ def edits_at_one_size(task: Task, wanted_px: int) -> int:
 def test_only_what_works_is_offered(
     side: Callable[[Task, int], int], tasks: tuple[Task, ...], sizes: SizeRange
 ) -> None:
-    assert find_offer(ALL, SIZES, side) == Offer(tasks, sizes)
+    assert find_offer(ALL, SIZES, side) == (tasks, sizes)
 
 
 def test_what_is_left_out_is_told_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,5 +61,4 @@ def test_what_is_left_out_is_told_with_the_reason(caplog: pytest.LogCaptureFixtu
 
 
 def test_what_an_operator_says_of_sizes_is_believed(tiny: LoadedModel) -> None:
-    offer = probed_offer(tiny)
-    assert offer == Offer(tiny.capabilities.tasks, tiny.capabilities.sizes)
+    assert with_probed_tasks(tiny).capabilities == tiny.capabilities

@@ -17,7 +17,7 @@ from stepserve.domain.models import StepRange
 from stepserve.domain.requests import Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.probing.probed_tasks import limited_to_pipeline
+from stepserve.pipelines.probing.probed_tasks import with_probed_steps
 from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import (
@@ -147,12 +147,12 @@ def two_steps(model: LoadedModel) -> LoadedModel:
 
 
 def test_steps_that_a_pipeline_itself_refuses_are_not_told(tiny: LoadedModel) -> None:
-    told = limited_to_pipeline(two_steps(tiny))
+    told = with_probed_steps(two_steps(tiny)).capabilities
     assert {told.steps_of(name) for name in told.schedulers} == {StepRange(2, 2)}
     assert told.default_num_inference_steps == 2
     # What begins with four steps of a higher order can do none of these.
     assert set(tiny.capabilities.schedulers) - set(told.schedulers) == {"PNDMScheduler"}
-    assert limited_to_pipeline(tiny) == tiny.capabilities
+    assert with_probed_steps(tiny) is tiny
 
 
 def test_a_pipelines_own_refusal_is_answered_as_one(tiny: LoadedModel) -> None:
