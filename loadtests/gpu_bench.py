@@ -29,6 +29,7 @@ from stepserve.domain.requests import GenerationRequest
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
+from stepserve.pipelines.modules.wrappers import graphs_of
 from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.warm_up import warm_up
 
@@ -89,10 +90,10 @@ def measure(case: Case, repeats: int) -> Measured:
     step_ms = runner.engine.call(lambda: step_milliseconds(plain, served, case.size))
     measured = Measured(
         case.name,
-        sum(graph.recorded for graph in runner.graphs),
+        sum(graph.recorded for graph in graphs_of(runner.model.pipeline)),
         runner.engine.row_limit,
-        runner.plan.row_policy,
-        runner.plan.same_bytes,
+        runner.prepared.plan.row_policy,
+        runner.prepared.plan.same_bytes,
         comparison,
         step_ms,
         sum(waits.values()) / forwards,

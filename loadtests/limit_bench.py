@@ -96,7 +96,11 @@ def engine_rows_per_s(runner: PipelineRunner, count: int) -> float:
     """Denoiser rows of that many concurrent requests, by the time until the last has its file."""
     requests = requests_alike(count)
     seconds, _ = run_engine(runner, requests)
-    return sum(runner.guidance.rows_of(request) for request in requests) * STEPS / seconds
+    return (
+        sum(runner.model.capabilities.guidance.rows_of(request) for request in requests)
+        * STEPS
+        / seconds
+    )
 
 
 def median_over(

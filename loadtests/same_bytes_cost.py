@@ -67,7 +67,7 @@ def measure_start(model: Path, dtype: str, threads: int) -> tuple[float, str]:
         runner.start()
         seconds.append(time.perf_counter() - started_s)
         runner.stop()
-    return statistics.median(seconds), runner.plan.row_policy
+    return statistics.median(seconds), runner.prepared.plan.row_policy
 
 
 def measure(model: Path, threads: int, repeats: int) -> Cost:
@@ -76,7 +76,7 @@ def measure(model: Path, threads: int, repeats: int) -> Cost:
     # Where nothing need be filled up, it is measured what it would cost.
     runners = [start(model, "float32", threads, SharingPlan(same_bytes=False))]
     runners.append(start(model, "float32", threads, None))
-    if not runners[1].plan.filled_rows:
+    if not runners[1].prepared.plan.filled_rows:
         runners[1].stop()
         runners[1] = start(model, "float32", threads, SharingPlan(filled_rows=(FIXED_ROWS,)))
     requests = mixed_requests()

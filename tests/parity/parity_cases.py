@@ -172,7 +172,7 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest, answe
         return call(pipeline, request, "pt", callback_on_step_end=step_ended)
 
     steps = request.num_inference_steps
-    rows = runner.guidance.rows_of(request)
+    rows = runner.model.capabilities.guidance.rows_of(request)
     runner.engine.submit(Track(request.id, rows, steps, request.n, run, answer))
 
 

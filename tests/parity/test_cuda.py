@@ -21,6 +21,7 @@ from stepserve.domain.events import Finished
 from stepserve.domain.requests import GenerationRequest
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.modules.wrappers import graphs_of
 from stepserve.pipelines.serving.runner import PipelineRunner
 
 from loadtests.engine_bench import mixed_requests, plain_call, raw_pixels, run_engine
@@ -105,7 +106,7 @@ def serve_each_alone(
 
 
 def test_images_are_those_of_plain_diffusers(runner: PipelineRunner, plain: Any) -> None:
-    assert runner.plan.same_bytes
+    assert runner.prepared.plan.same_bytes
     requests = mixed_requests()
     for _ in range(ROUNDS):
         _, finished = run_engine(runner, requests)
@@ -114,7 +115,7 @@ def test_images_are_those_of_plain_diffusers(runner: PipelineRunner, plain: Any)
     with torch.no_grad():
         wanted = [plain_call(plain, request) for request in requests]
     assert [raw_pixels(answer) for answer in finished] == wanted
-    recorded = sum(graph.recorded for graph in runner.graphs)
+    recorded = sum(graph.recorded for graph in graphs_of(runner.model.pipeline))
     assert (recorded > 0) == runner.model.cuda_graphs
 
 

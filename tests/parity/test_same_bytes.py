@@ -58,9 +58,9 @@ def alone(served: PipelineRunner, pool: list[GenerationRequest]) -> Digests:
 
 def must_be_reproducible(runner: PipelineRunner, say: Say) -> bool:
     """Whether the device gives the same bytes to those only that ask for it."""
-    if not runner.plan.same_bytes:
+    if not runner.prepared.plan.same_bytes:
         say("THIS DEVICE DOES NOT GIVE THE SAME BYTES AT ANY LOAD: only reproducible requests")
-    return not runner.plan.same_bytes
+    return not runner.prepared.plan.same_bytes
 
 
 def serve_watched(load: RandomLoad, say: Say, histories: int = 0) -> CoBatchWatch:
@@ -79,7 +79,7 @@ def serve_watched(load: RandomLoad, say: Say, histories: int = 0) -> CoBatchWatc
     finally:
         watch.remove()
     say(
-        f"{load.runner.plan.row_policy}: {len(load.finished)} finished, {load.cancelled} "
+        f"{load.runner.prepared.plan.row_policy}: {len(load.finished)} finished, {load.cancelled} "
         f"cancelled, {sum(watch.rows)} rows in {len(watch.rows)} forwards: {watch.mean_rows:.1f} "
         f"rows a forward, at most {max(watch.rows)}"
     )
@@ -162,7 +162,7 @@ def test_bytes_are_the_same_from_another_replica_under_load(
 ) -> None:
     share = 1.0 if must_be_reproducible(served, say) else 0.0
     with serving_model(model_folder, "bfloat16", adapters) as replica:
-        assert replica.plan == served.plan
+        assert replica.prepared.plan == served.prepared.plan
         assert replica.capabilities().fingerprint == served.capabilities().fingerprint
         load = RandomLoad(replica, pool[:AGAIN], seed=2, enough=2 * AGAIN, reproducible=share)
         serve_watched(load, say)
@@ -172,7 +172,7 @@ def test_bytes_are_the_same_from_another_replica_under_load(
 def float32_plan(folder: Path) -> SharingPlan:
     """The engine's own, with a fixed row count where it needs none."""
     with serving_model(folder, "float32") as runner:
-        plan = runner.plan
+        plan = runner.prepared.plan
     assert plan.same_bytes
     return plan if plan.filled_rows else replace(plan, filled_rows=(FIXED_ROWS,))
 
@@ -182,7 +182,7 @@ def test_forwards_of_one_row_count_give_the_same_bytes_in_float32(
 ) -> None:
     sharing = SharingOptions(plan=float32_plan(model_folder))
     with serving_model(model_folder, "float32", adapters, sharing) as runner:
-        filled_rows = runner.plan.filled_rows
+        filled_rows = runner.prepared.plan.filled_rows
         assert FIXED_ROWS in filled_rows
         some = pool[:AGAIN]
         alone = serve_alone(runner, some)
@@ -201,8 +201,8 @@ def test_reproducible_requests_have_the_same_bytes_where_others_have_not(
 ) -> None:
     sharing = SharingOptions(fixed_rows=False)
     with serving_model(model_folder, "float32", adapters, sharing) as runner:
-        assert runner.plan.filled_rows == ()
-        assert runner.capabilities().same_bytes is runner.plan.same_bytes
+        assert runner.prepared.plan.filled_rows == ()
+        assert runner.capabilities().same_bytes is runner.prepared.plan.same_bytes
         some = [replace(request, reproducible=True) for request in pool[:AGAIN]]
         alone = serve_alone(runner, some)
         load = RandomLoad(runner, some, seed=4, enough=FLOAT32_HISTORIES, reproducible=0.5)

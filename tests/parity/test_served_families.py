@@ -200,15 +200,15 @@ def assert_router_and_engine_agree(runner: PipelineRunner) -> None:
     limits = runner.capabilities()
     request = replace(a_request(runner, Task.TEXT_TO_IMAGE, limits.sizes.native), id="counted")
     served(runner, request)
-    job = job_of(request, runner.guidance)
+    job = job_of(request, limits.guidance)
     forwards = [
         part.rows
-        for forward in runner.view().forwards
+        for forward in runner.engine.batcher.view().forwards
         for part in forward.requests
         if part.id == request.id and forward.module.startswith(("unet", "transformer"))
     ]
     assert set(forwards) == {job.rows}
-    calls = runner.guidance.calls_of(request, denoiser_calls(runner.model, request))
+    calls = limits.guidance.calls_of(request, denoiser_calls(runner.model, request))
     # The scheduler of Sana Sprint counts the end of its last step as a timestep.
     assert len(forwards) == calls - (limits.default_scheduler == "SCMScheduler")
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from stepserve.domain.fingerprint import Fingerprint
 from stepserve.domain.guidance import CLASSIC, Guidance
-from stepserve.domain.requests import Task
+from stepserve.domain.requests import GenerationRequest, Task
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,17 @@ class ModelCapabilities:
         """How many steps requests with this scheduler may have."""
         usual = StepRange(self.min_num_inference_steps, self.max_num_inference_steps)
         return self.scheduler_steps.get(scheduler, usual)
+
+    def usual_request(self, request_id: str) -> GenerationRequest:
+        """A request for one image of the native size, with the defaults and without a prompt."""
+        return GenerationRequest(
+            id=request_id,
+            model=self.id,
+            prompt="",
+            width=self.sizes.native,
+            height=self.sizes.native,
+            num_inference_steps=self.default_num_inference_steps,
+            guidance_scale=self.default_guidance_scale,
+            seed=0,
+            scheduler=self.default_scheduler,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -42,16 +43,14 @@ def probe_request(
     capabilities: ModelCapabilities, task: Task, index: int, side_px: int
 ) -> GenerationRequest:
     """A small request for a square image; the second is without guidance."""
-    return GenerationRequest(
-        id=f"probe-{task}-{index}",
-        model=capabilities.id,
+    return replace(
+        capabilities.usual_request(f"probe-{task}-{index}"),
         prompt=PROMPTS[index],
         width=side_px,
         height=side_px,
         num_inference_steps=capabilities.steps_of(capabilities.default_scheduler).nearest(STEPS),
         guidance_scale=0.0 if index else capabilities.default_guidance_scale,
         seed=index,
-        scheduler=capabilities.default_scheduler,
         task=task,
         strength=1.0,
     )

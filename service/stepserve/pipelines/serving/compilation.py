@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from stepserve.domain.errors import StepserveError
@@ -18,76 +18,71 @@ from stepserve.pipelines.modules.call_shapes import Example, UniformArguments, s
 from stepserve.pipelines.modules.compiling import Backend, CompiledForward
 from stepserve.pipelines.modules.parking import components_of
 from stepserve.pipelines.probing.parked_calls import parked_at
-from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, ProbeRequest
-from stepserve.pipelines.probing.sharing_plan import SharingPlan
+from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS
+from stepserve.pipelines.serving.preparation import Preparation
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What came of compiling a denoiser.
-
-    Args:
-        state: whether compiled code serves.
-        remark: why it does not; for people.
-        forwards: by path of a component, what runs in place of its eager forward.
-        same_bytes: whether compiled rows have the same bits whatever they share a forward with.
-    """
-
-    state: Compilation
-    remark: str = ""
-    forwards: Mapping[str, CompiledForward] = field(default_factory=dict)
-    same_bytes: bool = False
-
-
-def compile_denoiser(
-    pipeline: Any,
-    plan: SharingPlan,
-    probes: Sequence[ProbeRequest],
-    row_limit: int,
-    backend: Backend,
-) -> Compiled:
+def compile_denoiser(prepared: Preparation, row_limit: int, backend: Backend) -> Preparation:
     """Compile one graph for each row count that shared forwards of the native size may have.
 
     Run it on the engine's thread, while no call of the pipeline parks.
 
     Args:
-        pipeline: a resident one.
-        plan: how its forwards are shared, with row buckets.
-        probes: small requests of every task that it serves.
+        prepared: a model whose plan has row buckets.
         row_limit: most rows of a shared forward.
         backend: as `torch.compile` takes it.
+
+    Returns:
+        The same with compiled code; where that fails, with the remark that says why.
     """
+    pipeline, plan = prepared.model.pipeline, prepared.plan
     if plan.serial:
-        return _failed(f"requests run one at a time: {plan.remark}")
+        return _failed(prepared, f"requests run one at a time: {plan.remark}")
     denoiser = denoiser_of(pipeline)
     path = next(path for path, module in components_of(pipeline) if module is denoiser)
+    parking = plan.parking(ENOUGH_ROWS)
     try:
-        with parked_at(Stage.DENOISE, pipeline, probes, plan.parking(ENOUGH_ROWS)) as parked:
+        with parked_at(Stage.DENOISE, pipeline, prepared.probes, parking) as parked:
             groups = [calls for calls in parked if calls[0].method.module == path]
-            return _compile(path, groups, plan, row_limit, backend)
+            return _compile(prepared, path, groups, row_limit, backend)
     except StepserveError as error:
-        return _failed(str(error))
+        return _failed(prepared, str(error))
     except Exception as error:
         # Torch writes what failed on the first line, why on the second, and much below.
         reason = " ".join(str(error).strip().splitlines()[:2])
         logger.warning("torch.compile failed: %s: %s", type(error).__name__, reason)
-        return _failed(f"torch.compile failed ({type(error).__name__}); the log says why")
+        remark = f"torch.compile failed ({type(error).__name__}); the log says why"
+        return _failed(prepared, remark)
 
 
 def _compile(
-    path: str, groups: Sequence[list[Call]], plan: SharingPlan, row_limit: int, backend: Backend
-) -> Compiled:
+    prepared: Preparation,
+    path: str,
+    groups: Sequence[list[Call]],
+    row_limit: int,
+    backend: Backend,
+) -> Preparation:
     if not groups:
-        return _failed("no call of the denoiser was seen to compile it for")
+        return _failed(prepared, "no call of the denoiser was seen to compile it for")
     # What the parked method runs is the forward as it was before it parked.
     eager = groups[0][0].method.run
-    examples = list(_examples(UniformArguments(eager), groups, plan.row_buckets, row_limit))
+    buckets = prepared.plan.row_buckets
+    examples = list(_examples(UniformArguments(eager), groups, buckets, row_limit))
     forward = CompiledForward(eager, examples, backend)
     same_bytes = all(_is_independent(calls, forward, row_limit) for calls in groups)
     logger.info("the denoiser is served by compiled code: %d graphs", len(examples))
-    return Compiled(Compilation.COMPILED, "", {path: forward}, same_bytes)
+    fingerprint = prepared.model.capabilities.fingerprint
+    return replace(
+        _with(
+            prepared,
+            compilation=Compilation.COMPILED,
+            same_bytes=same_bytes,
+            fingerprint=None if fingerprint is None else replace(fingerprint, code="compiled"),
+        ),
+        wrappers=replace(prepared.wrappers, compiled={path: forward}),
+    )
 
 
 def _examples(
@@ -114,6 +109,12 @@ def _is_independent(calls: Sequence[Call], forward: CompiledForward, row_limit: 
     return independent_rows([replace(call, method=method) for call in calls], most) >= most
 
 
-def _failed(reason: str) -> Compiled:
+def _failed(prepared: Preparation, reason: str) -> Preparation:
     logger.warning("the denoiser is served by eager code: %s", reason)
-    return Compiled(Compilation.FAILED, reason)
+    return _with(prepared, compilation=Compilation.FAILED, compilation_remark=reason)
+
+
+def _with(prepared: Preparation, **capabilities: Any) -> Preparation:
+    model = prepared.model
+    changed = replace(model.capabilities, **capabilities)
+    return replace(prepared, model=replace(model, capabilities=changed))

@@ -1,4 +1,4 @@
-"""What becomes of one request, as events for whoever submitted it."""
+"""One request as the engine wants it, and what becomes of it as events for its submitter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from stepserve.domain.events import (
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
 from stepserve.engine.tracks.listener import tell
-from stepserve.engine.tracks.track import as_stepserve_error
+from stepserve.engine.tracks.track import Track, as_stepserve_error
+from stepserve.pipelines.adapters.cache import AdapterCache
+from stepserve.pipelines.copies.guidance_interval import narrow_to_interval
+from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.requests.call import denoiser_calls, make_images
 from stepserve.pipelines.requests.encoding import ImageEncoder, Telling
 from stepserve.pipelines.requests.images import encode_image, encode_preview
 from stepserve.pipelines.requests.input_decoding import Inputs
@@ -94,3 +98,41 @@ class RequestListener:
         except Exception as error:
             return partial(tell, self.request.id, self.failed, error, timings)
         return partial(tell, self.request.id, self.sink, finished)
+
+
+def track_of(
+    model: LoadedModel,
+    adapters: AdapterCache,
+    request: GenerationRequest,
+    listener: RequestListener,
+) -> Track:
+    """What a request takes of the engine, and how it is run.
+
+    Raises:
+        InvalidRequestError: an adapter is not known, or its file cannot be used.
+    """
+    calls = denoiser_calls(model, request)
+    guidance = model.capabilities.guidance
+    variant = adapters.resolve(request.adapters)
+
+    def make() -> Images:
+        images, steps, previews = listener.inputs.images, listener.step_ended, listener.predicted
+        return make_images(model, request, images, steps, previews)
+
+    return Track(
+        id=request.id,
+        rows=guidance.rows_of(request),
+        steps=guidance.calls_of(request, calls),
+        images=request.n,
+        run=partial(adapters.run_with, variant, make),
+        listener=listener,
+        # Compared at every tick, and an enumeration's members are slow at that.
+        priority=int(request.priority),
+        deadline_s=request.deadline_s,
+        isolated=request.reproducible,
+        size=(request.width, request.height),
+        variant=variant,
+        guidance_interval=narrow_to_interval(guidance, request, calls),
+        owner=request.owner,
+        held=listener.inputs.are_needed,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,7 +46,7 @@ DEFAULT_SHARING = SharingOptions()
 
 @dataclass(frozen=True)
 class Preparation:
-    """A model as it is served.
+    """A model as it is served; by default one of which nothing was found out.
 
     Args:
         model: with capabilities that hold.
@@ -55,16 +55,14 @@ class Preparation:
         execution: how the engine is to run its forwards.
         probes: small requests of every task that it serves.
         shape_rules: what calls of each size need, where that is not the same for all.
-        threads: torch threads of the engine on a CPU; 0 on another device.
     """
 
     model: LoadedModel
-    plan: SharingPlan
-    wrappers: Wrappers
+    plan: SharingPlan = field(default_factory=SharingPlan)
+    wrappers: Wrappers = field(default_factory=Wrappers)
     execution: Execution = DEFAULT_EXECUTION
     probes: Sequence[ProbeRequest] = ()
     shape_rules: SizeRules | None = None
-    threads: int = 0
 
 
 def prepare(
@@ -110,12 +108,23 @@ def prepare(
         side_stream=CudaSideStream() if decodes_aside else None,
     )
     return Preparation(
-        model,
+        _with_plan(model, plan),
         plan,
         Wrappers(parking=parking, record=CudaRecorder() if records else None),
         execution,
         probes,
         rules,
-        # The engine thread's own number counts.
-        threads=torch.get_num_threads() if device.type == "cpu" else 0,
     )
+
+
+def _with_plan(model: LoadedModel, plan: SharingPlan) -> LoadedModel:
+    """The model with what its plan means for images. On the thread that will run it."""
+    capabilities = replace(
+        model.capabilities, same_bytes=plan.same_bytes, sharing_remark=plan.remark
+    )
+    if (fingerprint := capabilities.fingerprint) is not None:
+        # The engine thread's own number counts.
+        threads = torch.get_num_threads() if model.pipeline.device.type == "cpu" else 0
+        fingerprint = replace(fingerprint, row_buckets=plan.row_policy, threads=threads)
+        capabilities = replace(capabilities, fingerprint=fingerprint)
+    return replace(model, capabilities=capabilities)

@@ -9,10 +9,8 @@ from functools import partial
 
 from stepserve.domain.errors import InvalidRequestError, RefusedError
 from stepserve.domain.events import Failed
-from stepserve.domain.guidance import Guidance
 from stepserve.domain.limits import check_request
-from stepserve.domain.models import Compilation, ModelCapabilities
-from stepserve.domain.reports import BatchView
+from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.engine.loop.engine import Engine, EngineOptions
 from stepserve.engine.loop.execution import Execution
@@ -23,25 +21,17 @@ from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.loading.memory import memory_bytes
 from stepserve.pipelines.modules.compiling import Backend
-from stepserve.pipelines.modules.cuda_graphs import GraphedForward
-from stepserve.pipelines.modules.wrappers import (
-    Wrappers,
-    describe_wrappers,
-    graphs_of,
-    wrap_modules,
-)
-from stepserve.pipelines.probing.sharing_plan import SharingPlan
+from stepserve.pipelines.modules.wrappers import describe_wrappers, wrap_modules
 from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import InputDecoder, Inputs
 from stepserve.pipelines.serving.compilation import compile_denoiser
-from stepserve.pipelines.serving.listener import RequestListener, Sink
+from stepserve.pipelines.serving.listener import RequestListener, Sink, track_of
 from stepserve.pipelines.serving.preparation import (
     DEFAULT_SHARING,
     Preparation,
     SharingOptions,
     prepare,
 )
-from stepserve.pipelines.serving.track import track_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +64,8 @@ class PipelineRunner:
         # Diffusers walks through all modules for it.
         self._device = model.pipeline.device
         self._sharing = sharing
-        self._prepared = Preparation(model, SharingPlan(), Wrappers())
-        self._limits = self._limits_of(self._prepared)
+        limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
+        self.prepared = Preparation(replace(model, capabilities=limits))
         self._encoder = ImageEncoder(options.max_pending_images)
         self._decoder = InputDecoder(self.engine)
         self._unwrap: Callable[[], None] = lambda: None
@@ -83,29 +73,14 @@ class PipelineRunner:
     @property
     def model(self) -> LoadedModel:
         """The model, with the capabilities that it was seen to have."""
-        return self._prepared.model
-
-    @property
-    def plan(self) -> SharingPlan:
-        """How forwards are shared."""
-        return self._prepared.plan
-
-    @property
-    def graphs(self) -> tuple[GraphedForward, ...]:
-        """The forwards that record CUDA graphs."""
-        return graphs_of(self.model.pipeline)
-
-    @property
-    def guidance(self) -> Guidance:
-        """How the model takes guidance, as it was seen to."""
-        return self._limits.guidance
+        return self.prepared.model
 
     def start(self) -> None:
         """Start the engine, and find out on its thread how requests may share forwards."""
         self.engine.start(self._prepare)
-        plan, model_id = self.plan, self._limits.id
+        plan = self.prepared.plan
         how = ", ".join(filter(None, (plan.row_policy, plan.remark)))
-        logger.info("model %s, how forwards are shared: %s", model_id, how)
+        logger.info("model %s, how forwards are shared: %s", self.model.capabilities.id, how)
         self._log_wrappers()
 
     def compile(self, backend: Backend = "inductor") -> ModelCapabilities:
@@ -118,7 +93,8 @@ class PipelineRunner:
             What the model can do now; `compilation_remark` says why it is not compiled.
         """
         if self.model.compiles:
-            logger.info("model %s: compiling, which may take minutes", self._limits.id)
+            model_id = self.model.capabilities.id
+            logger.info("model %s: compiling, which may take minutes", model_id)
             self.engine.call(partial(self._compile, backend))
             self._log_wrappers()
         return self.capabilities()
@@ -126,15 +102,17 @@ class PipelineRunner:
     def capabilities(self) -> ModelCapabilities:
         """What the model can do at this moment: adapters come, sizes are found out about."""
         limits = replace(
-            self._limits, adapters=self.adapters.names(), expected_s=self._usual_request_s()
+            self.model.capabilities,
+            adapters=self.adapters.names(),
+            expected_s=self._usual_request_s(),
         )
-        rules = self._prepared.shape_rules
+        rules = self.prepared.shape_rules
         return limits if rules is None else replace(limits, same_bytes=rules.same_bytes)
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Accept a request, or answer at once with Failed if it is refused."""
         try:
-            check_request(request, self._limits)
+            check_request(request, self.model.capabilities)
             cut_prompts = self.model.prompt_meter.check(request)
             self._encoder.check_room()
             inputs = Inputs(request)
@@ -159,10 +137,6 @@ class PipelineRunner:
         """Pending requests that came before this one, and seconds until it should end, or None."""
         return self.engine.estimator_of(key)
 
-    def view(self, owner: str = "") -> BatchView:
-        """The batch as `owner` may see it: without the ids of others."""
-        return self.engine.batcher.view(owner)
-
     def memory_bytes(self) -> dict[str, int]:
         """Memory that the model's device holds, by kind."""
         return memory_bytes(self._device)
@@ -181,47 +155,19 @@ class PipelineRunner:
 
     def _prepare(self) -> Execution:
         """On the engine's thread."""
-        self._prepared = prepare(self.model, self.engine, self.adapters, self._sharing)
-        self._limits = self._limits_of(self._prepared)
-        self._unwrap = wrap_modules(self.model.pipeline, self._prepared.wrappers)
-        return self._prepared.execution
+        self.prepared = prepare(self.model, self.engine, self.adapters, self._sharing)
+        self._unwrap = wrap_modules(self.model.pipeline, self.prepared.wrappers)
+        return self.prepared.execution
 
     def _compile(self, backend: Backend) -> None:
         """On the engine's thread, while no request is in flight."""
-        prepared = self._prepared
         self._unwrap()
-        compiled = compile_denoiser(
-            self.model.pipeline, prepared.plan, prepared.probes, self.engine.row_limit, backend
-        )
-        wrappers = replace(prepared.wrappers, compiled=compiled.forwards)
-        self._unwrap = wrap_modules(self.model.pipeline, wrappers)
-        limits = replace(
-            self._limits, compilation=compiled.state, compilation_remark=compiled.remark
-        )
-        if compiled.state is Compilation.COMPILED:
-            limits = replace(limits, same_bytes=compiled.same_bytes)
-            if limits.fingerprint is not None:
-                limits = replace(limits, fingerprint=replace(limits.fingerprint, code="compiled"))
-        self._limits = limits
-
-    def _limits_of(self, prepared: Preparation) -> ModelCapabilities:
-        plan, capabilities = prepared.plan, prepared.model.capabilities
-        fingerprint = capabilities.fingerprint
-        if fingerprint is not None:
-            fingerprint = replace(
-                fingerprint, row_buckets=plan.row_policy, threads=prepared.threads
-            )
-        return replace(
-            capabilities,
-            max_adapters=self.adapters.max_per_request,
-            fingerprint=fingerprint,
-            same_bytes=plan.same_bytes,
-            sharing_remark=plan.remark,
-        )
+        self.prepared = compile_denoiser(self.prepared, self.engine.row_limit, backend)
+        self._unwrap = wrap_modules(self.model.pipeline, self.prepared.wrappers)
 
     def _log_wrappers(self) -> None:
         wrappers = describe_wrappers(self.model.pipeline)
-        logger.info("model %s, wrappers of its modules: %s", self._limits.id, wrappers)
+        logger.info("model %s, wrappers of its modules: %s", self.model.capabilities.id, wrappers)
 
     def _count_withheld(self, images: int) -> None:
         """On the engine's thread."""
@@ -229,22 +175,11 @@ class PipelineRunner:
 
     def _usual_request_s(self) -> float | None:
         """Seconds that a request with the defaults should take on an idle replica."""
-        limits = self._limits
-        usual = GenerationRequest(
-            id="usual",
-            model=limits.id,
-            prompt="",
-            width=limits.sizes.native,
-            height=limits.sizes.native,
-            num_inference_steps=limits.default_num_inference_steps,
-            guidance_scale=limits.default_guidance_scale,
-            seed=0,
-            scheduler=limits.default_scheduler,
-        )
+        usual = self.model.capabilities.usual_request("usual")
         listener = RequestListener(usual, lambda event: None, self._encoder, Inputs(usual))
         track = track_of(self.model, self.adapters, usual, listener)
         return self.engine.serial_s(track) or None
 
     def _fingerprint(self) -> str:
-        fingerprint = self._limits.fingerprint
+        fingerprint = self.model.capabilities.fingerprint
         return "" if fingerprint is None else fingerprint.short

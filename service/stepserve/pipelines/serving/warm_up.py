@@ -60,7 +60,7 @@ def warm_up(runner: PipelineRunner) -> float:
     while images <= max(limit, 1):
         _run(runner, _request(runner, images))
         images *= 2
-    if runner.engine.options.max_rows is None and not runner.plan.has_one_row_count:
+    if runner.engine.options.max_rows is None and not runner.prepared.plan.has_one_row_count:
         _set_measured_limit(runner)
     # What is loaded by now stays: the garbage collector need not walk a million objects again and
     # again between two denoising steps.
@@ -240,16 +240,10 @@ def _rows(runner: PipelineRunner, request: GenerationRequest) -> int:
 
 def _request(runner: PipelineRunner, images: int, steps: int = WARM_UP_STEPS) -> GenerationRequest:
     capabilities = runner.model.capabilities
-    return GenerationRequest(
-        id=f"warm-up-{images}",
-        model=capabilities.id,
+    return replace(
+        capabilities.usual_request(f"warm-up-{images}"),
         prompt="warm up",
-        width=capabilities.sizes.native,
-        height=capabilities.sizes.native,
         num_inference_steps=capabilities.steps_of(capabilities.default_scheduler).nearest(steps),
-        guidance_scale=capabilities.default_guidance_scale,
-        seed=0,
-        scheduler=capabilities.default_scheduler,
         n=images,
     )
 

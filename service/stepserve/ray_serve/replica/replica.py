@@ -183,7 +183,7 @@ class ModelReplica:
 
     async def batch(self, owner: str) -> BatchView | None:
         """The engine's batch as `owner` may see it; None where there is no engine."""
-        return None if self._model is None else self._model.runner.view(owner)
+        return None if self._model is None else self._model.runner.engine.batcher.view(owner)
 
     async def drain(self) -> None:
         """Refuse new requests, and return when those in flight have ended."""

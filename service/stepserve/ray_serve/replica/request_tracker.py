@@ -129,7 +129,7 @@ class RequestTracker:
 
     def report(self) -> Report:
         """What routers should know of the requests in flight, and of what steps cost here."""
-        engine, guidance = self._runner.engine, self._runner.guidance
+        engine, guidance = self._runner.engine, self._runner.model.capabilities.guidance
         demands = engine.demands()
         requests = (record.request for record in self._log.in_flight())
         return Report(

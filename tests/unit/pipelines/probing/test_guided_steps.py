@@ -21,10 +21,9 @@ from stepserve.pipelines.probing.guidance_cost import find_guidance, with_probed
 from stepserve.pipelines.probing.probed_tasks import with_probed_steps, with_probed_tasks
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
 from stepserve.pipelines.requests.input_decoding import Inputs
-from stepserve.pipelines.serving.listener import RequestListener
+from stepserve.pipelines.serving.listener import RequestListener, track_of
 from stepserve.pipelines.serving.preparation import SharingOptions
 from stepserve.pipelines.serving.runner import PipelineRunner
-from stepserve.pipelines.serving.track import track_of
 from stepserve.ray_serve.replica.request_tracker import RequestTracker
 from stepserve.routing.reports import Report, job_of
 from tiny_families import save_tiny_flux, save_tiny_sd3

@@ -159,8 +159,8 @@ def test_an_unknown_pipeline_is_checked_and_shares(
 def test_a_pipeline_that_swaps_processors_is_served_alone_and_right(fresh: LoadedModel) -> None:
     model = as_class(fresh, SwappingPipeline)
     with running(model) as runner:
-        assert runner.plan.serial
-        assert runner.plan.same_bytes
+        assert runner.prepared.plan.serial
+        assert runner.prepared.plan.same_bytes
         capabilities = runner.capabilities()
         assert capabilities.sharing_remark == "a call changes unet while it runs"
         assert capabilities.fingerprint is not None
@@ -192,7 +192,7 @@ def test_a_wrong_rule_is_found_and_requests_run_one_at_a_time(
     wrong = ArgumentRules(ignored=frozenset({"encoder_hidden_states"}))
     monkeypatch.setitem(parking.ARGUMENT_RULES, "UNet2DConditionModel", wrong)
     with running(as_class(fresh, UnknownPipeline)) as runner:
-        assert runner.plan.serial
+        assert runner.prepared.plan.serial
         assert "shared forwards raised" in runner.capabilities().sharing_remark
         assert_files_are_plain(runner, REQUESTS)
 
@@ -200,7 +200,7 @@ def test_a_wrong_rule_is_found_and_requests_run_one_at_a_time(
 def test_rows_that_mix_are_found_and_requests_run_one_at_a_time(fresh: LoadedModel) -> None:
     mix_rows(fresh, share=0.5)
     with running(as_class(fresh, UnknownPipeline)) as runner:
-        assert runner.plan.serial
+        assert runner.prepared.plan.serial
         assert "answers differ by" in runner.capabilities().sharing_remark
         assert_files_are_plain(runner, REQUESTS)
 
@@ -208,8 +208,8 @@ def test_rows_that_mix_are_found_and_requests_run_one_at_a_time(fresh: LoadedMod
 def test_without_a_cure_it_is_said_that_bytes_depend_on_the_load(fresh: LoadedModel) -> None:
     mix_rows(fresh, share=1e-6)
     with running(fresh) as runner:
-        assert not runner.plan.same_bytes
-        assert not runner.plan.serial
+        assert not runner.prepared.plan.same_bytes
+        assert not runner.prepared.plan.serial
         capabilities = runner.capabilities()
         assert not capabilities.same_bytes
         assert "rows depend on co-batched requests" in capabilities.sharing_remark

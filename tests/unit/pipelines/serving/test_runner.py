@@ -26,7 +26,6 @@ from stepserve.pipelines.requests.call import denoiser_calls, make_images
 from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import Inputs
 from stepserve.pipelines.serving import listener as listener_module
-from stepserve.pipelines.serving import track as track_module
 from stepserve.pipelines.serving import warm_up as warm_up_module
 from stepserve.pipelines.serving.listener import RequestListener
 from stepserve.pipelines.serving.runner import PipelineRunner
@@ -75,7 +74,7 @@ def test_what_nobody_expected_is_answered_too(
     def broken(*args: object) -> int:
         raise TypeError("no such parameter")
 
-    monkeypatch.setattr(track_module, "denoiser_calls", broken)
+    monkeypatch.setattr(listener_module, "denoiser_calls", broken)
     inbox = Inbox()
     runner.submit(a_request(), inbox)
     failed = inbox.wait()
@@ -320,7 +319,7 @@ def test_warming_up_a_model_that_makes_no_image_says_why(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(track_module, "make_images", broken)
+    monkeypatch.setattr(listener_module, "make_images", broken)
     with pytest.raises(GenerationFailedError, match="no kernel image is available"):
         warm_up(runner)
 

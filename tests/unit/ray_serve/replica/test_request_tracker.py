@@ -26,7 +26,6 @@ from stepserve.domain.events import (
     Started,
     StepFinished,
 )
-from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.domain.states import RequestState
 from stepserve.domain.timings import Timings
@@ -36,8 +35,6 @@ from stepserve.ray_serve.replica.request_tracker import RequestTracker
 
 class ThreadedRunner:
     """Tells events from threads of its own, as an engine does."""
-
-    guidance = CLASSIC
 
     def __init__(self) -> None:
         self.sinks: dict[str, Callable[[Event], None]] = {}
