@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stepserve.engine.calls.arguments import flatten, unflatten
 
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """Arguments of one forward."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional ones and named ones of one forward."""
 
 
 class UniformArguments:
@@ -32,7 +26,7 @@ class UniformArguments:
         names = list(inspect.signature(forward).parameters)
         self._place = names.index("timestep") if "timestep" in names else None
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Return the same arguments with one timestep a row, and densely laid out."""
         rows = rows_of(args, kwargs)
         if "timestep" in kwargs:
@@ -41,7 +35,8 @@ class UniformArguments:
             timestep = _one_a_row(args[self._place], rows)
             args = (*args[: self._place], timestep, *args[self._place + 1 :])
         leaves, structure = flatten((args, kwargs))
-        return Example(*unflatten(structure, map(_dense, leaves)))
+        args, kwargs = unflatten(structure, map(_dense, leaves))
+        return args, kwargs
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -51,9 +46,9 @@ def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return next(sizes, 1)
 
 
-def shape_of(example: Example) -> Hashable:
+def shape_of(call: Arguments) -> Hashable:
     """Equal for calls that the same graph can serve."""
-    leaves, structure = flatten((example.args, example.kwargs))
+    leaves, structure = flatten(call)
     return structure, tuple(_describe(leaf) for leaf in leaves)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stepserve.pipelines.modules.call_shapes import Example, UniformArguments, shape_of
+from stepserve.pipelines.modules.call_shapes import Arguments, UniformArguments, shape_of
 from stepserve.private_files import make_private_folder
 
 Forward = Callable[..., Any]
@@ -40,24 +40,24 @@ class CompiledForward:
     """
 
     def __init__(
-        self, eager: Forward, examples: Sequence[Example], backend: Backend = "inductor"
+        self, eager: Forward, examples: Sequence[Arguments], backend: Backend = "inductor"
     ) -> None:
         functools.update_wrapper(self, eager, updated=())
         self._eager = eager
         self._uniform = UniformArguments(eager)
         self._compiled: Forward = torch.compile(eager, backend=backend, dynamic=False)
-        calls = [self._uniform(example.args, example.kwargs) for example in examples]
+        calls = [self._uniform(*example) for example in examples]
         self._shapes = frozenset(map(shape_of, calls))
         _make_cache_private()
         # Beyond this number torch would quietly run eager code.
         limit = torch._dynamo.config.patch(recompile_limit=2 * len(calls))
         with torch.no_grad(), limit:
-            for call in calls:
-                self._compiled(*call.args, **call.kwargs)
+            for args, kwargs in calls:
+                self._compiled(*args, **kwargs)
             # One that fits no later call would quietly run eager code.
             with torch.compiler.set_stance("fail_on_recompile"):
-                for call in calls:
-                    self._compiled(*call.args, **call.kwargs)
+                for args, kwargs in calls:
+                    self._compiled(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on tensors of shape (rows, ...)."""
@@ -65,7 +65,7 @@ class CompiledForward:
         if shape_of(call) not in self._shapes:
             return self._eager(*args, **kwargs)
         with torch.compiler.set_stance("eager_on_recompile"):
-            return self._compiled(*call.args, **call.kwargs)
+            return self._compiled(*call[0], **call[1])
 
 
 def _make_cache_private() -> None:

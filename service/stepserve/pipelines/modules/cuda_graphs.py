@@ -128,19 +128,15 @@ class GraphedForward:
         return recording
 
 
-class CudaRecorder:
-    """Records CUDA graphs that share their memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec) -> Recording:
-        """Record one forward; its kernels must have run before, so that all is loaded."""
-        return CudaRecording(forward, leaves, structure, self._pool)
-
-
 class CudaRecording:
-    """One CUDA graph, with its arguments and its output."""
+    """One CUDA graph, with its arguments and its output.
+
+    Args:
+        forward: its kernels must have run before, so that all is loaded.
+        leaves: its arguments, one after another.
+        structure: of the arguments.
+        pool: memory, which recordings may share.
+    """
 
     def __init__(
         self, forward: Forward, leaves: Sequence[Any], structure: PyTreeSpec, pool: Any

@@ -14,7 +14,7 @@ from stepserve.engine.calls.call import Call
 from stepserve.engine.calls.stacking import stack
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.capabilities import denoiser_of
-from stepserve.pipelines.modules.call_shapes import Example, UniformArguments, shape_of
+from stepserve.pipelines.modules.call_shapes import Arguments, UniformArguments, shape_of
 from stepserve.pipelines.modules.compiling import Backend, CompiledForward
 from stepserve.pipelines.modules.parking import components_of
 from stepserve.pipelines.probing.parked_calls import parked_at
@@ -87,7 +87,7 @@ def _compile(
 
 def _examples(
     uniform: UniformArguments, groups: Sequence[list[Call]], buckets: Sequence[int], row_limit: int
-) -> Iterator[Example]:
+) -> Iterator[Arguments]:
     """One call of each shape that shared forwards may have, the fewest rows first."""
     seen = set()
     for rows in buckets:

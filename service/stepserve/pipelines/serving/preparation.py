@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from stepserve.engine.loop.side_stream import CudaSideStream
 from stepserve.engine.loop.timing import timing_for
 from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.modules.cuda_graphs import CudaRecorder
+from stepserve.pipelines.modules.cuda_graphs import CudaRecording
 from stepserve.pipelines.modules.parking import PROMPTS_BYTES, ParkingOptions
 from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
 from stepserve.pipelines.modules.wrappers import Wrappers
@@ -96,6 +97,7 @@ def prepare(
     )
     # Adapters change modules, and a graph is of a module as it was.
     records = model.cuda_graphs and not (adapters.options.any or plan.serial)
+    record = partial(CudaRecording, pool=torch.cuda.graph_pool_handle()) if records else None
     needs_rules = device.type != "cpu" and plan.same_bytes and not (plan.serial or model.compiles)
     rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows) if needs_rules else None
     decodes_aside = can_keep_on_host(model.pipeline, device) and not plan.serial
@@ -110,7 +112,7 @@ def prepare(
     return Preparation(
         _with_plan(model, plan),
         plan,
-        Wrappers(parking=parking, record=CudaRecorder() if records else None),
+        Wrappers(parking=parking, record=record),
         execution,
         probes,
         rules,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stepserve.pipelines.modules.call_shapes import (
-    Example,
+    Arguments,
     UniformArguments,
     rows_of,
     shape_of,
@@ -52,12 +52,12 @@ def _no_gradients() -> Any:
         yield
 
 
-def small_examples(buckets: Sequence[int] = BUCKETS) -> list[Example]:
-    return [Example((torch.ones(rows, 4),), {}) for rows in buckets]
+def small_examples(buckets: Sequence[int] = BUCKETS) -> list[Arguments]:
+    return [((torch.ones(rows, 4),), {}) for rows in buckets]
 
 
-def unet_example(rows: int) -> Example:
-    return Example(
+def unet_example(rows: int) -> Arguments:
+    return (
         (torch.randn(rows, 4, 8, 8), torch.full((rows,), 500)),
         {"encoder_hidden_states": torch.randn(rows, 16, 16), "return_dict": False},
     )
@@ -148,7 +148,7 @@ def test_more_graphs_than_torch_makes_of_itself(small: Small) -> None:
 
 def test_shapes_tell_calls_apart_by_all_but_content() -> None:
     def shape(value: Any) -> Any:
-        return shape_of(Example((value,), {}))
+        return shape_of(((value,), {}))
 
     assert shape_of(unet_example(2)) == shape_of(unet_example(2))
     assert shape_of(unet_example(2)) != shape_of(unet_example(4))
@@ -168,16 +168,16 @@ def test_timesteps_are_brought_into_one_form(timestep: torch.Tensor, by_name: bo
     sample = torch.randn(2, 4, 8, 8)
     uniform = UniformArguments(tiny_unet().forward)
     args, kwargs = ((sample,), {"timestep": timestep}) if by_name else ((sample, timestep), {})
-    call = uniform(args, kwargs)
-    found = call.kwargs["timestep"] if by_name else call.args[1]
+    made, named = uniform(args, kwargs)
+    found = named["timestep"] if by_name else made[1]
     assert found.dtype == torch.float32
     assert found.tolist() == [500.0, 500.0]
-    assert call.args[0] is sample
+    assert made[0] is sample
 
 
 def test_a_module_without_timesteps_keeps_its_arguments() -> None:
-    call = UniformArguments(Small().forward)((torch.ones(2, 4), 3), {"scale": 1.0})
-    assert (call.args[1], call.kwargs) == (3, {"scale": 1.0})
+    args, kwargs = UniformArguments(Small().forward)((torch.ones(2, 4), 3), {"scale": 1.0})
+    assert (args[1], kwargs) == (3, {"scale": 1.0})
     assert rows_of((3,), {}) == 1
 
 
