@@ -14,8 +14,13 @@ from stepserve.engine.calls.call import Call
 from stepserve.engine.calls.stacking import stack
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.capabilities import denoiser_of
-from stepserve.pipelines.modules.call_shapes import Arguments, UniformArguments, shape_of
-from stepserve.pipelines.modules.compiling import Backend, CompiledForward
+from stepserve.pipelines.modules.compiling import (
+    Arguments,
+    Backend,
+    CompiledForward,
+    UniformArguments,
+    shape_of,
+)
 from stepserve.pipelines.modules.parking import components_of
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from stepserve.pipelines.modules.call_shapes import (
+from stepserve.pipelines.modules.compiling import (
     Arguments,
+    CompiledForward,
     UniformArguments,
     rows_of,
     shape_of,
 )
-from stepserve.pipelines.modules.compiling import CompiledForward
 from stepserve.pipelines.probing.sharing_plan import row_buckets
 from stepserve.private_files import NotPrivateError
 from tiny_model import tiny_unet
