@@ -133,7 +133,7 @@ class AdapterCache:
             self._refresh()
 
     def _enter(self, switch: AdapterSwitch, variant: Any) -> None:
-        if not switch.is_set_to(variant):
+        if switch.variant != variant:
             used: tuple[AppliedAdapter, ...] = variant or ()
             switch.set(variant, [(self._loaded[a.file], a.scale) for a in used])
 

@@ -24,32 +24,28 @@ class AdapterSwitch:
         self._active: list[str] = []
         self._layers: dict[str, list[Any]] = {}
         self._scales: dict[str, float] = {}
-        self._variant: Hashable = None
+        self.variant: Hashable = None
 
     def refresh(self) -> None:
         """Find all layers and turn them off: after an adapter was loaded, or before one goes."""
         self._active.clear()
         self._layers.clear()
         self._scales.clear()
-        self._variant = None
+        self.variant = None
         for layer in tuner_layers(self._module):
             # PEFT keeps the very list.
             layer.set_adapter(self._active)
             for name in layer.scaling:
                 self._layers.setdefault(name, []).append(layer)
 
-    def is_set_to(self, variant: Hashable) -> bool:
-        """Whether nothing has to be done for `variant`."""
-        return self._variant == variant
-
     def set(self, variant: Hashable, scales: Sequence[tuple[str, float]]) -> None:
         """Apply exactly the adapters of `scales`, in that order, and note it as `variant`."""
         # Should anything raise, nobody must think that it is set.
-        self._variant = self
+        self.variant = self
         for name, scale in scales:
             self._set_scale(name, scale)
         self._active[:] = [name for name, _ in scales]
-        self._variant = variant
+        self.variant = variant
 
     def _set_scale(self, name: str, scale: float) -> None:
         if self._scales.get(name) != scale:

@@ -12,12 +12,8 @@ from stepserve import __version__
 from stepserve.domain.fingerprint import Fingerprint
 from stepserve.pipelines.facts.trust import pickle_files
 
-ANY_ROWS = "any rows"
 
-
-def take_fingerprint(
-    folder: Path, dtype: torch.dtype, device: torch.device, row_buckets: str = ANY_ROWS
-) -> Fingerprint:
+def take_fingerprint(folder: Path, dtype: torch.dtype, device: torch.device) -> Fingerprint:
     """What decides the bytes of the images of the model in `folder`, besides the requests."""
     return Fingerprint(
         weights=hash_weights(folder),
@@ -28,7 +24,6 @@ def take_fingerprint(
         device=device.type,
         processor=_processor(device),
         dtype=str(dtype).removeprefix("torch."),
-        row_buckets=row_buckets,
     )
 
 

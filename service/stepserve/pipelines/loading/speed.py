@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from stepserve.config import SpeedSettings
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import denoiser_of
+from stepserve.pipelines.facts.trust import read_index
 
 QUANTIZERS = {
     "int8": "Int8WeightOnlyConfig",
@@ -51,7 +51,7 @@ def loading_arguments(speed: SpeedSettings, folder: Path) -> dict[str, Any]:
     """What `from_pretrained` must be given so that the denoiser is quantized while it is read."""
     if speed.quantization == "none":
         return {}
-    components = json.loads((folder / "model_index.json").read_text())
+    components = read_index(folder)
     quantizer = getattr(import_module("torchao.quantization"), QUANTIZERS[speed.quantization])
     mapping = {name: TorchAoConfig(quantizer()) for name in DENOISERS if components.get(name)}
     if not mapping:

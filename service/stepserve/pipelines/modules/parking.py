@@ -129,16 +129,11 @@ def components_of(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def nested_pipelines(pipeline: Any) -> dict[str, Any]:
-    """Pipelines that a pipeline holds in its attributes, such as a prior's, by attribute name."""
-    held = vars(pipeline).items()
-    return {name: value for name, value in held if isinstance(value, DiffusionPipeline)}
-
-
 def _all_components(pipeline: Any, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     # Inner ones first: there a module has the name that says what it does.
-    for name, inner in nested_pipelines(pipeline).items():
-        yield from _all_components(inner, f"{prefix}{name}.")
+    for name, inner in vars(pipeline).items():
+        if isinstance(inner, DiffusionPipeline):
+            yield from _all_components(inner, f"{prefix}{name}.")
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             yield prefix + name, component

@@ -101,11 +101,11 @@ class ProbeListener:
     result: Any = None
     error: BaseException | None = None
 
-    def accepted(self, position: int, backlog_s: float) -> None:
-        """Nothing to do."""
+    def accepted(self, position: int, expected_s: float) -> None:
+        """Nobody waits for it."""
 
     def started(self) -> None:
-        """Nothing to do."""
+        """Nobody waits for it."""
 
     def finished(self, result: Any, timings: Timings) -> None:
         """The pipeline call returned."""

@@ -187,7 +187,8 @@ def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
     try:
         set_steps(scheduler, steps)
         timesteps = left = len(scheduler.timesteps)
-        if request.task is not Task.TEXT_TO_IMAGE and _takes_strength(model, request.task):
+        takes_strength = model.factory.signature(request.task).accepts("strength")
+        if request.task is not Task.TEXT_TO_IMAGE and takes_strength:
             left = count_left(pipeline, request, timesteps)
         if request.scheduler in model.probed_schedulers:
             make = partial(model.factory.new_scheduler, request.scheduler)
@@ -199,10 +200,6 @@ def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
         message = f"strength {request.strength:g} of {steps} steps leaves no step"
         raise InvalidRequestError(message, "strength")
     return left
-
-
-def _takes_strength(model: LoadedModel, task: Task) -> bool:
-    return model.factory.signature(task).accepts("strength")
 
 
 def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int:

@@ -58,7 +58,10 @@ def _blamed(
     if refused:
         return cannot_be_done(request, f"{refused}: {error}")
     if is_overflow or any(isinstance(owner, SchedulerMixin) for _, owner in _callers(error)):
-        return _tried_steps(request, make)
+        try:
+            try_all(make, request.num_inference_steps)
+        except ScheduleError as why:
+            return cannot_be_done(request, why)
     return None
 
 
@@ -73,14 +76,6 @@ def _refused(error: Exception) -> str:
         if name == "retrieve_timesteps":
             return "the pipeline cannot set its timesteps"
     return ""
-
-
-def _tried_steps(request: GenerationRequest, make: MakeScheduler) -> InvalidRequestError | None:
-    try:
-        try_all(make, request.num_inference_steps)
-    except ScheduleError as why:
-        return cannot_be_done(request, why)
-    return None
 
 
 def _callers(error: Exception) -> Iterator[tuple[FrameType, Any]]:

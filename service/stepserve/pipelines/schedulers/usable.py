@@ -46,8 +46,8 @@ class Configured:
         return cls(scheduler_class, pickle.dumps(dict(config)), config)
 
     def build(self) -> Any:
-        """A new scheduler."""
-        return build_scheduler(self.cls, self.config)
+        """A new scheduler with the noise schedule of these settings."""
+        return self.cls.from_config(self.config)  # type: ignore[attr-defined]
 
 
 def usable_schedulers(scheduler: Any) -> dict[str, type]:
@@ -66,11 +66,6 @@ def usable_schedulers(scheduler: Any) -> dict[str, type]:
         if name not in UNSUITABLE and name not in usable and _works(Configured.of(cls, config)):
             usable[name] = cls
     return dict(sorted(usable.items()))
-
-
-def build_scheduler(cls: type, config: Any) -> Any:
-    """A new scheduler of class `cls` with the noise schedule of `config`."""
-    return cls.from_config(config)  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -19,19 +20,14 @@ from typing import Any
 import psutil
 import torch
 
-from stepserve.domain.errors import (
-    CancelledError,
-    ContentFilteredError,
-    GenerationFailedError,
-    StepserveError,
-)
+from stepserve.domain.errors import CancelledError, ContentFilteredError, GenerationFailedError
 from stepserve.domain.events import Event, Failed, Finished
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
 from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.engine.scheduling.row_limits import knee
 from stepserve.engine.tracks.track import Track
-from stepserve.pipelines.loading.weights import check_all_weights
+from stepserve.pipelines.loading.weights import check_finite_weights
 from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.runner import PipelineRunner
 
@@ -249,21 +245,14 @@ def _request(runner: PipelineRunner, images: int, steps: int = WARM_UP_STEPS) ->
 
 
 def _run(runner: PipelineRunner, request: GenerationRequest) -> None:
-    outcome: SimpleQueue[Finished | StepserveError] = SimpleQueue()
-
-    def sink(event: Event) -> None:
-        if isinstance(event, Finished):
-            outcome.put(event)
-        elif isinstance(event, Failed):
-            outcome.put(event.error)
-
-    runner.submit(request, sink)
-    result = outcome.get()
-    if isinstance(result, ContentFilteredError):
-        # It draws, and its checker looks at what it draws.
+    events: SimpleQueue[Event] = SimpleQueue()
+    runner.submit(request, events.put)
+    while not isinstance(end := events.get(), Finished | Failed):
+        continue
+    if isinstance(end, Finished) or isinstance(end.error, ContentFilteredError):
+        # It draws; its checker may withhold what it draws.
         return
-    if isinstance(result, GenerationFailedError):
+    if isinstance(end.error, GenerationFailedError):
         # Rather than what a request is answered: that its scheduler or its guidance is to blame.
-        check_all_weights(runner.model.pipeline)
-    if isinstance(result, StepserveError):
-        raise result
+        check_finite_weights(runner.model.pipeline, math.inf)
+    raise end.error

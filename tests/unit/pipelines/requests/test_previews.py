@@ -16,7 +16,7 @@ from stepserve.domain.events import Finished, Preview
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.requests.previews import Denoised, Observed, clean_latents, preview_steps
-from stepserve.pipelines.schedulers.usable import build_scheduler, usable_schedulers
+from stepserve.pipelines.schedulers.usable import Configured, usable_schedulers
 from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_families import save_tiny_flux, save_tiny_sd3
 from tiny_model import Inbox, a_request, default_scheduler
@@ -39,7 +39,7 @@ def said(
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_perfect_network_is_understood_by_every_scheduler(name: str, prediction_type: str):
     config = {**default_scheduler().config, "prediction_type": prediction_type}
-    scheduler = build_scheduler(getattr(diffusers, name), config)
+    scheduler = Configured.of(getattr(diffusers, name), config).build()
     scheduler.set_timesteps(10)
     if name not in usable_schedulers(scheduler):
         pytest.skip(f"{name} does not know {prediction_type}")

@@ -19,7 +19,7 @@ from stepserve.pipelines.schedulers.probes import set_steps
 from stepserve.pipelines.schedulers.usable import (
     SEEDLESS,
     UNSUITABLE,
-    build_scheduler,
+    Configured,
     usable_schedulers,
 )
 from tiny_model import default_scheduler
@@ -92,7 +92,7 @@ def test_copying_changes_nothing_about_the_resident_pipeline(tiny: LoadedModel) 
 def test_settings_and_noise_schedule_are_the_models(name: str) -> None:
     own = default_scheduler()
     cls = usable_schedulers(own)[name]
-    scheduler = build_scheduler(cls, own.config)
+    scheduler = Configured.of(cls, own.config).build()
     assert scheduler.config.prediction_type == "v_prediction"
     assert torch.equal(scheduler.betas, own.betas)
     assert not scheduler.config.get("clip_sample", False)

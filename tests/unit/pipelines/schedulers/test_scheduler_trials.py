@@ -29,7 +29,7 @@ from stepserve.pipelines.schedulers.probes import (
     try_all,
     try_ends,
 )
-from stepserve.pipelines.schedulers.usable import build_scheduler, usable_schedulers
+from stepserve.pipelines.schedulers.usable import Configured, usable_schedulers
 from tiny_model import STABLE_DIFFUSION, save_tiny_model
 
 # Of which seven cannot do a thousand steps with these settings.
@@ -44,7 +44,7 @@ FEWER = {
 
 
 def maker(cls: type, config: Any = STABLE_DIFFUSION.config) -> Callable[[], Any]:
-    return partial(build_scheduler, cls, config)
+    return Configured.of(cls, config).build
 
 
 @pytest.fixture(scope="module")
