@@ -18,7 +18,7 @@ from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
-from stepserve.engine.tracks.interception import parkable, replace_method
+from stepserve.engine.tracks.interception import parameter_names, parkable, replace_method
 from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
 
@@ -81,8 +81,11 @@ def make_parkable(
     module: object, module_name: str, method_name: str, **options: Any
 ) -> Callable[[], None]:
     """Put `parkable` around a method of one instance; returns a function that undoes it."""
-    parked = parkable(getattr(module, method_name), module_name, method_name, **options)
-    return replace_method(module, method_name, parked)
+    run = getattr(module, method_name)
+    method = ParkableMethod(
+        module_name, method_name, run, parameters=parameter_names(run), **options
+    )
+    return replace_method(module, method_name, parkable(method))
 
 
 class Modules:

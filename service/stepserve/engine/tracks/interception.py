@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import greenlet
 import torch
 
-from stepserve.engine.calls.arguments import ArgumentRules, flatten
-from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
+from stepserve.engine.calls.arguments import flatten
+from stepserve.engine.calls.call import ParkableMethod, make_call
 from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
@@ -20,43 +20,9 @@ from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
 _sequence = itertools.count()
 
 
-def parkable(
-    original: Callable[..., Any],
-    module_name: str,
-    method_name: str,
-    *,
-    stage: str,
-    rules: ArgumentRules = NO_RULES,
-    max_rows: int = 32,
-    bucket_rows: tuple[int, ...] = (),
-    enter: Callable[[Hashable], None] | None = None,
-    output_cache: OutputCache | None = None,
-) -> Callable[..., Any]:
-    """A method that parks every track that calls it; outside a track it behaves as before.
-
-    Args:
-        original: the method of a resident module that all tracks share.
-        module_name: the module's name in the pipeline.
-        method_name: such as `forward` or `decode`.
-        stage: what its time is counted as, a value of `Stage`.
-        rules: how some of its arguments are to be read.
-        max_rows: most rows of one shared forward.
-        bucket_rows: row counts that forwards are filled up to.
-        enter: sets the module to a variant before a forward of calls that want it, or None.
-        output_cache: where outputs are kept for calls with the same arguments, or None.
-    """
-    method = ParkableMethod(
-        module_name,
-        method_name,
-        original,
-        Stage(stage),
-        parameter_names(original),
-        rules,
-        max_rows,
-        bucket_rows,
-        enter=enter,
-        output_cache=output_cache,
-    )
+def parkable(method: ParkableMethod) -> Callable[..., Any]:
+    """A method that parks every track that calls it; outside a track it behaves as before."""
+    original = method.run
 
     @functools.wraps(original)
     def parked(*args: Any, **kwargs: Any) -> Any:

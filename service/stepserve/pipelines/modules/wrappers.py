@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepserve.engine.calls.call import NO_RULES
+from stepserve.engine.calls.call import NO_RULES, ParkableMethod
 from stepserve.engine.calls.output_cache import OutputCache
-from stepserve.engine.tracks.interception import parkable, replace_method
+from stepserve.engine.tracks.interception import parameter_names, parkable, replace_method
 from stepserve.pipelines.modules.cuda_graphs import GraphedForward, Recorder
 from stepserve.pipelines.modules.parking import (
     ARGUMENT_RULES,
@@ -157,17 +157,19 @@ def _parkable(
     path: str, module: nn.Module, rule: ParkingRule, options: ParkingOptions, inner: Method
 ) -> Method:
     keeps_outputs = rule.cached and options.prompt_cache_bytes > 0
-    return parkable(
-        inner,
+    method = ParkableMethod(
         path,
         rule.method,
-        stage=rule.stage,
-        rules=ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
+        inner,
+        rule.stage,
+        parameter_names(inner),
+        ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
         max_rows=options.max_rows if rule.shared else 1,
         bucket_rows=options.bucket_rows if rule.shared else (),
         enter=options.enter.get(path),
         output_cache=OutputCache(options.prompt_cache_bytes) if keeps_outputs else None,
     )
+    return parkable(method)
 
 
 def _names(module: nn.Module, name: str) -> Iterator[str]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import inspect
 
-import pytest
 import torch
 from engine_fakes import Bench, make_parkable, make_track
 
@@ -49,11 +48,6 @@ def test_two_engines_may_share_a_module() -> None:
     assert bench.batcher.counters.forwards == 1
     second()
     assert module(torch.ones(1)).item() == 2
-
-
-def test_an_unknown_stage_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="'dream' is not a valid Stage"):
-        make_parkable(Doubler(), "doubler", "forward", stage="dream")
 
 
 def test_arguments_that_cannot_be_read_fail_their_own_request_only() -> None:
