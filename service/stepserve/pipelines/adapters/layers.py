@@ -64,14 +64,10 @@ def settle_layers(module: torch.nn.Module) -> None:
     for layer in tuner_layers(module):
         layer.eval()
         weight = getattr(layer.get_base_layer(), "weight", None)
-        if _is_channels_last(weight):
+        if weight is None or weight.dim() != 4:
+            continue
+        if weight.is_contiguous(memory_format=torch.channels_last):
             layer.to(memory_format=torch.channels_last)
-
-
-def _is_channels_last(weight: torch.Tensor | None) -> bool:
-    if weight is None or weight.dim() != 4:
-        return False
-    return weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def check_fits(layers: Iterable[FileLayer], components: Mapping[str, torch.nn.Module]) -> None:
