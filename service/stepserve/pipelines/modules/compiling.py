@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from stepserve.engine.calls.arguments import flatten, unflatten
+from stepserve.engine.calls.call import CallArguments
 from stepserve.private_files import make_private_folder
 
 Forward = Callable[..., Any]
 Backend = str | Callable[..., Any]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional ones and named ones of one forward."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -43,7 +42,7 @@ class CompiledForward:
     """
 
     def __init__(
-        self, eager: Forward, examples: Sequence[Arguments], backend: Backend = "inductor"
+        self, eager: Forward, examples: Sequence[CallArguments], backend: Backend = "inductor"
     ) -> None:
         functools.update_wrapper(self, eager, updated=())
         self._eager = eager
@@ -83,7 +82,7 @@ class UniformArguments:
         names = list(inspect.signature(forward).parameters)
         self._place = names.index("timestep") if "timestep" in names else None
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
         """Return the same arguments with one timestep a row, and densely laid out."""
         rows = rows_of(args, kwargs)
         if "timestep" in kwargs:
@@ -92,8 +91,8 @@ class UniformArguments:
             timestep = _one_a_row(args[self._place], rows)
             args = (*args[: self._place], timestep, *args[self._place + 1 :])
         leaves, structure = flatten((args, kwargs))
-        args, kwargs = unflatten(structure, map(_dense, leaves))
-        return args, kwargs
+        uniform: CallArguments = unflatten(structure, map(_dense, leaves))
+        return uniform
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -103,7 +102,7 @@ def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return next(sizes, 1)
 
 
-def shape_of(call: Arguments) -> Hashable:
+def shape_of(call: CallArguments) -> Hashable:
     """Equal for calls that the same graph can serve."""
     leaves, structure = flatten(call)
     return structure, tuple(_describe(leaf) for leaf in leaves)

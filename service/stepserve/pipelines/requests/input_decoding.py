@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
-from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.domain.requests import GenerationRequest
+from stepserve.engine.loop.engine import Engine
 from stepserve.engine.tracks.listener import tell
 from stepserve.engine.tracks.track import as_stepserve_error
 from stepserve.pipelines.requests.inputs import InputImages, decode_inputs
@@ -62,24 +62,16 @@ class Inputs:
                 tell(self.request.id, call)
 
 
-class Held(Protocol):
-    """Has the work that waits for images: an engine."""
-
-    def release(self, key: RequestKey) -> None:
-        """It may start."""
-        ...
-
-    def fail(self, key: RequestKey, error: BaseException) -> None:
-        """It cannot."""
-        ...
-
-
 class InputDecoder:
-    """Decodes for requests that were admitted, first come, first served."""
+    """Decodes for requests that were admitted, first come, first served.
 
-    def __init__(self, held: Held, decoders: int = DECODERS) -> None:
-        self._held = held
-        self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+    Args:
+        engine: has the work that waits for images.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     def submit(self, inputs: Inputs) -> None:
         """Decode when it is their turn; then the work is released, or ended with what is wrong."""
@@ -97,6 +89,6 @@ class InputDecoder:
         try:
             inputs.decode()
         except Exception as error:
-            self._held.fail(key, as_stepserve_error(error, key.id))
+            self._engine.fail(key, as_stepserve_error(error, key.id))
         else:
-            self._held.release(key)
+            self._engine.release(key)

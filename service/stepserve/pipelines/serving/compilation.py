@@ -10,12 +10,11 @@ from typing import Any
 from stepserve.domain.errors import StepserveError
 from stepserve.domain.models import Compilation
 from stepserve.engine.batch_invariance import independent_rows
-from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.call import Call, CallArguments
 from stepserve.engine.calls.stacking import stack
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.capabilities import denoiser_of
 from stepserve.pipelines.modules.compiling import (
-    Arguments,
     Backend,
     CompiledForward,
     UniformArguments,
@@ -92,7 +91,7 @@ def _compile(
 
 def _examples(
     uniform: UniformArguments, groups: Sequence[list[Call]], buckets: Sequence[int], row_limit: int
-) -> Iterator[Arguments]:
+) -> Iterator[CallArguments]:
     """One call of each shape that shared forwards may have, the fewest rows first."""
     seen = set()
     for rows in buckets:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from stepserve.engine.calls.call import CallArguments
 from stepserve.pipelines.modules.compiling import (
-    Arguments,
     CompiledForward,
     UniformArguments,
     rows_of,
@@ -52,11 +52,11 @@ def _no_gradients() -> Any:
         yield
 
 
-def small_examples(buckets: Sequence[int] = BUCKETS) -> list[Arguments]:
+def small_examples(buckets: Sequence[int] = BUCKETS) -> list[CallArguments]:
     return [((torch.ones(rows, 4),), {}) for rows in buckets]
 
 
-def unet_example(rows: int) -> Arguments:
+def unet_example(rows: int) -> CallArguments:
     return (
         (torch.randn(rows, 4, 8, 8), torch.full((rows,), 500)),
         {"encoder_hidden_states": torch.randn(rows, 16, 16), "return_dict": False},

@@ -6,7 +6,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
@@ -198,7 +198,7 @@ def test_a_bug_in_a_decoder_ends_the_request(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(input_decoding, "decode_inputs", broken)
     engine = Engine()
-    decoder = InputDecoder(engine)
+    decoder = InputDecoder(cast(Any, engine))
     decoder.submit(Inputs(an_edit("r")))
     decoder.stop()
 
