@@ -15,7 +15,6 @@ from stepserve.ray_serve.ingress.node_metrics import read_metrics
 from stepserve.ray_serve.ray_instruments import RayInstruments
 from stepserve.telemetry import catalogue
 from stepserve.telemetry.flusher import Flusher
-from stepserve.telemetry.http_metrics import record_response
 from stepserve.telemetry.instruments import Instruments
 from stepserve.telemetry.logs import set_up_logging
 from stepserve.telemetry.tracing import HttpTraces, open_traces
@@ -42,13 +41,11 @@ def count_retries() -> Callable[[str], None]:
 def _record(instruments: Instruments, exchange: Exchange) -> None:
     """Record an exchange: a few microseconds, so it needs no thread of its own."""
     notes = exchange.notes
-    record_response(
-        instruments,
-        route=exchange.route,
-        model=notes.model,
-        status=exchange.status,
-        outcome=exchange.outcome,
-        duration_s=exchange.duration_s,
-        # Probes of a model that loads are refused nothing.
-        refusal=notes.error_code if notes.is_refusal and exchange.asks_for_work else "",
-    )
+    labels = {"route": exchange.route, "model": notes.model}
+    result = {"status": str(exchange.status), "outcome": exchange.outcome}
+    instruments.count(catalogue.HTTP_REQUESTS, 1, labels | result)
+    instruments.observe(catalogue.HTTP_SECONDS, exchange.duration_s, labels)
+    # Probes of a model that loads are refused nothing.
+    if notes.error_code and notes.is_refusal and exchange.asks_for_work:
+        reason = {"model": notes.model, "reason": notes.error_code}
+        instruments.count(catalogue.REFUSALS, 1, reason)
