@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.engine.loop.counters import Counters
 from stepserve.engine.loop.executor import Forward
-from stepserve.engine.loop.observer import Observer
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.row_limits import RowLimits
 from stepserve.engine.tracks.track import Clock, Stage, Track
 
 SHOWN_FORWARDS = 64
+
+
+class Observer(Protocol):
+    """Hears of forwards and ends on the engine's thread: must return at once, and not raise."""
+
+    def forward_ended(self, report: ForwardReport) -> None:
+        """A forward succeeded."""
+
+    def request_ended(self, report: EndReport) -> None:
+        """A request ended; its listener was called before."""
 
 
 class Accounting:
@@ -96,7 +106,6 @@ class Accounting:
             forward_s: of the counters, when it began.
         """
         busy_s = self._clock() - started_s
-        self.counters.ticks += 1
         self.counters.busy_s += busy_s
         self._estimator.tick_ended(busy_s, self.counters.forward_s - forward_s)
 

@@ -16,7 +16,6 @@ class Counters:
     `unstacked` counts shapes whose row limit was lowered for good because sharing kept failing.
     """
 
-    ticks: int = 0
     forwards: int = 0
     rows: int = 0
     padded_rows: int = 0

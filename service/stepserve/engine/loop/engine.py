@@ -24,10 +24,10 @@ from stepserve.domain.errors import (
     StoppedError,
 )
 from stepserve.domain.requests import RequestKey
+from stepserve.engine.loop.accounting import Observer
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.loop.counters import Counters
 from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
-from stepserve.engine.loop.observer import Observer
 from stepserve.engine.scheduling.admission import (
     Ending,
     Load,
@@ -41,8 +41,7 @@ from stepserve.engine.scheduling.demand import Demand
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.forecast import CompletionEstimate
 from stepserve.engine.tracks.listener import tell
-from stepserve.engine.tracks.prediction import Prediction
-from stepserve.engine.tracks.track import Clock, Track
+from stepserve.engine.tracks.track import Clock, Prediction, Track
 
 logger = logging.getLogger(__name__)
 

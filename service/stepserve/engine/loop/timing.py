@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-Clock = Callable[[], float]
+from stepserve.engine.tracks.track import Clock
 
 
 class ForwardTiming(Protocol):

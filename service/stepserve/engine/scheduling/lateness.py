@@ -6,7 +6,7 @@ import math
 from bisect import insort
 from collections import deque
 
-from stepserve.engine.tracks.prediction import Prediction
+from stepserve.engine.tracks.track import Prediction
 
 PROMISED_SHARE = 0.985
 REMEMBERED = 256

@@ -77,10 +77,6 @@ class RowLimits:
         self.denoiser_rows = denoiser_rows
         self._lowered: dict[Hashable, Lowered] = {}
 
-    def limit_denoiser(self, rows: int) -> None:
-        """Let forwards of the stage "denoise" have at most so many rows."""
-        self.denoiser_rows = rows
-
     def limit(self, call: Call) -> int:
         """Most rows of one shared forward for calls like this one."""
         lowered = self._lowered.get(call.key.shape)

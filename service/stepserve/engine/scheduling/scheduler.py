@@ -76,7 +76,7 @@ class Scheduler:
     def limit_rows(self, rows: int) -> None:
         """Let denoiser forwards have at most so many rows, and start tracks accordingly."""
         self.row_limit = rows
-        self._row_limits.limit_denoiser(rows)
+        self._row_limits.denoiser_rows = rows
 
     def next_to_start(self) -> Track | None:
         """The queued track that is to be started now, if there is room for any."""

@@ -30,7 +30,6 @@ from stepserve.domain.timings import Timings
 from stepserve.engine.calls.call import Call
 from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.tracks.listener import Listener, tell
-from stepserve.engine.tracks.prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +47,21 @@ class Stage(StrEnum):
     CONTROL = "control"
     DENOISE = "denoise"
     DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was last predicted of a request, and when.
+
+    Args:
+        at_s: on the engine's clock.
+        seconds: from then until its end.
+        forward_s: one forward of what was in flight.
+    """
+
+    at_s: float
+    seconds: float
+    forward_s: float
 
 
 class TrackGreenlet(greenlet.greenlet):

@@ -24,7 +24,7 @@ from stepserve.engine.scheduling.lateness import (
     MOST_SHARE,
     LatenessQuantile,
 )
-from stepserve.engine.tracks.prediction import Prediction
+from stepserve.engine.tracks.track import Prediction
 
 STEP_S = 0.012
 
