@@ -14,14 +14,14 @@ from stepserve.domain.events import (
     Started,
     StepFinished,
 )
-from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState, is_terminal
 from stepserve.domain.timings import Timings
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A request's state, and how far it is.
+    """A request's state, and how far it is. It came at Unix time `created`, in seconds.
 
     `position` requests were accepted before it and still run. `expected_s` is when it should be
     finished, in seconds from now; None where that is unknown, or it has ended.
@@ -48,13 +48,6 @@ class Progress:
     def ended(self) -> bool:
         """Whether it will never change again."""
         return is_terminal(self.state)
-
-
-def new_progress(request: GenerationRequest, created: int) -> Progress:
-    """The progress of a request without events yet. `created` is Unix time in seconds."""
-    return Progress(
-        request.id, request.model, request.owner, created, steps=request.num_inference_steps
-    )
 
 
 def advance(progress: Progress, event: Event) -> Progress:

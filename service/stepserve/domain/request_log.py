@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from stepserve.domain.errors import RequestIdInUseError
 from stepserve.domain.events import Event, Finished, Preview, StepFinished
-from stepserve.domain.progress import Progress, advance, new_progress
+from stepserve.domain.progress import Progress, advance
 from stepserve.domain.requests import GenerationRequest, RequestKey
 
 MOST_ENDED = 1000
@@ -110,7 +110,8 @@ class RequestLog:
                 "send another, or none",
                 "X-Request-ID",
             )
-        progress = new_progress(request, int(self._wall_clock()))
+        created, steps = int(self._wall_clock()), request.num_inference_steps
+        progress = Progress(request.id, request.model, request.owner, created, steps=steps)
         record = self._records[request.key] = RequestRecord(progress, request, ingress)
         return record
 

@@ -11,7 +11,7 @@ from stepserve.domain.image_files.orientation import (
     orientation_in_exif,
     orientation_in_xmp,
 )
-from stepserve.domain.image_files.parts import Found, MalformedFileError, Reader
+from stepserve.domain.image_files.parts import Found, MalformedFileError, Reader, check
 
 SIGNATURE = b"\xff\xd8"
 
@@ -66,20 +66,20 @@ def _next_marker(reader: Reader) -> int:
     while marker in (0xFF, *BARE_MARKERS):
         reader.begin_part()
         if marker != 0xFF or reader.file[reader.position - 1] != 0xFF:
-            _check(reader.number(">B") == 0xFF, "a marker is missing")
+            check(reader.number(">B") == 0xFF, "a marker is missing")
         marker = reader.number(">B")
-    _check(marker not in (0x00, END), "it ends before its pixels")
+    check(marker not in (0x00, END), "it ends before its pixels")
     return marker
 
 
 def _length(reader: Reader) -> int:
     length = reader.number(">H")
-    _check(length >= 2, "a segment has no length")
+    check(length >= 2, "a segment has no length")
     return length - 2
 
 
 def _size(frame: bytes) -> tuple[int, int]:
-    _check(len(frame) >= 5, "a frame is cut short")
+    check(len(frame) >= 5, "a frame is cut short")
     height, width = struct.unpack(">HH", frame[1:5])
     return width, height
 
@@ -94,14 +94,9 @@ def _scans(reader: Reader) -> bytes:
     """The rest of the file, from the marker of the first scan on."""
     scans = reader.file[reader.position - 2 :]
     # In compressed data 0xFF is followed by 0 or by one of the bare markers.
-    _check(scans.count(bytes((0xFF, SCAN))) <= MOST_SCANS, f"it has more than {MOST_SCANS} scans")
+    check(scans.count(bytes((0xFF, SCAN))) <= MOST_SCANS, f"it has more than {MOST_SCANS} scans")
     return scans
 
 
 def _segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
-
-
-def _check(is_fine: bool, otherwise: str) -> None:
-    if not is_fine:
-        raise MalformedFileError(otherwise)

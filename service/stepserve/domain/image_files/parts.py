@@ -28,6 +28,12 @@ class Found:
     orientation: int = UPRIGHT
 
 
+def check(is_fine: bool, otherwise: str) -> None:
+    """Raise MalformedFileError with the message `otherwise`, unless it is fine."""
+    if not is_fine:
+        raise MalformedFileError(otherwise)
+
+
 class Reader:
     """A file, read from front to back.
 

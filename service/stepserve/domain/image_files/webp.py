@@ -10,7 +10,7 @@ from stepserve.domain.image_files.orientation import (
     orientation_in_exif,
     orientation_in_xmp,
 )
-from stepserve.domain.image_files.parts import Found, MalformedFileError, Reader
+from stepserve.domain.image_files.parts import Found, MalformedFileError, Reader, check
 
 SIGNATURE = b"RIFF"
 
@@ -34,7 +34,7 @@ def read(file: bytes) -> Found:
     """
     reader = Reader(file, 4)
     end = reader.number("<I") + 8
-    _check(reader.take(4) == b"WEBP", "it is no WEBP file")
+    check(reader.take(4) == b"WEBP", "it is no WEBP file")
     kind, content = _next_chunk(reader)
     size = _size(kind, content)
     if kind != EXTENDED:
@@ -46,7 +46,7 @@ def _extended(size: tuple[int, int], header: bytes, chunks: list[tuple[bytes, by
     exif = [orientation_in_exif(content) for kind, content in chunks if kind == EXIF]
     xmp = [orientation_in_xmp(content) for kind, content in chunks if kind == XMP]
     pixels = [_chunk(kind, content) for kind, content in chunks if kind in PIXELS]
-    _check(bool(pixels), "it has no pixels")
+    check(bool(pixels), "it has no pixels")
     orientation = next(filter(None, exif + xmp), UPRIGHT)
     flags = header[0] & ~METADATA_FLAGS
     if orientation != UPRIGHT:
@@ -73,14 +73,14 @@ def _next_chunk(reader: Reader) -> tuple[bytes, bytes]:
 
 
 def _size(kind: bytes, content: bytes) -> tuple[int, int]:
-    _check(len(content) >= 10, "its header is cut short")
+    check(len(content) >= 10, "its header is cut short")
     match kind:
         case b"VP8 ":
-            _check(content[3:6] == LOSSY_START, "its pixels do not begin")
+            check(content[3:6] == LOSSY_START, "its pixels do not begin")
             width, height = struct.unpack_from("<HH", content, 6)
             return width & 0x3FFF, height & 0x3FFF
         case b"VP8L":
-            _check(content[0] == LOSSLESS_START, "its pixels do not begin")
+            check(content[0] == LOSSLESS_START, "its pixels do not begin")
             (bits,) = struct.unpack_from("<I", content, 1)
             return (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1
         case b"VP8X":
@@ -100,8 +100,3 @@ def _file(chunks: list[bytes]) -> bytes:
 def _chunk(kind: bytes, content: bytes) -> bytes:
     padding = b"\0" * (len(content) % 2)
     return kind + struct.pack("<I", len(content)) + content + padding
-
-
-def _check(is_fine: bool, otherwise: str) -> None:
-    if not is_fine:
-        raise MalformedFileError(otherwise)

@@ -7,7 +7,6 @@ the clean image that the model has in mind there. `docs/diffusion.md` explains t
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -19,10 +18,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from stepserve.training.diffusion import NoiseSchedule
-from stepserve.training.drawing.grids import to_image
+from stepserve.training.drawing.grids import save_png, to_image
 from stepserve.training.drawing.strips import draw_strip
 from stepserve.training.errors import ModelNotExplainableError
-from stepserve.training.loop.files import write_atomically
 
 COLUMNS = 8
 
@@ -56,7 +54,7 @@ def explain(
         "explain-forward.png": forward_strip(pipeline, image, seed),
         "explain-reverse.png": reverse_strip(pipeline, moments),
     }
-    return [_save(strip, out / name) for name, strip in strips.items()]
+    return [save_png(strip, out / name) for name, strip in strips.items()]
 
 
 def load_for_explaining(folder: Path) -> StableDiffusionPipeline:
@@ -183,10 +181,3 @@ def _noised(
     """One sample (1, ...) at every timestep t (batch,), with the same noise."""
     noise = torch.randn(x_0.shape, generator=generator)
     return schedule.add_noise(x_0.expand(len(t), -1, -1, -1), noise, t)
-
-
-def _save(strip: Image.Image, path: Path) -> Path:
-    buffer = io.BytesIO()
-    strip.save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
-    return path

@@ -32,6 +32,12 @@ def tile(images: list[Image.Image], columns: int, gap_px: int = 2) -> Image.Imag
 
 def save_grid(batch: torch.Tensor, path: Path, columns: int) -> None:
     """Write a (batch, 3, height, width) tensor in -1..1 as one PNG sheet."""
+    save_png(tile([to_image(pixels) for pixels in batch], columns), path)
+
+
+def save_png(image: Image.Image, path: Path) -> Path:
+    """Write an image atomically; returns `path`."""
     buffer = io.BytesIO()
-    tile([to_image(pixels) for pixels in batch], columns).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+    return path
