@@ -52,11 +52,11 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_guidance_scale(request.guidance_scale, model)
     _check_negative_prompt(request, model)
     _check_guidance_interval(request, model)
-    _check_whole_number("n", request.n, model.max_n)
+    _check_whole_number("n", request.n, 1, model.max_n)
     _check_adapters(request.adapters, model)
     _check_seed(request)
     _check_deadline(request.deadline_s)
-    _check_previews(request.previews)
+    _check_whole_number("previews", request.previews, 0, MAX_PREVIEWS)
     _check_compression(request)
 
 
@@ -152,19 +152,16 @@ def _check_size(request: GenerationRequest, model: ModelCapabilities) -> None:
     )
 
 
-def _check_whole_number(field: str, value: int, maximum: int) -> None:
-    if not 1 <= value <= maximum:
-        raise InvalidRequestError(f"{field} must be 1 to {maximum}, got {digits(value)}", field)
+def _check_whole_number(field: str, value: int, least: int, most: int, remark: str = "") -> None:
+    if not least <= value <= most:
+        message = f"{field} must be {least} to {most}, got {digits(value)}{remark}"
+        raise InvalidRequestError(message, field)
 
 
 def _check_steps(request: GenerationRequest, model: ModelCapabilities) -> None:
     steps, limits = request.num_inference_steps, model.steps_of(request.scheduler)
-    if not limits.minimum <= steps <= limits.maximum:
-        raise InvalidRequestError(
-            f"num_inference_steps must be {limits.minimum} to {limits.maximum}, got "
-            f"{digits(steps)} (with scheduler {request.scheduler})",
-            "num_inference_steps",
-        )
+    remark = f" (with scheduler {request.scheduler})"
+    _check_whole_number("num_inference_steps", steps, limits.minimum, limits.maximum, remark)
 
 
 def _check_guidance_scale(value: float, model: ModelCapabilities) -> None:
@@ -232,19 +229,11 @@ def _check_deadline(deadline_s: float | None) -> None:
         raise InvalidRequestError(message, "deadline_s")
 
 
-def _check_previews(previews: int) -> None:
-    if not 0 <= previews <= MAX_PREVIEWS:
-        message = f"previews must be 0 to {MAX_PREVIEWS}, got {digits(previews)}"
-        raise InvalidRequestError(message, "previews")
-
-
 def _check_compression(request: GenerationRequest) -> None:
     quality = request.output_compression
     if quality is None:
         return
-    if not 0 <= quality <= 100:
-        message = f"output_compression must be 0 to 100, got {digits(quality)}"
-        raise InvalidRequestError(message, "output_compression")
+    _check_whole_number("output_compression", quality, 0, 100)
     if request.output_format is OutputFormat.PNG and quality != 100:
         raise InvalidRequestError(
             f"output_compression {quality} needs output_format 'jpeg' or 'webp': png is lossless",
