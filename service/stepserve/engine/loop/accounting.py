@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from stepserve.domain.reports import EndReport, ForwardReport
-from stepserve.engine.loop.counters import Counters
-from stepserve.engine.loop.executor import Forward
+from stepserve.engine.loop.executor import Counters, Forward
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.row_limits import RowLimits
 from stepserve.engine.tracks.track import Clock, Stage, Track

@@ -12,9 +12,8 @@ from stepserve.domain.reports import BatchView, RequestInBatch, forward_for, id_
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.calls.call import Call
 from stepserve.engine.loop.accounting import Accounting, Observer
-from stepserve.engine.loop.counters import Counters
 from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
-from stepserve.engine.loop.executor import Done, Executor, Forward, Raised
+from stepserve.engine.loop.executor import Counters, Done, Executor, Forward, Raised
 from stepserve.engine.loop.side_stream import SideStream
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy

@@ -26,8 +26,8 @@ from stepserve.domain.errors import (
 from stepserve.domain.requests import RequestKey
 from stepserve.engine.loop.accounting import Observer
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.loop.counters import Counters
 from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
+from stepserve.engine.loop.executor import Counters
 from stepserve.engine.scheduling.admission import (
     Ending,
     Load,
@@ -157,8 +157,7 @@ class Engine:
 
     def cancel(self, key: RequestKey) -> None:
         """End a request at its next park; does nothing if it is unknown or ended already."""
-        error = CancelledError(f"request {key.id} was cancelled")
-        self._commands.put(lambda: self.batcher.stop_track(key, error))
+        self.fail(key, CancelledError(f"request {key.id} was cancelled"))
 
     def release(self, key: RequestKey) -> None:
         """Let held work start; does nothing if it is unknown or ended already."""
