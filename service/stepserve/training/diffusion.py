@@ -83,14 +83,10 @@ class NoiseSchedule:
             return x_0
         return self.add_noise(x_0, self.predict_noise(x_t, velocity, t), earlier)
 
-    def signal_to_noise(self, t: torch.Tensor) -> torch.Tensor:
-        """alpha_bar / (1 - alpha_bar), shape (batch,)."""
-        alpha_bar = self.alpha_bar[t]
-        return alpha_bar / (1 - alpha_bar)
-
     def loss_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
         """Min-SNR weights for a velocity loss (Hang et al. 2023, arXiv:2303.09556), (batch,)."""
-        snr = self.signal_to_noise(t)
+        alpha_bar = self.alpha_bar[t]
+        snr = alpha_bar / (1 - alpha_bar)
         return snr.clamp(max=gamma) / (snr + 1)
 
 

@@ -16,19 +16,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+        partial.write_bytes(content)
+        _sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make what is in a file, or renames inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -52,21 +50,12 @@ def replace_folder(partial: Path, folder: Path) -> None:
     A crash leaves `folder` old or new; between its two renames it leaves it absent, with the old
     one beside it under the ending `.old`.
     """
-    _sync_content(partial)
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.replace(old)
     partial.replace(folder)
-    sync_folder(folder.parent)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_content(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
-        else:
-            sync_folder(path)
-    sync_folder(folder)
