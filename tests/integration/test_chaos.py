@@ -139,7 +139,14 @@ def stream_of_previews(pair: Pair) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "fault"), list(enumerate([hang, hang_whole, slow, redeploy, scale_down]))
+    ("number", "fault"),
+    [
+        (0, hang),
+        (1, hang_whole),
+        pytest.param(2, slow, marks=pytest.mark.slow),
+        (3, redeploy),
+        (4, scale_down),
+    ],
 )
 def test_nobody_sees_it(
     pair: Pair, say: Callable[[str], None], number: int, fault: Callable[[Pair], None]

@@ -193,7 +193,7 @@ def test_nothing_of_the_current_folder_is_imported(service: Service, hostile: Pa
     assert not (hostile / "mark").exists(), (hostile / "mark").read_text()
 
 
-@pytest.mark.parametrize("reason", ["port", "model"])
+@pytest.mark.parametrize("reason", ["port", pytest.param("model", marks=pytest.mark.slow)])
 def test_nothing_is_left_after_a_start_that_failed(tmp_path: Path, reason: str) -> None:
     """Before Ray is started, and after."""
     broken = tmp_path / "broken"
