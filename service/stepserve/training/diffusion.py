@@ -48,21 +48,21 @@ class NoiseSchedule:
         return signal * x_0 + sigma * noise
 
     def velocity(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What a velocity-predicting network should answer for x_t."""
+        """What a velocity-predicting network should give for x_t, in the shape of x_0."""
         signal, sigma = self.scales(t, x_0)
         return signal * noise - sigma * x_0
 
     def predict_x_0(
         self, x_t: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """The clean sample that x_t and a predicted velocity imply."""
+        """The clean sample that x_t and a predicted velocity imply, in their shape."""
         signal, sigma = self.scales(t, x_t)
         return signal * x_t - sigma * velocity
 
     def predict_noise(
         self, x_t: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """The noise that x_t and a predicted velocity imply."""
+        """The noise that x_t and a predicted velocity imply, in their shape."""
         signal, sigma = self.scales(t, x_t)
         return sigma * x_t + signal * velocity
 
@@ -91,7 +91,7 @@ class NoiseSchedule:
 
 
 def spread_timesteps(batch: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """One random timestep from each of `batch` equal slices of the schedule, in random order.
+    """Timesteps (batch,), one from each of `batch` equal slices of the schedule, in random order.
 
     Every timestep is equally likely, and the loss of a batch varies less than with independent
     draws.

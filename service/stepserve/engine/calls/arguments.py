@@ -174,7 +174,7 @@ def outline(leaves: Sequence[Any], layout: Hashable) -> tuple[Hashable, ...] | N
 
 
 def content_digest(value: torch.Tensor) -> bytes:
-    """A digest of a tensor's bytes, for any dtype."""
+    """A digest of a tensor's bytes, for any dtype and shape."""
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).digest()
 

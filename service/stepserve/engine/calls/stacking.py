@@ -133,7 +133,7 @@ def duplicate(output: Any) -> Any:
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
-    """The same output with other tensors.
+    """The same output with other tensors, of whatever shapes `change` gives them.
 
     Raises:
         UnsplittableError: there is an object in it that cannot be looked into.
@@ -145,7 +145,7 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> 
 
 
 def tensors_in(output: Any) -> list[torch.Tensor]:
-    """Every tensor of an output that `duplicate` copies."""
+    """Every tensor of an output that `duplicate` copies, whatever its shape."""
     return [leaf for leaf in flatten_output(output)[0] if isinstance(leaf, torch.Tensor)]
 
 

@@ -66,7 +66,7 @@ def check_finite_weights(
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """One truth, on the tensor's device: whether it holds neither NaN nor infinity.
+    """Whether a tensor of any shape has neither NaN nor infinity: a scalar on its device.
 
     Ten times as fast as looking at each number: the least and the largest are NaN if any is.
     """

@@ -298,7 +298,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 def smallest_separation(results: Sequence[Tensor]) -> float:
-    """Smallest difference between two different requests: what a mix-up would at least show."""
+    """Smallest difference between two requests of any one shape: what a mix-up would show."""
     pairs = [(a, b) for i, a in enumerate(results) for b in results[:i]]
     return min(difference(a, b) for a, b in pairs)
 

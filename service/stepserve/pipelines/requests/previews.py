@@ -52,7 +52,7 @@ class Observed:
         self.latest = Denoised(sample, output, timestep, None if after is None else after - 1)
 
     def predict(self) -> torch.Tensor | None:
-        """The clean latents as of the latest evaluation; None if nothing can be said."""
+        """The clean latents of the latest evaluation, in the shape of its sample, if it tells."""
         if self.latest is None or not isinstance(self.latest.output, torch.Tensor):
             return None
         if self.latest.output.shape != self.latest.sample.shape:
@@ -61,7 +61,7 @@ class Observed:
 
 
 def clean_latents(scheduler: Any, seen: Denoised) -> torch.Tensor:
-    """x_0 from x_t and the network's output, for every parametrization that diffusers has.
+    """x_0 from x_t and the network's output, all of one shape, for each parametrization.
 
     With x_t = alpha x_0 + sigma noise, the output is the noise, the velocity alpha noise - sigma
     x_0 (Salimans and Ho 2022), or x_0 itself; with flow matching it is noise - x_0.

@@ -225,7 +225,7 @@ class DenoiserStage:
         return self.latents.select(images, backgrounds, mirrored), captions
 
     def tokens(self, captions: Sequence[str]) -> torch.Tensor:
-        """Token ids, padded to the fixed length that the pipeline uses too."""
+        """Token ids (captions, tokens), padded to the fixed length that the pipeline uses too."""
         ids: torch.Tensor = self.tokenizer(
             list(captions),
             padding="max_length",

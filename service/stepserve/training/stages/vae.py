@@ -54,7 +54,7 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
 
 
 def sharpness_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """L1 between the pixel differences of both images: keeps edges sharp."""
+    """L1 between the pixel differences of images (n, channels, height, width): sharp edges."""
     difference = made - wanted
     rows = (difference[:, :, 1:] - difference[:, :, :-1]).abs().mean()
     columns = (difference[:, :, :, 1:] - difference[:, :, :, :-1]).abs().mean()

@@ -58,7 +58,7 @@ def on_device(forward: Callable[..., Any], device: torch.device) -> Callable[...
 
 
 def from_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """What can be copied to a device without waiting for it."""
+    """The same tensor, of any shape, where it can be copied to a device without waiting."""
     return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
 
@@ -69,7 +69,7 @@ def pinned_randn_tensor(
     dtype: torch.dtype | None = None,
     layout: torch.layout | None = None,
 ) -> torch.Tensor:
-    """The same numbers as diffusers' `randn_tensor`, without waiting for their copy."""
+    """A tensor of `shape`, as diffusers' `randn_tensor` gives it, without waiting for its copy."""
     draw = functools.partial(torch_utils.randn_tensor, shape, generator, dtype=dtype, layout=layout)
     target = torch.device(device) if device is not None else torch.device("cpu")
     if target.type != "cuda" or not _are_on_cpu(generator):
