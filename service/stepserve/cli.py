@@ -415,17 +415,12 @@ def _model_id(settings: Settings, model: str | None) -> str:
 
 
 def _load(settings: Settings, model: str | None) -> LoadedModel:
-    from stepserve.composition import find_model, trust_of
-    from stepserve.pipelines.loading.folders import load_model
+    from stepserve.composition import load_configured
 
     model_id = _model_id(settings, model)
-    chosen = settings.models[model_id]
     # It would be at an end before anything were compiled.
-    speed = chosen.model_copy(update={"compile": False})
-    folder, trust = find_model(chosen), trust_of(chosen)
-    return load_model(
-        model_id, folder, chosen.dtype, chosen.device, speed, trust, chosen.safety_checker
-    )
+    uncompiled = settings.models[model_id].model_copy(update={"compile": False})
+    return load_configured(model_id, uncompiled)
 
 
 def _adapters(

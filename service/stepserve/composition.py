@@ -11,7 +11,11 @@ from stepserve.engine.loop.engine import EngineOptions
 from stepserve.models.catalogue import model_folder
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.facts.trust import Trust
-from stepserve.pipelines.loading.folders import leave_cores_to_engine, load_model
+from stepserve.pipelines.loading.folders import (
+    LoadedModel,
+    leave_cores_to_engine,
+    load_model,
+)
 from stepserve.pipelines.loading.hub import fetch_model
 from stepserve.pipelines.loading.reasons import first_image_failed
 from stepserve.pipelines.serving.preparation import SharingOptions
@@ -28,15 +32,7 @@ def load_runner(model_id: str, settings: ModelSettings) -> PipelineRunner:
         StepserveError: it cannot be loaded, or makes no image.
     """
     leave_cores_to_engine()
-    model = load_model(
-        model_id,
-        find_model(settings),
-        settings.dtype,
-        settings.device,
-        settings,
-        trust_of(settings),
-        settings.safety_checker,
-    )
+    model = load_configured(model_id, settings)
     sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
     adapters = adapter_options(settings)
     runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing)
@@ -49,6 +45,24 @@ def load_runner(model_id: str, settings: ModelSettings) -> PipelineRunner:
         runner.stop()
         raise first_image_failed(model_id, model.pipeline, error) from error
     return runner
+
+
+def load_configured(model_id: str, settings: ModelSettings) -> LoadedModel:
+    """A model as an operator's settings say, without an engine.
+
+    Raises:
+        ModelNotFoundError: there is no diffusers pipeline in its folder.
+        ModelLoadError: it cannot be fetched or loaded.
+    """
+    return load_model(
+        model_id,
+        find_model(settings),
+        settings.dtype,
+        settings.device,
+        settings,
+        trust_of(settings),
+        settings.safety_checker,
+    )
 
 
 def find_model(settings: ModelSettings) -> Path:
