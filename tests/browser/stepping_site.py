@@ -6,19 +6,14 @@ import asyncio
 import io
 import shutil
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import uvicorn
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "api"))
-
 from api_fakes import EMOJI, TIMINGS, FakeBackend, make_app
+from PIL import Image
 from stepserve.api.auth.keys import ApiKey
 from stepserve.config import Settings
 from stepserve.domain.errors import CancelledError

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
+from monitoring_files import dashboard_queries
 from running_prometheus import Prometheus, running_prometheus
 from running_service import Service
-
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "deploy"))
-
-from monitoring_files import dashboard_queries
 from stepserve.doctor import examine
 
 GENERATIONS = "/v1/images/generations"
