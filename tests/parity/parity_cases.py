@@ -16,7 +16,7 @@ from PIL import Image
 from stepserve.domain.events import Event, Failed, Finished, StepFinished
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.loading.folders import DTYPES
 from stepserve.pipelines.serving.runner import PipelineRunner
 
@@ -173,7 +173,7 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest, answe
 
     steps = request.num_inference_steps
     rows = runner.model.capabilities.guidance.rows_of(request)
-    runner.engine.submit(Track(request.id, rows, steps, request.n, run, answer))
+    runner.engine.submit(Track(request.id, rows, (Phase(steps),), request.n, run, answer))
 
 
 class ForwardCounter:

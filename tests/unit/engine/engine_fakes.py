@@ -19,7 +19,7 @@ from stepserve.engine.loop.execution import DEFAULT_EXECUTION, Execution
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
 from stepserve.engine.tracks.interception import parameter_names, parkable, replace_method
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 from torch import Tensor, nn
 
 WIDTH = 4
@@ -177,7 +177,7 @@ def make_track(
     images: int = 1,
     ear: Any = None,
 ) -> Track:
-    return Track(name, rows, steps, images, run, ear or Ear())
+    return Track(name, rows, (Phase(steps),), images, run, ear or Ear())
 
 
 def job_track(modules: Modules, job: Job, ear: Ear | None = None) -> Track:

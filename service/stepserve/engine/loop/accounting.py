@@ -58,10 +58,11 @@ class Accounting:
         rows = forward.rows
         self.counters.denoiser_rows += rows
         for track, call in zip(tracks, forward.calls, strict=True):
+            # Before it is counted, as the next one may be of another size.
+            self._estimator.step_ended(track, call)
             track.steps_done += 1
             track.shares.append(call.rows / rows)
             track.first_step_s = track.first_step_s or forward.timing.started_s
-            self._estimator.step_ended(track, call)
 
     def forward_ended(self, forward: Forward, tracks: Sequence[Track], row_limit: int) -> None:
         """Wait for the end of a forward, report it, and learn from it."""

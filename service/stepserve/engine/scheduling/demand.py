@@ -25,14 +25,15 @@ class Demand(NamedTuple):
     Args:
         arrival: orders requests by their submission.
         rows: the most that any denoiser call of it will still take.
-        steps: denoiser calls left.
+        steps: denoiser calls left of its kind.
         kind: requests of equal kind can share forwards: one size, and one set of adapters.
         priority: 0 goes first.
         submitted_s: on the engine's clock.
-        left_s: what the steps left would take if there were no other request.
+        left_s: what all steps left would take if there were no other request.
         serial_s: what all its steps would take so.
         latest_start_s: when it must go on for its deadline to be met; infinite if it has none.
         is_started: whether it has the rows that it takes; else it is queued.
+        later: denoiser calls of other kinds that it will make after these, and their kinds.
     """
 
     arrival: int = 0
@@ -45,6 +46,15 @@ class Demand(NamedTuple):
     serial_s: float = 0.0
     latest_start_s: float = math.inf
     is_started: bool = False
+    later: tuple[tuple[int, Hashable], ...] = ()
+
+    @property
+    def parts(self) -> tuple[Demand, ...]:
+        """Its calls of each kind by themselves, in their order."""
+        if not self.later:
+            return (self,)
+        now = self._replace(later=())
+        return (now, *(now._replace(steps=steps, kind=kind) for steps, kind in self.later))
 
     @property
     def weight(self) -> float:

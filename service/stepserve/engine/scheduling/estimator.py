@@ -74,7 +74,7 @@ class CompletionEstimator:
         if track.state is RequestState.FINISHED:
             stage_s = track.stage_s
             other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
-            self._other_row_s.observe(other_s / track.rows)
+            self._other_row_s.observe(other_s / (track.rows * len(track.phases)))
             self._learn_stretch(track, now_s - track.submitted_s)
         # What expired would have ended even later. Without it only those on time would be heeded.
         if track.predicted and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
@@ -86,20 +86,26 @@ class CompletionEstimator:
 
     def demand(self, track: Track) -> Demand:
         """What is left to do for a track, as all that decides and predicts sees it."""
-        left = track.steps_left
-        step_s = self._forward_s(self._step_shape(track).shape, track.rows)
-        left_s = left * step_s
+        now, left_s, serial_s = track.phase, 0.0, 0.0
+        later: list[tuple[int, Hashable]] = []
+        for number, phase in enumerate(track.phases):
+            step_s = self._forward_s(self._step_shape(phase.size).shape, track.rows)
+            serial_s += phase.steps * step_s
+            left_s += track.left_of(number) * step_s
+            if number > now:
+                later.append((phase.steps, track.kind_of(phase.size)))
         return Demand(
             track.arrival,
             track.rows_ahead,
-            left,
+            track.left_of(now),
             track.kind,
             track.priority,
             track.submitted_s,
             left_s,
-            track.steps * step_s,
+            serial_s,
             track.expires_s - left_s,
             track.state is RequestState.RUNNING,
+            tuple(later),
         )
 
     def forecast(
@@ -111,26 +117,21 @@ class CompletionEstimator:
             row_limit: most rows of one denoiser forward.
             one_at_a_time: whether nobody starts before the one that runs has ended.
         """
-        demands, costs = [], {}
+        demands: list[Demand] = []
+        costs: dict[Hashable, ForwardCost] = {}
         for track in tracks:
             demand = self.demand(track)
             if one_at_a_time:
-                # The one that runs goes first, and none shares a forward.
-                left_s = 0.0 if demand.is_started else demand.left_s
-                demand = demand._replace(kind=track.arrival, left_s=left_s)
-            # Looked up once: the engine thread may be learning a new shape at this moment.
-            step = self._step_shape(track)
-            limit = step.max_rows if one_at_a_time else min(step.max_rows, row_limit)
-            line, overhead_s = self.cost.line(step.shape), float(self._tick_overhead_s)
-            costs[demand.kind] = ForwardCost(
-                line.fixed_s + overhead_s, line.per_row_s, limit, line.least_s + overhead_s
-            )
+                demand = _apart(demand)
+            sizes = (phase.size for phase in track.phases[-len(demand.parts) :])
+            for part, size in zip(demand.parts, sizes, strict=True):
+                costs[part.kind] = self._cost_of(size, None if one_at_a_time else row_limit)
             demands.append(demand)
         return CompletionEstimate(demands, costs.__getitem__, float(self._other_row_s))
 
     def knows(self, track: Track) -> bool:
-        """Whether steps of its size were ever measured, so that there is more than a guess."""
-        return track.size in self._shapes
+        """Whether steps of its sizes were ever measured, so that there is more than a guess."""
+        return all(phase.size in self._shapes for phase in track.phases)
 
     def stretched_s(self, track: Track, predicted_s: float) -> float:
         """What was predicted for a new track, made longer by as much as it usually gets.
@@ -147,8 +148,17 @@ class CompletionEstimator:
             stretch = self._stretches.setdefault(_kind(track), Average())
             stretch.observe(min(max(log_ratio, -MOST_STRETCH), MOST_STRETCH))
 
-    def _step_shape(self, track: Track) -> StepShape:
-        return self._shapes.get(track.size, self._latest)
+    def _step_shape(self, size: Hashable) -> StepShape:
+        return self._shapes.get(size, self._latest)
+
+    def _cost_of(self, size: Hashable, row_limit: int | None) -> ForwardCost:
+        # Looked up once: the engine thread may be learning a new shape at this moment.
+        step = self._step_shape(size)
+        limit = step.max_rows if row_limit is None else min(step.max_rows, row_limit)
+        line, overhead_s = self.cost.line(step.shape), float(self._tick_overhead_s)
+        return ForwardCost(
+            line.fixed_s + overhead_s, line.per_row_s, limit, line.least_s + overhead_s
+        )
 
     def _line(self, step: StepShape) -> tuple[float, float]:
         one_s, all_s = (self._forward_s(step.shape, rows) for rows in (1, step.max_rows))
@@ -160,5 +170,12 @@ class CompletionEstimator:
 
 
 def _kind(track: Track) -> Hashable:
-    """Requests of equal kinds are passed over alike: of one size, and of similar step counts."""
-    return track.size, track.steps.bit_length()
+    """Requests of equal kinds are passed over alike: of equal sizes and similar step counts."""
+    return tuple((phase.size, phase.steps.bit_length()) for phase in track.phases)
+
+
+def _apart(demand: Demand) -> Demand:
+    """A demand that shares no forward; the one that runs goes first."""
+    later = tuple((steps, (demand.arrival, index)) for index, (steps, _) in enumerate(demand.later))
+    left_s = 0.0 if demand.is_started else demand.left_s
+    return demand._replace(kind=demand.arrival, left_s=left_s, later=later)

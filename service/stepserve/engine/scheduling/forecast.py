@@ -2,9 +2,10 @@
 
 The shortest goes first (see `policy`), so a request ends when everything that goes ahead of it is
 done, and itself. Requests of one kind share forwards: of its own kind all step along with it. What
-goes ahead of it and is of other kinds is done whole. For each kind it is worked out between which
-of its steps each request takes part, as queued ones are started when there are rows for them; then
-the seconds follow in closed form:
+goes ahead of it and is of other kinds is done whole. One whose steps are of several kinds stands in
+line once for each, and ends with the last. For each kind it is worked out between which of its
+steps each request takes part, as queued ones are started when there are rows for them; then the
+seconds follow in closed form:
 
     seconds(kind) = fixed_s * max(steps, row steps / row limit) + row_s * row steps
 """
@@ -86,6 +87,18 @@ def finish_times_s(
     demands: Sequence[Demand], cost_of: CostOfKind, other_row_s: float = 0.0
 ) -> tuple[float, ...]:
     """Seconds from now at which each request is done, in the order given."""
+    owners = [number for number, demand in enumerate(demands) for _ in demand.parts]
+    parts = [part for demand in demands for part in demand.parts]
+    part_finish_s = _parts_finish_s(parts, cost_of, other_row_s)
+    # Of the parts of one request the last is kept.
+    last_s = dict(zip(owners, part_finish_s, strict=True))
+    return tuple(last_s[number] for number in range(len(demands)))
+
+
+def _parts_finish_s(
+    demands: Sequence[Demand], cost_of: CostOfKind, other_row_s: float
+) -> list[float]:
+    """The same for requests with steps of one kind each; those of equal rank stay in order."""
     order = sorted(range(len(demands)), key=lambda number: demands[number].rank)
     line = [demands[number] for number in order]
     rows = np.array([demand.rows for demand in line], float)
@@ -103,7 +116,8 @@ def finish_times_s(
         seconds[mine] += cost.steps_s(ends[mine], _row_steps(ends[mine], steps[mine], rows[mine]))
     finish_s = np.empty(len(line))
     finish_s[order] = seconds
-    return tuple(finish_s.tolist())
+    told: list[float] = finish_s.tolist()
+    return told
 
 
 def _last_steps(demands: Sequence[Demand], row_limit: int) -> Floats:
@@ -135,6 +149,7 @@ def _row_steps(ends: Floats, steps: Floats, rows: Floats) -> Floats:
 def _longest_forward_s(demands: Sequence[Demand], cost_of: CostOfKind) -> float:
     rows: dict[Hashable, int] = {}
     for demand in demands:
-        rows[demand.kind] = rows.get(demand.kind, 0) + demand.rows
+        for part in demand.parts:
+            rows[part.kind] = rows.get(part.kind, 0) + part.rows
     seconds = (cost_of(kind).forward_s(wanted) for kind, wanted in rows.items())
     return max(seconds, default=0.0)

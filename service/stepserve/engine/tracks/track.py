@@ -64,6 +64,20 @@ class Prediction:
     forward_s: float
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Denoiser calls of one size, which a track makes before it goes on to another.
+
+    Args:
+        steps: denoiser calls expected, for estimates.
+        size: what decides the cost of its steps, such as width and height. Calls of equal size are
+            expected to take equally long for a row.
+    """
+
+    steps: int
+    size: Hashable = None
+
+
 class TrackGreenlet(greenlet.greenlet):
     """A greenlet that knows its track, so that a parkable module finds it."""
 
@@ -80,7 +94,7 @@ class Track:
     Args:
         id: names it in messages, and among the tracks of its owner.
         rows: rows that each denoiser call will take, unless it is narrowed.
-        steps: denoiser calls expected, for estimates.
+        phases: what it will do, one after the other; most tracks have one.
         images: images it makes, counted against the limit on those pending.
         run: the pipeline call; it runs in a greenlet on the engine thread.
         listener: hears the end, exactly once.
@@ -89,8 +103,6 @@ class Track:
         priority: 0 goes first; see `policy`.
         deadline_s: seconds after submission by which its images are of use, or None.
         isolated: its calls never share a forward.
-        size: what decides the cost of its steps, such as width and height. Requests of equal size
-            are expected to take equally long for a row.
         guidance_interval: which denoiser calls need only half of their rows, or None.
         owner: who it is for. Tracks of several owners may have the same id.
         held: it may not start before `Engine.release` is told that what it needs is there. Until
@@ -100,7 +112,7 @@ class Track:
 
     id: str
     rows: int
-    steps: int
+    phases: tuple[Phase, ...]
     images: int
     run: Callable[[], Any]
     listener: Listener
@@ -108,7 +120,6 @@ class Track:
     priority: int = 1
     deadline_s: float | None = None
     isolated: bool = False
-    size: Hashable = None
     guidance_interval: GuidanceInterval | None = None
     owner: str = ""
     held: bool = False
@@ -126,6 +137,7 @@ class Track:
         self.shares: list[float] = []
         self.call: Call | None = None
         self.parked_s = 0.0
+        self.steps = sum(phase.steps for phase in self.phases)
         self.steps_done = 0
         # Orders tracks by their submission.
         self.arrival = next(_arrivals)
@@ -148,9 +160,34 @@ class Track:
         return (self.variant, self.key) if self.isolated else self.variant
 
     @property
+    def phase(self) -> int:
+        """Which of its phases is under way; the last one once all steps are done."""
+        done, last = self.steps_done, len(self.phases) - 1
+        for number in range(last):
+            done -= self.phases[number].steps
+            if done < 0:
+                return number
+        return last
+
+    @property
+    def size(self) -> Hashable:
+        """Of the steps that it makes now."""
+        return self.phases[self.phase].size
+
+    @property
     def kind(self) -> Hashable:
         """Requests of equal kind can share forwards."""
-        return self.size, self.sharing_variant
+        return self.kind_of(self.size)
+
+    def kind_of(self, size: Hashable) -> Hashable:
+        """What its kind is while it makes steps of this size."""
+        return size, self.sharing_variant
+
+    def left_of(self, phase: int) -> int:
+        """Denoiser calls still expected of that phase."""
+        before = sum(earlier.steps for earlier in self.phases[:phase])
+        steps = self.phases[phase].steps
+        return min(max(before + steps - self.steps_done, 0), steps)
 
     @property
     def steps_left(self) -> int:

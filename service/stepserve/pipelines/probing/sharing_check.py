@@ -35,7 +35,7 @@ from stepserve.engine.scheduling.policy import (
     method_limit,
 )
 from stepserve.engine.tracks.interception import replace_method
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.modules.parking import ParkingOptions, ParkingRule, parkable_methods
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 
@@ -260,7 +260,7 @@ def run_at_once(
 
 def probe_track(index: int, probe: ProbeRequest, listener: ProbeListener) -> Track:
     """A probe request as the engine wants it."""
-    return Track(f"probe-{index}", rows=1, steps=1, images=1, run=probe, listener=listener)
+    return Track(f"probe-{index}", 1, (Phase(1),), images=1, run=probe, listener=listener)
 
 
 class InStep:

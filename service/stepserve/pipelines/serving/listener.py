@@ -22,7 +22,7 @@ from stepserve.domain.events import (
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
 from stepserve.engine.tracks.listener import tell
-from stepserve.engine.tracks.track import Track, as_stepserve_error
+from stepserve.engine.tracks.track import Phase, Track, as_stepserve_error
 from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.copies.guidance_interval import narrow_to_interval
 from stepserve.pipelines.loading.folders import LoadedModel
@@ -122,7 +122,7 @@ def track_of(
     return Track(
         id=request.id,
         rows=guidance.rows_of(request),
-        steps=guidance.calls_of(request, calls),
+        phases=(Phase(guidance.calls_of(request, calls), (request.width, request.height)),),
         images=request.n,
         run=partial(adapters.run_with, variant, make),
         listener=listener,
@@ -130,7 +130,6 @@ def track_of(
         priority=int(request.priority),
         deadline_s=request.deadline_s,
         isolated=request.reproducible,
-        size=(request.width, request.height),
         variant=variant,
         guidance_interval=narrow_to_interval(guidance, request, calls),
         owner=request.owner,

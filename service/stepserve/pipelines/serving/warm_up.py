@@ -26,7 +26,7 @@ from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
 from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.engine.scheduling.row_limits import knee
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.loading.weights import check_finite_weights
 from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.serving.runner import PipelineRunner
@@ -214,14 +214,14 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     """Seconds of one step of `request` by itself, or None if it cannot be done."""
     stopwatch = Stopwatch(torch.device(runner.model.pipeline.device))
     guidance = runner.model.capabilities.guidance
+    steps = guidance.calls_of(request, request.num_inference_steps)
     track = Track(
         id=request.id,
         rows=_rows(runner, request),
-        steps=guidance.calls_of(request, request.num_inference_steps),
+        phases=(Phase(steps, (request.width, request.height)),),
         images=request.n,
         run=partial(make_images, runner.model, request, on_step=stopwatch.step_ended),
         listener=stopwatch,
-        size=(request.width, request.height),
     )
     runner.engine.submit(track)
     error = stopwatch.ended.get()

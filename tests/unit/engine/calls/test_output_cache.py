@@ -6,7 +6,7 @@ import torch
 from engine_fakes import Ear, FakeClock, make_parkable
 from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.loop.batcher import Batcher
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 from torch import Tensor, nn
 
 
@@ -30,7 +30,7 @@ def serve(module: Counting, *tokens: Tensor, variant: str | None = None) -> list
         def run(value: Tensor = value) -> None:
             outputs.append(module(value)[0])
 
-        track = Track(str(index), 1, 1, 1, run, Ear(), variant, clock=batcher.clock)
+        track = Track(str(index), 1, (Phase(1),), 1, run, Ear(), variant, clock=batcher.clock)
         batcher.scheduler.add(track)
         while batcher.tick():
             pass

@@ -24,7 +24,7 @@ from stepserve.engine.scheduling.lateness import (
     MOST_SHARE,
     LatenessQuantile,
 )
-from stepserve.engine.tracks.track import Prediction
+from stepserve.engine.tracks.track import Phase, Prediction
 
 STEP_S = 0.012
 
@@ -240,7 +240,8 @@ def test_idle_is_counted_from_when_work_was_last_in_flight(bench: Bench) -> None
 
 def test_a_size_that_was_never_seen_is_tried(bench: Bench) -> None:
     track = job_track(bench.modules, Job(2, 10))
-    bench.engine.submit(replace(track, size="other", deadline_s=0.3, clock=bench.clock))
+    other = (Phase(track.steps, "other"),)
+    bench.engine.submit(replace(track, phases=other, deadline_s=0.3, clock=bench.clock))
     assert bench.engine.load().requests == 1
 
 

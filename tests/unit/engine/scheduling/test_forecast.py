@@ -19,7 +19,7 @@ from stepserve.engine.scheduling.forecast import (
     ForwardCost,
     finish_times_s,
 )
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 
 COST = ForwardCost(fixed_s=0.010, row_s=0.001, row_limit=32)
 
@@ -137,13 +137,21 @@ class WidthCosts(Denoiser):
         self.clock.advance(per_width_s * value.shape[1] / 4)
 
 
-def make_image(modules: Modules, width: int, rows: int, steps: int) -> torch.Tensor:
-    """A pipeline call for an image of that width."""
-    text = modules.encoder(torch.zeros(rows, 1))
-    sample = torch.zeros(rows, width)
-    for step in range(steps):
-        sample = modules.denoiser(sample, torch.tensor(step), text=text)[0]
-    return modules.decoder(sample)
+def make_image(modules: Modules, rows: int, phases: tuple[Phase, ...]) -> torch.Tensor:
+    """A pipeline call for an image of each phase's width, one after the other."""
+    for phase in phases:
+        text = modules.encoder(torch.zeros(rows, 1))
+        sample = torch.zeros(rows, WIDTHS[str(phase.size)])
+        for step in range(phase.steps):
+            sample = modules.denoiser(sample, torch.tensor(step), text=text)[0]
+        made = modules.decoder(sample)
+    return made
+
+
+def sized_track(bench: Bench, phases: tuple[Phase, ...], rows: int, name: str) -> Track:
+    run = partial(make_image, bench.modules, rows, phases)
+    track = make_track(run, name=name, rows=rows)
+    return replace(track, phases=phases, clock=bench.clock)
 
 
 @dataclass(frozen=True)
@@ -156,9 +164,14 @@ class Guess:
 
 
 class TwoSizes:
-    """Requests of two sizes, at random moments, on a fake clock."""
+    """Requests of two sizes, at random moments, on a fake clock.
 
-    def __init__(self, seed: int, per_s: float) -> None:
+    Args:
+        enlarged: the share of those that draw a small one first, and then a large one of that.
+    """
+
+    def __init__(self, seed: int, per_s: float, enlarged: float = 0.0) -> None:
+        self.enlarged = enlarged
         self.bench = Bench()
         self.bench.modules.denoiser.__class__ = WidthCosts
         self.chance, self.per_s = random.Random(seed), per_s
@@ -182,9 +195,10 @@ class TwoSizes:
         size = self.chance.choices(["small", "large"], weights=[0.7, 0.3])[0]
         steps = self.chance.choices([4, 10, 20, 50], weights=[0.25, 0.25, 0.35, 0.15])[0]
         rows = self.chance.choice([1, 2, 2, 2, 4])
-        run = partial(make_image, self.bench.modules, WIDTHS[size], rows, steps)
-        track = make_track(run, name=str(number), rows=rows, steps=steps)
-        track = replace(track, size=size, clock=self.bench.clock)
+        phases: tuple[Phase, ...] = (Phase(steps, size),)
+        if self.chance.random() < self.enlarged:
+            phases = Phase(steps, "small"), Phase(max(steps // 2, 1), "large")
+        track = sized_track(self.bench, phases, rows, str(number))
         bench = self.bench
         expected_s = bench.estimator.stretched_s(track, bench.finish_times_s(track)[-1])
         self.guesses.append(Guess(track, expected_s, self.bench.clock.now_s))
@@ -203,6 +217,49 @@ def test_the_median_error_of_predicted_finish_times_is_small_once_warm(
     """From a server that is often idle to one where requests queue up."""
     errors = TwoSizes(seed, per_s).run(200)[50:]
     assert statistics.median(errors) < bound
+
+
+@pytest.mark.parametrize(("per_s", "bound"), [(0.4, 0.15), (1.5, 0.25)])
+def test_requests_that_go_on_at_another_size_are_predicted_as_well(
+    per_s: float, bound: float
+) -> None:
+    errors = TwoSizes(1, per_s, enlarged=0.4).run(200)[50:]
+    assert statistics.median(errors) < bound
+
+
+def test_a_request_of_two_sizes_is_counted_at_both() -> None:
+    bench = Bench()
+    bench.modules.denoiser.__class__ = WidthCosts
+    for name, size in enumerate(("small", "large")):
+        for rows in (1, 2):
+            track = sized_track(bench, (Phase(8, size),), rows, f"{name}{rows}")
+            bench.batcher.scheduler.add(track)
+            bench.run()
+    both = sized_track(bench, (Phase(10, "small"), Phase(6, "large")), 2, "both")
+    small_s, large_s = 0.044, 4 * 0.044
+    before = bench.estimator.demand(both)
+    assert (before.steps, before.later) == (10, ((6, both.kind_of("large")),))
+    assert before.serial_s == before.left_s == pytest.approx(10 * small_s + 6 * large_s, rel=0.02)
+    expected_s = bench.finish_times_s(both)[-1]
+    began_s = bench.clock.now_s
+    bench.batcher.scheduler.add(both)
+    while both.steps_done < 12:
+        bench.batcher.tick()
+    after = bench.estimator.demand(both)
+    assert (after.steps, after.later, after.kind) == (4, (), both.kind_of("large"))
+    assert after.left_s == pytest.approx(4 * large_s, rel=0.02)
+    bench.run()
+    assert expected_s == pytest.approx(bench.clock.now_s - began_s, rel=0.05)
+
+
+def test_one_of_two_kinds_is_done_when_its_last_kind_is() -> None:
+    later = ((5, "b"),)
+    both = demand(10, later=later, left_s=15 * 0.012, serial_s=15 * 0.012)
+    # Steps of its first kind are shared with another of that kind, which is shorter.
+    times = finish_s(both, demand(4))
+    assert times == pytest.approx([10 * 0.012 + 4 * 0.002 + 5 * 0.012, 4 * 0.014])
+    # One that has more to do waits for both kinds.
+    assert finish_s(both, demand(20, kind="c"))[1] == pytest.approx(35 * 0.012)
 
 
 def test_a_lone_request_is_predicted_almost_exactly() -> None:

@@ -23,7 +23,7 @@ from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import AdapterUse, GenerationRequest, RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import LoadedModel, ModelLoadError
@@ -146,7 +146,15 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest) -> Wa
         copied = runner.model.factory.copy(request.scheduler)
         return adapter_cache.run_with(variant, lambda: call_plain(copied, request))
 
-    track = Track(request.id, CLASSIC.rows_of(request), 4, request.n, run, waiting, variant=variant)
+    track = Track(
+        request.id,
+        CLASSIC.rows_of(request),
+        (Phase(4),),
+        request.n,
+        run,
+        waiting,
+        variant=variant,
+    )
     runner.engine.submit(track)
     return waiting
 

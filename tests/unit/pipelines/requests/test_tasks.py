@@ -20,7 +20,7 @@ from stepserve.domain.events import Failed, Finished
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest, Priority, Task
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.engine.tracks.track import Track
+from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.copies.blending import BlendedDenoiser, denoiser_for_inpainting
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.copies.guidance_interval import can_limit_guidance, narrow_to_interval
@@ -288,7 +288,7 @@ def test_a_pipeline_with_other_rows_fails_its_request_and_says_why(tiny: LoadedM
     track = Track(
         id="r",
         rows=2,
-        steps=2,
+        phases=(Phase(2),),
         images=1,
         run=lambda: pipeline("red heart", guidance_scale=1.0, num_inference_steps=2),
         listener=SimpleNamespace(**dict.fromkeys(("accepted", "started"), lambda *args: None)),
