@@ -91,7 +91,7 @@ def row(family: Family, found: Findings) -> str:
 
 def works(family: Family, found: Findings) -> str:
     """Whether it works, and what it needs."""
-    if found.plan.alone:
+    if found.plan.serial:
         return f"one request at a time: {found.plan.remark}"
     return "; ".join(filter(None, ["yes", found.plan.remark, family.remark]))
 

@@ -18,6 +18,7 @@ from families import (
     stable_diffusion_xl,
     unclip,
     unconditional,
+    upscalers,
 )
 from families.family import Family, Variation
 from torch import Tensor
@@ -32,6 +33,7 @@ MODULES = (
     deepfloyd,
     unclip,
     unconditional,
+    upscalers,
 )
 FAMILIES = {family.name: family for module in MODULES for family in module.FAMILIES}
 # Far more than rounding, which moves them by 1e-5 of the range and less.
@@ -120,6 +122,14 @@ def test_all_variations_can_be_asked_for(family: Family) -> None:
         ("DeepFloyd IF, super-resolution", "noise_level", lambda level: level + 1),
         ("InstructPix2Pix", "image", lambda image: 1 - image),
         ("Stable Diffusion upscaler", "noise_level", lambda level: level + 1),
+        ("Stable Diffusion latent upscaler", "image", lambda image: 1 - image),
+        ("Stable Diffusion latent upscaler", "prompt", lambda _: "a cold lake"),
+        ("Latent diffusion super-resolution", "image", lambda image: -image),
+        (
+            "DeepFloyd IF, super-resolution from an image",
+            "original_image",
+            lambda image: -image,
+        ),
         ("StableUnCLIP", "prior_guidance_scale", lambda _: 9.0),
         ("DiT", "class_labels", lambda labels: [labels[0] + 1]),
         ("Consistency model", "class_labels", lambda labels: [labels[0] + 1]),
