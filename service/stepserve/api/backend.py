@@ -42,6 +42,10 @@ class Backend(Protocol):
         """Return where a request stands, or None if its owner has no such request."""
         ...
 
+    async def prompts(self, call: RequestKey) -> Sequence[Progress]:
+        """Return where the requests for the prompts of a call stand; none of any other call."""
+        ...
+
     async def cancel(self, key: RequestKey) -> Progress | None:
         """End a request at its next step, if it has not ended; None if its owner has none such."""
         ...

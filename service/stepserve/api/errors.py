@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
@@ -133,6 +134,17 @@ class ErrorDetail(BaseModel):
     )
 
 
+class PromptError(ErrorDetail):
+    """Why one prompt of several has no images, as it would have been told if sent alone."""
+
+    status: int = Field(description="The HTTP status that it would have had alone.")
+    retry_after_s: int | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Whole seconds after which a new try is likely to succeed.",
+    )
+
+
 @dataclass(frozen=True)
 class ErrorKind:
     """How one class of errors is told over HTTP: status, `error.type` and `error.code`."""
@@ -212,6 +224,14 @@ def note_error(scope: Scope, error: Exception) -> None:
     notes.is_refusal = isinstance(error, RefusedError)
 
 
+def note_failure(scope: Scope, error: Exception) -> None:
+    """Let metrics and logs know of the error of one prompt of several."""
+    notes, code = exchange_context_of(scope), kind_of(error).code
+    notes.failures.append(code)
+    if isinstance(error, RefusedError):
+        notes.refusals.append(code)
+
+
 def error_response(error: Exception, request_id: str) -> JSONResponse:
     """Return the HTTP response for `error`; a status of 500 is logged with its cause."""
     return ErrorResponse(error, request_id)
@@ -227,6 +247,22 @@ def error_detail(error: Exception, request_id: str) -> ErrorDetail:
         code=kind.code,
         expected_s=error.expected_s if isinstance(error, UnmeetableDeadlineError) else None,
     )
+
+
+def prompt_error(error: Exception, request_id: str) -> PromptError:
+    """Return what the caller is told of the error of one prompt of several."""
+    detail = error_detail(error, request_id)
+    status, after_s = kind_of(error).status, _retry_after_s(error)
+    return PromptError(**vars(detail), status=status, retry_after_s=after_s)
+
+
+def common_error(errors: Sequence[Exception]) -> Exception:
+    """Return the error of a call whose prompts all failed.
+
+    What goes away by itself comes first, as a new try then may succeed for some; after that the
+    one with the highest status.
+    """
+    return max(errors, key=lambda error: (_retry_after_s(error) is not None, kind_of(error).status))
 
 
 def _field_of(error: Exception) -> str | None:
@@ -247,9 +283,14 @@ def _headers(error: Exception) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, UnsupportedCodingError):
         return {"Accept-Encoding": ", ".join(error.codings)}
+    after_s = _retry_after_s(error)
+    return {} if after_s is None else {"Retry-After": str(after_s)}
+
+
+def _retry_after_s(error: Exception) -> int | None:
+    """Seconds after which a new try is likely to succeed; None where that is not known."""
     if not isinstance(error, RefusedError | StoppedError):
-        return {}
+        return None
     after_s = error.retry_after_s if isinstance(error, RefusedError) else STOPPED_RETRY_S
     # HTTP knows whole seconds only, and 0 would invite a tight loop.
-    seconds = math.ceil(min(max(after_s, 1), MAX_RETRY_AFTER_S))
-    return {"Retry-After": str(seconds)}
+    return math.ceil(min(max(after_s, 1), MAX_RETRY_AFTER_S))

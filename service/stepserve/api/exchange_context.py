@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
@@ -16,13 +16,22 @@ UNMATCHED = "unmatched"
 
 @dataclass
 class ExchangeContext:
-    """Filled in by whoever knows: the model once it is known to be served, the error's code."""
+    """Filled in by whoever knows: the model once it is known to be served, the error's code.
+
+    Args:
+        prompts: of a call that has several; `generation` is then the first one's request.
+        failures: codes of the errors of those that failed, where others did not.
+        refusals: which of these were refusals.
+    """
 
     model: str = ""
     error_code: str = ""
     is_refusal: bool = False
     generation: GenerationRequest | None = None
     timings: Timings | None = None
+    prompts: tuple[str, ...] = ()
+    failures: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
 
 
 def exchange_context_of(scope: Scope) -> ExchangeContext:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stepserve.domain.errors import CancelledError, ExpiredError, StepserveError, StoppedError
@@ -66,6 +67,38 @@ def advance(progress: Progress, event: Event) -> Progress:
             return _end(ended, RequestState.FINISHED)
         case Failed(error=error):
             return _end(replace(progress, error=error), _state_of(error))
+
+
+def progress_of_call(key: RequestKey, prompts: Sequence[Progress]) -> Progress:
+    """Where a call with several prompts stands, by where the request for each prompt stands.
+
+    It has all of their steps, is finished once at least one of them is and none is in flight, and
+    is expected to be when the last one is.
+    """
+    in_flight = [prompt for prompt in prompts if not prompt.ended]
+    expected_s = [prompt.expected_s for prompt in in_flight]
+    states = [prompt.state for prompt in prompts]
+    state = _state_of_call(states)
+    return Progress(
+        request_id=key.id,
+        model=prompts[0].model,
+        owner=key.owner,
+        created=min(prompt.created for prompt in prompts),
+        state=state,
+        position=min((prompt.position for prompt in in_flight), default=0),
+        step=sum(prompt.step for prompt in prompts),
+        steps=sum(prompt.steps for prompt in prompts),
+        expected_s=max((s for s in expected_s if s is not None), default=None),
+        error=None if RequestState.FINISHED in states or in_flight else prompts[0].error,
+    )
+
+
+def _state_of_call(states: Sequence[RequestState]) -> RequestState:
+    if all(state is RequestState.QUEUED for state in states):
+        return RequestState.QUEUED
+    if not all(map(is_terminal, states)):
+        return RequestState.RUNNING
+    return RequestState.FINISHED if RequestState.FINISHED in states else states[0]
 
 
 def _end(progress: Progress, state: RequestState) -> Progress:

@@ -128,6 +128,10 @@ class RequestLog:
         """What is known of a request, in flight or ended, or None."""
         return self._records.get(key)
 
+    def prompts_of(self, call: RequestKey) -> list[RequestKey]:
+        """The requests for the prompts of a call that has several; none of any other."""
+        return [key for key in self._records if key.is_prompt_of(call)]
+
     def add(self, key: RequestKey, event: Event) -> None:
         """Note what happened to a request in flight, and tell its listeners. Else ignored."""
         record = self._records.get(key)

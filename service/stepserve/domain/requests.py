@@ -39,6 +39,10 @@ class AdapterUse:
     scale: float = 1.0
 
 
+PROMPT_MARK = ":"
+"""Between the id of a call with several prompts and the index of one: no client's id has it."""
+
+
 class RequestKey(NamedTuple):
     """What names a request: its id and who sent it.
 
@@ -47,6 +51,20 @@ class RequestKey(NamedTuple):
 
     id: str
     owner: str = ""
+
+    def of_prompt(self, index: int) -> RequestKey:
+        """What names the request for prompt `index` of a call of this name."""
+        return RequestKey(f"{self.id}{PROMPT_MARK}{index}", self.owner)
+
+    @property
+    def prompt_index(self) -> int | None:
+        """Which prompt of its call a request is for; None for a call with one prompt."""
+        _, mark, index = self.id.rpartition(PROMPT_MARK)
+        return int(index) if mark else None
+
+    def is_prompt_of(self, call: RequestKey) -> bool:
+        """Whether it names the request for one of the prompts of `call`."""
+        return self.owner == call.owner and self.id.startswith(call.id + PROMPT_MARK)
 
 
 @dataclass(frozen=True)

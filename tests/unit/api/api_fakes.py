@@ -128,6 +128,9 @@ class FakeBackend:
     async def progress(self, key: RequestKey) -> Progress | None:
         return self.log.progress(key)
 
+    async def prompts(self, call: RequestKey) -> Sequence[Progress]:
+        return [p for key in self.log.prompts_of(call) if (p := self.log.progress(key)) is not None]
+
     async def cancel(self, key: RequestKey) -> Progress | None:
         error = CancelledError(f"request {key.id} was cancelled")
         self.log.add(key, Failed(key.id, error))

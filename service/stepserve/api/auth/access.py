@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 # As the router itself finds the path below a prefix: if it were found otherwise, some would get in.
@@ -50,6 +52,42 @@ def identify(scope: Scope, keys: KeyRing) -> None:
         scope["state"]["limited_key"] = key
 
 
+class KeyUse:
+    """What one HTTP exchange uses of its API key's limits: a place for each request in it.
+
+    `headers` tell what the key may still do; they are kept up to date.
+    """
+
+    def __init__(self, usage: Usage, key: ApiKey) -> None:
+        self._usage = usage
+        self._key = key
+        self.headers: dict[str, str] = {}
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Count a request for as long as this is open.
+
+        Raises:
+            KeyLimitError: the key may not have another one now.
+            NotReadyError: nobody counts.
+        """
+        lease = secrets.token_hex(16)
+        try:
+            answer = await self._usage.take(self._key, lease)
+            self.headers.update(_limits(answer.rate))
+            if isinstance(answer, Refusal):
+                raise KeyLimitError(answer.message, answer.retry_after_s)
+            yield
+        finally:
+            self._usage.give_back(self._key.name, lease)
+
+
+def key_use_of(scope: Scope) -> KeyUse | None:
+    """What an exchange uses of its key's limits; None where the key has none."""
+    use: KeyUse | None = scope["state"].get("key_use")
+    return use
+
+
 class UsageMiddleware:
     """Counts what keys with limits use, once a body has arrived: half of one takes no place."""
 
@@ -66,16 +104,13 @@ class UsageMiddleware:
         key: ApiKey | None = scope.get("state", {}).get("limited_key")
         if key is None:
             return await self._app(scope, receive, send)
-        lease = secrets.token_hex(16)
+        use = scope["state"]["key_use"] = KeyUse(self._usage, key)
+        send = with_headers(send, use.headers)
         try:
-            response = await self._usage.take(key, lease)
-            app: ASGIApp = self._app
-            if isinstance(response, Refusal):
-                error = KeyLimitError(response.message, response.retry_after_s)
-                app = error_response(error, request_id_of(scope))
-            await app(scope, receive, with_headers(send, _limits(response.rate)))
-        finally:
-            self._usage.give_back(key.name, lease)
+            async with use.place():
+                await self._app(scope, receive, send)
+        except KeyLimitError as error:
+            await error_response(error, request_id_of(scope))(scope, receive, send)
 
 
 def _is_guarded(scope: Scope) -> bool:

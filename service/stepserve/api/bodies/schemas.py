@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, WholeNumber
+from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, digits, shown
 from stepserve.domain.models import ModelCapabilities
@@ -230,17 +231,49 @@ class ImageRequest(ImageRequestBase):
                     "num_inference_steps": 30,
                     "guidance_scale": 5.0,
                 },
+                {"prompts": ["smiling cat", "red heart"], "seed": 7},
             ],
         },
     )
 
-    prompt: Annotated[str, Field(description="What the image shows.")]
+    prompt: str | None = _documented("What the image shows; required, unless `prompts` is sent.")
+    prompts: Annotated[list[str], COUNTED] | None = _documented(
+        "Instead of `prompt`: what each of several images shows. They are made side by side, and "
+        "each fails by itself. Prompt `i` (from 0) is drawn from `seed + i * n`.",
+        minItems=1,
+        maxItems=MAX_LISTED,
+    )
 
     def to_generation(
         self, request_id: str, caller: Caller, model: ModelCapabilities
     ) -> GenerationRequest:
-        """Return the request with everything left out filled in from `model`; draws a seed."""
-        return replace(self.fill_in(request_id, caller, model), prompt=self.prompt)
+        """Return the request with everything left out filled in from `model`; draws a seed.
+
+        With `prompts` it is what their requests have in common.
+
+        Raises:
+            InvalidRequestError: there is not one of `prompt` and `prompts`, or too many images.
+        """
+        if self.prompt is None and self.prompts is None:
+            raise InvalidRequestError("prompt is required", "prompt")
+        self._check_prompts()
+        return replace(self.fill_in(request_id, caller, model), prompt=self.prompt or "")
+
+    def _check_prompts(self) -> None:
+        if self.prompts is None:
+            return
+        if self.prompt is not None:
+            message = "prompt and prompts exclude each other: send one of them"
+            raise InvalidRequestError(message, "prompts")
+        if not self.prompts:
+            raise InvalidRequestError("prompts is empty: it must have at least one", "prompts")
+        if (images := len(self.prompts) * _or(self.n, 1)) > MAX_LISTED:
+            raise InvalidRequestError(
+                f"{len(self.prompts)} prompts with n={digits(self.n or 1)} are {digits(images)} "
+                f"images; the limit of one call is {MAX_LISTED}: send fewer prompts, or a smaller "
+                "n",
+                "prompts",
+            )
 
 
 class ImageReference(Body):

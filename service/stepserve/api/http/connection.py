@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -67,6 +67,27 @@ async def while_connected(
             await items.aclose()
 
 
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Yield what all `sources` yield, as it comes, each with the index of its source.
+
+    All are closed once this is closed, or one of them raises, which this then does as well.
+    """
+    following = {asyncio.create_task(_next(source)): i for i, source in enumerate(sources)}
+    try:
+        while following:
+            done, _ = await asyncio.wait(following, return_when="FIRST_COMPLETED")
+            for task in sorted(done, key=following.__getitem__):
+                index = following.pop(task)
+                if item := _result(task):
+                    following[asyncio.create_task(_next(sources[index]))] = index
+                    yield index, item[0]
+    finally:
+        await _stop(*following)
+        stuck = {i for task, i in following.items() if not task.done()}
+        for source in (source for i, source in enumerate(sources) if i not in stuck):
+            await source.aclose()
+
+
 async def _next(items: AsyncGenerator[T, None]) -> tuple[T] | None:
     """The next item in a tuple, or None after the last: a task cannot raise StopAsyncIteration."""
     async for item in items:
@@ -95,7 +116,8 @@ async def _stop(*tasks: asyncio.Task[Any]) -> None:
         task.cancel()
         task.add_done_callback(_forget)
     # Not awaited without end: work that ignores its cancellation must not hold the response.
-    await asyncio.wait(tasks, timeout=CANCEL_GRACE_S)
+    if tasks:
+        await asyncio.wait(tasks, timeout=CANCEL_GRACE_S)
 
 
 def _forget(task: asyncio.Task[Any]) -> None:

@@ -11,7 +11,14 @@ from typing import Any
 from fastapi import Response
 
 from stepserve.api.dependencies import Incoming
-from stepserve.api.errors import error_detail, note_error
+from stepserve.api.errors import (
+    ErrorDetail,
+    PromptError,
+    error_detail,
+    note_error,
+    note_failure,
+    prompt_error,
+)
 from stepserve.api.exchange_context import exchange_context_of
 from stepserve.api.http.connection import while_connected
 from stepserve.api.images.events import KEEP_ALIVE_S, EventStreamResponse, sse
@@ -46,6 +53,7 @@ class ImageResponder:
         sends_urls: whether the images are to be links.
         ignored_fields: were sent and change nothing.
         event_prefix: begins the names of streamed events, such as `image_generation`.
+        prompt_index: which of several prompts of a call the request is for; None with one.
     """
 
     incoming: Incoming
@@ -53,6 +61,7 @@ class ImageResponder:
     sends_urls: bool
     ignored_fields: tuple[str, ...]
     event_prefix: str
+    prompt_index: int | None = None
 
     async def whole(self, response: Response) -> ImagesResponse:
         """Serve the request to its end, and return the body.
@@ -87,7 +96,7 @@ class ImageResponder:
         except BaseException:
             await events.aclose()
             raise
-        return EventStreamResponse[Event](events, self._write, self._fail)
+        return EventStreamResponse[Event](events, self.write, self._fail)
 
     def _events(self) -> AsyncGenerator[Event | None, None]:
         http, settings = self.incoming.http, self.incoming.settings.http
@@ -99,8 +108,17 @@ class ImageResponder:
     async def _body(self, finished: Finished, response: Response) -> ImagesResponse:
         exchange_context_of(self.incoming.http.scope).timings = finished.timings
         response.headers["Server-Timing"] = finished.timings.server_timing()
-        data = [await self._image_data(image) for image in finished.images]
-        return images_response(self.request, finished, data, self.ignored_fields)
+        return images_response(
+            self.request, finished, await self.image_data(finished), self.ignored_fields
+        )
+
+    async def image_data(self, finished: Finished) -> list[ImageData]:
+        """The images as they are sent.
+
+        Raises:
+            ResultsUnavailableError: they are to be links, and cannot be kept.
+        """
+        return [await self._image_data(image) for image in finished.images]
 
     async def _image_data(self, image: EncodedImage) -> ImageData:
         if image.content_filtered:
@@ -109,7 +127,8 @@ class ImageResponder:
             return ImageData(url=await self.incoming.link(image), seed=image.seed)
         return ImageData(b64_json=base64_of(image), seed=image.seed)
 
-    async def _write(self, event: Event) -> list[bytes]:
+    async def write(self, event: Event) -> list[bytes]:
+        """What a stream tells of an event of the request."""
         match event:
             case Preview(images=images):
                 shown = ((i, image) for i, image in enumerate(images) if not image.content_filtered)
@@ -141,7 +160,7 @@ class ImageResponder:
 
     async def _completed_event(self, finished: Finished, index: int, image: EncodedImage) -> bytes:
         image_data = await self._image_data(image)
-        data = {
+        data: dict[str, Any] = {
             **image_data.model_dump(exclude_none=True),
             "usage": NO_USAGE,
             "parameters": parameters_response(self.request).model_dump(),
@@ -169,9 +188,22 @@ class ImageResponder:
             "quality": "auto",
             "background": "opaque",
         }
-        return sse(name, common | data)
+        return sse(name, common | data | self._prompt)
 
     def _error_event(self, error: Exception) -> bytes:
-        note_error(self.incoming.http.scope, error)
-        detail = error_detail(error, self.request.id).model_dump()
-        return sse("error", {"type": "error", "error": detail})
+        if self.prompt_index is None:
+            note_error(self.incoming.http.scope, error)
+            detail: ErrorDetail = error_detail(error, self.request.id)
+        else:
+            detail = self.failure(error)
+        return sse("error", {"type": "error", "error": detail.model_dump()} | self._prompt)
+
+    def failure(self, error: Exception) -> PromptError:
+        """Note why this prompt of several has no images, and return what is told of it."""
+        detail = prompt_error(error, self.request.id)
+        note_failure(self.incoming.http.scope, error)
+        return detail
+
+    @property
+    def _prompt(self) -> dict[str, Any]:
+        return {} if self.prompt_index is None else {"prompt_index": self.prompt_index}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stepserve.api.errors import ErrorDetail, error_detail
+from stepserve.api.bodies.schemas import MAX_LISTED
+from stepserve.api.errors import ErrorDetail, PromptError, error_detail
 from stepserve.domain.events import CutPrompt, EncodedImage, Finished
 from stepserve.domain.guidance import GuidanceKind, StepWork
 from stepserve.domain.model_status import ModelStatus
@@ -23,8 +24,11 @@ from stepserve.domain.timings import Timings
 
 
 class ImageData(BaseModel):
-    """One image."""
+    """One image; of a call with `prompts` also what was made of which, or why there is none."""
 
+    prompt_index: int | None = Field(
+        default=None, description="With `prompts`: which of them, from 0. They are in order."
+    )
     b64_json: str | None = Field(default=None, description="The image file, base64.")
     url: str | None = Field(default=None, description="Where the file is, until the link expires.")
     seed: int = Field(description="With `n` of 1, this seed makes this image again.")
@@ -32,13 +36,25 @@ class ImageData(BaseModel):
         default=None,
         description="The model's own safety checker withheld the image: there is no file.",
     )
+    error: PromptError | None = Field(
+        default=None, description="With `prompts`: why this one has no images."
+    )
+    parameters: Parameters | None = Field(
+        default=None, description="With `prompts`: of this one, sent by itself."
+    )
+    fingerprint: str | None = Field(default=None, description="With `prompts`: as below.")
+    timings: Timings | None = Field(default=None, description="With `prompts`: of this one.")
+    prompt_truncated: dict[str, dict[str, int]] | None = Field(
+        default=None, description="With `prompts`: as below."
+    )
 
 
 class Parameters(BaseModel):
     """Everything that shaped the images: sent back as a request body, it makes them again."""
 
     model: str
-    prompt: str
+    prompt: str | None = Field(default=None, description="Absent where there are `prompts`.")
+    prompts: list[str] | None = Field(default=None, description="Of a call with several.")
     negative_prompt: str
     n: int
     size: str
@@ -111,7 +127,7 @@ class ImagesResponse(BaseModel):
         description="The `short` fingerprint of the model in `GET /v1/models`: where it is the "
         "same, the same parameters give the same images."
     )
-    timings: Timings
+    timings: Timings = Field(description="With `prompts`: of the one that was finished last.")
     ignored_fields: list[str] | None = Field(
         default=None, description="Fields that were sent and changed nothing; absent without any."
     )
@@ -184,6 +200,9 @@ class ModelResponse(BaseModel):
     default_guidance_scale: float
     max_guidance_scale: float
     max_n: int
+    max_prompts: int = Field(
+        default=MAX_LISTED, description="Most `prompts` of one call, and most images of them."
+    )
     max_prompt_characters: int
     max_prompt_tokens: int
     adapters: list[str] = Field(description="LoRA adapters that requests may name.")
@@ -239,6 +258,11 @@ class ProgressResponse(BaseModel):
     )
     error: ErrorDetail | None = Field(description="Why there are no images.")
     timings: Timings | None = Field(description="Once it is finished.")
+    prompts: list[ProgressResponse] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Of a call with `prompts`: the request for each, under a name of its own.",
+    )
 
 
 class BatchResponse(BaseModel):
@@ -296,6 +320,40 @@ def images_response(
     )
 
 
+def prompt_entries(
+    request: GenerationRequest, index: int, finished: Finished, data: Sequence[ImageData]
+) -> list[ImageData]:
+    """Return the images of one prompt of several, with what else its own response would say."""
+    update = {
+        "prompt_index": index,
+        "parameters": parameters_response(request),
+        "fingerprint": finished.fingerprint,
+        "timings": finished.timings,
+        "prompt_truncated": truncation_response(finished.cut_prompts),
+    }
+    return [image.model_copy(update=update) for image in data]
+
+
+def prompts_response(
+    call: GenerationRequest,
+    prompts: list[str],
+    last: Finished,
+    data: list[ImageData],
+    ignored_fields: Sequence[str] = (),
+) -> ImagesResponse:
+    """Return the response to a call with several prompts.
+
+    Args:
+        call: what they have in common, and the first seed.
+        last: of the prompt that was finished last.
+    """
+    response = images_response(call, replace(last, cut_prompts=()), data, ignored_fields)
+    several = {"prompt": None, "prompts": prompts}
+    return response.model_copy(
+        update={"parameters": response.parameters.model_copy(update=several)}
+    )
+
+
 def truncation_response(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str, int]] | None:
     """Return which text encoders read how many tokens only, by field, or None."""
     told: dict[str, dict[str, int]] = {}
@@ -327,8 +385,13 @@ def parameters_response(request: GenerationRequest) -> Parameters:
     return Parameters.model_validate(told)
 
 
-def progress_response(progress: Progress) -> ProgressResponse:
-    """Return where a request stands, as its own URL tells it."""
+def progress_response(progress: Progress, prompts: Sequence[Progress] = ()) -> ProgressResponse:
+    """Return where a request stands, as its own URL tells it.
+
+    Args:
+        prompts: where the requests for its prompts stand, if it is a call with several.
+    """
     error = None if progress.error is None else error_detail(progress.error, progress.request_id)
     told = vars(progress) | {"id": progress.request_id, "error": error}
-    return ProgressResponse.model_validate(told)
+    of_prompts = [progress_response(prompt) for prompt in prompts] or None
+    return ProgressResponse.model_validate(told | {"prompts": of_prompts})

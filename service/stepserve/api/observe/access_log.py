@@ -66,7 +66,11 @@ class AccessLog:
             "num_inference_steps": asked.num_inference_steps,
             "priority": asked.priority.name.lower(),
         }
-        prompts = {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt}
+        notes = exchange.notes
+        if notes.prompts:
+            told |= {"prompt_count": len(notes.prompts), "failed_count": len(notes.failures)}
+        prompt = list(notes.prompts) or asked.prompt
+        prompts = {"prompt": prompt, "negative_prompt": asked.negative_prompt}
         return told | prompts if self._prompts else told
 
 

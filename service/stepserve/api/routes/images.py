@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fastapi import APIRouter, Depends, Response
@@ -29,6 +30,7 @@ from stepserve.api.errors import (
 from stepserve.api.exchange_context import exchange_context_of
 from stepserve.api.images.generation import ImageResponder
 from stepserve.api.images.inputs import Inputs, read_inputs
+from stepserve.api.images.prompts import PromptsResponder, check_any, split_call
 from stepserve.api.images.responses import ImagesResponse
 from stepserve.api.observe.exchanges import trace_context_of
 from stepserve.api.openapi import (
@@ -53,7 +55,6 @@ from stepserve.domain.errors import (
     UnknownModelError,
     UnmeetableDeadlineError,
 )
-from stepserve.domain.limits import check_request
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.requests import GenerationRequest
 
@@ -99,7 +100,9 @@ async def create_images(
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
     model = await _chosen_model(incoming, body)
     request = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    return await _respond(incoming, body, request, model, "image_generation", response)
+    return await _respond(
+        incoming, body, request, model, "image_generation", response, body.prompts
+    )
 
 
 @router.post(
@@ -166,17 +169,27 @@ async def _respond(
     model: ModelStatus,
     event_prefix: str,
     response: Response,
+    prompts: Sequence[str] | None = None,
 ) -> ImagesResponse | Response:
-    """Serve the request if the model can do what is wanted, and is there."""
+    """Serve the request if the model can do what is wanted, and is there.
+
+    Args:
+        prompts: the request is one for each of them.
+    """
     if not model.is_known:
         require_ready([model])
-    check_request(request, model.capabilities)
+    traced = replace(request, trace_context=trace_context_of(incoming.http.scope))
+    requests = (traced,) if prompts is None else split_call(traced, prompts)
+    check_any(requests, model.capabilities)
     require_ready([model])
     if body.wants_urls:
-        await incoming.store.check(needed_bytes(request))
-    traced = replace(request, trace_context=trace_context_of(incoming.http.scope))
+        await incoming.store.check(sum(map(needed_bytes, requests)))
     in_body = body.ignored_fields(request.guidance_scale, model.capabilities.guidance)
     in_query = ignored_queries(incoming.http.query_params, type(body))
     ignored = tuple(dict.fromkeys((*in_body, *in_query)))
-    responder = ImageResponder(incoming, traced, body.wants_urls, ignored, event_prefix)
+    one = ImageResponder(incoming, traced, body.wants_urls, ignored, event_prefix)
+    responder: ImageResponder | PromptsResponder = one
+    if prompts is not None:
+        each = (replace(one, request=r, prompt_index=i) for i, r in enumerate(requests))
+        responder = PromptsResponder(model.capabilities, traced, tuple(each))
     return await (responder.stream() if body.stream else responder.whole(response))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from fastapi import APIRouter, Header, Response
 
 from stepserve.api.dependencies import Incoming, IncomingDep
 from stepserve.api.errors import RequestTimedOutError, error_detail
-from stepserve.api.http.connection import while_connected
+from stepserve.api.http.connection import merged, while_connected
 from stepserve.api.images.events import KEEP_ALIVE_S, EventStreamResponse, sse
 from stepserve.api.images.responses import (
     ProgressResponse,
@@ -37,7 +38,7 @@ from stepserve.domain.events import (
     StepFinished,
 )
 from stepserve.domain.limits import shown
-from stepserve.domain.progress import Progress
+from stepserve.domain.progress import Progress, progress_of_call
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import RequestKey
 
@@ -64,20 +65,27 @@ MAX_EVENT_NUMBER = 10**9
     responses=error_responses(UnknownRequestError),
 )
 async def show_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
-    """Where a request stands, by its `X-Request-ID`, whichever replica works on it."""
-    return progress_response(await _find(incoming, RequestKey(id, incoming.caller.name)))
+    """Where a request stands, by its `X-Request-ID`, whichever replica works on it.
+
+    Of a call with `prompts` all of them together, and each by itself.
+    """
+    return progress_response(*await _find(incoming, RequestKey(id, incoming.caller.name)))
 
 
 @router.delete(
     "/v1/requests/{id}", summary="Cancel it", responses=error_responses(UnknownRequestError)
 )
 async def cancel_request(id: str, incoming: IncomingDep) -> ProgressResponse:  # noqa: A002
-    """End a request at its next step; the request for its images ends with status 499."""
+    """End a request at its next step; the request for its images ends with status 499.
+
+    Of a call with `prompts` all that have not ended are.
+    """
     key = RequestKey(id, incoming.caller.name)
-    progress = await _find(incoming, key)
-    if not progress.ended:
-        progress = await incoming.backend.cancel(key) or progress
-    return progress_response(progress)
+    progress, prompts = await _find(incoming, key)
+    if not prompts:
+        return progress_response(await _cancel(incoming, progress))
+    prompts = await asyncio.gather(*(_cancel(incoming, prompt) for prompt in prompts))
+    return progress_response(progress_of_call(key, prompts), prompts)
 
 
 @router.get(
@@ -99,27 +107,45 @@ async def follow_request(
     """What happened to a request from its acceptance on, and what happens, up to its end.
 
     Events: `accepted`, `started`, `step`, `preview`, `finished`, `failed`. A client that reconnects
-    is sent what it has not seen.
+    is sent what it has not seen. Those of a call with `prompts` are sent as they come, each with
+    the `id` of its own request; one that reconnects to a call is sent all again.
     """
     key = RequestKey(id, incoming.caller.name)
-    await _find(incoming, key)
+    _, prompts = await _find(incoming, key)
     number = _number_after(last_event_id)
     events = while_connected(
         incoming.http.receive,
-        _events(incoming, key, number),
+        _events_of_call(incoming, prompts) if prompts else _events(incoming, key, number),
         incoming.settings.http.request_timeout_s,
         incoming.stopped,
         KEEP_ALIVE_S,
     )
-    return EventStreamResponse[NumberedEvent](events, _write, partial(_fail, id))
+    write = _write_of_call if prompts else _write
+    return EventStreamResponse[NumberedEvent](events, write, partial(_fail, id))
 
 
-async def _find(incoming: Incoming, key: RequestKey) -> Progress:
-    """A request of the caller's. Another caller's is as unknown as one that never was."""
+async def _find(incoming: Incoming, key: RequestKey) -> tuple[Progress, Sequence[Progress]]:
+    """A request of the caller's, and of a call with several prompts also each one's.
+
+    Another caller's is as unknown as one that never was.
+    """
     progress = await incoming.backend.progress(key)
-    if progress is None:
+    if progress is not None:
+        return progress, ()
+    prompts = sorted(await incoming.backend.prompts(key), key=_prompt_index)
+    if not prompts:
         raise UnknownRequestError(f"no request {shown(key.id)} is known", "id")
-    return progress
+    return progress_of_call(key, prompts), prompts
+
+
+def _prompt_index(progress: Progress) -> int:
+    return progress.key.prompt_index or 0
+
+
+async def _cancel(incoming: Incoming, progress: Progress) -> Progress:
+    if progress.ended:
+        return progress
+    return await incoming.backend.cancel(progress.key) or progress
 
 
 def _number_after(last_event_id: str | None) -> int:
@@ -154,6 +180,15 @@ async def _events(
             return
 
 
+async def _events_of_call(
+    incoming: Incoming, prompts: Sequence[Progress]
+) -> AsyncGenerator[NumberedEvent, None]:
+    """What happened to the requests of a call, and what happens, up to the end of the last."""
+    async with aclosing(merged([_events(incoming, p.key, 0) for p in prompts])) as events:
+        async for _, event in events:
+            yield event
+
+
 async def _has_ended(incoming: Incoming, key: RequestKey) -> bool:
     """Whether there is nothing more to come, as when the client has seen everything."""
     progress = await incoming.backend.progress(key)
@@ -163,6 +198,14 @@ async def _has_ended(incoming: Incoming, key: RequestKey) -> bool:
 async def _write(numbered: NumberedEvent) -> list[bytes]:
     name, data = _describe(numbered.event)
     return [sse(name, {"id": numbered.event.request_id, **data}, numbered.number)]
+
+
+async def _write_of_call(numbered: NumberedEvent) -> list[bytes]:
+    """Without a number, as each prompt's request counts its own."""
+    name, data = _describe(numbered.event)
+    request_id = numbered.event.request_id
+    index = RequestKey(request_id).prompt_index
+    return [sse(name, {"id": request_id, "prompt_index": index, **data})]
 
 
 def _fail(request_id: str, error: Exception) -> bytes | None:

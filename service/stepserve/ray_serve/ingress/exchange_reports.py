@@ -46,6 +46,7 @@ def _record(instruments: Instruments, exchange: Exchange) -> None:
     instruments.count(catalogue.HTTP_REQUESTS, 1, labels | result)
     instruments.observe(catalogue.HTTP_SECONDS, exchange.duration_s, labels)
     # Probes of a model that loads are refused nothing.
-    if notes.error_code and notes.is_refusal and exchange.asks_for_work:
-        reason = {"model": notes.model, "reason": notes.error_code}
-        instruments.count(catalogue.REFUSALS, 1, reason)
+    if exchange.asks_for_work:
+        for code in [notes.error_code] if notes.is_refusal else notes.refusals:
+            reason = {"model": notes.model, "reason": code}
+            instruments.count(catalogue.REFUSALS, 1, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
@@ -95,6 +96,15 @@ class RemoteBackend:
     async def progress(self, key: RequestKey) -> Progress | None:
         """Where a request stands, whichever replica has it; None if none does."""
         return _first_in_flight(await self._ask_all("progress", key))
+
+    async def prompts(self, call: RequestKey) -> Sequence[Progress]:
+        """Where the requests for the prompts of a call stand, whichever replicas have them."""
+        replies: list[Sequence[Progress]] = await self._ask_all("prompts", call)
+        by_key: dict[RequestKey, list[Progress]] = {}
+        for progress in chain.from_iterable(replies):
+            by_key.setdefault(progress.key, []).append(progress)
+        found = [_first_in_flight(same) for same in by_key.values()]
+        return [progress for progress in found if progress is not None]
 
     async def cancel(self, key: RequestKey) -> Progress | None:
         """End a request at its next step, whichever replica has it; None if none does."""

@@ -166,6 +166,10 @@ class ModelReplica:
         """Where a request stands, or None if its owner has none of that id here."""
         return None if self._model is None else self._model.tracker.progress(key)
 
+    async def prompts(self, call: RequestKey) -> Sequence[Progress]:
+        """Where the requests for the prompts of a call stand that are here; none of other calls."""
+        return () if self._model is None else self._model.tracker.prompts(call)
+
     async def cancel(self, key: RequestKey) -> Progress | None:
         """End a request at its next step; None if its owner has none of that id here."""
         return None if self._model is None else self._model.tracker.cancel(key)

@@ -127,6 +127,11 @@ class RequestTracker:
         position, expected_s = estimate
         return replace(progress, position=position, expected_s=expected_s)
 
+    def prompts(self, call: RequestKey) -> Sequence[Progress]:
+        """Where the requests for the prompts of a call stand that are here; none of other calls."""
+        found = (self.progress(key) for key in self._log.prompts_of(call))
+        return [progress for progress in found if progress is not None]
+
     def report(self) -> Report:
         """What routers should know of the requests in flight, and of what steps cost here."""
         engine, guidance = self._runner.engine, self._runner.model.capabilities.guidance

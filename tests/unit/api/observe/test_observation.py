@@ -9,7 +9,16 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from api_fakes import EMOJI, SETTINGS, Blocking, FakeBackend, make_store, raising
+from api_fakes import (
+    EMOJI,
+    SETTINGS,
+    Blocking,
+    FakeBackend,
+    Generate,
+    finish,
+    make_store,
+    raising,
+)
 from stepserve.api import create_app
 from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import ApiKey, KeyRing, hash_key
@@ -18,7 +27,9 @@ from stepserve.api.exchange_context import Exchange
 from stepserve.api.observe.access_log import AccessLog
 from stepserve.api.observe.exchanges import Observation
 from stepserve.domain.errors import GenerationFailedError, ServerFullError
+from stepserve.domain.events import Failed, Outcome
 from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.requests import GenerationRequest
 from stepserve.telemetry.logs import JsonFormatter
 
 GENERATIONS = "/v1/images/generations"
@@ -171,6 +182,35 @@ async def test_one_access_line_without_the_prompt(caplog: pytest.LogCaptureFixtu
     assert (told["request_id"], told["model"], told["size"]) == ("mine", "emoji", "64x64")
     assert told["denoise_s"] == 0.25
     assert "trace_id" not in told
+
+
+async def test_of_several_prompts_it_is_told_how_many_failed(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    watched = Watched()
+    prompts = ["a wish", "", "a hope"]
+    watched.backend.generate_with(full_of("a hope"))
+    told = await watched.post(prompt=None, prompts=prompts)
+    (record,) = [r for r in caplog.records if r.name == "stepserve.api.observe.access_log"]
+    AccessLog(prompts=True)(told)
+
+    fields = vars(record)["fields"]
+    assert (told.status, told.outcome, told.notes.is_refusal) == (200, "ok", False)
+    assert (told.notes.failures, told.notes.refusals) == (
+        ["invalid_value", "server_full"],
+        ["server_full"],
+    )
+    assert (fields["prompt_count"], fields["failed_count"]) == (3, 2)
+    assert "prompt" not in fields
+    assert vars(caplog.records[-1])["fields"]["prompt"] == prompts
+
+
+def full_of(prompt: str) -> Generate:
+    async def generate(request: GenerationRequest) -> Outcome:
+        if request.prompt == prompt:
+            return Failed(request.id, ServerFullError("full", 3))
+        return await finish(request)
+
+    return generate
 
 
 async def test_prompts_are_told_where_the_operator_wants(caplog: pytest.LogCaptureFixture):

@@ -42,6 +42,7 @@ async def test_no_prompt_is_logged(
         good,
         good | {"stream": True, "partial_images": 1},
         good | {"response_format": "url"},
+        {"prompts": [SECRET, SECRET * 100]},
         # Wrong in the prompt, beside it, and after the prompt was looked at.
         {"prompt": SECRET * 100},
         {"prompt": [SECRET]},

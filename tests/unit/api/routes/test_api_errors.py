@@ -45,7 +45,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 INVALID = [
     ({}, "prompt", "prompt is required"),
-    ({"prompt": None}, "prompt", "prompt must be a valid string, got null"),
+    ({"prompt": None}, "prompt", "prompt is required"),
     ({"prompt": 4}, "prompt", "prompt must be a valid string, got 4"),
     ({"prompt": ""}, "prompt", "prompt is empty"),
     ({"prompt": " \t\n"}, "prompt", "prompt is empty"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from stepserve.domain.events import Started
+from stepserve.domain.progress import Progress
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import RequestKey
+from stepserve.domain.states import RequestState
 from stepserve.ray_serve.ingress.remote_backend import RemoteBackend
 
 
@@ -82,3 +85,18 @@ async def test_what_fails_fails_for_all(backend: RemoteBackend, replicas: Replic
     told = await asyncio.gather(follow(backend), follow(backend), return_exceptions=True)
 
     assert [type(error) for error in told] == [ConnectionError, ConnectionError]
+
+
+async def test_prompts_of_a_call_are_found_on_all_replicas_and_those_in_flight_first(
+    backend: RemoteBackend, monkeypatch: pytest.MonkeyPatch
+):
+    first, second = (Progress(f"a:{i}", "emoji", "me", 5) for i in range(2))
+    lost = replace(first, state=RequestState.FAILED)
+
+    async def ask(method: str, call: RequestKey) -> list[Any]:
+        assert (method, call) == ("prompts", RequestKey("a", "me"))
+        return [[lost], [second, first], []]
+
+    monkeypatch.setattr(backend, "_ask_all", ask)
+
+    assert await backend.prompts(RequestKey("a", "me")) == [first, second]

@@ -324,3 +324,15 @@ async def test_traces_hear_of_a_request_and_all_its_events(runner: ThreadedRunne
 
     heard = [None, Accepted("a", 0, 1.0), Started("a"), StepFinished("a", 1, 20), finished()]
     assert traces.heard == [(RequestKey("a", "me"), event) for event in heard]
+
+
+async def test_a_call_has_the_prompts_of_its_owner(tracker: RequestTracker):
+    ids = [("a:0", "me"), ("a:1", "me"), ("a:2", "you"), ("ab:0", "me"), ("b", "me")]
+    events = [await accepted(tracker, request(*names)) for names in ids]
+    told = tracker.prompts(RequestKey("a", "me"))
+
+    assert [progress.request_id for progress in told] == ["a:0", "a:1"]
+    assert {(progress.position, progress.expected_s) for progress in told} == {(2, 5.0)}
+    assert tracker.prompts(RequestKey("b", "me")) == []
+    for one in events:
+        await one.aclose()
