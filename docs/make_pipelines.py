@@ -29,13 +29,14 @@ unmodified. This table is made by `python docs/make_pipelines.py` from the parit
 (`tests/parity/test_every_family.py`), which builds a tiny pipeline of each family with random
 weights, runs four requests of 2, 3, 4 and 5 steps that differ in seed, prompt, guidance, strength
 and, where there are several, scheduler, and compares with the same calls made one at a time by
-plain diffusers.
+plain diffusers. Pipelines that take several reference images get six requests, with one, two,
+three, one, two and three of them.
 
 - **calls per forward**: how many calls of the modules that run at every step shared one forward,
-  all four requests arriving at once. The most possible is 2.8, as they end one after another (more
-  where a strength leaves steps out).
-  Requests share where shapes agree: the same size, and, in pipelines that do not pad their prompts
-  to one length, equally many tokens.
+  all requests arriving at once. The most possible is 2.8, as they end one after another (more
+  where a strength leaves steps out), and 1.58 with reference images.
+  Requests share where shapes agree: the same size, as many reference images of the same sizes, and,
+  in pipelines that do not pad their prompts to one length, equally many tokens.
 - **float64**, **float32**: largest difference to the plain calls, as a share of the largest value.
   In float64 only mistakes would be left; in float32 there is rounding.
 - **bfloat16**: whether results are equal in every bit. Where kernels round by the number of rows

@@ -96,17 +96,28 @@ NO_NEGATIVE_PROMPT = {
     "Sana Sprint",
 }
 TWO_STEPS = {"Sana Sprint"}
+NO_PROCESSOR = "its processor cannot be read from a folder without torchvision"
 LEFT_OUT = {
+    "Bria Fibo Edit": "its prompts are JSON",
+    "DreamLite, edit": NO_PROCESSOR,
     "FLUX Kontext": "enlarges what it is given to a million pixels, which takes minutes here",
+    "FLUX.2 Klein, with reference images": "the same pipeline, with more than a prompt",
+    "FLUX.2, with reference images": "the same pipeline, with more than a prompt",
     "HiDream": "enlarges every image to the area of the native size, which takes a minute here",
+    "JoyImage-Edit": NO_PROCESSOR,
+    "JoyImage-Edit-Plus": NO_PROCESSOR,
     "Kandinsky 5, image": "chooses among sizes of its own, which take a minute here",
     "Kandinsky 3": "divides sizes by a factor that its tiny decoder does not have",
+    "LongCat-Image-Edit": NO_PROCESSOR,
     "Lumina Image 2": "divides sizes by a factor that its tiny decoder does not have",
+    "Qwen-Image-Edit": NO_PROCESSOR,
+    "Qwen-Image-Edit-Plus": NO_PROCESSOR,
     "Stable Cascade, both stages": "diffusers cannot read what it has saved",
     "Stable Diffusion with a LoRA of the UNet": "adapters are loaded by name",
     "Stable Diffusion with a LoRA of the UNet, a scale a request": "adapters are loaded by name",
     "Stable Diffusion with a LoRA of the text encoder, a scale a request": "the same",
     "Stable Diffusion with an IP-Adapter": "requests bring no images of that kind",
+    "Z-Image Omni": "hands its VAE bfloat16, whatever that computes in",
 }
 # Tables of positions that end there, or a size that is part of the model.
 ONE_SIZE = {"AuraFlow", "CogView 3 Plus", "DeepFloyd IF", "Hunyuan-DiT", "Stable Diffusion 3"}

@@ -8,16 +8,19 @@ from diffusers import (
     DDPMScheduler,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
 )
 
 from families.family import Family, Variation, seeded
 from families.unet_parts import (
     SCHEDULERS,
     SIDE,
+    XL_SETTINGS,
     prompted,
     sd_components,
     tiny_unet,
     tiny_vae,
+    xl_components,
 )
 
 
@@ -28,6 +31,15 @@ def build_instructed() -> StableDiffusionInstructPix2PixPipeline:
 def instructed(pipeline: Any, variation: Variation) -> dict[str, Any]:
     image = variation.tensor(1, 3, SIDE, SIDE)
     return prompted(variation) | {"image": image, "image_guidance_scale": 1.5}
+
+
+def build_instructed_xl() -> StableDiffusionXLInstructPix2PixPipeline:
+    unet = tiny_unet(in_channels=8, **XL_SETTINGS)
+    return StableDiffusionXLInstructPix2PixPipeline(**xl_components(unet=unet))
+
+
+def instructed_xl(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    return instructed(pipeline, variation) | {"height": SIDE, "width": SIDE}
 
 
 def build_upscaler() -> StableDiffusionUpscalePipeline:
@@ -50,6 +62,14 @@ FAMILIES = (
         "InstructPix2Pix",
         seeded(build_instructed),
         instructed,
+        denoiser="unet",
+        schedulers=SCHEDULERS,
+        remark="three rows a request: with all, with the image only, with neither",
+    ),
+    Family(
+        "InstructPix2Pix of Stable Diffusion XL",
+        seeded(build_instructed_xl),
+        instructed_xl,
         denoiser="unet",
         schedulers=SCHEDULERS,
         remark="three rows a request: with all, with the image only, with neither",

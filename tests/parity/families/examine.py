@@ -31,7 +31,7 @@ from torch import Tensor
 
 from families.family import Family, Variation, resident
 
-STAGGERED = (0, 1, 3, 6)
+STAGGERED = (0, 1, 3, 6, 7, 9)
 UNMERGED = replace(ENOUGH_ROWS, max_rows=1)
 
 
@@ -74,7 +74,7 @@ def examine(family: Family) -> Findings:
         plan,
         examine_float64(family),
         check(options=plan.parking(ENOUGH_ROWS)),
-        check(options=plan.parking(ENOUGH_ROWS), arrivals=STAGGERED),
+        check(options=plan.parking(ENOUGH_ROWS), arrivals=STAGGERED[: len(probes)]),
         check(options=plan.parking(UNMERGED)),
         bfloat16,
         independent,

@@ -69,6 +69,7 @@ class Family:
             2, 3, 4 and 5 steps at once. The most possible is 2.8.
         float64: whether it can run in double precision.
         bfloat16: whether it can run in bfloat16.
+        requests: how many run at once.
         remark: what it needs, or why it cannot share; for the table in the docs.
     """
 
@@ -83,9 +84,10 @@ class Family:
     least_sharing: float = 2.4
     float64: bool = True
     bfloat16: bool = True
+    requests: int = 4
     remark: str = ""
 
-    def variations(self, count: int = 4) -> list[Variation]:
+    def variations(self, count: int | None = None) -> list[Variation]:
         """Requests that differ in seed, steps, prompt, guidance and strength."""
         return [
             Variation(
@@ -95,7 +97,7 @@ class Family:
                 guidance_scale=self.guidance_scales[index % len(self.guidance_scales)],
                 strength=(1.0, 0.8, 0.9, 0.7)[index % 4],
             )
-            for index in range(count)
+            for index in range(self.requests if count is None else count)
         ]
 
 

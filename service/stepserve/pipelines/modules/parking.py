@@ -47,7 +47,7 @@ class ParkingRule:
 DENOISERS = ("unet", "transformer", "transformer_[0-9]", "prior", "decoder")
 PARKING_RULES = (
     ParkingRule(("text_encoder*",), "forward", Stage.ENCODE, cached=True),
-    ParkingRule(("image_encoder",), "forward", Stage.ENCODE),
+    ParkingRule(("image_encoder", "siglip"), "forward", Stage.ENCODE),
     ParkingRule(DENOISERS, "forward", Stage.DENOISE, shared=True),
     ParkingRule(("controlnet", "adapter"), "forward", Stage.CONTROL, shared=True),
     ParkingRule(("vae", "movq", "vqgan"), "encode", Stage.ENCODE),
@@ -64,6 +64,7 @@ ARGUMENT_RULES = {
     # `decode` takes one, and draws nothing.
     "AutoencoderKL": ArgumentRules(ignored=_names("generator")),
     # Position tables, the same for all rows.
+    "BriaFiboTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     "ChromaTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     "CogVideoXTransformer3DModel": ArgumentRules(shared=_names("image_rotary_emb")),
     "CogView3PlusTransformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
@@ -74,6 +75,7 @@ ARGUMENT_RULES = {
     "Kandinsky5Transformer3DModel": ArgumentRules(
         shared=_names("visual_rope_pos", "text_rope_pos", "sparse_params")
     ),
+    "LongCatImageTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     # One entry a layer.
     "WanVACETransformer3DModel": ArgumentRules(shared=_names("control_hidden_states_scale")),
     # States of many layers.
@@ -87,8 +89,11 @@ ARGUMENT_RULES = {
         )
     ),
     # Python lists with one entry a row.
+    "JoyImageEditPlusTransformer3DModel": ArgumentRules(row_lists=_names("shape_list")),
     "QwenImageTransformer2DModel": ArgumentRules(row_lists=_names("img_shapes", "txt_seq_lens")),
-    "ZImageTransformer2DModel": ArgumentRules(row_lists=_names("x", "cap_feats")),
+    "ZImageTransformer2DModel": ArgumentRules(
+        row_lists=_names("x", "cap_feats", "siglip_feats", "image_noise_mask")
+    ),
 }
 
 

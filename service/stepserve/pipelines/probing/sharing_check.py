@@ -155,12 +155,21 @@ def module_state(module: nn.Module) -> tuple[object, ...]:
         for name, inner in module.named_modules()
         if isinstance(getattr(inner, "scaling", None), dict)
     )
+    # Some read an inner layer through a hook, which a call of somebody else would fill. Those with
+    # which transformers collects hidden states are set at the first call, and stay.
+    hooks = tuple(
+        key
+        for inner in module.modules()
+        for key, hook in inner._forward_hooks.items()
+        if not getattr(hook, "__module__", "").startswith("transformers.")
+    )
     first = next(module.parameters(), None)
     return (
         None if first is None else (first.dtype, first.device),
         module.training,
         tuple((name, id(processor)) for name, processor in processors.items()),
         scales,
+        hooks,
     )
 
 

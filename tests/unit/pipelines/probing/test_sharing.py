@@ -77,6 +77,23 @@ class EncoderChangingPipeline(StableDiffusionPipeline):
             self.text_encoder.eval()
 
 
+class HookingPipeline(StableDiffusionPipeline):
+    """Reads what its text encoder gives through a hook, as JoyImage's pipelines do."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        seen: list[Any] = []
+        handle = self.text_encoder.register_forward_hook(lambda *given: seen.append(given))
+        try:
+            wanted = super().encode_prompt(*args, **kwargs)
+        finally:
+            handle.remove()
+        # One for each prompt: of the hook's own call, and of nobody else's.
+        assert [torch.equal(wanted[i][:1], seen[i][2][0]) for i in range(len(seen))] == [True] * (
+            2 if wanted[1] is not None else 1
+        )
+        return wanted
+
+
 @pytest.fixture
 def fresh(tiny_folder: Path) -> LoadedModel:
     """A model that a test may change."""
@@ -184,6 +201,18 @@ def test_a_text_encoder_that_a_call_changes_runs_inside_it(fresh: LoadedModel) -
     assert report.calls_per_forward == 2
     with running(model) as runner:
         assert runner.capabilities().sharing_remark.startswith(plan.remark)
+
+
+def test_a_text_encoder_that_is_read_through_a_hook_runs_inside_the_call(
+    fresh: LoadedModel,
+) -> None:
+    """Outputs that were kept would call no hook, and others' calls would."""
+    model = as_class(fresh, HookingPipeline)
+    assert plan_of(model).inline == {"text_encoder"}
+    with running(model) as runner:
+        inboxes = submit_all(runner, [*REQUESTS, replace(REQUESTS[0], id="the same prompt")])
+        for inbox in inboxes:
+            assert isinstance(inbox.wait(), Finished)
 
 
 def test_a_wrong_rule_is_found_and_requests_run_one_at_a_time(
