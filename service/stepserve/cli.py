@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
@@ -29,11 +29,13 @@ from stepserve.config import (
     settings_file,
 )
 from stepserve.domain.errors import InvalidRequestError, StepserveError
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Role
 from stepserve.garbage import collection_paused
 
 if TYPE_CHECKING:
     from stepserve.domain.events import EncodedImage
+    from stepserve.domain.image_files.structure import ImageFile
     from stepserve.domain.models import ModelCapabilities
     from stepserve.pipelines.adapters.files import AdapterOptions
     from stepserve.pipelines.loading.folders import LoadedModel
@@ -51,7 +53,6 @@ app.add_typer(config_app, name="config")
 keys_app = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
-STRENGTH = GenerationRequest.strength
 EXPLAINED = "red heart"
 OUTPUT_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -142,7 +143,9 @@ def serve(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the image shows.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the image shows, where the model takes a prompt.")
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write; its ending chooses the format.")
     ] = Path("image.png"),
@@ -157,9 +160,16 @@ def generate(
         list[str] | None,
         typer.Option(help="LoRA adapter: a name or a .safetensors file, then =SCALE if not 1."),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Image to start from.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image to start from; some models take several.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is repainted.")] = None,
-    strength: Annotated[float, typer.Option(help="Noise put on --image, up to 1.")] = STRENGTH,
+    strength: Annotated[
+        float | None, typer.Option(help="Noise put on --image, up to 1; 0.8 if left out.")
+    ] = None,
+    class_label: Annotated[
+        int | None, typer.Option(help="Number of the class to draw, where a model has classes.")
+    ] = None,
     guidance_start: Annotated[float, typer.Option(help="Share of steps before guidance.")] = 0.0,
     guidance_end: Annotated[float, typer.Option(help="Share of steps where guidance ends.")] = 1.0,
     model: ModelOption = None,
@@ -192,8 +202,12 @@ def generate(
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
     }
-    images = _images(image, mask, strength)
-    finished = generate_locally(loaded, _request(wanted, capabilities, images), adapters)
+    if class_label is not None:
+        wanted["class_label"] = class_label
+    if strength is not None:
+        wanted["strength"] = strength
+    files = _files(image or (), mask)
+    finished = generate_locally(loaded, _request(wanted, capabilities, files), adapters)
     for cut in finished.cut_prompts:
         told = f"{cut.encoder} reads {cut.limit} of the {cut.tokens} tokens of {cut.field} only"
         typer.echo(told, err=True)
@@ -457,22 +471,22 @@ def _output_format(output: Path) -> str:
     return OUTPUT_FORMATS[output.suffix.lower()]
 
 
-def _images(image: Path | None, mask: Path | None, strength: float) -> dict[str, Any]:
-    """The fields of a request that say what it starts from, and which task that makes it."""
-    if image is None and (mask is not None or strength != STRENGTH):
-        raise InvalidRequestError("--mask and --strength need an --image to work on")
-    task = Task.INPAINTING if mask else Task.IMAGE_TO_IMAGE if image else Task.TEXT_TO_IMAGE
+def _files(images: Sequence[Path], mask: Path | None) -> dict[Role, tuple[ImageFile, ...]]:
+    """The images that a request brings along, by what they are for."""
+    from stepserve.domain.image_files.structure import read_image_file
+
+    files = {Role.IMAGE: [_read("image", path) for path in images]}
+    files[Role.MASK] = [] if mask is None else [_read("mask", mask)]
     return {
-        "task": task,
-        "image": _read("image", image),
-        "mask_image": _read("mask", mask),
-        "strength": strength,
+        role: tuple(read_image_file(content, role) for content in contents)
+        for role, contents in files.items()
+        if contents
     }
 
 
-def _read(option: str, path: Path | None) -> bytes | None:
+def _read(option: str, path: Path) -> bytes:
     try:
-        return path.read_bytes() if path else None
+        return path.read_bytes()
     except OSError as error:
         raise InvalidRequestError(f"--{option} {path} cannot be read: {error.strerror}") from error
 
@@ -502,18 +516,27 @@ def _write(images: Sequence[EncodedImage], output: Path) -> None:
 
 
 def _request(
-    wanted: Mapping[str, object], capabilities: ModelCapabilities, images: Mapping[str, Any]
+    wanted: Mapping[str, object],
+    capabilities: ModelCapabilities,
+    files: Mapping[Role, tuple[ImageFile, ...]],
 ) -> GenerationRequest:
     """Fill in and check a request as the HTTP API does."""
     from stepserve.api.auth.keys import ANYBODY
-    from stepserve.api.bodies.schemas import ImageRequest
-    from stepserve.domain.limits import check_request
+    from stepserve.api.bodies.schemas import EditRequest, ImageRequest
+    from stepserve.api.images.inputs import Inputs, Sent, Slot
+    from stepserve.api.images.purposes import EDITS, GENERATIONS
+    from stepserve.domain.checks.limits import check_request
 
+    body_class, purpose = (EditRequest, EDITS) if files else (ImageRequest, GENERATIONS)
     try:
-        body = ImageRequest.model_validate(wanted)
+        body = body_class.model_validate(wanted)
     except ValidationError as error:
         raise InvalidRequestError(error.errors()[0]["msg"]) from error
-    request = replace(body.to_generation("local", ANYBODY, capabilities), **images)
+    slots = (
+        Slot(role, role, file.content) for role, role_files in files.items() for file in role_files
+    )
+    task = purpose.task_for(capabilities, Sent(body, tuple(slots)).given())
+    request = Inputs(body, files).to_generation("local", ANYBODY, capabilities, task)
     check_request(request, capabilities)
     return request
 

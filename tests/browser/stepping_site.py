@@ -30,8 +30,9 @@ from stepserve.domain.events import (
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.reports import BatchView, RequestInBatch, RowsInForward, SharedForward
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.states import RequestState
+from usual_tasks import USUAL_TASKS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OPTIONS = [
@@ -56,7 +57,7 @@ class SteppingBackend(FakeBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+        tasks = USUAL_TASKS
         told = vars(EMOJI) | {"tasks": tasks, "max_num_inference_steps": 1000}
         self.statuses = [ModelStatus(EMOJI.__class__(**told), ready=True)]
         self.stream_with = self.step_through

@@ -24,7 +24,7 @@ from stepserve.domain.events import Failed
 from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange, StepRange
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.requests.inputs import decode_inputs
 
 WAIT_S = 20.0
@@ -178,7 +178,7 @@ def test_a_mask_is_painted_white_where_the_brush_was(page: Any, site: Any):
 
     [request] = site.backend.requests
     assert request.task is Task.INPAINTING
-    mask = decode_inputs(request).mask_image
+    mask = decode_inputs(request).mask
     assert mask is not None
     assert mask.size == (64, 64)
     assert [mask.getpixel(place) for place in ((10, 32), (60, 32), (10, 5))] == [255, 0, 0]
@@ -356,7 +356,7 @@ def test_copies_of_edits_have_image_and_mask(page: Any, site: Any, tmp_path: Pat
     assert (first.prompt, first.task) == ("@home", Task.INPAINTING)
     for copy in (by_curl, by_python):
         assert shaping(copy) == shaping(first)
-        assert copy.mask_image == first.mask_image
+        assert copy.mask == first.mask
 
 
 def test_light_and_dark(page: Any):

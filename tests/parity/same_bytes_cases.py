@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.events import Event, Failed, Finished
-from stepserve.domain.requests import AdapterUse, GenerationRequest, Priority, RequestKey, Task
+from stepserve.domain.requests import AdapterUse, GenerationRequest, Priority, RequestKey
+from stepserve.domain.tasks import Task
 from stepserve.engine.calls.arguments import content_digest
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.engine.tracks.track import TrackGreenlet
@@ -33,9 +34,10 @@ from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.serving.preparation import DEFAULT_SHARING, SharingOptions
 from stepserve.pipelines.serving.runner import PipelineRunner
 from torch import nn
+from usual_tasks import USUAL_TASKS
 
 PATIENCE_S = 240.0
-TASKS = tuple(Task)
+TASKS = tuple(USUAL_TASKS)
 PROMPTS = ("red heart", "rocket on a blue background", "smiling cat face", "green leaf, noto")
 SIZES = ((64, 64), (64, 64), (64, 64), (48, 64), (64, 64), (96, 64), (64, 64))
 STEPS = (3, 5, 4, 8, 6)
@@ -74,8 +76,8 @@ def _request(index: int, scheduler: str) -> GenerationRequest:
         scheduler=scheduler,
         n=IMAGES[index % len(IMAGES)],
         task=task,
-        image=None if task is Task.TEXT_TO_IMAGE else _png(_photo()),
-        mask_image=_png(_mask()) if task is Task.INPAINTING else None,
+        images=() if task is Task.TEXT_TO_IMAGE else (_png(_photo()),),
+        mask=_png(_mask()) if task is Task.INPAINTING else None,
         strength=STRENGTHS[index % len(STRENGTHS)],
         adapters=adapters,
     )

@@ -25,10 +25,11 @@ from PIL import Image
 from stepserve.domain.events import Event, Failed, Finished, StepFinished
 from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
 from stepserve.domain.models import StepRange
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.errors import ModelLoadError
-from stepserve.pipelines.facts.capabilities import check_serves_prompts
+from stepserve.pipelines.facts.capabilities import check_is_served
 from stepserve.pipelines.facts.signature import accepted_arguments, read_signature
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.requests import call as tasks
@@ -154,9 +155,9 @@ def a_request(runner: PipelineRunner, task: Task, side_px: int) -> GenerationReq
     limits = runner.capabilities()
     files: dict[str, Any] = {}
     if task is not Task.TEXT_TO_IMAGE:
-        files = {"image": file_of(side_px, "RGB"), "strength": STRENGTH}
+        files = {"images": (file_of(side_px, "RGB"),), "strength": STRENGTH}
     if task is Task.INPAINTING:
-        files["mask_image"] = file_of(side_px, "L")
+        files["mask"] = file_of(side_px, "L")
     return GenerationRequest(
         id=f"{task}-{side_px}",
         model=limits.id,
@@ -274,6 +275,6 @@ def test_no_family_is_forgotten() -> None:
     for name, family in FAMILIES.items():
         pipeline_class = type(resident(family))
         with contextlib.suppress(ModelLoadError):
-            check_serves_prompts(pipeline_class, read_signature(pipeline_class))
+            check_is_served(pipeline_class, read_signature(pipeline_class))
             found.add(name)
     assert found == {*SERVED, *LEFT_OUT}

@@ -29,17 +29,19 @@ from parity_cases import (
 )
 from PIL import Image, ImageDraw
 from stepserve.domain.events import Finished
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Task
 from stepserve.engine.calls.arguments import content_digest
 from stepserve.engine.tracks.track import TrackGreenlet
 from stepserve.pipelines.requests.images import encode_image
 from stepserve.pipelines.serving.runner import PipelineRunner
+from usual_tasks import USUAL_TASKS
 
 Serve = Callable[..., tuple[PipelineRunner, ForwardCounter]]
 Reference = Callable[[str], Any]
 Say = Callable[[str], None]
 
-TASKS = tuple(Task)
+TASKS = tuple(USUAL_TASKS)
 STRENGTHS = (0.5, 0.8, 1.0, 0.65)
 INTERVALS = ((0.0, 0.6), (0.3, 1.0), (0.25, 0.75))
 SIZES = ((64, 64), (64, 64), (64, 64), (96, 64))
@@ -86,8 +88,8 @@ def request_for(task: Task, index: int, scheduler: str, **changes: Any) -> Gener
         scheduler=scheduler,
         n=(1, 1, 2)[index // 2 % 3],
         task=task,
-        image=None if task is Task.TEXT_TO_IMAGE else png(photo()),
-        mask_image=png(mask()) if task is Task.INPAINTING else None,
+        images=() if task is Task.TEXT_TO_IMAGE else (png(photo()),),
+        mask=png(mask()) if task is Task.INPAINTING else None,
         strength=STRENGTHS[index % len(STRENGTHS)],
     )
     return replace(request, **changes)
@@ -330,6 +332,6 @@ def test_guidance_in_any_interval_is_a_unet_that_skips_the_unconditional_rows(
 def expected_calls(request: GenerationRequest) -> int:
     """Worked out by hand: Heun calls twice a step but for the last one."""
     steps = request.num_inference_steps
-    if request.task is not Task.TEXT_TO_IMAGE:
+    if request.strength is not None:
         steps = int(steps * request.strength)
     return 2 * steps - 1 if request.scheduler == "HeunDiscreteScheduler" else steps

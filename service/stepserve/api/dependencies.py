@@ -17,9 +17,9 @@ from stepserve.api.http.in_flight import InFlight
 from stepserve.api.inputs.fetch import FetchTurns
 from stepserve.api.results.store import ResultStore
 from stepserve.config import Settings
+from stepserve.domain.checks.wording import did_you_mean, shown
 from stepserve.domain.errors import NotReadyError, UnknownModelError
 from stepserve.domain.events import EncodedImage
-from stepserve.domain.limits import did_you_mean, shown
 from stepserve.domain.model_status import ModelStatus
 
 FORM = "multipart/form-data"

@@ -16,8 +16,8 @@ from stepserve.api.errors import (
 )
 from stepserve.api.http.methods import allowed_methods
 from stepserve.api.request_id import request_id_of
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import InvalidRequestError, StepserveError
-from stepserve.domain.limits import shown
 
 PREFLIGHT = "Access-Control-Request-Method"
 """A browser asks whether a page from elsewhere may call. Where it gets here, no page may."""

@@ -94,7 +94,9 @@ def add_schemas(app: FastAPI, *models: type[BaseModel]) -> None:
         document = made()
         for model in models:
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            document["components"]["schemas"].setdefault(model.__name__, schema)
+            inner = schema.pop("$defs", {})
+            for name, definition in (inner | {model.__name__: schema}).items():
+                document["components"]["schemas"].setdefault(name, definition)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -105,10 +107,12 @@ def form_or_json(model: type[BaseModel], files: tuple[str, ...]) -> dict[str, An
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     file = {"type": "string", "format": "binary"}
-    form = {n: field for n, field in schema["properties"].items() if n != "images"}
+    form = dict(schema["properties"])
     form |= {name: file | {"description": form[name]["description"]} for name in files}
-    required = [*schema.get("required", ()), files[0]]
-    form_schema = schema | {"properties": form, "required": required}
+    if "images" in form:
+        several = {"type": "array", "items": file}
+        form["images"] = several | {"description": form["images"]["description"]}
+    form_schema = schema | {"properties": form}
     return {
         "required": True,
         "content": {

@@ -8,7 +8,8 @@ from enum import StrEnum
 
 from stepserve.domain.fingerprint import Fingerprint
 from stepserve.domain.guidance import CLASSIC, Guidance
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import ONE, Role, Task, TaskInputs
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Compilation(StrEnum):
     FAILED = "failed"
 
 
+DEFAULT_STRENGTH = 0.8
+"""Of image-to-image and inpainting, where a request says none."""
+
+
+def _text_to_image() -> dict[Task, TaskInputs]:
+    return {Task.TEXT_TO_IMAGE: {Role.PROMPT: ONE}}
+
+
 @dataclass(frozen=True)
 class ModelCapabilities:
     """Limits and defaults of one model, as `GET /v1/models` shows them.
@@ -66,6 +75,7 @@ class ModelCapabilities:
         min_num_inference_steps: fewest steps, with the default scheduler.
         max_num_inference_steps: most steps, with the default scheduler.
         scheduler_steps: of the schedulers that can do other numbers of steps.
+        tasks: what it does, its usual task first, and which inputs that takes.
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
@@ -99,7 +109,7 @@ class ModelCapabilities:
     created: int = 0
     owned_by: str = "stepserve"
     aliases: tuple[str, ...] = ()
-    tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
+    tasks: Mapping[Task, TaskInputs] = field(default_factory=_text_to_image)
     guidance: Guidance = CLASSIC
     guidance_interval: bool = True
     safety_checker: bool = False
@@ -116,8 +126,27 @@ class ModelCapabilities:
         usual = StepRange(self.min_num_inference_steps, self.max_num_inference_steps)
         return self.scheduler_steps.get(scheduler, usual)
 
-    def usual_request(self, request_id: str) -> GenerationRequest:
-        """A request for one image of the native size, with the defaults and without a prompt."""
+    @property
+    def usual_task(self) -> Task:
+        """What it is mostly asked for."""
+        return next(iter(self.tasks))
+
+    def inputs_of(self, task: Task) -> TaskInputs:
+        """How many inputs of each role a task takes."""
+        return self.tasks.get(task, {})
+
+    def default_strength(self, task: Task) -> float | None:
+        """The strength of a request that says none; None where the task takes none."""
+        return DEFAULT_STRENGTH if Role.STRENGTH in self.inputs_of(task) else None
+
+    def usual_request(self, request_id: str, task: Task | None = None) -> GenerationRequest:
+        """A request for one image of the native size, with the defaults and without any input.
+
+        Args:
+            request_id: its id.
+            task: what it asks for; None for the usual.
+        """
+        task = self.usual_task if task is None else task
         return GenerationRequest(
             id=request_id,
             model=self.id,
@@ -128,4 +157,6 @@ class ModelCapabilities:
             guidance_scale=self.default_guidance_scale,
             seed=0,
             scheduler=self.default_scheduler,
+            task=task,
+            strength=self.default_strength(task),
         )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+from stepserve.domain.tasks import Role, Task
+
 
 class OutputFormat(StrEnum):
     """File formats of finished images."""
@@ -13,14 +15,6 @@ class OutputFormat(StrEnum):
     PNG = "png"
     JPEG = "jpeg"
     WEBP = "webp"
-
-
-class Task(StrEnum):
-    """What is made of what."""
-
-    TEXT_TO_IMAGE = "text-to-image"
-    IMAGE_TO_IMAGE = "image-to-image"
-    INPAINTING = "inpainting"
 
 
 class Priority(IntEnum):
@@ -41,6 +35,57 @@ class AdapterUse:
 
 PROMPT_MARK = ":"
 """Between the id of a call with several prompts and the index of one: no client's id has it."""
+
+
+@dataclass(frozen=True)
+class ControlUse:
+    """An image that steers the denoiser through a control network of the model.
+
+    Args:
+        name: of the network.
+        image: a file.
+        scale: how strongly it steers.
+        start: from which share of the steps on.
+        end: up to which share of the steps.
+        preprocessor: what makes the control image of `image`; empty: it is one.
+    """
+
+    name: str
+    image: bytes
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    preprocessor: str = ""
+
+
+@dataclass(frozen=True)
+class ReferenceUse:
+    """An image whose content an IP-Adapter shows to the denoiser.
+
+    Args:
+        image: a file.
+        scale: how strongly it shows.
+        adapter: of the model, by name; empty where it has one only.
+    """
+
+    image: bytes
+    scale: float = 0.6
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class Hires:
+    """An image is drawn, enlarged, and refined by image-to-image.
+
+    Args:
+        scale: from the first image's sides to the last one's.
+        strength: of the refinement.
+        num_inference_steps: of the refinement, of which the strength leaves a share.
+    """
+
+    scale: float
+    strength: float
+    num_inference_steps: int
 
 
 class RequestKey(NamedTuple):
@@ -78,10 +123,14 @@ class GenerationRequest:
     calls take one row instead of two as well.
 
     Args:
-        image: the image to start from, as a file (image-to-image and inpainting).
-        mask_image: white where inpainting may paint, as a file.
-        strength: share of the noise schedule that is applied to `image`, over 0 up to 1; that
-            share of the steps is done.
+        prompt: empty where the task takes none.
+        images: files that the images are made of.
+        mask: white where inpainting may paint, as a file.
+        strength: share of the noise schedule that is applied to the image, over 0 up to 1; that
+            share of the steps is done. None where the task takes none.
+        class_label: number of the class to draw, or None.
+        image_guidance_scale: how closely to follow the image of an edit, or None for the usual.
+        noise_level: how much noise an upscaler adds to the image, or None for the usual.
         adapters: LoRA adapters, applied together.
         deadline_s: seconds after acceptance by which the images are of use, or None.
         reproducible: its rows never share a forward, so that its bytes depend on nothing else.
@@ -104,9 +153,15 @@ class GenerationRequest:
     n: int = 1
     output_format: OutputFormat = OutputFormat.PNG
     task: Task = Task.TEXT_TO_IMAGE
-    image: bytes | None = None
-    mask_image: bytes | None = None
-    strength: float = 0.8
+    images: tuple[bytes, ...] = ()
+    mask: bytes | None = None
+    strength: float | None = None
+    class_label: int | None = None
+    image_guidance_scale: float | None = None
+    noise_level: int | None = None
+    controls: tuple[ControlUse, ...] = ()
+    references: tuple[ReferenceUse, ...] = ()
+    hires: Hires | None = None
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     adapters: tuple[AdapterUse, ...] = ()
@@ -122,6 +177,26 @@ class GenerationRequest:
     def key(self) -> RequestKey:
         """What names it on a replica."""
         return RequestKey(self.id, self.owner)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether it brings images along."""
+        return bool(self.images or self.mask or self.controls or self.references)
+
+    def given(self) -> dict[Role, int]:
+        """How many inputs of each role it brings."""
+        return {
+            Role.PROMPT: int(bool(self.prompt.strip())),
+            Role.CLASS_LABEL: int(self.class_label is not None),
+            Role.IMAGE: len(self.images),
+            Role.MASK: int(self.mask is not None),
+            Role.STRENGTH: int(self.strength is not None),
+            Role.IMAGE_GUIDANCE: int(self.image_guidance_scale is not None),
+            Role.NOISE_LEVEL: int(self.noise_level is not None),
+            Role.CONTROL: len(self.controls),
+            Role.REFERENCE: len(self.references),
+            Role.HIRES: int(self.hires is not None),
+        }
 
     @property
     def is_guidance_limited(self) -> bool:

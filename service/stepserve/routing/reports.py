@@ -82,7 +82,7 @@ def job_of(request: GenerationRequest, guidance: Guidance) -> Job:
 
     Schedulers that call the denoiser more than once a step are known to the replica alone.
     """
-    strength = 1.0 if request.image is None else request.strength
+    strength = 1.0 if request.strength is None else request.strength
     steps = max(math.ceil(request.num_inference_steps * strength), 1)
     return Job(
         id=f"{request.owner}/{request.id}",

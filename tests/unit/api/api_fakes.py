@@ -36,8 +36,10 @@ from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent, RequestLog
-from stepserve.domain.requests import GenerationRequest, RequestKey, Task
+from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.domain.tasks import Task
 from stepserve.domain.timings import Timings
+from usual_tasks import USUAL_TASKS
 
 FINGERPRINT = Fingerprint(
     weights="aa11",
@@ -59,12 +61,14 @@ EMOJI = ModelCapabilities(
     max_prompt_characters=50,
     adapters=("pixels", "ink"),
     max_adapters=2,
-    tasks=(Task.TEXT_TO_IMAGE, Task.INPAINTING),
+    tasks={task: USUAL_TASKS[task] for task in (Task.TEXT_TO_IMAGE, Task.INPAINTING)},
     fingerprint=FINGERPRINT,
 )
 _stores = itertools.count()
 TIMINGS = Timings(queue_s=0.001, denoise_s=0.25, total_s=0.3, batch_share=0.5)
-SETTINGS = Settings(http=HttpSettings(max_body_bytes=2000, request_timeout_s=30))
+SETTINGS = Settings(
+    http=HttpSettings(max_body_bytes=2000, max_upload_bytes=2000, request_timeout_s=30)
+)
 
 Generate = Callable[[GenerationRequest], Awaitable[Outcome]]
 Stream = Callable[[GenerationRequest], AsyncIterator[Event]]

@@ -7,16 +7,13 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stepserve.domain.checks.limits import MAX_SEED, check_adapter_names, check_request
+from stepserve.domain.checks.wording import did_you_mean, shown
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.limits import (
-    MAX_SEED,
-    check_adapter_names,
-    check_request,
-    did_you_mean,
-    shown,
-)
 from stepserve.domain.models import ModelCapabilities, SizeRange
-from stepserve.domain.requests import AdapterUse, GenerationRequest, Task
+from stepserve.domain.requests import AdapterUse, GenerationRequest
+from stepserve.domain.tasks import Task
+from usual_tasks import USUAL_TASKS
 
 MODEL = ModelCapabilities(
     id="emoji",
@@ -30,7 +27,7 @@ MODEL = ModelCapabilities(
     max_prompt_characters=20,
     adapters=("pixels", "ink.v2"),
     max_adapters=2,
-    tasks=(Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE),
+    tasks={task: USUAL_TASKS[task] for task in (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE)},
 )
 VALID = GenerationRequest(
     id="r",
@@ -43,6 +40,8 @@ VALID = GenerationRequest(
     seed=0,
     scheduler="euler",
 )
+
+FROM_IMAGE: dict[str, Any] = {"task": Task.IMAGE_TO_IMAGE, "images": (b"x",)}
 
 
 def adapters(**scales: float) -> tuple[AdapterUse, ...]:
@@ -121,12 +120,12 @@ def test_everything_within_the_limits_passes(request: GenerationRequest):
         ({"deadline_s": -1.0}, "deadline_s", ["at least 0.001 seconds", "got -1.0"]),
         ({"deadline_s": math.nan}, "deadline_s", ["got nan"]),
         ({"deadline_s": math.inf}, "deadline_s", ["got inf"]),
-        ({"strength": 0.0}, "strength", ["over 0", "at most 1", "got 0.0"]),
-        ({"strength": 1.1}, "strength", ["over 0", "at most 1", "got 1.1"]),
-        ({"strength": math.nan}, "strength", ["got nan"]),
+        (FROM_IMAGE | {"strength": 0.0}, "strength", ["over 0", "at most 1", "got 0.0"]),
+        (FROM_IMAGE | {"strength": 1.1}, "strength", ["over 0", "at most 1", "got 1.1"]),
+        (FROM_IMAGE | {"strength": math.nan}, "strength", ["got nan"]),
         ({"task": Task.INPAINTING}, "task", ["inpainting", "text-to-image, image-to-image"]),
         (
-            {"task": Task.IMAGE_TO_IMAGE, "image": b"x", "strength": 0.04},
+            FROM_IMAGE | {"strength": 0.04},
             "strength",
             ["0.04 of 20 steps", "at least 0.05"],
         ),
@@ -194,7 +193,7 @@ def test_strengths_that_leave_a_step_pass(steps: int, strength: float):
     request = replace(
         VALID,
         task=Task.IMAGE_TO_IMAGE,
-        image=b"x",
+        images=(b"x",),
         num_inference_steps=steps,
         strength=strength,
     )
@@ -205,34 +204,36 @@ def test_strengths_that_leave_a_step_pass(steps: int, strength: float):
             check_request(request, MODEL)
 
 
-def test_strength_does_not_matter_without_an_image():
-    check_request(replace(VALID, num_inference_steps=1, strength=0.5), MODEL)
+def test_a_strength_without_an_image_is_refused():
+    with pytest.raises(InvalidRequestError, match="strength must be left out") as caught:
+        check_request(replace(VALID, strength=0.5), MODEL)
+    assert caught.value.field == "strength"
 
 
 @pytest.mark.parametrize(
     ("task", "image", "mask", "message"),
     [
         (Task.TEXT_TO_IMAGE, False, False, None),
-        (Task.TEXT_TO_IMAGE, True, False, "text-to-image does not take an image"),
+        (Task.TEXT_TO_IMAGE, True, False, "image must be left out: text-to-image"),
         (Task.IMAGE_TO_IMAGE, True, False, None),
-        (Task.IMAGE_TO_IMAGE, False, False, "image-to-image requires an image"),
-        (Task.IMAGE_TO_IMAGE, True, True, "image-to-image does not take a mask_image"),
+        (Task.IMAGE_TO_IMAGE, False, False, "image is required by image-to-image"),
+        (Task.IMAGE_TO_IMAGE, True, True, "mask must be left out: image-to-image"),
         (Task.INPAINTING, True, True, None),
-        (Task.INPAINTING, True, False, "inpainting requires a mask_image"),
+        (Task.INPAINTING, True, False, "mask is required by inpainting"),
     ],
 )
 def test_each_task_takes_its_images(task: Task, image: bool, mask: bool, message: str | None):
-    model = replace(MODEL, tasks=tuple(Task))
+    model = replace(MODEL, tasks=USUAL_TASKS)
     request = replace(
-        VALID, task=task, image=b"x" if image else None, mask_image=b"x" if mask else None
+        VALID, task=task, images=(b"x",) if image else (), mask=b"x" if mask else None
     )
     if message is None:
         check_request(request, model)
         return
     with pytest.raises(InvalidRequestError) as caught:
         check_request(request, model)
-    assert caught.value.message == message
-    assert caught.value.field == message.split()[-1]
+    assert caught.value.message.startswith(f"{message} with model 'emoji'")
+    assert caught.value.field == message.split()[0]
 
 
 @pytest.mark.parametrize(

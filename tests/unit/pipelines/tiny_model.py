@@ -20,7 +20,8 @@ from diffusers import (
 )
 from PIL import Image
 from stepserve.domain.events import Event, Failed, Finished
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.sharing_plan import SharingPlan

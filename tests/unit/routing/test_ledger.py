@@ -101,7 +101,7 @@ def test_adapters_are_groups_of_their_own_and_reproducible_requests_are_alone() 
         == job_of(replace(request, adapters=(other, one)), CLASSIC).group
     )
     assert job_of(replace(request, reproducible=True), CLASSIC).group == ALONE
-    assert job_of(replace(request, image=b"x", strength=0.5), CLASSIC).steps == 2
+    assert job_of(replace(request, images=(b"x",), strength=0.5), CLASSIC).steps == 2
 
 
 def test_those_whose_rows_share_no_forward_take_their_own() -> None:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from stepserve.api.errors import CrossSiteError
-from stepserve.domain.limits import shown
+from stepserve.domain.checks.wording import shown
 
 ALLOW_PRIVATE_NETWORK = "Access-Control-Allow-Private-Network"
 ANY_ORIGIN = "*"

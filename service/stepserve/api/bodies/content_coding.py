@@ -7,8 +7,8 @@ import zlib
 from starlette.datastructures import Headers
 
 from stepserve.api.errors import MalformedBodyError, UnsupportedCodingError
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import BodyTooLargeError
-from stepserve.domain.limits import shown
 
 SAME_AS = {"x-gzip": "gzip"}
 NOTHING_TO_DO = ("", "identity", "chunked")

@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from stepserve.domain.checks.wording import SHORTEST_PART, closest, shown
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.limits import SHORTEST_PART, closest, shown
 
 MAX_UNKNOWN_FIELDS = 32
 """More are no client's fields."""

@@ -17,8 +17,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from stepserve.api.bodies.reading import check_json
 from stepserve.api.bodies.validation import invalid_request
 from stepserve.api.errors import MalformedFormError, MalformedJsonError
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.limits import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -21,8 +21,8 @@ from stepserve.api.errors import (
     UnknownCharsetError,
     UnsupportedMediaTypeError,
 )
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import BodyTooLargeError
-from stepserve.domain.limits import shown
 
 SMALL_BYTES = 65_536
 """Of a body; so much is not counted, so that requests without images always get in."""

@@ -1,30 +1,37 @@
 """The bodies of requests for images, as they arrive.
 
-Only types are checked here. What a model can do is checked by `stepserve.domain.limits`.
+Only types are checked here. What a model can do is checked by `stepserve.domain.checks.limits`.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, WholeNumber
+from stepserve.domain.checks.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S
+from stepserve.domain.checks.wording import digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.guidance import Guidance
-from stepserve.domain.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S, digits, shown
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
+from stepserve.domain.tasks import Task
 
 T = TypeVar("T")
 
 UNUSED = "Accepted for compatibility and not used; the response names it in `ignored_fields`."
-STRENGTH = "How far to go from the image; 1 keeps nothing of it. 0.8 if left out."
+STRENGTH = (
+    "How far to go from the image; 1 keeps nothing of it. 0.8 if left out. Instruction edits take "
+    "none."
+)
 MAX_PARTIAL_IMAGES = 3
+
+MAX_IMAGES = 16
+"""That a request begins with, as OpenAI has it."""
 
 MAX_LISTED = 64
 """Of any list: counted before its entries are looked at."""
@@ -55,6 +62,23 @@ class AdapterBody(Body):
 
     name: str = Field(description="An adapter that the model lists in `GET /v1/models`.")
     scale: float = Field(default=1.0, description="How strongly it is applied.")
+
+
+class ImageReference(Body):
+    """An image by its address."""
+
+    image_url: str = Field(description="A `data:` URL; `https:` where the operator allows it.")
+
+
+def _referred_to(value: Any) -> Any:
+    # A union of both would name its branches, which are names of this code, in messages.
+    return {"image_url": value} if isinstance(value, str) else value
+
+
+Reference = Annotated[
+    ImageReference, BeforeValidator(_referred_to, json_schema_input_type=ImageReference | str)
+]
+"""An image by its address, also one that is written without `image_url`."""
 
 
 class ImageRequestBase(Body):
@@ -94,6 +118,7 @@ class ImageRequestBase(Body):
     frame_count: Any = _documented(UNUSED)
     frame_duration_ms: Any = _documented(UNUSED)
     svg: Any = _documented(UNUSED)
+    prompt: str | None = None
     negative_prompt: str | None = _documented("What the image must not show.")
     num_inference_steps: WholeNumber | None = _documented("Denoising steps.", minimum=1)
     guidance_scale: float | None = _documented(
@@ -184,18 +209,22 @@ class ImageRequestBase(Body):
         return ("partial_images",) if self.partial_images and replaced else ()
 
     def fill_in(
-        self, request_id: str, caller: Caller, model: ModelCapabilities
+        self, request_id: str, caller: Caller, model: ModelCapabilities, task: Task
     ) -> GenerationRequest:
         """Return a request with everything left out filled in from `model`; draws a seed.
 
-        What it is made of, a prompt or images, is left to the kind of request.
+        The images that it is made of come from `read_inputs`.
         """
         width, height = _parse_size(self.size, model.sizes.native)
         return GenerationRequest(
+            task=task,
             id=request_id,
             owner=caller.name,
             model=model.id,
-            prompt="",
+            prompt=self.prompt or "",
+            strength=_or(getattr(self, "strength", None), model.default_strength(task)),
+            image_guidance_scale=getattr(self, "image_guidance_scale", None),
+            class_label=getattr(self, "class_label", None),
             width=width,
             height=height,
             num_inference_steps=_or(self.num_inference_steps, model.default_num_inference_steps),
@@ -236,7 +265,10 @@ class ImageRequest(ImageRequestBase):
         },
     )
 
-    prompt: str | None = _documented("What the image shows; required, unless `prompts` is sent.")
+    prompt: str | None = _documented(
+        "What the image shows; left out with `prompts`, and where a model takes none, as `inputs` "
+        "in `GET /v1/models` says."
+    )
     prompts: Annotated[list[str], COUNTED] | None = _documented(
         "Instead of `prompt`: what each of several images shows. They are made side by side, and "
         "each fails by itself. Prompt `i` (from 0) is drawn from `seed + i * n`.",
@@ -244,22 +276,16 @@ class ImageRequest(ImageRequestBase):
         maxItems=MAX_LISTED,
     )
 
-    def to_generation(
-        self, request_id: str, caller: Caller, model: ModelCapabilities
-    ) -> GenerationRequest:
-        """Return the request with everything left out filled in from `model`; draws a seed.
+    class_label: WholeNumber | None = _documented(
+        "The number of the class to draw, where a model has classes.", minimum=0
+    )
 
-        With `prompts` it is what their requests have in common.
+    def check_prompts(self) -> None:
+        """Return if there is one of `prompt` and `prompts`, or neither.
 
         Raises:
-            InvalidRequestError: there is not one of `prompt` and `prompts`, or too many images.
+            InvalidRequestError: there are both, or too many images, or no prompt in a list.
         """
-        if self.prompt is None and self.prompts is None:
-            raise InvalidRequestError("prompt is required", "prompt")
-        self._check_prompts()
-        return replace(self.fill_in(request_id, caller, model), prompt=self.prompt or "")
-
-    def _check_prompts(self) -> None:
         if self.prompts is None:
             return
         if self.prompt is not None:
@@ -276,47 +302,34 @@ class ImageRequest(ImageRequestBase):
             )
 
 
-class ImageReference(Body):
-    """An image by its address."""
+class RequestFromImages(ImageRequestBase):
+    """What requests have in common that begin with images: files of a form, or addresses."""
 
-    image_url: str = Field(description="A `data:` URL; `https:` where the operator allows it.")
-
-
-def _referred_to(value: Any) -> Any:
-    # A union of both would name its branches, which are names of this code, in messages.
-    return {"image_url": value} if isinstance(value, str) else value
-
-
-Reference = Annotated[
-    ImageReference, BeforeValidator(_referred_to, json_schema_input_type=ImageReference | str)
-]
-"""An image by its address, also one that is written without `image_url`."""
+    image: Reference | None = _documented("An image; several go into `images`.")
+    images: Annotated[list[Reference], COUNTED] | None = _documented(
+        "Images, in the order in which the prompt means them; a model takes as many as `inputs` "
+        "in `GET /v1/models` says."
+    )
+    strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
 
 
-class EditRequest(ImageRequestBase):
-    """How to change an image. `image` and `mask` are files of a form, or addresses in JSON."""
+class EditRequest(RequestFromImages):
+    """How to change images. `image` and `mask` are files of a form, or addresses in JSON."""
 
     prompt: Annotated[str, Field(description="What the changed image shows.")]
-    image: str | None = _documented("The image to change, as a `data:` URL.")
-    images: Annotated[list[ImageReference], COUNTED] | None = _documented(
-        "The image to change, in a list of one."
-    )
     mask: Reference | None = _documented(
         "Where to repaint: where it is transparent, or white in an image without transparency."
     )
-    strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
+    image_guidance_scale: float | None = _documented(
+        "How closely to follow the image, where a model takes such a scale.", minimum=0
+    )
     input_fidelity: str | None = _documented(UNUSED)
 
 
-class VariationRequest(ImageRequestBase):
+class VariationRequest(RequestFromImages):
     """How to vary an image. `image` is a file of a form, or an address in JSON."""
 
     prompt: str | None = _documented("What the variations show; nothing in particular if left out.")
-    image: str | None = _documented("The image to vary, as a `data:` URL.")
-    images: Annotated[list[ImageReference], COUNTED] | None = _documented(
-        "The image to vary, in a list of one."
-    )
-    strength: float | None = _documented(STRENGTH, exclusiveMinimum=0, maximum=1)
 
 
 def _or(value: T | None, default: T) -> T:

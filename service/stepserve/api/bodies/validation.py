@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from stepserve.api.bodies.fields import field_names, hint
 from stepserve.api.errors import MalformedJsonError
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.limits import shown
 
 MAX_PROBLEMS = 5
 

@@ -1,17 +1,19 @@
-"""Requests that begin with an image: their bodies, and the images they bring along."""
+"""The bodies of requests for images, and the images that they bring along."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 from stepserve.api.auth.keys import Caller
-from stepserve.api.bodies.forms import parse_body, parse_fields, read_form
+from stepserve.api.bodies.forms import Form, parse_body, parse_fields, read_form
 from stepserve.api.bodies.reading import JSON
-from stepserve.api.bodies.schemas import EditRequest, ImageReference, VariationRequest
+from stepserve.api.bodies.schemas import MAX_IMAGES, ImageReference, ImageRequestBase
 from stepserve.api.dependencies import FORM, Incoming, declared_type
 from stepserve.api.errors import MalformedJsonError
 from stepserve.api.inputs.fetch import fetch_image, is_elsewhere
@@ -20,42 +22,92 @@ from stepserve.config import UploadSettings
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import ImageFile
 from stepserve.domain.models import ModelCapabilities, SizeRange
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Role, Task
 
-InputBody = EditRequest | VariationRequest
+Body = TypeVar("Body", bound=ImageRequestBase)
+Source = bytes | str
+"""A file, or where it is."""
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The body of a request, the image it begins with, and where to repaint that, or None."""
+class Slot:
+    """One image that a request brings along.
 
-    body: InputBody
-    image: ImageFile
-    mask: ImageFile | None = None
+    Args:
+        role: what it is for.
+        field: what messages call it.
+        source: the file, or where it is.
+    """
+
+    role: Role
+    field: str
+    source: Source
+
+
+@dataclass(frozen=True)
+class Sent(Generic[Body]):
+    """The body of a request, and the images that came with it, as they came.
+
+    Args:
+        body: without its images, which are as long as everything else together.
+        slots: the images by role, each in the order that it was sent in.
+    """
+
+    body: Body
+    slots: tuple[Slot, ...]
+
+    def given(self) -> dict[Role, int]:
+        """How many inputs of each role were sent."""
+        counts: Counter[Role] = Counter(slot.role for slot in self.slots)
+        values = {role: getattr(self.body, role, None) for role in ROLES_IN_BODIES}
+        values[Role.PROMPT] = values[Role.PROMPT] or getattr(self.body, "prompts", None)
+        return {**counts, **{role: 1 for role, value in values.items() if value is not None}}
+
+
+@dataclass(frozen=True)
+class Inputs(Generic[Body]):
+    """The body of a request, and the images that came with it, by role and in order."""
+
+    body: Body
+    files: Mapping[Role, tuple[ImageFile, ...]]
 
     def to_generation(
-        self, request_id: str, caller: Caller, model: ModelCapabilities
+        self, request_id: str, caller: Caller, model: ModelCapabilities, task: Task
     ) -> GenerationRequest:
         """Return the request with everything left out filled in from `model`; draws a seed.
 
-        Where no size is asked for, it is the image's own, or the nearest one of the model.
+        Where no size is asked for, it is the first image's own, or the nearest one of the model.
         """
-        filled = self.body.fill_in(request_id, caller, model)
-        prompt = self.body.prompt or ""
-        if self.body.size in (None, "auto"):
-            width, height = nearest_size(self.image.width, self.image.height, model.sizes)
+        images, mask = self.files.get(Role.IMAGE, ()), self.files.get(Role.MASK, ())
+        filled = self.body.fill_in(request_id, caller, model, task)
+        if images and self.body.size in (None, "auto"):
+            width, height = nearest_size(images[0].width, images[0].height, model.sizes)
             filled = replace(filled, width=width, height=height)
-        if not prompt and self.body.guidance_scale is None:
+        if images and not filled.prompt and self.body.guidance_scale is None:
             # Guidance leads towards the prompt: without one it would only cost.
             filled = replace(filled, guidance_scale=1.0)
         return replace(
             filled,
-            prompt=prompt,
-            task=Task.IMAGE_TO_IMAGE if self.mask is None else Task.INPAINTING,
-            image=self.image.content,
-            mask_image=None if self.mask is None else self.mask.content,
-            strength=filled.strength if self.body.strength is None else self.body.strength,
+            images=tuple(file.content for file in images),
+            mask=mask[0].content if mask else None,
         )
+
+
+ROLES_IN_BODIES = (
+    Role.PROMPT,
+    Role.CLASS_LABEL,
+    Role.STRENGTH,
+    Role.IMAGE_GUIDANCE,
+    Role.NOISE_LEVEL,
+    Role.HIRES,
+)
+"""Those that are no images."""
+
+FILES: Mapping[str, Role] = MappingProxyType(
+    {"image": Role.IMAGE, "images": Role.IMAGE, "mask": Role.MASK}
+)
+"""Which fields of a form are files, and what for."""
 
 
 def nearest_size(width: int, height: int, sizes: SizeRange) -> tuple[int, int]:
@@ -76,91 +128,117 @@ def _nearest_side(side_px: float, sizes: SizeRange) -> int:
     return sizes.minimum + min(max(steps, 0), most) * sizes.step
 
 
-async def read_inputs(incoming: Incoming, body_class: type[InputBody]) -> Inputs:
-    """Read a form with files, or JSON with addresses, and look at what the images are.
+async def read_sent(incoming: Incoming, body_class: type[Body]) -> Sent[Body]:
+    """Read a form with files, or JSON with addresses; nothing is fetched.
 
     Raises:
         UnsupportedMediaTypeError: it is neither.
         InvalidRequestError: names the field that is wrong or missing.
-        ServerFullError: too many images are being fetched.
     """
     if declared_type(incoming.http, FORM, JSON) == FORM:
         form = await read_form(incoming.http)
         body = parse_fields(form.fields, body_class)
-        files = form.files
+        slots = _files_of(form, body_class)
     else:
         body = parse_body(await _json(incoming), body_class)
-        files = {}
-    images: list[Source] = [*files.pop("image", []), *files.pop("images", [])]
-    images += [] if body.image is None else [body.image]
-    images += [reference.image_url for reference in body.images or ()]
-    masks: list[Source] = list(files.pop("mask", []))
-    if isinstance(body, EditRequest) and body.mask is not None:
-        masks.append(body.mask.image_url)
-    if files:
-        raise InvalidRequestError(f"unknown file {min(files)!r} (known: image, mask)", min(files))
-    # Counted before any is decoded or fetched: each may take seconds.
-    image, mask = _only("image", images), _only("mask", masks)
-    if image is None:
-        raise InvalidRequestError("image is required", "image")
-    return _checked(incoming, body, await _files(incoming, image, mask))
+        slots = []
+    slots += _addresses_in(body)
+    images = sum(slot.role is Role.IMAGE for slot in slots)
+    if images > MAX_IMAGES:
+        raise InvalidRequestError(f"image must be 1 to {MAX_IMAGES} images, got {images}", "image")
+    return Sent(_without_files(body), tuple(slots))
 
 
-Source = bytes | str
-"""A file, or where it is."""
+async def read_inputs(incoming: Incoming, sent: Sent[Body]) -> Inputs[Body]:
+    """Fetch the images that are elsewhere, and look at what all of them are.
+
+    Call it once their number is known to be right: each may take seconds.
+
+    Raises:
+        InvalidRequestError: names the field that is wrong.
+        ServerFullError: too many images are being fetched.
+    """
+    contents = await _contents(incoming, sent.slots)
+    return Inputs(sent.body, _looked_at(incoming, sent.slots, contents))
 
 
-async def _files(incoming: Incoming, image: Source, mask: Source | None) -> dict[str, bytes]:
-    """The files by field, fetched where they are elsewhere: all at once, and in one turn."""
-    sources = {"image": image} | ({} if mask is None else {"mask": mask})
-    files = {field: source for field, source in sources.items() if isinstance(source, bytes)}
-    addresses = {field: source for field, source in sources.items() if isinstance(source, str)}
+def _files_of(form: Form, body_class: type[ImageRequestBase]) -> list[Slot]:
+    known = [name for name in FILES if name in body_class.model_fields]
+    if unknown := sorted(set(form.files) - set(known)):
+        listed = ", ".join(known) or "none"
+        raise InvalidRequestError(f"unknown file {unknown[0]!r} (known: {listed})", unknown[0])
+    return [
+        Slot(FILES[name], FILES[name], file) for name in known for file in form.files.get(name, ())
+    ]
+
+
+def _addresses_in(body: ImageRequestBase) -> list[Slot]:
+    """The images of a body by their addresses, in order."""
+    image, mask = getattr(body, "image", None), getattr(body, "mask", None)
+    images = [*([] if image is None else [image]), *(getattr(body, "images", None) or ())]
+    slots = [Slot(Role.IMAGE, Role.IMAGE, reference.image_url) for reference in images]
+    return slots if mask is None else [*slots, Slot(Role.MASK, Role.MASK, mask.image_url)]
+
+
+async def _contents(incoming: Incoming, slots: Sequence[Slot]) -> list[bytes]:
+    """The files, fetched where they are elsewhere: all at once, and in one turn."""
     limits = incoming.settings.uploads
-    if not any(map(is_elsewhere, addresses.values())):
+    addresses = [slot for slot in slots if isinstance(slot.source, str)]
+    elsewhere = any(is_elsewhere(str(slot.source)) for slot in addresses)
+    if not elsewhere:
         # Without letting others in between: while texts are decoded they are held several times.
-        for field, address in addresses.items():
-            files[field] = await fetch_image(address, field, limits)
-        return files
+        return [await _content(slot, limits) for slot in slots]
     async with incoming.fetches.turn(limits.fetch_timeout_s):
         incoming.hold.grow(limits.max_bytes * len(addresses))
-        fetched = await _fetch_all(addresses, limits)
-    incoming.hold.change(sum(map(len, fetched.values())) - limits.max_bytes * len(addresses))
-    return files | fetched
+        contents = await _fetch_all(slots, limits)
+    fetched = sum(len(c) for slot, c in zip(slots, contents, strict=True) if slot in addresses)
+    incoming.hold.change(fetched - limits.max_bytes * len(addresses))
+    return contents
 
 
-async def _fetch_all(addresses: dict[str, str], limits: UploadSettings) -> dict[str, bytes]:
+async def _content(slot: Slot, limits: UploadSettings) -> bytes:
+    if isinstance(slot.source, bytes):
+        return slot.source
+    return await fetch_image(slot.source, slot.field, limits)
+
+
+async def _fetch_all(slots: Sequence[Slot], limits: UploadSettings) -> list[bytes]:
     try:
         async with asyncio.TaskGroup() as group:
-            fetching = {
-                field: group.create_task(fetch_image(address, field, limits))
-                for field, address in addresses.items()
-            }
+            fetching = [group.create_task(_content(slot, limits)) for slot in slots]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return {field: task.result() for field, task in fetching.items()}
+    return [task.result() for task in fetching]
 
 
-def _checked(incoming: Incoming, body: InputBody, files: dict[str, bytes]) -> Inputs:
+def _looked_at(
+    incoming: Incoming, slots: Sequence[Slot], contents: Sequence[bytes]
+) -> dict[Role, tuple[ImageFile, ...]]:
     limits = incoming.settings.uploads
-    image = read_upload(files["image"], "image", limits)
-    bare = _without_files(body)
-    if "mask" not in files:
-        return Inputs(bare, image)
-    mask = read_upload(files["mask"], "mask", limits)
-    if (mask.width, mask.height) != (image.width, image.height):
-        raise InvalidRequestError(
-            f"mask is {mask.width}x{mask.height} pixels and image "
-            f"{image.width}x{image.height}: they must be equal",
-            "mask",
-        )
-    return Inputs(bare, image, mask)
+    files: dict[Role, tuple[ImageFile, ...]] = {}
+    for slot, content in zip(slots, contents, strict=True):
+        file = read_upload(content, slot.field, limits)
+        files[slot.role] = (*files.get(slot.role, ()), file)
+    _check_mask(files)
+    return files
 
 
-def _without_files(body: InputBody) -> InputBody:
+def _check_mask(files: Mapping[Role, Sequence[ImageFile]]) -> None:
+    for mask in files.get(Role.MASK, ()):
+        for image in files.get(Role.IMAGE, ())[:1]:
+            if (mask.width, mask.height) != (image.width, image.height):
+                raise InvalidRequestError(
+                    f"mask is {mask.width}x{mask.height} pixels and image "
+                    f"{image.width}x{image.height}: they must be equal",
+                    "mask",
+                )
+
+
+def _without_files(body: Body) -> Body:
     """The body with nothing where it had files as texts: these are as long, and kept else."""
-    kept = {"image": body.image, "images": body.images, "mask": getattr(body, "mask", None)}
-    emptied = {field: _emptied(value) for field, value in kept.items() if value is not None}
-    return body.model_copy(update=emptied)
+    values = {name: getattr(body, name) for name in type(body).model_fields}
+    emptied = {name: _emptied(value) for name, value in values.items()}
+    return body.model_copy(update={n: value for n, value in emptied.items() if value != values[n]})
 
 
 def _emptied(value: Any) -> Any:
@@ -168,20 +246,19 @@ def _emptied(value: Any) -> Any:
         return [_emptied(item) for item in value]
     if isinstance(value, ImageReference):
         return value.model_copy(update={"image_url": ""})
-    return ""
+    return value
 
 
 async def _json(incoming: Incoming) -> object:
+    body = await incoming.http.body()
+    # Kept by Starlette as long as the request else, beside the files that it holds.
+    incoming.http._body = b""
+    if not body:
+        raise InvalidRequestError("the body must be a JSON object")
     try:
-        return json.loads(await incoming.http.body())
+        return json.loads(body)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} (at character {error.pos})"
+        raise MalformedJsonError(f"the body is not valid JSON: {where}") from error
     except (ValueError, RecursionError) as error:
         raise MalformedJsonError("the body is not valid JSON in UTF-8") from error
-    finally:
-        # Kept by Starlette as long as the request else, beside the files that it holds.
-        incoming.http._body = b""
-
-
-def _only(field: str, sources: Sequence[Source]) -> Source | None:
-    if len(sources) > 1:
-        raise InvalidRequestError(f"{field} must be one image, got {len(sources)}", field)
-    return sources[0] if sources else None

@@ -29,6 +29,7 @@ from stepserve.api.images.responses import (
     prompt_entries,
     prompts_response,
 )
+from stepserve.domain.checks.limits import check_request
 from stepserve.domain.errors import (
     CancelledError,
     InvalidRequestError,
@@ -36,7 +37,6 @@ from stepserve.domain.errors import (
     StoppedError,
 )
 from stepserve.domain.events import Event, Failed, Finished
-from stepserve.domain.limits import check_request
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import GenerationRequest
 

@@ -18,8 +18,9 @@ from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import Compilation, SizeRange, StepRange
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
-from stepserve.domain.requests import AdapterUse, GenerationRequest, Task
+from stepserve.domain.requests import AdapterUse, GenerationRequest
 from stepserve.domain.states import RequestState
+from stepserve.domain.tasks import Count, Role, Task
 from stepserve.domain.timings import Timings
 
 
@@ -69,6 +70,8 @@ class Parameters(BaseModel):
     guidance_end: float
     reproducible: bool
     strength: float | None = Field(default=None, description="Of edits and variations.")
+    class_label: int | None = Field(default=None, description="Of models with classes.")
+    image_guidance_scale: float | None = Field(default=None, description="Of edits.")
 
 
 _EXAMPLE: dict[str, Any] = {
@@ -207,7 +210,10 @@ class ModelResponse(BaseModel):
     max_prompt_tokens: int
     adapters: list[str] = Field(description="LoRA adapters that requests may name.")
     max_adapters: int = Field(description="Most adapters of one request.")
-    tasks: list[Task]
+    tasks: list[Task] = Field(description="What the model does, its usual task first.")
+    inputs: dict[Task, dict[Role, Count]] = Field(
+        description="By task, how many inputs of each role a request brings; none of the others."
+    )
     guidance: GuidanceResponse
     guidance_interval: bool = Field(
         description="Whether `guidance_start` and `guidance_end` may be set."
@@ -365,6 +371,8 @@ def truncation_response(cut_prompts: Sequence[CutPrompt]) -> dict[str, dict[str,
 def model_response(status: ModelStatus) -> ModelResponse:
     """Return one model as the catalogue shows it."""
     told = asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
+    inputs = {task: dict(taken) for task, taken in status.capabilities.tasks.items()}
+    told |= {"tasks": list(inputs), "inputs": inputs}
     told["guidance"] |= {"kind": status.capabilities.guidance.kind}
     fingerprint = status.capabilities.fingerprint
     if fingerprint is not None:
@@ -380,8 +388,6 @@ def base64_of(image: EncodedImage) -> str:
 def parameters_response(request: GenerationRequest) -> Parameters:
     """Everything that shaped the images of a request."""
     told = asdict(request) | {"size": f"{request.width}x{request.height}"}
-    if request.task is Task.TEXT_TO_IMAGE:
-        told["strength"] = None
     return Parameters.model_validate(told)
 
 

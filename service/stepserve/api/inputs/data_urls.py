@@ -9,8 +9,8 @@ import base64
 import binascii
 from urllib.parse import unquote_to_bytes
 
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.limits import shown
 
 SCHEME = "data:"
 BASE64 = "base64"

@@ -22,8 +22,8 @@ import httpcore
 from stepserve import __version__
 from stepserve.api.inputs.data_urls import is_address, is_data_url, read_base64, read_data_url
 from stepserve.config import UploadSettings
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import InvalidRequestError, ServerFullError
-from stepserve.domain.limits import shown
 
 MAX_REDIRECTS = 3
 USER_AGENT = f"stepserve/{__version__}"

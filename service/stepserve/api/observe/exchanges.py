@@ -23,7 +23,7 @@ from stepserve.telemetry.tracing import TRACEPARENT, HttpSpan, HttpTraces, Trace
 CLIENT_LEFT = 499
 TIMING_HEADER = "Server-Timing"
 # Requests to these may be refused before the router has seen them.
-_KNOWN = frozenset({"/v1/images/generations", *UPLOADS})
+_KNOWN = frozenset(UPLOADS)
 # Folders of files, which are no routes.
 _MOUNTS = ("/playground", "/docs/assets")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 
 from stepserve.api.bodies.fields import ignored_queries
 from stepserve.api.bodies.schemas import (
@@ -18,7 +18,6 @@ from stepserve.api.dependencies import (
     Incoming,
     IncomingDep,
     find_model,
-    require_json,
     require_ready,
 )
 from stepserve.api.errors import (
@@ -29,8 +28,9 @@ from stepserve.api.errors import (
 )
 from stepserve.api.exchange_context import exchange_context_of
 from stepserve.api.images.generation import ImageResponder
-from stepserve.api.images.inputs import Inputs, read_inputs
+from stepserve.api.images.inputs import Body, Sent, read_inputs, read_sent
 from stepserve.api.images.prompts import PromptsResponder, check_any, split_call
+from stepserve.api.images.purposes import EDITS, GENERATIONS, VARIATIONS, Purpose
 from stepserve.api.images.responses import ImagesResponse
 from stepserve.api.observe.exchanges import trace_context_of
 from stepserve.api.openapi import (
@@ -56,7 +56,7 @@ from stepserve.domain.errors import (
     UnmeetableDeadlineError,
 )
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Role
 
 router = APIRouter(tags=["images"])
 
@@ -87,22 +87,20 @@ def _responses(prefix: str) -> Responses:
 @router.post(
     "/v1/images/generations",
     summary="Make images from a prompt",
-    dependencies=[Depends(require_json)],
     response_model=ImagesResponse,
     response_model_exclude_none=True,
     response_description="The images, and all parameters that make them again.",
     responses=_ERRORS | _responses("image_generation"),
-    openapi_extra={"parameters": [REQUEST_ID_PARAMETER]},
+    openapi_extra={
+        "parameters": [REQUEST_ID_PARAMETER],
+        "requestBody": form_or_json(ImageRequest, ()),
+    },
 )
-async def create_images(
-    body: ImageRequest, incoming: IncomingDep, response: Response
-) -> ImagesResponse | Response:
+async def create_images(incoming: IncomingDep, response: Response) -> ImagesResponse | Response:
     """Compatible with OpenAI's `images.generate`. Closing the connection cancels the work."""
-    model = await _chosen_model(incoming, body)
-    request = body.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    return await _respond(
-        incoming, body, request, model, "image_generation", response, body.prompts
-    )
+    sent = await read_sent(incoming, ImageRequest)
+    sent.body.check_prompts()
+    return await _respond(incoming, sent, GENERATIONS, response, sent.body.prompts)
 
 
 @router.post(
@@ -123,10 +121,10 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesRespons
     With a mask, only what is transparent in it is repainted (or white, where it has no
     transparency). Without one the whole image is changed, by as much as `strength` says.
     """
-    inputs = await read_inputs(incoming, EditRequest)
-    if not (inputs.body.prompt or "").strip():
+    sent = await read_sent(incoming, EditRequest)
+    if not sent.body.prompt.strip():
         raise InvalidRequestError("prompt is empty: an edit requires one", "prompt")
-    return await _from_image(incoming, inputs, "image_edit", response)
+    return await _from_images(incoming, sent, EDITS, response)
 
 
 @router.post(
@@ -143,16 +141,16 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesRespons
 )
 async def vary_image(incoming: IncomingDep, response: Response) -> ImagesResponse | Response:
     """Compatible with OpenAI's `images.create_variation`: image-to-image without a prompt."""
-    inputs = await read_inputs(incoming, VariationRequest)
-    return await _from_image(incoming, inputs, "image_variation", response)
+    sent = await read_sent(incoming, VariationRequest)
+    return await _from_images(incoming, sent, VARIATIONS, response)
 
 
-async def _from_image(
-    incoming: Incoming, inputs: Inputs, event_prefix: str, response: Response
+async def _from_images(
+    incoming: Incoming, sent: Sent[Body], purpose: Purpose, response: Response
 ) -> ImagesResponse | Response:
-    model = await _chosen_model(incoming, inputs.body)
-    request = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities)
-    return await _respond(incoming, inputs.body, request, model, event_prefix, response)
+    if not sent.given().get(Role.IMAGE):
+        raise InvalidRequestError("image is required", "image")
+    return await _respond(incoming, sent, purpose, response)
 
 
 async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStatus:
@@ -164,10 +162,8 @@ async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStat
 
 async def _respond(
     incoming: Incoming,
-    body: ImageRequestBase,
-    request: GenerationRequest,
-    model: ModelStatus,
-    event_prefix: str,
+    sent: Sent[Body],
+    purpose: Purpose,
     response: Response,
     prompts: Sequence[str] | None = None,
 ) -> ImagesResponse | Response:
@@ -176,8 +172,13 @@ async def _respond(
     Args:
         prompts: the request is one for each of them.
     """
+    body = sent.body
+    model = await _chosen_model(incoming, body)
     if not model.is_known:
         require_ready([model])
+    task = purpose.task_for(model.capabilities, sent.given())
+    inputs = await read_inputs(incoming, sent)
+    request = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities, task)
     traced = replace(request, trace_context=trace_context_of(incoming.http.scope))
     requests = (traced,) if prompts is None else split_call(traced, prompts)
     check_any(requests, model.capabilities)
@@ -187,7 +188,7 @@ async def _respond(
     in_body = body.ignored_fields(request.guidance_scale, model.capabilities.guidance)
     in_query = ignored_queries(incoming.http.query_params, type(body))
     ignored = tuple(dict.fromkeys((*in_body, *in_query)))
-    one = ImageResponder(incoming, traced, body.wants_urls, ignored, event_prefix)
+    one = ImageResponder(incoming, traced, body.wants_urls, ignored, purpose.event_prefix)
     responder: ImageResponder | PromptsResponder = one
     if prompts is not None:
         each = (replace(one, request=r, prompt_index=i) for i, r in enumerate(requests))

@@ -22,6 +22,7 @@ from stepserve.api.images.responses import (
     truncation_response,
 )
 from stepserve.api.openapi import error_responses, event_stream
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import (
     CancelledError,
     InvalidRequestError,
@@ -37,7 +38,6 @@ from stepserve.domain.events import (
     Started,
     StepFinished,
 )
-from stepserve.domain.limits import shown
 from stepserve.domain.progress import Progress, progress_of_call
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import RequestKey

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from stepserve.domain.checks.limits import check_adapter_names
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
-from stepserve.domain.limits import check_adapter_names, shown
 from stepserve.domain.requests import AdapterUse
 from stepserve.pipelines.adapters.checks import (
     FileLayer,

@@ -12,6 +12,7 @@ from typing import Any
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
     DiffusionPipeline,
     SchedulerMixin,
 )
@@ -19,14 +20,16 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import Tensor
 
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.copies.blending import denoiser_for_inpainting
+from stepserve.pipelines.facts.pipeline_tasks import PipelineTask, pipeline_tasks
 from stepserve.pipelines.facts.signature import CallSignature, read_signature
 from stepserve.pipelines.modules.third_party.pinned_noise import on_host
 from stepserve.pipelines.modules.third_party.resident_pipelines import copy_class
 from stepserve.pipelines.schedulers.usable import Configured
 
 OTHER_TASKS = {
+    Task.TEXT_TO_IMAGE: AutoPipelineForText2Image,
     Task.IMAGE_TO_IMAGE: AutoPipelineForImage2Image,
     Task.INPAINTING: AutoPipelineForInpainting,
 }
@@ -55,27 +58,27 @@ class PipelineFactory:
         self._schedulers = schedulers
         self._keeps_on_host = keeps_on_host
         self._prototypes: dict[str, Any] = {}
-        pipelines = {Task.TEXT_TO_IMAGE: pipeline} | _for_other_tasks(pipeline)
+        pipelines, self._tasks = _by_task(pipeline)
         self._pipelines = {task: (p, copy_class(p, keeps_on_host)) for task, p in pipelines.items()}
         self._signatures = {task: read_signature(type(p)) for task, p in pipelines.items()}
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
-        """What can be done with these modules."""
-        return tuple(self._pipelines)
+    def tasks(self) -> Mapping[Task, PipelineTask]:
+        """What can be done with these modules, the pipeline's own task first."""
+        return self._tasks
 
     def signature(self, task: Task) -> CallSignature:
         """What the pipeline of a task takes."""
         return self._signatures[task]
 
-    def copy(self, scheduler: str | None = None, task: Task = Task.TEXT_TO_IMAGE) -> Any:
+    def copy(self, scheduler: str | None = None, task: Task | None = None) -> Any:
         """An ordinary pipeline of the task's class name, with a scheduler of its own.
 
         Args:
             scheduler: the class by name; None for a copy of the pipeline's own.
-            task: what it is to be used for.
+            task: what it is to be used for; None for the pipeline's own.
         """
-        pipeline, cls = self._pipelines[task]
+        pipeline, cls = self._pipelines[next(iter(self._tasks)) if task is None else task]
         own = pipeline.scheduler
         instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
         copied = copy_pipeline(pipeline, instead)
@@ -149,13 +152,23 @@ def schedulers_of(pipeline: Any) -> list[Any]:
     return list(found.values())
 
 
-def _for_other_tasks(pipeline: Any) -> dict[Task, Any]:
-    made = {}
+def _by_task(pipeline: Any) -> tuple[dict[Task, Any], dict[Task, PipelineTask]]:
+    """By task, what does it and how: the pipeline itself, then diffusers' classes for others."""
+    tasks = _tasks_of(pipeline)
+    pipelines = dict.fromkeys(tasks, pipeline)
     for task in OTHER_TASKS:
         # diffusers raises where it has no pipeline of that task for models of this kind.
         with contextlib.suppress(ValueError):
-            made[task] = _for_task(pipeline, task)
-    return made
+            if task not in pipelines:
+                other = _for_task(pipeline, task)
+                tasks[task] = _tasks_of(other)[task]
+                pipelines[task] = other
+    return pipelines, tasks
+
+
+def _tasks_of(pipeline: Any) -> dict[Task, PipelineTask]:
+    done = pipeline_tasks(type(pipeline).__name__, read_signature(type(pipeline)))
+    return {one.task: one for one in done}
 
 
 def _for_task(pipeline: Any, task: Task) -> Any:

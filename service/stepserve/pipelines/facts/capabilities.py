@@ -12,6 +12,7 @@ from typing import Any
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.pipeline_tasks import unknown_needs
 from stepserve.pipelines.facts.signature import CallSignature
 
 MANIFEST = "stepserve.json"
@@ -46,23 +47,17 @@ def denoiser_of(pipeline: Any) -> Any:
     return getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
 
 
-def check_serves_prompts(pipeline_class: type, signature: CallSignature) -> None:
-    """Refuse a pipeline that needs more than a prompt, or makes no images.
+def check_is_served(pipeline_class: type, signature: CallSignature) -> None:
+    """Refuse a pipeline that makes no images, or needs what no request can give.
 
     Raises:
-        ModelLoadError: it is no text-to-image pipeline.
+        ModelLoadError: it does none of the tasks that are served.
     """
     name = pipeline_class.__name__
-    if not signature.accepts("prompt"):
-        needed = f" (it needs: {', '.join(sorted(signature.needed))})" if signature.needed else ""
-        raise ModelLoadError(
-            f"{name} takes no prompt{needed}; served are pipelines that make images from a prompt"
-        )
-    others = ", ".join(sorted(signature.needed - {"prompt"}))
-    if others:
-        raise ModelLoadError(f"{name} needs more than a prompt: {others}")
     if signature.makes != "images":
         raise ModelLoadError(f"{name} makes {signature.makes}, not images")
+    if needs := unknown_needs(name, signature):
+        raise ModelLoadError(f"{name} needs arguments that no request can give: {', '.join(needs)}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -154,7 +149,7 @@ def _call_defaults(signature: CallSignature) -> dict[str, Any]:
         defaults |= {"default_guidance_scale": 1.0, "max_guidance_scale": 1.0}
     elif (scale := signature.default(guidance.argument, int | float)) is not None:
         defaults["default_guidance_scale"] = float(scale)
-    if not signature.accepts("num_images_per_prompt"):
+    if not (signature.accepts("num_images_per_prompt") or signature.accepts("batch_size")):
         defaults["max_n"] = 1
     return defaults
 

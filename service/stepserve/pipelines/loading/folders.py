@@ -1,4 +1,4 @@
-"""Loading a diffusers folder: any pipeline that makes images from a prompt."""
+"""Loading a diffusers folder: any pipeline that makes images from what requests can give."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from stepserve.pipelines.copies.safety_checker import CHECKER, has_checker, name
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import (
     Facts,
-    check_serves_prompts,
+    check_is_served,
     denoiser_of,
     describe_model,
     read_manifest,
 )
 from stepserve.pipelines.facts.fingerprint import take_fingerprint
+from stepserve.pipelines.facts.pipeline_tasks import offered_inputs
 from stepserve.pipelines.facts.prompts import PromptMeter, measure_prompts
 from stepserve.pipelines.facts.signature import read_signature
 from stepserve.pipelines.facts.trust import Trust, check_trust, find_pipeline_class
@@ -78,7 +79,7 @@ def load_model(
     trust: Trust | None = None,
     safety_checker: Literal["keep", "drop"] = "keep",
 ) -> LoadedModel:
-    """Load a text-to-image pipeline from a local diffusers folder.
+    """Load a pipeline that makes images from a local diffusers folder.
 
     Without `trust`, weights are read from safetensors only, and no code that lies in the folder is
     run. With a `safety_checker` of `drop`, the folder's own is left out.
@@ -124,7 +125,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     manifest = read_manifest(folder)
     pipeline_class = find_pipeline_class(folder)
     signature = read_signature(pipeline_class)
-    check_serves_prompts(pipeline_class, signature)
+    check_is_served(pipeline_class, signature)
     pipeline = _read_pipeline(folder, knobs)
     settle(pipeline, chosen, speed)
     check_finite_weights(pipeline)
@@ -143,7 +144,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     factory = PipelineFactory(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),
-        tasks=factory.tasks,
+        tasks=offered_inputs(factory.tasks),
         guidance_interval=can_limit_guidance(pipeline),
         fingerprint=take_fingerprint(folder, knobs.dtype, pipeline.device),
         safety_checker=has_checker(pipeline),

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from stepserve.domain.guidance import CLASSIC, PLAIN, Guidance, StepWork
-from stepserve.domain.requests import Task
 from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
 from stepserve.engine.tracks.interception import parameter_names
 from stepserve.pipelines.facts.capabilities import denoiser_of, guidance_arguments
@@ -49,7 +48,7 @@ class Seen:
 
 
 class GuidanceTrial:
-    """Tries a model's guidance with small requests for images from a prompt.
+    """Tries a model's guidance with small requests of its usual task.
 
     Each is run once, however often it is asked for.
     """
@@ -64,7 +63,7 @@ class GuidanceTrial:
         Raises:
             Exception: whatever the pipeline raises, if a small request without guidance fails.
         """
-        signature = self._model.factory.signature(Task.TEXT_TO_IMAGE)
+        signature = self._model.factory.signature(self._model.capabilities.usual_task)
         takes_negative = signature.accepts("negative_prompt")
         # Those that need a negative prompt to guide do nothing with the scale alone.
         needs = (False, True) if takes_negative else (False,)
@@ -126,7 +125,7 @@ def with_probed_guidance(model: LoadedModel) -> LoadedModel:
     if not guidance.argument:
         capabilities = replace(capabilities, default_guidance_scale=OFF, max_guidance_scale=OFF)
     elif guidance.argument != before.argument:
-        signature = model.factory.signature(Task.TEXT_TO_IMAGE)
+        signature = model.factory.signature(capabilities.usual_task)
         usual = signature.default(guidance.argument, int | float)
         scale = capabilities.default_guidance_scale if usual is None else usual
         capabilities = replace(capabilities, default_guidance_scale=scale)
@@ -137,7 +136,7 @@ def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: 
     """Run one small request as if the model took guidance so."""
     tried = replace(model, capabilities=replace(model.capabilities, guidance=guidance))
     request = replace(
-        probe_request(tried.capabilities, Task.TEXT_TO_IMAGE, 0, tried.capabilities.sizes.minimum),
+        probe_request(tried, tried.capabilities.usual_task, 0, tried.capabilities.sizes.minimum),
         guidance_scale=scale,
         negative_prompt=negative_prompt,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -11,19 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepserve.domain.models import ModelCapabilities
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import ControlUse, GenerationRequest
+from stepserve.domain.tasks import Role, Task, TaskInputs
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.sharing_check import ProbeRequest
 from stepserve.pipelines.requests.call import call_pipeline
-from stepserve.pipelines.requests.inputs import InputImages
+from stepserve.pipelines.requests.inputs import decode_inputs
 
 PROMPTS = ("a red heart", "a blue house")
 STEPS = 2
+CONTROL = "control"
+"""What the control image is called that a pipeline needs by itself."""
 
 
 def make_probe_requests(
-    model: LoadedModel, tasks: Sequence[Task] | None = None
+    model: LoadedModel, tasks: Iterable[Task] | None = None
 ) -> list[ProbeRequest]:
     """Two requests of each task, one with guidance and one without: calls of two and of one row.
 
@@ -32,41 +35,67 @@ def make_probe_requests(
         tasks: of these only; None means all that there are pipelines for.
     """
     requests = [
-        probe_request(model.capabilities, task, index, model.capabilities.sizes.native)
+        probe_request(model, task, index, model.capabilities.sizes.native)
         for task in (model.factory.tasks if tasks is None else tasks)
         for index in range(len(PROMPTS))
     ]
     return [partial(run_probe, model, request) for request in requests]
 
 
-def probe_request(
-    capabilities: ModelCapabilities, task: Task, index: int, side_px: int
-) -> GenerationRequest:
+def probe_request(model: LoadedModel, task: Task, index: int, side_px: int) -> GenerationRequest:
     """A small request for a square image; the second is without guidance."""
-    return replace(
-        capabilities.usual_request(f"probe-{task}-{index}"),
-        prompt=PROMPTS[index],
+    capabilities = model.capabilities
+    request = replace(
+        capabilities.usual_request(f"probe-{task}-{index}", task),
         width=side_px,
         height=side_px,
         num_inference_steps=capabilities.steps_of(capabilities.default_scheduler).nearest(STEPS),
         guidance_scale=0.0 if index else capabilities.default_guidance_scale,
         seed=index,
-        task=task,
-        strength=1.0,
+    )
+    if request.strength is not None:
+        request = replace(request, strength=1.0)
+    return with_required_inputs(request, model.factory.tasks[task].inputs, index)
+
+
+def with_required_inputs(
+    request: GenerationRequest, inputs: TaskInputs, index: int = 0
+) -> GenerationRequest:
+    """The request with what its task cannot do without: a prompt, a class, images.
+
+    Args:
+        request: without any input.
+        inputs: that its task takes.
+        index: which of two prompts and classes.
+    """
+    least = {role: count.least for role, count in inputs.items()}
+    file = _slope(request.width, request.height)
+    return replace(
+        request,
+        prompt=PROMPTS[index] if Role.PROMPT in inputs else "",
+        class_label=index if least.get(Role.CLASS_LABEL) else None,
+        images=(file("RGB"),) * least.get(Role.IMAGE, 0),
+        mask=file("L") if least.get(Role.MASK) else None,
+        controls=(ControlUse(CONTROL, file("RGB")),) * least.get(Role.CONTROL, 0),
     )
 
 
 def run_probe(model: LoadedModel, request: GenerationRequest) -> Tensor:
     """Its image, of shape (1, channels, height, width)."""
-    images: Tensor = call_pipeline(model, request, _images(request), output_type="pt")
+    inputs = decode_inputs(request, model.factory.tasks[request.task].is_fitted)
+    images: Tensor = call_pipeline(model, request, inputs, output_type="pt")
     return torch.as_tensor(images)
 
 
-def _images(request: GenerationRequest) -> InputImages:
-    """Something to start from: a slope of greys, whose right half may be repainted."""
-    slope = np.linspace(0, 255, request.width, dtype=np.uint8)
-    greys = np.broadcast_to(slope, (request.height, request.width))
-    return InputImages(
-        image=Image.fromarray(greys).convert("RGB"),
-        mask_image=Image.fromarray((greys > 127).astype(np.uint8) * 255),
-    )
+def _slope(width_px: int, height_px: int) -> Callable[[str], bytes]:
+    """Files of a mode: a slope of greys, or a mask whose right half may be repainted."""
+
+    def file(mode: str) -> bytes:
+        slope = np.linspace(0, 255, width_px, dtype=np.uint8)
+        greys = np.broadcast_to(slope, (height_px, width_px))
+        pixels = (greys > 127).astype(np.uint8) * 255 if mode == "L" else greys
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).convert(mode).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return file

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stepserve.domain.models import SizeRange, StepRange
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.loading.step_limits import likely_steps, within_steps
 from stepserve.pipelines.modules.parking import parkable_methods
@@ -39,10 +39,11 @@ def with_probed_tasks(model: LoadedModel) -> LoadedModel:
 
     def side(task: Task, side_px: int) -> int:
         with torch.no_grad():
-            request = probe_request(capabilities, task, 0, side_px)
+            request = probe_request(model, task, 0, side_px)
             return int(run_probe(model, request).shape[-1])
 
-    tasks, sizes = find_offer(capabilities.tasks, capabilities.sizes, side)
+    kept, sizes = find_offer(tuple(capabilities.tasks), capabilities.sizes, side)
+    tasks = {task: capabilities.tasks[task] for task in kept}
     sizes = capabilities.sizes if model.sizes_are_said else sizes
     return replace(model, capabilities=replace(capabilities, tasks=tasks, sizes=sizes))
 
@@ -52,7 +53,7 @@ def find_offer(
 ) -> tuple[tuple[Task, ...], SizeRange]:
     """Those of the tasks that can be done, and the native size alone where others cannot.
 
-    A model that cannot even make an image from a prompt will say so when it is warmed up.
+    A model that cannot even do its own task, the first, will say so when it is warmed up.
     """
     kept = []
     for task in tasks:
@@ -62,7 +63,7 @@ def find_offer(
             if not objection:
                 logger.warning("%s works at the native size only: %s", task, at_smallest)
                 sizes = replace(sizes, minimum=sizes.native, maximum=sizes.native)
-        if not objection or task is Task.TEXT_TO_IMAGE:
+        if not objection or task is tasks[0]:
             kept.append(task)
         else:
             logger.warning("%s does not work, so it is not offered: %s", task, objection)
@@ -89,7 +90,7 @@ class _ReachedError(Exception):
 
 def _reaches_denoiser(model: LoadedModel, steps: int) -> bool:
     capabilities = model.capabilities
-    request = probe_request(capabilities, Task.TEXT_TO_IMAGE, 0, capabilities.sizes.minimum)
+    request = probe_request(model, capabilities.usual_task, 0, capabilities.sizes.minimum)
     try:
         with torch.no_grad(), ExitStack() as stack:
             for _, module, rule in parkable_methods(model.pipeline):

@@ -11,10 +11,12 @@ from PIL import Image
 
 from stepserve.domain.errors import ContentFilteredError, GenerationFailedError, InvalidRequestError
 from stepserve.domain.guidance import Guidance
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Role
 from stepserve.engine.tracks.interception import parameter_names
 from stepserve.pipelines.copies.factory import schedulers_of
 from stepserve.pipelines.copies.safety_checker import guardrail, remove_checker, withheld_images
+from stepserve.pipelines.facts.pipeline_tasks import PipelineTask
 from stepserve.pipelines.facts.signature import accepted_arguments
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.requests.failures import blaming_settings, cannot_be_done
@@ -105,15 +107,17 @@ def run_pipeline(
 
     watch_images(copied, lambda image: _check_image(image, request))
     wanted = {
-        "prompt": request.prompt,
+        "width": request.width,
+        "height": request.height,
         "num_inference_steps": request.num_inference_steps,
         "num_images_per_prompt": request.n,
+        "batch_size": request.n,
         "generator": generators,
         "callback_on_step_end": step_ended,
         "callback_on_step_end_tensor_inputs": ["latents"],
         "output_type": output_type,
         **guidance_arguments(model.capabilities.guidance, request),
-        **task_arguments(request, inputs),
+        **input_arguments(model.factory.tasks[request.task], request, inputs),
     }
     make = partial(model.factory.new_scheduler, request.scheduler)
     with blaming_settings(request, make), guardrail(request.model):
@@ -151,18 +155,33 @@ def guidance_arguments(guidance: Guidance, request: GenerationRequest) -> dict[s
     return arguments
 
 
-def task_arguments(request: GenerationRequest, inputs: InputImages) -> dict[str, Any]:
-    """What the pipeline call of one task takes and those of others do not."""
-    size = {"width": request.width, "height": request.height}
-    match request.task:
-        case Task.TEXT_TO_IMAGE:
-            return size
-        case Task.IMAGE_TO_IMAGE:
-            # The image has the wanted size already; pipelines that take one have their own else.
-            return size | {"image": inputs.image, "strength": request.strength}
-        case Task.INPAINTING:
-            images = {"image": inputs.image, "mask_image": inputs.mask_image}
-            return images | size | {"strength": request.strength}
+def input_arguments(
+    task: PipelineTask, request: GenerationRequest, inputs: InputImages
+) -> dict[str, Any]:
+    """What a request brings along, as the pipeline call of its task takes it."""
+    values = {
+        Role.PROMPT: request.prompt,
+        Role.CLASS_LABEL: None
+        if request.class_label is None
+        else [request.class_label] * request.n,
+        Role.IMAGE: _images(task, inputs.images),
+        Role.MASK: inputs.mask,
+        Role.STRENGTH: request.strength,
+        Role.IMAGE_GUIDANCE: request.image_guidance_scale,
+        Role.NOISE_LEVEL: request.noise_level,
+        Role.CONTROL: next(iter(inputs.controls), None),
+    }
+    given = {role: values[role] for role in task.arguments if values[role] is not None}
+    return {task.arguments[role]: value for role, value in given.items()}
+
+
+def _images(
+    task: PipelineTask, images: Sequence[Image.Image]
+) -> Image.Image | list[Image.Image] | None:
+    """One image, or a list where the pipeline takes several."""
+    if not images:
+        return None
+    return images[0] if task.inputs[Role.IMAGE].most == 1 else list(images)
 
 
 def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
@@ -173,8 +192,7 @@ def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:
     Raises:
         InvalidRequestError: the scheduler cannot do that number of steps.
     """
-    strength = None if request.task is Task.TEXT_TO_IMAGE else request.strength
-    wanted = request.scheduler, request.num_inference_steps, request.task, strength
+    wanted = request.scheduler, request.num_inference_steps, request.task, request.strength
     known = model.denoiser_calls
     if wanted not in known:
         known[wanted] = _count_timesteps(model, request)
@@ -187,8 +205,7 @@ def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
     try:
         set_steps(scheduler, steps)
         timesteps = left = len(scheduler.timesteps)
-        takes_strength = model.factory.signature(request.task).accepts("strength")
-        if request.task is not Task.TEXT_TO_IMAGE and takes_strength:
+        if request.strength is not None:
             left = count_left(pipeline, request, timesteps)
         if request.scheduler in model.probed_schedulers:
             make = partial(model.factory.new_scheduler, request.scheduler)
@@ -197,7 +214,7 @@ def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
         # Such as PNDM, which begins with four steps of a higher order.
         raise cannot_be_done(request, error) from error
     if left < 1:
-        message = f"strength {request.strength:g} of {steps} steps leaves no step"
+        message = f"strength {request.strength} of {steps} steps leaves no step"
         raise InvalidRequestError(message, "strength")
     return left
 
@@ -205,13 +222,14 @@ def _count_timesteps(model: LoadedModel, request: GenerationRequest) -> int:
 def count_left(pipeline: Any, request: GenerationRequest, timesteps: int) -> int:
     """Of these timesteps, those that a strength leaves: as the pipeline itself chooses them."""
     steps, scheduler = request.num_inference_steps, pipeline.scheduler
+    strength = 1.0 if request.strength is None else request.strength
     choose = getattr(pipeline, "get_timesteps", None)
     if choose is None:
         # Pipelines of several parts leave it to one of them.
-        return max(min(int(steps * request.strength), timesteps), 1)
+        return max(min(int(steps * strength), timesteps), 1)
     arguments = {
         "num_inference_steps": steps,
-        "strength": request.strength,
+        "strength": strength,
         "timesteps": scheduler.timesteps,
         "sigmas": getattr(scheduler, "sigmas", None),
         "device": torch.device("cpu"),

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError, StepserveError
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
 from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.pipelines.schedulers.probes import MakeScheduler, ScheduleError, try_all
 
@@ -40,7 +40,7 @@ def blaming_settings(request: GenerationRequest, make: MakeScheduler) -> Iterato
 
 def cannot_be_done(request: GenerationRequest, why: object) -> InvalidRequestError:
     """The answer to a request whose scheduler cannot do its steps."""
-    strength = "" if request.task is Task.TEXT_TO_IMAGE else f" with strength {request.strength:g}"
+    strength = "" if request.strength is None else f" with strength {request.strength:g}"
     return InvalidRequestError(
         f"num_inference_steps {request.num_inference_steps}{strength} cannot be done by "
         f"{request.scheduler} ({why}): choose another number, or another scheduler",

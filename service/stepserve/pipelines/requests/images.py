@@ -37,6 +37,18 @@ WITHOUT_EFFECT = (
     "owner",
     "trace_context",
 )
+# Left out where the request has none: most tasks take few of them.
+NOT_ALWAYS_THERE = (
+    "images",
+    "mask",
+    "strength",
+    "class_label",
+    "image_guidance_scale",
+    "noise_level",
+    "controls",
+    "references",
+    "hires",
+)
 USUAL_QUALITY = 95
 
 
@@ -45,11 +57,25 @@ def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
     fields = asdict(replace(request, seed=request.seed + index, n=1))
     for field in WITHOUT_EFFECT:
         del fields[field]
-    for field in ("image", "mask_image"):
-        file = fields.pop(field)
-        if file is not None:
-            fields[f"{field}_sha256"] = hashlib.sha256(file).hexdigest()
-    return {"software": f"stepserve {__version__}", **fields}
+    for field in NOT_ALWAYS_THERE:
+        if fields[field] in (None, ()):
+            del fields[field]
+    return {"software": f"stepserve {__version__}", **_with_hashes(fields)}
+
+
+def _with_hashes(fields: dict[str, Any]) -> dict[str, object]:
+    """Files as SHA-256: `image` becomes `image_sha256`, and `images` `images_sha256`."""
+    told: dict[str, object] = {}
+    for name, value in fields.items():
+        if isinstance(value, bytes):
+            told[f"{name}_sha256"] = hashlib.sha256(value).hexdigest()
+        elif isinstance(value, tuple) and value and isinstance(value[0], bytes):
+            told[f"{name}_sha256"] = [hashlib.sha256(file).hexdigest() for file in value]
+        elif isinstance(value, tuple) and value and isinstance(value[0], dict):
+            told[name] = [_with_hashes(entry) for entry in value]
+        else:
+            told[name] = value
+    return told
 
 
 def encode_image(image: Image.Image | None, request: GenerationRequest, index: int) -> EncodedImage:

@@ -21,11 +21,17 @@ DECODERS = 2
 
 
 class Inputs:
-    """The images of one request, before they are decoded and after."""
+    """The images of one request, before they are decoded and after.
 
-    def __init__(self, request: GenerationRequest) -> None:
+    Args:
+        request: brings them along.
+        is_fitted: as in `decode_inputs`.
+    """
+
+    def __init__(self, request: GenerationRequest, is_fitted: bool = True) -> None:
         self.request = request
-        self.are_needed = request.image is not None or request.mask_image is not None
+        self._is_fitted = is_fitted
+        self.are_needed = request.has_files
         self._images: InputImages | None = None if self.are_needed else InputImages()
         self._is_wanted = True
         self._then: list[Callable[[], None]] = []
@@ -55,7 +61,7 @@ class Inputs:
             InvalidRequestError: names the field that is wrong.
         """
         if self._is_wanted:
-            self._images = decode_inputs(self.request)
+            self._images = decode_inputs(self.request, self._is_fitted)
         # It may have been cancelled meanwhile.
         if self._is_wanted:
             for call in self._then:

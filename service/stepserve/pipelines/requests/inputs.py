@@ -18,14 +18,19 @@ OPAQUE = 255
 
 @dataclass(frozen=True)
 class InputImages:
-    """What a request starts from, in the size of its answer: RGB image and grey mask, or None."""
+    """What a request brings along, decoded: RGB images, and a grey mask or None."""
 
-    image: Image.Image | None = None
-    mask_image: Image.Image | None = None
+    images: tuple[Image.Image, ...] = ()
+    mask: Image.Image | None = None
+    controls: tuple[Image.Image, ...] = ()
+    references: tuple[Image.Image, ...] = ()
 
 
-def decode_inputs(request: GenerationRequest) -> InputImages:
-    """Decode the images of a request and resize them to the size that it asks for.
+def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputImages:
+    """Decode the images of a request.
+
+    Masks and controls are resized to the size that it asks for, and so are the images if they are
+    to be `is_fitted`. References keep their size.
 
     Transparent parts of the image become white. In the mask white is to be repainted: in OpenAI's
     masks that is what is transparent; in a mask without transparency, as diffusers has them, it is
@@ -37,19 +42,24 @@ def decode_inputs(request: GenerationRequest) -> InputImages:
     """
     size = request.width, request.height
     return InputImages(
-        image=_decode("image", request.image, size, _on_white),
-        mask_image=_decode("mask", request.mask_image, size, _mask_of),
+        images=tuple(
+            _decode("image", file, size if is_fitted else None, _on_white)
+            for file in request.images
+        ),
+        mask=None if request.mask is None else _decode("mask", request.mask, size, _mask_of),
+        controls=tuple(_decode("controls", use.image, size, _on_white) for use in request.controls),
+        references=tuple(
+            _decode("references", use.image, None, _on_white) for use in request.references
+        ),
     )
 
 
 def _decode(
     field: str,
-    file: bytes | None,
-    size: tuple[int, int],
+    file: bytes,
+    size: tuple[int, int] | None,
     as_needed: Callable[[Image.Image], Image.Image],
-) -> Image.Image | None:
-    if file is None:
-        return None
+) -> Image.Image:
     opened = _open(field, file)
     try:
         image = as_needed(_in_8_bits(_upright(opened)))
@@ -58,7 +68,9 @@ def _decode(
     except Exception as error:
         # Pillow raises whatever its decoders do.
         raise unreadable(field, file) from error
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    if size is None or image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _open(field: str, file: bytes) -> Image.Image:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from stepserve.domain.checks.limits import check_request
 from stepserve.domain.errors import InvalidRequestError, RefusedError
 from stepserve.domain.events import Failed
-from stepserve.domain.limits import check_request
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.engine.loop.engine import Engine, EngineOptions
@@ -115,7 +115,7 @@ class PipelineRunner:
             check_request(request, self.model.capabilities)
             cut_prompts = self.model.prompt_meter.check(request)
             self._encoder.check_room()
-            inputs = Inputs(request)
+            inputs = Inputs(request, self.model.factory.tasks[request.task].is_fitted)
             listener = RequestListener(
                 request,
                 sink,

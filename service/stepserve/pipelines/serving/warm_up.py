@@ -28,7 +28,9 @@ from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.engine.scheduling.row_limits import knee
 from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.loading.weights import check_finite_weights
+from stepserve.pipelines.probing.probe_requests import with_required_inputs
 from stepserve.pipelines.requests.call import make_images
+from stepserve.pipelines.requests.inputs import decode_inputs
 from stepserve.pipelines.serving.runner import PipelineRunner
 
 logger = logging.getLogger(__name__)
@@ -215,12 +217,14 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     stopwatch = Stopwatch(torch.device(runner.model.pipeline.device))
     guidance = runner.model.capabilities.guidance
     steps = guidance.calls_of(request, request.num_inference_steps)
+    task = runner.model.factory.tasks[request.task]
+    inputs = decode_inputs(request, task.is_fitted)
     track = Track(
         id=request.id,
         rows=_rows(runner, request),
         phases=(Phase(steps, (request.width, request.height)),),
         images=request.n,
-        run=partial(make_images, runner.model, request, on_step=stopwatch.step_ended),
+        run=partial(make_images, runner.model, request, inputs, stopwatch.step_ended),
         listener=stopwatch,
     )
     runner.engine.submit(track)
@@ -236,12 +240,12 @@ def _rows(runner: PipelineRunner, request: GenerationRequest) -> int:
 
 def _request(runner: PipelineRunner, images: int, steps: int = WARM_UP_STEPS) -> GenerationRequest:
     capabilities = runner.model.capabilities
-    return replace(
+    request = replace(
         capabilities.usual_request(f"warm-up-{images}"),
-        prompt="warm up",
         num_inference_steps=capabilities.steps_of(capabilities.default_scheduler).nearest(steps),
         n=images,
     )
+    return with_required_inputs(request, capabilities.inputs_of(request.task))
 
 
 def _run(runner: PipelineRunner, request: GenerationRequest) -> None:

@@ -20,6 +20,7 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from stepserve.domain.checks.limits import MIN_DEADLINE_S
 from stepserve.domain.errors import (
     ExpiredError,
     NotReadyError,
@@ -28,7 +29,6 @@ from stepserve.domain.errors import (
     StoppedError,
 )
 from stepserve.domain.events import Event, Failed, Finished, Preview
-from stepserve.domain.limits import MIN_DEADLINE_S
 from stepserve.domain.requests import GenerationRequest
 
 logger = logging.getLogger("ray.serve")

@@ -8,15 +8,18 @@ import json
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from api_fakes import SETTINGS, FakeBackend, client_for, make_app
+from api_fakes import EMOJI, SETTINGS, FakeBackend, client_for, make_app
 from stepserve.api.auth.keys import ApiKey, hash_key
 from stepserve.api.bodies.reading import MAX_JSON_VALUES, SMALL_BYTES, Body, BodyBudget, BodyReader
 from stepserve.api.errors import SlowRequestError, TooManyBodiesError
 from stepserve.config import HttpSettings, Settings
+from stepserve.domain.model_status import ModelStatus
+from usual_tasks import USUAL_TASKS
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -232,6 +235,7 @@ async def test_json_that_would_take_long_is_refused(backend: FakeBackend, url: s
 
 
 async def test_a_long_body_arrives_whole(backend: FakeBackend):
+    backend.statuses = [ModelStatus(replace(EMOJI, tasks=USUAL_TASKS), ready=True)]
     body = json.dumps({"prompt": "x", "image": "data:image/png;base64," + "A" * 300_001}).encode()
     async with client_for(backend, LARGE) as client:
         responses = await asyncio.gather(

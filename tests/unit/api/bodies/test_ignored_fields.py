@@ -16,7 +16,7 @@ from PIL import Image
 from stepserve.api.bodies.fields import AS_EVER, MAX_UNKNOWN_FIELDS, hint
 from stepserve.api.bodies.schemas import EditRequest, ImageRequest
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.requests import Task
+from usual_tasks import USUAL_TASKS
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -32,7 +32,7 @@ def drawn_image() -> bytes:
 @pytest.fixture
 def backend() -> FakeBackend:
     made = FakeBackend()
-    tasks = tuple(Task)
+    tasks = USUAL_TASKS
     made.statuses = [ModelStatus(EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks}), ready=True)]
     return made
 
@@ -255,4 +255,4 @@ def test_every_whole_number_of_the_schema_takes_a_point():
     }
     whole = sorted(name for name, kind in kinds.items() if "integer" in kind)
 
-    assert whole == sorted([*WHOLE, "output_compression"])
+    assert whole == sorted([*WHOLE, "output_compression", "class_label"])

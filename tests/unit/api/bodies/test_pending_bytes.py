@@ -14,8 +14,9 @@ from stepserve.api.bodies.pending_bytes import BodyTurns, PendingBytes
 from stepserve.config import Settings, UploadSettings
 from stepserve.domain.errors import ServerFullError
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
 from test_edits_route import EDITS, drawn_image
+from usual_tasks import USUAL_TASKS
 
 LARGE = 100_000
 
@@ -49,7 +50,7 @@ def test_never_more_than_the_limit_is_held(sizes: list[int]):
 @pytest.fixture
 def backend() -> FakeBackend:
     backend = FakeBackend()
-    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE)
+    tasks = {task: USUAL_TASKS[task] for task in (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE)}
     backend.statuses = [ModelStatus(replace(EMOJI, tasks=tasks), ready=True)]
     return backend
 

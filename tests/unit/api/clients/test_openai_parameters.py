@@ -23,7 +23,7 @@ from openai.types import (
 from running_clients import drawn_image
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange
-from stepserve.domain.requests import Task
+from usual_tasks import USUAL_TASKS
 
 # Of the client itself; they send nothing of their own, or what a user makes up.
 OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
@@ -107,7 +107,7 @@ def call(
     server_port: int, backend: FakeBackend, aliases: tuple[str, ...]
 ) -> Iterator[Callable[..., Any]]:
     sizes = SizeRange(minimum=64, maximum=2048, step=64, native=64)
-    served = replace(EMOJI, tasks=tuple(Task), aliases=aliases, sizes=sizes)
+    served = replace(EMOJI, tasks=USUAL_TASKS, aliases=aliases, sizes=sizes)
     backend.statuses = [ModelStatus(served, ready=True)]
     url = f"http://127.0.0.1:{server_port}/v1"
     with openai.OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=10) as ai:

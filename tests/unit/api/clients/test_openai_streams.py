@@ -11,12 +11,13 @@ import pytest
 from api_fakes import EMOJI, FakeBackend
 from running_clients import drawn_image, run_javascript
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
+from usual_tasks import USUAL_TASKS
 
 
 @pytest.fixture
 def url(server_port: int, backend: FakeBackend) -> str:
-    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    tasks = USUAL_TASKS
     capabilities = EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks})
     backend.statuses = [ModelStatus(capabilities, ready=True)]
     return f"http://127.0.0.1:{server_port}/v1"

@@ -9,14 +9,15 @@ import pytest
 from api_fakes import EMOJI, FakeBackend
 from running_clients import run_javascript, run_python
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
+from usual_tasks import USUAL_TASKS
 
 ALIASES = ("dall-e-2", "dall-e-3", "gpt-image-1")
 
 
 @pytest.fixture
 def url(server_port: int, backend: FakeBackend) -> str:
-    served = replace(EMOJI, tasks=tuple(Task), aliases=ALIASES)
+    served = replace(EMOJI, tasks=USUAL_TASKS, aliases=ALIASES)
     backend.statuses = [ModelStatus(served, ready=True)]
     return f"http://127.0.0.1:{server_port}/v1"
 

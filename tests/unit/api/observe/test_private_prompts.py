@@ -13,7 +13,7 @@ from PIL import Image
 from stepserve.config import Settings
 from stepserve.domain.errors import GenerationFailedError, ServerFullError
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.requests import Task
+from usual_tasks import USUAL_TASKS
 
 SECRET = "zebra crossing moonlight"
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -21,7 +21,7 @@ GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
 @pytest.fixture
 async def client(backend: FakeBackend) -> httpx.AsyncClient:
-    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    tasks = USUAL_TASKS
     backend.statuses = [ModelStatus(EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks}), ready=True)]
     return client_for(backend, Settings())
 

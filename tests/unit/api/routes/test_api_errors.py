@@ -44,8 +44,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 INVALID = [
-    ({}, "prompt", "prompt is required"),
-    ({"prompt": None}, "prompt", "prompt is required"),
+    ({}, "prompt", "prompt is empty: text-to-image with model 'emoji' requires one"),
+    ({"prompt": None}, "prompt", "prompt is empty"),
     ({"prompt": 4}, "prompt", "prompt must be a valid string, got 4"),
     ({"prompt": ""}, "prompt", "prompt is empty"),
     ({"prompt": " \t\n"}, "prompt", "prompt is empty"),

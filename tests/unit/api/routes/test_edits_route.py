@@ -20,7 +20,9 @@ from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.events import Failed
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Task
+from usual_tasks import USUAL_TASKS
 
 EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
@@ -43,7 +45,7 @@ def opened(file: bytes | None) -> Image.Image:
 @pytest.fixture
 def backend() -> FakeBackend:
     backend = FakeBackend()
-    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    tasks = USUAL_TASKS
     capabilities = EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks})
     backend.statuses = [ModelStatus(capabilities, ready=True)]
     return backend
@@ -91,7 +93,7 @@ async def test_an_edit_with_mask_is_inpainting(
     assert response.status_code == 200, response.text
     [request] = backend.requests
     assert request.task is Task.INPAINTING
-    assert (request.image, request.mask_image) == (drawn_image(), mask)
+    assert (request.images, request.mask) == ((drawn_image(),), mask)
 
 
 @pytest.mark.parametrize("name", ["image", "image[]", "images"])
@@ -170,9 +172,9 @@ async def test_images_lose_all_but_their_pixels_and_how_to_turn_them(
 
     request = backend.requests[0]
     assert (request.width, request.height) == (48, 64)
-    assert dict(opened(request.image).getexif()) == {0x0112: 6}
+    assert dict(opened(request.images[0]).getexif()) == {0x0112: 6}
     assert b"Camera" in file
-    assert b"Camera" not in (backend.requests[0].image or b"")
+    assert b"Camera" not in backend.requests[0].images[0]
 
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
@@ -229,7 +231,8 @@ async def test_two_images_are_one_too_many(client: httpx.AsyncClient):
     files = [("image[]", drawn_image()), ("image[]", drawn_image())]
     response = await client.post(EDITS, data={"prompt": "x"}, files=files)
 
-    assert response.json()["error"]["message"] == "image must be one image, got 2"
+    message = response.json()["error"]["message"]
+    assert message.startswith("image must be 1 for image-to-image with model 'emoji', got 2")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +371,8 @@ async def test_images_as_text_however_they_are_written(
     for body in bodies:
         response = await client.post(EDITS, json=body)
         assert response.status_code == 200, response.text
-        assert backend.requests[-1].image == backend.requests[-1].mask_image == drawn_image()
+        request = backend.requests[-1]
+        assert request.images == (request.mask,) == (drawn_image(),)
 
 
 @pytest.mark.parametrize("field", ["image", "mask"])
@@ -392,8 +396,8 @@ async def test_addresses_are_counted_before_any_is_fetched(
 
     told = "images must have at most 64 entries, got 300"
     if field == "mask":
-        told = "image must be one image, got 2"
-    assert response.json()["error"]["message"] == told
+        told = "image must be 1 for inpainting with model 'emoji', got 2"
+    assert response.json()["error"]["message"].startswith(told)
     assert fetched == []
 
 

@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from stepserve.config import Settings
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.requests import Task
+from usual_tasks import USUAL_TASKS
 
 CHECKS = [
     not_a_server_error,
@@ -27,7 +27,7 @@ CHECKS = [
 
 def fuzzed_app():
     backend = FakeBackend()
-    tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    tasks = USUAL_TASKS
     backend.statuses = [ModelStatus(EMOJI.__class__(**{**vars(EMOJI), "tasks": tasks}), ready=True)]
     return make_app(backend, Settings())
 

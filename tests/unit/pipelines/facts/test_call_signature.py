@@ -14,8 +14,9 @@ from diffusers import (
     ScoreSdeVePipeline,
     StableDiffusionPipeline,
 )
-from stepserve.pipelines.errors import ModelLoadError
-from stepserve.pipelines.facts.capabilities import check_serves_prompts
+from stepserve.domain.tasks import Task
+from stepserve.pipelines.facts.capabilities import check_is_served
+from stepserve.pipelines.facts.pipeline_tasks import pipeline_tasks
 from stepserve.pipelines.facts.signature import CallSignature, accepted_arguments, read_signature
 
 
@@ -71,13 +72,11 @@ def test_a_pipeline_that_takes_any_name_is_given_what_it_names() -> None:
 @pytest.mark.parametrize(
     "pipeline_class", [PNDMPipeline, LDMPipeline, ScoreSdeVePipeline, KarrasVePipeline]
 )
-def test_a_pipeline_that_takes_any_name_but_no_prompt_is_refused(pipeline_class: type) -> None:
-    with pytest.raises(ModelLoadError) as refused:
-        check_serves_prompts(pipeline_class, read_signature(pipeline_class))
-    assert refused.value.message == (
-        f"{pipeline_class.__name__} takes no prompt; served are pipelines that make images from a "
-        "prompt"
-    )
+def test_a_pipeline_that_takes_any_name_but_no_prompt_takes_none(pipeline_class: type) -> None:
+    signature = read_signature(pipeline_class)
+    check_is_served(pipeline_class, signature)
+    (done,) = pipeline_tasks(pipeline_class.__name__, signature)
+    assert (done.task, done.inputs) == (Task.UNCONDITIONAL, {})
 
 
 class PassingOn(Older):

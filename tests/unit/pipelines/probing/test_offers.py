@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 from stepserve.domain.models import SizeRange
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.probed_tasks import find_offer, with_probed_tasks
+from usual_tasks import USUAL_TASKS
 
 SIZES = SizeRange(minimum=32, maximum=128, step=8, native=64)
 NATIVE_ONLY = SizeRange(minimum=64, maximum=64, step=8, native=64)
-ALL = tuple(Task)
+ALL = tuple(USUAL_TASKS)
 
 
 def obeys(task: Task, wanted_px: int) -> int:

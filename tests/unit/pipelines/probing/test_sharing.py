@@ -16,7 +16,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from stepserve.domain.events import Finished
-from stepserve.domain.requests import GenerationRequest, Task
+from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.tasks import Task
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.copies.factory import PipelineFactory
@@ -37,6 +38,7 @@ from stepserve.pipelines.requests.images import encode_image
 from stepserve.pipelines.serving.preparation import SharingOptions
 from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_model import a_request, submit_all
+from usual_tasks import USUAL_TASKS
 
 MAX_ROWS = 16
 
@@ -104,7 +106,9 @@ def as_class(model: LoadedModel, pipeline_class: type) -> LoadedModel:
     """The model as if its folder had named another class, that diffusers has no other tasks for."""
     pipeline = pipeline_class(**model.pipeline.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    capabilities = replace(model.capabilities, tasks=(Task.TEXT_TO_IMAGE,))
+    capabilities = replace(
+        model.capabilities, tasks={Task.TEXT_TO_IMAGE: USUAL_TASKS[Task.TEXT_TO_IMAGE]}
+    )
     factory = PipelineFactory(pipeline, model.schedulers)
     return replace(model, pipeline=pipeline, capabilities=capabilities, factory=factory)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError, StepserveError
 from stepserve.domain.events import Failed
 from stepserve.domain.models import StepRange
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.probing.probed_tasks import with_probed_steps
@@ -165,9 +165,9 @@ def test_a_pipelines_own_refusal_is_answered_as_one(tiny: LoadedModel) -> None:
 def test_any_strength_is_done_or_refused(
     runner: PipelineRunner, task: Task, strength: float
 ) -> None:
-    files: dict[str, Any] = {"image": a_file()}
+    files: dict[str, Any] = {"images": (a_file(),)}
     if task is Task.INPAINTING:
-        files["mask_image"] = a_file()
+        files["mask"] = a_file()
     done = 0
     for scheduler in runner.capabilities().schedulers:
         for steps in (1, 2, 3, 5):

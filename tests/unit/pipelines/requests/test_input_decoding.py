@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from stepserve.domain.errors import CancelledError, InvalidRequestError, ServerFullError
 from stepserve.domain.events import Failed, Finished
-from stepserve.domain.requests import GenerationRequest, RequestKey, Task
+from stepserve.domain.requests import GenerationRequest, RequestKey
+from stepserve.domain.tasks import Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.requests import input_decoding
@@ -32,7 +33,7 @@ def png(color: Any = "red", mode: str = "RGB") -> bytes:
 
 
 def an_edit(name: str = "r", **changes: Any) -> GenerationRequest:
-    options = {"task": Task.IMAGE_TO_IMAGE, "image": png(), "strength": 1.0} | changes
+    options = {"task": Task.IMAGE_TO_IMAGE, "images": (png(),), "strength": 1.0} | changes
     return a_request(id=name, **options)
 
 
@@ -48,7 +49,7 @@ class Gate:
     decoded: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, request: GenerationRequest) -> InputImages:
+    def __call__(self, request: GenerationRequest, is_fitted: bool) -> InputImages:
         with self.lock:
             self.at_once += 1
             self.most = max(self.most, self.at_once)
@@ -142,9 +143,9 @@ def test_who_leaves_while_waiting_is_not_decoded_for(
 @pytest.mark.parametrize(
     ("changes", "field_name"),
     [
-        ({"image": png()[:60] + bytes(20)}, "image"),
-        ({"task": Task.INPAINTING, "mask_image": png(0, "L")}, "mask"),
-        ({"task": Task.INPAINTING, "mask_image": b"none"}, "mask"),
+        ({"images": (png()[:60] + bytes(20),)}, "image"),
+        ({"task": Task.INPAINTING, "mask": png(0, "L")}, "mask"),
+        ({"task": Task.INPAINTING, "mask": b"none"}, "mask"),
     ],
 )
 def test_what_is_wrong_with_pixels_is_told_before_anything_else(
@@ -193,7 +194,7 @@ class Engine:
 
 
 def test_a_bug_in_a_decoder_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(request: GenerationRequest) -> InputImages:
+    def broken(request: GenerationRequest, is_fitted: bool) -> InputImages:
         raise MemoryError("no room")
 
     monkeypatch.setattr(input_decoding, "decode_inputs", broken)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import FORMATS
-from stepserve.domain.requests import Task
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.requests.inputs import MAX_PIXELS, decode_inputs
 from tiny_model import a_request
 
@@ -31,7 +31,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + checked + struct.pack(">I", 1000) + b"IDAT"
 
 
-def refusal(**files: bytes) -> InvalidRequestError:
+def refusal(**files: Any) -> InvalidRequestError:
     with pytest.raises(InvalidRequestError) as refused:
         decode_inputs(a_request(task=Task.INPAINTING, **files))
     return refused.value
@@ -39,34 +39,31 @@ def refusal(**files: bytes) -> InvalidRequestError:
 
 def test_without_files_there_are_no_images() -> None:
     inputs = decode_inputs(a_request())
-    assert (inputs.image, inputs.mask_image) == (None, None)
+    assert (inputs.images, inputs.mask) == ((), None)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_images_get_the_size_and_colours_that_pipelines_take(file_format: str) -> None:
     file = file_of(Image.new("RGB", (100, 40), (200, 30, 40)), file_format)
-    inputs = decode_inputs(a_request(image=file, mask_image=file, width=64, height=48))
-    assert inputs.image is not None
-    assert inputs.mask_image is not None
-    assert (inputs.image.mode, inputs.image.size) == ("RGB", (64, 48))
-    assert (inputs.mask_image.mode, inputs.mask_image.size) == ("L", (64, 48))
-    red, green, blue = cast("tuple[int, ...]", inputs.image.getpixel((5, 5)))
+    inputs = decode_inputs(a_request(images=(file,), mask=file, width=64, height=48))
+    assert inputs.mask is not None
+    assert (inputs.images[0].mode, inputs.images[0].size) == ("RGB", (64, 48))
+    assert (inputs.mask.mode, inputs.mask.size) == ("L", (64, 48))
+    red, green, blue = cast("tuple[int, ...]", inputs.images[0].getpixel((5, 5)))
     assert red > 190
     assert max(green, blue) < 60
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "I;16"])
 def test_any_kind_of_pixel_is_taken(mode: str) -> None:
-    inputs = decode_inputs(a_request(image=file_of(Image.new(mode, (64, 64)))))
-    assert inputs.image is not None
-    assert inputs.image.mode == "RGB"
+    inputs = decode_inputs(a_request(images=(file_of(Image.new(mode, (64, 64))),)))
+    assert inputs.images[0].mode == "RGB"
 
 
 def test_a_image_of_the_right_size_keeps_every_pixel() -> None:
     image = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    inputs = decode_inputs(a_request(image=file_of(image)))
-    assert inputs.image is not None
-    assert inputs.image.tobytes() == image.tobytes()
+    inputs = decode_inputs(a_request(images=(file_of(image),)))
+    assert inputs.images[0].tobytes() == image.tobytes()
 
 
 def test_photos_are_turned_upright() -> None:
@@ -74,13 +71,12 @@ def test_photos_are_turned_upright() -> None:
     exif[0x0112] = 6  # turned by a quarter
     image = Image.new("RGB", (64, 64))
     image.paste((255, 255, 255), (0, 0, 64, 32))
-    inputs = decode_inputs(a_request(image=file_of(image, "JPEG", exif=exif)))
-    assert inputs.image is not None
-    assert inputs.image.getpixel((60, 60))[0] > 200
-    assert inputs.image.getpixel((4, 4))[0] < 50
+    inputs = decode_inputs(a_request(images=(file_of(image, "JPEG", exif=exif),)))
+    assert inputs.images[0].getpixel((60, 60))[0] > 200
+    assert inputs.images[0].getpixel((4, 4))[0] < 50
 
 
-@pytest.mark.parametrize(("field", "told"), [("image", "image"), ("mask_image", "mask")])
+@pytest.mark.parametrize("field", ["image", "mask"])
 @pytest.mark.parametrize(
     "file",
     [
@@ -94,18 +90,19 @@ def test_photos_are_turned_upright() -> None:
     ],
     ids=["empty", "text", "header only", "cut jpeg", "cut png", "bmp", "tiff"],
 )
-def test_what_cannot_be_read_is_refused_by_name(field: str, told: str, file: bytes) -> None:
+def test_what_cannot_be_read_is_refused_by_name(field: str, file: bytes) -> None:
     fine = file_of(Image.new("L", (64, 64), 255))
-    error = refusal(**{"image": fine, field: file})
-    assert error.field == told
+    files: dict[str, Any] = {"images": (fine,), "mask": file}
+    error = refusal(**(files if field == "mask" else {"images": (file,)}))
+    assert error.field == field
     assert error.message == (
-        f"{told} of {len(file)} bytes cannot be read as an image (known: PNG, JPEG, WEBP)"
+        f"{field} of {len(file)} bytes cannot be read as an image (known: PNG, JPEG, WEBP)"
     )
 
 
 @pytest.mark.parametrize("side", [4097, 10_000, 100_000])
 def test_too_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
-    error = refusal(image=png_header(side, side) + bytes(1004))
+    error = refusal(images=(png_header(side, side) + bytes(1004),))
     assert error.field == "image"
     assert f"{MAX_PIXELS}" in error.message
 
@@ -115,14 +112,14 @@ def plain(mode: str = "RGB", color: Any = "red", size: tuple[int, int] = (64, 64
 
 
 def decoded(file: bytes, side: int = 64) -> Image.Image:
-    image = decode_inputs(a_request(image=file, width=side, height=side)).image
+    image = decode_inputs(a_request(images=(file,), width=side, height=side)).images[0]
     assert image is not None
     return image
 
 
 def decoded_mask(mask: bytes) -> Image.Image:
-    request = a_request(task=Task.INPAINTING, image=file_of(plain()), mask_image=mask)
-    decoded = decode_inputs(replace(request, width=64, height=64)).mask_image
+    request = a_request(task=Task.INPAINTING, images=(file_of(plain()),), mask=mask)
+    decoded = decode_inputs(replace(request, width=64, height=64)).mask
     assert decoded is not None
     return decoded
 
@@ -209,7 +206,7 @@ def test_white_is_repainted(image: Image.Image, seen: int) -> None:
 
 @pytest.mark.parametrize("mask", [plain("RGBA", (0, 0, 0, 255)), plain(color="black")])
 def test_a_mask_that_marks_nothing_is_a_mistake(mask: Image.Image) -> None:
-    error = refusal(image=file_of(plain()), mask_image=file_of(mask))
+    error = refusal(images=(file_of(plain()),), mask=file_of(mask))
 
     assert error.field == "mask"
     assert "marks nothing to repaint" in error.message
@@ -233,8 +230,7 @@ def test_whatever_is_sent_is_a_image_or_told_to_be_none(
     file = bytearray(file_of(plain(size=(8, 6)), kind))
     position = data.draw(st.integers(0, len(file)))
     file[position : position + len(content)] = content
-    request = a_request(task=Task.INPAINTING, image=bytes(file), mask_image=bytes(file))
+    request = a_request(task=Task.INPAINTING, images=(bytes(file),), mask=bytes(file))
     with contextlib.suppress(InvalidRequestError):
         inputs = decode_inputs(request)
-        assert inputs.image is not None
-        assert inputs.image.mode == "RGB"
+        assert inputs.images[0].mode == "RGB"

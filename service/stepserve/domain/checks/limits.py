@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 
+from stepserve.domain.checks.input_limits import check_inputs
+from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
-from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat, Task
+from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
 
 MAX_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
@@ -25,16 +26,7 @@ MIN_DEADLINE_S = 0.001
 MAX_PREVIEWS = 50
 """Each takes about as long as one or two denoising steps."""
 
-SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 20
-SHORTEST_PART = 4
-
-IMAGES_OF: dict[Task, tuple[str, ...]] = {
-    Task.TEXT_TO_IMAGE: (),
-    Task.IMAGE_TO_IMAGE: ("image",),
-    Task.INPAINTING: ("image", "mask_image"),
-}
-"""The image fields that each task requires."""
 
 
 def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
@@ -43,12 +35,11 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     Raises:
         InvalidRequestError: names the first field out of bounds, its value and its limit.
     """
-    _check_task(request, model)
+    check_inputs(request, model)
     _check_prompts(request, model)
     _check_size(request, model)
     _check_scheduler(request.scheduler, model.schedulers)
     _check_steps(request, model)
-    _check_strength(request)
     _check_guidance_scale(request.guidance_scale, model)
     _check_negative_prompt(request, model)
     _check_guidance_interval(request, model)
@@ -78,57 +69,7 @@ def check_adapter_names(adapters: Iterable[AdapterUse], known: Sequence[str]) ->
             )
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
-    close = closest(word, known)
-    return f"; did you mean {close!r}?" if close else ""
-
-
-def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """Return the one of `known` that is like `word`, or None; capitals make no difference.
-
-    Args:
-        likeness: the least that counts, from 0 to 1, of a word that is no part of another.
-    """
-    names = {name.lower(): name for name in known}
-    word = word[:SHOWN_CHARACTERS].lower()
-    # A part of a name is close, too: "ddim"; a whole word of it is closer than likeness: "steps".
-    holding = [name for name in names if len(word) >= SHORTEST_PART and word in name]
-    worded = [name for name in holding if word in name.split("_")]
-    same = [name for name in names if name == word]
-    close = (
-        same or worded or get_close_matches(word, names, 1, likeness) or sorted(holding, key=len)
-    )
-    return names[close[0]] if close else None
-
-
-def shown(text: str) -> str:
-    """Return `text` quoted and printable, cut to a length that fits in an error message."""
-    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-    return ascii(cut)
-
-
-def digits(value: int) -> str:
-    """Return the number, or its rough size where writing it out would flood the message."""
-    return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
-
-
-def _check_task(request: GenerationRequest, model: ModelCapabilities) -> None:
-    if request.task not in model.tasks:
-        known = ", ".join(model.tasks)
-        message = f"task {request.task} is not supported by model {model.id!r} (supported: {known})"
-        raise InvalidRequestError(message, "task")
-    for field, noun in (("image", "an image"), ("mask_image", "a mask_image")):
-        is_given = getattr(request, field) is not None
-        if is_given != (field in IMAGES_OF[request.task]):
-            verb = "does not take" if is_given else "requires"
-            raise InvalidRequestError(f"{request.task} {verb} {noun}", field)
-
-
 def _check_prompts(request: GenerationRequest, model: ModelCapabilities) -> None:
-    # A variation has no prompt.
-    if not request.prompt.strip() and request.task is Task.TEXT_TO_IMAGE:
-        raise InvalidRequestError("prompt is empty: text-to-image requires one", "prompt")
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         _check_text(field, text, model.max_prompt_characters)
 
@@ -190,19 +131,6 @@ def _check_negative_prompt(request: GenerationRequest, model: ModelCapabilities)
             f"negative_prompt has no effect without guidance: set guidance_scale over "
             f"{guidance.above:g} (got {request.guidance_scale:g}), or leave negative_prompt out",
             "negative_prompt",
-        )
-
-
-def _check_strength(request: GenerationRequest) -> None:
-    strength, steps = request.strength, request.num_inference_steps
-    if not 0 < strength <= 1:
-        message = f"strength must be over 0 and at most 1, got {strength}"
-        raise InvalidRequestError(message, "strength")
-    if request.task is not Task.TEXT_TO_IMAGE and int(steps * strength) < 1:
-        raise InvalidRequestError(
-            f"strength {strength} of {steps} steps leaves no step: with num_inference_steps "
-            f"{steps} it must be at least {math.ceil(10_000 / steps) / 10_000:g}",
-            "strength",
         )
 
 

@@ -1,0 +1,179 @@
+"""The one table of what pipelines do: which tasks, and which argument of a call carries which role.
+
+Most can be read off the signature of a class. `ROWS` says what cannot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from stepserve.domain.tasks import ONE, OPTIONAL, Count, Role, Task, TaskInputs
+from stepserve.pipelines.facts.signature import CallSignature
+
+MAX_IMAGES = 16
+"""Of one request, as OpenAI has it."""
+
+ARGUMENTS: Mapping[Role, tuple[str, ...]] = MappingProxyType(
+    {
+        Role.PROMPT: ("prompt",),
+        Role.CLASS_LABEL: ("class_labels",),
+        Role.IMAGE: ("image", "input_images"),
+        Role.MASK: ("mask_image",),
+        Role.STRENGTH: ("strength",),
+        Role.IMAGE_GUIDANCE: ("image_guidance_scale", "img_guidance_scale"),
+        Role.NOISE_LEVEL: ("noise_level",),
+        Role.CONTROL: ("control_image",),
+    }
+)
+"""What pipelines call an input, the likeliest name first."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the signature of some classes does not say.
+
+    Args:
+        classes: a pattern of their names.
+        tasks: what they do; empty: what their signature shows.
+        images: how many images a task takes that starts from images.
+        left_out: roles whose argument is of no use to callers.
+        arguments: by role, where the argument has another name than in `ARGUMENTS`.
+        is_fitted: whether images are resized to the size that is asked for before the call. None:
+            those of image-to-image and inpainting are.
+    """
+
+    classes: str
+    tasks: tuple[Task, ...] = ()
+    images: Count = ONE
+    left_out: frozenset[Role] = frozenset()
+    arguments: Mapping[Role, str] = field(default_factory=dict)
+    is_fitted: bool | None = None
+
+
+ROWS = (
+    # A ControlNet's image is a control, whatever the argument is called.
+    Row(r".*(ControlNet|Adapter)(PAG)?Pipeline", arguments={Role.CONTROL: "image"}),
+    Row(r".*InstructPix2PixPipeline", (Task.EDIT,), is_fitted=True),
+    Row(r".*(Upscale|SuperResolution)Pipeline", (Task.UPSCALING,)),
+    # The whole schedule is its default, and what it was trained for.
+    Row(r"FluxFillPipeline", left_out=frozenset({Role.STRENGTH})),
+    Row(r"Flux2(Klein(KV)?)?Pipeline", images=Count(1, 10)),
+    Row(r"QwenImageEditPlusPipeline", images=Count(1, MAX_IMAGES)),
+    Row(r"OmniGenPipeline", images=Count(1, MAX_IMAGES)),
+)
+_AS_SIGNED = Row("")
+
+
+@dataclass(frozen=True)
+class PipelineTask:
+    """One task as the pipelines of one class do it.
+
+    Args:
+        task: which one.
+        inputs: how many of each role it takes.
+        arguments: by role, what the call takes them as.
+        is_fitted: whether images are resized to the size that is asked for before the call.
+    """
+
+    task: Task
+    inputs: TaskInputs
+    arguments: Mapping[Role, str]
+    is_fitted: bool
+
+
+def pipeline_tasks(class_name: str, signature: CallSignature) -> tuple[PipelineTask, ...]:
+    """What pipelines of a class do, their own task first; empty where that is unknown to us.
+
+    Args:
+        class_name: without its module.
+        signature: of the class's `__call__`.
+    """
+    if signature.makes != "images":
+        return ()
+    row = next((row for row in ROWS if re.fullmatch(row.classes, class_name)), _AS_SIGNED)
+    arguments = _arguments(row, signature)
+    if signature.needed - set(arguments.values()):
+        return ()
+    tasks = row.tasks or tuple(_signed_tasks(arguments, signature))
+    return tuple(_as_done(task, row, arguments, signature) for task in tasks)
+
+
+def unknown_needs(class_name: str, signature: CallSignature) -> list[str]:
+    """Arguments that a call of the class needs and no request can give, sorted."""
+    row = next((row for row in ROWS if re.fullmatch(row.classes, class_name)), _AS_SIGNED)
+    return sorted(signature.needed - set(_arguments(row, signature).values()))
+
+
+def _arguments(row: Row, signature: CallSignature) -> dict[Role, str]:
+    named = {
+        role: next((name for name in names if signature.accepts(name)), "")
+        for role, names in ARGUMENTS.items()
+        if role not in row.left_out
+    }
+    # An argument has one role.
+    taken = set(row.arguments.values())
+    own = {role: name for role, name in named.items() if name and name not in taken}
+    return own | dict(row.arguments)
+
+
+def _signed_tasks(arguments: Mapping[Role, str], signature: CallSignature) -> Iterator[Task]:
+    image = arguments.get(Role.IMAGE)
+    if image is None or image not in signature.needed:
+        yield _from_nothing(arguments)
+    if image is not None:
+        yield _from_images(arguments, signature)
+
+
+def _from_nothing(arguments: Mapping[Role, str]) -> Task:
+    if Role.PROMPT in arguments:
+        return Task.TEXT_TO_IMAGE
+    return Task.CLASS_TO_IMAGE if Role.CLASS_LABEL in arguments else Task.UNCONDITIONAL
+
+
+def _from_images(arguments: Mapping[Role, str], signature: CallSignature) -> Task:
+    if arguments.get(Role.MASK) in signature.needed:
+        return Task.INPAINTING
+    return Task.IMAGE_TO_IMAGE if Role.STRENGTH in arguments else Task.EDIT
+
+
+def _as_done(
+    task: Task, row: Row, arguments: Mapping[Role, str], signature: CallSignature
+) -> PipelineTask:
+    counted = ((role, _count(role, task, row, arguments, signature)) for role in arguments)
+    inputs = {role: count for role, count in counted if count.most}
+    is_fitted = task in (Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    return PipelineTask(
+        task,
+        inputs,
+        {role: arguments[role] for role in inputs},
+        is_fitted if row.is_fitted is None else row.is_fitted,
+    )
+
+
+FROM_NOTHING = (Task.TEXT_TO_IMAGE, Task.CLASS_TO_IMAGE, Task.UNCONDITIONAL)
+OF_IMAGES = (Role.IMAGE, Role.MASK, Role.STRENGTH, Role.IMAGE_GUIDANCE, Role.NOISE_LEVEL)
+"""Roles that say nothing without an image to start from."""
+
+
+def _count(
+    role: Role, task: Task, row: Row, arguments: Mapping[Role, str], signature: CallSignature
+) -> Count:
+    is_needed = arguments[role] in signature.needed
+    if role in OF_IMAGES and task in FROM_NOTHING:
+        return Count(0, 0)
+    match role:
+        case Role.PROMPT:
+            # A variation has no prompt.
+            return OPTIONAL if task in (Task.IMAGE_TO_IMAGE, Task.UPSCALING) else ONE
+        case Role.IMAGE:
+            return row.images
+        case _:
+            return ONE if is_needed else OPTIONAL
+
+
+def offered_inputs(tasks: Mapping[Task, PipelineTask]) -> dict[Task, TaskInputs]:
+    """The inputs of each task, for a model's capabilities."""
+    return {task: done.inputs for task, done in tasks.items()}
