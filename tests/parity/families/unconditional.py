@@ -1,4 +1,4 @@
-"""Without a prompt: DDPM, DDIM, consistency models, and DiT, which is told a class."""
+"""Without a prompt: DDPM, DDIM, PNDM, latent diffusion, consistency models, and DiT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    LDMPipeline,
+    PNDMPipeline,
+    PNDMScheduler,
     UNet2DModel,
+    VQModel,
 )
 
 from families.family import Family, Variation, seeded
@@ -57,6 +61,22 @@ def build_dit() -> DiTPipeline:
     return DiTPipeline(transformer, tiny_vae(), DDIMScheduler())
 
 
+def build_ldm() -> LDMPipeline:
+    vqvae = VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        num_vq_embeddings=12,
+        norm_num_groups=8,
+    )
+    return LDMPipeline(vqvae, tiny_unet(), DDIMScheduler())
+
+
+def without_processor(pipeline: Any, variation: Variation) -> dict[str, Any]:
+    """These turn images into arrays by themselves, whatever is asked for."""
+    return noise_only(pipeline, variation) | {"output_type": "np"}
+
+
 def noise_only(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return common(variation)
 
@@ -82,6 +102,25 @@ FAMILIES = (
         seeded(lambda: DDIMPipeline(tiny_unet(), DDIMScheduler())),
         noise_only,
         denoiser="unet",
+    ),
+    Family(
+        "PNDM",
+        seeded(lambda: PNDMPipeline(tiny_unet(), PNDMScheduler(skip_prk_steps=True))),
+        without_processor,
+        denoiser="unet",
+        float64=False,
+        bfloat16=False,
+        remark="draws its noise in float32, whatever its modules are in",
+    ),
+    Family(
+        "Latent diffusion, unconditional",
+        seeded(build_ldm),
+        without_processor,
+        denoiser="unet",
+        schedulers=("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
+        float64=False,
+        bfloat16=False,
+        remark="draws its noise in float32, whatever its modules are in",
     ),
     Family(
         "Consistency model",

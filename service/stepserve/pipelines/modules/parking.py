@@ -45,13 +45,14 @@ class ParkingRule:
 
 
 DENOISERS = ("unet", "transformer", "transformer_[0-9]", "prior", "decoder")
+AUTOENCODERS = ("vae", "movq", "vqgan", "vqvae")
 PARKING_RULES = (
     ParkingRule(("text_encoder*",), "forward", Stage.ENCODE, cached=True),
     ParkingRule(("image_encoder", "siglip"), "forward", Stage.ENCODE),
     ParkingRule(DENOISERS, "forward", Stage.DENOISE, shared=True),
     ParkingRule(("controlnet", "adapter"), "forward", Stage.CONTROL, shared=True),
-    ParkingRule(("vae", "movq", "vqgan"), "encode", Stage.ENCODE),
-    ParkingRule(("vae", "movq", "vqgan"), "decode", Stage.DECODE),
+    ParkingRule(AUTOENCODERS, "encode", Stage.ENCODE),
+    ParkingRule(AUTOENCODERS, "decode", Stage.DECODE),
 )
 
 

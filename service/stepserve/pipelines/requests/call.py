@@ -23,7 +23,7 @@ from stepserve.pipelines.requests.failures import blaming_settings, cannot_be_do
 from stepserve.pipelines.requests.inputs import InputImages
 from stepserve.pipelines.requests.previews import OnPreview, Previewer, can_preview
 from stepserve.pipelines.schedulers.probes import set_steps, try_ends
-from stepserve.pipelines.schedulers.watch import draw_from, watch_images, watch_steps
+from stepserve.pipelines.schedulers.watch import draw_from, drop_unknown, watch_images, watch_steps
 
 OnStep = Callable[[int, int], None]
 NO_IMAGES = InputImages()
@@ -130,6 +130,7 @@ def _copy_for(
     """A pipeline whose every draw is of the request's own generators."""
     copied = model.factory.copy(request.scheduler, request.task)
     for scheduler in schedulers_of(copied):
+        drop_unknown(scheduler)
         draw_from(scheduler, generators)
     return copied
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+SAMPLE_PLACE = 2
+"""Of the sample among the arguments of a scheduler's step: output, timestep, sample."""
+
 OnStepOutput = Callable[[int, Any], None]
 """Hears which step has ended, from 1 on, and the latents that it made."""
 
@@ -65,6 +68,9 @@ def draw_from(scheduler: Any, generators: Sequence[torch.Generator]) -> None:
 
     Many pipelines hand `generator` on to `step`. Those for flow matching do not, as most of their
     schedulers draw nothing; others would draw from the generator that all requests share.
+
+    DiT has its scheduler step the rows without a class as well: these draw after the others, from
+    the same generators.
     """
     original = scheduler.step
     parameters = list(inspect.signature(original).parameters)
@@ -75,7 +81,27 @@ def draw_from(scheduler: Any, generators: Sequence[torch.Generator]) -> None:
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
         if len(args) <= place and kwargs.get("generator") is None:
-            kwargs["generator"] = list(generators)
+            sample = args[SAMPLE_PLACE] if len(args) > SAMPLE_PLACE else kwargs["sample"]
+            times = max(len(sample) // len(generators), 1)
+            kwargs["generator"] = [*generators] * times
         return original(*args, **kwargs)
+
+    scheduler.step = step
+
+
+def drop_unknown(scheduler: Any) -> None:
+    """Have a scheduler that one request has to itself ignore arguments of others' steps.
+
+    Pipelines without a prompt hand on what their own scheduler takes, such as DDIM's `eta`, to
+    whichever they have, and schedulers that draw nothing take no `generator`.
+    """
+    original = scheduler.step
+    known = inspect.signature(original).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{n: value for n, value in kwargs.items() if n in known})
 
     scheduler.step = step

@@ -14,6 +14,7 @@ from stepserve.domain.requests import GenerationRequest
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.schedulers.usable import usable_schedulers
+from stepserve.pipelines.schedulers.watch import draw_from, drop_unknown
 from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_families import save_tiny_flux, save_tiny_sd3
 from tiny_model import UNTRIED, a_request, default_scheduler, pixels, save_tiny_model, submit_all
@@ -113,3 +114,32 @@ def test_every_flow_scheduler_keeps_to_the_seed(family: str, flow: str, tmp_path
         assert_same_alone_and_co_batched(runner)
     finally:
         runner.stop()
+
+
+def test_rows_without_a_class_draw_from_the_same_generators_after_the_others() -> None:
+    """As DiT has them: twice the rows in one step, of which the first half counts."""
+
+    def first_rows(n: int, rows: int) -> torch.Tensor:
+        scheduler = diffusers.DDPMScheduler()
+        draw_from(scheduler, [torch.Generator().manual_seed(7 + i) for i in range(n)])
+        scheduler.set_timesteps(4)
+        sample = torch.zeros(rows, 1, 2, 2)
+        stepped = scheduler.step(sample, scheduler.timesteps[0], sample).prev_sample
+        return cast(torch.Tensor, stepped[:n])
+
+    two, one = first_rows(2, 4), first_rows(1, 2)
+    assert torch.equal(two[:1], one)
+    assert torch.equal(two, first_rows(2, 2))
+    assert not torch.equal(two[0], two[1])
+
+
+def test_a_step_ignores_what_only_others_take() -> None:
+    sample = torch.ones(1, 1, 2, 2)
+    results = []
+    for extra in ({}, {"eta": 0.5, "generator": [torch.Generator()]}):
+        scheduler = diffusers.UniPCMultistepScheduler()
+        drop_unknown(scheduler)
+        scheduler.set_timesteps(4)
+        stepped = scheduler.step(sample, scheduler.timesteps[0], sample, **extra)
+        results.append(stepped.prev_sample)
+    assert torch.equal(*results)
