@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from stepserve.config import EngineSettings, ModelSettings
+from stepserve.config import EngineSettings, IpAdapterSettings, ModelSettings
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.models.catalogue import model_folder
 from stepserve.pipelines.adapters.files import AdapterOptions
@@ -16,8 +17,9 @@ from stepserve.pipelines.loading.folders import (
     leave_cores_to_engine,
     load_model,
 )
-from stepserve.pipelines.loading.hub import fetch_model
+from stepserve.pipelines.loading.hub import fetch_files, fetch_model, model_files
 from stepserve.pipelines.loading.reasons import first_image_failed
+from stepserve.pipelines.references.files import IpAdapterFiles, find_weights
 from stepserve.pipelines.serving.preparation import SharingOptions
 from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.warm_up import warm_up
@@ -62,6 +64,7 @@ def load_configured(model_id: str, settings: ModelSettings) -> LoadedModel:
         settings,
         trust_of(settings),
         settings.safety_checker,
+        find_ip_adapters(settings),
     )
 
 
@@ -75,6 +78,54 @@ def find_model(settings: ModelSettings) -> Path:
     if settings.path is None or settings.revision is None:
         return model_folder(settings.path)
     return fetch_model(settings.path, settings.revision, trust_of(settings))
+
+
+def find_ip_adapters(settings: ModelSettings) -> list[IpAdapterFiles]:
+    """The files of a model's IP-Adapters, downloaded if need be.
+
+    Raises:
+        ModelLoadError: some are not there, or cannot be fetched.
+    """
+    trust = trust_of(settings)
+    return [find_ip_adapter(name, one, trust) for name, one in settings.ip_adapters.items()]
+
+
+def find_ip_adapter(name: str, settings: IpAdapterSettings, trust: Trust) -> IpAdapterFiles:
+    """Where the weights of an IP-Adapter and its image encoder are, downloaded if need be.
+
+    Raises:
+        ModelLoadError: there are no such weights, or they cannot be fetched.
+    """
+    encoder = _image_encoder_folder(settings)
+    weights = f"{settings.subfolder}/{settings.weight_name}".lstrip("/")
+    patterns = [weights] if settings.image_encoder_path else [weights, *model_files(encoder, trust)]
+    folder = _local(settings.path, settings.revision, patterns)
+    if settings.image_encoder_path is None:
+        encoders = folder if folder.is_dir() else folder.parent
+    else:
+        encoders = _local(
+            settings.image_encoder_path,
+            settings.image_encoder_revision,
+            model_files(encoder, trust),
+        )
+    found = find_weights(name, folder / settings.subfolder, settings.weight_name)
+    return IpAdapterFiles(name, found, encoders / encoder)
+
+
+def _image_encoder_folder(settings: IpAdapterSettings) -> str:
+    """Where in its repository the image encoder of an IP-Adapter is."""
+    if settings.image_encoder_folder is None and settings.image_encoder_path:
+        return ""
+    folder = settings.image_encoder_folder or "image_encoder"
+    is_inside = "/" not in folder and settings.image_encoder_path is None
+    return f"{settings.subfolder}/{folder}".lstrip("/") if is_inside else folder
+
+
+def _local(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """A folder or file as it is, or what is fetched of a hub's repository."""
+    if revision is None:
+        return Path(path).expanduser()
+    return fetch_files(path, revision, patterns)
 
 
 def trust_of(settings: ModelSettings) -> Trust:

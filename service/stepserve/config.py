@@ -105,6 +105,7 @@ PositiveInt = Annotated[int, _Number, Field(ge=1)]
 PositiveSeconds = Annotated[float, _Number, Field(ge=0.001, allow_inf_nan=False)]
 Amount = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
 ByteCount = Annotated[int, _Number, Field(ge=0)]
+Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
@@ -302,12 +303,45 @@ class AutoscalingSettings(_Section):
         return self
 
 
+class IpAdapterSettings(_Section):
+    """One IP-Adapter of a model, which reads reference images."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Safetensors file, or a folder that holds one, or with `revision` a Hugging Face hub id."""
+    revision: Revision | None = None
+    """Commit of the hub's repository."""
+    subfolder: str = ""
+    """Where in the folder or repository the weights are, such as `models` or `sdxl_models`."""
+    weight_name: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the weights' file; None: the only safetensors file that is there."""
+    image_encoder_path: Annotated[str, Field(min_length=1)] | None = None
+    """Folder or hub id of the image encoder; None: that of the adapter."""
+    image_encoder_revision: Revision | None = None
+    image_encoder_folder: str | None = None
+    """Where in there it is; None: `image_encoder` in the subfolder of the adapter, or with
+    `image_encoder_path` that path itself. A name with a slash begins at the top, as in diffusers.
+    It is not looked for where the pipeline has an image encoder of its own."""
+
+    @model_validator(mode="after")
+    def _hub_ids_have_a_revision(self) -> IpAdapterSettings:
+        _check_hub_id("path", self.path, self.revision)
+        _check_hub_id("image_encoder_path", self.image_encoder_path, self.image_encoder_revision)
+        if self.revision is not None and self.weight_name is None:
+            raise ValueError("weight_name must be set: a hub's repository holds many files")
+        return self
+
+
+def _check_hub_id(field: str, path: str | None, revision: str | None) -> None:
+    if revision is not None and not HUB_ID.match(path or ""):
+        raise ValueError(f"a revision belongs to a hub id such as owner/name in {field}: {path!r}")
+
+
 class ModelSettings(SpeedSettings):
     """One served model."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
     """Local folder, or with `revision` a Hugging Face hub id; None means the embedded model."""
-    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = None
+    revision: Revision | None = None
     """Commit of the hub's repository: a model does not change under a running service."""
     aliases: Annotated[tuple[ModelId, ...], _Listed] = ()
     """Other names that requests may give it, such as those that OpenAI's clients send."""
@@ -327,6 +361,8 @@ class ModelSettings(SpeedSettings):
     """LoRA adapters by name: a safetensors file, or a folder that holds one."""
     adapters_folder: Annotated[str, Field(min_length=1)] | None = None
     """Each safetensors file in it is an adapter; new ones are found while serving."""
+    ip_adapters: dict[Annotated[str, Field(min_length=1)], IpAdapterSettings] = {}
+    """IP-Adapters by name; all are loaded with the model."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model's folder."""
     allow_pickle: bool = False

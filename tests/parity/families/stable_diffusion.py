@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from diffusers import (
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -18,7 +17,6 @@ from peft import LoraConfig
 
 from families.family import Family, Variation, seeded
 from families.unet_parts import (
-    CHANNELS,
     SCHEDULERS,
     WIDTH,
     image_to_image,
@@ -27,44 +25,6 @@ from families.unet_parts import (
     text_to_image,
     tiny_unet,
 )
-
-IMAGE_TOKENS = 4
-
-
-def build_ip_adapter() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline(**sd_components())
-    pipeline.load_ip_adapter(ip_adapter_weights(pipeline.unet), "", "", image_encoder_folder=None)
-    pipeline.set_ip_adapter_scale(0.7)
-    return pipeline
-
-
-def ip_adapter_weights(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """What a file of weights holds: keys and values for each cross attention, in their order."""
-    width_of_block = {
-        "down_blocks.0": CHANNELS[0],
-        "mid_block": CHANNELS[1],
-        "up_blocks.1": CHANNELS[0],
-    }
-    crossing = [name for name in unet.attn_processors if "attn2" in name]
-    layers = {}
-    for index, name in enumerate(crossing):
-        (width,) = (w for block, w in width_of_block.items() if name.startswith(block))
-        for kind in ("to_k_ip", "to_v_ip"):
-            layers[f"{2 * index + 1}.{kind}.weight"] = torch.randn(width, WIDTH) / WIDTH**0.5
-    projection = {
-        "proj.weight": torch.randn(IMAGE_TOKENS * WIDTH, WIDTH) / WIDTH**0.5,
-        "proj.bias": torch.zeros(IMAGE_TOKENS * WIDTH),
-        "norm.weight": torch.ones(WIDTH),
-        "norm.bias": torch.zeros(WIDTH),
-    }
-    return {"image_proj": projection, "ip_adapter": layers}
-
-
-def with_image_prompt(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    # The image's embedding stands behind that of no image, as the pipeline prepares them.
-    embedding = 4 * variation.tensor(1, 1, WIDTH) - 2
-    embeddings = torch.cat([torch.zeros_like(embedding), embedding])
-    return text_to_image(pipeline, variation) | {"ip_adapter_image_embeds": [embeddings]}
 
 
 def lora(*target_modules: str) -> LoraConfig:
@@ -134,14 +94,6 @@ FAMILIES = (
         denoiser="unet",
         schedulers=SCHEDULERS,
         remark="UNet made for inpainting, with nine input channels",
-    ),
-    Family(
-        "Stable Diffusion with an IP-Adapter",
-        seeded(build_ip_adapter),
-        with_image_prompt,
-        denoiser="unet",
-        schedulers=SCHEDULERS,
-        remark="embeddings are given and the scale is the same for all requests",
     ),
     Family(
         "Stable Diffusion with a LoRA of the UNet",

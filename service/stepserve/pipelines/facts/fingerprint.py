@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,10 +14,19 @@ from stepserve.domain.fingerprint import Fingerprint
 from stepserve.pipelines.facts.trust import pickle_files
 
 
-def take_fingerprint(folder: Path, dtype: torch.dtype, device: torch.device) -> Fingerprint:
-    """What decides the bytes of the images of the model in `folder`, besides the requests."""
+def take_fingerprint(
+    folder: Path, dtype: torch.dtype, device: torch.device, others: Sequence[Path] = ()
+) -> Fingerprint:
+    """What decides the bytes of the images of the model in `folder`, besides the requests.
+
+    Args:
+        folder: of the pipeline.
+        dtype: that it computes in.
+        device: that it is on.
+        others: files that were loaded into it, such as those of IP-Adapters.
+    """
     return Fingerprint(
-        weights=hash_weights(folder),
+        weights=hash_weights(folder, others),
         stepserve=__version__,
         torch=str(torch.__version__),
         diffusers=version("diffusers"),
@@ -27,19 +37,24 @@ def take_fingerprint(folder: Path, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
-def hash_weights(folder: Path) -> str:
+def hash_weights(folder: Path, others: Sequence[Path] = ()) -> str:
     """SHA-256 over names and contents of all files with weights, and of what configures them.
 
     JSON files count in the folders of the pipeline's components only: those beside them say what
-    Stepserve tells about the model.
+    Stepserve tells about the model. Of `others` the contents count, in their order.
     """
     total = hashlib.sha256()
     settings = {*folder.glob("*/*.json"), *folder.glob("*.py"), *folder.glob("*/*.py")}
     for path in sorted({*folder.rglob("*.safetensors"), *pickle_files(folder), *settings}):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} {_hash_of(path)}\n".encode())
+    for path in others:
+        total.update(f"{_hash_of(path)}\n".encode())
     return total.hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _processor(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from stepserve.pipelines.facts.pipeline_tasks import offered_inputs
 from stepserve.pipelines.facts.prompts import PromptMeter, measure_prompts
 from stepserve.pipelines.facts.signature import read_signature
 from stepserve.pipelines.facts.trust import Trust, check_trust, find_pipeline_class
+from stepserve.pipelines.loading.ip_adapters import load_ip_adapters
 from stepserve.pipelines.loading.library_messages import heard_libraries
 from stepserve.pipelines.loading.reasons import NO_FOLDER, reason_of
 from stepserve.pipelines.loading.speed import can_record, check_speed, loading_arguments, settle
@@ -42,6 +43,8 @@ from stepserve.pipelines.loading.step_limits import (
 from stepserve.pipelines.loading.weights import check_finite_weights, check_heard
 from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
+from stepserve.pipelines.references.adapters import ReferenceAdapters, hold_references
+from stepserve.pipelines.references.files import IpAdapterFiles, files_of
 from stepserve.pipelines.schedulers.usable import usable_schedulers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -55,6 +58,7 @@ class LoadedModel:
     `cuda_graphs` says whether its forwards may be recorded.
     `sizes_are_said` says whether its own file says which sizes it takes.
     `probed_schedulers` are those that can be tried without the network.
+    `references` are its IP-Adapters, if it has any.
     `denoiser_calls` caches how often the denoiser is called, by what decides it.
     """
 
@@ -67,6 +71,7 @@ class LoadedModel:
     cuda_graphs: bool = False
     sizes_are_said: bool = False
     probed_schedulers: frozenset[str] = frozenset()
+    references: ReferenceAdapters | None = None
     denoiser_calls: LRUCache[Hashable, int] = field(default_factory=lambda: LRUCache(1024))
 
 
@@ -78,11 +83,13 @@ def load_model(
     speed: SpeedSettings | None = None,
     trust: Trust | None = None,
     safety_checker: Literal["keep", "drop"] = "keep",
+    ip_adapters: Sequence[IpAdapterFiles] = (),
 ) -> LoadedModel:
     """Load a pipeline that makes images from a local diffusers folder.
 
     Without `trust`, weights are read from safetensors only, and no code that lies in the folder is
-    run. With a `safety_checker` of `drop`, the folder's own is left out.
+    run. With a `safety_checker` of `drop`, the folder's own is left out. The IP-Adapters are loaded
+    with it, all at once.
 
     Raises:
         ModelLoadError: the folder is missing or is no such pipeline, a setting does not fit it, or
@@ -97,7 +104,8 @@ def load_model(
     trust = trust or Trust()
     try:
         check_trust(folder, trust)
-        knobs = Knobs(DTYPES[dtype], device, speed or SpeedSettings(), trust, safety_checker)
+        speed = speed or SpeedSettings()
+        knobs = Knobs(DTYPES[dtype], device, speed, trust, safety_checker, ip_adapters)
         return _load(model_id, folder, knobs)
     except ModelLoadError as error:
         message = f"model {model_id}: cannot be loaded: {error.message}"
@@ -117,16 +125,21 @@ class Knobs:
     speed: SpeedSettings
     trust: Trust
     safety_checker: Literal["keep", "drop"]
+    ip_adapters: Sequence[IpAdapterFiles] = ()
 
 
 def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     chosen, speed = choose_device(knobs.device), knobs.speed
     check_speed(speed, chosen)
+    if knobs.ip_adapters and speed.quantization != "none":
+        raise ModelLoadError("ip_adapters and quantization cannot be combined")
     manifest = read_manifest(folder)
     pipeline_class = find_pipeline_class(folder)
     signature = read_signature(pipeline_class)
     check_is_served(pipeline_class, signature)
     pipeline = _read_pipeline(folder, knobs)
+    if knobs.ip_adapters:
+        load_ip_adapters(pipeline, knobs.ip_adapters, knobs.trust.pickle)
     settle(pipeline, chosen, speed)
     check_finite_weights(pipeline)
     if speed.compile and denoiser_of(pipeline) is None:
@@ -138,15 +151,19 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         manifest.get("max_prompt_tokens"),
     )
     facts = Facts(signature, tuple(schedulers), meter.limit)
+    references = _hold_references(pipeline, knobs)
     keeps_on_host = can_keep_on_host(pipeline, chosen) and not speed.compile
-    if keeps_on_host:
-        wrap_modules(pipeline, Wrappers(device=chosen))
+    scales = {} if references is None else references.wrap
+    device = chosen if keeps_on_host else None
+    wrap_modules(pipeline, Wrappers(reference_scales=scales, device=device))
     factory = PipelineFactory(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),
         tasks=offered_inputs(factory.tasks),
         guidance_interval=can_limit_guidance(pipeline),
-        fingerprint=take_fingerprint(folder, knobs.dtype, pipeline.device),
+        fingerprint=take_fingerprint(
+            folder, knobs.dtype, pipeline.device, files_of(knobs.ip_adapters)
+        ),
         safety_checker=has_checker(pipeline),
     )
     probed = probed_schedulers(factory, capabilities)
@@ -160,7 +177,14 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         cuda_graphs=can_record(speed, chosen),
         sizes_are_said="sizes" in manifest,
         probed_schedulers=probed,
+        references=references,
     )
+
+
+def _hold_references(pipeline: Any, knobs: Knobs) -> ReferenceAdapters | None:
+    """The pipeline's IP-Adapters, ready for requests with references of their own."""
+    names = [files.name for files in knobs.ip_adapters]
+    return hold_references(pipeline, names) if names else None
 
 
 def _read_pipeline(folder: Path, knobs: Knobs) -> Any:

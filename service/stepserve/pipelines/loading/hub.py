@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import MANIFEST
-from stepserve.pipelines.facts.trust import Trust
+from stepserve.pipelines.facts.trust import PICKLES, SAFE, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,37 @@ def fetch_model(hub_id: str, revision: str, trust: Trust | None = None) -> Path:
             hf_hub_download(hub_id, MANIFEST, revision=revision)
     except Exception as error:
         # Whatever the hub's client, diffusers and the network raise.
-        kind, reason = type(error).__name__, " ".join(str(error).split())
-        message = f"{hub_id} at {revision} cannot be fetched: {kind}: {reason}"
-        public = f"{hub_id} at {revision} cannot be fetched from its hub"
-        raise ModelLoadError(message, public) from error
+        raise _not_fetched(hub_id, revision, error) from error
     logger.info("%s is in %s after %.1f s", hub_id, folder, time.monotonic() - began_s)
     return Path(folder)
+
+
+def fetch_files(hub_id: str, revision: str, patterns: Sequence[str]) -> Path:
+    """The folder with those files of a hub's repository, of which the others are left there.
+
+    Args:
+        hub_id: `owner/name`.
+        revision: a whole commit hash.
+        patterns: of the names of files.
+
+    Raises:
+        ModelLoadError: it is not there, may not be read, or the hub cannot be reached.
+    """
+    logger.info("fetching of %s at %s: %s", hub_id, revision, ", ".join(patterns))
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*patterns]))
+    except Exception as error:
+        # Whatever the hub's client and the network raise.
+        raise _not_fetched(hub_id, revision, error) from error
+
+
+def model_files(folder: str, trust: Trust) -> list[str]:
+    """Patterns of the files of one model in a folder of a repository."""
+    suffixes = (".json", SAFE, *(PICKLES if trust.pickle else ()))
+    return [f"{folder}/*{suffix}".lstrip("/") for suffix in suffixes]
+
+
+def _not_fetched(hub_id: str, revision: str, error: Exception) -> ModelLoadError:
+    kind, reason = type(error).__name__, " ".join(str(error).split())
+    message = f"{hub_id} at {revision} cannot be fetched: {kind}: {reason}"
+    return ModelLoadError(message, f"{hub_id} at {revision} cannot be fetched from its hub")

@@ -2,6 +2,8 @@
 
 Each layer needs those before it inside:
 
+- **Reference scales** belong to the attention processors inside the module: whoever calls it says
+  how strong each row's reference images are, and compiled code and graphs hold that as well.
 - **Device arguments** belong to the module as it was loaded: whoever calls it may have its tensors
   on the host.
 - **Compiled code** takes the place of the eager forward, so whatever records or parks a forward
@@ -45,6 +47,7 @@ Method = Callable[..., Any]
 class Layer(StrEnum):
     """What may stand around a method, innermost first."""
 
+    REFERENCE_SCALES = "reference scales"
     DEVICE_ARGUMENTS = "device arguments"
     COMPILED = "compiled code"
     GRAPHS = "CUDA graphs"
@@ -66,12 +69,14 @@ class Wrappers:
     """What to put around the methods of a pipeline's modules; what is not given is left out.
 
     Args:
+        reference_scales: by path of a component, what makes its forward take a scale for each row.
         device: where shared forwards get every tensor, wherever their caller has it.
         compiled: by path of a component, what runs in place of its eager forward.
         record: makes CUDA graphs of shared forwards.
         parking: how calls park.
     """
 
+    reference_scales: Mapping[str, Callable[[Method], Method]] = field(default_factory=dict)
     device: torch.device | None = None
     compiled: Mapping[str, Method] = field(default_factory=dict)
     record: Recorder | None = None
@@ -143,6 +148,8 @@ def _layers(
     """What is wanted around one method, innermost first."""
     parking = wrappers.parking
     is_inline = parking is not None and path in parking.inline
+    if path in wrappers.reference_scales and rule.shared:
+        yield Layer.REFERENCE_SCALES, wrappers.reference_scales[path]
     if wrappers.device is not None and rule.shared:
         yield Layer.DEVICE_ARGUMENTS, functools.partial(on_device, device=wrappers.device)
     if path in wrappers.compiled and rule.shared:

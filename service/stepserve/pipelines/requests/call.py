@@ -19,6 +19,7 @@ from stepserve.pipelines.copies.safety_checker import guardrail, remove_checker,
 from stepserve.pipelines.facts.pipeline_tasks import PipelineTask
 from stepserve.pipelines.facts.signature import accepted_arguments
 from stepserve.pipelines.loading.folders import LoadedModel
+from stepserve.pipelines.references.adapters import Reference
 from stepserve.pipelines.requests.failures import blaming_settings, cannot_be_done
 from stepserve.pipelines.requests.inputs import InputImages
 from stepserve.pipelines.requests.previews import OnPreview, Previewer, can_preview
@@ -118,6 +119,7 @@ def run_pipeline(
         "output_type": output_type,
         **guidance_arguments(model.capabilities.guidance, request),
         **input_arguments(model.factory.tasks[request.task], request, inputs),
+        **reference_arguments(model, copied, request, inputs),
     }
     make = partial(model.factory.new_scheduler, request.scheduler)
     with blaming_settings(request, make), guardrail(request.model):
@@ -183,6 +185,20 @@ def _images(
     if not images:
         return None
     return images[0] if task.inputs[Role.IMAGE].most == 1 else list(images)
+
+
+def reference_arguments(
+    model: LoadedModel, pipeline: Any, request: GenerationRequest, inputs: InputImages
+) -> dict[str, Any]:
+    """What a request's reference images are in a call of its copy of the pipeline."""
+    adapters = model.references
+    if adapters is None:
+        return {}
+    references = [
+        Reference(image, use.scale, use.adapter or adapters.names[0])
+        for use, image in zip(request.references, inputs.references, strict=True)
+    ]
+    return adapters.attach(pipeline, references, request.guidance_scale)
 
 
 def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:

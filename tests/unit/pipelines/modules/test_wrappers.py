@@ -56,7 +56,13 @@ def everything(model: LoadedModel) -> Wrappers:
 
 def test_the_order_of_the_layers() -> None:
     """Whoever changes it must say why parked, recorded and compiled calls stay right."""
-    assert ORDER == (Layer.DEVICE_ARGUMENTS, Layer.COMPILED, Layer.GRAPHS, Layer.PARKING)
+    assert ORDER == (
+        Layer.REFERENCE_SCALES,
+        Layer.DEVICE_ARGUMENTS,
+        Layer.COMPILED,
+        Layer.GRAPHS,
+        Layer.PARKING,
+    )
 
 
 @pytest.mark.parametrize(("below", "above"), list(itertools.product(ORDER, ORDER)))
