@@ -56,7 +56,7 @@ def test_an_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
             told = json.loads(image.info["parameters"])
         assert (told["task"], told["strength"]) == (task, 0.5)
         assert told["guidance_start"] == (0.25 if name == "changed" else 0)
-        assert len(told["image_sha256"]) == 64
+        assert [len(digest) for digest in told["images_sha256"]] == [64]
 
 
 @pytest.mark.parametrize(

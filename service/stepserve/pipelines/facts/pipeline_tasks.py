@@ -113,15 +113,15 @@ def _arguments(row: Row, signature: CallSignature) -> dict[Role, str]:
         for role, names in ARGUMENTS.items()
         if role not in row.left_out
     }
+    otherwise = {role: name for role, name in row.arguments.items() if not named.get(role)}
     # An argument has one role.
-    taken = set(row.arguments.values())
-    own = {role: name for role, name in named.items() if name and name not in taken}
-    return own | dict(row.arguments)
+    taken = set(otherwise.values())
+    return {role: name for role, name in named.items() if name and name not in taken} | otherwise
 
 
 def _signed_tasks(arguments: Mapping[Role, str], signature: CallSignature) -> Iterator[Task]:
-    image = arguments.get(Role.IMAGE)
-    if image is None or image not in signature.needed:
+    image, mask = arguments.get(Role.IMAGE), arguments.get(Role.MASK)
+    if not {image, mask} & signature.needed and (image is None or Role.PROMPT in arguments):
         yield _from_nothing(arguments)
     if image is not None:
         yield _from_images(arguments, signature)

@@ -20,6 +20,16 @@ OTHER_MEDIA = {
     "control_video": "videos",
 }
 
+# What the arguments do not show, by how the names of classes begin.
+OTHER_PRODUCTS = {
+    "DiffusionGemma": "text",
+    "LLaDA2": "text",
+    "Marigold": "predictions",
+    "RFD4Proteina": "proteins",
+    "ShapE": "shapes",
+    "StableAudio": "sound",
+}
+
 
 @dataclass(frozen=True)
 class CallSignature:
@@ -107,4 +117,7 @@ def _product(pipeline_class: type, names: Mapping[str, Parameter]) -> str:
         return "sound"
     if "Prior" in pipeline_class.__name__:
         return "embeddings"
-    return next((media for name, media in OTHER_MEDIA.items() if name in names), "images")
+    name = pipeline_class.__name__
+    by_class = [made for kind, made in OTHER_PRODUCTS.items() if name.startswith(kind)]
+    by_argument = [media for argument, media in OTHER_MEDIA.items() if argument in names]
+    return next(iter([*by_class, *by_argument]), "images")

@@ -53,7 +53,7 @@ def find_offer(
 ) -> tuple[tuple[Task, ...], SizeRange]:
     """Those of the tasks that can be done, and the native size alone where others cannot.
 
-    A model that cannot even do its own task, the first, will say so when it is warmed up.
+    Of a model that can do none its own is left, the first: warming it up will say what is wrong.
     """
     kept = []
     for task in tasks:
@@ -63,11 +63,11 @@ def find_offer(
             if not objection:
                 logger.warning("%s works at the native size only: %s", task, at_smallest)
                 sizes = replace(sizes, minimum=sizes.native, maximum=sizes.native)
-        if not objection or task is tasks[0]:
-            kept.append(task)
-        else:
+        if objection:
             logger.warning("%s does not work, so it is not offered: %s", task, objection)
-    return tuple(kept), sizes
+        else:
+            kept.append(task)
+    return tuple(kept or tasks[:1]), sizes
 
 
 def with_probed_steps(model: LoadedModel) -> LoadedModel:
