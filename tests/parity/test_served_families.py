@@ -58,6 +58,7 @@ SERVED = (
     "FLUX",
     "FLUX.2",
     "FLUX.2 Klein",
+    "FLUX.2 Klein with a key-value cache",
     "Hunyuan-DiT",
     "Latent consistency model",
     "Ovis-Image",
@@ -81,18 +82,21 @@ GUIDANCE_COSTS = {
     "FLUX": EMBEDDED,
     "FLUX.2": EMBEDDED,
     "FLUX.2 Klein": TWICE,
+    "FLUX.2 Klein with a key-value cache": EMBEDDED,
     "Latent consistency model": EMBEDDED,
     "Ovis-Image": TWICE,
     "Qwen-Image": TWICE,
     "Sana Sprint": EMBEDDED,
     "Stable Diffusion with perturbed-attention guidance": StepWork(3, 1),
 }
-ARGUMENTS = {"Qwen-Image": "true_cfg_scale"}
+# The distilled Klein takes no guidance at all.
+ARGUMENTS = {"Qwen-Image": "true_cfg_scale", "FLUX.2 Klein with a key-value cache": ""}
 # Their pipelines take one, or none, and make nothing of it.
 NO_NEGATIVE_PROMPT = {
     "FLUX",
     "FLUX.2",
     "FLUX.2 Klein",
+    "FLUX.2 Klein with a key-value cache",
     "Latent consistency model",
     "Sana Sprint",
 }
@@ -110,6 +114,9 @@ LEFT_OUT = {
     "Kandinsky 5, image": "chooses among sizes of its own, which take a minute here",
     "Kandinsky 3": "divides sizes by a factor that its tiny decoder does not have",
     "LongCat-Image-Edit": NO_PROCESSOR,
+    "FLUX.2 Klein with a key-value cache, edit": "it is the same pipeline, given an image",
+    "Qwen-Image 2.1": NO_PROCESSOR,
+    "Qwen-Image 2.1, edit": NO_PROCESSOR,
     "Lumina Image 2": "divides sizes by a factor that its tiny decoder does not have",
     "Qwen-Image-Edit": NO_PROCESSOR,
     "Qwen-Image-Edit-Plus": NO_PROCESSOR,

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, ParkableMethod, make_call
-from stepserve.engine.calls.stacking import split, stack, tensors_in
+from stepserve.engine.calls.stacking import share_out, split, stack, tensors_in
 from stepserve.engine.device_errors import is_out_of_memory
 
 Result = TypeVar("Result")
@@ -158,10 +158,9 @@ def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
     rows = [call.rows for call in calls]
     method = calls[0].method
     padded_rows = padded_rows or method.padded_rows(sum(rows))
-    args, kwargs = stack(calls, padded_rows)
-    output = method.run(*args, **kwargs)
-    padding = max(padded_rows - sum(rows), 0)
-    return split(output, rows, padding, row_lists=bool(method.rules.row_lists))
+    arguments = stack(calls, padded_rows)
+    output = method.run(*arguments[0], **arguments[1])
+    return share_out(calls, arguments, output, max(padded_rows - sum(rows), 0))
 
 
 def same_bits(one: Any, other: Any) -> bool:
@@ -236,6 +235,8 @@ def _first_row(value: Any, kind: ArgumentKind, rows: int) -> Any:
         return value[:1]
     if kind is ArgumentKind.REPEATED:
         return value[: value.shape[0] // rows]
+    if kind is ArgumentKind.CACHE and rows > 1:
+        return split(value, [1], padding=rows - 1)[0]
     return value[:, :1] if kind is ArgumentKind.LAYERED else value
 
 

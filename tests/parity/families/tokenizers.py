@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 WORDS = """
-a the of bad image red big wet new blue cold heart apple stone house bird lake describe image
+a the of bad image red big wet new blue cold heart apple stone house bird lake describe
 user assistant system text in on and with : . , < >
 """
 VOCABULARY = 100

@@ -13,6 +13,8 @@ import optree
 import torch
 from optree import PyTreeSpec
 
+from stepserve.engine.calls.objects import UnsplittableError, flatten_output
+
 # Keep their precision when promoted to one another; half precision would round a timestep of 999.
 PROMOTABLE = frozenset(
     {torch.int16, torch.int32, torch.int64, torch.uint8, torch.float32, torch.float64}
@@ -37,6 +39,8 @@ class ArgumentKind(Enum):
     - LAYERED: a tensor whose rows are its second dimension, such as states of many layers; stacked
       along that dimension.
     - ROW_LIST: a Python list with one entry a row; the lists are joined.
+    - CACHE: an object whose tensors have one leading entry a row, which the forward reads or fills,
+      such as keys and values of earlier steps; joined, and what is written into it is handed back.
     """
 
     BATCHED = "batched"
@@ -47,6 +51,7 @@ class ArgumentKind(Enum):
     REPEATED = "repeated"
     LAYERED = "layered"
     ROW_LIST = "row_list"
+    CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class ArgumentRules:
         repeated: their tensors have several entries for each row.
         layered: their tensors have the rows in the second dimension.
         row_lists: lists with one entry a row.
+        caches: objects that forwards read tensors from, or write them into, one entry a row.
     """
 
     ignored: frozenset[str] = frozenset()
@@ -67,6 +73,7 @@ class ArgumentRules:
     repeated: frozenset[str] = frozenset()
     layered: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
+    caches: frozenset[str] = frozenset()
 
     @cached_property
     def whole(self) -> frozenset[str]:
@@ -85,6 +92,7 @@ class ArgumentRules:
             ArgumentKind.REPEATED: self.repeated,
             ArgumentKind.LAYERED: self.layered,
             ArgumentKind.ROW_LIST: self.row_lists,
+            ArgumentKind.CACHE: self.caches,
         }
         return {name: kind for kind, names in named.items() for name in names}
 
@@ -115,7 +123,8 @@ def classify(value: Any, rows: int, ruled: ArgumentKind | None = None) -> Argume
     if ruled is ArgumentKind.IGNORED or (ruled is ArgumentKind.ROW_LIST and type(value) is list):
         return ruled
     if not isinstance(value, torch.Tensor):
-        return ArgumentKind.PLAIN
+        is_cache = ruled is ArgumentKind.CACHE and _holds_rows(value, rows)
+        return ArgumentKind.CACHE if is_cache else ArgumentKind.PLAIN
     if ruled not in (None, ArgumentKind.ROW_LIST):
         return ruled
     if value.dim() == 0 or (value.dim() == 1 and value.shape[0] in (1, rows)):
@@ -137,9 +146,35 @@ def describe(kind: ArgumentKind, value: Any, rows: int) -> Hashable:
         return value.dtype, value.shape[1:], value.device, value.shape[0] / rows
     if kind is ArgumentKind.LAYERED:
         return value.dtype, (value.shape[0], *value.shape[2:]), value.device
-    if kind is ArgumentKind.ROW_LIST:
-        return frozenset(map(_describe_entry, value))
-    return None
+    return _OF_OBJECTS[kind](value) if kind in _OF_OBJECTS else None
+
+
+def _holds_rows(value: Any, rows: int) -> bool:
+    """Whether that is an object whose every tensor, if it has any yet, has that many rows."""
+    if type(value) in SIMPLE:
+        return False
+    try:
+        leaves, _ = flatten_output(value)
+    except UnsplittableError:
+        return False
+    tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return all(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensors)
+
+
+def _describe_cache(value: Any) -> Hashable:
+    """The object's type, where its values stand, and of each tensor all but its rows."""
+    leaves, structure = flatten_output(value)
+    cls: Any = type(value)
+    return (
+        cls,
+        tuple(structure.paths()),
+        *(
+            (leaf.dtype, leaf.shape[1:], leaf.device)
+            if isinstance(leaf, torch.Tensor)
+            else describe_plain(leaf)
+            for leaf in leaves
+        ),
+    )
 
 
 def _describe_entry(entry: Any) -> Hashable:
@@ -151,6 +186,16 @@ def _describe_entry(entry: Any) -> Hashable:
         else describe_plain(leaf)
         for leaf in leaves
     )
+
+
+def _describe_list(value: list[Any]) -> Hashable:
+    return frozenset(map(_describe_entry, value))
+
+
+_OF_OBJECTS: dict[ArgumentKind, Callable[[Any], Hashable]] = {
+    ArgumentKind.ROW_LIST: _describe_list,
+    ArgumentKind.CACHE: _describe_cache,
+}
 
 
 def outline(leaves: Sequence[Any], layout: Hashable) -> tuple[Hashable, ...] | None:

@@ -10,7 +10,8 @@ import torch
 from cachetools import LRUCache
 
 from stepserve.engine.calls.arguments import content_digest, describe_plain, flatten
-from stepserve.engine.calls.stacking import UnsplittableError, duplicate, tensors_in
+from stepserve.engine.calls.objects import UnsplittableError
+from stepserve.engine.calls.stacking import duplicate, tensors_in
 
 
 class OutputCache:

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import optree
 import torch
-from optree import PyTreeSpec
 
 from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call, CallArguments
-
-OUTPUTS = "stepserve.outputs"
-"""The namespace in which optree knows how to look into output objects."""
-
-# Output parts that every call may be handed as they are: immutable, and rarely about one row.
-HARMLESS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
-# Only lists with one entry a row are values.
-VALUES = (torch.Tensor, list, *HARMLESS)
-
-
-class UnsplittableError(TypeError):
-    """The output of a stacked forward has a part of which it is unknown whose it is."""
+from stepserve.engine.calls.objects import UnsplittableError, flatten_output
 
 
 def stack(calls: Sequence[Call], padded_rows: int = 0) -> CallArguments:
@@ -82,6 +66,42 @@ def split(output: Any, rows: Sequence[int], padding: int = 0, row_lists: bool = 
     return [structure.unflatten([piece[index] for piece in pieces]) for index in range(len(rows))]
 
 
+def share_out(
+    calls: Sequence[Call], arguments: CallArguments, output: Any, padding: int = 0
+) -> list[Any]:
+    """Give each call what a forward has made for it: its output, and what its caches hold now.
+
+    Args:
+        calls: that the forward has served.
+        arguments: of the forward, as `stack` made them.
+        output: of the forward.
+        padding: further rows of the forward, which are dropped.
+
+    Raises:
+        UnsplittableError: as `split`; no cache of a call has been written to then.
+    """
+    rows = [call.rows for call in calls]
+    outputs = split(output, rows, padding, bool(calls[0].method.rules.row_lists))
+    if calls[0].method.rules.caches and arguments[1] is not calls[0].kwargs:
+        _hand_back_caches(calls, arguments, padding)
+    return outputs
+
+
+def _hand_back_caches(calls: Sequence[Call], arguments: CallArguments, padding: int) -> None:
+    """Each call's caches get their rows of what the forward has left in the joined ones."""
+    joined, _ = calls[0].method.flatten(*arguments)
+    rows = [call.rows for call in calls]
+    places = [
+        place
+        for place, (kind, _) in enumerate(calls[0].key.arguments)
+        if kind is ArgumentKind.CACHE
+    ]
+    pieces = {place: split(joined[place], rows, padding) for place in places}
+    for place, parts in pieces.items():
+        for call, part in zip(calls, parts, strict=True):
+            vars(call.leaves[place]).update(vars(part))
+
+
 @dataclass(frozen=True)
 class Stacking:
     """How the arguments of several calls are joined."""
@@ -103,7 +123,18 @@ class Stacking:
             return self._cat([value.transpose(0, 1) for value in values], each=1).transpose(0, 1)
         if kind is ArgumentKind.ROW_LIST:
             return [entry for value in values for entry in value] + values[-1][-1:] * self.padding
+        if kind is ArgumentKind.CACHE:
+            return self._join_objects(values)
         return values[0]
+
+    def _join_objects(self, values: Sequence[Any]) -> Any:
+        """A new object like these, which hold the same values in the same places."""
+        leaves, structures = zip(*map(flatten_output, values), strict=True)
+        joined = [
+            self._cat(column, each=1) if isinstance(column[0], torch.Tensor) else column[0]
+            for column in zip(*leaves, strict=True)
+        ]
+        return structures[0].unflatten(joined)
 
     def _cat(self, values: Sequence[torch.Tensor], each: int) -> torch.Tensor:
         if self.padding:
@@ -147,54 +178,3 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> 
 def tensors_in(output: Any) -> list[torch.Tensor]:
     """Every tensor of an output that `duplicate` copies, whatever its shape."""
     return [leaf for leaf in flatten_output(output)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def flatten_output(
-    output: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[Any], PyTreeSpec]:
-    """Every value in an output, and the structure of the containers and objects around them.
-
-    Raises:
-        UnsplittableError: there is an object in it that cannot be looked into.
-    """
-    leaves, structure = optree.tree_flatten(output, is_leaf, none_is_leaf=True, namespace=OUTPUTS)
-    objects = {type(leaf): leaf for leaf in leaves if not isinstance(leaf, VALUES)}
-    if not objects:
-        return leaves, structure
-    for value in objects.values():
-        _register(value)
-    return flatten_output(output, is_leaf)
-
-
-def _register(value: Any) -> None:
-    """Have objects of this type looked into from now on."""
-    if isinstance(value, tuple) or callable(value) or not hasattr(value, "__dict__"):
-        raise UnsplittableError(f"an object of type {type(value).__name__}")
-    # Another thread may have come first.
-    with suppress(ValueError):
-        optree.register_pytree_node(type(value), _parts, _rebuild, namespace=OUTPUTS)
-
-
-def _parts(value: Any) -> tuple[Iterable[Any], tuple[Any, tuple[Any, ...]]]:
-    """What an output object holds, and what it takes to build one like it."""
-    if not isinstance(value, dict):
-        parts = vars(value)
-    elif is_dataclass(value):
-        # The output classes of diffusers and transformers; as dicts they lack fields that are None.
-        parts = {field.name: getattr(value, field.name) for field in fields(value)}
-    else:
-        parts = value
-    return parts.values(), (value, tuple(parts))
-
-
-def _rebuild(like: Any, parts: Iterable[Any]) -> Any:
-    value, names = like
-    named = dict(zip(names, parts, strict=True))
-    if isinstance(value, dict) and is_dataclass(value):
-        return type(value)(**named)
-    # Such as a latent distribution: a copy with other attributes, whatever was derived before.
-    other = copy.copy(value)
-    if other is value:
-        raise UnsplittableError(f"an object of type {type(value).__name__} that copies to itself")
-    (other if isinstance(value, dict) else vars(other)).update(named)
-    return other

@@ -11,7 +11,7 @@ import torch
 
 from stepserve.domain.errors import forget_frames
 from stepserve.engine.calls.call import Call
-from stepserve.engine.calls.stacking import split, stack
+from stepserve.engine.calls.stacking import share_out, stack
 from stepserve.engine.device_errors import is_device_lost, is_out_of_memory
 from stepserve.engine.loop.timing import ForwardTiming
 from stepserve.engine.scheduling.row_limits import RowLimits
@@ -132,15 +132,14 @@ class Executor:
 
     def _run_shared(self, calls: Sequence[Call]) -> list[Done | Raised]:
         method = calls[0].method
-        rows = [call.rows for call in calls]
         padded_rows = self._padded_rows(calls)
-        padding = padded_rows - sum(rows)
-        args, kwargs = stack(calls, padded_rows)
+        padding = padded_rows - sum(call.rows for call in calls)
+        arguments = stack(calls, padded_rows)
         calls[0].enter()
         timing = self._start_timing(self._clock)
-        output = method.run(*args, **kwargs)
+        output = method.run(*arguments[0], **arguments[1])
         timing.launched()
-        outputs = split(output, rows, padding, row_lists=bool(method.rules.row_lists))
+        outputs = share_out(calls, arguments, output, padding)
         forward = Forward(calls, padding, timing)
         return [Done(output, forward) for output in outputs]
 

@@ -61,7 +61,7 @@ ROWS = (
     # The whole schedule is its default, and what it was trained for.
     Row(r"FluxFillPipeline", left_out=frozenset({Role.STRENGTH})),
     Row(r"Flux2(Klein(KV)?)?Pipeline", images=Count(1, 10)),
-    Row(r"QwenImageEditPlusPipeline", images=Count(1, MAX_IMAGES)),
+    Row(r"QwenImage(EditPlus|21)Pipeline", images=Count(1, MAX_IMAGES)),
     Row(r"OmniGenPipeline", images=Count(1, MAX_IMAGES)),
 )
 _AS_SIGNED = Row("")

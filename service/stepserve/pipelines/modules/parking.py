@@ -72,11 +72,17 @@ ARGUMENT_RULES = {
     "CogView4Transformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
     "FluxControlNetModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     "FluxTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    # Keys and values of reference images, from the first step on.
+    "Flux2Transformer2DModel": ArgumentRules(caches=_names("kv_cache")),
     "HunyuanDiT2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
     "Kandinsky5Transformer3DModel": ArgumentRules(
         shared=_names("visual_rope_pos", "text_rope_pos", "sparse_params")
     ),
     "LongCatImageTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    # The first row of the mask counts for all. Keys and values of what the prompt says.
+    "QwenImage21Transformer2DModel": ArgumentRules(
+        shared=_names("img_mask"), caches=_names("kv_cache")
+    ),
     # One entry a layer.
     "WanVACETransformer3DModel": ArgumentRules(shared=_names("control_hidden_states_scale")),
     # States of many layers.
@@ -96,6 +102,12 @@ ARGUMENT_RULES = {
         row_lists=_names("x", "cap_feats", "siglip_feats", "image_noise_mask")
     ),
 }
+
+
+def takes_caches(module: nn.Module) -> bool:
+    """Whether its forwards read or fill objects that keep something from step to step."""
+    rules = ARGUMENT_RULES.get(type(module).__name__)
+    return rules is not None and bool(rules.caches)
 
 
 @dataclass(frozen=True)

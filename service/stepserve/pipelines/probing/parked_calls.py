@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from stepserve.domain.errors import CancelledError
 from stepserve.engine.calls.call import Call, CallKey
 from stepserve.engine.tracks.track import Stage, Track
-from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods
+from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods, takes_caches
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 from stepserve.pipelines.probing.sharing_check import ProbeListener, ProbeRequest, probe_track
 
@@ -23,11 +23,13 @@ def parked_at(
 ) -> Iterator[list[list[Call]]]:
     """Calls of that stage by equal keys: of each probe request the first one of every method.
 
+    Of methods that take caches also the second one, which reads what the first has left.
+
     The probes end with the block.
     """
     methods = {
-        f"{path}.{rule.method}"
-        for path, _, rule in parkable_methods(pipeline)
+        f"{path}.{rule.method}": 2 if takes_caches(module) else 1
+        for path, module, rule in parkable_methods(pipeline)
         if rule.stage == stage and path not in options.inline
     }
     unwrap = wrap_modules(pipeline, Wrappers(parking=options))
@@ -45,13 +47,13 @@ def parked_at(
         unwrap()
 
 
-def _first_calls(track: Track, methods: Set[str]) -> Iterator[Call]:
-    """The first call of each of these methods; the track is run no further than to the last."""
-    left = set(methods)
+def _first_calls(track: Track, methods: Mapping[str, int]) -> Iterator[Call]:
+    """The first calls of each method, so many; the track is run no further than to the last."""
+    left = Counter(methods)
     track.start()
     while left and (call := track.call) is not None:
         if call.method.name in left:
-            left.remove(call.method.name)
+            left -= Counter([call.method.name])
             yield call
         if left:
             track.resume(call.method.run(*call.args, **call.kwargs))

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.call import ParkableMethod
-from stepserve.engine.calls.stacking import UnsplittableError, split, stack
+from stepserve.engine.calls.objects import UnsplittableError
+from stepserve.engine.calls.stacking import split, stack
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 Pair = namedtuple("Pair", ["left", "right"])
