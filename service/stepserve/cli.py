@@ -202,6 +202,8 @@ def generate(
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
     }
+    if not image and (mask is not None or strength is not None):
+        raise InvalidRequestError("--mask and --strength need an --image to work on")
     if class_label is not None:
         wanted["class_label"] = class_label
     if strength is not None:
@@ -522,12 +524,22 @@ def _request(
 ) -> GenerationRequest:
     """Fill in and check a request as the HTTP API does."""
     from stepserve.api.auth.keys import ANYBODY
-    from stepserve.api.bodies.schemas import EditRequest, ImageRequest
+    from stepserve.api.bodies.schemas import (
+        EditRequest,
+        ImageRequest,
+        ImageRequestBase,
+        VariationRequest,
+    )
     from stepserve.api.images.inputs import Inputs, Sent, Slot
-    from stepserve.api.images.purposes import EDITS, GENERATIONS
+    from stepserve.api.images.purposes import EDITS, GENERATIONS, VARIATIONS
     from stepserve.domain.checks.limits import check_request
 
-    body_class, purpose = (EditRequest, EDITS) if files else (ImageRequest, GENERATIONS)
+    body_class: type[ImageRequestBase] = ImageRequest
+    purpose = GENERATIONS
+    if files:
+        body_class, purpose = (
+            (EditRequest, EDITS) if wanted["prompt"] else (VariationRequest, VARIATIONS)
+        )
     try:
         body = body_class.model_validate(wanted)
     except ValidationError as error:
