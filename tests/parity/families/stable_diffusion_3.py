@@ -82,7 +82,7 @@ def controlled(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return {
         **from_text(pipeline, variation),
         "control_image": start_image(variation),
-        "controlnet_conditioning_scale": 0.7,
+        "controlnet_conditioning_scale": 0.5 + 0.1 * variation.index,
     }
 
 

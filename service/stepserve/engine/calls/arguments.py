@@ -66,6 +66,13 @@ class ArgumentRules:
         layered: their tensors have the rows in the second dimension.
         row_lists: lists with one entry a row.
         caches: objects that forwards read tensors from, or write them into, one entry a row.
+        residuals: their tensors are only added to activations, so that calls without them may
+            share a forward with calls that have them; see `residuals`.
+        residual_settings: have no influence but on how residuals are added.
+        whole_lists_out: lists in the output hold tensors of all rows, even where they have one
+            entry a row by chance.
+        output_scale: the number that all of the output is multiplied with at the end, so that
+            calls with different ones may share a forward; empty: there is none.
     """
 
     ignored: frozenset[str] = frozenset()
@@ -74,11 +81,20 @@ class ArgumentRules:
     layered: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
+    residuals: frozenset[str] = frozenset()
+    residual_settings: frozenset[str] = frozenset()
+    whole_lists_out: bool = False
+    output_scale: str = ""
 
     @cached_property
     def whole(self) -> frozenset[str]:
         """Arguments that are not read part by part, where they are lists."""
         return self.ignored | self.row_lists
+
+    @property
+    def cuts_lists(self) -> bool:
+        """Whether lists with one entry a row in the output are cut like tensors."""
+        return bool(self.row_lists) and not self.whole_lists_out
 
     def kind_of(self, name: Hashable) -> ArgumentKind | None:
         """How the argument of that name is read, if a rule says so."""
@@ -177,9 +193,19 @@ def _describe_cache(value: Any) -> Hashable:
     )
 
 
+def row_entry(entry: Any) -> Any:
+    """One entry of a list with one entry a row, in one form.
+
+    Pipelines of one family differ: for a row with a single image some give its size, and some a
+    list with its size.
+    """
+    is_sole = type(entry) is list and len(entry) == 1 and type(entry[0]) is tuple
+    return entry[0] if is_sole else entry
+
+
 def _describe_entry(entry: Any) -> Hashable:
     """One entry of a list with one entry a row: tensors by shape, all else by value."""
-    leaves, structure = flatten(entry)
+    leaves, structure = flatten(row_entry(entry))
     return structure, *(
         (leaf.dtype, leaf.shape, leaf.device)
         if isinstance(leaf, torch.Tensor)

@@ -5,13 +5,15 @@ the method's parameters. `ArgumentKind` lists how each value in the arguments is
 `ArgumentRules` what has to be said by name because the arguments themselves do not tell.
 
 Python numbers are PLAIN, because they may as well be settings: calls share a forward only if they
-agree.
+agree. An argument that is given as None, which is its default, is as good as not given.
+
+What is only added to activations stays out of the key: see `residuals`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +28,12 @@ from stepserve.engine.calls.arguments import (
     flatten,
     outline,
     unflatten,
+)
+from stepserve.engine.calls.residuals import (
+    NO_RESIDUALS,
+    Residuals,
+    have_rows,
+    read_residuals,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +67,7 @@ class ParkableMethod:
         run: the original method.
         stage: what its time is counted as.
         parameters: names of its parameters in their order, for arguments given by position.
+        optional: those of them whose default is None.
         rules: how some of its arguments are to be read.
         max_rows: most rows that one shared forward may have.
         bucket_rows: forwards of fewer rows are filled up to the next of these row counts, for
@@ -72,6 +81,7 @@ class ParkableMethod:
     run: Callable[..., Any]
     stage: str = "denoise"
     parameters: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
     rules: ArgumentRules = NO_RULES
     max_rows: int = 32
     bucket_rows: tuple[int, ...] = ()
@@ -82,6 +92,13 @@ class ParkableMethod:
     def name(self) -> str:
         """`unet.forward`."""
         return f"{self.module}.{self.method}"
+
+    def given(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments without those that say nothing: None where that is the default."""
+        silent = {name for name, value in kwargs.items() if value is None and name in self.optional}
+        if not silent:
+            return kwargs
+        return {name: value for name, value in kwargs.items() if name not in silent}
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Layout]:
         """Every value in the arguments of a call, in the order of the parameters.
@@ -131,7 +148,9 @@ class ParkableMethod:
 
 @dataclass(frozen=True)
 class CallKey:
-    """Calls with equal keys may share a forward. Row counts, prompts and seeds stay out of it.
+    """Calls with equal keys may share a forward, where their residuals agree.
+
+    Row counts, prompts and seeds stay out of it.
 
     Args:
         method: its name.
@@ -168,7 +187,7 @@ class CallKey:
 class Call:
     """One call as a track made it. `sequence` orders calls by the time they were parked.
 
-    `leaves` are the values in its arguments, one for each of `key.arguments`.
+    `leaves` are the values in its arguments but the residuals, one for each of `key.arguments`.
 
     `module_variant` is what the module must be set to. The key's variant says at least as much: it
     also keeps isolated work apart.
@@ -182,6 +201,7 @@ class Call:
     rows: int
     sequence: int = 0
     module_variant: Hashable = None
+    residuals: Residuals = field(default_factory=dict)
 
     def enter(self) -> None:
         """Set the module to the variant that this call wants."""
@@ -189,9 +209,11 @@ class Call:
             self.method.enter(self.module_variant)
 
     def with_leaves(self, leaves: Sequence[Any], rows: int) -> Call:
-        """The same call with other values of as many rows."""
+        """The same call with other values of as many rows, and without residuals."""
         args, kwargs = self.key.layout.rebuild(leaves)
-        return replace(self, args=args, kwargs=kwargs, leaves=leaves, rows=rows)
+        return replace(
+            self, args=args, kwargs=kwargs, leaves=leaves, rows=rows, residuals=NO_RESIDUALS
+        )
 
 
 def make_call(
@@ -203,9 +225,29 @@ def make_call(
     module_variant: Hashable = None,
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
-    leaves, layout = method.flatten(args, kwargs)
+    kwargs = method.given(kwargs)
+    residuals = read_residuals(method.rules, kwargs) if method.rules.residuals else NO_RESIDUALS
+    others = _without(kwargs, residuals, method.rules) if residuals else kwargs
+    leaves, layout = method.flatten(args, others)
     key, rows = _find_key(method, leaves, layout, variant)
-    return Call(method, args, kwargs, leaves, key, rows, sequence, module_variant)
+    if residuals and not have_rows(residuals, rows, _dtype(leaves)):
+        # Then they are arguments like others.
+        residuals = NO_RESIDUALS
+        leaves, layout = method.flatten(args, kwargs)
+        key, rows = _find_key(method, leaves, layout, variant)
+    return Call(method, args, kwargs, leaves, key, rows, sequence, module_variant, residuals)
+
+
+def _without(
+    kwargs: Mapping[str, Any], residuals: Residuals, rules: ArgumentRules
+) -> dict[str, Any]:
+    left_out = residuals.keys() | rules.residual_settings
+    return {name: value for name, value in kwargs.items() if name not in left_out}
+
+
+def _dtype(leaves: Sequence[Any]) -> torch.dtype | None:
+    """Of what is denoised, which comes first."""
+    return next((leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
 
 
 def _find_key(

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from stepserve.engine.calls.arguments import ArgumentKind
+from stepserve.engine.calls.arguments import ArgumentKind, row_entry
 from stepserve.engine.calls.call import Call, CallArguments
 from stepserve.engine.calls.objects import UnsplittableError, flatten_output
+from stepserve.engine.calls.residuals import join_residuals
 
 
 def stack(calls: Sequence[Call], padded_rows: int = 0) -> CallArguments:
-    """Arguments for one forward that serves all `calls`, which have equal keys.
+    """Arguments for one forward that serves all `calls`: equal keys, and residuals that agree.
 
     A single call keeps its arguments untouched, so that it is exactly the plain call.
 
@@ -31,12 +32,16 @@ def stack(calls: Sequence[Call], padded_rows: int = 0) -> CallArguments:
     stacking = Stacking(rows, padding)
     columns = zip(*(call.leaves for call in calls), strict=True)
     key = calls[0].key
-    return key.layout.rebuild(
+    args, kwargs = key.layout.rebuild(
         [
             stacking.join(column, kind)
             for column, (kind, _) in zip(columns, key.arguments, strict=True)
         ]
     )
+    residuals = [call.residuals for call in calls]
+    if any(residuals):
+        kwargs |= join_residuals(residuals, rows, stacking.batch)
+    return args, kwargs
 
 
 def split(output: Any, rows: Sequence[int], padding: int = 0, row_lists: bool = False) -> list[Any]:
@@ -81,7 +86,7 @@ def share_out(
         UnsplittableError: as `split`; no cache of a call has been written to then.
     """
     rows = [call.rows for call in calls]
-    outputs = split(output, rows, padding, bool(calls[0].method.rules.row_lists))
+    outputs = split(output, rows, padding, calls[0].method.rules.cuts_lists)
     if calls[0].method.rules.caches and arguments[1] is not calls[0].kwargs:
         _hand_back_caches(calls, arguments, padding)
     return outputs
@@ -116,13 +121,14 @@ class Stacking:
             values = [v.reshape(-1).expand(r) for v, r in zip(values, self.rows, strict=True)]
             return self._cat(values, each=1)
         if kind is ArgumentKind.BATCHED:
-            return self._cat(values, each=1)
+            return self.batch(values)
         if kind is ArgumentKind.REPEATED:
             return self._cat(values, each=values[0].shape[0] // self.rows[0])
         if kind is ArgumentKind.LAYERED:
             return self._cat([value.transpose(0, 1) for value in values], each=1).transpose(0, 1)
         if kind is ArgumentKind.ROW_LIST:
-            return [entry for value in values for entry in value] + values[-1][-1:] * self.padding
+            entries = [row_entry(entry) for value in values for entry in value]
+            return entries + entries[-1:] * self.padding
         if kind is ArgumentKind.CACHE:
             return self._join_objects(values)
         return values[0]
@@ -135,6 +141,10 @@ class Stacking:
             for column in zip(*leaves, strict=True)
         ]
         return structures[0].unflatten(joined)
+
+    def batch(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One tensor of every call, each with a leading entry a row: as one."""
+        return self._cat(values, each=1)
 
     def _cat(self, values: Sequence[torch.Tensor], each: int) -> torch.Tensor:
         if self.padding:

@@ -9,7 +9,7 @@ its priority: an eighth for interactive work, 1 for normal, 8 for batch. The lea
 in all comes from Smith's rule (W. E. Smith, 1956): what has the least time left for its weight goes
 first. So
 
-- among groups (calls with equal keys, which can share a forward) the one runs that holds the call
+- among groups (calls that can share a forward) the one runs that holds the call
   with the least `seconds left * seconds alone * patience`; what is no denoising step counts as if
   its request were nothing else, so that a newcomer's text encoder goes ahead of the step that all
   wait for, and the newcomer joins that very step;
@@ -56,6 +56,7 @@ from itertools import accumulate
 from operator import itemgetter
 
 from stepserve.engine.calls.call import Call, CallKey
+from stepserve.engine.calls.sharing import sharing_groups
 from stepserve.engine.scheduling.demand import Demand, due_s, patience
 
 CostOf = Callable[[CallKey, int], float]
@@ -279,10 +280,8 @@ def forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
 
 def groups(parked: Iterable[Parked]) -> list[list[Parked]]:
     """Calls that can share a forward, oldest first, and the group of the oldest call first."""
-    by_key: dict[CallKey, list[Parked]] = {}
-    for item in sorted(parked, key=_sequence):
-        by_key.setdefault(item.call.key, []).append(item)
-    return list(by_key.values())
+    item_of = {item.call: item for item in sorted(parked, key=_sequence)}
+    return [[item_of[call] for call in group] for group in sharing_groups(item_of)]
 
 
 def _rank(item: Parked, seconds: float) -> float:

@@ -15,6 +15,7 @@ from stepserve.engine.calls.arguments import flatten
 from stepserve.engine.calls.call import ParkableMethod, make_call
 from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.calls.output_cache import OutputCache, content_key
+from stepserve.engine.calls.output_scale import scaled, take_output_scale
 from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
 
 _sequence = itertools.count()
@@ -59,6 +60,12 @@ def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind in nameable)
 
 
+def optional_names(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the parameters whose default is None."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(parameter.name for parameter in parameters if parameter.default is None)
+
+
 def _wants_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a pipeline goes back through this call, as to guide its latents.
 
@@ -70,6 +77,13 @@ def _wants_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _park(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:
+    if method.rules.output_scale:
+        args, kwargs, scale = take_output_scale(method, args, kwargs)
+        return scaled(_park_call(track, method, args, kwargs), scale)
+    return _park_call(track, method, args, kwargs)
+
+
+def _park_call(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwargs: Any) -> Any:
     call = make_call(
         method,
         args,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.calls.call import NO_RULES
 from stepserve.engine.tracks.track import Stage
 
 PROMPTS_BYTES = 64 * 2**20
@@ -60,21 +61,40 @@ def _names(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+# Modules in which rows of one forward influence one another, so that calls of several requests must
+# not share one: its attention takes the rows of the batch for its sequence.
+ROWS_MEET = _names("ControlNetUnionModel", "MultiControlNetUnionModel")
+
+BLOCK_SAMPLES = _names("controlnet_block_samples")
+FLUX_RULES = ArgumentRules(
+    shared=_names("img_ids", "txt_ids"),
+    residuals=_names("controlnet_block_samples", "controlnet_single_block_samples"),
+    residual_settings=_names("controlnet_blocks_repeat"),
+)
+
+CONDITIONING_SCALE = "conditioning_scale"
+
 # What the arguments themselves do not show, by class of the module.
 ARGUMENT_RULES = {
     # `decode` takes one, and draws nothing.
     "AutoencoderKL": ArgumentRules(ignored=_names("generator")),
     # Position tables, the same for all rows.
     "BriaFiboTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
-    "ChromaTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "ChromaTransformer2DModel": FLUX_RULES,
     "CogVideoXTransformer3DModel": ArgumentRules(shared=_names("image_rotary_emb")),
     "CogView3PlusTransformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
     "CogView4Transformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
-    "FluxControlNetModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
-    "FluxTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     # Keys and values of reference images, from the first step on.
     "Flux2Transformer2DModel": ArgumentRules(caches=_names("kv_cache")),
-    "HunyuanDiT2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "ControlNetModel": ArgumentRules(output_scale=CONDITIONING_SCALE),
+    "FluxControlNetModel": ArgumentRules(
+        shared=_names("img_ids", "txt_ids"), output_scale=CONDITIONING_SCALE
+    ),
+    "FluxTransformer2DModel": FLUX_RULES,
+    "HunyuanDiT2DControlNetModel": ArgumentRules(
+        shared=_names("image_rotary_emb"), output_scale=CONDITIONING_SCALE
+    ),
+    "HunyuanDiT2DModel": ArgumentRules(shared=_names("image_rotary_emb"), residuals=BLOCK_SAMPLES),
     "Kandinsky5Transformer3DModel": ArgumentRules(
         shared=_names("visual_rope_pos", "text_rope_pos", "sparse_params")
     ),
@@ -87,6 +107,18 @@ ARGUMENT_RULES = {
     "WanVACETransformer3DModel": ArgumentRules(shared=_names("control_hidden_states_scale")),
     # States of many layers.
     "HiDreamImageTransformer2DModel": ArgumentRules(layered=_names("encoder_hidden_states_llama3")),
+    "SanaControlNetModel": ArgumentRules(output_scale=CONDITIONING_SCALE),
+    "SD3ControlNetModel": ArgumentRules(output_scale=CONDITIONING_SCALE),
+    # What ControlNets and T2I-Adapters have added.
+    "SanaTransformer2DModel": ArgumentRules(residuals=BLOCK_SAMPLES),
+    "SD3Transformer2DModel": ArgumentRules(residuals=_names("block_controlnet_hidden_states")),
+    "UNet2DConditionModel": ArgumentRules(
+        residuals=_names(
+            "down_block_additional_residuals",
+            "mid_block_additional_residual",
+            "down_intrablock_additional_residuals",
+        )
+    ),
     # One entry a frame.
     "UNetMotionModel": ArgumentRules(
         repeated=_names(
@@ -97,9 +129,14 @@ ARGUMENT_RULES = {
     ),
     # Python lists with one entry a row.
     "JoyImageEditPlusTransformer3DModel": ArgumentRules(row_lists=_names("shape_list")),
-    "QwenImageTransformer2DModel": ArgumentRules(row_lists=_names("img_shapes", "txt_seq_lens")),
     "ZImageTransformer2DModel": ArgumentRules(
         row_lists=_names("x", "cap_feats", "siglip_feats", "image_noise_mask")
+    ),
+    "QwenImageControlNetModel": ArgumentRules(
+        row_lists=_names("img_shapes"), whole_lists_out=True, output_scale=CONDITIONING_SCALE
+    ),
+    "QwenImageTransformer2DModel": ArgumentRules(
+        row_lists=_names("img_shapes", "txt_seq_lens"), residuals=BLOCK_SAMPLES
     ),
 }
 
@@ -155,3 +192,12 @@ def _all_components(pipeline: Any, prefix: str) -> Iterator[tuple[str, nn.Module
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             yield prefix + name, component
+
+
+def rules_of(module: nn.Module) -> ArgumentRules:
+    """How the arguments of a module's methods are read."""
+    rules = ARGUMENT_RULES.get(type(module).__name__, NO_RULES)
+    if getattr(getattr(module, "config", None), "global_pool_conditions", False):
+        # A mean comes after the scale.
+        return replace(rules, output_scale="")
+    return rules

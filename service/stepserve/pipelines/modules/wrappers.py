@@ -29,15 +29,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepserve.engine.calls.call import NO_RULES, ParkableMethod
+from stepserve.engine.calls.call import ParkableMethod
 from stepserve.engine.calls.output_cache import OutputCache
-from stepserve.engine.tracks.interception import parameter_names, parkable, replace_method
+from stepserve.engine.tracks.interception import (
+    optional_names,
+    parameter_names,
+    parkable,
+    replace_method,
+)
 from stepserve.pipelines.modules.cuda_graphs import GraphedForward, Recorder
 from stepserve.pipelines.modules.parking import (
-    ARGUMENT_RULES,
+    ROWS_MEET,
     ParkingOptions,
     ParkingRule,
     parkable_methods,
+    rules_of,
 )
 from stepserve.pipelines.modules.third_party.pinned_noise import on_device
 
@@ -164,15 +170,17 @@ def _parkable(
     path: str, module: nn.Module, rule: ParkingRule, options: ParkingOptions, inner: Method
 ) -> Method:
     keeps_outputs = rule.cached and options.prompt_cache_bytes > 0
+    is_shared = rule.shared and type(module).__name__ not in ROWS_MEET
     method = ParkableMethod(
         path,
         rule.method,
         inner,
         rule.stage,
         parameter_names(inner),
-        ARGUMENT_RULES.get(type(module).__name__, NO_RULES),
-        max_rows=options.max_rows if rule.shared else 1,
-        bucket_rows=options.bucket_rows if rule.shared else (),
+        optional_names(inner),
+        rules_of(module),
+        max_rows=options.max_rows if is_shared else 1,
+        bucket_rows=options.bucket_rows if is_shared else (),
         enter=options.enter.get(path),
         output_cache=OutputCache(options.prompt_cache_bytes) if keeps_outputs else None,
     )

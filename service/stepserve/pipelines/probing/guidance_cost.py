@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from stepserve.domain.guidance import CLASSIC, PLAIN, Guidance, StepWork
-from stepserve.engine.calls.call import NO_RULES, ParkableMethod, make_call
+from stepserve.engine.calls.call import ParkableMethod, make_call
 from stepserve.engine.tracks.interception import parameter_names
 from stepserve.pipelines.facts.capabilities import denoiser_of, guidance_arguments
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.modules.parking import ARGUMENT_RULES
+from stepserve.pipelines.modules.parking import rules_of
 from stepserve.pipelines.probing.probe_requests import probe_request, run_probe
 from stepserve.pipelines.probing.sharing_check import difference
 from stepserve.pipelines.requests.call import NO_NEGATIVE_PROMPT, denoiser_calls
@@ -153,7 +153,7 @@ def _run(model: LoadedModel, guidance: Guidance, scale: float, negative_prompt: 
 
 def _noting_rows(denoiser: Any, rows: list[int]) -> AbstractContextManager[Any]:
     """Note the rows of every call of the denoiser until the end of the block."""
-    rules = ARGUMENT_RULES.get(type(denoiser).__name__, NO_RULES)
+    rules = rules_of(denoiser)
     parameters = parameter_names(denoiser.forward)
     method = ParkableMethod("", "", denoiser.forward, parameters=parameters, rules=rules)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from stepserve.domain.errors import CancelledError
-from stepserve.engine.calls.call import Call, CallKey
+from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.sharing import sharing_groups
 from stepserve.engine.tracks.track import Stage, Track
 from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods, takes_caches
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
@@ -21,11 +22,10 @@ from stepserve.pipelines.probing.sharing_check import ProbeListener, ProbeReques
 def parked_at(
     stage: Stage, pipeline: Any, probes: Sequence[ProbeRequest], options: ParkingOptions
 ) -> Iterator[list[list[Call]]]:
-    """Calls of that stage by equal keys: of each probe request the first one of every method.
+    """Groups of calls of that stage that may share a forward.
 
-    Of methods that take caches also the second one, which reads what the first has left.
-
-    The probes end with the block.
+    Of each probe request there is the first one of every method, and of methods that take caches
+    also the second one, which reads what the first has left. The probes end with the block.
     """
     methods = {
         f"{path}.{rule.method}": 2 if takes_caches(module) else 1
@@ -36,11 +36,8 @@ def parked_at(
     tracks = [probe_track(i, probe, ProbeListener()) for i, probe in enumerate(probes)]
     try:
         with torch.no_grad():
-            groups: dict[CallKey, list[Call]] = defaultdict(list)
-            for track in tracks:
-                for call in _first_calls(track, methods):
-                    groups[call.key].append(call)
-            yield list(groups.values())
+            calls = [call for track in tracks for call in _first_calls(track, methods)]
+            yield sharing_groups(calls)
     finally:
         for track in tracks:
             track.stop(CancelledError("the probe is about one call only"))
