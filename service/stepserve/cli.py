@@ -168,7 +168,7 @@ def generate(
         float | None, typer.Option(help="Noise put on --image, up to 1; 0.8 if left out.")
     ] = None,
     class_label: Annotated[
-        int | None, typer.Option(help="Number of the class to draw, where a model has classes.")
+        str | None, typer.Option(help="Class to draw, by number or name, where a model has any.")
     ] = None,
     guidance_start: Annotated[float, typer.Option(help="Share of steps before guidance.")] = 0.0,
     guidance_end: Annotated[float, typer.Option(help="Share of steps where guidance ends.")] = 1.0,

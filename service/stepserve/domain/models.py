@@ -27,7 +27,9 @@ class SizeRange:
         return in_range and (side_px - self.minimum) % self.step == 0
 
     def describe(self) -> str:
-        """For error messages: `48 to 128 in steps of 16 (native: 64)`."""
+        """For error messages: `48 to 128 in steps of 16 (native: 64x64)`, or `64`."""
+        if self.minimum == self.maximum:
+            return f"{self.native}"
         return (
             f"{self.minimum} to {self.maximum} in steps of {self.step} (native: "
             f"{self.native}x{self.native})"
@@ -48,6 +50,24 @@ class StepRange:
     def nearest(self, steps: int) -> int:
         """The number of these that is closest to `steps`."""
         return min(max(steps, self.minimum), self.maximum)
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """The classes of a model by number, from 0 on, and what they are called.
+
+    Args:
+        count: how many there are; 0 where a model has none.
+        names: by number; a class may have several, and many models say none.
+    """
+
+    count: int = 0
+    names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def numbers_of(self, name: str) -> list[int]:
+        """The classes of a name, written in any case; different classes may share one."""
+        wanted = name.casefold()
+        return [n for n, names in self.names.items() if wanted in map(str.casefold, names)]
 
 
 class Compilation(StrEnum):
@@ -76,6 +96,7 @@ class ModelCapabilities:
         max_num_inference_steps: most steps, with the default scheduler.
         scheduler_steps: of the schedulers that can do other numbers of steps.
         tasks: what it does, its usual task first, and which inputs that takes.
+        classes: which a class label may name.
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
@@ -110,6 +131,7 @@ class ModelCapabilities:
     owned_by: str = "stepserve"
     aliases: tuple[str, ...] = ()
     tasks: Mapping[Task, TaskInputs] = field(default_factory=_text_to_image)
+    classes: ClassLabels = field(default_factory=ClassLabels)
     guidance: Guidance = CLASSIC
     guidance_interval: bool = True
     safety_checker: bool = False

@@ -159,6 +159,20 @@ WholeNumber = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)
 """An integer, also one that is written as `1.0`."""
 
 
+def _check_class_label(value: Any) -> Any:
+    # A union would tell both of its branches in messages.
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(whole, bool) or not isinstance(whole, int | str):
+        raise ValueError("class_label must be the number of a class, or its name")
+    return whole
+
+
+ClassLabel = Annotated[
+    int | str, BeforeValidator(_check_class_label, json_schema_input_type=int | str)
+]
+"""The number of a class, or its name."""
+
+
 class Body(BaseModel):
     """An object in a request: strict types; see the module for what is done with unknown fields."""
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from stepserve.api.auth.keys import Caller
-from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, WholeNumber
+from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, ClassLabel, WholeNumber
+from stepserve.domain.checks.input_limits import class_number
 from stepserve.domain.checks.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S
 from stepserve.domain.checks.wording import digits, shown
 from stepserve.domain.errors import InvalidRequestError
@@ -224,7 +225,7 @@ class ImageRequestBase(Body):
             prompt=self.prompt or "",
             strength=_or(getattr(self, "strength", None), model.default_strength(task)),
             image_guidance_scale=getattr(self, "image_guidance_scale", None),
-            class_label=getattr(self, "class_label", None),
+            class_label=class_number(getattr(self, "class_label", None), model),
             width=width,
             height=height,
             num_inference_steps=_or(self.num_inference_steps, model.default_num_inference_steps),
@@ -276,8 +277,9 @@ class ImageRequest(ImageRequestBase):
         maxItems=MAX_LISTED,
     )
 
-    class_label: WholeNumber | None = _documented(
-        "The number of the class to draw, where a model has classes.", minimum=0
+    class_label: ClassLabel | None = _documented(
+        "The class to draw, by its number or a name, where a model has classes; "
+        "`GET /v1/models/{id}` lists them."
     )
 
     def check_prompts(self) -> None:

@@ -180,6 +180,13 @@ class GuidanceResponse(BaseModel):
     unguided: StepWork
 
 
+class ClassResponse(BaseModel):
+    """One class that a model draws."""
+
+    class_label: int
+    names: list[str] = Field(description="Each is as good as the number; empty where it has none.")
+
+
 class ModelResponse(BaseModel):
     """One model: OpenAI's four fields, then its limits and defaults."""
 
@@ -213,6 +220,9 @@ class ModelResponse(BaseModel):
     tasks: list[Task] = Field(description="What the model does, its usual task first.")
     inputs: dict[Task, dict[Role, Count]] = Field(
         description="By task, how many inputs of each role a request brings; none of the others."
+    )
+    classes: list[ClassResponse] = Field(
+        description="What `class_label` may say; empty where a model has no classes."
     )
     guidance: GuidanceResponse
     guidance_interval: bool = Field(
@@ -372,7 +382,12 @@ def model_response(status: ModelStatus) -> ModelResponse:
     """Return one model as the catalogue shows it."""
     told = asdict(status.capabilities) | {"ready": status.ready, "detail": status.detail}
     inputs = {task: dict(taken) for task, taken in status.capabilities.tasks.items()}
+    classes = status.capabilities.classes
     told |= {"tasks": list(inputs), "inputs": inputs}
+    told["classes"] = [
+        {"class_label": number, "names": list(classes.names.get(number, ()))}
+        for number in range(classes.count)
+    ]
     told["guidance"] |= {"kind": status.capabilities.guidance.kind}
     fingerprint = status.capabilities.fingerprint
     if fingerprint is not None:

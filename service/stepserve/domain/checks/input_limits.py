@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import GenerationRequest
@@ -19,6 +20,7 @@ def check_inputs(request: GenerationRequest, model: ModelCapabilities) -> None:
             bounds.
     """
     check_counts(request.task, model, request.given())
+    _check_class(request, model)
     _check_strength(request)
 
 
@@ -59,6 +61,50 @@ def _describe_input(role: Role, count: Count) -> str:
     if count.most > 1:
         return f"{role} ({count.describe()})"
     return f"{role}" if count.least else f"{role} (optional)"
+
+
+def class_number(label: int | str | None, model: ModelCapabilities) -> int | None:
+    """Return the number of a class that is given by its number or its name.
+
+    Raises:
+        InvalidRequestError: no class of the model has that name, or several have.
+    """
+    if not isinstance(label, str) or not model.classes.count:
+        # Of a model without classes it is refused for being there.
+        return 0 if isinstance(label, str) else label
+    if label.isascii() and label.isdigit():
+        return int(label[:MOST_DIGITS])
+    numbers = model.classes.numbers_of(label)
+    if len(numbers) == 1:
+        return numbers[0]
+    raise InvalidRequestError(_name_message(label, numbers, model), Role.CLASS_LABEL)
+
+
+MOST_DIGITS = 9
+"""Of a class's number: no model has as many classes."""
+
+
+def _name_message(label: str, numbers: Sequence[int], model: ModelCapabilities) -> str:
+    if numbers:
+        listed = ", ".join(map(str, numbers))
+        return f"class_label {shown(label)} is the name of several classes: send one of {listed}"
+    names = [name for names in model.classes.names.values() for name in names]
+    if not names:
+        return (
+            f"class_label {shown(label)} is no number: the classes of model {model.id!r} have no "
+            f"names; send 0 to {model.classes.count - 1}"
+        )
+    return (
+        f"class_label {shown(label)} is not known{did_you_mean(label, names)} (0 to "
+        f"{model.classes.count - 1}, or a name that GET /v1/models/{model.id} lists)"
+    )
+
+
+def _check_class(request: GenerationRequest, model: ModelCapabilities) -> None:
+    label, count = request.class_label, model.classes.count
+    if label is not None and not 0 <= label < count:
+        message = f"class_label must be 0 to {count - 1}, got {digits(label)}"
+        raise InvalidRequestError(message, Role.CLASS_LABEL)
 
 
 def _check_strength(request: GenerationRequest) -> None:

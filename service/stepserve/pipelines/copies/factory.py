@@ -22,7 +22,13 @@ from torch import Tensor
 
 from stepserve.domain.tasks import Task
 from stepserve.pipelines.copies.blending import denoiser_for_inpainting
-from stepserve.pipelines.facts.pipeline_tasks import PipelineTask, pipeline_tasks
+from stepserve.pipelines.facts.capabilities import denoiser_of
+from stepserve.pipelines.facts.classes import class_count
+from stepserve.pipelines.facts.pipeline_tasks import (
+    PipelineTask,
+    pipeline_tasks,
+    told_classes,
+)
 from stepserve.pipelines.facts.signature import CallSignature, read_signature
 from stepserve.pipelines.modules.third_party.pinned_noise import on_host
 from stepserve.pipelines.modules.third_party.resident_pipelines import copy_class
@@ -168,7 +174,8 @@ def _by_task(pipeline: Any) -> tuple[dict[Task, Any], dict[Task, PipelineTask]]:
 
 def _tasks_of(pipeline: Any) -> dict[Task, PipelineTask]:
     done = pipeline_tasks(type(pipeline).__name__, read_signature(type(pipeline)))
-    return {one.task: one for one in done}
+    count = class_count(denoiser_of(pipeline))
+    return {one.task: one for one in (told_classes(each, count) for each in done)}
 
 
 def _for_task(pipeline: Any, task: Task) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.classes import CLASS_LABELS, read_classes
 from stepserve.pipelines.facts.pipeline_tasks import unknown_needs
 from stepserve.pipelines.facts.signature import CallSignature
 
@@ -31,6 +32,10 @@ GUIDANCE_ARGUMENTS = (
     "decoder_guidance_scale",
     "distilled_guidance_scale",
 )
+
+
+# What calls say how many images to make with; of class labels it is one an image.
+COUNTS = ("num_images_per_prompt", "batch_size", "class_labels")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ def describe_model(
     """Limits and defaults as the manifest says, the rest derived from the pipeline itself."""
     said = dict(manifest)
     sizes = said.pop("sizes", None)
+    names = said.pop(CLASS_LABELS, None)
+    # Others tell their denoiser something else where it has room for classes.
+    takes_class = facts.signature.accepts(CLASS_LABELS)
+    classes = read_classes(pipeline, denoiser_of(pipeline) if takes_class else None, names)
     derived = {
         "description": f"{type(pipeline).__name__} from {folder.name}",
         "created": int((folder / "model_index.json").stat().st_mtime),
@@ -92,6 +101,7 @@ def describe_model(
         id=model_id,
         sizes=SizeRange(**sizes) if sizes else derive_sizes(pipeline, facts.signature),
         schedulers=facts.schedulers,
+        classes=classes,
         **(derived | said),
     )
     if capabilities.default_scheduler not in facts.schedulers:
@@ -149,7 +159,7 @@ def _call_defaults(signature: CallSignature) -> dict[str, Any]:
         defaults |= {"default_guidance_scale": 1.0, "max_guidance_scale": 1.0}
     elif (scale := signature.default(guidance.argument, int | float)) is not None:
         defaults["default_guidance_scale"] = float(scale)
-    if not (signature.accepts("num_images_per_prompt") or signature.accepts("batch_size")):
+    if not any(map(signature.accepts, COUNTS)):
         defaults["max_n"] = 1
     return defaults
 
@@ -200,4 +210,8 @@ def _most_px(pipeline: Any) -> int | None:
 
 def _scale(pipeline: Any) -> int:
     factor = getattr(pipeline, "vae_scale_factor", None)
-    return int(factor or getattr(pipeline, "movq_scale_factor", None) or 1)
+    factor = factor or getattr(pipeline, "movq_scale_factor", None)
+    # Some do not say it: an autoencoder halves an image between two levels.
+    autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    levels = getattr(getattr(autoencoder, "config", None), "block_out_channels", (1,))
+    return int(factor or 2 ** (len(levels) - 1))

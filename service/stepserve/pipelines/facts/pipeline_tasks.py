@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from stepserve.domain.tasks import ONE, OPTIONAL, Count, Role, Task, TaskInputs
@@ -99,6 +99,24 @@ def pipeline_tasks(class_name: str, signature: CallSignature) -> tuple[PipelineT
         return ()
     tasks = row.tasks or tuple(_signed_tasks(arguments, signature))
     return tuple(_as_done(task, row, arguments, signature) for task in tasks)
+
+
+def told_classes(done: PipelineTask, count: int) -> PipelineTask:
+    """A task as it is done with a denoiser of so many classes.
+
+    A class is required where there are any: pipelines would choose one at random. Where there are
+    none they would ignore it.
+    """
+    if Role.CLASS_LABEL not in done.inputs:
+        return done
+    if count:
+        return replace(done, inputs={**done.inputs, Role.CLASS_LABEL: ONE})
+    return replace(
+        done,
+        task=Task.UNCONDITIONAL if done.task is Task.CLASS_TO_IMAGE else done.task,
+        inputs={r: n for r, n in done.inputs.items() if r is not Role.CLASS_LABEL},
+        arguments={r: name for r, name in done.arguments.items() if r is not Role.CLASS_LABEL},
+    )
 
 
 def unknown_needs(class_name: str, signature: CallSignature) -> list[str]:

@@ -27,6 +27,7 @@ from stepserve.pipelines.facts.capabilities import (
     read_manifest,
 )
 from stepserve.pipelines.facts.fingerprint import take_fingerprint
+from stepserve.pipelines.facts.own_code import possible_dtype, scales_noise
 from stepserve.pipelines.facts.pipeline_tasks import offered_inputs
 from stepserve.pipelines.facts.prompts import PromptMeter, measure_prompts
 from stepserve.pipelines.facts.signature import read_signature
@@ -137,6 +138,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     pipeline_class = find_pipeline_class(folder)
     signature = read_signature(pipeline_class)
     check_is_served(pipeline_class, signature)
+    knobs = replace(knobs, dtype=possible_dtype(pipeline_class, knobs.dtype))
     pipeline = _read_pipeline(folder, knobs)
     if knobs.ip_adapters:
         load_ip_adapters(pipeline, knobs.ip_adapters, knobs.trust.pickle)
@@ -144,7 +146,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     check_finite_weights(pipeline)
     if speed.compile and denoiser_of(pipeline) is None:
         raise ModelLoadError("compile needs a component `transformer` or `unet`")
-    schedulers = usable_schedulers(pipeline.scheduler)
+    schedulers = usable_schedulers(pipeline.scheduler, scales_noise(pipeline_class, signature))
     meter = measure_prompts(
         pipeline,
         signature.default("max_sequence_length", int),

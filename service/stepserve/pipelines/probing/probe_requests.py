@@ -83,7 +83,10 @@ def with_required_inputs(
 def run_probe(model: LoadedModel, request: GenerationRequest) -> Tensor:
     """Its image, of shape (1, channels, height, width)."""
     inputs = decode_inputs(request, model.factory.tasks[request.task].is_fitted)
-    images: Tensor = call_pipeline(model, request, inputs, output_type="pt")
+    images = call_pipeline(model, request, inputs, output_type="pt")
+    if isinstance(images, np.ndarray):
+        # Some make arrays of them whatever is asked for, with the channels last.
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
     return torch.as_tensor(images)
 
 

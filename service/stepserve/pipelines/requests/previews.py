@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from stepserve.domain.requests import GenerationRequest
@@ -119,14 +121,21 @@ def preview_steps(previews: int, steps: int) -> list[int]:
 
 
 def can_preview(pipeline: Any) -> bool:
-    """Whether the pipeline's latents can be decoded on the way."""
-    vae: Any = getattr(pipeline, "vae", None)
-    config = getattr(vae, "config", None)
-    if config is None or getattr(config, "latent_channels", None) is None:
+    """Whether the pipeline's latents can be decoded on the way, or are images themselves."""
+    vae = autoencoder_of(pipeline)
+    if vae is None:
+        # Consistency models' schedulers mix the output with the sample in a way of their own.
+        on_pixels = isinstance(getattr(pipeline, "unet", None), UNet2DModel)
+        return on_pixels and "prediction_type" in pipeline.scheduler.config
+    if getattr(vae.config, "latent_channels", None) is None:
         return False
     # Such a VAE is cast to float32 around the pipeline's own decode; ours would meet it in between.
-    casts = getattr(config, "force_upcast", False) and vae.dtype == torch.float16
-    return hasattr(pipeline, "image_processor") and not casts
+    return not (getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16)
+
+
+def autoencoder_of(pipeline: Any) -> Any:
+    """What decodes latents to images, or None where there is none, or of another kind."""
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
 
 
 class Previewer:
@@ -149,24 +158,33 @@ class Previewer:
         if step not in preview_steps(self._request.previews, steps):
             return
         latents = self._observed.predict()
-        images = None if latents is None else self._decode(latents)
+        # DiT has its scheduler step the rows without a class as well, behind the others.
+        images = None if latents is None else self._decode(latents[: self._request.n])
         if images is not None:
             self._on_preview(self._told, step, steps, images)
             self._told += 1
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image | None] | None:
-        pipeline, config = self._pipeline, self._pipeline.vae.config
+        pipeline, vae = self._pipeline, autoencoder_of(self._pipeline)
+        if vae is None:
+            return _to_images(pipeline, latents)
         if hasattr(pipeline, "_unpack_latents"):
             latents = pipeline._unpack_latents(
                 latents, self._request.height, self._request.width, pipeline.vae_scale_factor
             )
-        if latents.dim() != IMAGE_LATENT_DIMENSIONS or latents.shape[1] != config.latent_channels:
+        shape, config = latents.shape, vae.config
+        if len(shape) != IMAGE_LATENT_DIMENSIONS or shape[1] != config.latent_channels:
             return None
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        decoded = pipeline.vae.decode(scaled.to(pipeline.vae.dtype), return_dict=False)[0]
-        images: list[Image.Image] = pipeline.image_processor.postprocess(
-            decoded.detach(), output_type="pil"
-        )
+        decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+        images = _to_images(pipeline, decoded)
         # What the checker would withhold in the end is not to be seen on the way.
         flagged = flagged_previews(pipeline, decoded.detach())
         return [None if index in flagged else image for index, image in enumerate(images)]
+
+
+def _to_images(pipeline: Any, decoded: torch.Tensor) -> list[Image.Image | None]:
+    """Images of what was decoded, of shape (images, channels, height, width), values -1 to 1."""
+    processor = getattr(pipeline, "image_processor", None) or VaeImageProcessor()
+    images: list[Image.Image | None] = processor.postprocess(decoded.detach(), output_type="pil")
+    return images

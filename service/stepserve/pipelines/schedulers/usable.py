@@ -50,20 +50,28 @@ class Configured:
         return self.cls.from_config(self.config)  # type: ignore[attr-defined]
 
 
-def usable_schedulers(scheduler: Any) -> dict[str, type]:
+def usable_schedulers(scheduler: Any, scales_noise: bool = True) -> dict[str, type]:
     """Scheduler classes that can stand in for `scheduler`, by name, sorted; its own among them.
 
     Each is built from the same settings and tried on a small tensor; those that raise (because
     they do not know the prediction type, or need a package that is not installed) are left out, and
     so are those that draw noise which the request's seed does not decide. Whether the model's own
     class raises is not asked: the model was made for it.
+
+    Args:
+        scheduler: the model's own.
+        scales_noise: whether the pipeline multiplies its first noise by what a scheduler wants.
+            Where it does not, those that want that are left out: they would make a wrong image.
     """
     own = type(scheduler)
     config = getattr(scheduler, "config", {})
     usable = {} if _is_seedless(Configured.of(own, config)) else {own.__name__: own}
     for cls in getattr(scheduler, "compatibles", ()):
         name = cls.__name__
-        if name not in UNSUITABLE and name not in usable and _works(Configured.of(cls, config)):
+        if name in UNSUITABLE or name in usable:
+            continue
+        configured = Configured.of(cls, config)
+        if _works(configured) and (scales_noise or not _wants_scaled_noise(configured)):
             usable[name] = cls
     return dict(sorted(usable.items()))
 
@@ -73,6 +81,11 @@ def _is_seedless(scheduler: Configured) -> bool:
     """Whether the same request would make another image each time."""
     is_known = scheduler.cls.__name__ in SEEDLESS
     return is_known or draws_from_elsewhere(scheduler.build, PROBE_STEPS)
+
+
+@lru_cache(maxsize=256)
+def _wants_scaled_noise(scheduler: Configured) -> bool:
+    return float(getattr(scheduler.build(), "init_noise_sigma", 1.0)) != 1.0
 
 
 @lru_cache(maxsize=256)
