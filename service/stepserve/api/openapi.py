@@ -112,6 +112,9 @@ def form_or_json(model: type[BaseModel], files: tuple[str, ...]) -> dict[str, An
     if "images" in form:
         several = {"type": "array", "items": file}
         form["images"] = several | {"description": form["images"]["description"]}
+    if "references" in form:
+        several = {"type": "array", "items": file}
+        form["reference_image"] = several | {"description": "The images of `references`, in order."}
     form_schema = schema | {"properties": form}
     return {
         "required": True,

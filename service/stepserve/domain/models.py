@@ -95,6 +95,7 @@ class ModelCapabilities:
         min_num_inference_steps: fewest steps, with the default scheduler.
         max_num_inference_steps: most steps, with the default scheduler.
         scheduler_steps: of the schedulers that can do other numbers of steps.
+        ip_adapters: those that read reference images, the usual one first.
         tasks: what it does, its usual task first, and which inputs that takes.
         classes: which a class label may name.
         guidance: how it takes guidance, and what that costs.
@@ -127,6 +128,7 @@ class ModelCapabilities:
     max_prompt_tokens: int = 77
     adapters: tuple[str, ...] = ()
     max_adapters: int = 0
+    ip_adapters: tuple[str, ...] = ()
     created: int = 0
     owned_by: str = "stepserve"
     aliases: tuple[str, ...] = ()

@@ -69,6 +69,8 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "init_image": "image",
         "mask_image": "mask",
         "mask_url": "mask",
+        "ip_adapter_image": "references",
+        "ip_adapters": "references",
     }
 )
 """What other servers call fields of ours. Setting one aside would make another image."""

@@ -13,13 +13,18 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, ClassLabel, WholeNumber
-from stepserve.domain.checks.input_limits import class_number
+from stepserve.domain.checks.input_limits import MAX_REFERENCE_SCALE, class_number
 from stepserve.domain.checks.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S
 from stepserve.domain.checks.wording import digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.models import ModelCapabilities
-from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
+from stepserve.domain.requests import (
+    AdapterUse,
+    GenerationRequest,
+    OutputFormat,
+    ReferenceUse,
+)
 from stepserve.domain.tasks import Task
 
 T = TypeVar("T")
@@ -82,6 +87,25 @@ Reference = Annotated[
 """An image by its address, also one that is written without `image_url`."""
 
 
+class ReferenceImageBody(Body):
+    """A reference image, which an IP-Adapter of the model reads."""
+
+    image: Reference | None = Field(
+        default=None,
+        description="The image. In a form it may be left out: the next file of `reference_image` "
+        "takes its place.",
+    )
+    scale: float = Field(
+        default=ReferenceUse.scale,
+        description="How strongly it shows; 0 leaves it out.",
+        json_schema_extra={"minimum": 0, "maximum": MAX_REFERENCE_SCALE},
+    )
+    adapter: str = Field(
+        default="",
+        description="Of `ip_adapters` in `GET /v1/models`; may be left out where there is one.",
+    )
+
+
 class ImageRequestBase(Body):
     """What every request for images may say: OpenAI's fields, then Stepserve's own."""
 
@@ -135,6 +159,10 @@ class ImageRequestBase(Body):
     scheduler: str | None = _documented("A scheduler that the model lists in `GET /v1/models`.")
     adapters: Annotated[list[AdapterBody], COUNTED] | None = _documented(
         "LoRA adapters, applied together."
+    )
+    references: Annotated[list[ReferenceImageBody], COUNTED] | None = _documented(
+        "Images whose style or content the new ones are to have, where a model has IP-Adapters; "
+        "`inputs` in `GET /v1/models` says how many."
     )
     guidance_start: float | None = _documented(
         "Guidance is applied from this share of the steps on; 0 if left out. Steps without "

@@ -50,6 +50,13 @@ class ImageData(BaseModel):
     )
 
 
+class ReferenceParameters(BaseModel):
+    """How a reference image was used."""
+
+    scale: float
+    adapter: str = Field(description="Empty: the model's only one.")
+
+
 class Parameters(BaseModel):
     """Everything that shaped the images: sent back as a request body, it makes them again."""
 
@@ -72,6 +79,9 @@ class Parameters(BaseModel):
     strength: float | None = Field(default=None, description="Of edits and variations.")
     class_label: int | None = Field(default=None, description="Of models with classes.")
     image_guidance_scale: float | None = Field(default=None, description="Of edits.")
+    references: list[ReferenceParameters] | None = Field(
+        default=None, description="Without their images; absent where there were none."
+    )
 
 
 _EXAMPLE: dict[str, Any] = {
@@ -217,6 +227,9 @@ class ModelResponse(BaseModel):
     max_prompt_tokens: int
     adapters: list[str] = Field(description="LoRA adapters that requests may name.")
     max_adapters: int = Field(description="Most adapters of one request.")
+    ip_adapters: list[str] = Field(
+        description="IP-Adapters that read the `references` of requests, the usual one first."
+    )
     tasks: list[Task] = Field(description="What the model does, its usual task first.")
     inputs: dict[Task, dict[Role, Count]] = Field(
         description="By task, how many inputs of each role a request brings; none of the others."
@@ -403,6 +416,7 @@ def base64_of(image: EncodedImage) -> str:
 def parameters_response(request: GenerationRequest) -> Parameters:
     """Everything that shaped the images of a request."""
     told = asdict(request) | {"size": f"{request.width}x{request.height}"}
+    told["references"] = told["references"] or None
     return Parameters.model_validate(told)
 
 

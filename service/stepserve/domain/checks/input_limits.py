@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
-from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.requests import GenerationRequest, ReferenceUse
 from stepserve.domain.tasks import NONE, Count, Role, Task, TaskInputs, misfits
+
+MAX_REFERENCE_SCALE = 5.0
+"""With a larger one nothing is left of the prompt, nor of an image."""
 
 
 def check_inputs(request: GenerationRequest, model: ModelCapabilities) -> None:
@@ -22,6 +25,8 @@ def check_inputs(request: GenerationRequest, model: ModelCapabilities) -> None:
     check_counts(request.task, model, request.given())
     _check_class(request, model)
     _check_strength(request)
+    for index, use in enumerate(request.references):
+        _check_reference(f"references[{index}]", use, model)
 
 
 def check_counts(task: Task, model: ModelCapabilities, given: Mapping[Role, int]) -> None:
@@ -105,6 +110,22 @@ def _check_class(request: GenerationRequest, model: ModelCapabilities) -> None:
     if label is not None and not 0 <= label < count:
         message = f"class_label must be 0 to {count - 1}, got {digits(label)}"
         raise InvalidRequestError(message, Role.CLASS_LABEL)
+
+
+def _check_reference(place: str, use: ReferenceUse, model: ModelCapabilities) -> None:
+    if not 0 <= use.scale <= MAX_REFERENCE_SCALE:  # NaN is not: every comparison with it is false
+        message = f"{place}.scale must be 0 to {MAX_REFERENCE_SCALE:g}, got {use.scale}"
+        raise InvalidRequestError(message, "references")
+    known, listed = model.ip_adapters, ", ".join(model.ip_adapters)
+    if not use.adapter and len(known) > 1:
+        message = f"{place}.adapter is required: model {model.id!r} has several ({listed})"
+        raise InvalidRequestError(message, "references")
+    if use.adapter and use.adapter not in known:
+        raise InvalidRequestError(
+            f"{place}.adapter {shown(use.adapter)} is not known{did_you_mean(use.adapter, known)} "
+            f"(known: {listed})",
+            "references",
+        )
 
 
 def _check_strength(request: GenerationRequest) -> None:

@@ -28,11 +28,10 @@ from stepserve.pipelines.facts.capabilities import (
 )
 from stepserve.pipelines.facts.fingerprint import take_fingerprint
 from stepserve.pipelines.facts.own_code import possible_dtype, scales_noise
-from stepserve.pipelines.facts.pipeline_tasks import offered_inputs
 from stepserve.pipelines.facts.prompts import PromptMeter, measure_prompts
 from stepserve.pipelines.facts.signature import read_signature
 from stepserve.pipelines.facts.trust import Trust, check_trust, find_pipeline_class
-from stepserve.pipelines.loading.ip_adapters import load_ip_adapters
+from stepserve.pipelines.loading.ip_adapters import inputs_with_references, load_ip_adapters
 from stepserve.pipelines.loading.library_messages import heard_libraries
 from stepserve.pipelines.loading.reasons import NO_FOLDER, reason_of
 from stepserve.pipelines.loading.speed import can_record, check_speed, loading_arguments, settle
@@ -161,7 +160,8 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     factory = PipelineFactory(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),
-        tasks=offered_inputs(factory.tasks),
+        tasks=inputs_with_references(factory, references),
+        ip_adapters=() if references is None else references.names,
         guidance_interval=can_limit_guidance(pipeline),
         fingerprint=take_fingerprint(
             folder, knobs.dtype, pipeline.device, files_of(knobs.ip_adapters)

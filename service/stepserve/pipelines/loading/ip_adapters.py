@@ -15,10 +15,13 @@ from typing import Any
 from torch import nn
 from transformers import CLIPVisionModelWithProjection, SiglipImageProcessor, SiglipVisionModel
 
+from stepserve.domain.tasks import Count, Role, Task, TaskInputs
+from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.errors import ModelLoadError
+from stepserve.pipelines.facts.pipeline_tasks import offered_inputs
 from stepserve.pipelines.loading.library_messages import heard_libraries
 from stepserve.pipelines.loading.weights import check_heard
-from stepserve.pipelines.references.adapters import SD3, place_of
+from stepserve.pipelines.references.adapters import SD3, ReferenceAdapters, place_of
 from stepserve.pipelines.references.denoiser import EmbeddingsPlace
 from stepserve.pipelines.references.files import IpAdapterFiles, check_weights
 
@@ -59,6 +62,30 @@ def load_ip_adapters(pipeline: Any, adapters: Sequence[IpAdapterFiles], allow_pi
     _check_layers(denoiser, layers)
     _cast(denoiser)
     logger.info("IP-Adapters loaded: %s (%s)", _listed(adapters), "; ".join(heard) or "no remarks")
+
+
+def inputs_with_references(
+    factory: PipelineFactory, adapters: ReferenceAdapters | None
+) -> dict[Task, TaskInputs]:
+    """The inputs of each task of a model, with references where its pipeline takes them.
+
+    Raises:
+        ModelLoadError: no task takes any.
+    """
+    inputs = offered_inputs(factory.tasks)
+    if adapters is None:
+        return inputs
+    taking = [task for task in inputs if _takes_references(factory, adapters, task)]
+    if not taking:
+        raise ModelLoadError(f"ip_adapters: references are taken by none of {', '.join(inputs)}")
+    references = {Role.REFERENCE: Count(0, adapters.max_images)}
+    return inputs | {task: {**inputs[task], **references} for task in taking}
+
+
+def _takes_references(factory: PipelineFactory, adapters: ReferenceAdapters, task: Task) -> bool:
+    # InstructPix2Pix has three rows for an image, of which a reference is for the first.
+    is_known = task is not Task.EDIT or adapters.place.component != "unet"
+    return is_known and factory.signature(task).accepts("ip_adapter_image_embeds")
 
 
 def _load_image_encoder(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepserve.domain.requests import ControlUse, GenerationRequest
+from stepserve.domain.requests import ControlUse, GenerationRequest, ReferenceUse
 from stepserve.domain.tasks import Role, Task, TaskInputs
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.sharing_check import ProbeRequest
@@ -30,12 +30,14 @@ def make_probe_requests(
 ) -> list[ProbeRequest]:
     """Two requests of each task, one with guidance and one without: calls of two and of one row.
 
+    Where the model has IP-Adapters, the first has a reference image for each.
+
     Args:
         model: what they are for.
         tasks: of these only; None means all that there are pipelines for.
     """
     requests = [
-        probe_request(model, task, index, model.capabilities.sizes.native)
+        _with_references(model, probe_request(model, task, index, model.capabilities.sizes.native))
         for task in (model.factory.tasks if tasks is None else tasks)
         for index in range(len(PROMPTS))
     ]
@@ -78,6 +80,14 @@ def with_required_inputs(
         mask=file("L") if least.get(Role.MASK) else None,
         controls=(ControlUse(CONTROL, file("RGB")),) * least.get(Role.CONTROL, 0),
     )
+
+
+def _with_references(model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
+    if request.seed or Role.REFERENCE not in model.capabilities.inputs_of(request.task):
+        return request
+    file = _slope(request.width, request.height)("RGB")
+    uses = (ReferenceUse(file, adapter=name) for name in model.capabilities.ip_adapters)
+    return replace(request, references=tuple(uses))
 
 
 def run_probe(model: LoadedModel, request: GenerationRequest) -> Tensor:

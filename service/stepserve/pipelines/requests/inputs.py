@@ -49,7 +49,8 @@ def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputIm
         mask=None if request.mask is None else _decode("mask", request.mask, size, _mask_of),
         controls=tuple(_decode("controls", use.image, size, _on_white) for use in request.controls),
         references=tuple(
-            _decode("references", use.image, None, _on_white) for use in request.references
+            _decode(f"references[{index}].image", use.image, None, _on_white)
+            for index, use in enumerate(request.references)
         ),
     )
 
