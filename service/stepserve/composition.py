@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from stepserve.config import EngineSettings, IpAdapterSettings, ModelSettings
+from stepserve.config import ControlSettings, EngineSettings, IpAdapterSettings, ModelSettings
+from stepserve.domain.models import AS_IT_IS
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.models.catalogue import model_folder
 from stepserve.pipelines.adapters.files import AdapterOptions
+from stepserve.pipelines.controls.files import ControlOptions, ControlSource
 from stepserve.pipelines.facts.trust import Trust
 from stepserve.pipelines.loading.folders import (
     LoadedModel,
@@ -37,7 +39,8 @@ def load_runner(model_id: str, settings: ModelSettings) -> PipelineRunner:
     model = load_configured(model_id, settings)
     sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
     adapters = adapter_options(settings)
-    runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing)
+    controls = control_options(settings)
+    runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing, controls)
     try:
         runner.start()
         seconds = warm_up(runner)
@@ -140,6 +143,27 @@ def adapter_options(settings: ModelSettings) -> AdapterOptions:
         folder=Path(settings.adapters_folder) if settings.adapters_folder else None,
         max_loaded=settings.max_loaded_adapters,
     )
+
+
+def control_options(settings: ModelSettings) -> ControlOptions:
+    """Where the controls of a model are, downloaded if need be.
+
+    Raises:
+        ModelLoadError: they cannot be fetched.
+    """
+    trust = trust_of(settings)
+    return ControlOptions(
+        named={name: _control(one, trust) for name, one in settings.controls.items()},
+        max_loaded=settings.max_loaded_controls,
+        pickle=trust.pickle,
+    )
+
+
+def _control(settings: ControlSettings, trust: Trust) -> ControlSource:
+    patterns = model_files(settings.subfolder, trust)
+    folder = _local(settings.path, settings.revision, patterns) / settings.subfolder
+    preprocessor = "" if settings.preprocessor == AS_IT_IS else settings.preprocessor
+    return ControlSource(folder, preprocessor, settings.mode)
 
 
 def engine_options(settings: EngineSettings) -> EngineOptions:

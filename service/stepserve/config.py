@@ -331,6 +331,30 @@ class IpAdapterSettings(_Section):
         return self
 
 
+class ControlSettings(_Section):
+    """One control of a model: a ControlNet or a T2I-Adapter."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Diffusers folder of the network, or with `revision` a Hugging Face hub id."""
+    revision: Revision | None = None
+    """Commit of the hub's repository."""
+    subfolder: str = ""
+    """Where in the folder or repository the network is."""
+    preprocessor: Literal["none", "canny", "grey", "invert", "tile"] = "none"
+    """What makes the control image of requests that name no preprocessor."""
+    mode: Annotated[int, _Number, Field(ge=0)] | str | None = None
+    """Of a union network: which of its kinds of control images, by name or number."""
+
+    @model_validator(mode="after")
+    def _a_hub_id_has_a_revision(self) -> ControlSettings:
+        _check_hub_id("path", self.path, self.revision)
+        return self
+
+
+def _as_control(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _check_hub_id(field: str, path: str | None, revision: str | None) -> None:
     if revision is not None and not HUB_ID.match(path or ""):
         raise ValueError(f"a revision belongs to a hub id such as owner/name in {field}: {path!r}")
@@ -363,6 +387,13 @@ class ModelSettings(SpeedSettings):
     """Each safetensors file in it is an adapter; new ones are found while serving."""
     ip_adapters: dict[Annotated[str, Field(min_length=1)], IpAdapterSettings] = {}
     """IP-Adapters by name; all are loaded with the model."""
+    controls: dict[
+        Annotated[str, Field(min_length=1)],
+        Annotated[ControlSettings, BeforeValidator(_as_control)],
+    ] = {}
+    """ControlNets and T2I-Adapters by name; a path alone is enough. Loaded when first used."""
+    max_loaded_controls: PositiveInt = 4
+    """Control networks that stay loaded while idle, and most controls of one request."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model's folder."""
     allow_pickle: bool = False

@@ -78,6 +78,63 @@ class Compilation(StrEnum):
     FAILED = "failed"
 
 
+OWN_CONTROL = "control"
+"""What requests call the control of a model that takes one by itself."""
+
+AS_IT_IS = "none"
+"""What requests say instead of a preprocessor: the image is a control image already."""
+
+
+class ControlKind(StrEnum):
+    """What steers the denoiser."""
+
+    CONTROLNET = "controlnet"
+    UNION = "union-controlnet"
+    """One network for several kinds of control images, each a mode of it."""
+
+    T2I_ADAPTER = "t2i-adapter"
+    OWN = "model"
+    """The model itself: it was trained to take a control image."""
+
+
+class Preprocessor(StrEnum):
+    """Makes control images without a network."""
+
+    CANNY = "canny"
+    """White edges on black."""
+
+    GREY = "grey"
+    INVERT = "invert"
+    """Light for dark: drawings on white as scribble and line-art networks take them."""
+
+    TILE = "tile"
+    """The image without its details, for networks that invent new ones."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control that requests may name.
+
+    Args:
+        name: by which requests name it.
+        kind: what it is.
+        loaded: whether its network is in memory; it is loaded when it is first used.
+        memory_bytes: of its weights, while they are loaded; 0 for the model itself.
+        preprocessor: what makes the control image of a request that says nothing; empty: it sends
+            one.
+        takes_scale: whether requests may say how strongly it steers.
+        takes_interval: whether requests may say at which steps.
+    """
+
+    name: str
+    kind: ControlKind
+    loaded: bool = False
+    memory_bytes: int = 0
+    preprocessor: str = ""
+    takes_scale: bool = True
+    takes_interval: bool = True
+
+
 DEFAULT_STRENGTH = 0.8
 """Of image-to-image and inpainting, where a request says none."""
 
@@ -98,6 +155,7 @@ class ModelCapabilities:
         ip_adapters: those that read reference images, the usual one first.
         tasks: what it does, its usual task first, and which inputs that takes.
         classes: which a class label may name.
+        controls: what may steer it by an image.
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
@@ -134,6 +192,7 @@ class ModelCapabilities:
     aliases: tuple[str, ...] = ()
     tasks: Mapping[Task, TaskInputs] = field(default_factory=_text_to_image)
     classes: ClassLabels = field(default_factory=ClassLabels)
+    controls: tuple[Control, ...] = ()
     guidance: Guidance = CLASSIC
     guidance_interval: bool = True
     safety_checker: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from stepserve.domain.checks.control_limits import check_controls
 from stepserve.domain.checks.input_limits import check_inputs
 from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
@@ -36,6 +37,7 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
         InvalidRequestError: names the first field out of bounds, its value and its limit.
     """
     check_inputs(request, model)
+    check_controls(request, model)
     _check_prompts(request, model)
     _check_size(request, model)
     _check_scheduler(request.scheduler, model.schedulers)

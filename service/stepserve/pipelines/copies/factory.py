@@ -85,6 +85,13 @@ class PipelineFactory:
             task: what it is to be used for; None for the pipeline's own.
         """
         pipeline, cls = self._pipelines[next(iter(self._tasks)) if task is None else task]
+        return self._copy(pipeline, cls, scheduler)
+
+    def copy_of(self, pipeline: Any, scheduler: str | None = None) -> Any:
+        """The same of another pipeline over these modules, such as one that has a control."""
+        return self._copy(pipeline, copy_class(pipeline, self._keeps_on_host), scheduler)
+
+    def _copy(self, pipeline: Any, cls: type, scheduler: str | None) -> Any:
         own = pipeline.scheduler
         instead = {} if scheduler is None else {id(own): self.new_scheduler(scheduler)}
         copied = copy_pipeline(pipeline, instead)

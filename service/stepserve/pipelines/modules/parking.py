@@ -47,11 +47,12 @@ class ParkingRule:
 
 DENOISERS = ("unet", "transformer", "transformer_[0-9]", "prior", "decoder")
 AUTOENCODERS = ("vae", "movq", "vqgan", "vqvae")
+NETWORK_RULE = ParkingRule(("controlnet", "adapter"), "forward", Stage.CONTROL, shared=True)
 PARKING_RULES = (
     ParkingRule(("text_encoder*",), "forward", Stage.ENCODE, cached=True),
     ParkingRule(("image_encoder", "siglip"), "forward", Stage.ENCODE),
     ParkingRule(DENOISERS, "forward", Stage.DENOISE, shared=True),
-    ParkingRule(("controlnet", "adapter"), "forward", Stage.CONTROL, shared=True),
+    NETWORK_RULE,
     ParkingRule(AUTOENCODERS, "encode", Stage.ENCODE),
     ParkingRule(AUTOENCODERS, "decode", Stage.DECODE),
 )

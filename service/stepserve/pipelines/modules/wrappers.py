@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -39,6 +39,7 @@ from stepserve.engine.tracks.interception import (
 )
 from stepserve.pipelines.modules.cuda_graphs import GraphedForward, Recorder
 from stepserve.pipelines.modules.parking import (
+    NETWORK_RULE,
     ROWS_MEET,
     ParkingOptions,
     ParkingRule,
@@ -106,6 +107,20 @@ def wrap_modules(pipeline: Any, wrappers: Wrappers) -> Callable[[], None]:
             undo.callback(put_around(module, rule.method, layer, wrap))
     # Last on, first off: nothing is taken off that is inside something else.
     return undo.close
+
+
+def wrap_network(path: str, module: nn.Module, wrappers: Wrappers) -> None:
+    """Put wrappers around the forward of a control network that was loaded later.
+
+    It goes with the network. No graph is recorded of it, as it may go at any time.
+
+    Args:
+        path: which no other module has.
+        module: the network.
+        wrappers: of the pipeline's modules.
+    """
+    for layer, wrap in _layers(path, module, NETWORK_RULE, replace(wrappers, record=None)):
+        put_around(module, NETWORK_RULE.method, layer, wrap)
 
 
 def put_around(

@@ -14,10 +14,11 @@ from stepserve.domain.guidance import Guidance
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.tasks import Role
 from stepserve.engine.tracks.interception import parameter_names
+from stepserve.pipelines.controls.steering import Steering
 from stepserve.pipelines.copies.factory import schedulers_of
 from stepserve.pipelines.copies.safety_checker import guardrail, remove_checker, withheld_images
 from stepserve.pipelines.facts.pipeline_tasks import PipelineTask
-from stepserve.pipelines.facts.signature import accepted_arguments
+from stepserve.pipelines.facts.signature import CallSignature, accepted_arguments
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.references.adapters import Reference
 from stepserve.pipelines.requests.failures import blaming_settings, cannot_be_done
@@ -38,6 +39,7 @@ def make_images(
     inputs: InputImages = NO_IMAGES,
     on_step: OnStep | None = None,
     on_preview: OnPreview | None = None,
+    steering: Steering | None = None,
 ) -> list[Image.Image | None]:
     """Make the images of a request. `on_step(i, n)` is called after each scheduler step.
 
@@ -47,7 +49,7 @@ def make_images(
         ContentFilteredError: it withheld all.
         GenerationFailedError: the denoiser's or the VAE's numbers overflowed.
     """
-    output = run_pipeline(model, request, inputs, on_step, on_preview=on_preview)
+    output = run_pipeline(model, request, inputs, on_step, on_preview=on_preview, steering=steering)
     images, withheld = list(output[0]), withheld_images(output)
     if withheld and len(withheld) == len(images):
         raise ContentFilteredError(
@@ -75,17 +77,28 @@ def run_pipeline(
     output_type: str = "pil",
     on_preview: OnPreview | None = None,
     is_checked: bool = True,
+    steering: Steering | None = None,
 ) -> Any:
     """Call a copy of the pipeline with those of a request's arguments that it takes.
+
+    Args:
+        model: what is asked.
+        request: by whom.
+        inputs: its images.
+        on_step: is told of each step.
+        output_type: as diffusers has it.
+        on_preview: is given previews.
+        is_checked: whether the pipeline's own checker looks at the images.
+        steering: what its controls are called by, where their networks are the model's.
 
     Raises:
         ContentFilteredError: the pipeline's own checker refuses the prompt.
         InvalidRequestError: the request's settings alone make the call fail.
     """
-    signature = model.factory.signature(request.task)
+    signature = _signature(model, request, steering)
     # On the CPU, so that a seed gives the same noise on every device.
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.n)]
-    copied = _copy_for(model, request, generators)
+    copied = _copy_for(model, request, generators, steering)
     remove_checker(copied, unless=is_checked)
     previewer = _previewer(copied, request, on_preview)
     expected = denoiser_calls(model, request)
@@ -120,17 +133,30 @@ def run_pipeline(
         **guidance_arguments(model.capabilities.guidance, request),
         **input_arguments(model.factory.tasks[request.task], request, inputs),
         **reference_arguments(model, copied, request, inputs),
+        **control_arguments(request, inputs, steering),
     }
     make = partial(model.factory.new_scheduler, request.scheduler)
     with blaming_settings(request, make), guardrail(request.model):
         return copied(**accepted_arguments(signature, wanted))
 
 
+def _signature(
+    model: LoadedModel, request: GenerationRequest, steering: Steering | None
+) -> CallSignature:
+    return model.factory.signature(request.task) if steering is None else steering.signature
+
+
 def _copy_for(
-    model: LoadedModel, request: GenerationRequest, generators: Sequence[torch.Generator]
+    model: LoadedModel,
+    request: GenerationRequest,
+    generators: Sequence[torch.Generator],
+    steering: Steering | None = None,
 ) -> Any:
     """A pipeline whose every draw is of the request's own generators."""
-    copied = model.factory.copy(request.scheduler, request.task)
+    if steering is None:
+        copied = model.factory.copy(request.scheduler, request.task)
+    else:
+        copied = model.factory.copy_of(steering.pipeline, request.scheduler)
     for scheduler in schedulers_of(copied):
         drop_unknown(scheduler)
         draw_from(scheduler, generators)
@@ -199,6 +225,23 @@ def reference_arguments(
         for use, image in zip(request.references, inputs.references, strict=True)
     ]
     return adapters.attach(pipeline, references, request.guidance_scale)
+
+
+def control_arguments(
+    request: GenerationRequest, inputs: InputImages, steering: Steering | None
+) -> dict[str, Any]:
+    """What a request says of its controls, beside the image of one that the model takes itself."""
+    if steering is not None:
+        return steering.arguments(request.controls, inputs.controls)
+    if not request.controls:
+        return {}
+    use = request.controls[0]
+    return {
+        "controlnet_conditioning_scale": use.scale,
+        "adapter_conditioning_scale": use.scale,
+        "control_guidance_start": use.start,
+        "control_guidance_end": use.end,
+    }
 
 
 def denoiser_calls(model: LoadedModel, request: GenerationRequest) -> int:

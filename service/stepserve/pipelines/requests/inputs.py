@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import FORMATS, read_image_file, unreadable
 from stepserve.domain.requests import GenerationRequest
+from stepserve.pipelines.controls.preprocessors import preprocess
 
 MAX_PIXELS = 4096 * 4096
 OPAQUE = 255
@@ -30,7 +31,7 @@ def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputIm
     """Decode the images of a request.
 
     Masks and controls are resized to the size that it asks for, and so are the images if they are
-    to be `is_fitted`. References keep their size.
+    to be `is_fitted`. References keep their size. Controls are preprocessed as the request says.
 
     Transparent parts of the image become white. In the mask white is to be repainted: in OpenAI's
     masks that is what is transparent; in a mask without transparency, as diffusers has them, it is
@@ -47,7 +48,10 @@ def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputIm
             for file in request.images
         ),
         mask=None if request.mask is None else _decode("mask", request.mask, size, _mask_of),
-        controls=tuple(_decode("controls", use.image, size, _on_white) for use in request.controls),
+        controls=tuple(
+            preprocess(_decode("controls", use.image, size, _on_white), use.preprocessor)
+            for use in request.controls
+        ),
         references=tuple(
             _decode(f"references[{index}].image", use.image, None, _on_white)
             for index, use in enumerate(request.references)

@@ -24,6 +24,7 @@ from stepserve.domain.timings import Timings
 from stepserve.engine.tracks.listener import tell
 from stepserve.engine.tracks.track import Phase, Track, as_stepserve_error
 from stepserve.pipelines.adapters.cache import AdapterCache
+from stepserve.pipelines.controls.cache import ControlCache
 from stepserve.pipelines.copies.guidance_interval import narrow_to_interval
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.requests.call import denoiser_calls, make_images
@@ -103,28 +104,31 @@ class RequestListener:
 def track_of(
     model: LoadedModel,
     adapters: AdapterCache,
+    controls: ControlCache,
     request: GenerationRequest,
     listener: RequestListener,
 ) -> Track:
     """What a request takes of the engine, and how it is run.
 
     Raises:
-        InvalidRequestError: an adapter is not known, or its file cannot be used.
+        InvalidRequestError: an adapter or a control is not known, or its file cannot be used.
     """
     calls = denoiser_calls(model, request)
     guidance = model.capabilities.guidance
     variant = adapters.resolve(request.adapters)
+    steered = controls.resolve(request.controls, request.task)
 
     def make() -> Images:
         images, steps, previews = listener.inputs.images, listener.step_ended, listener.predicted
-        return make_images(model, request, images, steps, previews)
+        steering = controls.steering(steered, request.task)
+        return make_images(model, request, images, steps, previews, steering)
 
     return Track(
         id=request.id,
         rows=guidance.rows_of(request),
         phases=(Phase(guidance.calls_of(request, calls), (request.width, request.height)),),
         images=request.n,
-        run=partial(adapters.run_with, variant, make),
+        run=partial(adapters.run_with, variant, partial(controls.run_with, steered, make)),
         listener=listener,
         # Compared at every tick, and an enumeration's members are slow at that.
         priority=int(request.priority),

@@ -14,14 +14,21 @@ from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.engine.loop.engine import Engine, EngineOptions
 from stepserve.engine.loop.execution import Execution
-from stepserve.engine.tracks.track import as_stepserve_error
+from stepserve.engine.tracks.track import Track, as_stepserve_error
 from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
+from stepserve.pipelines.controls.cache import ControlCache
+from stepserve.pipelines.controls.capabilities import own_controls, with_controls
+from stepserve.pipelines.controls.files import ControlOptions
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.loading.memory import memory_bytes
 from stepserve.pipelines.modules.compiling import Backend
-from stepserve.pipelines.modules.wrappers import describe_wrappers, wrap_modules
+from stepserve.pipelines.modules.wrappers import (
+    describe_wrappers,
+    wrap_modules,
+    wrap_network,
+)
 from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import InputDecoder, Inputs
 from stepserve.pipelines.serving.compilation import compile_denoiser
@@ -52,11 +59,13 @@ class PipelineRunner:
         options: EngineOptions | None = None,
         adapters: AdapterOptions | None = None,
         sharing: SharingOptions = DEFAULT_SHARING,
+        controls: ControlOptions | None = None,
     ) -> None:
         options = options or EngineOptions()
         # Graphs are not made for inference mode.
         self.engine = Engine(replace(options, gradients=options.gradients or model.compiles))
         self.adapters = AdapterCache(model.pipeline, adapters or AdapterOptions())
+        self.controls = ControlCache(model.pipeline, controls or ControlOptions())
         if model.compiles and self.adapters.options.any:
             raise ModelLoadError("compile and adapters cannot be combined")
         # By the model's own safety checker, since the start.
@@ -65,6 +74,7 @@ class PipelineRunner:
         self._device = model.pipeline.device
         self._sharing = sharing
         limits = replace(model.capabilities, max_adapters=self.adapters.max_per_request)
+        limits = with_controls(limits, model.factory, self.controls)
         self.prepared = Preparation(replace(model, capabilities=limits))
         self._encoder = ImageEncoder(options.max_pending_images)
         self._decoder = InputDecoder(self.engine)
@@ -104,6 +114,7 @@ class PipelineRunner:
         limits = replace(
             self.model.capabilities,
             adapters=self.adapters.names(),
+            controls=own_controls(self.model.factory) + self.controls.listed(),
             expected_s=self._usual_request_s(),
         )
         rules = self.prepared.shape_rules
@@ -125,7 +136,7 @@ class PipelineRunner:
                 self._count_withheld,
                 cut_prompts,
             )
-            self.engine.submit(track_of(self.model, self.adapters, request, listener))
+            self.engine.submit(self._track_of(request, listener))
             self._decoder.submit(inputs)
         except (InvalidRequestError, RefusedError) as error:
             sink(Failed(request.id, error))
@@ -139,7 +150,8 @@ class PipelineRunner:
 
     def memory_bytes(self) -> dict[str, int]:
         """Memory that the model's device holds, by kind."""
-        return memory_bytes(self._device)
+        kinds = memory_bytes(self._device)
+        return kinds | {"controls": self.controls.memory_bytes()} if self.controls.tasks else kinds
 
     def cancel(self, key: RequestKey) -> None:
         """End a request at its next park."""
@@ -157,7 +169,11 @@ class PipelineRunner:
         """On the engine's thread."""
         self.prepared = prepare(self.model, self.engine, self.adapters, self._sharing)
         self._unwrap = wrap_modules(self.model.pipeline, self.prepared.wrappers)
+        self.controls.park = partial(wrap_network, wrappers=self.prepared.wrappers)
         return self.prepared.execution
+
+    def _track_of(self, request: GenerationRequest, listener: RequestListener) -> Track:
+        return track_of(self.model, self.adapters, self.controls, request, listener)
 
     def _compile(self, backend: Backend) -> None:
         """On the engine's thread, while no request is in flight."""
@@ -177,7 +193,7 @@ class PipelineRunner:
         """Seconds that a request with the defaults should take on an idle replica."""
         usual = self.model.capabilities.usual_request("usual")
         listener = RequestListener(usual, lambda event: None, self._encoder, Inputs(usual))
-        track = track_of(self.model, self.adapters, usual, listener)
+        track = self._track_of(usual, listener)
         return self.engine.serial_s(track) or None
 
     def _fingerprint(self) -> str:

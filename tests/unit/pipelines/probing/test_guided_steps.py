@@ -224,7 +224,7 @@ def test_the_engine_is_told(tiny: LoadedModel) -> None:
     runner = PipelineRunner(model, sharing=UNTRIED)
     asked = a_request(n=3, num_inference_steps=5)
     listener = RequestListener(asked, lambda event: None, runner._encoder, Inputs(asked))
-    track = track_of(model, runner.adapters, asked, listener)
+    track = track_of(model, runner.adapters, runner.controls, asked, listener)
     assert (track.rows, track.steps) == (3, 10)
 
 
