@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
-import json
-import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +11,18 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
+from page_steps import (
+    WAIT_S,
+    finish,
+    ready,
+    run_copies,
+    shaping,
+    slow,
+    stroke,
+    transfer,
+    until,
+    upload,
+)
 from stepping_site import SteppingBackend, drawn_image, serve
 from stepserve.api.auth.keys import ApiKey, hash_key
 from stepserve.domain.errors import ServerFullError
@@ -26,32 +32,6 @@ from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange, StepRange
 from stepserve.domain.tasks import Task
 from stepserve.pipelines.requests.inputs import decode_inputs
-
-WAIT_S = 20.0
-
-
-def until(page: Any, expression: str, arg: object = None) -> None:
-    """Wait until an expression is true. Playwright's own way is `eval`, which the page forbids."""
-    deadline_s = time.monotonic() + WAIT_S
-    while not page.evaluate(expression, arg):
-        assert time.monotonic() < deadline_s, expression
-        page.wait_for_timeout(40)
-
-
-def ready(page: Any) -> None:
-    until(page, "document.getElementById('status').textContent.includes('is ready')")
-
-
-def finish(page: Any, cards: int = 1) -> None:
-    until(
-        page,
-        "n => document.querySelectorAll('.card [aria-label=Download]').length === n",
-        arg=cards,
-    )
-
-
-def slow(site: Any, step_s: float) -> None:
-    site.backend.step_s = step_s
 
 
 def test_a_image_appears_step_by_step(page: Any, site: Any):
@@ -154,15 +134,6 @@ def test_a_prompt_is_needed(page: Any, site: Any):
     assert site.backend.requests == []
 
 
-def upload(page: Any, size: tuple[int, int] = (64, 64)) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, "green").save(buffer, "PNG")
-    page.set_input_files(
-        "#file", {"name": "a.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
-    )
-    page.wait_for_selector("#editor:not([hidden])")
-
-
 def test_a_mask_is_painted_white_where_the_brush_was(page: Any, site: Any):
     ready(page)
     upload(page)
@@ -182,17 +153,6 @@ def test_a_mask_is_painted_white_where_the_brush_was(page: Any, site: Any):
     assert mask is not None
     assert mask.size == (64, 64)
     assert [mask.getpixel(place) for place in ((10, 32), (60, 32), (10, 5))] == [255, 0, 0]
-
-
-def stroke(page: Any) -> None:
-    """Drag from left to right over the middle of the image."""
-    page.locator("#mask").scroll_into_view_if_needed()
-    box = page.locator("#mask").bounding_box()
-    middle = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + 1, middle)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] - 1, middle, steps=8)
-    page.mouse.up()
 
 
 @pytest.mark.parametrize("how", ["erased", "cleared"])
@@ -215,20 +175,6 @@ def test_a_mask_that_is_gone_again_is_no_mask(page: Any, site: Any, how: str):
     finish(page)
 
     assert site.backend.requests[0].task is Task.IMAGE_TO_IMAGE
-
-
-def transfer(page: Any, name: str, kind: str) -> Any:
-    """A dragged or copied file, as the browser hands it over."""
-    return page.evaluate_handle(
-        """async ([name, kind]) => {
-        const canvas = new OffscreenCanvas(64, 64);
-        canvas.getContext('2d').fillRect(0, 0, 64, 64);
-        const blob = kind === 'image/png' ? await canvas.convertToBlob() : new Blob(['no image']);
-        const held = new DataTransfer();
-        held.items.add(new File([blob], name, {type: kind}));
-        return held; }""",
-        [name, kind],
-    )
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
@@ -291,32 +237,6 @@ def test_the_gallery_survives_a_reload(page: Any, site: Any):
 
     assert page.locator(".card .caption").all_inner_texts() == ["to be kept"] * 2
     assert site.backend.requests[0].seed == site.backend.requests[1].seed
-
-
-def copied(page: Any, name: str) -> str:
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.evaluate("navigator.clipboard.writeText('')")
-    page.get_by_role("button", name=f"Copy as {name}").click()
-    until(page, "document.querySelector('.actions').textContent.includes('copied')")
-    until(page, "navigator.clipboard.readText()")
-    return page.evaluate("navigator.clipboard.readText()")
-
-
-def run_copies(page: Any, folder: Path, **environment: str) -> str:
-    """Run what the card copies, as a shell and Python do: they must succeed and write files."""
-    env = os.environ | environment
-    curl, python = copied(page, "curl"), copied(page, "Python")
-    subprocess.run(["bash", "-ec", curl], cwd=folder, env=env, check=True, timeout=60)
-    assert json.loads((folder / "answer.json").read_text())["data"]
-    subprocess.run([sys.executable, "-c", python], cwd=folder, env=env, check=True, timeout=60)
-    assert (folder / "image-0.png").read_bytes()
-    return curl + python
-
-
-def shaping(request: Any) -> tuple[object, ...]:
-    """What of a request shapes its images."""
-    names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler", "width")
-    return (*(getattr(request, name) for name in names), request.adapters, request.strength)
 
 
 def test_copies_run_as_they_are(page: Any, site: Any, tmp_path: Path):

@@ -45,24 +45,22 @@ export async function cancel(id) {
   await checked(await fetch(`/v1/requests/${encodeURIComponent(id)}`, { method: "DELETE", headers: headers() }));
 }
 
-/** The request for a body and the images it begins with, as `fetch` takes it. */
-function asFetch(body, files) {
-  if (!files.image) {
-    return ["/v1/images/generations", { "Content-Type": "application/json" }, JSON.stringify(body)];
-  }
+/** What a request sends, as `fetch` takes it: JSON, or a form where it brings files along. */
+function content(body, files) {
+  if (!files.length) return [{ "Content-Type": "application/json" }, JSON.stringify(body)];
   const form = new FormData();
   for (const [name, value] of Object.entries(body)) {
     form.append(name, typeof value === "string" ? value : JSON.stringify(value));
   }
-  for (const [name, file] of Object.entries(files)) if (file) form.append(name, file, `${name}.png`);
-  return ["/v1/images/edits", {}, form];
+  for (const { field, file, name } of files) form.append(field, file, name);
+  return [{}, form];
 }
 
-/** Yields the events of a streamed request: `[name, data]`. */
-export async function* stream(id, body, files, signal) {
-  const [path, kind, content] = asFetch({ ...body, stream: true }, files);
-  const answer = await checked(await fetch(path, {
-    method: "POST", body: content, signal, headers: headers({ "X-Request-ID": id, ...kind }),
+/** Yields the events of a streamed request to `/v1/images/{url}`: `[name, data]`. */
+export async function* stream(id, { url, body, files }, signal) {
+  const [kind, sent] = content({ ...body, stream: true }, files);
+  const answer = await checked(await fetch(`/v1/images/${url}`, {
+    method: "POST", body: sent, signal, headers: headers({ "X-Request-ID": id, ...kind }),
   }));
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -3,14 +3,15 @@
 import { apiKey } from "./api.js";
 import { $, announce, button, copy, download } from "./page.js";
 import { asCurl, asPython } from "./snippets.js";
+import { titleOf } from "./titles.js";
 import { view } from "./viewer.js";
 
 const COPIED_MS = 1500;
 
 /** What a request asks for, in a few words. */
 function facts(b) {
-  return [`${b.num_inference_steps} steps`, b.guidance_scale > 1 ? `guidance ${b.guidance_scale}` : "no guidance",
-    b.scheduler.replace(/(?<=.)Scheduler$/, "")].join(" · ");
+  const guidance = b.guidance_scale === undefined ? [] : [b.guidance_scale > 1 ? `guidance ${b.guidance_scale}` : "no guidance"];
+  return [`${b.num_inference_steps} steps`, ...guidance, b.scheduler.replace(/(?<=.)Scheduler$/, "")].join(" · ");
 }
 
 export class Card {
@@ -21,8 +22,8 @@ export class Card {
     this.node = $("card-template").content.firstElementChild.cloneNode(true);
     this.node.style.setProperty("--hue", entry.hue);
     this.node.dataset.id = entry.id;
-    this.part(".caption").textContent = entry.body.prompt;
-    this.part(".caption").title = entry.body.prompt;
+    this.part(".caption").textContent = entry.title;
+    this.part(".caption").title = entry.body.prompts?.join("\n") ?? entry.title;
     this.part(".facts").textContent = facts(entry.body);
   }
 
@@ -39,26 +40,31 @@ export class Card {
     this.part(".frames").replaceChildren(waiting);
   }
 
-  step(step, steps) {
+  /** Of several prompts each has its own steps; the one that is told of last is shown. */
+  step(step, steps, prompt = 0) {
     if (!this.node.classList.contains("running")) return;
+    this.done = Object.assign(this.done ?? [], { [prompt]: step / Math.max(steps, 1) });
     const bar = this.part(".bar");
-    bar.setAttribute("aria-valuemax", steps);
-    bar.setAttribute("aria-valuenow", step);
-    bar.firstChild.style.width = `${(100 * step) / Math.max(steps, 1)}%`;
-    this.tell(step ? `step ${step} of ${steps}` : "accepted");
+    const { prompts } = this.entry.body;
+    const share = this.done.reduce((sum, each) => sum + each, 0) / (prompts?.length ?? 1);
+    bar.setAttribute("aria-valuemax", 100);
+    bar.setAttribute("aria-valuenow", Math.round(100 * share));
+    bar.firstChild.style.width = `${100 * share}%`;
+    this.tell(step ? `${prompts ? `prompt ${prompt + 1}: ` : ""}step ${step} of ${steps}` : "accepted");
   }
 
   image(index, source) {
     const frames = this.part(".frames");
     if (frames.querySelector(".waiting")) frames.replaceChildren();
     while (frames.children.length <= index) frames.append(this.frame(frames.children.length));
-    const image = frames.children[index].firstChild;
+    const frame = frames.children[index], image = frame.firstChild;
+    frame.disabled = false;
     image.src = source;
-    image.alt = `${this.entry.body.prompt}, image ${index + 1}`;
+    image.alt = `${titleOf(this.entry, index)}, image ${index + 1}`;
   }
 
   frame(index) {
-    const frame = Object.assign(document.createElement("button"), { type: "button", title: "Enlarge" });
+    const frame = Object.assign(document.createElement("button"), { type: "button", title: "Enlarge", disabled: true });
     frame.append(new Image());
     frame.addEventListener("click", () => view(this, index, frame.firstChild.src));
     return frame;
@@ -90,13 +96,13 @@ export class Card {
 
   /** What can be done with image `index`. */
   uses(index = 0) {
-    const { body, files, images } = this.entry;
+    const { images } = this.entry;
     if (!images.length) return [];
     return [
       button("Start from it", () => this.does.startFrom(images[index]), { icon: "input" }),
       button("Download", () => this.download(), { icon: "download" }),
-      button("Copy as curl", (b) => this.copy(b, asCurl(body, files, Boolean(apiKey.get()))), { word: "curl" }),
-      button("Copy as Python", (b) => this.copy(b, asPython(body, files, Boolean(apiKey.get()))), { word: "py" }),
+      button("Copy as curl", (b) => this.copy(b, asCurl(this.entry, Boolean(apiKey.get()))), { word: "curl" }),
+      button("Copy as Python", (b) => this.copy(b, asPython(this.entry, Boolean(apiKey.get()))), { word: "py" }),
     ];
   }
 
@@ -115,12 +121,12 @@ export class Card {
   /** The images, and what they began with under the names that copied commands read. */
   download() {
     const { body, files, images } = this.entry;
-    const name = body.prompt.replace(/\W+/g, "-").slice(0, 60);
-    images.forEach((source, index) => download(source, `${name}-${body.seed + index}.png`));
-    for (const kind of ["image", "mask"]) {
-      if (!files[kind]) continue;
-      const url = URL.createObjectURL(files[kind]);
-      download(url, kind === "image" ? "input.png" : "mask.png");
+    images.forEach((source, index) => {
+      download(source, `${titleOf(this.entry, index).replace(/\W+/g, "-").slice(0, 60)}-${body.seed + index}.png`);
+    });
+    for (const { file, name } of files) {
+      const url = URL.createObjectURL(file);
+      download(url, name);
       setTimeout(() => URL.revokeObjectURL(url), 60_000);
     }
   }

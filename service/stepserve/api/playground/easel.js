@@ -1,65 +1,56 @@
-// The image to start from, and the mask painted over it: white is to be repainted.
+// The mask, painted over the first image: white is to be repainted.
 
 import { $ } from "./page.js";
 
 const PAINT = "#ff5fa2", READ_OFTEN = { willReadFrequently: true };
 
-let file = null, isErasing = false, last = null;
+let shown = null, mayPaint = false, painted = false, isErasing = false, last = null, told = () => "";
 
-export function hasImage() { return file !== null; }
-
-/** The image and, if something is painted, the mask: as files. */
-export async function files() {
-  if (!file) return {};
-  return { image: file, mask: isPainted() ? await maskFile() : null };
-}
-
-export function remove() {
-  file = null;
-  $("file").value = "";
-  $("editor").hidden = true;
-  $("drop").hidden = false;
-}
-
-export async function put(blob) {
-  const url = URL.createObjectURL(blob);
-  const image = $("input");
-  image.src = url;
-  try {
+/** Shows an image, or none, to be painted over where the model takes a mask. Over another image nothing is painted. */
+export async function show(entry, isMaskTaken) {
+  mayPaint = isMaskTaken;
+  for (const node of document.querySelectorAll(".of-mask")) node.hidden = !isMaskTaken;
+  $("editor").hidden = !entry;
+  if (entry && entry !== shown) {
+    shown = entry;
+    painted = false;
+    const image = $("input"), canvas = $("mask");
+    image.src = entry.url;
     await image.decode();
-  } finally {
-    URL.revokeObjectURL(url);
+    if (shown !== entry) return;
+    canvas.width = image.naturalWidth;
+    canvas.height = image.naturalHeight;
+    clear();
   }
-  file = blob;
-  const canvas = $("mask");
-  canvas.width = image.naturalWidth;
-  canvas.height = image.naturalHeight;
-  clear();
-  $("editor").hidden = false;
-  $("drop").hidden = true;
+  shown = entry ?? null;
+  explain();
 }
 
 function clear() {
   const canvas = $("mask");
   canvas.getContext("2d", READ_OFTEN).clearRect(0, 0, canvas.width, canvas.height);
-  explain();
+  changed();
 }
 
-/** Looked up, not kept: what was painted may have been erased again. */
-function isPainted() {
+export const isPainted = () => painted && shown !== null && mayPaint;
+
+/** After each stroke, as it may have erased what was painted. Large images take a while. */
+function look() {
   const canvas = $("mask");
   const { data } = canvas.getContext("2d", READ_OFTEN).getImageData(0, 0, canvas.width, canvas.height);
   for (let i = 3; i < data.length; i += 4) if (data[i] > 127) return true;
   return false;
 }
 
-function explain() {
-  $("mask-hint").textContent = isPainted()
-    ? "Only what is painted changes."
-    : "Nothing is painted: the whole image changes. Paint to change only a part.";
+function explain() { $("mask-hint").textContent = told(isPainted()); }
+
+function changed() {
+  painted = look();
+  explain();
+  $("mask").dispatchEvent(new Event("input", { bubbles: true }));
 }
 
-function maskFile() {
+export function maskFile() {
   const painted = $("mask");
   const canvas = new OffscreenCanvas(painted.width, painted.height);
   const context = canvas.getContext("2d", READ_OFTEN);
@@ -99,36 +90,18 @@ function choose(erasing) {
   $("erase").setAttribute("aria-pressed", String(erasing));
 }
 
-/** `say` tells the person what is wrong with a file. */
-export function setUp(say) {
-  const take = (files) => {
-    if ($("start-from").hidden || !files?.length) return;
-    const image = [...files].find((each) => each.type.startsWith("image/"));
-    const taken = image ? put(image) : Promise.reject(new Error("no image"));
-    taken.then(() => say(""), () => {
-      remove();
-      say("That file cannot be read as an image.");
-    });
-  };
-  const drop = $("start-from"), canvas = $("mask");
-  $("file").addEventListener("change", (event) => take(event.target.files));
-  for (const name of ["dragover", "dragleave", "drop"]) {
-    drop.addEventListener(name, (event) => {
-      event.preventDefault();
-      $("drop").classList.toggle("over", name === "dragover");
-      if (name === "drop") take(event.dataTransfer.files);
-    });
-  }
-  addEventListener("paste", (event) => take(event.clipboardData?.files));
+/** `explained` says what happens with the image if something is painted, or if nothing is. */
+export function setUp(explained) {
+  told = explained;
+  const canvas = $("mask");
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
     last = null;
     dab(event);
   });
-  for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, explain);
+  for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, changed);
   canvas.addEventListener("pointermove", (event) => { if (event.buttons) dab(event); });
   $("paint").addEventListener("click", () => choose(false));
   $("erase").addEventListener("click", () => choose(true));
   $("unmask").addEventListener("click", clear);
-  $("no-input").addEventListener("click", remove);
 }

@@ -1,10 +1,11 @@
 // The form: what the model allows, and the request it stands for.
 
 import { apiKey, getJson } from "./api.js";
-import * as easel from "./easel.js";
+import * as inputs from "./inputs.js";
 import { $, draw } from "./page.js";
+import { FROM_NOTHING } from "./tasks.js";
 
-const LOOK_AGAIN_MS = 2000, MOST_STEPS = 150, MOST_GUIDANCE = 20, CUSTOM = "custom";
+const LOOK_AGAIN_MS = 2000, MOST_STEPS = 150, MOST_GUIDANCE = 20, CUSTOM = "custom", AUTO = "auto";
 const SCALES = [0.5, 0.75, 1, 1.5, 2], RATIOS = [[4, 3], [3, 2], [16, 9]];
 
 let models = [], again = null, onModels = () => {};
@@ -38,14 +39,17 @@ function sizesOf({ minimum, maximum, step, native }) {
   };
 }
 
-function showSizes(sizes) {
-  const chosen = `${sizes.native}x${sizes.native}`;
+/** What begins with an image has its size, unless another one is asked for. */
+function showSizes({ sizes, tasks }) {
+  const hasImages = tasks.some((task) => !FROM_NOTHING.includes(task)), isOfImages = !tasks.some((task) => FROM_NOTHING.includes(task));
+  const chosen = isOfImages ? AUTO : `${sizes.native}x${sizes.native}`;
   const groups = Object.entries(sizesOf(sizes)).filter(([, names]) => names.length).map(([label, names]) => {
     const group = Object.assign(document.createElement("optgroup"), { label });
     group.append(...names.map((name) => new Option(name.replace("x", " × "), name, false, name === chosen)));
     return group;
   });
-  $("size").replaceChildren(...groups, new Option("Other …", CUSTOM));
+  const own = hasImages ? [new Option("As the image", AUTO, false, chosen === AUTO)] : [];
+  $("size").replaceChildren(...own, ...groups, new Option("Other …", CUSTOM));
   for (const name of ["width", "height"]) {
     Object.assign($(name), { min: sizes.minimum, max: sizes.maximum, step: sizes.step, value: sizes.native });
   }
@@ -54,16 +58,16 @@ function showSizes(sizes) {
 function showModel() {
   const m = model();
   if (!m) return;
-  showSizes(m.sizes);
+  showSizes(m);
   options($("scheduler"), m.schedulers, m.default_scheduler);
   showSteps();
   $("steps").value = m.default_num_inference_steps;
   Object.assign($("guidance"), { max: Math.min(m.max_guidance_scale, MOST_GUIDANCE), value: m.default_guidance_scale });
   $("count").max = m.max_n;
-  $("prompt").maxLength = $("negative").maxLength = m.max_prompt_characters;
+  $("negative").maxLength = m.max_prompt_characters;
   $("adapter-field").hidden = m.adapters.length === 0;
   options($("adapter"), ["none", ...m.adapters], "none");
-  $("start-from").hidden = !m.tasks.includes("image-to-image");
+  inputs.show(m);
   showReadiness();
   showValues();
 }
@@ -103,6 +107,14 @@ function showValues() {
   for (const name of ["steps", "guidance", "strength", "scale", "brush"]) $(`${name}-out`).textContent = $(name).value;
   $("custom-size").hidden = $("size").value !== CUSTOM;
   if (model()) showGuidance();
+  showPrompt();
+}
+
+function showPrompt() {
+  const isOneALine = inputs.isOneALine(), m = model();
+  $("prompt-key").textContent = isOneALine || $("prompt-field").hidden ? "Ctrl+Enter" : "Enter";
+  $("prompt").rows = isOneALine ? 6 : 3;
+  if (m) $("prompt").maxLength = m.max_prompt_characters * (isOneALine ? m.max_prompts : 1);
 }
 
 /** Learns what is served, and looks again while that can change. What was filled in stays. */
@@ -134,23 +146,29 @@ export function askForKey(message) {
   tell(apiKey.get() ? message : "this service wants an API key", "waiting");
 }
 
-/** The request that is filled in. */
-export function body() {
+/** The body of the request that is filled in, for the task that it stands for. */
+export function body(choice) {
+  const told = { ...inputs.body(choice), ...settings() };
+  // Upscalers decide on the size themselves.
+  if (choice.task === "upscaling") delete told.size;
+  return told;
+}
+
+/** The part of a body that no task differs in. */
+export function settings() {
   const told = {
-    prompt: $("prompt").value.trim(),
     model: model().id,
     size: $("size").value === CUSTOM ? `${$("width").value}x${$("height").value}` : $("size").value,
     n: Number($("count").value),
     num_inference_steps: Number($("steps").value),
-    guidance_scale: Number($("guidance").value),
     scheduler: $("scheduler").value,
     seed: $("seed").value === "" ? draw() : Number($("seed").value),
   };
+  if (!$("guidance-field").hidden) told.guidance_scale = Number($("guidance").value);
   if ($("negative").value.trim() && !$("negative").disabled) told.negative_prompt = $("negative").value.trim();
   if (model().adapters.includes($("adapter").value)) {
     told.adapters = [{ name: $("adapter").value, scale: Number($("scale").value) }];
   }
-  if (easel.hasImage()) told.strength = Number($("strength").value);
   return told;
 }
 

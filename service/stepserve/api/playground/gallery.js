@@ -25,10 +25,18 @@ async function within(mode, work) {
   }
 }
 
+/** What was kept before there were other inputs than an image and a mask. */
+function asToday(entry) {
+  if (Array.isArray(entry.files)) return entry;
+  const files = Object.entries(entry.files ?? {}).filter(([, file]) => file)
+    .map(([field, file]) => ({ field, file, name: field === "image" ? "input.png" : "mask.png" }));
+  return { ...entry, files, url: files.length ? "edits" : "generations", title: entry.body.prompt };
+}
+
 /** Everything kept, the latest first. */
 export async function all() {
   const kept = (await within("readonly", (store) => store.getAll())) ?? [];
-  return kept.sort((a, b) => b.made - a.made);
+  return kept.map(asToday).sort((a, b) => b.made - a.made);
 }
 
 export async function keep(entry) {

@@ -1,10 +1,12 @@
 // Puts the page together: the form, requests and their cards, the running batch, keys of the keyboard.
 
-import * as easel from "./easel.js";
 import * as form from "./form.js";
+import * as inputs from "./inputs.js";
 import * as loom from "./loom.js";
 import { $, button, draw, setUpTheme } from "./page.js";
 import * as requests from "./requests.js";
+import { canDo, choose, most } from "./tasks.js";
+import { titleFor } from "./titles.js";
 import * as viewer from "./viewer.js";
 
 const IDEAS = ["rocket on a blue background", "sunflower", "cat face", "pizza"];
@@ -20,12 +22,29 @@ const DEMO_PAUSE_MS = 260;  // so that each is seen to join
 async function submit() {
   form.say("");
   if (!form.model()?.ready) return form.say("The model is not ready yet.");
-  if (!$("prompt").value.trim()) {
-    $("prompt").focus();
-    return form.say("Write what the image should show.");
+  const choice = inputs.plan();
+  if (choice.problem) {
+    if (!$("prompt-field").hidden && !$("prompt").value.trim()) $("prompt").focus();
+    return form.say(choice.problem);
   }
-  requests.enqueue(form.body(), await easel.files());
+  enqueue(choice, form.body(choice), await inputs.files());
   showStage();
+}
+
+function enqueue({ url, task }, body, files = []) {
+  requests.enqueue({ url, body, files, title: titleFor(body, task, inputs.className) });
+}
+
+/** What the page can think up by itself. */
+const withoutImages = (model) => ({ prompt: Math.min(most(model, "prompt"), 1), class_label: Math.min(most(model, "class_label"), 1) });
+
+/** What is offered to begin with, where the model needs no image for it. */
+function showOffers() {
+  const model = form.model();
+  if (!model) return;
+  const isPlain = canDo(model, withoutImages(model));
+  $("demo").hidden = !isPlain;
+  $("ideas").hidden = $("ideas-hint").hidden = !isPlain || !most(model, "prompt");
 }
 
 /** On a phone the images are below the form. */
@@ -39,13 +58,14 @@ function demo() {
   form.say("");
   const model = form.model();
   if (!model?.ready) return form.say("The model is not ready yet.");
-  const { strength, negative_prompt, ...rest } = form.body();
+  const { negative_prompt, ...rest } = form.settings(), choice = choose(model, withoutImages(model));
   DEMO.forEach(([prompt, steps, wanted, guidance], index) => setTimeout(() => {
     const scheduler = model.schedulers.includes(wanted) ? wanted : rest.scheduler;
     const { minimum, maximum } = form.stepsOf(model, scheduler);
-    requests.enqueue({
-      ...rest, prompt, scheduler, n: 1, seed: draw(), guidance_scale: Math.min(guidance, model.max_guidance_scale),
-      num_inference_steps: Math.max(minimum, Math.min(steps, maximum)),
+    const guided = "guidance_scale" in rest ? { guidance_scale: Math.min(guidance, model.max_guidance_scale) } : {};
+    enqueue(choice, {
+      ...(choice.inputs.prompt ? { prompt } : {}), ...(choice.inputs.class_label ? { class_label: inputs.anyClass() } : {}),
+      ...rest, ...guided, scheduler, n: 1, seed: draw(), num_inference_steps: Math.max(minimum, Math.min(steps, maximum)),
     });
   }, index * DEMO_PAUSE_MS));
   showStage();
@@ -59,7 +79,7 @@ function onKey(event) {
     event.target.blur();
     return;
   }
-  const isPlainEnter = event.target === $("prompt") && !event.shiftKey;
+  const isPlainEnter = event.target === $("prompt") && !event.shiftKey && !inputs.isOneALine();
   if (event.key === "Enter" && !viewer.isOpen() && (event.ctrlKey || event.metaKey || isPlainEnter)) {
     event.preventDefault();
     submit();
@@ -80,9 +100,9 @@ addEventListener("keydown", onKey);
 $("cards").addEventListener("pointerover", (event) => loom.point(event.target.closest(".card")?.dataset.id));
 $("cards").addEventListener("pointerleave", () => loom.point(null));
 setUpTheme();
-form.setUp(loom.wake);
+inputs.setUp(form.say);
+form.setUp(() => { showOffers(); loom.wake(); });
 viewer.setUp();
-easel.setUp(form.say);
 loom.setUp({ model: form.model, isBusy: requests.isBusy, progress: requests.progress, lost: form.findModels });
 showIdeas();
 requests.showGallery();

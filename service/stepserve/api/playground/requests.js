@@ -2,15 +2,15 @@
 
 import { cancel, ServiceError, stream } from "./api.js";
 import { Card } from "./card.js";
-import * as easel from "./easel.js";
-import { askForKey } from "./form.js";
+import { askForKey, say } from "./form.js";
 import * as gallery from "./gallery.js";
+import * as inputs from "./inputs.js";
 import * as loom from "./loom.js";
 import { $, announce, draw } from "./page.js";
 import * as viewer from "./viewer.js";
 
 // Browsers keep six connections to a host; one is left for looking and cancelling.
-const MOST_AT_ONCE = 5, PREVIEWS = 8;
+const MOST_AT_ONCE = 5, PREVIEWS = 8, PROMPT_MARK = ":";
 /** Told apart on black and on white, neighbours most of all. */
 const HUES = [230, 75, 0, 150, 300, 45, 190, 270, 120, 335];
 
@@ -18,7 +18,11 @@ const running = new Map();  // id -> card
 const line = [];            // cards that wait for a connection
 
 export const isBusy = () => running.size > 0;
-export const progress = ({ id, step, steps }) => running.get(id)?.step(step, steps);
+/** `id` is a request's, or that of one of its prompts. */
+export const progress = ({ id, step, steps }) => {
+  const [call, prompt] = id.split(PROMPT_MARK);
+  running.get(call)?.step(step, steps, Number(prompt ?? 0));
+};
 
 function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(9));
@@ -36,12 +40,16 @@ function showNextHue() { $("run").querySelector(".swatch").style.setProperty("--
 const does = {
   run: (entry, isNew = false) => {
     viewer.close();
-    enqueue(isNew ? { ...entry.body, seed: draw() } : entry.body, entry.files);
+    enqueue({ ...entry, body: isNew ? { ...entry.body, seed: draw() } : entry.body });
   },
   startFrom: async (source) => {
     viewer.close();
-    await easel.put(await (await fetch(source)).blob());
-    $("start-from").scrollIntoView({ block: "nearest" });
+    try {
+      await inputs.startFrom(await (await fetch(source)).blob());
+      $("start-from").scrollIntoView({ block: "nearest" });
+    } catch (error) {
+      say(error.message);
+    }
   },
   remove: (card) => {
     gallery.forget(card.entry.id);
@@ -50,9 +58,9 @@ const does = {
   stop,
 };
 
-/** Puts a request in line, with a card of its own. */
-export function enqueue(request, files = {}) {
-  const card = new Card({ id: newId(), body: request, files, images: [], made: Date.now(), hue: freeHue() }, does);
+/** Puts a request to a URL in line, with a card of its own under a title. */
+export function enqueue({ url, body, files, title }) {
+  const card = new Card({ id: newId(), url, body, files, title, images: [], made: Date.now(), hue: freeHue() }, does);
   card.abort = new AbortController();
   card.begin();
   $("cards").prepend(card.node);
@@ -68,15 +76,16 @@ function advance() {
 async function run(card) {
   const { entry } = card;
   running.set(entry.id, card);
-  loom.colour(entry.id, entry.hue, entry.body.prompt);
+  for (const [id, prompt] of parts(entry)) loom.colour(id, entry.hue, prompt);
   loom.look();
   try {
     const asked = { ...entry.body, previews: PREVIEWS };
-    for await (const [name, data] of stream(entry.id, asked, entry.files, card.abort.signal)) take(card, name, data);
-    if (!entry.images.length) throw new Error("the service ended without an image");
+    for await (const [name, data] of stream(entry.id, { ...entry, body: asked }, card.abort.signal)) take(card, name, data);
+    if (!entry.images.length) throw new Error(entry.failed?.[0] ?? "the service ended without an image");
     if (entry.withheld) entry.news += ` · ${entry.withheld} withheld by the safety checker`;
+    if (entry.failed) entry.news += ` · ${entry.failed.length} of ${entry.body.prompts.length} failed: ${entry.failed[0]}`;
     card.end();
-    announce(`finished: ${entry.body.prompt}`);
+    announce(`finished: ${entry.title}`);
     await gallery.keep(entry);
   } catch (error) {
     fail(card, error);
@@ -86,20 +95,31 @@ async function run(card) {
   }
 }
 
+/** Names of what runs for a request: itself, or one for each of its prompts. */
+function parts({ id, title, body }) {
+  return body.prompts ? body.prompts.map((prompt, index) => [`${id}${PROMPT_MARK}${index}`, prompt]) : [[id, title]];
+}
+
 function take(card, name, data) {
-  if (name === "error") throw new ServiceError(0, data.error, null);
-  const { entry } = card;
+  const { entry } = card, { prompt_index: prompt = 0 } = data;
+  if (name === "error" && data.prompt_index === undefined) throw new ServiceError(0, data.error, null);
+  if (name === "error") {
+    entry.failed = [...(entry.failed ?? []), data.error.message];
+    return;
+  }
   if (data.content_filtered) {
     entry.withheld = (entry.withheld ?? 0) + 1;
     return;
   }
   const source = `data:image/${data.output_format};base64,${data.b64_json}`;
-  card.image(data.image_index, source);
+  const index = prompt * entry.body.n + data.image_index;
+  card.image(index, source);
   if (name.endsWith("partial_image")) {
-    card.step(data.step, data.steps);
+    card.step(data.step, data.steps, prompt);
     return;
   }
-  entry.images[data.image_index] = source;
+  entry.images[index] = source;
+  entry.size = data.size;
   const { total_s, batch_share } = data.timings;
   entry.news = `${total_s.toFixed(2)} s · ${Math.round(batch_share * 100)} % of the batch`;
 }
