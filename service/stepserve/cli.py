@@ -134,7 +134,7 @@ def serve(
     needs_key = bool(read_access_keys(settings).keys)
     serve_until_stopped(
         settings,
-        lambda url: greet(url, first_image, needs_key),
+        lambda url: greet(url, first_image, settings.default_model, needs_key),
         typer.echo,
         read_settings,
     )

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from stepserve.doctor import examine
+from stepserve.usual_bodies import usual_body
 
 REFUSED = {"error": {"message": "the API key is wrong", "param": None}}
 
@@ -70,3 +71,26 @@ def test_nobody_answers():
     assert not finding.well
     assert finding.name == "reachability"
     assert "is the service started" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("inputs", "body"),
+    [
+        ({"text-to-image": {"prompt": {"least": 1, "most": 1}}}, {"prompt": "owl"}),
+        ({"class-to-image": {"class_label": {"least": 1, "most": 1}}}, {"class_label": 0}),
+        ({"unconditional": {}}, {}),
+        ({"upscaling": {"image": {"least": 1, "most": 1}}}, None),
+        (
+            {
+                "inpainting": {"image": {"least": 1, "most": 1}},
+                "text-to-image": {
+                    "prompt": {"least": 1, "most": 1},
+                    "controls": {"least": 0, "most": 4},
+                },
+            },
+            {"prompt": "owl"},
+        ),
+    ],
+)
+def test_a_model_is_asked_for_what_it_can_do(inputs: object, body: object):
+    assert usual_body({"inputs": inputs}, "owl") == body

@@ -174,8 +174,9 @@ def _by_task(pipeline: Any) -> tuple[dict[Task, Any], dict[Task, PipelineTask]]:
         with contextlib.suppress(ValueError):
             if task not in pipelines:
                 other = _for_task(pipeline, task)
-                tasks[task] = _tasks_of(other)[task]
-                pipelines[task] = other
+                # FLUX.2's own class is listed for images, which it edits by instruction.
+                if (done := _tasks_of(other).get(task)) is not None:
+                    tasks[task], pipelines[task] = done, other
     return pipelines, tasks
 
 

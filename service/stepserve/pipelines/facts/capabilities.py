@@ -59,10 +59,22 @@ def check_is_served(pipeline_class: type, signature: CallSignature) -> None:
         ModelLoadError: it does none of the tasks that are served.
     """
     name = pipeline_class.__name__
+    if not signature.names:
+        raise ModelLoadError(f"{name} has no call of its own; its folder may name another class")
     if signature.makes != "images":
         raise ModelLoadError(f"{name} makes {signature.makes}, not images")
     if needs := unknown_needs(name, signature):
         raise ModelLoadError(f"{name} needs arguments that no request can give: {', '.join(needs)}")
+
+
+def check_steps(scheduler: Any) -> None:
+    """Refuse a scheduler that works in another way than by steps.
+
+    Raises:
+        ModelLoadError: it has none.
+    """
+    if not hasattr(scheduler, "step"):
+        raise ModelLoadError(f"its scheduler {type(scheduler).__name__} has no method `step`")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import (
     Facts,
     check_is_served,
+    check_steps,
     denoiser_of,
     describe_model,
     read_manifest,
@@ -141,6 +142,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     pipeline = _read_pipeline(folder, knobs)
     if knobs.ip_adapters:
         load_ip_adapters(pipeline, knobs.ip_adapters, knobs.trust.pickle)
+    check_steps(pipeline.scheduler)
     settle(pipeline, chosen, speed)
     check_finite_weights(pipeline)
     if speed.compile and denoiser_of(pipeline) is None:

@@ -25,7 +25,7 @@ from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.serving.runner import PipelineRunner
 from stepserve.pipelines.serving.warm_up import warm_up
 from tiny_model import Inbox, submit_all
-from tiny_unconditional import BUILDERS, CLASSES, SIDE_PX, save_unconditional
+from tiny_unconditional import BUILDERS, CLASSES, SIDE_PX, save_unconditional, unet
 
 LEVELS = 2
 OF_CLASSES = ("consistency-of-classes", "dit")
@@ -330,3 +330,11 @@ def test_they_are_warmed_up(name: str, serve: Serve) -> None:
     warm_up(runner)
 
     assert runner.capabilities().expected_s is not None
+
+
+def test_a_scheduler_without_steps_is_refused(tmp_path: Path) -> None:
+    pipeline = diffusers.ScoreSdeVePipeline(unet(), diffusers.ScoreSdeVeScheduler())
+    pipeline.save_pretrained(tmp_path)
+
+    with pytest.raises(ModelLoadError, match="ScoreSdeVeScheduler has no method `step`"):
+        load_model("m", tmp_path, device="cpu")
