@@ -15,6 +15,7 @@ from stepping_site import Site
 from stepserve.domain.errors import ServerFullError
 from stepserve.domain.events import Failed
 from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.models import ClassLabels
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.tasks import ONE, OPTIONAL, Count, Role, Task, TaskInputs
 from stepserve.pipelines.requests.inputs import decode_inputs
@@ -125,7 +126,7 @@ def test_six_mixed_requests_need_no_prompt(page: Any, site: Site):
 
 
 def test_a_class_is_asked_for_by_number(page: Any, site: Site, tmp_path: Path):
-    serve_only(page, site, CLASSES)
+    serve_only(page, site, CLASSES, classes=ClassLabels(10))
     page.fill("#class-number", "")
     page.click("#run")
     assert page.inner_text("#problem") == "Say which class to draw."
@@ -136,6 +137,58 @@ def test_a_class_is_asked_for_by_number(page: Any, site: Site, tmp_path: Path):
     run_copies(page, tmp_path)
 
     assert [request.class_label for request in site.backend.requests] == [7] * 3
+
+
+def test_a_class_is_chosen_by_name(page: Any, site: Site):
+    names = {0: ("cat", "kitten"), 2: ("dog",)}
+    serve_only(page, site, CLASSES, classes=ClassLabels(3, names))
+    assert not page.is_visible("#class-number")
+    page.select_option("#class-name", label="2 · dog")
+    page.click("#run")
+    finish(page)
+    assert page.inner_text(".caption") == "dog"
+    page.click("#demo")
+    finish(page, 7)
+
+    first, *others = (request.class_label for request in site.backend.requests)
+    assert first == 2
+    assert set(others) <= {0, 1, 2}
+
+
+def test_reference_images_have_a_scale_and_an_adapter_each(page: Any, site: Site, tmp_path: Path):
+    serve_only(page, site, STEERED, ip_adapters=("style", "face"))
+    choose(page, "references", "red", "blue")
+    first = page.locator("#references .entry").first
+    first.locator("[name=scale]").fill("0.9")
+    first.locator("[name=adapter]").select_option("face")
+    page.click("#run")
+    finish(page)
+    save_downloads(page, tmp_path, 3)
+    run_copies(page, tmp_path)
+    page.click(".card .frames button")
+    assert "face \N{MULTIPLICATION SIGN} 0.9, style \N{MULTIPLICATION SIGN} 0.6" in page.inner_text(
+        "#viewer dl"
+    )
+
+    requests = site.backend.requests
+    uses = [(use.adapter, use.scale) for use in requests[0].references]
+    assert uses == [("face", 0.9), ("style", 0.6)]
+    assert [request.references for request in requests] == [requests[0].references] * 3
+    assert [shaping(request) for request in requests] == [shaping(requests[0])] * 3
+
+
+def test_what_a_task_does_not_take_is_said_before_anything_is_sent(page: Any, site: Site):
+    serve_only(page, site, STEERED, ip_adapters=("style",))
+    choose(page, "references", "red")
+    page.set_input_files("#file", [png("blue")])
+    page.wait_for_selector("#editor:not([hidden])")
+    page.click("#run")
+    assert page.inner_text("#problem") == ("Remove the image: text-to-image with emoji takes none.")
+    page.click("#no-input")
+    page.click("#run")
+    finish(page)
+
+    assert not site.backend.requests[0].images
 
 
 def test_three_images_are_put_in_order_by_keyboard(page: Any, site: Site, tmp_path: Path):
