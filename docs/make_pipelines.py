@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "tests" / "parity"))
+TESTS = DOCS.parent / "tests"
+sys.path[:0] = [str(TESTS / "parity"), str(TESTS)]
 
 from families.catalogue import FAMILIES  # noqa: E402 - its folder was unknown until here
 from families.examine import Findings, examine  # noqa: E402

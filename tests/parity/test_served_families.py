@@ -30,6 +30,7 @@ from stepserve.domain.tasks import Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import check_is_served
+from stepserve.pipelines.facts.guiders import GUIDER_SCALE
 from stepserve.pipelines.facts.signature import accepted_arguments, read_signature
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.requests import call as tasks
@@ -60,6 +61,7 @@ SERVED = (
     "FLUX.2 Klein",
     "FLUX.2 Klein with a key-value cache",
     "Hunyuan-DiT",
+    "HunyuanImage",
     "Latent consistency model",
     "Ovis-Image",
     "PixArt-alpha",
@@ -83,6 +85,7 @@ GUIDANCE_COSTS = {
     "FLUX.2": EMBEDDED,
     "FLUX.2 Klein": TWICE,
     "FLUX.2 Klein with a key-value cache": EMBEDDED,
+    "HunyuanImage": TWICE,
     "Latent consistency model": EMBEDDED,
     "Ovis-Image": TWICE,
     "Qwen-Image": TWICE,
@@ -90,7 +93,11 @@ GUIDANCE_COSTS = {
     "Stable Diffusion with perturbed-attention guidance": StepWork(3, 1),
 }
 # The distilled Klein takes no guidance at all.
-ARGUMENTS = {"Qwen-Image": "true_cfg_scale", "FLUX.2 Klein with a key-value cache": ""}
+ARGUMENTS = {
+    "FLUX.2 Klein with a key-value cache": "",
+    "HunyuanImage": GUIDER_SCALE,
+    "Qwen-Image": "true_cfg_scale",
+}
 # Their pipelines take one, or none, and make nothing of it.
 NO_NEGATIVE_PROMPT = {
     "FLUX",
@@ -109,6 +116,7 @@ LEFT_OUT = {
     "FLUX.2 Klein, with reference images": "the same pipeline, with more than a prompt",
     "FLUX.2, with reference images": "the same pipeline, with more than a prompt",
     "HiDream": "enlarges every image to the area of the native size, which takes a minute here",
+    "HunyuanImage, with a guider that skips layers": "the same pipeline, one request at a time",
     "JoyImage-Edit": NO_PROCESSOR,
     "JoyImage-Edit-Plus": NO_PROCESSOR,
     "Kandinsky 5, image": "chooses among sizes of its own, which take a minute here",

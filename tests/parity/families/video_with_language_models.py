@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import transformers
+from stepserve.pipelines.facts.guiders import set_guidance_scale
 
 from .family import Family, Variation, seeded
 from .tokenizers import VOCABULARY, word_tokenizer
@@ -248,9 +249,10 @@ def hunyuan_1_5() -> Any:
     return pipeline
 
 
-def hunyuan_1_5_arguments(_: Any, variation: Variation) -> dict[str, Any]:
+def hunyuan_1_5_arguments(pipeline: Any, variation: Variation) -> dict[str, Any]:
     arguments = text_to_video(variation, 16, num_frames=5)
-    del arguments["guidance_scale"]  # The guider has it.
+    # The guider takes it; each request has one of its own.
+    set_guidance_scale(pipeline, arguments.pop("guidance_scale"))
     return arguments
 
 
@@ -284,8 +286,7 @@ FAMILIES = (
         "HunyuanVideo 1.5, text to video",
         seeded(hunyuan_1_5),
         hunyuan_1_5_arguments,
-        guidance_scales=(5.0,),
-        remark="its guider holds the guidance scale, so that all requests have the same",
+        remark="its guider holds the guidance scale: each request has one of its own",
     ),
     Family(
         "SkyReels V2, diffusion forcing",

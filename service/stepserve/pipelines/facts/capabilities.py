@@ -13,6 +13,7 @@ from stepserve.domain.guidance import Guidance
 from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.classes import CLASS_LABELS, read_classes
+from stepserve.pipelines.facts.guiders import GUIDER_SCALE, usual_guider_scale
 from stepserve.pipelines.facts.pipeline_tasks import unknown_needs
 from stepserve.pipelines.facts.signature import CallSignature
 
@@ -100,7 +101,7 @@ def describe_model(
         "description": f"{type(pipeline).__name__} from {folder.name}",
         "created": int((folder / "model_index.json").stat().st_mtime),
         "default_scheduler": type(pipeline.scheduler).__name__,
-        **_call_defaults(facts.signature),
+        **_call_defaults(pipeline, facts.signature),
     }
     if facts.prompt_tokens is None:
         # Nothing counts tokens, so that only the characters are limited.
@@ -129,18 +130,28 @@ def _most_characters(prompt_tokens: int) -> int:
     return max(usual, min(TOKEN_CHARACTERS * prompt_tokens, MOST_PROMPT_CHARACTERS))
 
 
-def guidance_arguments(signature: CallSignature) -> tuple[str, ...]:
-    """The arguments of a call that may carry a guidance scale, the likeliest first."""
-    return tuple(name for name in GUIDANCE_ARGUMENTS if signature.accepts(name))
+def guidance_arguments(pipeline: Any, signature: CallSignature) -> tuple[str, ...]:
+    """What may carry a guidance scale, the likeliest first: arguments of a call, or its guider."""
+    guider = () if usual_guider_scale(pipeline) is None else (GUIDER_SCALE,)
+    return *guider, *(name for name in GUIDANCE_ARGUMENTS if signature.accepts(name))
 
 
-def promised_guidance(signature: CallSignature) -> Guidance:
+def usual_guidance_scale(pipeline: Any, signature: CallSignature, argument: str) -> float | None:
+    """What the pipeline's authors chose for that argument; None where they chose no number."""
+    if argument == GUIDER_SCALE:
+        return usual_guider_scale(pipeline)
+    scale = signature.default(argument, int | float)
+    return None if scale is None else float(scale)
+
+
+def promised_guidance(pipeline: Any, signature: CallSignature) -> Guidance:
     """How a pipeline takes guidance by its signature; `guidance_cost` finds out what holds.
 
     An argument without a number as its default is one that most models of a class cannot use.
     """
-    offered = guidance_arguments(signature)
-    chosen = [name for name in offered if signature.default(name, int | float) is not None]
+    offered = guidance_arguments(pipeline, signature)
+    usual = {name: usual_guidance_scale(pipeline, signature, name) for name in offered}
+    chosen = [name for name in offered if usual[name] is not None]
     argument = next(iter(chosen or offered), "")
     takes_negative = signature.accepts("negative_prompt")
     needs_negative = takes_negative and argument == "true_cfg_scale"
@@ -159,18 +170,18 @@ def derive_sizes(pipeline: Any, signature: CallSignature) -> SizeRange:
     return SizeRange(minimum=minimum, maximum=maximum, step=step, native=native)
 
 
-def _call_defaults(signature: CallSignature) -> dict[str, Any]:
+def _call_defaults(pipeline: Any, signature: CallSignature) -> dict[str, Any]:
     """Defaults that the pipeline's authors chose; a limit of one where there is no choice."""
     defaults: dict[str, Any] = {}
     steps = signature.default("num_inference_steps", int)
     if steps:
         defaults["default_num_inference_steps"] = steps
-    guidance = promised_guidance(signature)
+    guidance = promised_guidance(pipeline, signature)
     defaults["guidance"] = guidance
     if not guidance.argument:
         defaults |= {"default_guidance_scale": 1.0, "max_guidance_scale": 1.0}
-    elif (scale := signature.default(guidance.argument, int | float)) is not None:
-        defaults["default_guidance_scale"] = float(scale)
+    elif (scale := usual_guidance_scale(pipeline, signature, guidance.argument)) is not None:
+        defaults["default_guidance_scale"] = scale
     if not any(map(signature.accepts, COUNTS)):
         defaults["max_n"] = 1
     return defaults

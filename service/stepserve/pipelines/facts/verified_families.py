@@ -42,6 +42,7 @@ VERIFIED = frozenset(
         "HiDreamImagePipeline",
         "HunyuanDiTControlNetPipeline",
         "HunyuanDiTPipeline",
+        "HunyuanImagePipeline",
         "HunyuanVideo15Pipeline",
         "HunyuanVideoFramepackPipeline",
         "HunyuanVideoImageToVideoPipeline",

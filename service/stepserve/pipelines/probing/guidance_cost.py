@@ -2,8 +2,8 @@
 
 Most pipelines stack the rows with and without the prompt in one call of the denoiser. FLUX takes
 the scale as an input and has one row an image; CogView 4 and Lumina 2 call the denoiser twice;
-Qwen-Image takes the scale as `true_cfg_scale`, and guides only who gives a negative prompt. Many
-take arguments that they make nothing of.
+Qwen-Image takes the scale as `true_cfg_scale`, and guides only who gives a negative prompt. Some
+have a guider, an object that holds the scale. Many take arguments that they make nothing of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from torch import Tensor
 from stepserve.domain.guidance import CLASSIC, PLAIN, Guidance, StepWork
 from stepserve.engine.calls.call import ParkableMethod, make_call
 from stepserve.engine.tracks.interception import parameter_names
-from stepserve.pipelines.facts.capabilities import denoiser_of, guidance_arguments
+from stepserve.pipelines.facts.capabilities import (
+    denoiser_of,
+    guidance_arguments,
+    usual_guidance_scale,
+)
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.modules.parking import rules_of
 from stepserve.pipelines.probing.probe_requests import probe_request, run_probe
@@ -65,9 +69,10 @@ class GuidanceTrial:
         """
         signature = self._model.factory.signature(self._model.capabilities.usual_task)
         takes_negative = signature.accepts("negative_prompt")
+        arguments = guidance_arguments(self._model.pipeline, signature)
         # Those that need a negative prompt to guide do nothing with the scale alone.
         needs = (False, True) if takes_negative else (False,)
-        for argument, needs_negative in product(guidance_arguments(signature), needs):
+        for argument, needs_negative in product(arguments, needs):
             tried = Guidance(argument, OFF, takes_negative, needs_negative)
             # Both with a negative prompt or both without: it may turn on guidance by itself.
             without = self._see(tried, OFF, NO_NEGATIVE_PROMPT if needs_negative else "")
@@ -126,7 +131,7 @@ def with_probed_guidance(model: LoadedModel) -> LoadedModel:
         capabilities = replace(capabilities, default_guidance_scale=OFF, max_guidance_scale=OFF)
     elif guidance.argument != before.argument:
         signature = model.factory.signature(capabilities.usual_task)
-        usual = signature.default(guidance.argument, int | float)
+        usual = usual_guidance_scale(model.pipeline, signature, guidance.argument)
         scale = capabilities.default_guidance_scale if usual is None else usual
         capabilities = replace(capabilities, default_guidance_scale=scale)
     return replace(model, capabilities=capabilities)

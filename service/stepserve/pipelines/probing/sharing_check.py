@@ -163,6 +163,12 @@ def module_state(module: nn.Module) -> tuple[object, ...]:
         for key, hook in inner._forward_hooks.items()
         if not getattr(hook, "__module__", "").startswith("transformers.")
     )
+    # Some guiders have layers skipped for one of the predictions of a step.
+    diffusers_hooks = tuple(
+        (name, tuple(inner._diffusers_hook.hooks))
+        for name, inner in module.named_modules()
+        if hasattr(inner, "_diffusers_hook") and inner._diffusers_hook.hooks
+    )
     first = next(module.parameters(), None)
     return (
         None if first is None else (first.dtype, first.device),
@@ -170,6 +176,7 @@ def module_state(module: nn.Module) -> tuple[object, ...]:
         tuple((name, id(processor)) for name, processor in processors.items()),
         scales,
         hooks,
+        diffusers_hooks,
     )
 
 

@@ -17,6 +17,7 @@ from stepserve.engine.tracks.interception import parameter_names
 from stepserve.pipelines.controls.steering import Steering
 from stepserve.pipelines.copies.factory import schedulers_of
 from stepserve.pipelines.copies.safety_checker import guardrail, remove_checker, withheld_images
+from stepserve.pipelines.facts.guiders import GUIDER_SCALE, set_guidance_scale
 from stepserve.pipelines.facts.pipeline_tasks import PipelineTask
 from stepserve.pipelines.facts.signature import CallSignature, accepted_arguments
 from stepserve.pipelines.loading.folders import LoadedModel
@@ -152,7 +153,7 @@ def _copy_for(
     generators: Sequence[torch.Generator],
     steering: Steering | None = None,
 ) -> Any:
-    """A pipeline whose every draw is of the request's own generators."""
+    """A pipeline whose every draw is of the request's own generators, and guider of its scale."""
     if steering is None:
         copied = model.factory.copy(request.scheduler, request.task)
     else:
@@ -160,6 +161,8 @@ def _copy_for(
     for scheduler in schedulers_of(copied):
         drop_unknown(scheduler)
         draw_from(scheduler, generators)
+    if model.capabilities.guidance.argument == GUIDER_SCALE:
+        set_guidance_scale(copied, request.guidance_scale)
     return copied
 
 
@@ -174,7 +177,7 @@ def _previewer(
 def guidance_arguments(guidance: Guidance, request: GenerationRequest) -> dict[str, Any]:
     """The scale and the negative prompt as the model takes them."""
     arguments: dict[str, Any] = {}
-    if guidance.argument:
+    if guidance.argument and guidance.argument != GUIDER_SCALE:
         arguments[guidance.argument] = request.guidance_scale
     # Pipelines differ in what stands for none.
     if request.negative_prompt:
