@@ -530,8 +530,9 @@ def _request(
         ImageRequestBase,
         VariationRequest,
     )
-    from stepserve.api.images.inputs import Inputs, Sent, Slot
+    from stepserve.api.images.inputs import Inputs, Sent
     from stepserve.api.images.purposes import EDITS, GENERATIONS, VARIATIONS
+    from stepserve.api.images.slots import Slot
     from stepserve.domain.checks.limits import check_request
 
     body_class: type[ImageRequestBase] = ImageRequest

@@ -112,9 +112,10 @@ def form_or_json(model: type[BaseModel], files: tuple[str, ...]) -> dict[str, An
     if "images" in form:
         several = {"type": "array", "items": file}
         form["images"] = several | {"description": form["images"]["description"]}
-    if "references" in form:
-        several = {"type": "array", "items": file}
-        form["reference_image"] = several | {"description": "The images of `references`, in order."}
+    for name, placed in (("references", "reference_image"), ("controls", "control_image")):
+        if name in form:
+            several = {"type": "array", "items": file}
+            form[placed] = several | {"description": f"The images of `{name}`, in order."}
     form_schema = schema | {"properties": form}
     return {
         "required": True,

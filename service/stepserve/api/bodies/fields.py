@@ -70,6 +70,9 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "mask_image": "mask",
         "mask_url": "mask",
         "ip_adapter_image": "references",
+        "controlnet": "controls",
+        "controlnets": "controls",
+        "controlnet_conditioning_scale": "controls",
         "ip_adapters": "references",
     }
 )

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, ClassLabel, WholeNumber
+from stepserve.domain.checks.control_limits import MAX_CONTROL_SCALE
 from stepserve.domain.checks.input_limits import MAX_REFERENCE_SCALE, class_number
 from stepserve.domain.checks.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S
 from stepserve.domain.checks.wording import digits, shown
@@ -21,6 +22,7 @@ from stepserve.domain.guidance import Guidance
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import (
     AdapterUse,
+    ControlUse,
     GenerationRequest,
     OutputFormat,
     ReferenceUse,
@@ -106,6 +108,40 @@ class ReferenceImageBody(Body):
     )
 
 
+class ControlBody(Body):
+    """An image that steers the model, through one of its controls."""
+
+    name: str = Field(
+        default="",
+        description="Of `controls` in `GET /v1/models`; may be left out where there is one.",
+    )
+    image: Reference | None = Field(
+        default=None,
+        description="The image. In a form it may be left out: the next file of `control_image` "
+        "takes its place.",
+    )
+    scale: float = Field(
+        default=ControlUse.scale,
+        description="How strongly it steers.",
+        json_schema_extra={"minimum": 0, "maximum": MAX_CONTROL_SCALE},
+    )
+    start: float = Field(
+        default=ControlUse.start,
+        description="It steers from this share of the steps on.",
+        json_schema_extra={"minimum": 0, "exclusiveMaximum": 1},
+    )
+    end: float = Field(
+        default=ControlUse.end,
+        description="It steers up to this share of the steps.",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+    )
+    preprocessor: str | None = Field(
+        default=None,
+        description="What makes the control image of `image`: `canny`, `grey`, `invert`, `tile`, "
+        "or `none` where it is one already. The control's own if left out.",
+    )
+
+
 class ImageRequestBase(Body):
     """What every request for images may say: OpenAI's fields, then Stepserve's own."""
 
@@ -159,6 +195,10 @@ class ImageRequestBase(Body):
     scheduler: str | None = _documented("A scheduler that the model lists in `GET /v1/models`.")
     adapters: Annotated[list[AdapterBody], COUNTED] | None = _documented(
         "LoRA adapters, applied together."
+    )
+    controls: Annotated[list[ControlBody], COUNTED] | None = _documented(
+        "Images that steer the new ones, such as edges or depths, where a model has controls; "
+        "`inputs` in `GET /v1/models` says how many."
     )
     references: Annotated[list[ReferenceImageBody], COUNTED] | None = _documented(
         "Images whose style or content the new ones are to have, where a model has IP-Adapters; "

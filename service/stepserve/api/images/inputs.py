@@ -8,46 +8,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.forms import Form, parse_body, parse_fields, read_form
 from stepserve.api.bodies.reading import JSON
 from stepserve.api.bodies.schemas import (
     MAX_IMAGES,
+    ControlBody,
     ImageReference,
     ImageRequestBase,
     ReferenceImageBody,
 )
 from stepserve.api.dependencies import FORM, Incoming, declared_type
 from stepserve.api.errors import MalformedJsonError
+from stepserve.api.images.slots import PLACED, Body, Slot, placed_in, with_entries
 from stepserve.api.inputs.fetch import fetch_image, is_elsewhere
 from stepserve.api.inputs.uploads import read_upload
 from stepserve.config import UploadSettings
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import ImageFile
 from stepserve.domain.models import ModelCapabilities, SizeRange
-from stepserve.domain.requests import GenerationRequest, ReferenceUse
+from stepserve.domain.requests import ControlUse, GenerationRequest, ReferenceUse
 from stepserve.domain.tasks import Role, Task
-
-Body = TypeVar("Body", bound=ImageRequestBase)
-Source = bytes | str
-"""A file, or where it is."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One image that a request brings along.
-
-    Args:
-        role: what it is for.
-        field: what messages call it.
-        source: the file, or where it is.
-    """
-
-    role: Role
-    field: str
-    source: Source
 
 
 @dataclass(frozen=True)
@@ -96,8 +79,18 @@ class Inputs(Generic[Body]):
             filled,
             images=tuple(file.content for file in images),
             mask=mask[0].content if mask else None,
+            controls=tuple(self._controls(model)),
             references=tuple(self._references()),
         )
+
+    def _controls(self, model: ModelCapabilities) -> Iterator[ControlUse]:
+        files = self.files.get(Role.CONTROL, ())
+        usual = {control.name: control.preprocessor for control in model.controls}
+        only = next(iter(usual)) if len(usual) == 1 else ""
+        for use, file in zip(self.body.controls or (), files, strict=True):
+            name = use.name or only
+            own = usual.get(name, "") if use.preprocessor is None else use.preprocessor
+            yield ControlUse(name, file.content, use.scale, use.start, use.end, own)
 
     def _references(self) -> Iterator[ReferenceUse]:
         files = self.files.get(Role.REFERENCE, ())
@@ -119,9 +112,6 @@ FILES: Mapping[str, Role] = MappingProxyType(
     {"image": Role.IMAGE, "images": Role.IMAGE, "mask": Role.MASK}
 )
 """Which fields of a form are files, and what for."""
-
-REFERENCE_FILES = "reference_image"
-"""The files of a form that take the places of images in `references`."""
 
 
 def nearest_size(width: int, height: int, sizes: SizeRange) -> tuple[int, int]:
@@ -149,17 +139,19 @@ async def read_sent(incoming: Incoming, body_class: type[Body]) -> Sent[Body]:
         UnsupportedMediaTypeError: it is neither.
         InvalidRequestError: names the field that is wrong or missing.
     """
-    references: Sequence[bytes] = ()
+    files: Mapping[str, Sequence[bytes]] = {}
     if declared_type(incoming.http, FORM, JSON) == FORM:
         form = await read_form(incoming.http)
         body = parse_fields(form.fields, body_class)
         slots = _files_of(form, body_class)
-        references = form.files.get(REFERENCE_FILES, ())
+        files = form.files
     else:
         body = parse_body(await _json(incoming), body_class)
         slots = []
-    body = _with_references(body, references)
-    slots += [*_addresses_in(body), *_references_in(body, references)]
+    slots += _addresses_in(body)
+    for placed in PLACED:
+        body = with_entries(body, placed, files.get(placed.files, ()))
+        slots += placed_in(body, placed, files.get(placed.files, ()))
     images = sum(slot.role is Role.IMAGE for slot in slots)
     if images > MAX_IMAGES:
         raise InvalidRequestError(f"image must be 1 to {MAX_IMAGES} images, got {images}", "image")
@@ -181,7 +173,7 @@ async def read_inputs(incoming: Incoming, sent: Sent[Body]) -> Inputs[Body]:
 
 def _files_of(form: Form, body_class: type[ImageRequestBase]) -> list[Slot]:
     known = [name for name in FILES if name in body_class.model_fields]
-    taken = [*known, REFERENCE_FILES]
+    taken = [*known, *(placed.files for placed in PLACED)]
     if unknown := sorted(set(form.files) - set(taken)):
         listed = ", ".join(taken)
         raise InvalidRequestError(f"unknown file {unknown[0]!r} (known: {listed})", unknown[0])
@@ -196,34 +188,6 @@ def _addresses_in(body: ImageRequestBase) -> list[Slot]:
     images = [*([] if image is None else [image]), *(getattr(body, "images", None) or ())]
     slots = [Slot(Role.IMAGE, Role.IMAGE, reference.image_url) for reference in images]
     return slots if mask is None else [*slots, Slot(Role.MASK, Role.MASK, mask.image_url)]
-
-
-def _with_references(body: Body, files: Sequence[bytes]) -> Body:
-    """The body with an entry for each file, where a form has files alone."""
-    if body.references is not None or not files:
-        return body
-    return body.model_copy(update={"references": [ReferenceImageBody() for _ in files]})
-
-
-def _references_in(body: ImageRequestBase, files: Sequence[bytes]) -> list[Slot]:
-    """The reference images of a body, by address or, where one has none, the next of the files."""
-    uses = body.references or ()
-    fileless = sum(use.image is None for use in uses)
-    if fileless != len(files):
-        raise InvalidRequestError(
-            f"references: {fileless} without an image, and {len(files)} files of "
-            f"{REFERENCE_FILES}: give each an image, or in a form a file",
-            "references",
-        )
-    left = iter(files)
-    return [
-        Slot(
-            Role.REFERENCE,
-            f"references[{index}].image",
-            next(left) if use.image is None else use.image.image_url,
-        )
-        for index, use in enumerate(uses)
-    ]
 
 
 async def _contents(incoming: Incoming, slots: Sequence[Slot]) -> list[bytes]:
@@ -292,7 +256,7 @@ def _emptied(value: Any) -> Any:
         return [_emptied(item) for item in value]
     if isinstance(value, ImageReference):
         return value.model_copy(update={"image_url": ""})
-    if isinstance(value, ReferenceImageBody):
+    if isinstance(value, ReferenceImageBody | ControlBody):
         return value.model_copy(update={"image": _emptied(value.image)})
     return value
 

@@ -15,7 +15,7 @@ from stepserve.api.errors import ErrorDetail, PromptError, error_detail
 from stepserve.domain.events import CutPrompt, EncodedImage, Finished
 from stepserve.domain.guidance import GuidanceKind, StepWork
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.models import Compilation, SizeRange, StepRange
+from stepserve.domain.models import Compilation, Control, SizeRange, StepRange
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
 from stepserve.domain.requests import AdapterUse, GenerationRequest
@@ -57,6 +57,16 @@ class ReferenceParameters(BaseModel):
     adapter: str = Field(description="Empty: the model's only one.")
 
 
+class ControlParameters(BaseModel):
+    """How a control image was used."""
+
+    name: str
+    scale: float
+    start: float
+    end: float
+    preprocessor: str = Field(description="Empty, or `none`: the image was taken as it is.")
+
+
 class Parameters(BaseModel):
     """Everything that shaped the images: sent back as a request body, it makes them again."""
 
@@ -79,6 +89,9 @@ class Parameters(BaseModel):
     strength: float | None = Field(default=None, description="Of edits and variations.")
     class_label: int | None = Field(default=None, description="Of models with classes.")
     image_guidance_scale: float | None = Field(default=None, description="Of edits.")
+    controls: list[ControlParameters] | None = Field(
+        default=None, description="Without their images; absent where there were none."
+    )
     references: list[ReferenceParameters] | None = Field(
         default=None, description="Without their images; absent where there were none."
     )
@@ -229,6 +242,10 @@ class ModelResponse(BaseModel):
     max_adapters: int = Field(description="Most adapters of one request.")
     ip_adapters: list[str] = Field(
         description="IP-Adapters that read the `references` of requests, the usual one first."
+    )
+    controls: list[Control] = Field(
+        description="Controls that requests may name: networks, which are loaded when they are "
+        "first used, or the model's own."
     )
     tasks: list[Task] = Field(description="What the model does, its usual task first.")
     inputs: dict[Task, dict[Role, Count]] = Field(
@@ -416,7 +433,8 @@ def base64_of(image: EncodedImage) -> str:
 def parameters_response(request: GenerationRequest) -> Parameters:
     """Everything that shaped the images of a request."""
     told = asdict(request) | {"size": f"{request.width}x{request.height}"}
-    told["references"] = told["references"] or None
+    for placed in ("references", "controls"):
+        told[placed] = told[placed] or None
     return Parameters.model_validate(told)
 
 

@@ -28,10 +28,11 @@ from stepserve.api.errors import (
 )
 from stepserve.api.exchange_context import exchange_context_of
 from stepserve.api.images.generation import ImageResponder
-from stepserve.api.images.inputs import Body, Sent, read_inputs, read_sent
+from stepserve.api.images.inputs import Sent, read_inputs, read_sent
 from stepserve.api.images.prompts import PromptsResponder, check_any, split_call
 from stepserve.api.images.purposes import EDITS, GENERATIONS, VARIATIONS, Purpose
 from stepserve.api.images.responses import ImagesResponse
+from stepserve.api.images.slots import Body
 from stepserve.api.observe.exchanges import trace_context_of
 from stepserve.api.openapi import (
     REQUEST_ID,

@@ -21,6 +21,8 @@ def check_controls(request: GenerationRequest, model: ModelCapabilities) -> None
     """
     known = {control.name: control for control in model.controls}
     for use in request.controls:
+        if not use.name:
+            raise _wrong(f"a name is required: model {model.id!r} has {', '.join(known) or 'none'}")
         if use.name not in known:
             raise _wrong(
                 f"{shown(use.name)} is not known{did_you_mean(use.name, tuple(known))} "
