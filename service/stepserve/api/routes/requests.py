@@ -84,8 +84,10 @@ async def cancel_request(id: str, incoming: IncomingDep) -> ProgressResponse:  #
     progress, prompts = await _find(incoming, key)
     if not prompts:
         return progress_response(await _cancel(incoming, progress))
-    prompts = await asyncio.gather(*(_cancel(incoming, prompt) for prompt in prompts))
-    return progress_response(progress_of_call(key, prompts), prompts)
+    await _cancel_all(incoming, prompts)
+    # Those whose call had only just begun may not have been there yet.
+    await _cancel_all(incoming, await incoming.backend.prompts(key))
+    return progress_response(*await _find(incoming, key))
 
 
 @router.get(
@@ -115,7 +117,7 @@ async def follow_request(
     number = _number_after(last_event_id)
     events = while_connected(
         incoming.http.receive,
-        _events_of_call(incoming, prompts) if prompts else _events(incoming, key, number),
+        _events_of_call(incoming, key, prompts) if prompts else _events(incoming, key, number),
         incoming.settings.http.request_timeout_s,
         incoming.stopped,
         KEEP_ALIVE_S,
@@ -140,6 +142,10 @@ async def _find(incoming: Incoming, key: RequestKey) -> tuple[Progress, Sequence
 
 def _prompt_index(progress: Progress) -> int:
     return progress.key.prompt_index or 0
+
+
+async def _cancel_all(incoming: Incoming, prompts: Sequence[Progress]) -> None:
+    await asyncio.gather(*(_cancel(incoming, prompt) for prompt in prompts))
 
 
 async def _cancel(incoming: Incoming, progress: Progress) -> Progress:
@@ -181,12 +187,21 @@ async def _events(
 
 
 async def _events_of_call(
-    incoming: Incoming, prompts: Sequence[Progress]
+    incoming: Incoming, call: RequestKey, prompts: Sequence[Progress]
 ) -> AsyncGenerator[NumberedEvent, None]:
-    """What happened to the requests of a call, and what happens, up to the end of the last."""
-    async with aclosing(merged([_events(incoming, p.key, 0) for p in prompts])) as events:
-        async for _, event in events:
-            yield event
+    """What happened to the requests of a call, and what happens, up to the end of the last.
+
+    Args:
+        call: its name.
+        prompts: those of its requests that are known; others may only just be on their way.
+    """
+    followed: set[RequestKey] = set()
+    while new := [prompt.key for prompt in prompts if prompt.key not in followed]:
+        followed.update(new)
+        async with aclosing(merged([_events(incoming, key, 0) for key in new])) as events:
+            async for _, event in events:
+                yield event
+        prompts = await incoming.backend.prompts(call)
 
 
 async def _has_ended(incoming: Incoming, key: RequestKey) -> bool:

@@ -395,3 +395,27 @@ async def test_requests_differ_in_prompt_seed_and_name_only(
     first, second = backend.requests
 
     assert replace(first, id=second.id, prompt="dog", seed=2) == second
+
+
+async def test_requests_of_a_call_that_come_later_are_followed_and_cancelled_too(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    await draw(client, "cat", "dog")
+    found = backend.prompts
+    known = iter([1])
+
+    async def some(call: RequestKey) -> Any:
+        prompts = await found(call)
+        return prompts[: next(known, len(prompts))]
+
+    backend.prompts = some
+    followed = events_in((await client.get("/v1/requests/call/events")).text)
+    assert [d["prompt_index"] for name, d in followed if name == "finished"] == [0, 1]
+
+    backend.prompts = found
+    drawing = await blocked(client, backend)
+    known = iter([1])
+    backend.prompts = some
+    ended = (await client.delete("/v1/requests/call")).json()
+    drawing.cancel()
+    assert [prompt["state"] for prompt in ended["prompts"]] == ["cancelled", "cancelled"]
