@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -136,7 +136,8 @@ def parse_body(values: Any, model: type[Model]) -> Model:
 
 
 def _holds_text(annotation: Any) -> bool:
-    parts: Iterable[Any] = get_args(annotation)
+    # A list of texts is JSON.
+    parts: Iterable[Any] = () if get_origin(annotation) is list else get_args(annotation)
     return annotation is str or isinstance(annotation, str) or any(map(_holds_text, parts))
 
 

@@ -212,6 +212,10 @@ def _native_px(pipeline: Any, signature: CallSignature) -> int:
     config = getattr(denoiser_of(pipeline), "config", None)
     latents = getattr(pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
     if isinstance(latents, list | tuple):
+        if len(set(latents)) > 1 and not signature.accepts("height"):
+            # Requests name one size for both sides, where a model has one only.
+            sides = "x".join(map(str, latents))
+            raise ModelLoadError(f"its one size is not square: its denoiser was made for {sides}")
         latents = max(latents)
     if latents:
         return int(latents) * _scale(pipeline)

@@ -419,3 +419,13 @@ async def test_requests_of_a_call_that_come_later_are_followed_and_cancelled_too
     ended = (await client.delete("/v1/requests/call")).json()
     drawing.cancel()
     assert [prompt["state"] for prompt in ended["prompts"]] == ["cancelled", "cancelled"]
+
+
+async def test_a_form_holds_them_as_json(client: httpx.AsyncClient, backend: FakeBackend):
+    files: Any = {"prompts": (None, json.dumps(["cat", "dog"])), "n": (None, "2")}
+    response = await client.post(URL, files=files)
+    wrong = await client.post(URL, files={"prompts": (None, "cat")})
+
+    assert response.status_code == 200, response.text
+    assert [(request.prompt, request.n) for request in backend.requests] == [("cat", 2), ("dog", 2)]
+    assert wrong.json()["error"]["message"] == "prompts must be a valid list, got 'cat'"

@@ -338,3 +338,17 @@ def test_a_scheduler_without_steps_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelLoadError, match="ScoreSdeVeScheduler has no method `step`"):
         load_model("m", tmp_path, device="cpu")
+
+
+def test_a_size_of_unequal_sides_that_no_request_can_choose_is_refused(tmp_path: Path) -> None:
+    wide = diffusers.UNet2DModel(
+        sample_size=(16, 32),
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    diffusers.DDPMPipeline(wide, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+
+    with pytest.raises(ModelLoadError, match="one size is not square: .* made for 16x32"):
+        load_model("m", tmp_path, device="cpu")
