@@ -183,6 +183,16 @@ class GenerationRequest:
         """Whether it brings images along."""
         return bool(self.images or self.mask or self.controls or self.references)
 
+    @property
+    def step_size(self) -> tuple[int, ...]:
+        """What decides the cost of its steps: width and height in pixels, then how many images.
+
+        Images that an edit looks at are in every step, beside the one that is made. The one that
+        other tasks begin with is not.
+        """
+        seen = len(self.images) - (self.task is not Task.EDIT)
+        return (self.width, self.height, seen) if seen > 0 else (self.width, self.height)
+
     def given(self) -> dict[Role, int]:
         """How many inputs of each role it brings."""
         return {

@@ -86,7 +86,7 @@ def job_of(request: GenerationRequest, guidance: Guidance) -> Job:
     steps = max(math.ceil(request.num_inference_steps * strength), 1)
     return Job(
         id=f"{request.owner}/{request.id}",
-        size=size_of(request.width, request.height),
+        size=size_of(*request.step_size),
         group=group_of(request),
         rows=guidance.rows_of(request),
         steps=guidance.calls_of(request, steps),
@@ -94,9 +94,9 @@ def job_of(request: GenerationRequest, guidance: Guidance) -> Job:
     )
 
 
-def size_of(width: int, height: int) -> str:
-    """How a size is called in reports."""
-    return f"{width}x{height}"
+def size_of(width: int, height: int, images: int = 0) -> str:
+    """How a size is called in reports: `64x64`, or `64x64+2` where steps look at two images."""
+    return f"{width}x{height}+{images}" if images else f"{width}x{height}"
 
 
 def group_of(request: GenerationRequest) -> str:
@@ -104,4 +104,4 @@ def group_of(request: GenerationRequest) -> str:
     if request.reproducible:
         return ALONE
     adapters = sorted(f"{use.name}:{use.scale:g}" for use in request.adapters)
-    return " ".join([size_of(request.width, request.height), *adapters])
+    return " ".join([size_of(*request.step_size), *adapters])

@@ -43,6 +43,7 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_scheduler(request.scheduler, model.schedulers)
     _check_steps(request, model)
     _check_guidance_scale(request.guidance_scale, model)
+    _check_image_guidance(request, model)
     _check_negative_prompt(request, model)
     _check_guidance_interval(request, model)
     _check_whole_number("n", request.n, 1, model.max_n)
@@ -115,6 +116,22 @@ def _check_guidance_scale(value: float, model: ModelCapabilities) -> None:
     if not model.guidance.argument:
         message += f": model {model.id!r} takes no guidance; leave it out"
     raise InvalidRequestError(message, "guidance_scale")
+
+
+def _check_image_guidance(request: GenerationRequest, model: ModelCapabilities) -> None:
+    """Refuse one that turns guidance off, or would change nothing."""
+    scale, field = request.image_guidance_scale, "image_guidance_scale"
+    if scale is None:
+        return
+    if not 1 <= scale <= model.max_guidance_scale:
+        message = f"{field} must be 1 to {model.max_guidance_scale:g}, got {scale}"
+        raise InvalidRequestError(message, field)
+    if not model.guidance.guides(request.guidance_scale):
+        raise InvalidRequestError(
+            f"{field} has no effect without guidance: set guidance_scale over "
+            f"{model.guidance.above:g} (got {request.guidance_scale:g}), or leave {field} out",
+            field,
+        )
 
 
 def _check_negative_prompt(request: GenerationRequest, model: ModelCapabilities) -> None:

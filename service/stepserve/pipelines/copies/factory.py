@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import diffusers
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -25,6 +26,7 @@ from stepserve.pipelines.copies.blending import denoiser_for_inpainting
 from stepserve.pipelines.facts.capabilities import denoiser_of
 from stepserve.pipelines.facts.classes import class_count
 from stepserve.pipelines.facts.pipeline_tasks import (
+    WITH_MASK,
     PipelineTask,
     pipeline_tasks,
     told_classes,
@@ -186,12 +188,18 @@ def _tasks_of(pipeline: Any) -> dict[Task, PipelineTask]:
     return {one.task: one for one in (told_classes(each, count) for each in done)}
 
 
+def _class_for(pipeline: Any, task: Task) -> Any:
+    """What makes a pipeline of another task of this one."""
+    name = WITH_MASK.get(type(pipeline).__name__) if task is Task.INPAINTING else None
+    return OTHER_TASKS[task] if name is None else getattr(diffusers, name)
+
+
 def _for_task(pipeline: Any, task: Task) -> Any:
     # Constructors alter settings of the scheduler that they get, and say so: hence a copy.
     scheduler = copy.deepcopy(pipeline.scheduler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        other = OTHER_TASKS[task].from_pipe(pipeline, scheduler=scheduler)
+        other = _class_for(pipeline, task).from_pipe(pipeline, scheduler=scheduler)
     # Pipelines that work on pixels blend pixels.
     if task is Task.INPAINTING and hasattr(other, "unet") and hasattr(other, "vae"):
         vars(other)["unet"] = denoiser_for_inpainting(other)

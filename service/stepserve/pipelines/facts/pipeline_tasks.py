@@ -20,8 +20,8 @@ ARGUMENTS: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.PROMPT: ("prompt",),
         Role.CLASS_LABEL: ("class_labels",),
-        Role.IMAGE: ("image", "input_images"),
-        Role.MASK: ("mask_image",),
+        Role.IMAGE: ("image", "images", "input_images"),
+        Role.MASK: ("mask_image", "mask"),
         Role.STRENGTH: ("strength",),
         Role.IMAGE_GUIDANCE: ("image_guidance_scale", "img_guidance_scale"),
         Role.NOISE_LEVEL: ("noise_level",),
@@ -43,6 +43,8 @@ class Row:
         arguments: by role, where the argument has another name than in `ARGUMENTS`.
         is_fitted: whether images are resized to the size that is asked for before the call. None:
             those of image-to-image and inpainting are.
+        second_image: what the call takes a second image as, where it takes no list of them.
+        prompt: the form of one, where the call takes no other.
     """
 
     classes: str
@@ -51,7 +53,12 @@ class Row:
     left_out: frozenset[Role] = frozenset()
     arguments: Mapping[Role, str] = field(default_factory=dict)
     is_fitted: bool | None = None
+    second_image: str = ""
+    prompt: str = "{}"
 
+
+SECOND_IMAGE = "image_reference"
+IN_JSON = '{{"edit_instruction": "{}"}}'
 
 ROWS = (
     # A ControlNet's image is a control, whatever the argument is called.
@@ -61,9 +68,24 @@ ROWS = (
     # The whole schedule is its default, and what it was trained for.
     Row(r"FluxFillPipeline", left_out=frozenset({Role.STRENGTH})),
     Row(r"Flux2(Klein(KV)?)?Pipeline", images=Count(1, 10)),
-    Row(r"QwenImage(EditPlus|21)Pipeline", images=Count(1, MAX_IMAGES)),
-    Row(r"OmniGenPipeline", images=Count(1, MAX_IMAGES)),
+    Row(r"(FluxKontext|Flux2Klein)InpaintPipeline", images=Count(1, 2), second_image=SECOND_IMAGE),
+    # It makes its own choice of sizes, by the shape of the image.
+    Row(r"QwenImageEditInpaintPipeline", is_fitted=False),
+    Row(r"BriaFibo2Pipeline", images=Count(1, 5)),
+    Row(r"BriaFiboEditPipeline", (Task.EDIT,), images=Count(1, MAX_IMAGES), prompt=IN_JSON),
+    Row(
+        r"(QwenImage(EditPlus|21)|OmniGen|JoyImageEditPlus|ZImageOmni)Pipeline",
+        images=Count(1, MAX_IMAGES),
+    ),
 )
+WITH_MASK: Mapping[str, str] = MappingProxyType(
+    {
+        "FluxKontextPipeline": "FluxKontextInpaintPipeline",
+        "Flux2KleinPipeline": "Flux2KleinInpaintPipeline",
+    }
+)
+"""Which class repaints with the modules of another, where diffusers' own table does not say."""
+
 _AS_SIGNED = Row("")
 
 
@@ -76,12 +98,16 @@ class PipelineTask:
         inputs: how many of each role it takes.
         arguments: by role, what the call takes them as.
         is_fitted: whether images are resized to the size that is asked for before the call.
+        second_image: what the call takes a second image as; empty: several are a list.
+        prompt: the form of one.
     """
 
     task: Task
     inputs: TaskInputs
     arguments: Mapping[Role, str]
     is_fitted: bool
+    second_image: str = ""
+    prompt: str = "{}"
 
 
 def pipeline_tasks(class_name: str, signature: CallSignature) -> tuple[PipelineTask, ...]:
@@ -168,6 +194,8 @@ def _as_done(
         inputs,
         {role: arguments[role] for role in inputs},
         is_fitted if row.is_fitted is None else row.is_fitted,
+        row.second_image,
+        row.prompt,
     )
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from stepserve.domain.requests import ControlUse, GenerationRequest, ReferenceUse
-from stepserve.domain.tasks import Role, Task, TaskInputs
+from stepserve.domain.tasks import Role, Task
+from stepserve.pipelines.facts.pipeline_tasks import PipelineTask
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.probing.sharing_check import ProbeRequest
 from stepserve.pipelines.requests.call import call_pipeline
@@ -21,6 +22,9 @@ from stepserve.pipelines.requests.inputs import decode_inputs
 
 PROMPTS = ("a red heart", "a blue house")
 STEPS = 2
+LEAST_PX = 64
+"""Of an image that a request brings along: some pipelines look at no smaller ones."""
+
 CONTROL = "control"
 """What the control image is called that a pipeline needs by itself."""
 
@@ -57,24 +61,24 @@ def probe_request(model: LoadedModel, task: Task, index: int, side_px: int) -> G
     )
     if request.strength is not None:
         request = replace(request, strength=1.0)
-    return with_required_inputs(request, model.factory.tasks[task].inputs, index)
+    return with_required_inputs(request, model.factory.tasks[task], index)
 
 
 def with_required_inputs(
-    request: GenerationRequest, inputs: TaskInputs, index: int = 0
+    request: GenerationRequest, task: PipelineTask, index: int = 0
 ) -> GenerationRequest:
     """The request with what its task cannot do without: a prompt, a class, images.
 
     Args:
         request: without any input.
-        inputs: that its task takes.
+        task: what its pipeline makes of it.
         index: which of two prompts and classes.
     """
-    least = {role: count.least for role, count in inputs.items()}
-    file = _slope(request.width, request.height)
+    least = {role: count.least for role, count in task.inputs.items()}
+    file = _slope(max(request.width, LEAST_PX), max(request.height, LEAST_PX))
     return replace(
         request,
-        prompt=PROMPTS[index] if Role.PROMPT in inputs else "",
+        prompt=task.prompt.format(PROMPTS[index]) if Role.PROMPT in task.inputs else "",
         class_label=index if least.get(Role.CLASS_LABEL) else None,
         images=(file("RGB"),) * least.get(Role.IMAGE, 0),
         mask=file("L") if least.get(Role.MASK) else None,

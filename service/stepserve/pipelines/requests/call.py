@@ -204,7 +204,8 @@ def input_arguments(
         Role.CONTROL: next(iter(inputs.controls), None),
     }
     given = {role: values[role] for role in task.arguments if values[role] is not None}
-    return {task.arguments[role]: value for role, value in given.items()}
+    named = {task.arguments[role]: value for role, value in given.items()}
+    return named | _size_arguments(task, request) | _second_image(task, inputs.images)
 
 
 def _images(
@@ -213,7 +214,18 @@ def _images(
     """One image, or a list where the pipeline takes several."""
     if not images:
         return None
-    return images[0] if task.inputs[Role.IMAGE].most == 1 else list(images)
+    takes_one = task.inputs[Role.IMAGE].most == 1 or task.second_image
+    return images[0] if takes_one else list(images)
+
+
+def _second_image(task: PipelineTask, images: Sequence[Image.Image]) -> dict[str, Any]:
+    return {task.second_image: images[1]} if task.second_image and len(images) > 1 else {}
+
+
+def _size_arguments(task: PipelineTask, request: GenerationRequest) -> dict[str, Any]:
+    """For FLUX Kontext, which else makes about a million pixels of every size and image."""
+    area = {"max_area": request.width * request.height}
+    return area | {"_auto_resize": False} if task.is_fitted else area
 
 
 def reference_arguments(

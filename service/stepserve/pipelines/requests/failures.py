@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from transformers import ImageProcessingMixin
 
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError, StepserveError
 from stepserve.domain.requests import GenerationRequest
 from stepserve.engine.device_errors import is_out_of_memory
 from stepserve.pipelines.schedulers.probes import MakeScheduler, ScheduleError, try_all
+
+MOST_SAID_CHARACTERS = 300
+FIELDS: Mapping[str, str] = MappingProxyType(
+    {"prompt": "prompt", "image": "image", "mask": "mask", "mask_image": "mask"}
+)
+"""What pipelines quote when they refuse an input, and its field."""
+
+_QUOTED = re.compile(r"`(\w+)`")
 
 
 @contextmanager
@@ -54,15 +65,37 @@ def _blamed(
     is_overflow = isinstance(error, GenerationFailedError)
     if is_out_of_memory(error) or (isinstance(error, StepserveError) and not is_overflow):
         return None
-    refused = _refused(error)
-    if refused:
-        return cannot_be_done(request, f"{refused}: {error}")
+    if (refused := _refused_input(error)) is not None:
+        return refused
+    if why := _refused(error):
+        return cannot_be_done(request, f"{why}: {error}")
     if is_overflow or any(isinstance(owner, SchedulerMixin) for _, owner in _callers(error)):
         try:
             try_all(make, request.num_inference_steps)
         except ScheduleError as why:
             return cannot_be_done(request, why)
     return None
+
+
+def _refused_input(error: Exception) -> InvalidRequestError | None:
+    """Of an error about what a request brings along: which field, and what is wrong with it."""
+    said = str(error)[:MOST_SAID_CHARACTERS]
+    for frame, owner in _callers(error):
+        name = frame.f_code.co_name
+        if isinstance(owner, DiffusionPipeline) and name == "check_inputs":
+            quoted = _QUOTED.search(said)
+            field = FIELDS.get(quoted[1]) if quoted else None
+            if field is not None:
+                message = f"{field} is not one that {type(owner).__name__} takes: {said}"
+                return InvalidRequestError(message, field)
+        if isinstance(error, ValueError) and _prepares_images(name, owner):
+            return InvalidRequestError(f"image is not one that the model takes: {said}", "image")
+    return None
+
+
+def _prepares_images(function: str, owner: Any) -> bool:
+    is_processor = isinstance(owner, VaeImageProcessor | ImageProcessingMixin)
+    return function == "check_image_input" or (is_processor and function != "postprocess")
 
 
 def _refused(error: Exception) -> str:

@@ -30,8 +30,8 @@ class InputImages:
 def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputImages:
     """Decode the images of a request.
 
-    Masks and controls are resized to the size that it asks for, and so are the images if they are
-    to be `is_fitted`. References keep their size. Controls are preprocessed as the request says.
+    Controls are resized to the size that it asks for, and so are images and mask if they are to be
+    `is_fitted`. References keep their size. Controls are preprocessed as the request says.
 
     Transparent parts of the image become white. In the mask white is to be repainted: in OpenAI's
     masks that is what is transparent; in a mask without transparency, as diffusers has them, it is
@@ -42,12 +42,10 @@ def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputIm
             marks nothing to repaint.
     """
     size = request.width, request.height
+    fitted = size if is_fitted else None
     return InputImages(
-        images=tuple(
-            _decode("image", file, size if is_fitted else None, _on_white)
-            for file in request.images
-        ),
-        mask=None if request.mask is None else _decode("mask", request.mask, size, _mask_of),
+        images=tuple(_decode("image", file, fitted, _on_white) for file in request.images),
+        mask=None if request.mask is None else _decode("mask", request.mask, fitted, _mask_of),
         controls=tuple(
             preprocess(_decode("controls", use.image, size, _on_white), use.preprocessor)
             for use in request.controls

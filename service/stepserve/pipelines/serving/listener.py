@@ -126,7 +126,7 @@ def track_of(
     return Track(
         id=request.id,
         rows=guidance.rows_of(request),
-        phases=(Phase(guidance.calls_of(request, calls), (request.width, request.height)),),
+        phases=(Phase(guidance.calls_of(request, calls), request.step_size),),
         images=request.n,
         run=partial(adapters.run_with, variant, partial(controls.run_with, steered, make)),
         listener=listener,

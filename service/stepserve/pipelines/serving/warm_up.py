@@ -222,7 +222,7 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     track = Track(
         id=request.id,
         rows=_rows(runner, request),
-        phases=(Phase(steps, (request.width, request.height)),),
+        phases=(Phase(steps, request.step_size),),
         images=request.n,
         run=partial(make_images, runner.model, request, inputs, stopwatch.step_ended),
         listener=stopwatch,
@@ -245,7 +245,7 @@ def _request(runner: PipelineRunner, images: int, steps: int = WARM_UP_STEPS) ->
         num_inference_steps=capabilities.steps_of(capabilities.default_scheduler).nearest(steps),
         n=images,
     )
-    return with_required_inputs(request, capabilities.inputs_of(request.task))
+    return with_required_inputs(request, runner.model.factory.tasks[request.task])
 
 
 def _run(runner: PipelineRunner, request: GenerationRequest) -> None:
