@@ -7,6 +7,7 @@ say what kind of fault it is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,10 @@ from stepserve.pipelines.errors import ModelLoadError
 
 NO_FOLDER = "no diffusers pipeline in its folder"
 OTHER = "its files do not fit together, or not the pipeline class that its model_index.json names"
+PART_MISSING = (
+    "its pipeline class needs a package that is not installed, such as torchvision: diffusers left "
+    "a part of it out"
+)
 NO_IMAGE = "it was loaded, and fails at its first image"
 
 # The first that fits counts.
@@ -29,7 +34,10 @@ _KINDS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str],
     (PermissionError, "the server may not read a file of it"),
     (OSError, "a file of it is missing or cannot be read"),
     (EndedError, NO_IMAGE),
+    (NameError, PART_MISSING),
 )
+# As transformers and diffusers name what they miss.
+_LIBRARY = re.compile(r"requires the (\S+) library")
 
 
 def reason_of(error: BaseException) -> str:
@@ -40,7 +48,8 @@ def reason_of(error: BaseException) -> str:
         if any(isinstance(met, kinds) for met in _behind(error)):
             return reason
     if isinstance(error, ImportError):
-        package = (error.name or "").partition(".")[0]
+        named = _LIBRARY.search(str(error))
+        package = named[1].lower() if named else (error.name or "").partition(".")[0]
         return f"it needs the package {package or 'of a library'}, which is not installed"
     # All others of our own.
     return error.message if isinstance(error, StepserveError) else OTHER

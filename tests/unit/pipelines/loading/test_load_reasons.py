@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import OmniGenPipeline, UNet2DConditionModel
+from diffusers.utils import is_torchvision_available
 from stepserve.config import EngineSettings, ModelSettings, TelemetrySettings
 from stepserve.domain.events import Event, Failed
 from stepserve.domain.requests import GenerationRequest
@@ -22,6 +23,7 @@ from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.loading.reasons import reason_of
 from stepserve.ray_serve.replica.replica import ModelReplica
 from tiny_model import a_request, save_tiny_model, tiny_unet
+from transformers import Qwen2VLVideoProcessor
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -122,3 +124,14 @@ def test_requests_to_it_are_refused_with_the_reason_and_when_to_come_back(tmp_pa
     assert "no diffusers pipeline in its folder" in outcome.error.message
     assert_public(outcome.error.message, tmp_path)
     assert 10 < getattr(outcome.error, "retry_after_s", 0) <= 15
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="it is installed")
+def test_a_package_that_a_library_misses_is_named() -> None:
+    """Those that look at images before a text encoder does need it."""
+    with pytest.raises(ImportError) as missing:
+        Qwen2VLVideoProcessor()
+    assert reason_of(missing.value) == "it needs the package torchvision, which is not installed"
+    with pytest.raises(NameError) as left_out:
+        OmniGenPipeline(transformer=None, scheduler=None, vae=None, tokenizer=None)
+    assert "needs a package that is not installed" in reason_of(left_out.value)
