@@ -127,7 +127,9 @@ class Stacking:
         if kind is ArgumentKind.LAYERED:
             return self._cat([value.transpose(0, 1) for value in values], each=1).transpose(0, 1)
         if kind is ArgumentKind.ROW_LIST:
-            entries = [row_entry(entry) for value in values for entry in value]
+            entries = [entry for value in values for entry in value]
+            if len(set(map(type, entries))) > 1:
+                entries = [*map(row_entry, entries)]
             return entries + entries[-1:] * self.padding
         if kind is ArgumentKind.CACHE:
             return self._join_objects(values)
