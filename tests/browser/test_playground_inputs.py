@@ -15,7 +15,7 @@ from stepping_site import Site
 from stepserve.domain.errors import ServerFullError
 from stepserve.domain.events import Failed
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.models import ClassLabels
+from stepserve.domain.models import ClassLabels, Control, ControlKind
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.tasks import ONE, OPTIONAL, Count, Role, Task, TaskInputs
 from stepserve.pipelines.requests.inputs import decode_inputs
@@ -175,6 +175,39 @@ def test_reference_images_have_a_scale_and_an_adapter_each(page: Any, site: Site
     assert uses == [("face", 0.9), ("style", 0.6)]
     assert [request.references for request in requests] == [requests[0].references] * 3
     assert [shaping(request) for request in requests] == [shaping(requests[0])] * 3
+
+
+CONTROLS = (
+    Control("canny", ControlKind.CONTROLNET, preprocessor="canny"),
+    Control("lines", ControlKind.T2I_ADAPTER, takes_interval=False),
+)
+
+
+def test_control_images_have_what_their_control_takes(page: Any, site: Site, tmp_path: Path):
+    serve_only(page, site, STEERED, controls=CONTROLS)
+    choose(page, "controls", "red", "blue")
+    assert not page.is_visible("#controls .drop")
+    first, second = page.locator("#controls .entry").all()
+    assert "as usual: edges" in first.locator("[name=preprocessor]").inner_text()
+    second.locator("[name=name]").select_option("lines")
+    assert not second.locator("[name=end]").is_visible()
+    second.locator("[name=preprocessor]").select_option("invert")
+    first.locator("[name=scale]").fill("0.5")
+    first.locator("[name=end]").fill("0.75")
+    page.click("#run")
+    finish(page)
+    save_downloads(page, tmp_path, 3)
+    run_copies(page, tmp_path)
+    page.click(".card .frames button")
+    assert "0 to 0.75" in page.inner_text("#viewer dl")
+
+    asked = [request.controls for request in site.backend.requests]
+    assert [(use.name, use.scale, use.end) for use in asked[0]] == [
+        ("canny", 0.5, 0.75),
+        ("lines", 1.0, 1.0),
+    ]
+    assert asked[0][1].preprocessor == "invert"
+    assert asked == [asked[0]] * 3
 
 
 def test_what_a_task_does_not_take_is_said_before_anything_is_sent(page: Any, site: Site):

@@ -1,6 +1,7 @@
 // What a request brings along: a slot for each role that a task of the chosen model takes.
 
 import * as easel from "./easel.js";
+import { prepareControl, prepareReference } from "./entries.js";
 import { $, draw } from "./page.js";
 import { fill, Slot, values } from "./slots.js";
 import { choose, most, problemOf } from "./tasks.js";
@@ -11,7 +12,6 @@ const ALL_PAINTED = "Only what is painted changes.", NOT_PAINTED = "Nothing is p
 
 let model = null, slots = {};
 
-const choices = (names = []) => names.map((name) => [name, name]);
 
 /** Numbers and names of the classes that a model tells names of. */
 const namedClasses = () => (model.classes ?? []).filter(({ names }) => names.length).map(({ class_label: number, names }) => [number, names.join(", ")]);
@@ -126,7 +126,7 @@ function showImages({ entries, limit, list }) {
 export function showPlan() {
   if (!model) return;
   const { task, inputs } = choose(model, given());
-  $("task").textContent = task ?? "";
+  if ($("task").textContent !== task) $("task").textContent = task;
   for (const [role, id] of Object.entries(NUMBERS)) $(id).disabled = !inputs[role]?.most;
   for (const node of $("hires").querySelectorAll("[name]")) node.disabled = !$("enlarge").checked;
 }
@@ -151,14 +151,11 @@ export function setUp(say) {
     image: new Slot({ place: "start-from", template: "image-template", field: "image", stem: "input", name: "image", changed: showImages }),
     controls: new Slot({
       place: "controls", template: "control-template", field: "control_image", stem: "control", name: "control", changed: showPlan,
-      prepare: (node) => {
-        fill(node.querySelector("[name=name]"), choices(model.controls));
-        fill(node.querySelector("[name=preprocessor]"), [["", "as it is"], ...choices(model.preprocessors)]);
-      },
+      prepare: (node) => prepareControl(node, model),
     }),
     references: new Slot({
       place: "references", template: "reference-template", field: "reference_image", stem: "reference", name: "reference", changed: showPlan,
-      prepare: (node) => fill(node.querySelector("[name=adapter]"), choices(model.ip_adapters)),
+      prepare: (node) => prepareReference(node, model),
     }),
   };
   for (const slot of Object.values(slots)) slot.say = say;

@@ -2,9 +2,9 @@
 
 import { $, announce } from "./page.js";
 
-/** What the elements within `root` that have a name say; nothing of those left empty. */
+/** What the elements within `root` that have a name say; nothing of those left empty or hidden. */
 export function values(root) {
-  const named = [...root.querySelectorAll("[name]")].filter((each) => each.value !== "");
+  const named = [...root.querySelectorAll("[name]")].filter((each) => each.value !== "" && !each.closest("[hidden]"));
   return Object.fromEntries(named.map((each) => [each.name, each.type === "number" ? Number(each.value) : each.value]));
 }
 
@@ -12,7 +12,6 @@ export function values(root) {
 export function fill(select, options) {
   const before = select.value;
   select.replaceChildren(...options.map(([value, text]) => new Option(text, value)));
-  if (select.parentElement.matches("label")) select.parentElement.hidden = options.length < 2 && select.name !== "name";
   if (options.some(([value]) => value === before)) select.value = before;
 }
 
