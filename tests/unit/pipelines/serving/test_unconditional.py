@@ -350,5 +350,5 @@ def test_a_size_of_unequal_sides_that_no_request_can_choose_is_refused(tmp_path:
     )
     diffusers.DDPMPipeline(wide, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
 
-    with pytest.raises(ModelLoadError, match="one size is not square: .* made for 16x32"):
+    with pytest.raises(ModelLoadError, match=r"one size is not square: .* made for 16x32"):
         load_model("m", tmp_path, device="cpu")
