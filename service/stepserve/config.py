@@ -199,6 +199,8 @@ class UploadSettings(_Section):
     """Of one image file."""
     max_pixels: Annotated[int, _Number, Field(ge=1, le=16_777_216)] = 16_777_216
     """Of one image; known before it is decoded."""
+    max_total_pixels: PositiveInt = 67_108_864
+    """Of all images of one request, which are decoded together; each takes 3 bytes then."""
     urls: bool = False
     """Whether images are fetched from public `http:` and `https:` addresses."""
     fetch_timeout_s: PositiveSeconds = 10.0

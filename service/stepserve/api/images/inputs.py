@@ -229,8 +229,22 @@ def _looked_at(
     for slot, content in zip(slots, contents, strict=True):
         file = read_upload(content, slot.field, limits)
         files[slot.role] = (*files.get(slot.role, ()), file)
+    _check_pixels([file for each in files.values() for file in each], slots, limits)
     _check_mask(files)
     return files
+
+
+def _check_pixels(
+    files: Sequence[ImageFile], slots: Sequence[Slot], limits: UploadSettings
+) -> None:
+    """They are decoded together, and kept until the request ends."""
+    pixels = sum(file.width * file.height for file in files)
+    if pixels > limits.max_total_pixels:
+        raise InvalidRequestError(
+            f"the {len(files)} images of the request have {pixels} pixels together; the limit is "
+            f"{limits.max_total_pixels} pixels: send smaller ones, or fewer",
+            slots[0].field,
+        )
 
 
 def _check_mask(files: Mapping[Role, Sequence[ImageFile]]) -> None:
