@@ -81,10 +81,10 @@ def test_packages_and_memory_are_told() -> None:
 
 
 @pytest.fixture
-def nine_channels(tmp_path: Path) -> Path:
-    """An inpainting UNet under the class that gives it latents only."""
-    folder = save_tiny_model(tmp_path / "nine")
-    config = dict(tiny_unet().config) | {"in_channels": 9}
+def eight_channels(tmp_path: Path) -> Path:
+    """A UNet for instruction edits under the class that gives it latents only."""
+    folder = save_tiny_model(tmp_path / "eight")
+    config = dict(tiny_unet().config) | {"in_channels": 8}
     shutil.rmtree(folder / "unet")
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     return folder
@@ -105,16 +105,16 @@ async def events_of(replica: ModelReplica, request: GenerationRequest) -> list[E
     return [event async for event in await replica.submit(request)]
 
 
-def test_a_model_that_makes_no_image_says_what_does_not_fit(nine_channels: Path) -> None:
-    with replica_of(nine_channels) as replica:
+def test_a_model_that_makes_no_image_says_what_does_not_fit(eight_channels: Path) -> None:
+    with replica_of(eight_channels) as replica:
         status = asyncio.run(replica.status())
     assert not status.ready
     assert status.detail.startswith(
-        "cannot be loaded: it was loaded, and fails at its first image: its UNet takes 9 channels, "
+        "cannot be loaded: it was loaded, and fails at its first image: its UNet takes 8 channels, "
         "and StableDiffusionPipeline gives it 4; is it a checkpoint for another pipeline class, "
         "such as one for inpainting?; it is tried again in "
     )
-    assert_public(status.detail, nine_channels)
+    assert_public(status.detail, eight_channels)
 
 
 def test_requests_to_it_are_refused_with_the_reason_and_when_to_come_back(tmp_path: Path) -> None:
