@@ -57,6 +57,7 @@ class Case:
     reads_images: bool = False
 
 
+TRUE_SCALE = "true_cfg_scale"
 FLUX_2 = {"max_sequence_length": 16, "text_encoder_out_layers": (1,)}
 FLUX = {"max_sequence_length": 16}
 IN_JSON = json.dumps({"edit_instruction": "a red heart"})
@@ -137,7 +138,7 @@ def plain(pipeline: Any, case: Case, guidance: Guidance, index: int) -> Image.Im
     if case.is_fitted:
         size = case.side_px, case.side_px
         images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
-    scale = {guidance.argument: 4.0} if guidance.argument == "true_cfg_scale" else {}
+    scale = {TRUE_SCALE: 4.0} if guidance.argument == TRUE_SCALE else {}
     wanted = {
         case.argument: images if len(max(case.images, key=len)) > 1 else images[0],
         "prompt": case.prompt,
@@ -200,6 +201,7 @@ class MaskCase:
     told: dict[str, Any]
     prompt: str = "a red heart"
     mask: str = "mask_image"
+    scale: str = "guidance_scale"
 
 
 MASK_CASES = (
@@ -207,6 +209,7 @@ MASK_CASES = (
     MaskCase("FLUX Kontext", "FLUX Kontext, inpainting", 16, 2, 0.9, FLUX),
     MaskCase("FLUX.2 Klein", "FLUX.2 Klein, inpainting", 16, 2, 0.9, FLUX_2),
     MaskCase("Bria Fibo Edit", "Bria Fibo Edit", 64, 1, None, {}, IN_JSON, "mask"),
+    MaskCase("Qwen-Image-Edit", "Qwen-Image-Edit, inpainting", 16, 1, 0.9, {}, scale=TRUE_SCALE),
 )
 
 
@@ -228,7 +231,8 @@ def masked_plainly(case: MaskCase) -> Image.Image:
         "prompt": case.prompt,
         "image_reference": others[0] if others else None,
         "strength": case.strength,
-        "guidance_scale": SCALE,
+        case.scale: SCALE,
+        "negative_prompt": " " if case.scale == TRUE_SCALE else None,
         "num_inference_steps": STEPS,
         "generator": torch.Generator().manual_seed(SEED),
         "_auto_resize": False,
@@ -244,7 +248,7 @@ def test_a_part_is_repainted_over_http(
     case: MaskCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In JSON, with as many images as the family takes beside the mask."""
-    save(Case(case.name, case.side_px, ()), tmp_path)
+    read_processor(monkeypatch, save(Case(case.name, case.side_px, ()), tmp_path))
     tell(monkeypatch, case.told)
     body = {
         "prompt": case.prompt,
@@ -267,6 +271,28 @@ def test_a_part_is_repainted_over_http(
     image = Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
     difference = np.asarray(image, int) - np.asarray(masked_plainly(case), int)
     assert np.abs(difference).max() <= LEVELS
+
+
+def test_an_image_that_decides_the_size_is_told_with_the_size_that_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edits may have other sizes all the same."""
+    read_processor(monkeypatch, save(Case("Qwen-Image-Edit", 16, ()), tmp_path))
+    body = {"prompt": "a red heart", "image": url_of(photo(16, 0)), "size": "32x32"}
+    short = {"num_inference_steps": 2, "seed": SEED}
+    masked = {"mask": url_of(right_half(16)), "strength": 1.0}
+
+    async def ask(runner: PipelineRunner) -> list[httpx.Response]:
+        async with client_of(runner) as client:
+            return [
+                await client.post("/v1/images/edits", json=body | short | more, timeout=120)
+                for more in ({}, masked)
+            ]
+
+    with running(load_model("m", tmp_path, "float32", "cpu")) as runner:
+        edited, repainted = asyncio.run(ask(runner))
+    assert edited.status_code == repainted.status_code == 200, edited.text + repainted.text
+    assert (edited.json()["size"], repainted.json()["size"]) == ("32x32", "16x16")
 
 
 def url_of(image: Image.Image) -> str:

@@ -13,12 +13,14 @@ class EncodedImage:
     """One finished image as a file, with the seed that makes this image again.
 
     `content_filtered`: the model's own safety checker withheld it, and `data` is empty.
+    `size`: as `WIDTHxHEIGHT` in pixels, or empty where it is withheld.
     """
 
     data: bytes
     media_type: str
     seed: int
     content_filtered: bool = False
+    size: str = ""
 
 
 @dataclass(frozen=True)

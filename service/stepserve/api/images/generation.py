@@ -183,7 +183,7 @@ class ImageResponder:
             "created_at": int(time.time()),
             "image_index": index,
             "seed": image.seed,
-            "size": f"{request.width}x{request.height}",
+            "size": image.size or f"{request.width}x{request.height}",
             "output_format": request.output_format.value,
             "quality": "auto",
             "background": "opaque",

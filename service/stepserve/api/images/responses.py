@@ -356,7 +356,8 @@ def images_response(
         model=request.model,
         data=data,
         output_format=parameters.output_format,
-        size=parameters.size,
+        # Some pipelines make their own choice of sizes, by the shape of an image.
+        size=next((image.size for image in finished.images if image.size), parameters.size),
         seed=request.seed,
         parameters=parameters,
         fingerprint=finished.fingerprint,

@@ -45,6 +45,8 @@ class Row:
             those of image-to-image and inpainting are.
         second_image: what the call takes a second image as, where it takes no list of them.
         prompt: the form of one, where the call takes no other.
+        chooses_size: whether the call makes an image of about a million pixels in the shape of the
+            first image, whatever size is asked for.
     """
 
     classes: str
@@ -55,6 +57,7 @@ class Row:
     is_fitted: bool | None = None
     second_image: str = ""
     prompt: str = "{}"
+    chooses_size: bool = False
 
 
 SECOND_IMAGE = "image_reference"
@@ -69,8 +72,7 @@ ROWS = (
     Row(r"FluxFillPipeline", left_out=frozenset({Role.STRENGTH})),
     Row(r"Flux2(Klein(KV)?)?Pipeline", images=Count(1, 10)),
     Row(r"(FluxKontext|Flux2Klein)InpaintPipeline", images=Count(1, 2), second_image=SECOND_IMAGE),
-    # It makes its own choice of sizes, by the shape of the image.
-    Row(r"QwenImageEditInpaintPipeline", is_fitted=False),
+    Row(r"QwenImageEditInpaintPipeline", is_fitted=False, chooses_size=True),
     Row(r"BriaFibo2Pipeline", images=Count(1, 5)),
     Row(r"BriaFiboEditPipeline", (Task.EDIT,), images=Count(1, MAX_IMAGES), prompt=IN_JSON),
     Row(
@@ -100,6 +102,7 @@ class PipelineTask:
         is_fitted: whether images are resized to the size that is asked for before the call.
         second_image: what the call takes a second image as; empty: several are a list.
         prompt: the form of one.
+        chooses_size: whether the image decides the size, whatever is asked for.
     """
 
     task: Task
@@ -108,6 +111,7 @@ class PipelineTask:
     is_fitted: bool
     second_image: str = ""
     prompt: str = "{}"
+    chooses_size: bool = False
 
 
 def pipeline_tasks(class_name: str, signature: CallSignature) -> tuple[PipelineTask, ...]:
@@ -196,6 +200,7 @@ def _as_done(
         is_fitted if row.is_fitted is None else row.is_fitted,
         row.second_image,
         row.prompt,
+        row.chooses_size,
     )
 
 

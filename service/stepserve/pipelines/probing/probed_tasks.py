@@ -39,8 +39,8 @@ def with_probed_tasks(model: LoadedModel) -> LoadedModel:
 
     def side(task: Task, side_px: int) -> int:
         with torch.no_grad():
-            request = probe_request(model, task, 0, side_px)
-            return int(run_probe(model, request).shape[-1])
+            made_px = int(run_probe(model, probe_request(model, task, 0, side_px)).shape[-1])
+            return side_px if model.factory.tasks[task].chooses_size else made_px
 
     kept, sizes = find_offer(tuple(capabilities.tasks), capabilities.sizes, side)
     tasks = {task: capabilities.tasks[task] for task in kept}

@@ -117,4 +117,9 @@ def _encode(
         options["quality"] = USUAL_QUALITY if quality is None else quality
     buffer = io.BytesIO()
     image.save(buffer, request.output_format.value.upper(), **options)
-    return EncodedImage(buffer.getvalue(), MEDIA_TYPES[request.output_format], request.seed + index)
+    return EncodedImage(
+        buffer.getvalue(),
+        MEDIA_TYPES[request.output_format],
+        request.seed + index,
+        size=f"{image.width}x{image.height}",
+    )
