@@ -49,6 +49,16 @@ FOR_TINY = (
     "text_encoder_out_layers",
     "use_resolution_binning",
 )
+PERTURBED = tuple(
+    f"{name} with perturbed-attention guidance"
+    for name in (
+        "PixArt-sigma",
+        "Sana",
+        "Stable Diffusion",
+        "Stable Diffusion 3",
+        "Stable Diffusion XL",
+    )
+)
 SERVED = (
     "AuraFlow",
     "Bria",
@@ -72,7 +82,7 @@ SERVED = (
     "Stable Diffusion",
     "Stable Diffusion 3",
     "Stable Diffusion XL",
-    "Stable Diffusion with perturbed-attention guidance",
+    *PERTURBED,
     "StableUnCLIP",
     "Z-Image",
 )
@@ -90,7 +100,7 @@ GUIDANCE_COSTS = {
     "Ovis-Image": TWICE,
     "Qwen-Image": TWICE,
     "Sana Sprint": EMBEDDED,
-    "Stable Diffusion with perturbed-attention guidance": StepWork(3, 1),
+    **dict.fromkeys(PERTURBED, StepWork(3, 1)),
 }
 # The distilled Klein takes no guidance at all.
 ARGUMENTS = {
@@ -116,6 +126,7 @@ LEFT_OUT = {
     "FLUX.2 Klein, with reference images": "the same pipeline, with more than a prompt",
     "FLUX.2, with reference images": "the same pipeline, with more than a prompt",
     "HiDream": "enlarges every image to the area of the native size, which takes a minute here",
+    "Hunyuan-DiT with perturbed-attention guidance": "diffusers' call raises without guidance",
     "HunyuanImage, with a guider that skips layers": "the same pipeline, one request at a time",
     "JoyImage-Edit": NO_PROCESSOR,
     "JoyImage-Edit-Plus": NO_PROCESSOR,
@@ -136,7 +147,14 @@ LEFT_OUT = {
     "Z-Image Omni": "hands its VAE bfloat16, whatever that computes in",
 }
 # Tables of positions that end there, or a size that is part of the model.
-ONE_SIZE = {"AuraFlow", "CogView 3 Plus", "DeepFloyd IF", "Hunyuan-DiT", "Stable Diffusion 3"}
+ONE_SIZE = {
+    "AuraFlow",
+    "CogView 3 Plus",
+    "DeepFloyd IF",
+    "Hunyuan-DiT",
+    "Stable Diffusion 3",
+    "Stable Diffusion 3 with perturbed-attention guidance",
+}
 # These start from images with fewer steps than they are told to, or with all of them.
 OWN_COUNT = {"Latent consistency model", "Sana Sprint"}
 

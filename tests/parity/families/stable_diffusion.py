@@ -10,7 +10,6 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
-    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
 )
 from peft import LoraConfig
@@ -66,10 +65,6 @@ def latent_consistency(pipeline: Any, variation: Variation) -> dict[str, Any]:
     return arguments
 
 
-def with_perturbed_attention(pipeline: Any, variation: Variation) -> dict[str, Any]:
-    return text_to_image(pipeline, variation) | {"pag_scale": 2.0 + variation.index}
-
-
 FAMILIES = (
     Family(
         "Stable Diffusion",
@@ -119,15 +114,6 @@ FAMILIES = (
         schedulers=SCHEDULERS,
         least_sharing=1.1,
         remark="requests share where their scales are equal",
-    ),
-    Family(
-        "Stable Diffusion with perturbed-attention guidance",
-        seeded(lambda: StableDiffusionPAGPipeline(**sd_components(pag_applied_layers="mid"))),
-        with_perturbed_attention,
-        denoiser="unet",
-        schedulers=SCHEDULERS,
-        shares=False,
-        remark="the call swaps attention processors of the shared UNet",
     ),
     Family(
         "Latent consistency model",

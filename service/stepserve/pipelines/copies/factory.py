@@ -32,6 +32,7 @@ from stepserve.pipelines.facts.pipeline_tasks import (
     told_classes,
 )
 from stepserve.pipelines.facts.signature import CallSignature, read_signature
+from stepserve.pipelines.modules.perturbed_rows import perturb_by_row
 from stepserve.pipelines.modules.third_party.pinned_noise import on_host
 from stepserve.pipelines.modules.third_party.resident_pipelines import copy_class
 from stepserve.pipelines.schedulers.usable import Configured
@@ -153,6 +154,7 @@ def copy_pipeline(pipeline: Any, copied: dict[int, Any] | None = None) -> Any:
             vars(own)[name] = copy_scheduler(value, copied)
         elif isinstance(value, DiffusionPipeline):
             vars(own)[name] = copy_pipeline(value, copied)
+    perturb_by_row(own)
     return own
 
 

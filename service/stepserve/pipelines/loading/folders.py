@@ -42,6 +42,7 @@ from stepserve.pipelines.loading.step_limits import (
     with_scheduler_steps,
 )
 from stepserve.pipelines.loading.weights import check_finite_weights, check_heard
+from stepserve.pipelines.modules.perturbed_rows import hold_perturbed_rows
 from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 from stepserve.pipelines.references.adapters import ReferenceAdapters, hold_references
@@ -158,7 +159,8 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     keeps_on_host = can_keep_on_host(pipeline, chosen) and not speed.compile
     scales = {} if references is None else references.wrap
     device = chosen if keeps_on_host else None
-    wrap_modules(pipeline, Wrappers(reference_scales=scales, device=device))
+    perturbed = hold_perturbed_rows(pipeline)
+    wrap_modules(pipeline, Wrappers(scales, perturbed, device))
     factory = PipelineFactory(pipeline, schedulers, keeps_on_host)
     capabilities = replace(
         describe_model(model_id, folder, pipeline, facts, manifest),

@@ -4,6 +4,7 @@ Each layer needs those before it inside:
 
 - **Reference scales** belong to the attention processors inside the module: whoever calls it says
   how strong each row's reference images are, and compiled code and graphs hold that as well.
+- **Perturbed rows** likewise: whoever calls it says which rows attend perturbed.
 - **Device arguments** belong to the module as it was loaded: whoever calls it may have its tensors
   on the host.
 - **Compiled code** takes the place of the eager forward, so whatever records or parks a forward
@@ -55,6 +56,7 @@ class Layer(StrEnum):
     """What may stand around a method, innermost first."""
 
     REFERENCE_SCALES = "reference scales"
+    PERTURBED_ROWS = "perturbed rows"
     DEVICE_ARGUMENTS = "device arguments"
     COMPILED = "compiled code"
     GRAPHS = "CUDA graphs"
@@ -77,6 +79,7 @@ class Wrappers:
 
     Args:
         reference_scales: by path of a component, what makes its forward take a scale for each row.
+        perturbed_rows: likewise, what makes its forward take which rows are perturbed.
         device: where shared forwards get every tensor, wherever their caller has it.
         compiled: by path of a component, what runs in place of its eager forward.
         record: makes CUDA graphs of shared forwards.
@@ -84,6 +87,7 @@ class Wrappers:
     """
 
     reference_scales: Mapping[str, Callable[[Method], Method]] = field(default_factory=dict)
+    perturbed_rows: Mapping[str, Callable[[Method], Method]] = field(default_factory=dict)
     device: torch.device | None = None
     compiled: Mapping[str, Method] = field(default_factory=dict)
     record: Recorder | None = None
@@ -171,6 +175,8 @@ def _layers(
     is_inline = parking is not None and path in parking.inline
     if path in wrappers.reference_scales and rule.shared:
         yield Layer.REFERENCE_SCALES, wrappers.reference_scales[path]
+    if path in wrappers.perturbed_rows and rule.shared:
+        yield Layer.PERTURBED_ROWS, wrappers.perturbed_rows[path]
     if wrappers.device is not None and rule.shared:
         yield Layer.DEVICE_ARGUMENTS, functools.partial(on_device, device=wrappers.device)
     if path in wrappers.compiled and rule.shared:

@@ -58,6 +58,7 @@ def test_the_order_of_the_layers() -> None:
     """Whoever changes it must say why parked, recorded and compiled calls stay right."""
     assert ORDER == (
         Layer.REFERENCE_SCALES,
+        Layer.PERTURBED_ROWS,
         Layer.DEVICE_ARGUMENTS,
         Layer.COMPILED,
         Layer.GRAPHS,
