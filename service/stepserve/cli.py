@@ -170,6 +170,12 @@ def generate(
     class_label: Annotated[
         str | None, typer.Option(help="Class to draw, by number or name, where a model has any.")
     ] = None,
+    hires: Annotated[
+        float | None, typer.Option(help="Draw in --size, enlarge so many times, and refine.")
+    ] = None,
+    hires_strength: Annotated[
+        float, typer.Option(help="Noise put on the enlarged image, up to 1.")
+    ] = 0.5,
     guidance_start: Annotated[float, typer.Option(help="Share of steps before guidance.")] = 0.0,
     guidance_end: Annotated[float, typer.Option(help="Share of steps where guidance ends.")] = 1.0,
     model: ModelOption = None,
@@ -188,7 +194,7 @@ def generate(
     adapters, used = _adapters(settings.models[_model_id(settings, model)], adapter or [])
     loaded = with_probed_guidance(_load(settings, model))
     capabilities = replace(loaded.capabilities, max_adapters=adapters.max_loaded)
-    wanted = {
+    wanted: dict[str, object] = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "size": size,
@@ -204,6 +210,8 @@ def generate(
     }
     if not image and (mask is not None or strength is not None):
         raise InvalidRequestError("--mask and --strength need an --image to work on")
+    if hires is not None:
+        wanted["hires"] = {"scale": hires, "strength": hires_strength}
     if class_label is not None:
         wanted["class_label"] = class_label
     if strength is not None:

@@ -26,6 +26,10 @@ class SizeRange:
         in_range = self.minimum <= side_px <= self.maximum
         return in_range and (side_px - self.minimum) % self.step == 0
 
+    def nearest(self, side_px: float) -> int:
+        """The nearest side in steps, whether or not it is in the range."""
+        return self.minimum + round((side_px - self.minimum) / self.step) * self.step
+
     def describe(self) -> str:
         """For error messages: `48 to 128 in steps of 16 (native: 64x64)`, or `64`."""
         if self.minimum == self.maximum:
@@ -156,6 +160,8 @@ class ModelCapabilities:
         tasks: what it does, its usual task first, and which inputs that takes.
         classes: which a class label may name.
         controls: what may steer it by an image.
+        upscale_factor: how many times larger than an image the result of upscaling is.
+        max_noise_level: most noise that upscaling adds to the image, or None where it adds none.
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
@@ -193,6 +199,8 @@ class ModelCapabilities:
     tasks: Mapping[Task, TaskInputs] = field(default_factory=_text_to_image)
     classes: ClassLabels = field(default_factory=ClassLabels)
     controls: tuple[Control, ...] = ()
+    upscale_factor: int = 1
+    max_noise_level: int | None = None
     guidance: Guidance = CLASSIC
     guidance_interval: bool = True
     safety_checker: bool = False

@@ -110,7 +110,7 @@ class RequestLog:
                 "send another, or none",
                 "X-Request-ID",
             )
-        created, steps = int(self._wall_clock()), request.num_inference_steps
+        created, steps = int(self._wall_clock()), request.expected_steps
         progress = Progress(request.id, request.model, request.owner, created, steps=steps)
         record = self._records[request.key] = RequestRecord(progress, request, ingress)
         return record

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
@@ -81,11 +82,15 @@ class Hires:
         scale: from the first image's sides to the last one's.
         strength: of the refinement.
         num_inference_steps: of the refinement, of which the strength leaves a share.
+        width: of the last image: `scale` times that of the first, as near as the model takes it.
+        height: the same.
     """
 
     scale: float
     strength: float
     num_inference_steps: int
+    width: int
+    height: int
 
 
 class RequestKey(NamedTuple):
@@ -207,6 +212,45 @@ class GenerationRequest:
             Role.REFERENCE: len(self.references),
             Role.HIRES: int(self.hires is not None),
         }
+
+    @property
+    def phases(self) -> tuple[GenerationRequest, ...]:
+        """The pipeline calls that it takes, one after the other, each as a request of its own.
+
+        The second one refines what the first one made, enlarged; it brings no image of its own.
+        """
+        hires = self.hires
+        if hires is None:
+            return (self,)
+        refinement = replace(
+            self,
+            task=Task.IMAGE_TO_IMAGE,
+            width=hires.width,
+            height=hires.height,
+            strength=hires.strength,
+            num_inference_steps=hires.num_inference_steps,
+            hires=None,
+        )
+        return replace(self, hires=None), refinement
+
+    @property
+    def expected_steps(self) -> int:
+        """Steps of all phases, as far as they can be told without the scheduler."""
+        shares = ((part.num_inference_steps, part.strength) for part in self.phases)
+        return sum(
+            max(math.ceil(steps * (1.0 if strength is None else strength)), 1)
+            for steps, strength in shares
+        )
+
+    @property
+    def size(self) -> str:
+        """Such as `1024x768`."""
+        return f"{self.width}x{self.height}"
+
+    @property
+    def final_size(self) -> str:
+        """Of the images that it ends with, which is another one if they are enlarged."""
+        return self.phases[-1].size
 
     @property
     def is_guidance_limited(self) -> bool:

@@ -9,7 +9,8 @@ seconds of its rows:
               + sum over requests  row_s * rows * min(t, its steps)
 
 The request itself adds its rows, and its group's fixed seconds only for the cycles that the group
-would not have run anyway: it is cheaper where its size and adapters are being stepped already.
+would not have run anyway: it is cheaper where its size and adapters are being stepped already. One
+that goes on at another size is counted as if it did both at once, which is right in the end.
 
 Reports of the replicas are up to a second old. In between, the ledger adds what this router has
 sent and takes away what it saw end, and lets the rest melt as time passes: a replica does a second
@@ -33,7 +34,7 @@ import numpy as np
 from cachetools import FIFOCache
 from numpy.typing import NDArray
 
-from stepserve.routing.reports import ALONE, Job, Report, StepCost
+from stepserve.routing.reports import ALONE, Job, LaterSteps, Report, StepCost
 
 # Between these numbers of steps, `finish` is read off a straight line.
 STEPS_AT = np.array([0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024], float)
@@ -171,17 +172,22 @@ class Ledger:
 
     def _finish_and_harm_s(self, job: Job) -> tuple[Floats, Floats]:
         """Seconds until `job` would be finished, and by which all others together get later."""
-        lower, upper, share = _between(job.steps)
+        lower, upper, share = _between(job.all_steps)
         # What is in flight melts by a second a second.
         done_s = self._clock() - self._written_s
         left = np.clip(1 - done_s / np.maximum(self._ahead_s[:, -1], 1e-9), 0, 1)
         ahead_s = (1 - share) * self._ahead_s[:, lower] + share * self._ahead_s[:, upper]
         beside = (1 - share) * self._steps_beside[:, lower] + share * self._steps_beside[:, upper]
-        fixed_s, row_s = self._costs(job.size)
-        alone = np.maximum(1 - self._longest(job.group) / job.steps, 0)
-        step_s = row_s * job.rows + fixed_s * alone
-        finish_s = ahead_s * left + step_s * job.steps + self._silent_s()
-        return finish_s, step_s * beside * left
+        own_s = np.sum([self._own_s(job.rows, part) for part in job.parts], axis=0)
+        finish_s = ahead_s * left + own_s + self._silent_s()
+        return finish_s, own_s / job.all_steps * beside * left
+
+    def _own_s(self, rows: int, part: LaterSteps) -> Floats:
+        """Seconds that steps of one size add on each replica."""
+        fixed_s, row_s = self._costs(part.size)
+        alone = np.maximum(1 - self._longest(part.group) / max(part.steps, 1), 0)
+        own_s: Floats = (row_s * rows + fixed_s * alone) * part.steps
+        return own_s
 
     def _silent_s(self) -> Floats:
         """Seconds for which each replica has had work without showing any progress."""
@@ -263,7 +269,8 @@ class Ledger:
         self._written_s[place] = self._clock()
         self._images[place] = 0
         self._limits[place] = account.report.image_limit
-        for group in {job.group for job in account.jobs.values()} | set(self._longest_steps):
+        parts = (part for job in account.jobs.values() for part in job.parts)
+        for group in {part.group for part in parts} | set(self._longest_steps):
             self._longest(group)[place] = 0
         for size, costs in self._cost_columns.items():
             cost = _cost(account.report, size)
@@ -272,17 +279,21 @@ class Ledger:
             self._add(place, job)
 
     def _add(self, place: int, job: Job) -> None:
-        fixed_s, row_s = self._costs(job.size)[:, place]
-        longest = self._longest(job.group)
-        if job.steps > longest[place]:
-            beyond = np.minimum(STEPS_AT, job.steps) - np.minimum(STEPS_AT, longest[place])
-            self._ahead_s[place] += fixed_s * beyond
-            if job.group != ALONE:
-                longest[place] = job.steps
-        steps = np.minimum(STEPS_AT, job.steps)
-        self._ahead_s[place] += row_s * job.rows * steps
-        self._steps_beside[place] += steps
+        for part in job.parts:
+            self._add_steps(place, job.rows, part)
         self._images[place] += job.images
+
+    def _add_steps(self, place: int, rows: int, part: LaterSteps) -> None:
+        fixed_s, row_s = self._costs(part.size)[:, place]
+        longest = self._longest(part.group)
+        if part.steps > longest[place]:
+            beyond = np.minimum(STEPS_AT, part.steps) - np.minimum(STEPS_AT, longest[place])
+            self._ahead_s[place] += fixed_s * beyond
+            if part.group != ALONE:
+                longest[place] = part.steps
+        steps = np.minimum(STEPS_AT, part.steps)
+        self._ahead_s[place] += row_s * rows * steps
+        self._steps_beside[place] += steps
 
 
 def _between(steps: int) -> tuple[int, int, float]:
@@ -300,4 +311,5 @@ def _cost(report: Report, size: str) -> StepCost:
 
 
 def _longest(group: str, jobs: Iterable[Job]) -> int:
-    return max((job.steps for job in jobs if job.group == group), default=0)
+    parts = (part for job in jobs for part in job.parts)
+    return max((part.steps for part in parts if part.group == group), default=0)

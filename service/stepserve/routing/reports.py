@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
@@ -22,6 +21,15 @@ class StepCost:
 
 
 @dataclass(frozen=True)
+class LaterSteps:
+    """Steps that a request goes on with at another size; as in `Job`."""
+
+    size: str
+    group: str
+    steps: int
+
+
+@dataclass(frozen=True)
 class Job:
     """A request as routing sees it.
 
@@ -30,8 +38,9 @@ class Job:
         size: what decides the cost of its steps, such as `64x64`.
         group: requests of one size and one set of adapters; they share forwards.
         rows: rows that each of its steps takes.
-        steps: denoiser calls left.
+        steps: denoiser calls left of that size.
         images: counted against the replica's limit.
+        later: what it does afterwards.
     """
 
     id: str
@@ -40,6 +49,32 @@ class Job:
     rows: int
     steps: int
     images: int = 1
+    later: tuple[LaterSteps, ...] = ()
+
+    @property
+    def parts(self) -> tuple[LaterSteps, ...]:
+        """Its steps of each size, in their order."""
+        return (LaterSteps(self.size, self.group, self.steps), *self.later)
+
+    @property
+    def all_steps(self) -> int:
+        """Denoiser calls left of all sizes."""
+        return sum(part.steps for part in self.parts)
+
+    def left(self, rows: int, steps: Sequence[int]) -> Job:
+        """What is left of it: so many steps of each of its last sizes."""
+        first, *later = (
+            replace(part, steps=left)
+            for part, left in zip(self.parts[-len(steps) :], steps, strict=True)
+        )
+        return replace(
+            self,
+            size=first.size,
+            group=first.group,
+            rows=rows,
+            steps=first.steps,
+            later=tuple(later),
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +101,12 @@ class Report:
     def from_dict(cls, told: Mapping[str, Any]) -> Report:
         """What `to_dict` made."""
         costs = {size: StepCost(**cost) for size, cost in (told.get("costs") or {}).items()}
-        jobs = tuple(Job(**job) for job in told.get("jobs", ()))
+        jobs = tuple(_job(job) for job in told.get("jobs", ()))
         return cls(jobs, costs, told.get("image_limit", 64), _guidance(told.get("guidance")))
+
+
+def _job(told: Mapping[str, Any]) -> Job:
+    return Job(**{**told, "later": tuple(LaterSteps(**part) for part in told.get("later", ()))})
 
 
 def _guidance(told: Mapping[str, Any] | None) -> Guidance:
@@ -82,15 +121,22 @@ def job_of(request: GenerationRequest, guidance: Guidance) -> Job:
 
     Schedulers that call the denoiser more than once a step are known to the replica alone.
     """
-    strength = 1.0 if request.strength is None else request.strength
-    steps = max(math.ceil(request.num_inference_steps * strength), 1)
+    first, *later = (
+        LaterSteps(
+            size_of(*part.step_size),
+            group_of(part),
+            guidance.calls_of(part, part.expected_steps),
+        )
+        for part in request.phases
+    )
     return Job(
         id=f"{request.owner}/{request.id}",
-        size=size_of(*request.step_size),
-        group=group_of(request),
+        size=first.size,
+        group=first.group,
         rows=guidance.rows_of(request),
-        steps=guidance.calls_of(request, steps),
+        steps=first.steps,
         images=request.n,
+        later=tuple(later),
     )
 
 

@@ -249,7 +249,7 @@ def _attributes_of(request: GenerationRequest) -> dict[str, str | int | float]:
         "stepserve.request_id": request.id,
         "stepserve.model": request.model,
         "stepserve.task": request.task.value,
-        "stepserve.size": f"{request.width}x{request.height}",
+        "stepserve.size": request.final_size,
         "stepserve.images": request.n,
         "stepserve.num_inference_steps": request.num_inference_steps,
         "stepserve.guidance_scale": request.guidance_scale,

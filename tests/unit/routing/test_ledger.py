@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.guidance import CLASSIC
-from stepserve.domain.requests import AdapterUse, GenerationRequest
+from stepserve.domain.requests import AdapterUse, GenerationRequest, Hires
 from stepserve.routing.ledger import JITTER, NEWS_WITHIN_S, STEPS_AT, Ledger
-from stepserve.routing.reports import ALONE, Job, Report, StepCost, job_of
+from stepserve.routing.reports import ALONE, Job, LaterSteps, Report, StepCost, job_of
 
 COSTS = {"64x64": StepCost(0.02, 0.001), "128x128": StepCost(0.03, 0.008)}
 
@@ -102,6 +102,38 @@ def test_adapters_are_groups_of_their_own_and_reproducible_requests_are_alone() 
     )
     assert job_of(replace(request, reproducible=True), CLASSIC).group == ALONE
     assert job_of(replace(request, images=(b"x",), strength=0.5), CLASSIC).steps == 2
+
+
+def enlarged_request() -> GenerationRequest:
+    hires = Hires(scale=2.0, strength=0.5, num_inference_steps=8, width=128, height=128)
+    return GenerationRequest("r", "m", "p", 64, 64, 6, 4.0, 1, "s", hires=hires)
+
+
+def test_a_request_of_two_sizes_is_counted_at_both() -> None:
+    job = job_of(enlarged_request(), CLASSIC)
+    large = LaterSteps("128x128", "128x128", 4)
+    assert job == Job("/r", "64x64", "64x64", 2, 6, 1, (large,))
+    assert job.all_steps == 10
+    ledger = a_ledger(())
+    seconds = [
+        (COSTS[size].fixed_s + 2 * COSTS[size].row_s) * steps
+        for size, steps in (("64x64", 6), ("128x128", 4))
+    ]
+    assert ledger.finish_s(job)[0] == pytest.approx(sum(seconds))
+    # For those behind it, as long as they take themselves.
+    ledger.note_sent(0, job)
+    behind = a_job("behind", 1000, size="96x96")
+    serial_s = a_ledger(()).finish_s(behind)[0]
+    assert ledger.finish_s(behind)[0] == pytest.approx(serial_s + sum(seconds))
+
+
+def test_what_is_left_of_a_request_of_two_sizes_is_told() -> None:
+    job = job_of(enlarged_request(), CLASSIC)
+    assert job.left(2, [3, 4]) == replace(job, steps=3)
+    refining = job.left(1, [2])
+    assert refining == Job("/r", "128x128", "128x128", 1, 2, 1)
+    told = Report((job, refining), COSTS)
+    assert Report.from_dict(told.to_dict()) == told
 
 
 def test_those_whose_rows_share_no_forward_take_their_own() -> None:

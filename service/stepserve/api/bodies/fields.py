@@ -46,9 +46,16 @@ AS_EVER: Mapping[str, tuple[str, ...]] = MappingProxyType(
 LIKENESS = 0.75
 """From which on a name is a slip of the pen (`sede`). Below are words: `store` is no `stream`."""
 
-EDITS = "/v1/images/edits"
-OF_EDITS = ("image", "images", "mask", "strength")
-"""Fields without which another image would be made, where a body does not have them."""
+EDITS, GENERATIONS = "/v1/images/edits", "/v1/images/generations"
+UPSCALE = "/v1/images/upscale"
+ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("image", "images", "mask", "strength"), EDITS),
+        "hires": GENERATIONS,
+        "noise_level": UPSCALE,
+    }
+)
+"""Which URL takes fields without which another image would be made, where a body has them not."""
 
 OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -74,6 +81,10 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "controlnets": "controls",
         "controlnet_conditioning_scale": "controls",
         "ip_adapters": "references",
+        "enable_hr": "hires",
+        "hires_fix": "hires",
+        "hr_scale": "hires",
+        "hr_second_pass_steps": "hires",
     }
 )
 """What other servers call fields of ours. Setting one aside would make another image."""
@@ -94,13 +105,13 @@ def hint(name: str, fields: Iterable[str]) -> str:
     meant = _meant_as(base, [field for field in fields if field not in AS_EVER])
     if meant:
         return f"; did you mean {meant!r}?"
-    return f"; {EDITS} takes it" if base in OF_EDITS else ""
+    return f"; {ELSEWHERE[base]} takes it" if base in ELSEWHERE else ""
 
 
 def _meant_as(name: str, fields: list[str]) -> str | None:
     if name in fields:
         return name
-    if name in OF_EDITS:
+    if name in ELSEWHERE:
         return None
     other = OTHER_NAMES.get(name.lower())
     if other in fields:

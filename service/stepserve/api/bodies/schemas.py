@@ -5,8 +5,10 @@ Only types are checked here. What a model can do is checked by `stepserve.domain
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -14,16 +16,21 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, ClassLabel, WholeNumber
 from stepserve.domain.checks.control_limits import MAX_CONTROL_SCALE
-from stepserve.domain.checks.input_limits import MAX_REFERENCE_SCALE, class_number
+from stepserve.domain.checks.input_limits import (
+    MAX_HIRES_SCALE,
+    MAX_REFERENCE_SCALE,
+    class_number,
+)
 from stepserve.domain.checks.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S
 from stepserve.domain.checks.wording import digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.guidance import Guidance
-from stepserve.domain.models import ModelCapabilities
+from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.domain.requests import (
     AdapterUse,
     ControlUse,
     GenerationRequest,
+    Hires,
     OutputFormat,
     ReferenceUse,
 )
@@ -70,6 +77,37 @@ class AdapterBody(Body):
 
     name: str = Field(description="An adapter that the model lists in `GET /v1/models`.")
     scale: float = Field(default=1.0, description="How strongly it is applied.")
+
+
+class HiresBody(Body):
+    """How an image is enlarged and refined."""
+
+    scale: float = Field(
+        default=2.0,
+        description="From the sides of the image that is drawn, which `size` says, to those of the "
+        "image that is returned, over 1 up to 4; they are rounded to what the model takes.",
+        json_schema_extra={"exclusiveMinimum": 1, "maximum": MAX_HIRES_SCALE},
+    )
+    strength: float = Field(
+        default=0.5,
+        description="How far to go from the enlarged image; 1 keeps nothing of it.",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+    )
+    num_inference_steps: WholeNumber | None = _documented(
+        "Denoising steps of refining, of which `strength` leaves a share; as many as the image is "
+        "drawn with if left out.",
+        minimum=1,
+    )
+
+    def fill_in(self, drawn: GenerationRequest, sizes: SizeRange) -> Hires:
+        """What it means for a request that draws the small image."""
+        return Hires(
+            scale=self.scale,
+            strength=self.strength,
+            num_inference_steps=_or(self.num_inference_steps, drawn.num_inference_steps),
+            width=_times(drawn.width, self.scale, sizes),
+            height=_times(drawn.height, self.scale, sizes),
+        )
 
 
 class ImageReference(Body):
@@ -285,7 +323,7 @@ class ImageRequestBase(Body):
         The images that it is made of come from `read_inputs`.
         """
         width, height = _parse_size(self.size, model.sizes.native)
-        return GenerationRequest(
+        filled = GenerationRequest(
             task=task,
             id=request_id,
             owner=caller.name,
@@ -311,6 +349,10 @@ class ImageRequestBase(Body):
             deadline_s=self.deadline_s,
             reproducible=_or(self.reproducible, False),
             previews=_or(self.previews, _or(self.partial_images, 0) if self.stream else 0),
+        )
+        hires: HiresBody | None = getattr(self, "hires", None)
+        return (
+            filled if hires is None else replace(filled, hires=hires.fill_in(filled, model.sizes))
         )
 
 
@@ -345,6 +387,10 @@ class ImageRequest(ImageRequestBase):
         maxItems=MAX_LISTED,
     )
 
+    hires: HiresBody | None = _documented(
+        "Draw the image in `size`, enlarge it, and refine it by image-to-image; `{}` for the "
+        "usual. For models that do both tasks."
+    )
     class_label: ClassLabel | None = _documented(
         "The class to draw, by its number or a name, where a model has classes; "
         "`GET /v1/models/{id}` lists them."
@@ -404,6 +450,12 @@ class VariationRequest(RequestFromImages):
 
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
+
+
+def _times(side_px: int, scale: float, sizes: SizeRange) -> int:
+    """The enlarged side; where the scale is no scale, the same one, as that is refused later."""
+    larger_px = side_px * scale
+    return sizes.nearest(larger_px) if math.isfinite(larger_px) else side_px
 
 
 def _parse_size(size: str | None, native_px: int) -> tuple[int, int]:

@@ -183,7 +183,7 @@ class ImageResponder:
             "created_at": int(time.time()),
             "image_index": index,
             "seed": image.seed,
-            "size": image.size or f"{request.width}x{request.height}",
+            "size": image.size or request.final_size,
             "output_format": request.output_format.value,
             "quality": "auto",
             "background": "opaque",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stepserve.api.bodies.schemas import MAX_LISTED
+from stepserve.api.bodies.schemas import MAX_LISTED, HiresBody
 from stepserve.api.errors import ErrorDetail, PromptError, error_detail
 from stepserve.domain.events import CutPrompt, EncodedImage, Finished
 from stepserve.domain.guidance import GuidanceKind, StepWork
@@ -94,6 +94,9 @@ class Parameters(BaseModel):
     )
     references: list[ReferenceParameters] | None = Field(
         default=None, description="Without their images; absent where there were none."
+    )
+    hires: HiresBody | None = Field(
+        default=None, description="Of images that were enlarged; `size` is that they were drawn in."
     )
 
 
@@ -357,7 +360,7 @@ def images_response(
         data=data,
         output_format=parameters.output_format,
         # Some pipelines make their own choice of sizes, by the shape of an image.
-        size=next((image.size for image in finished.images if image.size), parameters.size),
+        size=next((image.size for image in finished.images if image.size), request.final_size),
         seed=request.seed,
         parameters=parameters,
         fingerprint=finished.fingerprint,
@@ -433,9 +436,11 @@ def base64_of(image: EncodedImage) -> str:
 
 def parameters_response(request: GenerationRequest) -> Parameters:
     """Everything that shaped the images of a request."""
-    told = asdict(request) | {"size": f"{request.width}x{request.height}"}
+    told = asdict(request) | {"size": request.size}
     for placed in ("references", "controls"):
         told[placed] = told[placed] or None
+    if request.hires is not None:
+        told["hires"] = {name: told["hires"][name] for name in HiresBody.model_fields}
     return Parameters.model_validate(told)
 
 

@@ -62,7 +62,7 @@ class AccessLog:
         told = {
             "task": asked.task.value,
             "n": asked.n,
-            "size": f"{asked.width}x{asked.height}",
+            "size": asked.final_size,
             "num_inference_steps": asked.num_inference_steps,
             "priority": asked.priority.name.lower(),
         }

@@ -46,7 +46,8 @@ def unavailable(error: BaseException) -> ResultsUnavailableError:
 
 def needed_bytes(request: GenerationRequest) -> int:
     """Most bytes that the images of a request take as files."""
-    return request.n * (request.width * request.height * BYTES_PER_PIXEL + SPARE_BYTES)
+    last = request.phases[-1]
+    return request.n * (last.width * last.height * BYTES_PER_PIXEL + SPARE_BYTES)
 
 
 def probe(partial: Path, size_bytes: int) -> None:

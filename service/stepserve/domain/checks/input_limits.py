@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
-from stepserve.domain.models import ModelCapabilities
-from stepserve.domain.requests import GenerationRequest, ReferenceUse
+from stepserve.domain.models import ModelCapabilities, StepRange
+from stepserve.domain.requests import GenerationRequest, Hires, ReferenceUse
 from stepserve.domain.tasks import NONE, Count, Role, Task, TaskInputs, misfits
+
+MAX_HIRES_SCALE = 4.0
+"""Of one enlargement: of a larger one hardly anything is left to refine."""
 
 MAX_REFERENCE_SCALE = 5.0
 """With a larger one nothing is left of the prompt, nor of an image."""
@@ -24,7 +27,11 @@ def check_inputs(request: GenerationRequest, model: ModelCapabilities) -> None:
     """
     check_counts(request.task, model, request.given())
     _check_class(request, model)
-    _check_strength(request)
+    if request.strength is not None:
+        _check_strength(request.strength, request.num_inference_steps)
+    if request.hires is not None:
+        _check_enlarged(request, request.hires, model)
+        _check_refinement(request.hires, model.steps_of(request.scheduler))
     for index, use in enumerate(request.references):
         _check_reference(f"references[{index}]", use, model)
 
@@ -128,16 +135,43 @@ def _check_reference(place: str, use: ReferenceUse, model: ModelCapabilities) ->
         )
 
 
-def _check_strength(request: GenerationRequest) -> None:
-    strength, steps = request.strength, request.num_inference_steps
-    if strength is None:
-        return
+def _check_strength(strength: float, steps: int, within: str = "") -> None:
+    """`within` begins the names of fields of an object, such as `hires.`."""
+    field = f"{within}strength"
     if not 0 < strength <= 1:
-        message = f"strength must be over 0 and at most 1, got {strength}"
-        raise InvalidRequestError(message, "strength")
+        message = f"{field} must be over 0 and at most 1, got {strength}"
+        raise InvalidRequestError(message, field)
     if int(steps * strength) < 1:
         raise InvalidRequestError(
-            f"strength {strength} of {steps} steps leaves no step: with num_inference_steps "
-            f"{steps} it must be at least {math.ceil(10_000 / steps) / 10_000:g}",
-            "strength",
+            f"{field} {strength} of {steps} steps leaves no step: with "
+            f"{within}num_inference_steps {steps} it must be at least "
+            f"{math.ceil(10_000 / steps) / 10_000:g}",
+            field,
         )
+
+
+def _check_enlarged(request: GenerationRequest, hires: Hires, model: ModelCapabilities) -> None:
+    field, sizes = "hires.scale", model.sizes
+    if not 1 < hires.scale <= MAX_HIRES_SCALE:  # NaN ends here too
+        message = f"{field} must be over 1 and at most {MAX_HIRES_SCALE:g}, got {hires.scale}"
+        raise InvalidRequestError(message, field)
+    what = f"{field} {hires.scale:g} makes {request.final_size} of size {request.size}"
+    if request.final_size == request.size:
+        message = f"{what}, which is no larger: sides of {model.id!r} go in steps of {sizes.step}"
+        raise InvalidRequestError(message, field)
+    if not (sizes.accepts(hires.width) and sizes.accepts(hires.height)):
+        most = sizes.maximum / max(request.width, request.height)
+        instead = f"at most {math.floor(100 * most) / 100:g}, or " if most > 1 else ""
+        raise InvalidRequestError(
+            f"{what}, and each side must be {sizes.describe()} with {model.id!r}: choose "
+            f"{instead}a smaller size",
+            field,
+        )
+
+
+def _check_refinement(hires: Hires, limits: StepRange) -> None:
+    field, steps = "hires.num_inference_steps", hires.num_inference_steps
+    if not limits.minimum <= steps <= limits.maximum:
+        message = f"{field} must be {limits.minimum} to {limits.maximum}, got {digits(steps)}"
+        raise InvalidRequestError(message, field)
+    _check_strength(hires.strength, steps, "hires.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepserve.domain.guidance import Guidance
@@ -29,10 +30,21 @@ def can_limit_guidance(pipeline: Any) -> bool:
 
 
 def narrow_to_interval(
-    guidance: Guidance, request: GenerationRequest, calls: int
+    guidance: Guidance, request: GenerationRequest, *calls: int
 ) -> GuidanceInterval | None:
-    """Which of the `calls` denoiser calls of a request need only the conditional rows."""
+    """Which of the denoiser calls of a request need only the conditional rows.
+
+    Args:
+        guidance: of the model.
+        request: says from which share of its steps to which it is guided.
+        calls: of each of its phases, all of which are guided alike.
+    """
     if not guidance.guides(request.guidance_scale) or not request.is_guidance_limited:
         return None
-    rows = guidance.rows_of(request)
-    return GuidanceInterval(rows, calls, lambda call: request.is_guided(call, calls))
+    guided = [request.is_guided(call, count) for count in calls for call in range(count)]
+    return GuidanceInterval(guidance.rows_of(request), len(guided), _within(guided))
+
+
+def _within(guided: Sequence[bool]) -> Callable[[int], bool]:
+    """Whether a call is guided; what comes after the expected ones is as the last of these."""
+    return lambda call: guided[min(call, len(guided) - 1)]

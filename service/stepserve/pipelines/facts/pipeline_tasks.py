@@ -41,8 +41,8 @@ class Row:
         images: how many images a task takes that starts from images.
         left_out: roles whose argument is of no use to callers.
         arguments: by role, where the argument has another name than in `ARGUMENTS`.
-        is_fitted: whether images are resized to the size that is asked for before the call. None:
-            those of image-to-image and inpainting are.
+        is_fitted: whether images are resized before the call to what the size that is asked for
+            needs. None: those of image-to-image and inpainting are.
         second_image: what the call takes a second image as, where it takes no list of them.
         prompt: the form of one, where the call takes no other.
         chooses_size: whether the call makes an image of about a million pixels in the shape of the
@@ -67,7 +67,7 @@ ROWS = (
     # A ControlNet's image is a control, whatever the argument is called.
     Row(r".*(ControlNet|Adapter)(PAG)?Pipeline", arguments={Role.CONTROL: "image"}),
     Row(r".*InstructPix2PixPipeline", (Task.EDIT,), is_fitted=True),
-    Row(r".*(Upscale|SuperResolution)Pipeline", (Task.UPSCALING,)),
+    Row(r".*(Upscale|SuperResolution)Pipeline", (Task.UPSCALING,), is_fitted=True),
     # The whole schedule is its default, and what it was trained for.
     Row(r"FluxFillPipeline", left_out=frozenset({Role.STRENGTH})),
     Row(r"Flux2(Klein(KV)?)?Pipeline", images=Count(1, 10)),
@@ -227,4 +227,14 @@ def _count(
 
 def offered_inputs(tasks: Mapping[Task, PipelineTask]) -> dict[Task, TaskInputs]:
     """The inputs of each task, for a model's capabilities."""
-    return {task: done.inputs for task, done in tasks.items()}
+    return with_hires({task: done.inputs for task, done in tasks.items()})
+
+
+def with_hires(tasks: Mapping[Task, TaskInputs]) -> dict[Task, TaskInputs]:
+    """The same, where images from a prompt are enlarged if the model also starts from images."""
+    drawn = tasks.get(Task.TEXT_TO_IMAGE)
+    if drawn is None:
+        return dict(tasks)
+    others = {role: count for role, count in drawn.items() if role is not Role.HIRES}
+    refines = Role.STRENGTH in tasks.get(Task.IMAGE_TO_IMAGE, {})
+    return {**tasks, Task.TEXT_TO_IMAGE: others | ({Role.HIRES: OPTIONAL} if refines else {})}

@@ -96,7 +96,8 @@ def _with_references(model: LoadedModel, request: GenerationRequest) -> Generati
 
 def run_probe(model: LoadedModel, request: GenerationRequest) -> Tensor:
     """Its image, of shape (1, channels, height, width)."""
-    inputs = decode_inputs(request, model.factory.tasks[request.task].is_fitted)
+    task, factor = model.factory.tasks[request.task], model.capabilities.upscale_factor
+    inputs = decode_inputs(request, task.is_fitted, factor)
     images = call_pipeline(model, request, inputs, output_type="pt")
     if isinstance(images, np.ndarray):
         # Some make arrays of them whatever is asked for, with the channels last.

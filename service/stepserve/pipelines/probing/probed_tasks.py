@@ -18,6 +18,7 @@ import torch
 
 from stepserve.domain.models import SizeRange, StepRange
 from stepserve.domain.tasks import Task
+from stepserve.pipelines.facts.pipeline_tasks import with_hires
 from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.loading.step_limits import likely_steps, within_steps
 from stepserve.pipelines.modules.parking import parkable_methods
@@ -43,7 +44,7 @@ def with_probed_tasks(model: LoadedModel) -> LoadedModel:
             return side_px if model.factory.tasks[task].chooses_size else made_px
 
     kept, sizes = find_offer(tuple(capabilities.tasks), capabilities.sizes, side)
-    tasks = {task: capabilities.tasks[task] for task in kept}
+    tasks = with_hires({task: capabilities.tasks[task] for task in kept})
     sizes = capabilities.sizes if model.sizes_are_said else sizes
     return replace(model, capabilities=replace(capabilities, tasks=tasks, sizes=sizes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,23 @@ from stepserve.pipelines.schedulers.watch import draw_from, drop_unknown, watch_
 
 OnStep = Callable[[int, int], None]
 NO_IMAGES = InputImages()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pipeline call of a request that takes several.
+
+    Args:
+        generators: one for each image, which all calls draw from.
+        steps_before: that were made by earlier calls.
+        steps_after: that later ones will make.
+    """
+
+    generators: Sequence[torch.Generator]
+    steps_before: int = 0
+    steps_after: int = 0
+
+
 # What the authors of Qwen-Image give; no encoder sees more in it than in an empty one.
 NO_NEGATIVE_PROMPT = " "
 
@@ -41,16 +59,27 @@ def make_images(
     on_step: OnStep | None = None,
     on_preview: OnPreview | None = None,
     steering: Steering | None = None,
+    phase: Phase | None = None,
 ) -> list[Image.Image | None]:
     """Make the images of a request. `on_step(i, n)` is called after each scheduler step.
 
     In place of an image that the pipeline's own safety checker withheld there is None.
 
+    Args:
+        model: that is asked.
+        request: without `hires`.
+        inputs: the images that it brings along.
+        on_step: hears of each step of all phases.
+        on_preview: hears of each preview.
+        phase: which call of a larger request this is; None: it is all.
+
     Raises:
-        ContentFilteredError: it withheld all.
+        ContentFilteredError: the checker withheld all.
         GenerationFailedError: the denoiser's or the VAE's numbers overflowed.
     """
-    output = run_pipeline(model, request, inputs, on_step, on_preview=on_preview, steering=steering)
+    output = run_pipeline(
+        model, request, inputs, on_step, on_preview=on_preview, steering=steering, phase=phase
+    )
     images, withheld = list(output[0]), withheld_images(output)
     if withheld and len(withheld) == len(images):
         raise ContentFilteredError(
@@ -79,6 +108,7 @@ def run_pipeline(
     on_preview: OnPreview | None = None,
     is_checked: bool = True,
     steering: Steering | None = None,
+    phase: Phase | None = None,
 ) -> Any:
     """Call a copy of the pipeline with those of a request's arguments that it takes.
 
@@ -97,18 +127,19 @@ def run_pipeline(
         InvalidRequestError: the request's settings alone make the call fail.
     """
     signature = _signature(model, request, steering)
-    # On the CPU, so that a seed gives the same noise on every device.
-    generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.n)]
+    phase = phase or Phase(generators_of(request))
+    generators = phase.generators
     copied = _copy_for(model, request, generators, steering)
     remove_checker(copied, unless=is_checked)
     previewer = _previewer(copied, request, on_preview)
     expected = denoiser_calls(model, request)
 
     def ended(step: int, steps: int, latents: torch.Tensor) -> None:
+        done, in_all = phase.steps_before + step, phase.steps_before + steps + phase.steps_after
         if on_step is not None:
-            on_step(step, steps)
+            on_step(done, in_all)
         if previewer is not None:
-            previewer.step_ended(step, steps)
+            previewer.step_ended(done, in_all)
         if step == steps:
             _check_finite(latents, request)
 
@@ -145,6 +176,11 @@ def _signature(
     model: LoadedModel, request: GenerationRequest, steering: Steering | None
 ) -> CallSignature:
     return model.factory.signature(request.task) if steering is None else steering.signature
+
+
+def generators_of(request: GenerationRequest) -> list[torch.Generator]:
+    """One for each image, on the CPU, so that a seed gives the same noise on every device."""
+    return [torch.Generator().manual_seed(request.seed + i) for i in range(request.n)]
 
 
 def _copy_for(
@@ -211,11 +247,12 @@ def input_arguments(
 def _images(
     task: PipelineTask, images: Sequence[Image.Image]
 ) -> Image.Image | list[Image.Image] | None:
-    """One image, or a list where the pipeline takes several."""
+    """One image, or a list where there are several or the pipeline takes several."""
     if not images:
         return None
-    takes_one = task.inputs[Role.IMAGE].most == 1 or task.second_image
-    return images[0] if takes_one else list(images)
+    takes_one = task.inputs[Role.IMAGE].most == 1
+    is_one = (takes_one and len(images) == 1) or task.second_image
+    return images[0] if is_one else list(images)
 
 
 def _second_image(task: PipelineTask, images: Sequence[Image.Image]) -> dict[str, Any]:

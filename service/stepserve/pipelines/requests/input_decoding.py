@@ -26,11 +26,12 @@ class Inputs:
     Args:
         request: brings them along.
         is_fitted: as in `decode_inputs`.
+        factor: the same.
     """
 
-    def __init__(self, request: GenerationRequest, is_fitted: bool = True) -> None:
+    def __init__(self, request: GenerationRequest, is_fitted: bool = True, factor: int = 1) -> None:
         self.request = request
-        self._is_fitted = is_fitted
+        self._is_fitted, self._factor = is_fitted, factor
         self.are_needed = request.has_files
         self._images: InputImages | None = None if self.are_needed else InputImages()
         self._is_wanted = True
@@ -61,7 +62,7 @@ class Inputs:
             InvalidRequestError: names the field that is wrong.
         """
         if self._is_wanted:
-            self._images = decode_inputs(self.request, self._is_fitted)
+            self._images = decode_inputs(self.request, self._is_fitted, self._factor)
         # It may have been cancelled meanwhile.
         if self._is_wanted:
             for call in self._then:

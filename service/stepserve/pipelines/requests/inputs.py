@@ -27,11 +27,14 @@ class InputImages:
     references: tuple[Image.Image, ...] = ()
 
 
-def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputImages:
+def decode_inputs(
+    request: GenerationRequest, is_fitted: bool = True, factor: int = 1
+) -> InputImages:
     """Decode the images of a request.
 
     Controls are resized to the size that it asks for, and so are images and mask if they are to be
-    `is_fitted`. References keep their size. Controls are preprocessed as the request says.
+    `is_fitted`, to a `factor` less where they are upscaled. References keep their size. Controls
+    are preprocessed as the request says.
 
     Transparent parts of the image become white. In the mask white is to be repainted: in OpenAI's
     masks that is what is transparent; in a mask without transparency, as diffusers has them, it is
@@ -42,7 +45,7 @@ def decode_inputs(request: GenerationRequest, is_fitted: bool = True) -> InputIm
             marks nothing to repaint.
     """
     size = request.width, request.height
-    fitted = size if is_fitted else None
+    fitted = (request.width // factor, request.height // factor) if is_fitted else None
     return InputImages(
         images=tuple(_decode("image", file, fitted, _on_white) for file in request.images),
         mask=None if request.mask is None else _decode("mask", request.mask, fitted, _mask_of),

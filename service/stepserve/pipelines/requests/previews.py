@@ -151,18 +151,17 @@ class Previewer:
         self._request = request
         self._on_preview = on_preview
         self._observed = Observed(pipeline.scheduler)
-        self._told = 0
 
     def step_ended(self, step: int, steps: int) -> None:
         """Make a preview, if it is time to."""
-        if step not in preview_steps(self._request.previews, steps):
+        due = preview_steps(self._request.previews, steps)
+        if step not in due:
             return
         latents = self._observed.predict()
         # DiT has its scheduler step the rows without a class as well, behind the others.
         images = None if latents is None else self._decode(latents[: self._request.n])
         if images is not None:
-            self._on_preview(self._told, step, steps, images)
-            self._told += 1
+            self._on_preview(due.index(step), step, steps, images)
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image | None] | None:
         pipeline, vae = self._pipeline, autoencoder_of(self._pipeline)

@@ -27,8 +27,8 @@ from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.controls.cache import ControlCache
 from stepserve.pipelines.copies.guidance_interval import narrow_to_interval
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.requests.call import denoiser_calls, make_images
 from stepserve.pipelines.requests.encoding import ImageEncoder, Telling
+from stepserve.pipelines.requests.hires import calls_of_phases, make_in_phases
 from stepserve.pipelines.requests.images import encode_image, encode_preview
 from stepserve.pipelines.requests.input_decoding import Inputs
 
@@ -113,20 +113,23 @@ def track_of(
     Raises:
         InvalidRequestError: an adapter or a control is not known, or its file cannot be used.
     """
-    calls = denoiser_calls(model, request)
-    guidance = model.capabilities.guidance
+    calls, guidance = calls_of_phases(model, request), model.capabilities.guidance
     variant = adapters.resolve(request.adapters)
-    steered = controls.resolve(request.controls, request.task)
+    steered, *_ = [controls.resolve(request.controls, part.task) for part in request.phases]
 
     def make() -> Images:
         images, steps, previews = listener.inputs.images, listener.step_ended, listener.predicted
-        steering = controls.steering(steered, request.task)
-        return make_images(model, request, images, steps, previews, steering)
+        return make_in_phases(
+            model, request, images, steps, previews, partial(controls.steering, steered)
+        )
 
     return Track(
         id=request.id,
         rows=guidance.rows_of(request),
-        phases=(Phase(guidance.calls_of(request, calls), request.step_size),),
+        phases=tuple(
+            Phase(guidance.calls_of(part, count), part.step_size)
+            for part, count in zip(request.phases, calls, strict=True)
+        ),
         images=request.n,
         run=partial(adapters.run_with, variant, partial(controls.run_with, steered, make)),
         listener=listener,
@@ -135,7 +138,7 @@ def track_of(
         deadline_s=request.deadline_s,
         isolated=request.reproducible,
         variant=variant,
-        guidance_interval=narrow_to_interval(guidance, request, calls),
+        guidance_interval=narrow_to_interval(guidance, request, *calls),
         owner=request.owner,
         held=listener.inputs.are_needed,
     )

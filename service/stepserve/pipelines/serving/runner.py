@@ -126,7 +126,8 @@ class PipelineRunner:
             check_request(request, self.model.capabilities)
             cut_prompts = self.model.prompt_meter.check(request)
             self._encoder.check_room()
-            inputs = Inputs(request, self.model.factory.tasks[request.task].is_fitted)
+            factor = self.model.capabilities.upscale_factor
+            inputs = Inputs(request, self.model.factory.tasks[request.task].is_fitted, factor)
             listener = RequestListener(
                 request,
                 sink,

@@ -218,7 +218,7 @@ def _measure(runner: PipelineRunner, request: GenerationRequest) -> float | None
     guidance = runner.model.capabilities.guidance
     steps = guidance.calls_of(request, request.num_inference_steps)
     task = runner.model.factory.tasks[request.task]
-    inputs = decode_inputs(request, task.is_fitted)
+    inputs = decode_inputs(request, task.is_fitted, runner.model.capabilities.upscale_factor)
     track = Track(
         id=request.id,
         rows=_rows(runner, request),

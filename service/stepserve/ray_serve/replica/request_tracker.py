@@ -139,7 +139,7 @@ class RequestTracker:
         requests = (record.request for record in self._log.in_flight())
         return Report(
             jobs=tuple(
-                replace(job_of(request, guidance), rows=demand.rows, steps=demand.steps)
+                job_of(request, guidance).left(demand.rows, [p.steps for p in demand.parts])
                 for request in requests
                 if request is not None and (demand := demands.get(request.key))
             ),

@@ -137,7 +137,8 @@ async def test_prompts_fail_one_by_one_as_they_would_have_alone(
         assert (error["status"], error["code"]) == (single.status_code, expected["code"])
         assert (error.get("param"), error["type"]) == (expected["param"], expected["type"])
     assert data[1]["error"]["message"] == (
-        "prompt is empty: text-to-image with model 'emoji' requires one (it takes: prompt)"
+        "prompt is empty: text-to-image with model 'emoji' requires one "
+        "(it takes: prompt, hires (optional))"
     )
     assert (data[3]["error"]["status"], data[3]["error"]["retry_after_s"]) == (429, 3)
     assert "retry_after_s" not in data[1]["error"]

@@ -14,7 +14,7 @@ from stepserve.domain.events import Accepted, Failed, Finished
 from stepserve.domain.guidance import CLASSIC, Guidance, GuidanceKind, StepWork
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.reports import EndReport, ForwardReport
-from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.requests import GenerationRequest, Hires
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.probing.guidance_cost import find_guidance, with_probed_guidance
@@ -216,6 +216,31 @@ async def test_the_router_counts_what_the_engine_runs(
     assert forwards.rows == [told.rows] * told.steps
     if name == "flux_runner":
         assert (told.rows, told.steps) == (2, 3)
+
+
+async def test_the_router_counts_both_sizes_of_a_request_that_is_enlarged(
+    flux_runner: PipelineRunner,
+) -> None:
+    forwards = DenoiserForwards()
+    flux_runner.engine.observe(forwards)
+    sizes = flux_runner.capabilities().sizes
+    wanted = flow_request(
+        id="enlarged",
+        width=sizes.minimum,
+        height=sizes.minimum,
+        num_inference_steps=3,
+        hires=Hires(2.0, 0.5, 4, 2 * sizes.minimum, 2 * sizes.minimum),
+    )
+    report = await report_while_in_flight(flux_runner, wanted)
+    (told,) = report.jobs
+    assert told == job_of(wanted, report.guidance)
+    assert [part.steps for part in told.parts] == [3, 2]
+    assert forwards.rows == [told.rows] * told.all_steps
+    assert {part.size for part in told.parts} <= told_sizes(flux_runner)
+
+
+def told_sizes(runner: PipelineRunner) -> set[str]:
+    return set(RequestTracker(runner).report().costs or {})
 
 
 def test_the_engine_is_told(tiny: LoadedModel) -> None:

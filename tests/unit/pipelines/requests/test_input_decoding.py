@@ -49,7 +49,7 @@ class Gate:
     decoded: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, request: GenerationRequest, is_fitted: bool) -> InputImages:
+    def __call__(self, request: GenerationRequest, is_fitted: bool, factor: int) -> InputImages:
         with self.lock:
             self.at_once += 1
             self.most = max(self.most, self.at_once)
@@ -194,7 +194,7 @@ class Engine:
 
 
 def test_a_bug_in_a_decoder_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(request: GenerationRequest, is_fitted: bool) -> InputImages:
+    def broken(request: GenerationRequest, is_fitted: bool, factor: int) -> InputImages:
         raise MemoryError("no room")
 
     monkeypatch.setattr(input_decoding, "decode_inputs", broken)
