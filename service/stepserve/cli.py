@@ -30,7 +30,7 @@ from stepserve.config import (
 )
 from stepserve.domain.errors import InvalidRequestError, StepserveError
 from stepserve.domain.requests import GenerationRequest
-from stepserve.domain.tasks import Role
+from stepserve.domain.tasks import Role, Task
 from stepserve.garbage import collection_paused
 
 if TYPE_CHECKING:
@@ -170,6 +170,9 @@ def generate(
     class_label: Annotated[
         str | None, typer.Option(help="Class to draw, by number or name, where a model has any.")
     ] = None,
+    noise_level: Annotated[
+        int | None, typer.Option(help="Noise put on --image, where a model upscales it.")
+    ] = None,
     hires: Annotated[
         float | None, typer.Option(help="Draw in --size, enlarge so many times, and refine.")
     ] = None,
@@ -210,6 +213,8 @@ def generate(
     }
     if not image and (mask is not None or strength is not None):
         raise InvalidRequestError("--mask and --strength need an --image to work on")
+    if noise_level is not None:
+        wanted["noise_level"] = noise_level
     if hires is not None:
         wanted["hires"] = {"scale": hires, "strength": hires_strength}
     if class_label is not None:
@@ -536,16 +541,19 @@ def _request(
         EditRequest,
         ImageRequest,
         ImageRequestBase,
+        UpscaleRequest,
         VariationRequest,
     )
     from stepserve.api.images.inputs import Inputs, Sent
-    from stepserve.api.images.purposes import EDITS, GENERATIONS, VARIATIONS
+    from stepserve.api.images.purposes import EDITS, GENERATIONS, UPSCALES, VARIATIONS
     from stepserve.api.images.slots import Slot
     from stepserve.domain.checks.limits import check_request
 
     body_class: type[ImageRequestBase] = ImageRequest
     purpose = GENERATIONS
-    if files:
+    if files and capabilities.usual_task is Task.UPSCALING:
+        body_class, purpose = UpscaleRequest, UPSCALES
+    elif files:
         body_class, purpose = (
             (EditRequest, EDITS) if wanted["prompt"] else (VariationRequest, VARIATIONS)
         )

@@ -40,6 +40,10 @@ NOT_RUN = {
     ("docs/getting-started.md", ".venv/bin/stepserve train"): (
         "trains for two hours; test_training_loop.py"
     ),
+    (
+        "docs/api.md",
+        'import base64\nimport httpx\n\nurl = "http://127.0.0.1:8000/v1/images/upscale"',
+    ): ("needs an upscaler; test_upscalers_over_http.py"),
     ("docs/benchmarks.md", "python -m loadtests.race"): LONG,
     ("docs/load-testing.md", ".venv/bin/locust"): "loads for two minutes; test_load.py",
     ("docs/load-testing.md", ".venv/bin/python -m loadtests.bench"): LONG,

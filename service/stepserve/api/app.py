@@ -22,7 +22,12 @@ from stepserve.api.bodies.pending_bytes import (
     PendingBytes,
     PendingBytesMiddleware,
 )
-from stepserve.api.bodies.schemas import EditRequest, ImageRequest, VariationRequest
+from stepserve.api.bodies.schemas import (
+    EditRequest,
+    ImageRequest,
+    UpscaleRequest,
+    VariationRequest,
+)
 from stepserve.api.errors import UnauthorizedError
 from stepserve.api.handlers import add_error_handlers
 from stepserve.api.http.head_limits import check_head
@@ -136,7 +141,7 @@ def create_app(
         app.include_router(part.router)
     app.mount(docs.ASSETS_URL, docs.ASSETS)
     app.mount(playground.ASSETS_URL, playground.ASSETS)
-    add_schemas(app, ImageRequest, EditRequest, VariationRequest)
+    add_schemas(app, ImageRequest, EditRequest, VariationRequest, UpscaleRequest)
     return app
 
 

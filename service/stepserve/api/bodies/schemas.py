@@ -331,6 +331,7 @@ class ImageRequestBase(Body):
             prompt=self.prompt or "",
             strength=_or(getattr(self, "strength", None), model.default_strength(task)),
             image_guidance_scale=getattr(self, "image_guidance_scale", None),
+            noise_level=getattr(self, "noise_level", None),
             class_label=class_number(getattr(self, "class_label", None), model),
             width=width,
             height=height,
@@ -446,6 +447,26 @@ class VariationRequest(RequestFromImages):
     """How to vary an image. `image` is a file of a form, or an address in JSON."""
 
     prompt: str | None = _documented("What the variations show; nothing in particular if left out.")
+
+
+class UpscaleRequest(ImageRequestBase):
+    """What to make larger. `image` is a file of a form, or an address in JSON."""
+
+    prompt: str | None = _documented(
+        "What the image shows, where a model takes a prompt; nothing in particular if left out."
+    )
+    size: str | None = _documented(
+        "Left out or `auto`: it follows from the image, as `upscale_factor` in `GET /v1/models` "
+        "says.",
+        pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
+    )
+    image: Reference | None = _documented("The image.")
+    noise_level: WholeNumber | None = _documented(
+        "How much noise is added to the image first, where a model adds any: more lets it invent "
+        "more. Up to `max_noise_level` in `GET /v1/models`; the pipeline's own default if left "
+        "out.",
+        minimum=0,
+    )
 
 
 def _or(value: T | None, default: T) -> T:

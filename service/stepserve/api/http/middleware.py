@@ -28,7 +28,12 @@ from stepserve.config import HttpSettings
 TURNS = 10
 """Of the event loop between two long bodies: a short request takes no more."""
 
-UPLOADS = ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations")
+UPLOADS = (
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/images/variations",
+    "/v1/images/upscale",
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 

@@ -22,13 +22,14 @@ from stepserve.api.bodies.schemas import (
 )
 from stepserve.api.dependencies import FORM, Incoming, declared_type
 from stepserve.api.errors import MalformedJsonError
+from stepserve.api.images.sizes import nearest_size, upscaled_size
 from stepserve.api.images.slots import PLACED, Body, Slot, placed_in, with_entries
 from stepserve.api.inputs.fetch import fetch_image, is_elsewhere
 from stepserve.api.inputs.uploads import read_upload
 from stepserve.config import UploadSettings
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import ImageFile
-from stepserve.domain.models import ModelCapabilities, SizeRange
+from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import ControlUse, GenerationRequest, ReferenceUse
 from stepserve.domain.tasks import Role, Task
 
@@ -65,11 +66,18 @@ class Inputs(Generic[Body]):
     ) -> GenerationRequest:
         """Return the request with everything left out filled in from `model`; draws a seed.
 
-        Where no size is asked for, it is the first image's own, or the nearest one of the model.
+        Where no size is asked for, it is the first image's own, or the nearest one of the model;
+        that of an upscaled image always follows from the image.
+
+        Raises:
+            InvalidRequestError: the model does not upscale images of that size.
         """
         images, mask = self.files.get(Role.IMAGE, ()), self.files.get(Role.MASK, ())
         filled = self.body.fill_in(request_id, caller, model, task)
-        if images and self.body.size in (None, "auto"):
+        if images and task is Task.UPSCALING:
+            width, height = upscaled_size(images[0], self.body.size, model)
+            filled = replace(filled, width=width, height=height)
+        elif images and self.body.size in (None, "auto"):
             width, height = nearest_size(images[0].width, images[0].height, model.sizes)
             filled = replace(filled, width=width, height=height)
         if images and not filled.prompt and self.body.guidance_scale is None:
@@ -112,24 +120,6 @@ FILES: Mapping[str, Role] = MappingProxyType(
     {"image": Role.IMAGE, "images": Role.IMAGE, "mask": Role.MASK}
 )
 """Which fields of a form are files, and what for."""
-
-
-def nearest_size(width: int, height: int, sizes: SizeRange) -> tuple[int, int]:
-    """Return the size that an image of `width` x `height` is best served in.
-
-    Its own if the model has it; else about as many pixels as the native size has, in the shape that
-    is nearest to the image's.
-    """
-    if sizes.accepts(width) and sizes.accepts(height):
-        return width, height
-    scale = sizes.native / (width * height) ** 0.5
-    return _nearest_side(width * scale, sizes), _nearest_side(height * scale, sizes)
-
-
-def _nearest_side(side_px: float, sizes: SizeRange) -> int:
-    steps = round((side_px - sizes.minimum) / sizes.step)
-    most = (sizes.maximum - sizes.minimum) // sizes.step
-    return sizes.minimum + min(max(steps, 0), most) * sizes.step
 
 
 async def read_sent(incoming: Incoming, body_class: type[Body]) -> Sent[Body]:

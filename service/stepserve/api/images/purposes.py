@@ -38,3 +38,4 @@ GENERATIONS = Purpose(
 )
 EDITS = Purpose((Task.EDIT, Task.IMAGE_TO_IMAGE, Task.INPAINTING), "image_edit")
 VARIATIONS = Purpose((Task.IMAGE_TO_IMAGE,), "image_variation")
+UPSCALES = Purpose((Task.UPSCALING,), "image_upscale")

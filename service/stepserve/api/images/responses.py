@@ -89,6 +89,7 @@ class Parameters(BaseModel):
     strength: float | None = Field(default=None, description="Of edits and variations.")
     class_label: int | None = Field(default=None, description="Of models with classes.")
     image_guidance_scale: float | None = Field(default=None, description="Of edits.")
+    noise_level: int | None = Field(default=None, description="Of upscaled images.")
     controls: list[ControlParameters] | None = Field(
         default=None, description="Without their images; absent where there were none."
     )
@@ -256,6 +257,13 @@ class ModelResponse(BaseModel):
     )
     classes: list[ClassResponse] = Field(
         description="What `class_label` may say; empty where a model has no classes."
+    )
+    upscale_factor: int = Field(
+        description="How many times larger than the image an upscaled one is; 1 where the model "
+        "does not upscale."
+    )
+    max_noise_level: int | None = Field(
+        description="Largest `noise_level` of upscaling; null where none is added."
     )
     guidance: GuidanceResponse
     guidance_interval: bool = Field(

@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`, `/v1/images/edits` and `/v1/images/variations`."""
+"""`POST /v1/images/generations`, `/edits`, `/variations` and `/upscale`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from stepserve.api.bodies.schemas import (
     EditRequest,
     ImageRequest,
     ImageRequestBase,
+    UpscaleRequest,
     VariationRequest,
 )
 from stepserve.api.dependencies import (
@@ -30,7 +31,7 @@ from stepserve.api.exchange_context import exchange_context_of
 from stepserve.api.images.generation import ImageResponder
 from stepserve.api.images.inputs import Sent, read_inputs, read_sent
 from stepserve.api.images.prompts import PromptsResponder, check_any, split_call
-from stepserve.api.images.purposes import EDITS, GENERATIONS, VARIATIONS, Purpose
+from stepserve.api.images.purposes import EDITS, GENERATIONS, UPSCALES, VARIATIONS, Purpose
 from stepserve.api.images.responses import ImagesResponse
 from stepserve.api.images.slots import Body
 from stepserve.api.observe.exchanges import trace_context_of
@@ -144,6 +145,24 @@ async def vary_image(incoming: IncomingDep, response: Response) -> ImagesRespons
     """Compatible with OpenAI's `images.create_variation`: image-to-image without a prompt."""
     sent = await read_sent(incoming, VariationRequest)
     return await _from_images(incoming, sent, VARIATIONS, response)
+
+
+@router.post(
+    "/v1/images/upscale",
+    summary="Make an image larger",
+    response_model=ImagesResponse,
+    response_model_exclude_none=True,
+    response_description="The images, and all parameters that shaped them.",
+    responses=_ERRORS | error_responses(MalformedFormError) | _responses("image_upscale"),
+    openapi_extra={
+        "parameters": [REQUEST_ID_PARAMETER],
+        "requestBody": form_or_json(UpscaleRequest, ("image",)),
+    },
+)
+async def upscale_image(incoming: IncomingDep, response: Response) -> ImagesResponse | Response:
+    """As many times larger as the model makes it: for models whose task is `upscaling`."""
+    sent = await read_sent(incoming, UpscaleRequest)
+    return await _from_images(incoming, sent, UPSCALES, response)
 
 
 async def _from_images(

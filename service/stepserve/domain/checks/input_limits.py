@@ -32,6 +32,7 @@ def check_inputs(request: GenerationRequest, model: ModelCapabilities) -> None:
     if request.hires is not None:
         _check_enlarged(request, request.hires, model)
         _check_refinement(request.hires, model.steps_of(request.scheduler))
+    _check_noise_level(request.noise_level, model)
     for index, use in enumerate(request.references):
         _check_reference(f"references[{index}]", use, model)
 
@@ -117,6 +118,13 @@ def _check_class(request: GenerationRequest, model: ModelCapabilities) -> None:
     if label is not None and not 0 <= label < count:
         message = f"class_label must be 0 to {count - 1}, got {digits(label)}"
         raise InvalidRequestError(message, Role.CLASS_LABEL)
+
+
+def _check_noise_level(noise_level: int | None, model: ModelCapabilities) -> None:
+    most = model.max_noise_level or 0
+    if noise_level is not None and not 0 <= noise_level <= most:
+        message = f"noise_level must be 0 to {most}, got {digits(noise_level)}"
+        raise InvalidRequestError(message, Role.NOISE_LEVEL)
 
 
 def _check_reference(place: str, use: ReferenceUse, model: ModelCapabilities) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.models import ModelCapabilities, SizeRange
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.classes import CLASS_LABELS, read_classes
 from stepserve.pipelines.facts.guiders import GUIDER_SCALE, usual_guider_scale
-from stepserve.pipelines.facts.pipeline_tasks import unknown_needs
+from stepserve.pipelines.facts.pipeline_tasks import pipeline_tasks, unknown_needs
 from stepserve.pipelines.facts.signature import CallSignature
+from stepserve.pipelines.facts.upscalers import Upscaler, read_upscaler
 
 MANIFEST = "stepserve.json"
 # The side that pipelines use which know no sample size.
@@ -103,6 +105,10 @@ def describe_model(
         "default_scheduler": type(pipeline.scheduler).__name__,
         **_call_defaults(pipeline, facts.signature),
     }
+    if _upscales(pipeline, facts.signature):
+        upscaler = read_upscaler(pipeline)
+        derived |= _upscaling_defaults(upscaler, facts.signature)
+        sizes = sizes or asdict(upscaler.sizes)
     if facts.prompt_tokens is None:
         # Nothing counts tokens, so that only the characters are limited.
         characters = said.get("max_prompt_characters", ModelCapabilities.max_prompt_characters)
@@ -123,6 +129,21 @@ def describe_model(
             f"{', '.join(facts.schedulers)}"
         )
     return capabilities
+
+
+def _upscales(pipeline: Any, signature: CallSignature) -> bool:
+    tasks = pipeline_tasks(type(pipeline).__name__, signature)
+    return any(done.task is Task.UPSCALING for done in tasks)
+
+
+def _upscaling_defaults(upscaler: Upscaler, signature: CallSignature) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "upscale_factor": upscaler.factor,
+        "max_noise_level": upscaler.max_noise_level,
+    }
+    if not signature.accepts("num_images_per_prompt"):
+        defaults["max_n"] = 1
+    return defaults
 
 
 def _most_characters(prompt_tokens: int) -> int:

@@ -32,6 +32,7 @@ from stepserve.pipelines.facts.own_code import possible_dtype, scales_noise
 from stepserve.pipelines.facts.prompts import PromptMeter, measure_prompts
 from stepserve.pipelines.facts.signature import read_signature
 from stepserve.pipelines.facts.trust import Trust, check_trust, find_pipeline_class
+from stepserve.pipelines.facts.upscalers import OF_ONE_SCHEDULER
 from stepserve.pipelines.loading.ip_adapters import inputs_with_references, load_ip_adapters
 from stepserve.pipelines.loading.library_messages import heard_libraries
 from stepserve.pipelines.loading.reasons import NO_FOLDER, reason_of
@@ -148,7 +149,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     check_finite_weights(pipeline)
     if speed.compile and denoiser_of(pipeline) is None:
         raise ModelLoadError("compile needs a component `transformer` or `unet`")
-    schedulers = usable_schedulers(pipeline.scheduler, scales_noise(pipeline_class, signature))
+    schedulers = schedulers_for(pipeline, scales_noise(pipeline_class, signature))
     meter = measure_prompts(
         pipeline,
         signature.default("max_sequence_length", int),
@@ -185,6 +186,14 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         probed_schedulers=probed,
         references=references,
     )
+
+
+def schedulers_for(pipeline: Any, scales_noise: bool) -> dict[str, type]:
+    """Scheduler classes by name that the requests of a pipeline may use, sorted."""
+    own = type(pipeline.scheduler)
+    if type(pipeline).__name__ in OF_ONE_SCHEDULER:
+        return {own.__name__: own}
+    return usable_schedulers(pipeline.scheduler, scales_noise)
 
 
 def _hold_references(pipeline: Any, knobs: Knobs) -> ReferenceAdapters | None:

@@ -92,6 +92,7 @@ async def test_openais_client_sends_keys_as_we_want_them(backend: FakeBackend):
         ("POST", GENERATIONS),
         ("POST", "/v1/images/edits"),
         ("POST", "/v1/images/variations"),
+        ("POST", "/v1/images/upscale"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/emoji"),
         ("GET", "/v1/models/emoji/batch"),

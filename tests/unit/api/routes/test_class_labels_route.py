@@ -90,7 +90,7 @@ async def test_a_form_names_it_too(client: httpx.AsyncClient, backend: FakeBacke
             {"model": "emoji", "prompt": "cat", "class_label": 1},
             "class_label",
             "class_label must be left out: text-to-image with model 'emoji' does not take one (it "
-            "takes: prompt)",
+            "takes: prompt, hires (optional))",
         ),
         (
             {"model": "pets"},

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from stepserve.api.images import inputs
-from stepserve.api.images.inputs import nearest_size
+from stepserve.api.images.sizes import nearest_size
 from stepserve.config import Settings, UploadSettings
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.events import Failed
