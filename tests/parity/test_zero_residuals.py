@@ -86,12 +86,12 @@ def at_once_and_alone(name: str, dtype: torch.dtype) -> SharingReport:
 
 @pytest.mark.parametrize("name", BASES)
 def test_with_and_without_control_at_once_is_what_each_is_alone(name: str) -> None:
-    exact, rounded, half = (
-        at_once_and_alone(name, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)
-    )
-    assert [report.objection for report in (exact, rounded, half)] == [""] * 3
-    assert exact.difference <= FLOAT64_BOUND
+    rounded, half = (at_once_and_alone(name, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert [report.objection for report in (rounded, half)] == ["", ""]
     assert rounded.difference <= FLOAT32_BOUND < rounded.separation / 100
+    if FAMILIES[name].float64:
+        exact = at_once_and_alone(name, torch.float64)
+        assert (exact.objection, exact.difference <= FLOAT64_BOUND) == ("", True)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -88,13 +88,16 @@ def build_adapter() -> StableDiffusionAdapterPipeline:
     return StableDiffusionAdapterPipeline(**sd_components(), adapter=tiny_adapter())
 
 
+def tiny_xl_adapter() -> T2IAdapter:
+    return tiny_adapter(
+        adapter_type="full_adapter_xl", channels=[16, 32, 32, 32], downscale_factor=4
+    )
+
+
 def build_xl_adapter() -> StableDiffusionXLAdapterPipeline:
     components = xl_components()
     del components["add_watermarker"]
-    adapter = tiny_adapter(
-        adapter_type="full_adapter_xl", channels=[16, 32, 32, 32], downscale_factor=4
-    )
-    return StableDiffusionXLAdapterPipeline(**components, adapter=adapter)
+    return StableDiffusionXLAdapterPipeline(**components, adapter=tiny_xl_adapter())
 
 
 def with_control(networks: int, pipeline: Any, variation: Variation) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import (
+    AutoencoderKL,
     CogVideoXDDIMScheduler,
     CogView3PlusPipeline,
     CogView3PlusTransformer2DModel,
@@ -74,13 +75,13 @@ def tiny_bert() -> BertModel:
     )
 
 
-def hunyuan() -> HunyuanDiTPipeline:
+def hunyuan(num_layers: int = 2, vae: type[AutoencoderKL] = AutoencoderKL) -> HunyuanDiTPipeline:
     return HunyuanDiTPipeline(
         transformer=HunyuanDiT2DModel(
             sample_size=SIZE // 2,
             patch_size=2,
             in_channels=4,
-            num_layers=2,
+            num_layers=num_layers,
             num_attention_heads=3,
             attention_head_dim=8,
             hidden_size=24,
@@ -91,7 +92,7 @@ def hunyuan() -> HunyuanDiTPipeline:
             text_len_t5=T5_TOKENS,
         ),
         scheduler=DDPMScheduler(),
-        vae=tiny_vae(),
+        vae=tiny_vae(vae=vae),
         text_encoder=tiny_bert(),
         tokenizer=word_tokenizer(BERT_TOKENS),
         text_encoder_2=tiny_t5(),

@@ -32,6 +32,7 @@ class NetworkKind:
         several: name of the class that joins several; empty: a request takes one.
         settings: of the network, which are the denoiser's too if it was made for it.
         kind: what requests are told.
+        draws_unseeded: whether the pipelines encode control images without the request's generator.
     """
 
     network: str
@@ -40,6 +41,7 @@ class NetworkKind:
     several: str = ""
     settings: tuple[str, ...] = OF_A_TRANSFORMER
     kind: ControlKind = ControlKind.CONTROLNET
+    draws_unseeded: bool = False
 
     @property
     def component(self) -> str:
@@ -117,6 +119,7 @@ KINDS = (
         r"StableDiffusion3(Img2Img|Inpaint)?Pipeline",
         _tasks("StableDiffusion3ControlNetPipeline"),
         "SD3MultiControlNetModel",
+        draws_unseeded=True,
     ),
     NetworkKind(
         "FluxControlNetModel",
@@ -138,6 +141,7 @@ KINDS = (
         r"HunyuanDiTPipeline",
         _tasks("HunyuanDiTControlNetPipeline"),
         "HunyuanDiT2DMultiControlNetModel",
+        draws_unseeded=True,
     ),
     NetworkKind("SanaControlNetModel", r"SanaPipeline", _tasks("SanaControlNetPipeline")),
 )

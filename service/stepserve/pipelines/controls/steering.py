@@ -15,6 +15,7 @@ from stepserve.domain.models import ControlKind
 from stepserve.domain.requests import ControlUse
 from stepserve.domain.tasks import Task
 from stepserve.pipelines.controls.files import FoundControl
+from stepserve.pipelines.controls.mean_encoding import MeanEncodingVae
 from stepserve.pipelines.copies.blending import denoiser_for_inpainting
 from stepserve.pipelines.facts.signature import CallSignature, read_signature
 
@@ -90,6 +91,8 @@ def steering_pipeline(
     if len(controls) > 1 and kind.kind is not ControlKind.UNION:
         joined = getattr(diffusers, kind.several)(list(networks))
     pipeline = _over_modules(cls, resident, {kind.component: joined})
+    if kind.draws_unseeded:
+        vars(pipeline)["vae"] = MeanEncodingVae(pipeline.vae)
     # Pipelines that work on pixels blend pixels.
     if task is Task.INPAINTING and hasattr(pipeline, "unet"):
         vars(pipeline)["unet"] = denoiser_for_inpainting(pipeline)
