@@ -195,10 +195,16 @@ def _all_components(pipeline: Any, prefix: str) -> Iterator[tuple[str, nn.Module
             yield prefix + name, component
 
 
-def rules_of(module: nn.Module) -> ArgumentRules:
-    """How the arguments of a module's methods are read."""
+def rules_of(module: nn.Module, is_compiled: bool = False) -> ArgumentRules:
+    """How the arguments of a module's methods are read.
+
+    Args:
+        module: whose they are.
+        is_compiled: whether compiled code runs for it. There is none for calls with residuals, and
+            eager code rounds otherwise: calls without must not share a forward with them.
+    """
     rules = ARGUMENT_RULES.get(type(module).__name__, NO_RULES)
     if getattr(getattr(module, "config", None), "global_pool_conditions", False):
         # A mean comes after the scale.
-        return replace(rules, output_scale="")
-    return rules
+        rules = replace(rules, output_scale="")
+    return replace(rules, residuals=frozenset()) if is_compiled else rules

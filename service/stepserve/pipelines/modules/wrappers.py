@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.call import ParkableMethod
 from stepserve.engine.calls.output_cache import OutputCache
 from stepserve.engine.tracks.interception import (
@@ -184,11 +185,17 @@ def _layers(
     if wrappers.record is not None and rule.shared and not is_inline:
         yield Layer.GRAPHS, functools.partial(GraphedForward, record=wrappers.record)
     if parking is not None and not is_inline:
-        yield Layer.PARKING, functools.partial(_parkable, path, module, rule, parking)
+        rules = rules_of(module, path in wrappers.compiled)
+        yield Layer.PARKING, functools.partial(_parkable, path, module, rule, parking, rules)
 
 
 def _parkable(
-    path: str, module: nn.Module, rule: ParkingRule, options: ParkingOptions, inner: Method
+    path: str,
+    module: nn.Module,
+    rule: ParkingRule,
+    options: ParkingOptions,
+    rules: ArgumentRules,
+    inner: Method,
 ) -> Method:
     keeps_outputs = rule.cached and options.prompt_cache_bytes > 0
     is_shared = rule.shared and type(module).__name__ not in ROWS_MEET
@@ -199,7 +206,7 @@ def _parkable(
         rule.stage,
         parameter_names(inner),
         optional_names(inner),
-        rules_of(module),
+        rules,
         max_rows=options.max_rows if is_shared else 1,
         bucket_rows=options.bucket_rows if is_shared else (),
         enter=options.enter.get(path),

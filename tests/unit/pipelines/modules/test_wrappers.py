@@ -11,7 +11,7 @@ import pytest
 import torch
 from stepserve.engine.tracks.interception import replace_method
 from stepserve.pipelines.loading.folders import LoadedModel
-from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods
+from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods, rules_of
 from stepserve.pipelines.modules.wrappers import (
     ORDER,
     Layer,
@@ -52,6 +52,13 @@ def everything(model: LoadedModel) -> Wrappers:
         record=never_record,
         parking=ParkingOptions(max_rows=2),
     )
+
+
+def test_compiled_code_is_for_calls_without_residuals_alone(tiny: LoadedModel) -> None:
+    """There is no compiled code for the others, and eager code rounds otherwise."""
+    unet = tiny.pipeline.unet
+    assert "mid_block_additional_residual" in rules_of(unet).residuals
+    assert rules_of(unet, is_compiled=True).residuals == frozenset()
 
 
 def test_the_order_of_the_layers() -> None:
