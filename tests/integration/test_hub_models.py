@@ -44,6 +44,17 @@ def draw(
     return stepserve(tmp_path, hub, *wanted, "-o", str(tmp_path / output), revision=revision)
 
 
+def test_a_modular_pipeline_is_refused_with_its_class(tmp_path: Path) -> None:
+    repository = tmp_path / "modular"
+    repository.mkdir()
+    index = '{"_class_name": "FluxModularPipeline"}'
+    (repository / "modular_model_index.json").write_text(index)
+    with local_hub(HUB_ID, repository) as hub:
+        refused = draw(tmp_path, hub.url, "none.png")
+    assert refused.returncode != 0
+    assert "it is a modular pipeline (FluxModularPipeline), which is not served" in refused.stderr
+
+
 def test_a_model_is_fetched_once_and_served_without_the_hub_from_then_on(
     tmp_path: Path, repository: Path
 ) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from stepserve.config import SpeedSettings
 from stepserve.domain.models import ModelCapabilities
+from stepserve.models.modular import modular_refusal
 from stepserve.pipelines.copies.factory import PipelineFactory
 from stepserve.pipelines.copies.guidance_interval import can_limit_guidance
 from stepserve.pipelines.copies.safety_checker import CHECKER, has_checker, names_checker
@@ -98,6 +99,8 @@ def load_model(
         ModelLoadError: the folder is missing or is no such pipeline, a setting does not fit it, or
             it asks for more trust than it is given.
     """
+    if refusal := modular_refusal(folder):
+        raise ModelLoadError(f"model {model_id}: cannot be loaded: {refusal}", refusal)
     if not (folder / "model_index.json").exists():
         message = f"model {model_id}: {folder} is not a diffusers folder"
         raise ModelLoadError(message, NO_FOLDER)

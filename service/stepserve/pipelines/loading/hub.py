@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from stepserve.models.modular import MODULAR_INDEX, describe_modular
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import MANIFEST
 from stepserve.pipelines.facts.trust import PICKLES, SAFE, Trust
@@ -47,6 +48,8 @@ def fetch_model(hub_id: str, revision: str, trust: Trust | None = None) -> Path:
         with contextlib.suppress(EntryNotFoundError):
             hf_hub_download(hub_id, MANIFEST, revision=revision)
     except Exception as error:
+        if refusal := _modular_refusal(hub_id, revision):
+            raise ModelLoadError(f"{hub_id} at {revision}: {refusal}", refusal) from error
         # Whatever the hub's client, diffusers and the network raise.
         raise _not_fetched(hub_id, revision, error) from error
     logger.info("%s is in %s after %.1f s", hub_id, folder, time.monotonic() - began_s)
@@ -76,6 +79,16 @@ def model_files(folder: str, trust: Trust) -> list[str]:
     """Patterns of the files of one model in a folder of a repository."""
     suffixes = (".json", SAFE, *(PICKLES if trust.pickle else ()))
     return [f"{folder}/*{suffix}".lstrip("/") for suffix in suffixes]
+
+
+def _modular_refusal(hub_id: str, revision: str) -> str | None:
+    """Why it cannot be served, if the hub has a modular pipeline there."""
+    try:
+        index = hf_hub_download(hub_id, MODULAR_INDEX, revision=revision)
+    except Exception:
+        # It is none, or whatever kept its other files from being fetched.
+        return None
+    return describe_modular(Path(index))
 
 
 def _not_fetched(hub_id: str, revision: str, error: Exception) -> ModelLoadError:
