@@ -29,7 +29,7 @@ from stepserve.config import (
     settings_file,
 )
 from stepserve.domain.errors import InvalidRequestError, StepserveError
-from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.requests import GenerationRequest, ReferenceUse
 from stepserve.domain.tasks import Role, Task
 from stepserve.garbage import collection_paused
 
@@ -167,6 +167,10 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(help="Noise put on --image, up to 1; 0.8 if left out.")
     ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="Image for an IP-Adapter: FILE or ADAPTER:FILE, then =SCALE if not 0.6."),
+    ] = None,
     class_label: Annotated[
         str | None, typer.Option(help="Class to draw, by number or name, where a model has any.")
     ] = None,
@@ -222,6 +226,10 @@ def generate(
     if strength is not None:
         wanted["strength"] = strength
     files = _files(image or (), mask)
+    if reference:
+        uses = [_reference(text) for text in reference]
+        wanted["references"] = [use for use, _ in uses]
+        files[Role.REFERENCE] = tuple(file for _, file in uses)
     finished = generate_locally(loaded, _request(wanted, capabilities, files), adapters)
     for cut in finished.cut_prompts:
         told = f"{cut.encoder} reads {cut.limit} of the {cut.tokens} tokens of {cut.field} only"
@@ -470,13 +478,13 @@ def _adapters(
     return replace(options, named=named, max_loaded=max(options.max_loaded, len(used))), used
 
 
-def _split_scale(text: str) -> tuple[str, float]:
+def _split_scale(text: str, usual: float = 1.0) -> tuple[str, float]:
     """`pixels=0.8` is `("pixels", 0.8)`; names may hold `=` themselves."""
     name, _, scale = text.rpartition("=")
     try:
-        return (name, float(scale)) if name else (text, 1.0)
+        return (name, float(scale)) if name else (text, usual)
     except ValueError:
-        return text, 1.0
+        return text, usual
 
 
 def _output_format(output: Path) -> str:
@@ -497,6 +505,17 @@ def _files(images: Sequence[Path], mask: Path | None) -> dict[Role, tuple[ImageF
         for role, contents in files.items()
         if contents
     }
+
+
+def _reference(text: str) -> tuple[dict[str, object], ImageFile]:
+    """How a reference image is to be used, and its file: of `FILE`, `face:FILE` or `FILE=0.8`."""
+    from stepserve.domain.image_files.structure import read_image_file
+
+    named, scale = _split_scale(text, ReferenceUse.scale)
+    adapter, mark, path = named.partition(":")
+    content = _read("reference", Path(path if mark else named))
+    use = {"scale": scale, "adapter": adapter if mark else ""}
+    return use, read_image_file(content, Role.REFERENCE)
 
 
 def _read(option: str, path: Path) -> bytes:
@@ -553,7 +572,7 @@ def _request(
     purpose = GENERATIONS
     if files and capabilities.usual_task is Task.UPSCALING:
         body_class, purpose = UpscaleRequest, UPSCALES
-    elif files:
+    elif Role.IMAGE in files:
         body_class, purpose = (
             (EditRequest, EDITS) if wanted["prompt"] else (VariationRequest, VARIATIONS)
         )

@@ -68,6 +68,7 @@ def test_an_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
         (("generate", "x", "--model", "nope"), ("nope", "emoji")),
         (("generate", "x", "--image", "nowhere.png"), ("--image", "nowhere.png", "No such file")),
         (("generate", "x", "--mask", "pyproject.toml"), ("--mask", "--image")),
+        (("generate", "x", "--reference", "no.png=0.8"), ("--reference", "no.png", "No such")),
         (("generate", "x", "-o", "x.gif"), ("--output", "x.gif", ".webp")),
         (("generate", "x", "--image", "pyproject.toml"), ("image of", "cannot be read")),
         (("generate", "x", "--guidance-end", "2"), ("guidance_end", "at most 1", "2.0")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -84,3 +85,46 @@ def test_a_branch_is_no_commit(tmp_path: Path) -> None:
     refused = draw(tmp_path, "http://127.0.0.1:9", "none.png", revision="main")
     assert refused.returncode == 1
     assert "models.fetched.revision" in refused.stderr
+
+
+FIND = """
+import json, sys
+from stepserve.composition import find_ip_adapters
+from stepserve.config import ModelSettings
+settings = ModelSettings.model_validate({"ip_adapters": {"style": json.loads(sys.argv[1])}})
+(files,) = find_ip_adapters(settings)
+print(files.weights)
+print(files.image_encoder)
+"""
+
+
+def test_of_an_ip_adapter_only_its_own_files_are_fetched(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    wanted = [
+        "models/style.safetensors",
+        "models/image_encoder/config.json",
+        "models/image_encoder/model.safetensors",
+    ]
+    others = ["models/other.safetensors", "models/image_encoder/pytorch_model.bin", "README.md"]
+    for name in [*wanted, *others]:
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(name)
+    settings = {
+        "path": "somebody/adapters",
+        "revision": REVISION,
+        "subfolder": "models",
+        "weight_name": "style.safetensors",
+    }
+    with local_hub("somebody/adapters", repository) as hub:
+        variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
+        found = subprocess.run(
+            [sys.executable, "-c", FIND, json.dumps(settings)],
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+        )
+    assert found.returncode == 0, found.stderr
+    weights, encoder = map(Path, found.stdout.split())
+    assert weights.read_text() == wanted[0]
+    assert (encoder / "config.json").read_text() == wanted[1]
+    assert sorted(hub.fetched) == sorted(wanted)

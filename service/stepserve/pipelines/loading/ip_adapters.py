@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, SiglipImageProcessor, SiglipVisionModel
 
 from stepserve.domain.tasks import Count, Role, Task, TaskInputs
@@ -61,7 +61,12 @@ def load_ip_adapters(pipeline: Any, adapters: Sequence[IpAdapterFiles], allow_pi
     denoiser = getattr(pipeline, place.component)
     _check_layers(denoiser, layers)
     _cast(denoiser)
-    logger.info("IP-Adapters loaded: %s (%s)", _listed(adapters), "; ".join(heard) or "no remarks")
+    logger.info(
+        "IP-Adapters loaded: %s, with %d MB of weights (remarks: %s)",
+        _listed(adapters),
+        sum(weight.nbytes for weight in _weights(denoiser)) / 1e6,
+        "; ".join(heard) or "none",
+    )
 
 
 def inputs_with_references(
@@ -147,10 +152,19 @@ def _check_layers(denoiser: nn.Module, layers: dict[str, int | None]) -> None:
 
 def _cast(denoiser: Any) -> None:
     """What was loaded, to the dtype of the rest."""
-    loaded = [getattr(denoiser, name, None) for name in ("encoder_hid_proj", "image_proj")]
-    for module in (*loaded, *_processors(denoiser)):
-        if isinstance(module, nn.Module):
-            module.to(denoiser.dtype)
+    for module in _loaded(denoiser):
+        module.to(denoiser.dtype)
+
+
+def _weights(denoiser: Any) -> list[Tensor]:
+    return [weight for module in _loaded(denoiser) for weight in module.parameters()]
+
+
+def _loaded(denoiser: Any) -> list[nn.Module]:
+    """What adapters add to a denoiser."""
+    projections = [getattr(denoiser, name, None) for name in ("encoder_hid_proj", "image_proj")]
+    modules = (*projections, *_processors(denoiser))
+    return [module for module in modules if isinstance(module, nn.Module)]
 
 
 def _processors(denoiser: Any) -> list[Any]:

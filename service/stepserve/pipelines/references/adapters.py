@@ -150,12 +150,17 @@ def place_of(pipeline: Any) -> EmbeddingsPlace:
     """
     mixins = IPAdapterMixin | FluxIPAdapterMixin | SD3IPAdapterMixin
     place = PLACES.get(type(denoiser_of(pipeline)).__name__)
-    if place is None or not isinstance(pipeline, mixins):
+    if place is None or not isinstance(pipeline, mixins) or _mixes_text(denoiser_of(pipeline)):
         raise ModelLoadError(
-            f"ip_adapters: a {type(pipeline).__name__} takes none; pipelines of Stable Diffusion, "
-            "Stable Diffusion XL, Stable Diffusion 3 and FLUX do"
+            f"ip_adapters: this {type(pipeline).__name__} takes none; pipelines with the denoisers "
+            "of Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 and FLUX do"
         )
     return place
+
+
+def _mixes_text(denoiser: Any) -> bool:
+    """Whether its attention has text and image in one, as some UNets have: nothing crosses."""
+    return any("AddedKV" in type(p).__name__ for p in denoiser.attn_processors.values())
 
 
 def hold_references(pipeline: Any, names: Sequence[str]) -> ReferenceAdapters:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from ip_adapter_weights import (
     flux_weights,
     save_adapter,
@@ -20,12 +21,13 @@ from ip_adapter_weights import (
 )
 from safetensors.torch import load_file, save_file
 from stepserve.composition import find_ip_adapters
-from stepserve.config import ModelSettings, SpeedSettings
+from stepserve.config import ConfigError, ModelSettings, SpeedSettings, load_settings
+from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.trust import Trust
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.references.files import IpAdapterFiles
-from tiny_families import save_tiny_flux, save_tiny_sd3
+from tiny_families import save_tiny_dit, save_tiny_flux, save_tiny_sd3
 from tiny_model import tiny_unet
 
 Weights = dict[str, torch.Tensor]
@@ -174,6 +176,13 @@ def test_stable_diffusion_3_takes_one(tmp_path: Path) -> None:
     assert "takes one IP-Adapter, and 2 are listed (style, face)" in error.message
 
 
+@pytest.mark.parametrize("kind", ["text and image in one", "class labels"])
+def test_other_models_take_none(kind: str, adapter_folder: Path, tmp_path: Path) -> None:
+    folder = EMBEDDED if kind == "text and image in one" else save_tiny_dit(tmp_path / "dit")
+    error = refusal(folder, files_in(adapter_folder))
+    assert "takes none; pipelines with the denoisers of Stable Diffusion" in error.message
+
+
 def test_quantization_is_refused(tiny_folder: Path, adapter_folder: Path) -> None:
     speed = SpeedSettings(quantization="int8")
     with pytest.raises(ModelLoadError, match=r"quantization"):
@@ -199,6 +208,26 @@ def test_files_are_found_as_diffusers_finds_them(adapter_folder: Path) -> None:
     assert slashed.image_encoder == adapter_folder.parent / "models" / "image_encoder"
     elsewhere = found(path=str(weights), image_encoder_path="/models/clip")
     assert elsewhere.image_encoder == Path("/models/clip")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"path": "h94/IP-Adapter", "revision": "main", "weight_name": "a"}, "style.revision"),
+        ({"path": "h94/IP-Adapter", "revision": "0" * 40}, "weight_name must be set"),
+        ({"path": "/models/ip", "revision": "0" * 40, "weight_name": "a"}, "a hub id such as"),
+        ({"path": "/models/ip", "image_encoder_revision": "0" * 40}, "in image_encoder_path: None"),
+        ({"path": "/models/ip", "wait_name": "a"}, "unknown key"),
+        ({}, "style.path"),
+    ],
+)
+def test_wrong_settings_are_told(tmp_path: Path, settings: dict[str, str], said: str) -> None:
+    file = tmp_path / "stepserve.yaml"
+    models = {"sd": {"path": "/models/sd", "ip_adapters": {"style": settings}}}
+    file.write_text(yaml.safe_dump({"models": models}))
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file, {})
+    assert said in str(caught.value)
 
 
 def test_a_name_of_weights_that_is_missing_or_needed_is_told(tmp_path: Path) -> None:
