@@ -115,7 +115,7 @@ def enlarged(
         images=tuple(
             Image.new("RGB", size) if image is None else _resized(image, size) for image in images
         ),
-        controls=tuple(_resized(image, size) for image in inputs.controls),
+        controls=inputs.enlarged_controls,
     )
 
 

@@ -19,12 +19,16 @@ OPAQUE = 255
 
 @dataclass(frozen=True)
 class InputImages:
-    """What a request brings along, decoded: RGB images, and a grey mask or None."""
+    """What a request brings along, decoded: RGB images, and a grey mask or None.
+
+    `enlarged_controls` are the controls in the size that the image is enlarged to, if it is.
+    """
 
     images: tuple[Image.Image, ...] = ()
     mask: Image.Image | None = None
     controls: tuple[Image.Image, ...] = ()
     references: tuple[Image.Image, ...] = ()
+    enlarged_controls: tuple[Image.Image, ...] = ()
 
 
 def decode_inputs(
@@ -44,19 +48,25 @@ def decode_inputs(
         InvalidRequestError: names the field whose file cannot be read, has too many pixels, or
             marks nothing to repaint.
     """
-    size = request.width, request.height
     fitted = (request.width // factor, request.height // factor) if is_fitted else None
     return InputImages(
         images=tuple(_decode("image", file, fitted, _on_white) for file in request.images),
         mask=None if request.mask is None else _decode("mask", request.mask, fitted, _mask_of),
-        controls=tuple(
-            preprocess(_decode("controls", use.image, size, _on_white), use.preprocessor)
-            for use in request.controls
-        ),
+        controls=_controls_of(request),
         references=tuple(
             _decode(f"references[{index}].image", use.image, None, _on_white)
             for index, use in enumerate(request.references)
         ),
+        enlarged_controls=_controls_of(request.phases[-1]) if request.hires else (),
+    )
+
+
+def _controls_of(request: GenerationRequest) -> tuple[Image.Image, ...]:
+    """In the size that is asked for, preprocessed."""
+    size = request.width, request.height
+    return tuple(
+        preprocess(_decode("controls", use.image, size, _on_white), use.preprocessor)
+        for use in request.controls
     )
 
 
