@@ -180,7 +180,8 @@ LOAD_SECONDS = _gauge(
 MEMORY_BYTES = _gauge(
     "device_memory_bytes",
     "Memory of a replica's device, by kind: allocated and reserved by torch, used by all "
-    "processes, and total on accelerators; resident (of the process) on CPU.",
+    "processes, and total on accelerators; resident (of the process) on CPU. Of it, controls is "
+    "the weights of control networks that are loaded.",
     *("model", "replica", "kind"),
 )
 BUILD = _gauge("build_info", "Always 1; the labels say which version runs.", "version", "process")
