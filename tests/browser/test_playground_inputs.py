@@ -210,6 +210,41 @@ def test_control_images_have_what_their_control_takes(page: Any, site: Site, tmp
     assert asked == [asked[0]] * 3
 
 
+def test_an_image_is_enlarged_and_refined(page: Any, site: Site, tmp_path: Path):
+    serve_only(page, site, STEERED)
+    assert page.is_disabled("#hires [name=scale]")
+    page.check("#enlarge")
+    page.fill("#hires [name=scale]", "1.5")
+    page.fill("#hires [name=strength]", "0.25")
+    page.click("#run")
+    finish(page)
+    run_copies(page, tmp_path)
+
+    asked = [request.hires for request in site.backend.requests]
+    assert asked[0] is not None
+    # Steps that were left empty are those of the image.
+    told = (asked[0].scale, asked[0].strength, asked[0].num_inference_steps)
+    assert told == (1.5, 0.25, 20)
+    assert asked == [asked[0]] * 3
+
+
+def test_an_image_is_upscaled(page: Any, site: Site, tmp_path: Path):
+    serve_only(page, site, UPSCALING, upscale_factor=2, max_noise_level=350)
+    assert not page.is_visible("#size")
+    page.set_input_files("#file", [png("red")])
+    page.wait_for_selector("#editor:not([hidden])")
+    assert not page.is_visible("#paint")
+    page.fill("#noise-level", "30")
+    page.click("#run")
+    finish(page)
+    save_downloads(page, tmp_path, 2)
+    assert "httpx.post" in run_copies(page, tmp_path)
+
+    requests = site.backend.requests
+    assert [(r.task, r.noise_level, r.width) for r in requests] == [(Task.UPSCALING, 30, 128)] * 3
+    assert [shaping(request) for request in requests] == [shaping(requests[0])] * 3
+
+
 def test_what_a_task_does_not_take_is_said_before_anything_is_sent(page: Any, site: Site):
     serve_only(page, site, STEERED, ip_adapters=("style",))
     choose(page, "references", "red")

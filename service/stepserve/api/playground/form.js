@@ -5,7 +5,7 @@ import * as inputs from "./inputs.js";
 import { $, draw } from "./page.js";
 import { FROM_NOTHING } from "./tasks.js";
 
-const LOOK_AGAIN_MS = 2000, MOST_STEPS = 150, MOST_GUIDANCE = 20, CUSTOM = "custom", AUTO = "auto";
+const LOOK_AGAIN_MS = 2000, MOST_STEPS = 150, MOST_GUIDANCE = 20, CUSTOM = "custom", AUTO = "auto", UPSCALING = "upscaling";
 const SCALES = [0.5, 0.75, 1, 1.5, 2], RATIOS = [[4, 3], [3, 2], [16, 9]];
 
 let models = [], again = null, onModels = () => {};
@@ -49,6 +49,8 @@ function showSizes({ sizes, tasks }) {
     return group;
   });
   const own = hasImages ? [new Option("As the image", AUTO, false, chosen === AUTO)] : [];
+  // Upscalers decide on it themselves.
+  $("size-field").hidden = tasks.every((task) => task === UPSCALING);
   $("size").replaceChildren(...own, ...groups, new Option("Other …", CUSTOM));
   for (const name of ["width", "height"]) {
     Object.assign($(name), { min: sizes.minimum, max: sizes.maximum, step: sizes.step, value: sizes.native });
@@ -149,8 +151,7 @@ export function askForKey(message) {
 /** The body of the request that is filled in, for the task that it stands for. */
 export function body(choice) {
   const told = { ...inputs.body(choice), ...settings() };
-  // Upscalers decide on the size themselves.
-  if (choice.task === "upscaling") delete told.size;
+  if (choice.task === UPSCALING) delete told.size;
   return told;
 }
 
