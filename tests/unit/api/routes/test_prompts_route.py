@@ -255,7 +255,8 @@ def stream_failing(prompt: str) -> Any:
 
 async def test_what_is_finished_in_time_is_sent(backend: FakeBackend):
     async def slowly(request: GenerationRequest) -> Outcome:
-        await asyncio.sleep(60 if request.prompt == "slow" else 0)
+        if request.prompt == "slow":
+            await asyncio.Event().wait()
         return await finish(request)
 
     backend.generate_with(slowly)
@@ -373,7 +374,6 @@ def finish_once_two_are_there(backend: FakeBackend) -> Generate:
     async def generate(request: GenerationRequest) -> Outcome:
         while len(backend.requests) < 2:
             await asyncio.sleep(0)
-        await asyncio.sleep(0.01)
         return await finish(request)
 
     return generate
