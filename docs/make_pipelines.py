@@ -20,13 +20,17 @@ sys.path[:0] = [str(TESTS / "parity"), str(TESTS)]
 
 from families.catalogue import FAMILIES  # noqa: E402 - its folder was unknown until here
 from families.examine import Findings, examine  # noqa: E402
-from families.family import Family  # noqa: E402
+from families.family import Family, resident  # noqa: E402
+from served_families.reaches import REACHES, TRIED_ELSEWHERE, UNREACHED  # noqa: E402
+from stepserve.pipelines.facts.signature import read_signature  # noqa: E402
 
 HEAD = """\
 # Pipelines
 
-Any diffusers pipeline that makes images from a prompt can be served from a local folder,
-unmodified. This table is made by `python docs/make_pipelines.py` from the parity suite
+A diffusers pipeline that makes images is served from a local folder, unmodified, if requests can
+give all that its call needs: a prompt, a class, images, or nothing.
+
+This table is made by `python docs/make_pipelines.py` from the parity suite
 (`tests/parity/test_every_family.py`), which builds a tiny pipeline of each family with random
 weights, runs four requests of 2, 3, 4 and 5 steps that differ in seed, prompt, guidance, strength
 and, where there are several, scheduler, and compares with the same calls made one at a time by
@@ -50,18 +54,31 @@ requests may share anything. One that fails it is served correctly, one request 
 encoder whose adapter it scales, a VAE that it casts to float32 and back) run inside the call, where
 nobody else gets to see the change.
 
-Of these families, those that draw from a prompt alone are also taken the whole way, from a folder
-on disk through `load_model` and the engine to an image, for every task that they offer and at
-other sizes than the native one; the image is the plain pipeline's
-(`tests/parity/test_served_families.py`, which says which tiny models cannot be tried so, and why).
+The column **HTTP call** names the call that reaches a family, and its fields beside those that
+every call has (size, steps, scales, seed). Each is tried
+(`tests/parity/test_served_families.py`): the tiny model is saved as a folder and loaded as
+`stepserve serve` loads it; two requests that differ in prompt, seed, steps, guidance and images
+come in over HTTP at once; some forward has rows of both, unless the table says that it cannot; and
+both images are within 2 of 255 levels of the plain pipeline's in float32. Upscalers are tried by
+`tests/parity/test_upscalers_over_http.py`, and edits by forms, of several sizes, by
+`tests/parity/test_served_edits.py`. [Families that no call
+reaches](#families-that-no-call-reaches) stand below the table, with the reason.
+
 When a model is loaded, each task is probed once at the smallest size. One that raises is not
 offered, and a pipeline that makes sizes of its own choice, whatever it is asked for, offers its
 native size only.
 
 The suite sees mechanisms, not trained weights; it ran with {versions}.
 
-| family | pipeline class | works | calls per forward | float64 | float32 | bfloat16 |
-|---|---|---|---|---|---|---|
+| family | pipeline class | HTTP call | works | calls per forward | float64 | float32 | bfloat16 |
+|---|---|---|---|---|---|---|---|
+"""
+TAIL = """
+## Families that no call reaches
+
+Their calls share forwards in the engine, as the table shows, and no request asks for them, or the
+tiny model of the tests cannot be loaded from a folder. Pipelines that make videos are not served.
+
 """
 
 
@@ -72,7 +89,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [row(family, examine(family)) for family in tqdm(FAMILIES.values())]
     head = HEAD.format(versions=f"diffusers {diffusers.__version__} and torch {torch.__version__}")
-    (DOCS / "pipelines.md").write_text(head + "\n".join(rows) + "\n")
+    page = head + "\n".join(rows) + "\n" + TAIL + "\n".join(reasons()) + "\n"
+    (DOCS / "pipelines.md").write_text(page)
 
 
 def row(family: Family, found: Findings) -> str:
@@ -82,6 +100,7 @@ def row(family: Family, found: Findings) -> str:
     cells = (
         family.name,
         f"`{found.pipeline}`",
+        http_call(family),
         works(family, found),
         f"{found.together.calls_per_forward:.2f}",
         double,
@@ -89,6 +108,19 @@ def row(family: Family, found: Findings) -> str:
         half_precision(found),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def http_call(family: Family) -> str:
+    """What reaches a family, or that nothing does."""
+    if (reach := (REACHES | TRIED_ELSEWHERE).get(family.name)) is not None:
+        return reach.describe()
+    makes = read_signature(type(resident(family))).makes
+    return "none: see below" if makes == "images" else f"none: makes {makes}"
+
+
+def reasons() -> list[str]:
+    """Why no call reaches a family that makes images."""
+    return [f"- **{name}**: {reason}." for name, reason in sorted(UNREACHED.items())]
 
 
 def works(family: Family, found: Findings) -> str:

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from families.catalogue import FAMILIES
 from PIL import Image
+from served_families.service import save_sized, told_besides
 from stepserve.domain.events import Event, Failed, Finished
 from stepserve.domain.requests import GenerationRequest, Hires
 from stepserve.domain.tasks import Role, Task
@@ -27,8 +28,8 @@ from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.requests import call as calls
 from stepserve.pipelines.requests.call import guidance_arguments
 from stepserve.pipelines.serving.runner import PipelineRunner
-from test_served_families import LEVELS, save, told_besides
 
+LEVELS = 2
 REFINING = (
     "FLUX",
     "Latent consistency model",
@@ -94,7 +95,7 @@ def test_a_family_enlarges_what_it_drew(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = FAMILIES[name]
-    besides = told_besides(family, save(family, tmp_path))
+    besides = told_besides(family, save_sized(family, tmp_path))
 
     def accepted(signature: Any, wanted: Any) -> dict[str, Any]:
         taken = {name: value for name, value in besides.items() if signature.accepts(name)}

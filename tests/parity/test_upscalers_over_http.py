@@ -16,10 +16,11 @@ from diffusers import DiffusionPipeline
 from families.catalogue import FAMILIES
 from PIL import Image
 from running_models import running
+from served_families.service import told_besides
 from stepserve.pipelines.facts.signature import accepted_arguments, read_signature
 from stepserve.pipelines.requests import call as calls
-from test_served_families import LEVELS, told_besides
 
+LEVELS = 2
 URL = "/v1/images/upscale"
 # Factor, side of the image, most noise.
 UPSCALERS = {

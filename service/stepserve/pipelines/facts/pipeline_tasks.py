@@ -43,6 +43,7 @@ class Row:
         arguments: by role, where the argument has another name than in `ARGUMENTS`.
         is_fitted: whether images are resized before the call to what the size that is asked for
             needs. None: those of image-to-image and inpainting are.
+        looks_at_all: whether the prompt means every image of a list, although a strength is taken.
         second_image: what the call takes a second image as, where it takes no list of them.
         prompt: the form of one, where the call takes no other.
         chooses_size: whether the call makes an image of about a million pixels in the shape of the
@@ -55,6 +56,7 @@ class Row:
     left_out: frozenset[Role] = frozenset()
     arguments: Mapping[Role, str] = field(default_factory=dict)
     is_fitted: bool | None = None
+    looks_at_all: bool = False
     second_image: str = ""
     prompt: str = "{}"
     chooses_size: bool = False
@@ -72,7 +74,12 @@ ROWS = (
     Row(r"FluxFillPipeline", left_out=frozenset({Role.STRENGTH})),
     Row(r"Flux2(Klein(KV)?)?Pipeline", images=Count(1, 10)),
     Row(r"(FluxKontext|Flux2Klein)InpaintPipeline", images=Count(1, 2), second_image=SECOND_IMAGE),
-    Row(r"QwenImageEditInpaintPipeline", is_fitted=False, chooses_size=True),
+    Row(
+        r"QwenImageEditInpaintPipeline",
+        is_fitted=False,
+        looks_at_all=True,
+        chooses_size=True,
+    ),
     Row(r"BriaFibo2Pipeline", images=Count(1, 5)),
     Row(r"BriaFiboEditPipeline", (Task.EDIT,), images=Count(1, MAX_IMAGES), prompt=IN_JSON),
     Row(
@@ -100,6 +107,8 @@ class PipelineTask:
         inputs: how many of each role it takes.
         arguments: by role, what the call takes them as.
         is_fitted: whether images are resized to the size that is asked for before the call.
+        has_one_each: whether a call that makes several images is given the image for each, so that
+            each is encoded with noise of its own seed.
         second_image: what the call takes a second image as; empty: several are a list.
         prompt: the form of one.
         chooses_size: whether the image decides the size, whatever is asked for.
@@ -109,6 +118,7 @@ class PipelineTask:
     inputs: TaskInputs
     arguments: Mapping[Role, str]
     is_fitted: bool
+    has_one_each: bool
     second_image: str = ""
     prompt: str = "{}"
     chooses_size: bool = False
@@ -192,12 +202,13 @@ def _as_done(
 ) -> PipelineTask:
     counted = ((role, _count(role, task, row, arguments, signature)) for role in arguments)
     inputs = {role: count for role, count in counted if count.most}
-    is_fitted = task in (Task.IMAGE_TO_IMAGE, Task.INPAINTING)
+    is_noisy = task in (Task.IMAGE_TO_IMAGE, Task.INPAINTING)
     return PipelineTask(
         task,
         inputs,
         {role: arguments[role] for role in inputs},
-        is_fitted if row.is_fitted is None else row.is_fitted,
+        is_noisy if row.is_fitted is None else row.is_fitted,
+        is_noisy and not row.looks_at_all,
         row.second_image,
         row.prompt,
         row.chooses_size,

@@ -232,7 +232,7 @@ def input_arguments(
         Role.CLASS_LABEL: None
         if request.class_label is None
         else [request.class_label] * request.n,
-        Role.IMAGE: _images(task, inputs.images),
+        Role.IMAGE: _images(task, inputs.images, request.n),
         Role.MASK: inputs.mask,
         Role.STRENGTH: request.strength,
         Role.IMAGE_GUIDANCE: request.image_guidance_scale,
@@ -245,14 +245,15 @@ def input_arguments(
 
 
 def _images(
-    task: PipelineTask, images: Sequence[Image.Image]
+    task: PipelineTask, images: Sequence[Image.Image], made: int
 ) -> Image.Image | list[Image.Image] | None:
-    """One image, or a list where there are several or the pipeline takes several."""
+    """One image, or a list: of several, or with one for each that is `made`."""
     if not images:
         return None
     takes_one = task.inputs[Role.IMAGE].most == 1
-    is_one = (takes_one and len(images) == 1) or task.second_image
-    return images[0] if is_one else list(images)
+    if not ((takes_one and len(images) == 1) or task.second_image):
+        return list(images)
+    return [images[0]] * made if task.has_one_each else images[0]
 
 
 def _second_image(task: PipelineTask, images: Sequence[Image.Image]) -> dict[str, Any]:
