@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -23,6 +25,13 @@ from stepserve.domain.events import EncodedImage
 from stepserve.domain.model_status import ModelStatus
 
 FORM = "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"
+DECLARED_BY_CURL: Mapping[str, str] = MappingProxyType(
+    {
+        FORM: "to send a form, use -F instead",
+        JSON: "to send JSON, add -H 'Content-Type: application/json'",
+    }
+)
 
 NO_REASON = "no reason given"
 READY_RETRY_S = 5.0
@@ -92,8 +101,14 @@ def declared_type(request: Request, *known: str) -> str:
     if not given or media_type not in known:
         wanted = " or ".join(map(repr, known))
         got = shown(given) if given else "none"
-        raise UnsupportedMediaTypeError(f"Content-Type must be {wanted}, got {got}")
+        how = _how_to_declare(known) if media_type == URLENCODED else ""
+        raise UnsupportedMediaTypeError(f"Content-Type must be {wanted}, got {got}{how}")
     return media_type
+
+
+def _how_to_declare(known: Sequence[str]) -> str:
+    ways = "; or ".join(DECLARED_BY_CURL[media_type] for media_type in known)
+    return f". This is how curl sends what stands after -d: {ways}"
 
 
 IncomingDep = Annotated[Incoming, Depends(get_incoming)]

@@ -20,104 +20,18 @@ from pydantic import (
     model_validator,
 )
 
-from stepserve.domain.checks.wording import SHORTEST_PART, closest, shown
+from stepserve.api.bodies.names import hint
+from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import InvalidRequestError
 
 MAX_UNKNOWN_FIELDS = 32
 """More are no client's fields."""
-
-AS_EVER: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "user": (),
-        "safety_identifier": (),
-        "quality": ("auto",),
-        "moderation": ("auto",),
-        "style": (),
-        "background": ("auto", "opaque"),
-        "complexity": (),
-        "input_fidelity": (),
-        "frame_count": (),
-        "frame_duration_ms": (),
-        "svg": (),
-    }
-)
-"""OpenAI's fields that change nothing here, and their values that ask for nothing else."""
-
-LIKENESS = 0.75
-"""From which on a name is a slip of the pen (`sede`). Below are words: `store` is no `stream`."""
-
-EDITS, GENERATIONS = "/v1/images/edits", "/v1/images/generations"
-UPSCALE = "/v1/images/upscale"
-ELSEWHERE: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("image", "images", "mask", "strength"), EDITS),
-        "hires": GENERATIONS,
-        "noise_level": UPSCALE,
-    }
-)
-"""Which URL takes fields without which another image would be made, where a body has them not."""
-
-OTHER_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "width": "size",
-        "height": "size",
-        "aspect_ratio": "size",
-        "num_images": "n",
-        "num_images_per_prompt": "n",
-        "num_outputs": "n",
-        "batch_size": "n",
-        "sampler": "scheduler",
-        "sampler_name": "scheduler",
-        "cfg": "guidance_scale",
-        "cfg_scale": "guidance_scale",
-        "lora": "adapters",
-        "loras": "adapters",
-        "image_url": "image",
-        "init_image": "image",
-        "mask_image": "mask",
-        "mask_url": "mask",
-        "ip_adapter_image": "references",
-        "controlnet": "controls",
-        "controlnets": "controls",
-        "controlnet_conditioning_scale": "controls",
-        "ip_adapters": "references",
-        "enable_hr": "hires",
-        "hires_fix": "hires",
-        "hr_scale": "hires",
-        "hr_second_pass_steps": "hires",
-    }
-)
-"""What other servers call fields of ours. Setting one aside would make another image."""
 
 OPEN: Mapping[str, Any] = MappingProxyType({"additionalProperties": True})
 """For the schema of a body: fields that it does not list may be sent."""
 
 # As client libraries name fields: in forms with brackets for what is inside them.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\[\]-]{0,63}")
-
-
-def hint(name: str, fields: Iterable[str]) -> str:
-    """Return what to do about an unknown `name` that is likely meant as a field; else nothing.
-
-    Forms say what is inside a field in brackets: `adapters[][name]`.
-    """
-    base = name.partition("[")[0]
-    meant = _meant_as(base, [field for field in fields if field not in AS_EVER])
-    if meant:
-        return f"; did you mean {meant!r}?"
-    return f"; {ELSEWHERE[base]} takes it" if base in ELSEWHERE else ""
-
-
-def _meant_as(name: str, fields: list[str]) -> str | None:
-    if name in fields:
-        return name
-    if name in ELSEWHERE:
-        return None
-    other = OTHER_NAMES.get(name.lower())
-    if other in fields:
-        return other
-    words = {w: f for f in fields for w in f.split("_") if len(w) >= SHORTEST_PART}
-    return closest(name, fields, LIKENESS) or words.get(closest(name, words, LIKENESS) or "")
 
 
 def ignorable(names: Iterable[str], fields: Collection[str]) -> list[str]:

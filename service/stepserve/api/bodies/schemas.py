@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from stepserve.api.auth.keys import Caller
-from stepserve.api.bodies.fields import AS_EVER, OPEN, Body, ClassLabel, WholeNumber
+from stepserve.api.bodies.fields import OPEN, Body, ClassLabel, WholeNumber
+from stepserve.api.bodies.names import AS_EVER
 from stepserve.domain.checks.control_limits import MAX_CONTROL_SCALE
 from stepserve.domain.checks.input_limits import (
     MAX_HIRES_SCALE,

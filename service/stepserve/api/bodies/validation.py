@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from reprlib import Repr
+from types import MappingProxyType
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
-from stepserve.api.bodies.fields import field_names, hint
+from stepserve.api.bodies.fields import field_names
+from stepserve.api.bodies.names import hint
 from stepserve.api.errors import MalformedJsonError
 from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import InvalidRequestError
 
 MAX_PROBLEMS = 5
+
+_FILE = "data:image/png;base64,..."
+EXAMPLES: Mapping[str, Any] = MappingProxyType(
+    {
+        "image": {"image_url": _FILE},
+        "images": [{"image_url": _FILE}],
+        "mask": {"image_url": _FILE},
+        "controls": [{"name": "depth", "image": _FILE}],
+        "references": [{"image": _FILE, "scale": 0.6}],
+        "adapters": [{"name": "ink", "scale": 0.8}],
+        "prompts": ["red heart", "smiling cat"],
+        "hires": {"scale": 2},
+    }
+)
+"""How the fields are written that are lists or objects."""
 
 _brief = Repr()
 _brief.maxstring = 80
@@ -26,7 +45,8 @@ def invalid_request(error: RequestValidationError, body: type[BaseModel]) -> Inv
         error: as raised by FastAPI.
         body: what it was checked as; its fields are what an unknown one may be meant as.
     """
-    problems = list(error.errors())
+    # What is missing is often there, under the name that another problem is about.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] == "missing")
     first = problems[0]
     if first["type"] == "json_invalid":
         reason, position = first["ctx"]["error"], first["loc"][-1]
@@ -46,11 +66,43 @@ def _explain(problem: dict[str, Any], body: type[BaseModel]) -> str:
             *path, name = problem["loc"][1:]
             return f"unknown field {shown(field)}{hint(str(name), field_names(body, path))}"
         case "model_type" | "model_attributes_type":
-            return f"{field} must be an object, got {brief_json(problem['input'])}"
+            reason = f"{field} must be an object{_such_as(problem)}"
+        case "list_type":
+            reason = f"{field} must be a list{_such_as(problem)}"
         case "value_error":
             return str(problem["ctx"]["error"])
-    reason = problem["msg"].replace("Input should", f"{field} must", 1)
-    return f"{reason}, got {brief_json(problem['input'])}"
+        case _:
+            reason = problem["msg"].replace("Input should", f"{field} must", 1)
+    return f"{reason}, got {brief_json(problem['input'])}{_what_to_do(problem, body)}"
+
+
+def _such_as(problem: dict[str, Any]) -> str:
+    """An example of what is wanted, where there is one of its field, or of an entry of it."""
+    *path, name = problem["loc"][1:]
+    example = EXAMPLES.get(name) if isinstance(name, str) else EXAMPLES.get(path[-1], [None])[0]
+    return "" if example is None else f" such as {json.dumps(example)}"
+
+
+def _what_to_do(problem: dict[str, Any], body: type[BaseModel]) -> str:
+    """A remedy where several values stand in the place of one, or a text where JSON is wanted."""
+    *path, name = problem["loc"][1:]
+    given = problem["input"]
+    if isinstance(given, list) and f"{name}s" in field_names(body, path):
+        return f"; several go into '{name}s'"
+    is_json_wanted = problem["type"] in ("list_type", "model_type", "model_attributes_type")
+    if is_json_wanted and isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
+        return _json_fault(given)
+    return ""
+
+
+def _json_fault(text: str) -> str:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"; that is not valid JSON: {error.msg} (at character {error.pos})"
+    except (ValueError, RecursionError):
+        return "; that is not valid JSON"
+    return "; that is a text: write it without quotes around it"
 
 
 def brief_json(value: Any) -> str:

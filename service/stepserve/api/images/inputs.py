@@ -12,6 +12,7 @@ from typing import Any, Generic
 
 from stepserve.api.auth.keys import Caller
 from stepserve.api.bodies.forms import Form, parse_body, parse_fields, read_form
+from stepserve.api.bodies.names import hint
 from stepserve.api.bodies.reading import JSON
 from stepserve.api.bodies.schemas import (
     MAX_IMAGES,
@@ -129,7 +130,7 @@ async def read_sent(incoming: Incoming, body_class: type[Body]) -> Sent[Body]:
         UnsupportedMediaTypeError: it is neither.
         InvalidRequestError: names the field that is wrong or missing.
     """
-    files: Mapping[str, Sequence[bytes]] = {}
+    files: Mapping[str, Sequence[bytes]] | None = None
     if declared_type(incoming.http, FORM, JSON) == FORM:
         form = await read_form(incoming.http)
         body = parse_fields(form.fields, body_class)
@@ -140,8 +141,9 @@ async def read_sent(incoming: Incoming, body_class: type[Body]) -> Sent[Body]:
         slots = []
     slots += _addresses_in(body)
     for placed in PLACED:
-        body = with_entries(body, placed, files.get(placed.files, ()))
-        slots += placed_in(body, placed, files.get(placed.files, ()))
+        given = None if files is None else files.get(placed.files, ())
+        body = with_entries(body, placed, given or ())
+        slots += placed_in(body, placed, given)
     images = sum(slot.role is Role.IMAGE for slot in slots)
     if images > MAX_IMAGES:
         raise InvalidRequestError(f"image must be 1 to {MAX_IMAGES} images, got {images}", "image")
@@ -165,8 +167,10 @@ def _files_of(form: Form, body_class: type[ImageRequestBase]) -> list[Slot]:
     known = [name for name in FILES if name in body_class.model_fields]
     taken = [*known, *(placed.files for placed in PLACED)]
     if unknown := sorted(set(form.files) - set(taken)):
-        listed = ", ".join(taken)
-        raise InvalidRequestError(f"unknown file {unknown[0]!r} (known: {listed})", unknown[0])
+        name, listed = unknown[0], ", ".join(taken)
+        is_text = name in body_class.model_fields
+        what = "; send it as a text, not as a file" if is_text else hint(name, taken)
+        raise InvalidRequestError(f"unknown file {name!r}{what} (known: {listed})", name)
     return [
         Slot(FILES[name], FILES[name], file) for name in known for file in form.files.get(name, ())
     ]

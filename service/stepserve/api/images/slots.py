@@ -62,21 +62,18 @@ def with_entries(body: Body, placed: Placed, files: Sequence[bytes]) -> Body:
     return body.model_copy(update={placed.role.value: [placed.entry() for _ in files]})
 
 
-def placed_in(body: ImageRequestBase, placed: Placed, files: Sequence[bytes]) -> list[Slot]:
+def placed_in(body: ImageRequestBase, placed: Placed, files: Sequence[bytes] | None) -> list[Slot]:
     """The images of a list by address or, where an entry has none, the next of the files.
+
+    Args:
+        files: those of a form; None where the body is JSON.
 
     Raises:
         InvalidRequestError: there are more files than entries without an image, or fewer.
     """
     entries = placed.entries(body)
-    fileless = sum(entry.image is None for entry in entries)
-    if fileless != len(files):
-        raise InvalidRequestError(
-            f"{placed.role}: {fileless} without an image, and {len(files)} files of "
-            f"{placed.files}: give each an image, or in a form a file",
-            placed.role,
-        )
-    left = iter(files)
+    _check_files(placed, [i for i, entry in enumerate(entries) if entry.image is None], files)
+    left = iter(files or ())
     return [
         Slot(
             placed.role,
@@ -85,3 +82,19 @@ def placed_in(body: ImageRequestBase, placed: Placed, files: Sequence[bytes]) ->
         )
         for index, entry in enumerate(entries)
     ]
+
+
+def _check_files(placed: Placed, without: Sequence[int], files: Sequence[bytes] | None) -> None:
+    """`without`: the entries that have no image of their own."""
+    sent = len(files or ())
+    if sent < len(without):
+        place = f"{placed.role}[{without[sent]}].image"
+        file = f", or a file {placed.files} for each entry without one (got {sent})"
+        how = "send a 'data:' URL" + ("" if files is None else file)
+        raise InvalidRequestError(f"{place} is required: {how}", place)
+    if sent > len(without):
+        raise InvalidRequestError(
+            f"{placed.files} must be one file for each entry of {placed.role} without an image, "
+            f"which {len(without)} are; got {sent}",
+            placed.files,
+        )

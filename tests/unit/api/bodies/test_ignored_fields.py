@@ -13,7 +13,8 @@ from api_fakes import EMOJI, FakeBackend
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from stepserve.api.bodies.fields import AS_EVER, MAX_UNKNOWN_FIELDS, hint
+from stepserve.api.bodies.fields import MAX_UNKNOWN_FIELDS
+from stepserve.api.bodies.names import AS_EVER, hint
 from stepserve.api.bodies.schemas import EditRequest, ImageRequest
 from stepserve.domain.model_status import ModelStatus
 from usual_tasks import USUAL_TASKS

@@ -170,6 +170,12 @@ async def test_body_not_declared_as_json(client: httpx.AsyncClient, headers: dic
     assert "application/json" in error["message"]
 
 
+async def test_what_curl_sends_by_itself_says_how_to_declare_it(client: httpx.AsyncClient):
+    message = error_of(await client.post(URL, data={"prompt": "c"}))["message"]
+
+    assert "use -F instead; or to send JSON, add -H 'Content-Type: application/json'" in message
+
+
 async def test_json_with_a_charset_is_json(client: httpx.AsyncClient):
     headers = {"Content-Type": "application/json; charset=utf-8"}
     response = await client.post(URL, content='{"prompt": "c"}', headers=headers)

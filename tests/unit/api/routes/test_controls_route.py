@@ -140,7 +140,7 @@ async def test_models_list_their_controls() -> None:
     [
         ([{"name": "cany", "image": address(RED)}], "'cany' is not known; did you mean 'canny'?"),
         ([{"image": address(RED)}], "a name is required: model 'emoji' has canny, sketch"),
-        ([{"name": "canny"}], "controls: 1 without an image, and 0 files of control_image"),
+        ([{"name": "canny"}], "controls[0].image is required: send a 'data:' URL"),
         ([{"name": "canny", "image": address(RED), "scale": 11}], "must be 0 to 10, got 11.0"),
         ([{"name": "canny", "image": address(RED), "start": -1}], "must be at least 0 and less"),
         ([{"name": "canny", "image": address(RED), "end": 1.5}], "at most 1, got 1.5"),

@@ -115,11 +115,14 @@ async def test_json_with_a_data_url(client: httpx.AsyncClient, backend: FakeBack
     assert {request.task for request in backend.requests} == {Task.INPAINTING}
 
 
+A_MASK = '{"image_url": "data:image/png;base64,..."}'
+
+
 @pytest.mark.parametrize(
     ("mask", "field", "message"),
     [
-        (5, "mask", "mask must be an object, got 5"),
-        (["x"], "mask", "mask must be an object, got ['x']"),
+        (5, "mask", f"mask must be an object such as {A_MASK}, got 5"),
+        (["x"], "mask", f"mask must be an object such as {A_MASK}, got ['x']"),
         ({}, "mask.image_url", "mask.image_url is required"),
         ({"image_url": 5}, "mask.image_url", "mask.image_url must be a valid string, got 5"),
     ],
@@ -142,7 +145,9 @@ async def test_an_adapter_without_braces_is_told_to_be_an_object(
     response = await client.post("/v1/images/generations", json={"prompt": "x", "adapters": [item]})
 
     assert response.status_code == 400
-    assert response.json()["error"]["message"].startswith("adapters[0] must be an object, got ")
+    assert response.json()["error"]["message"].startswith(
+        'adapters[0] must be an object such as {"name": "ink", "scale": 0.8}, got '
+    )
 
 
 async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: FakeBackend):

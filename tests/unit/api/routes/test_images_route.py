@@ -126,11 +126,15 @@ async def test_a_name_that_the_list_lacks_is_left_to_the_replica(
 @pytest.mark.parametrize(
     ("adapters", "param", "message"),
     [
-        ("pixels", "adapters", "adapters must be a valid list, got 'pixels'"),
+        ("pixels", "adapters", 'such as [{"name": "ink", "scale": 0.8}], got'),
         (["pixels"], "adapters[0]", "adapters[0] must be"),
         ([{"scale": 1}], "adapters[0].name", "adapters[0].name is required"),
         ([{"name": "ink", "scale": "1"}], "adapters[0].scale", "valid number, got '1'"),
-        ([{"name": "ink"}, {"nam": "a"}], "adapters[1].name", "adapters[1].name is required"),
+        (
+            [{"name": "ink"}, {"nam": "a"}],
+            "adapters[1].nam",
+            "did you mean 'name'?; adapters[1].name is",
+        ),
         ([{"name": "ink", "scale": 11}], "adapters", "-10 to 10, got 11"),
         ([{"name": "ink"}] * 2, "adapters", "'ink' is named more than once"),
         ([{"name": "a"}, {"name": "b"}, {"name": "c"}], "adapters", "at most 2"),

@@ -429,4 +429,6 @@ async def test_a_form_holds_them_as_json(client: httpx.AsyncClient, backend: Fak
 
     assert response.status_code == 200, response.text
     assert [(request.prompt, request.n) for request in backend.requests] == [("cat", 2), ("dog", 2)]
-    assert wrong.json()["error"]["message"] == "prompts must be a valid list, got 'cat'"
+    assert wrong.json()["error"]["message"] == (
+        'prompts must be a list such as ["red heart", "smiling cat"], got \'cat\''
+    )

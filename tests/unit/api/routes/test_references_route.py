@@ -109,12 +109,12 @@ async def test_a_form_may_have_files_alone_and_images_beside_them() -> None:
         ([{"image": address(RED), "scale": -0.1}], "references[0].scale must be 0 to 5, got -0.1"),
         ([{"image": address(RED), "scale": 5.5}], "references[0].scale must be 0 to 5, got 5.5"),
         ([{"image": address(RED), "adapter": "stile"}], "did you mean 'style'? (known: style)"),
-        ([{"scale": 0.5}], "references: 1 without an image, and 0 files of reference_image"),
+        ([{"scale": 0.5}], "references[0].image is required: send a 'data:' URL"),
         ([{"image": address(b"no image at all")}], "references[0].image"),
         ([{"image": "file:///etc/passwd"}], "references[0].image"),
         ([{"image": address(RED)}] * 3, "references must be 0 to 2 for text-to-image with model"),
         ([{"image": address(RED), "scle": 1}], "did you mean 'scale'?"),
-        ({"image": address(RED)}, "references must be a valid list"),
+        ({"image": address(RED)}, "references must be a list such as [{"),
     ],
 )
 async def test_wrong_references_are_refused_with_what_is_taken(references: Any, said: str) -> None:
@@ -152,7 +152,8 @@ async def test_more_files_than_references_are_refused() -> None:
     files = [("reference_image", RED), ("reference_image", BLUE)]
     response = await post(backend_with("style"), data=form, files=files)
     assert response.status_code == 400
-    assert "1 without an image, and 2 files of reference_image" in response.text
+    assert "reference_image must be one file for each entry of references" in response.text
+    assert response.json()["error"]["param"] == "reference_image"
 
 
 @pytest.mark.parametrize("name", ["ip_adapter_image", "reference", "referenses"])
