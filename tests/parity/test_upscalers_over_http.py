@@ -17,7 +17,10 @@ from families.catalogue import FAMILIES
 from PIL import Image
 from running_models import running
 from served_families.service import told_besides
+from stepserve.domain.tasks import Task
 from stepserve.pipelines.facts.signature import accepted_arguments, read_signature
+from stepserve.pipelines.loading.folders import load_model
+from stepserve.pipelines.probing.probe_requests import probe_request, run_probe
 from stepserve.pipelines.requests import call as calls
 
 LEVELS = 2
@@ -119,3 +122,13 @@ async def test_an_upscaler_is_served_from_its_folder(
         wanted = plain(tmp_path, body, side_px, index, besides)
         difference = np.asarray(image, int) - np.asarray(wanted, int)
         assert np.abs(difference).max() <= LEVELS
+
+
+def test_latent_diffusion_makes_arrays_of_its_images_so_it_is_loaded_in_float32(tmp_path: Path):
+    FAMILIES["Latent diffusion super-resolution"].build().save_pretrained(tmp_path)
+    model = load_model("larger", tmp_path, device="cpu")
+    request = probe_request(model, Task.UPSCALING, 0, model.capabilities.sizes.minimum)
+    with torch.no_grad():
+        image = run_probe(model, request)
+    assert image.shape[-1] == request.width
+    assert bool(image.isfinite().all())

@@ -123,7 +123,7 @@ def test_everything_within_the_limits_passes(request: GenerationRequest):
         (FROM_IMAGE | {"strength": 0.0}, "strength", ["over 0", "at most 1", "got 0.0"]),
         (FROM_IMAGE | {"strength": 1.1}, "strength", ["over 0", "at most 1", "got 1.1"]),
         (FROM_IMAGE | {"strength": math.nan}, "strength", ["got nan"]),
-        ({"task": Task.INPAINTING}, "task", ["inpainting", "text-to-image, image-to-image"]),
+        ({"task": Task.INPAINTING}, "model", ["inpainting", "text-to-image, image-to-image"]),
         (
             FROM_IMAGE | {"strength": 0.04},
             "strength",

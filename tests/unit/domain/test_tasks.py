@@ -79,7 +79,7 @@ def test_no_other_task_fits_better(offered: dict[Task, TaskInputs], given: dict[
             "controls must be left out: edit with model 'm' does not take any",
         ),
         (Task.INPAINTING, {Role.IMAGE: 1}, "mask", "mask is required by inpainting"),
-        (Task.UPSCALING, {}, "task", "task upscaling is not supported by model 'm'"),
+        (Task.UPSCALING, {}, "model", "model 'm' does not do upscaling (it does: "),
     ],
 )
 def test_the_message_names_the_role_and_what_is_taken(

@@ -434,7 +434,10 @@ class RequestFromImages(ImageRequestBase):
 class EditRequest(RequestFromImages):
     """How to change images. `image` and `mask` are files of a form, or addresses in JSON."""
 
-    prompt: Annotated[str, Field(description="What the changed image shows.")]
+    prompt: str | None = _documented(
+        "What the changed image shows, or what to do with it; left out only where `inputs` in "
+        "`GET /v1/models` says that it is optional."
+    )
     mask: Reference | None = _documented(
         "Where to repaint: where it is transparent, or white in an image without transparency."
     )

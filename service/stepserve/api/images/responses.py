@@ -238,7 +238,9 @@ class ModelResponse(BaseModel):
     max_guidance_scale: float
     max_n: int
     max_prompts: int = Field(
-        default=MAX_LISTED, description="Most `prompts` of one call, and most images of them."
+        default=MAX_LISTED,
+        description="Most `prompts` of one call, and most images of them; 0, as the "
+        "limits below, where no prompt is taken.",
     )
     max_prompt_characters: int
     max_prompt_tokens: int
@@ -431,6 +433,8 @@ def model_response(status: ModelStatus) -> ModelResponse:
         for number in range(classes.count)
     ]
     told["guidance"] |= {"kind": status.capabilities.guidance.kind}
+    if not any(Role.PROMPT in taken for taken in inputs.values()):
+        told |= dict.fromkeys(("max_prompts", "max_prompt_characters", "max_prompt_tokens"), 0)
     fingerprint = status.capabilities.fingerprint
     if fingerprint is not None:
         told["fingerprint"] |= {"digest": fingerprint.digest, "short": fingerprint.short}

@@ -58,7 +58,6 @@ from stepserve.domain.errors import (
     UnmeetableDeadlineError,
 )
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.tasks import Role
 
 router = APIRouter(tags=["images"])
 
@@ -124,9 +123,7 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesRespons
     transparency). Without one the whole image is changed, by as much as `strength` says.
     """
     sent = await read_sent(incoming, EditRequest)
-    if not sent.body.prompt.strip():
-        raise InvalidRequestError("prompt is empty: an edit requires one", "prompt")
-    return await _from_images(incoming, sent, EDITS, response)
+    return await _respond(incoming, sent, EDITS, response)
 
 
 @router.post(
@@ -144,7 +141,7 @@ async def edit_image(incoming: IncomingDep, response: Response) -> ImagesRespons
 async def vary_image(incoming: IncomingDep, response: Response) -> ImagesResponse | Response:
     """Compatible with OpenAI's `images.create_variation`: image-to-image without a prompt."""
     sent = await read_sent(incoming, VariationRequest)
-    return await _from_images(incoming, sent, VARIATIONS, response)
+    return await _respond(incoming, sent, VARIATIONS, response)
 
 
 @router.post(
@@ -162,15 +159,7 @@ async def vary_image(incoming: IncomingDep, response: Response) -> ImagesRespons
 async def upscale_image(incoming: IncomingDep, response: Response) -> ImagesResponse | Response:
     """As many times larger as the model makes it: for models whose task is `upscaling`."""
     sent = await read_sent(incoming, UpscaleRequest)
-    return await _from_images(incoming, sent, UPSCALES, response)
-
-
-async def _from_images(
-    incoming: Incoming, sent: Sent[Body], purpose: Purpose, response: Response
-) -> ImagesResponse | Response:
-    if not sent.given().get(Role.IMAGE):
-        raise InvalidRequestError("image is required", "image")
-    return await _respond(incoming, sent, purpose, response)
+    return await _respond(incoming, sent, UPSCALES, response)
 
 
 async def _chosen_model(incoming: Incoming, body: ImageRequestBase) -> ModelStatus:
@@ -196,7 +185,7 @@ async def _respond(
     model = await _chosen_model(incoming, body)
     if not model.is_known:
         require_ready([model])
-    task = purpose.task_for(model.capabilities, sent.given())
+    task = purpose.task_for(model.capabilities, sent.given(), prompts is not None)
     inputs = await read_inputs(incoming, sent)
     request = inputs.to_generation(incoming.request_id, incoming.caller, model.capabilities, task)
     traced = replace(request, trace_context=trace_context_of(incoming.http.scope))

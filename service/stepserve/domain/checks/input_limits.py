@@ -46,8 +46,8 @@ def check_counts(task: Task, model: ModelCapabilities, given: Mapping[Role, int]
     """
     if task not in model.tasks:
         known = ", ".join(model.tasks)
-        message = f"task {task} is not supported by model {model.id!r} (supported: {known})"
-        raise InvalidRequestError(message, "task")
+        message = f"model {model.id!r} does not do {task} (it does: {known})"
+        raise InvalidRequestError(message, "model")
     inputs = model.inputs_of(task)
     for role in misfits(inputs, given):
         what = f"{task} with model {model.id!r}"

@@ -14,6 +14,7 @@ from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
+from stepserve.domain.tasks import Role
 
 MAX_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
@@ -46,7 +47,7 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_image_guidance(request, model)
     _check_negative_prompt(request, model)
     _check_guidance_interval(request, model)
-    _check_whole_number("n", request.n, 1, model.max_n)
+    _check_images(request.n, model)
     _check_adapters(request.adapters, model)
     _check_seed(request)
     _check_deadline(request.deadline_s)
@@ -102,6 +103,13 @@ def _check_whole_number(field: str, value: int, least: int, most: int, remark: s
         raise InvalidRequestError(message, field)
 
 
+def _check_images(n: int, model: ModelCapabilities) -> None:
+    if model.max_n == 1 and n != 1:
+        message = f"n must be 1, got {digits(n)}: model {model.id!r} makes one image a request"
+        raise InvalidRequestError(message, "n")
+    _check_whole_number("n", n, 1, model.max_n)
+
+
 def _check_steps(request: GenerationRequest, model: ModelCapabilities) -> None:
     steps, limits = request.num_inference_steps, model.steps_of(request.scheduler)
     remark = f" (with scheduler {request.scheduler})"
@@ -136,21 +144,25 @@ def _check_image_guidance(request: GenerationRequest, model: ModelCapabilities) 
 
 def _check_negative_prompt(request: GenerationRequest, model: ModelCapabilities) -> None:
     """Refuse one that would change nothing."""
+    if request.negative_prompt and (objection := _negative_objection(request, model)):
+        raise InvalidRequestError(f"negative_prompt {objection}", "negative_prompt")
+
+
+def _negative_objection(request: GenerationRequest, model: ModelCapabilities) -> str:
     guidance = model.guidance
-    if not request.negative_prompt:
-        return
+    if Role.PROMPT not in model.inputs_of(request.task):
+        return f"must be left out: {request.task} with model {model.id!r} takes no prompt"
     if not guidance.negative_prompt:
-        raise InvalidRequestError(
-            f"negative_prompt has no effect on model {model.id!r}: leave it out, and describe the "
-            "image in prompt",
-            "negative_prompt",
+        return (
+            f"has no effect on model {model.id!r}: leave it out, and describe the image in prompt"
         )
-    if guidance.argument and not guidance.guides(request.guidance_scale):
-        raise InvalidRequestError(
-            f"negative_prompt has no effect without guidance: set guidance_scale over "
-            f"{guidance.above:g} (got {request.guidance_scale:g}), or leave negative_prompt out",
-            "negative_prompt",
-        )
+    if not guidance.argument or guidance.guides(request.guidance_scale):
+        return ""
+    scale = f"guidance_scale over {guidance.above:g} (got {request.guidance_scale:g})"
+    if not request.prompt:
+        # Requests without a prompt are without guidance, unless they ask for it.
+        return f"has no effect, as there is no prompt: send one, set {scale}, or leave it out"
+    return f"has no effect without guidance: set {scale}, or leave negative_prompt out"
 
 
 def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilities) -> None:

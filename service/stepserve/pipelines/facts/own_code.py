@@ -17,6 +17,7 @@ FLOAT32_ONLY = frozenset(
         "DDIMPipeline",
         "DDPMPipeline",
         "LDMPipeline",
+        "LDMSuperResolutionPipeline",
         "PNDMPipeline",
     }
 )

@@ -57,6 +57,30 @@ async def test_a_class_is_a_number_or_a_name(
     assert response.json()["parameters"]["class_label"] == number
 
 
+@pytest.mark.parametrize(
+    ("model", "limits"), [("noise", (0, 0, 0)), ("pets", (0, 0, 0)), ("emoji", (64, 50, 77))]
+)
+async def test_models_without_prompts_take_none_of_them(
+    client: httpx.AsyncClient, model: str, limits: tuple[int, int, int]
+):
+    told = (await client.get(f"/v1/models/{model}")).json()
+    names = "max_prompts", "max_prompt_characters", "max_prompt_tokens"
+
+    assert tuple(told[name] for name in names) == limits
+
+
+async def test_an_edit_names_the_url_for_the_model_before_anything_that_is_missing(
+    client: httpx.AsyncClient,
+):
+    response = await client.post("/v1/images/edits", json={"model": "pets"})
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "model")
+    assert error["message"] == (
+        "model 'pets' does not edit images: it takes POST /v1/images/generations with a class_label"
+    )
+
+
 async def test_a_form_names_it_too(client: httpx.AsyncClient, backend: FakeBackend):
     files: Any = {"model": (None, "pets"), "class_label": (None, "tabby")}
     response = await client.post(URL, files=files)
@@ -76,9 +100,13 @@ async def test_a_form_names_it_too(client: httpx.AsyncClient, backend: FakeBacke
         ),
         (
             {"model": "noise", "prompts": ["cat"]},
-            "prompt",
-            "prompt must be left out: unconditional with model 'noise' does not take one (it "
-            "takes: no input)",
+            "prompts",
+            "prompts must be left out: model 'noise' takes no prompt",
+        ),
+        (
+            {"model": "noise", "negative_prompt": "fog"},
+            "negative_prompt",
+            "negative_prompt must be left out: unconditional with model 'noise' takes no prompt",
         ),
         (
             {"model": "noise", "class_label": "cat"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +22,7 @@ from stepserve.domain.events import Failed
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange
 from stepserve.domain.requests import GenerationRequest
-from stepserve.domain.tasks import Task
+from stepserve.domain.tasks import ONE, Role, Task
 from usual_tasks import USUAL_TASKS
 
 EDITS = "/v1/images/edits"
@@ -158,6 +159,28 @@ async def test_a_variation_needs_no_prompt(client: httpx.AsyncClient, backend: F
     assert (request.task, request.prompt, request.n) == (Task.IMAGE_TO_IMAGE, "", 1)
 
 
+async def test_an_edit_needs_no_prompt_where_it_is_optional(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    response = await client.post(EDITS, data={"n": "1"}, files={"image": drawn_image()})
+
+    assert response.status_code == 200, response.text
+    [request] = backend.requests
+    assert (request.task, request.prompt) == (Task.IMAGE_TO_IMAGE, "")
+
+
+async def test_an_edit_needs_a_prompt_where_it_is_required(
+    client: httpx.AsyncClient, backend: FakeBackend
+):
+    edits = {Task.EDIT: {Role.PROMPT: ONE, Role.IMAGE: ONE}}
+    backend.statuses = [ModelStatus(replace(EMOJI, tasks=edits), ready=True)]
+    response = await client.post(EDITS, data={"n": "1"}, files={"image": drawn_image()})
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "prompt")
+    assert error["message"].startswith("prompt is empty: edit with model 'emoji' requires one")
+
+
 async def test_streamed_edits_have_names_of_their_own(client: httpx.AsyncClient):
     fields = {"prompt": "blue", "stream": "true", "partial_images": "1"}
     response = await client.post(EDITS, data=fields, files={"image": drawn_image()})
@@ -185,8 +208,6 @@ async def test_images_lose_all_but_their_pixels_and_how_to_turn_them(
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 WRONG: list[tuple[dict[str, str], dict[str, bytes], str, str]] = [
     ({"prompt": "x"}, {"mask": drawn_image()}, "image", "is required"),
-    ({}, {"image": drawn_image()}, "prompt", "is required"),
-    ({"prompt": " "}, {"image": drawn_image()}, "prompt", "is empty"),
     ({"prompt": "x"}, {"image": SVG}, "image", "cannot be read as an image"),
     ({"prompt": "x"}, {"image": drawn_image()[:60]}, "image", "cannot be read as an image"),
     ({"prompt": "x"}, {"image": drawn_image(kind="GIF")}, "image", "known: PNG, JPEG, WEBP"),
@@ -291,6 +312,16 @@ def test_the_nearest_size_is_one_that_the_model_has(width: int, height: int):
     if sizes.accepts(width) and sizes.accepts(height):
         assert found == (width, height)
     assert (found[0] >= found[1]) == (width >= height) or found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [((100, 80), (80, 64)), ((80, 100), (64, 80)), ((150, 100), (96, 64)), ((97, 97), (64, 64))],
+)
+def test_the_nearest_size_has_the_shape_of_the_image(image: tuple[int, int], size: tuple[int, int]):
+    sizes = SizeRange(minimum=48, maximum=128, step=16, native=64)
+
+    assert nearest_size(*image, sizes) == size
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])

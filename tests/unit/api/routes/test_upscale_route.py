@@ -57,7 +57,7 @@ def refusal(response: httpx.Response) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("given", "made"),
     # To the nearest size that the model takes.
-    [((24, 16), "96x64"), ((8, 64), "32x256"), ((27, 21), "96x96")],
+    [((24, 16), "96x64"), ((8, 64), "32x256"), ((27, 21), "128x96")],
 )
 async def test_the_size_follows_from_the_image(
     backend: FakeBackend, given: tuple[int, int], made: str
@@ -97,7 +97,13 @@ async def test_forms_hold_the_image_as_a_file(backend: FakeBackend):
         ((16, 16), {"size": "128x128"}, "size", "size 128x128 must be left out"),
         ((16, 16), {"noise_level": 351}, "noise_level", "noise_level must be 0 to 350, got 351"),
         ((16, 16), {"noise_level": -1}, "noise_level", "noise_level must be 0 to 350, got -1"),
-        ((16, 16), {"n": 2}, "n", "n must be 1 to 1, got 2"),
+        ((16, 16), {"n": 2}, "n", "n must be 1, got 2: model 'emoji' makes one image a request"),
+        (
+            (16, 16),
+            {"negative_prompt": "fog"},
+            "negative_prompt",
+            "negative_prompt has no effect, as there is no prompt: send one",
+        ),
         ((16, 16), {"strength": 0.5}, "strength", "/v1/images/edits takes it"),
         ((16, 16), {"hires": {}}, "hires", "/v1/images/generations takes it"),
     ],
@@ -116,15 +122,33 @@ async def test_an_image_is_required(backend: FakeBackend):
     async with client_for(backend, SENT) as client:
         response = await client.post(URL, json={"prompt": "cat"})
 
-    assert refusal(response) == ("image", "image is required")
+    param, message = refusal(response)
+    assert param == "image"
+    assert message.startswith("image is required by upscaling with model 'emoji' (it takes: ")
 
 
 async def test_other_models_say_what_they_do(backend: FakeBackend):
     backend.statuses = [ModelStatus(EMOJI, ready=True)]
     param, message = refusal(await upscale(backend))
 
-    assert param == "task"
-    assert "upscaling is not supported by model 'emoji' (supported: text-to-image" in message
+    assert param == "model"
+    assert message.startswith(
+        "model 'emoji' does not enlarge images: it takes POST /v1/images/generations with a prompt"
+    )
+    assert "POST /v1/images/edits with an image" in message
+
+
+@pytest.mark.parametrize(
+    ("size", "larger"), [((15, 17), "32x36"), ((17, 15), "36x32"), ((17, 17), "36x36")]
+)
+async def test_both_sides_are_rounded_so_that_the_shape_is_kept(
+    backend: FakeBackend, size: tuple[int, int], larger: str
+):
+    sizes = SizeRange(minimum=4, maximum=64, step=4, native=32)
+    twice = replace(FOUR_TIMES, sizes=sizes, upscale_factor=2)
+    backend.statuses = [ModelStatus(twice, ready=True)]
+
+    assert (await upscale(backend, *size)).json()["size"] == larger
 
 
 async def test_a_model_tells_its_factor(backend: FakeBackend):
