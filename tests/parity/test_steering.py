@@ -15,6 +15,7 @@ from families.catalogue import FAMILIES
 from families.family import Family, Variation, first_output, resident, seeded
 from families.unet_parts import XL_SETTINGS
 from PIL import Image
+from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.requests import ControlUse
 from stepserve.domain.tasks import Task
 from stepserve.pipelines.controls.cache import ControlCache
@@ -179,3 +180,28 @@ def test_one_control_is_the_plain_pipelines(name: str, tmp_path: Path) -> None:
 def test_every_kind_is_tried() -> None:
     tried = {type(NETWORKS[name][1]()).__name__ for name in NETWORKS}
     assert {kind.network for kind in KINDS} == tried
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "goes"),
+    [
+        ("sd", Task.INPAINTING, True),
+        ("sd-adapter", Task.TEXT_TO_IMAGE, False),
+        ("xl-adapter", Task.TEXT_TO_IMAGE, True),
+        ("xl-union", Task.IMAGE_TO_IMAGE, True),
+        ("sd3", Task.TEXT_TO_IMAGE, True),
+        ("flux", Task.TEXT_TO_IMAGE, True),
+        ("flux", Task.IMAGE_TO_IMAGE, False),
+        ("flux", Task.INPAINTING, False),
+    ],
+)
+def test_references_are_refused_where_no_pipeline_takes_them_beside_a_control(
+    name: str, task: Task, goes: bool, tmp_path: Path
+) -> None:
+    cache, uses = Request(name, task, 1, tmp_path).cache, [ControlUse("control-0", b"")]
+    if goes:
+        assert cache.resolve(uses, task, with_references=True)
+        return
+    with pytest.raises(InvalidRequestError, match="cannot be combined with 'control-0'") as caught:
+        cache.resolve(uses, task, with_references=True)
+    assert caught.value.field == "references"

@@ -30,7 +30,9 @@ from stepserve.pipelines.controls.preprocessors import check_available
 from stepserve.pipelines.controls.steering import Steering, steering_pipeline
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import denoiser_of
+from stepserve.pipelines.facts.signature import read_signature
 from stepserve.pipelines.loading.library_messages import heard_libraries
+from stepserve.pipelines.loading.speed import is_channels_last
 from stepserve.pipelines.loading.weights import check_heard, is_finite
 
 logger = logging.getLogger(__name__)
@@ -88,11 +90,19 @@ class ControlCache:
         """Of the weights of all networks that are loaded."""
         return sum(loaded.memory_bytes for loaded in list(self._loaded.values()))
 
-    def resolve(self, uses: Sequence[ControlUse], task: Task) -> Controls:
+    def resolve(
+        self, uses: Sequence[ControlUse], task: Task, with_references: bool = False
+    ) -> Controls:
         """The controls of a request. Reads settings and headers only.
 
+        Args:
+            uses: what the request says of each.
+            task: that they are for.
+            with_references: whether the request has reference images as well.
+
         Raises:
-            InvalidRequestError: one cannot be used, or not for the task, or not with the others.
+            InvalidRequestError: one cannot be used, or not for the task, or not with the others, or
+                not with reference images.
         """
         # Those of the model itself are no networks.
         named = [use for use in uses if use.name in self.options.named]
@@ -101,6 +111,8 @@ class ControlCache:
         controls = tuple(self._find(use.name) for use in named)
         if controls:
             _check_together(controls, task)
+        if controls and with_references:
+            _check_with_references(controls[0], task)
         return controls
 
     def run_with(self, controls: Controls, run: Callable[[], T]) -> T:
@@ -205,6 +217,9 @@ class ControlCache:
             )
         check_heard(heard)
         network = network.to(self._pipeline.device).eval().requires_grad_(False)
+        # Or the format of what it gives, and so its bits, would follow from who shares its forward.
+        if is_channels_last(denoiser_of(self._pipeline)):
+            network.to(memory_format=torch.channels_last)
         if not all(bool(is_finite(p.detach())) for p in network.parameters()):
             raise ControlFileError("its weights are not finite")
         return network
@@ -228,6 +243,16 @@ def _check_together(controls: Controls, task: Task) -> None:
             raise _not_together(first, control, "are different union networks")
         if not is_union and not control.kind.several:
             raise _not_together(first, control, f"are {control.kind.network}s: it takes one only")
+
+
+def _check_with_references(control: FoundControl, task: Task) -> None:
+    steering = getattr(diffusers, control.kind.pipelines[task])
+    if not read_signature(steering).accepts("ip_adapter_image_embeds"):
+        raise InvalidRequestError(
+            f"references: they cannot be combined with {shown(control.name)}, a "
+            f"{control.told_kind}, for {task} with this model: leave out references or controls",
+            "references",
+        )
 
 
 def _not_together(one: FoundControl, other: FoundControl, why: str) -> InvalidRequestError:

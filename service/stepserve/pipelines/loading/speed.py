@@ -21,6 +21,8 @@ QUANTIZERS = {
     "int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
 }
 DENOISERS = ("transformer", "unet")
+CONVOLUTION_DIMENSIONS = 4
+"""Of the weights of a convolution over images."""
 
 
 def check_speed(speed: SpeedSettings, device: torch.device) -> None:
@@ -106,6 +108,16 @@ def _modules_for_channels_last(pipeline: Any, wanted: bool | None) -> Iterator[t
         # Torch refuses the format for the convolutions of videos, which some VAEs of images have.
         if (wanted or module in helped) and 4 in ranks and 5 not in ranks:
             yield module
+
+
+def is_channels_last(module: torch.nn.Module) -> bool:
+    """Whether the weights of its convolutions lie with channels last."""
+    return any(
+        weight.dim() == CONVOLUTION_DIMENSIONS
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and not weight.is_contiguous()
+        for weight in module.parameters()
+    )
 
 
 def _set_attention_backend(denoiser: Any, name: str) -> None:

@@ -115,7 +115,9 @@ def track_of(
     """
     calls, guidance = calls_of_phases(model, request), model.capabilities.guidance
     variant = adapters.resolve(request.adapters)
-    steered, *_ = [controls.resolve(request.controls, part.task) for part in request.phases]
+    steered, *_ = [
+        controls.resolve(part.controls, part.task, bool(part.references)) for part in request.phases
+    ]
 
     def make() -> Images:
         images, steps, previews = listener.inputs.images, listener.step_ended, listener.predicted
