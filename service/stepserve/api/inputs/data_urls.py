@@ -15,6 +15,7 @@ from stepserve.domain.errors import InvalidRequestError
 SCHEME = "data:"
 BASE64 = "base64"
 MOST_HEADER_CHARACTERS = 500
+FILE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 MOST_ESCAPED_CHARACTERS = 2**20
 """Of data that is no base64: every escape costs many times its length in memory."""
@@ -78,9 +79,16 @@ def read_base64(text: str, field: str) -> bytes:
     except (binascii.Error, UnicodeEncodeError) as error:
         raise InvalidRequestError(
             f"{field} has wrong base64: it must be a 'data:' URL, an address or an image file in "
-            f"base64, got {shown(text)}",
+            f"base64, got {shown(text)}{_file_hint(text, field)}",
             field,
         ) from error
+
+
+def _file_hint(text: str, field: str) -> str:
+    """What to do about the name of a file where the file itself is wanted."""
+    # Inside of lists, files have names of their own.
+    is_name = field.isalpha() and text.lower().endswith(FILE_ENDINGS)
+    return f"; a form sends the file itself with curl -F {field}=@image.png" if is_name else ""
 
 
 def _decode(digits: bytes) -> bytes:

@@ -20,52 +20,51 @@ def check_controls(request: GenerationRequest, model: ModelCapabilities) -> None
         InvalidRequestError: names the first value that is wrong, and what the model takes.
     """
     known = {control.name: control for control in model.controls}
-    for use in request.controls:
+    listed = ", ".join(known) or "none"
+    for index, use in enumerate(request.controls):
+        place = f"controls[{index}]"
         if not use.name:
-            raise _wrong(f"a name is required: model {model.id!r} has {', '.join(known) or 'none'}")
+            raise _wrong(f"{place}.name", f"is required: model {model.id!r} has {listed}")
         if use.name not in known:
-            raise _wrong(
-                f"{shown(use.name)} is not known{did_you_mean(use.name, tuple(known))} "
-                f"(known: {', '.join(known) or 'none'})"
-            )
-        _check_scale(use, known[use.name])
-        _check_interval(use, known[use.name])
-        _check_preprocessor(use)
+            meant = did_you_mean(use.name, tuple(known))
+            what = f"{shown(use.name)} is not known{meant} (known: {listed})"
+            raise _wrong(f"{place}.name", what)
+        _check_scale(place, use, known[use.name])
+        _check_interval(place, use, known[use.name])
+        _check_preprocessor(place, use)
 
 
-def _check_scale(use: ControlUse, control: Control) -> None:
+def _check_scale(place: str, use: ControlUse, control: Control) -> None:
+    field = f"{place}.scale"
     if not 0 <= use.scale <= MAX_CONTROL_SCALE:  # NaN ends here too
-        raise _wrong(
-            f"the scale of {shown(use.name)} must be 0 to {MAX_CONTROL_SCALE:g}, got {use.scale}"
-        )
+        raise _wrong(field, f"must be 0 to {MAX_CONTROL_SCALE:g}, got {use.scale}")
     if use.scale != 1 and not control.takes_scale:
-        raise _wrong(
-            f"the scale of {shown(use.name)} must be 1, got {use.scale}: it takes no other"
-        )
+        raise _wrong(field, f"must be 1, got {use.scale}: {shown(use.name)} takes no other")
 
 
-def _check_interval(use: ControlUse, control: Control) -> None:
+def _check_interval(place: str, use: ControlUse, control: Control) -> None:
     if not 0 <= use.start < 1:
-        limits = "must be at least 0 and less than 1"
-        raise _wrong(f"the start of {shown(use.name)} {limits}, got {use.start}")
+        raise _wrong(f"{place}.start", f"must be at least 0 and less than 1, got {use.start}")
     if not use.start < use.end <= 1:
-        limits = f"must be over its start ({use.start}) and at most 1"
-        raise _wrong(f"the end of {shown(use.name)} {limits}, got {use.end}")
+        limits = f"must be over start ({use.start}) and at most 1"
+        raise _wrong(f"{place}.end", f"{limits}, got {use.end}")
     if (use.start, use.end) != (0, 1) and not control.takes_interval:
+        field, only, got = ("start", 0, use.start) if use.start else ("end", 1, use.end)
         raise _wrong(
-            f"start and end of {shown(use.name)} must be 0 and 1, got {use.start} and {use.end}: "
-            f"a {control.kind} steers at every step"
+            f"{place}.{field}",
+            f"must be {only}, got {got}: {shown(use.name)} is a {control.kind}, which steers at "
+            "every step",
         )
 
 
-def _check_preprocessor(use: ControlUse) -> None:
+def _check_preprocessor(place: str, use: ControlUse) -> None:
     known = [*Preprocessor, AS_IT_IS]
     if use.preprocessor and use.preprocessor not in known:
         raise _wrong(
-            f"the preprocessor of {shown(use.name)} must be one of {', '.join(known)}, got "
-            f"{shown(use.preprocessor)}"
+            f"{place}.preprocessor",
+            f"must be one of {', '.join(known)}, got {shown(use.preprocessor)}",
         )
 
 
-def _wrong(what: str) -> InvalidRequestError:
-    return InvalidRequestError(f"controls: {what}", "controls")
+def _wrong(field: str, what: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field} {what}", field)

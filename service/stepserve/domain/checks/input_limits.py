@@ -130,16 +130,16 @@ def _check_noise_level(noise_level: int | None, model: ModelCapabilities) -> Non
 def _check_reference(place: str, use: ReferenceUse, model: ModelCapabilities) -> None:
     if not 0 <= use.scale <= MAX_REFERENCE_SCALE:  # NaN is not: every comparison with it is false
         message = f"{place}.scale must be 0 to {MAX_REFERENCE_SCALE:g}, got {use.scale}"
-        raise InvalidRequestError(message, "references")
+        raise InvalidRequestError(message, f"{place}.scale")
     known, listed = model.ip_adapters, ", ".join(model.ip_adapters)
     if not use.adapter and len(known) > 1:
         message = f"{place}.adapter is required: model {model.id!r} has several ({listed})"
-        raise InvalidRequestError(message, "references")
+        raise InvalidRequestError(message, f"{place}.adapter")
     if use.adapter and use.adapter not in known:
         raise InvalidRequestError(
             f"{place}.adapter {shown(use.adapter)} is not known{did_you_mean(use.adapter, known)} "
             f"(known: {listed})",
-            "references",
+            f"{place}.adapter",
         )
 
 

@@ -139,6 +139,8 @@ async def test_data_urls_need_no_permission():
         ("data:image/png;base64,a", "wrong base64"),
         ("data:image/png;base64,aa=aa", "wrong base64"),
         ("data:image/png;base64,\xe4aaa", "wrong base64"),
+        ("cat.PNG", "a form sends the file itself with curl -F image=@image.png"),
+        ("@cat.jpg", "curl -F image=@image.png"),
         ("//127.0.0.1/image", "must be a 'data:' URL, an address or an image file in base64"),
     ],
 )

@@ -139,7 +139,10 @@ async def test_models_list_their_controls() -> None:
     ("controls", "said"),
     [
         ([{"name": "cany", "image": address(RED)}], "'cany' is not known; did you mean 'canny'?"),
-        ([{"image": address(RED)}], "a name is required: model 'emoji' has canny, sketch"),
+        (
+            [{"image": address(RED)}],
+            "controls[0].name is required: model 'emoji' has canny, sketch",
+        ),
         ([{"name": "canny"}], "controls[0].image is required: send a 'data:' URL"),
         ([{"name": "canny", "image": address(RED), "scale": 11}], "must be 0 to 10, got 11.0"),
         ([{"name": "canny", "image": address(RED), "start": -1}], "must be at least 0 and less"),
@@ -159,6 +162,30 @@ async def test_wrong_controls_are_refused_with_what_is_taken(controls: Any, said
     assert said in error["message"]
     assert error["param"].startswith("controls")
     assert backend.requests == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"name": "cany"}, "name"),
+        ({"name": ""}, "name"),
+        ({"scale": 11}, "scale"),
+        ({"scale": "1"}, "scale"),
+        ({"start": 1}, "start"),
+        ({"end": 0}, "end"),
+        ({"name": "sketch", "start": 0.5}, "start"),
+        ({"name": "sketch", "end": 0.5}, "end"),
+        ({"preprocessor": "hed"}, "preprocessor"),
+        ({"image": None}, "image"),
+    ],
+)
+async def test_the_field_of_the_entry_is_named(wrong: dict[str, Any], field: str) -> None:
+    right = {"name": "canny", "image": address(RED)}
+    controls = [right, {**right, **wrong}]
+    response = await post(backend_with(CANNY, SKETCH), json={"prompt": "c", "controls": controls})
+    error = response.json()["error"]
+    assert error["param"] == f"controls[1].{field}"
+    assert error["message"].startswith(f"controls[1].{field} ")
 
 
 async def test_a_model_without_controls_refuses_them() -> None:

@@ -131,6 +131,7 @@ async def test_an_adapter_must_be_named_where_there_are_several() -> None:
     body = {"prompt": "cat", "references": [{"image": address(RED)}]}
     response = await post(backend_with("style", "face"), json=body)
     assert response.status_code == 400
+    assert response.json()["error"]["param"] == "references[0].adapter"
     assert response.json()["error"]["message"] == (
         "references[0].adapter is required: model 'emoji' has several (style, face)"
     )

@@ -48,8 +48,11 @@ def test_it_needs_one_image_under_the_name_control(flux_control: LoadedModel) ->
         for controls, said in (
             ((), "controls is required by text-to-image"),
             ((ControlUse("canny", b""),), "'canny' is not known"),
-            ((ControlUse("control", b"", scale=0.5),), "must be 1, got 0.5: it takes no other"),
-            ((ControlUse("control", b"", end=0.5),), "a model steers at every step"),
+            (
+                (ControlUse("control", b"", scale=0.5),),
+                "must be 1, got 0.5: 'control' takes no other",
+            ),
+            ((ControlUse("control", b"", end=0.5),), "which steers at every step"),
         ):
             (inbox,) = submit_all(runner, [a_request(**vars(request) | {"controls": controls})])
             refused = inbox.wait()
