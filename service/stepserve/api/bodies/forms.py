@@ -57,7 +57,7 @@ async def read_form(request: Request) -> Form:
                     key = name.removesuffix(LIST_SUFFIX)
                     files.setdefault(key, []).append(await value.read())
                 elif name in fields:
-                    raise InvalidRequestError(f"{shown(name)} is given twice", name)
+                    raise InvalidRequestError(f"{shown(name)} is given twice{_once(name)}", name)
                 else:
                     fields[name] = value
     except UnicodeDecodeError as error:
@@ -65,6 +65,12 @@ async def read_form(request: Request) -> Form:
     except MultiPartException as error:
         raise MalformedFormError(f"the form cannot be read: {error.message}") from error
     return Form(fields, files)
+
+
+def _once(name: str) -> str:
+    """What to do where a client made several fields of a list or an object."""
+    base, bracket, _ = name.partition("[")
+    return f": a list or an object is one field {shown(base)}, as JSON" if bracket else ""
 
 
 @asynccontextmanager

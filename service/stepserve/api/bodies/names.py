@@ -101,6 +101,8 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "start": ("guidance_start", "control_guidance_start"),
         "end": ("guidance_end", "control_guidance_end"),
         "preprocessor": ("module",),
+        "adapter": ("name", "ip_adapter"),
+        "name": ("type", "control_type"),
     }
 )
 """What other servers call fields of ours, in small letters."""
@@ -116,6 +118,8 @@ def hint(name: str, fields: Iterable[str]) -> str:
     """
     base = name.partition("[")[0]
     taken = [field for field in fields if field not in AS_EVER]
+    if base in taken and base != name:
+        return f"; in a form, {base!r} is one field: a list or an object is written there as JSON"
     if base not in taken and (instead := _instead(base, taken)):
         return f"; {instead}"
     others = [field for field, names in OTHER_NAMES.items() if base.lower() in names]

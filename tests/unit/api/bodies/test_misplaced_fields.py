@@ -80,6 +80,18 @@ CONTROL = [{"name": "depth", "image": ADDRESS}]
             "controls[0].control_image",
             "; did you mean 'image'?",
         ),
+        (
+            "generations",
+            {"references": [{"image": ADDRESS, "name": "style"}]},
+            "references[0].name",
+            "; did you mean 'adapter'?",
+        ),
+        (
+            "generations",
+            {"controls": [{"image": ADDRESS, "weight": 0.5}]},
+            "controls[0].weight",
+            "; did you mean 'scale'?",
+        ),
         ("edits", {"image": ADDRESS, "hires": {}}, "hires", "; only /v1/images/generations take"),
         ("edits", {"image": ADDRESS, "class_label": 1}, "class_label", "; only /v1/images/gener"),
         ("edits", {"images": [{"file_id": "f"}]}, "images[0].file_id", "; no files are kept here"),
@@ -232,6 +244,20 @@ async def test_broken_json_in_a_form_is_called_so(client: httpx.AsyncClient, tex
     message = response.json()["error"]["message"]
     assert message.startswith("controls must be a list such as [{")
     assert said in message
+
+
+async def test_a_form_has_a_list_in_one_field(client: httpx.AsyncClient):
+    # As OpenAI's client writes lists of objects.
+    for names in (["depth"], ["depth", "edges"]):
+        form = {"prompt": "cat", "controls[][name]": names}
+        response = await client.post(
+            "/v1/images/edits", data=form, files={"image": ("a.png", FILE)}
+        )
+        error = response.json()["error"]
+
+        assert error["param"] == "controls[][name]"
+        assert "a list or an object is " in error["message"]
+        assert error["message"].endswith("as JSON")
 
 
 async def test_a_control_without_an_image_is_named(client: httpx.AsyncClient):
