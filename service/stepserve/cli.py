@@ -440,7 +440,14 @@ def list_keys(
 @config_app.command("check")
 def check_config(config: ConfigOption = None) -> None:
     """Check the configuration file and STEPSERVE_ variables, and print what is in effect."""
-    typer.echo(load_settings(config).describe(), nl=False)
+    from stepserve.pipelines.controls.preprocessors import missing_preprocessors
+
+    settings = load_settings(config)
+    typer.echo(settings.describe(), nl=False)
+    for model_id, model in settings.models.items():
+        usual = {name: control.preprocessor for name, control in model.controls.items()}
+        for missing in missing_preprocessors(usual):
+            typer.echo(f"warning: model {model_id}: {missing}", err=True)
 
 
 def _model_id(settings: Settings, model: str | None) -> str:

@@ -162,6 +162,10 @@ class ModelCapabilities:
         controls: what may steer it by an image.
         upscale_factor: how many times larger than an image the result of upscaling is.
         max_noise_level: most noise that upscaling adds to the image, or None where it adds none.
+        default_noise_level: of requests that say none, as its authors chose; None: there is none.
+        default_image_guidance_scale: of edits that say none; None: it takes none, or is not known.
+        preprocessors: that make control images here; none where it takes no controls.
+        unusable_schedulers: of diffusers' schedulers those that it cannot use.
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
@@ -201,6 +205,10 @@ class ModelCapabilities:
     controls: tuple[Control, ...] = ()
     upscale_factor: int = 1
     max_noise_level: int | None = None
+    default_noise_level: int | None = None
+    default_image_guidance_scale: float | None = None
+    preprocessors: tuple[str, ...] = ()
+    unusable_schedulers: tuple[str, ...] = ()
     guidance: Guidance = CLASSIC
     guidance_interval: bool = True
     safety_checker: bool = False
@@ -229,6 +237,16 @@ class ModelCapabilities:
     def default_strength(self, task: Task) -> float | None:
         """The strength of a request that says none; None where the task takes none."""
         return DEFAULT_STRENGTH if Role.STRENGTH in self.inputs_of(task) else None
+
+    def usual_noise_level(self, task: Task) -> int | None:
+        """The noise level of a request that says none; None where the task takes none."""
+        return self.default_noise_level if Role.NOISE_LEVEL in self.inputs_of(task) else None
+
+    def usual_image_guidance(self, task: Task, guidance_scale: float) -> float | None:
+        """The image guidance of a request that says none; None where it would have no effect."""
+        is_taken = Role.IMAGE_GUIDANCE in self.inputs_of(task)
+        guides = is_taken and self.guidance.guides(guidance_scale)
+        return self.default_image_guidance_scale if guides else None
 
     def usual_request(self, request_id: str, task: Task | None = None) -> GenerationRequest:
         """A request for one image of the native size, with the defaults and without any input.

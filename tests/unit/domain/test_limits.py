@@ -27,6 +27,7 @@ MODEL = ModelCapabilities(
     max_prompt_characters=20,
     adapters=("pixels", "ink.v2"),
     max_adapters=2,
+    unusable_schedulers=("heun",),
     tasks={task: USUAL_TASKS[task] for task in (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE)},
 )
 VALID = GenerationRequest(
@@ -98,6 +99,11 @@ def test_everything_within_the_limits_passes(request: GenerationRequest):
         ({"n": 0}, "n", ["1 to 4", "got 0"]),
         ({"n": 5}, "n", ["1 to 4", "got 5"]),
         ({"scheduler": "ddmi"}, "scheduler", ["'ddmi'", "did you mean 'ddim'?", "euler"]),
+        (
+            {"scheduler": "heun"},
+            "scheduler",
+            ["'heun' cannot be used by model", "can use: ddim, euler"],
+        ),
         ({"scheduler": "x"}, "scheduler", ["'x'", "ddim, euler, euler_ancestral"]),
         ({"adapters": adapters(a=1, b=1, c=1)}, "adapters", ["at most 2", "emoji", "got 3"]),
         ({"adapters": adapters(a=1) * 2}, "adapters", ["'a' is named more than once"]),

@@ -324,6 +324,7 @@ class ImageRequestBase(Body):
         The images that it is made of come from `read_inputs`.
         """
         width, height = _parse_size(self.size, model.sizes.native)
+        guidance_scale = _or(self.guidance_scale, model.default_guidance_scale)
         filled = GenerationRequest(
             task=task,
             id=request_id,
@@ -331,13 +332,16 @@ class ImageRequestBase(Body):
             model=model.id,
             prompt=self.prompt or "",
             strength=_or(getattr(self, "strength", None), model.default_strength(task)),
-            image_guidance_scale=getattr(self, "image_guidance_scale", None),
-            noise_level=getattr(self, "noise_level", None),
+            image_guidance_scale=_or(
+                getattr(self, "image_guidance_scale", None),
+                model.usual_image_guidance(task, guidance_scale),
+            ),
+            noise_level=_or(getattr(self, "noise_level", None), model.usual_noise_level(task)),
             class_label=class_number(getattr(self, "class_label", None), model),
             width=width,
             height=height,
             num_inference_steps=_or(self.num_inference_steps, model.default_num_inference_steps),
-            guidance_scale=_or(self.guidance_scale, model.default_guidance_scale),
+            guidance_scale=guidance_scale,
             seed=_or(self.seed, secrets.randbits(32)),
             scheduler=_or(self.scheduler, model.default_scheduler),
             negative_prompt=_or(self.negative_prompt, ""),
@@ -442,7 +446,9 @@ class EditRequest(RequestFromImages):
         "Where to repaint: where it is transparent, or white in an image without transparency."
     )
     image_guidance_scale: float | None = _documented(
-        "How closely to follow the image, where a model takes such a scale.", minimum=0
+        "How closely to follow the image, where a model takes such a scale; "
+        "`default_image_guidance_scale` in `GET /v1/models` if left out.",
+        minimum=0,
     )
     input_fidelity: str | None = _documented(UNUSED)
 
@@ -467,7 +473,7 @@ class UpscaleRequest(ImageRequestBase):
     image: Reference | None = _documented("The image.")
     noise_level: WholeNumber | None = _documented(
         "How much noise is added to the image first, where a model adds any: more lets it invent "
-        "more. Up to `max_noise_level` in `GET /v1/models`; the pipeline's own default if left "
+        "more. Up to `max_noise_level` in `GET /v1/models`; `default_noise_level` there if left "
         "out.",
         minimum=0,
     )

@@ -253,6 +253,10 @@ class ModelResponse(BaseModel):
         description="Controls that requests may name: networks, which are loaded when they are "
         "first used, or the model's own."
     )
+    preprocessors: list[str] = Field(
+        description="What can make control images of ordinary ones on this server; empty where the "
+        "model has no controls."
+    )
     tasks: list[Task] = Field(description="What the model does, its usual task first.")
     inputs: dict[Task, dict[Role, Count]] = Field(
         description="By task, how many inputs of each role a request brings; none of the others."
@@ -266,6 +270,13 @@ class ModelResponse(BaseModel):
     )
     max_noise_level: int | None = Field(
         description="Largest `noise_level` of upscaling; null where none is added."
+    )
+    default_noise_level: int | None = Field(
+        description="`noise_level` of upscaling that says none; null where none is added."
+    )
+    default_image_guidance_scale: float | None = Field(
+        description="`image_guidance_scale` of guided edits that say none; null where there is none"
+        ", or where it is not known."
     )
     guidance: GuidanceResponse
     guidance_interval: bool = Field(

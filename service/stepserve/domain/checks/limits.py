@@ -41,7 +41,7 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     check_controls(request, model)
     _check_prompts(request, model)
     _check_size(request, model)
-    _check_scheduler(request.scheduler, model.schedulers)
+    _check_scheduler(request.scheduler, model)
     _check_steps(request, model)
     _check_guidance_scale(request.guidance_scale, model)
     _check_image_guidance(request, model)
@@ -200,7 +200,14 @@ def _check_compression(request: GenerationRequest) -> None:
         )
 
 
-def _check_scheduler(name: str, known: tuple[str, ...]) -> None:
+def _check_scheduler(name: str, model: ModelCapabilities) -> None:
+    known = model.schedulers
+    if name in model.unusable_schedulers:
+        raise InvalidRequestError(
+            f"scheduler {shown(name)} cannot be used by model {model.id!r} (it can use: "
+            f"{', '.join(known)})",
+            "scheduler",
+        )
     if name not in known:
         raise InvalidRequestError(
             f"scheduler {shown(name)} is not known{did_you_mean(name, known)} "

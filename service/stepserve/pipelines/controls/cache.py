@@ -26,7 +26,7 @@ from stepserve.pipelines.controls.files import (
     find_control,
 )
 from stepserve.pipelines.controls.kinds import kinds_over
-from stepserve.pipelines.controls.preprocessors import check_available
+from stepserve.pipelines.controls.preprocessors import check_available, missing_preprocessors
 from stepserve.pipelines.controls.steering import Steering, steering_pipeline
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import denoiser_of
@@ -81,6 +81,9 @@ class ControlCache:
         self._users: Counter[NetworkFile] = Counter()
         self._numbers = itertools.count(1)
         self._broken: dict[NetworkFile, str] = {}
+        usual = {name: source.preprocessor for name, source in options.named.items()}
+        for missing in missing_preprocessors(usual):
+            logger.warning("%s", missing)
 
     def listed(self) -> tuple[Control, ...]:
         """Every control, and which are loaded at this moment."""

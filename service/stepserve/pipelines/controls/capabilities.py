@@ -7,6 +7,7 @@ from dataclasses import replace
 from stepserve.domain.models import OWN_CONTROL, Control, ControlKind, ModelCapabilities
 from stepserve.domain.tasks import Count, Role
 from stepserve.pipelines.controls.cache import ControlCache
+from stepserve.pipelines.controls.preprocessors import available_preprocessors
 from stepserve.pipelines.copies.factory import PipelineFactory
 
 SCALES = ("controlnet_conditioning_scale", "adapter_conditioning_scale")
@@ -38,4 +39,5 @@ def with_controls(
         for task, inputs in capabilities.tasks.items()
     }
     listed = own_controls(factory) + controls.listed()
-    return replace(capabilities, tasks=tasks, controls=listed)
+    preprocessors = available_preprocessors() if listed else ()
+    return replace(capabilities, tasks=tasks, controls=listed, preprocessors=preprocessors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,13 +19,37 @@ TILE_SHARE = 8
 """Details smaller than so many pixels are left out."""
 
 
+def available_preprocessors() -> tuple[str, ...]:
+    """Those for which everything is installed."""
+    return tuple(one for one in Preprocessor if _is_available(one))
+
+
+def _is_available(preprocessor: str) -> bool:
+    return preprocessor != Preprocessor.CANNY or find_spec("cv2") is not None
+
+
+def missing_preprocessors(usual: Mapping[str, str]) -> Iterator[str]:
+    """Why the requests of some controls will be refused that name no preprocessor.
+
+    Args:
+        usual: the preprocessors of such requests, by the names of the controls.
+    """
+    for name, preprocessor in usual.items():
+        if not _is_available(preprocessor):
+            yield (
+                f"control {name!r}: its preprocessor {preprocessor!r} needs OpenCV, which is not "
+                "installed (pip install 'stepserve[control]'): requests that name no other will be "
+                "refused"
+            )
+
+
 def check_available(preprocessor: str) -> None:
     """Return if what a preprocessor needs is installed.
 
     Raises:
         InvalidRequestError: says what to install.
     """
-    if preprocessor == Preprocessor.CANNY and find_spec("cv2") is None:
+    if not _is_available(preprocessor):
         raise InvalidRequestError(
             "controls: preprocessor 'canny' needs OpenCV, which this server lacks: its operator "
             "can install it with `pip install 'stepserve[control]'`; or send the edges as the "

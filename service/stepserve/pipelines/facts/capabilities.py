@@ -11,11 +11,11 @@ from typing import Any
 
 from stepserve.domain.guidance import Guidance
 from stepserve.domain.models import ModelCapabilities, SizeRange
-from stepserve.domain.tasks import Task
+from stepserve.domain.tasks import Role, Task
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.classes import CLASS_LABELS, read_classes
 from stepserve.pipelines.facts.guiders import GUIDER_SCALE, usual_guider_scale
-from stepserve.pipelines.facts.pipeline_tasks import pipeline_tasks, unknown_needs
+from stepserve.pipelines.facts.pipeline_tasks import ARGUMENTS, pipeline_tasks, unknown_needs
 from stepserve.pipelines.facts.signature import CallSignature
 from stepserve.pipelines.facts.upscalers import Upscaler, read_upscaler
 
@@ -141,9 +141,18 @@ def _upscaling_defaults(upscaler: Upscaler, signature: CallSignature) -> dict[st
         "upscale_factor": upscaler.factor,
         "max_noise_level": upscaler.max_noise_level,
     }
+    usual = _input_default(Role.NOISE_LEVEL, signature)
+    if usual is not None and upscaler.max_noise_level is not None:
+        defaults["default_noise_level"] = min(int(usual), upscaler.max_noise_level)
     if not signature.accepts("num_images_per_prompt"):
         defaults["max_n"] = 1
     return defaults
+
+
+def _input_default(role: Role, signature: CallSignature) -> float | None:
+    """The number that a pipeline's authors chose for an input, or None."""
+    usual = (signature.default(name, int | float) for name in ARGUMENTS[role])
+    return next((float(number) for number in usual if number is not None), None)
 
 
 def _most_characters(prompt_tokens: int) -> int:
@@ -203,6 +212,9 @@ def _call_defaults(pipeline: Any, signature: CallSignature) -> dict[str, Any]:
         defaults |= {"default_guidance_scale": 1.0, "max_guidance_scale": 1.0}
     elif (scale := usual_guidance_scale(pipeline, signature, guidance.argument)) is not None:
         defaults["default_guidance_scale"] = scale
+    # Lower ones turn guidance off.
+    if (image_scale := _input_default(Role.IMAGE_GUIDANCE, signature) or 0.0) >= 1:
+        defaults["default_image_guidance_scale"] = image_scale
     if not any(map(signature.accepts, COUNTS)):
         defaults["max_n"] = 1
     return defaults

@@ -49,7 +49,7 @@ from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_hos
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 from stepserve.pipelines.references.adapters import ReferenceAdapters, hold_references
 from stepserve.pipelines.references.files import IpAdapterFiles, files_of
-from stepserve.pipelines.schedulers.usable import usable_schedulers
+from stepserve.pipelines.schedulers.usable import unusable_schedulers, usable_schedulers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -175,6 +175,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
             folder, knobs.dtype, pipeline.device, files_of(knobs.ip_adapters)
         ),
         safety_checker=has_checker(pipeline),
+        unusable_schedulers=unusable_schedulers(schedulers),
     )
     probed = probed_schedulers(factory, capabilities)
     return LoadedModel(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+
+import diffusers
 
 from stepserve.pipelines.schedulers.probes import can_do, draws_from_elsewhere
 
@@ -74,6 +77,12 @@ def usable_schedulers(scheduler: Any, scales_noise: bool = True) -> dict[str, ty
         if _works(configured) and (scales_noise or not _wants_scaled_noise(configured)):
             usable[name] = cls
     return dict(sorted(usable.items()))
+
+
+def unusable_schedulers(usable: Iterable[str]) -> tuple[str, ...]:
+    """The schedulers of diffusers that are none of these, by name, sorted."""
+    known = {name for name in dir(diffusers) if name.endswith("Scheduler")}
+    return tuple(sorted(known.difference(usable)))
 
 
 @lru_cache(maxsize=256)

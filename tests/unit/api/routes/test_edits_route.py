@@ -22,7 +22,7 @@ from stepserve.domain.events import Failed
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange
 from stepserve.domain.requests import GenerationRequest
-from stepserve.domain.tasks import ONE, Role, Task
+from stepserve.domain.tasks import ONE, OPTIONAL, Role, Task
 from usual_tasks import USUAL_TASKS
 
 EDITS = "/v1/images/edits"
@@ -167,6 +167,24 @@ async def test_an_edit_needs_no_prompt_where_it_is_optional(
     assert response.status_code == 200, response.text
     [request] = backend.requests
     assert (request.task, request.prompt) == (Task.IMAGE_TO_IMAGE, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "used"),
+    [({}, 1.5), ({"image_guidance_scale": "2"}, 2.0), ({"guidance_scale": "1"}, None)],
+)
+async def test_the_usual_image_guidance_is_told_where_there_is_guidance(
+    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, str], used: float | None
+):
+    edits = {Task.EDIT: {Role.PROMPT: ONE, Role.IMAGE: ONE, Role.IMAGE_GUIDANCE: OPTIONAL}}
+    model = replace(EMOJI, tasks=edits, default_image_guidance_scale=1.5)
+    backend.statuses = [ModelStatus(model, ready=True)]
+    form = {"prompt": "blue", **fields}
+    response = await client.post(EDITS, data=form, files={"image": drawn_image()})
+
+    assert response.status_code == 200, response.text
+    assert response.json()["parameters"].get("image_guidance_scale") == used
+    assert backend.requests[0].image_guidance_scale == used
 
 
 async def test_an_edit_needs_a_prompt_where_it_is_required(

@@ -151,6 +151,14 @@ async def test_both_sides_are_rounded_so_that_the_shape_is_kept(
     assert (await upscale(backend, *size)).json()["size"] == larger
 
 
+async def test_the_usual_noise_level_is_told(backend: FakeBackend):
+    usual = replace(FOUR_TIMES, default_noise_level=20)
+    backend.statuses = [ModelStatus(usual, ready=True)]
+    told = (await upscale(backend)).json()
+
+    assert told["parameters"]["noise_level"] == backend.requests[0].noise_level == 20
+
+
 async def test_a_model_tells_its_factor(backend: FakeBackend):
     async with client_for(backend) as client:
         told = (await client.get("/v1/models/emoji")).json()

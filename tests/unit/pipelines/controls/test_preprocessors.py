@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
+from stepserve.cli import app
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import Preprocessor
 from stepserve.pipelines.controls import preprocessors
-from stepserve.pipelines.controls.preprocessors import check_available, preprocess
+from stepserve.pipelines.controls.cache import ControlCache
+from stepserve.pipelines.controls.files import ControlOptions, ControlSource
+from stepserve.pipelines.controls.preprocessors import (
+    available_preprocessors,
+    check_available,
+    preprocess,
+)
+from typer.testing import CliRunner
 
 
 def half_white() -> Image.Image:
@@ -53,13 +64,44 @@ def test_without_one_the_image_is_taken_as_given(preprocessor: str) -> None:
     assert preprocess(half_white(), preprocessor).tobytes() == half_white().tobytes()
 
 
-def test_without_opencv_canny_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     original = importlib.util.find_spec
 
     def without(name: str, *args: Any) -> Any:
         return None if name == "cv2" else original(name, *args)
 
     monkeypatch.setattr(preprocessors, "find_spec", without)
+
+
+@pytest.mark.usefixtures("without_opencv")
+def test_without_opencv_canny_is_refused() -> None:
+    assert available_preprocessors() == ("grey", "invert", "tile")
     check_available("grey")
     with pytest.raises(InvalidRequestError, match=r"pip install 'stepserve\[control\]'"):
         check_available("canny")
+
+
+@pytest.mark.usefixtures("without_opencv")
+def test_an_operator_hears_of_it_when_the_configuration_is_checked(tmp_path: Path) -> None:
+    edges = {"path": "edges", "preprocessor": "canny"}
+    greys = {"path": "greys", "preprocessor": "grey"}
+    config = {"models": {"artist": {"path": "a", "controls": {"edges": edges, "greys": greys}}}}
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(config | {"default_model": "artist"}))
+    told = CliRunner().invoke(app, ["config", "check", "--config", str(file)])
+
+    assert told.exit_code == 0, told.output
+    [warning] = [line for line in told.stderr.splitlines() if line.startswith("warning")]
+    assert warning.startswith("warning: model artist: control 'edges': its preprocessor 'canny'")
+
+
+@pytest.mark.usefixtures("without_opencv")
+def test_and_in_the_log_when_the_model_is_loaded(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edges = ControlSource(Path("edges"), preprocessor="canny")
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    ControlCache(pipeline, ControlOptions(named={"edges": edges}))
+
+    assert "control 'edges': its preprocessor 'canny' needs OpenCV" in caplog.text

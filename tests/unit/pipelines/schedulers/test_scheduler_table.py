@@ -20,6 +20,7 @@ from stepserve.pipelines.schedulers.usable import (
     SEEDLESS,
     UNSUITABLE,
     Configured,
+    unusable_schedulers,
     usable_schedulers,
 )
 from tiny_model import default_scheduler
@@ -34,6 +35,14 @@ def test_every_compatible_scheduler_is_usable_or_named_with_a_reason() -> None:
     assert set(compatible()) == usable | (set(UNSUITABLE) & set(compatible()))
     assert not usable & set(UNSUITABLE)
     assert len(usable) >= 13
+
+
+def test_all_others_of_diffusers_are_told_from_names_that_nobody_has() -> None:
+    usable = usable_schedulers(default_scheduler())
+    unusable = unusable_schedulers(usable)
+    assert {"LCMScheduler", "FlowMatchEulerDiscreteScheduler"} <= set(unusable)
+    assert not set(unusable) & set(usable)
+    assert all(hasattr(diffusers, name) for name in unusable)
 
 
 def test_unsuitable_ones_have_a_reason_and_exist() -> None:
