@@ -73,7 +73,9 @@ class ControlCache:
         kinds = list(kinds_over(pipeline))
         if options.named and not kinds:
             name = type(pipeline).__name__
-            raise ModelLoadError(f"controls: diffusers has no class for controls of a {name}")
+            raise ModelLoadError(
+                f"controls: none are served with a {name}; leave controls out of its settings"
+            )
         self.tasks = {task for kind in kinds for task in kind.pipelines} if options.named else set()
         self.park: Park = lambda name, network: None
         # Least recently used first.

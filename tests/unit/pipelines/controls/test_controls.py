@@ -313,7 +313,7 @@ def test_a_pipeline_that_takes_none_is_not_loaded_with_controls(
         pass
 
     other = OtherPipeline(**tiny.pipeline.components, requires_safety_checker=False)
-    with pytest.raises(ModelLoadError, match="no class for controls of a OtherPipeline"):
+    with pytest.raises(ModelLoadError, match="none are served with a OtherPipeline"):
         PipelineRunner(replace(tiny, pipeline=other), controls=options(networks))
 
 
