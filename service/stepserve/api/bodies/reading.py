@@ -116,6 +116,11 @@ class Body:
         self.size_bytes += len(data)
         check_length(self.size_bytes, self.limit_bytes)
         if self.is_json:
+            if not self.parts and data.startswith(b"--"):
+                raise MalformedJsonError(
+                    "the body is a form that is declared as JSON: leave out the header "
+                    "Content-Type, which curl -F and other clients set by themselves"
+                )
             self.values = check_json(data, self.values)
         if not self.parts or len(self.parts[-1]) >= PART_BYTES:
             self.parts.append(bytearray())
@@ -181,7 +186,8 @@ def check_length(size_bytes: int, limit_bytes: int) -> None:
     """
     if size_bytes > limit_bytes:
         raise BodyTooLargeError(
-            f"the body is {size_bytes} bytes long or more; the limit is {limit_bytes} bytes"
+            f"the body is {size_bytes} bytes long or more; the limit is {limit_bytes} bytes: send "
+            "less, such as smaller images"
         )
 
 

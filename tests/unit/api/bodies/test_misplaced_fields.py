@@ -246,6 +246,19 @@ async def test_broken_json_in_a_form_is_called_so(client: httpx.AsyncClient, tex
     assert said in message
 
 
+async def test_a_form_that_is_declared_as_json_says_so(client: httpx.AsyncClient):
+    response = await client.post(
+        "/v1/images/edits",
+        data={"prompt": "cat"},
+        files={"image": ("a.png", FILE)},
+        headers={"Content-Type": "application/json"},
+    )
+    error = response.json()["error"]
+
+    assert (response.status_code, error["code"]) == (400, "invalid_json")
+    assert "a form that is declared as JSON: leave out the header Content-Type" in error["message"]
+
+
 async def test_a_form_has_a_list_in_one_field(client: httpx.AsyncClient):
     # As OpenAI's client writes lists of objects.
     for names in (["depth"], ["depth", "edges"]):
