@@ -70,14 +70,15 @@ def field_names(body: type[BaseModel], path: Iterable[str | int]) -> list[str]:
     """Return the fields of what stands at `path` in a body, for those who look for a name there."""
     for part in path:
         field = body.model_fields.get(str(part))
-        body = body if field is None else _body_in(field.annotation) or body
+        body = body if field is None else body_in(field.annotation) or body
     return list(body.model_fields)
 
 
-def _body_in(annotation: Any) -> type[BaseModel] | None:
+def body_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the body class that an annotation names, such as that of a list's entries."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(filter(None, map(_body_in, get_args(annotation))), None)
+    return next(filter(None, map(body_in, get_args(annotation))), None)
 
 
 def _whole(value: Any) -> Any:

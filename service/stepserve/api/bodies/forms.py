@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from stepserve.api.bodies.nested_fields import NONE, Nested, is_nested, read_nested
 from stepserve.api.bodies.reading import check_json
 from stepserve.api.bodies.validation import invalid_request
 from stepserve.api.errors import MalformedFormError, MalformedJsonError
@@ -33,10 +34,15 @@ LIST_SUFFIX = "[]"
 
 @dataclass(frozen=True)
 class Form:
-    """What a form holds: text fields, and the content of its files by field; nothing empty."""
+    """What a form holds: text fields, and the content of its files by field; nothing empty.
+
+    Args:
+        nested: the texts of fields that are parts of one, such as `hires[scale]`.
+    """
 
     fields: dict[str, str]
     files: dict[str, list[bytes]]
+    nested: dict[str, list[str]]
 
 
 async def read_form(request: Request) -> Form:
@@ -48,29 +54,27 @@ async def read_form(request: Request) -> Form:
     """
     fields: dict[str, str] = {}
     files: dict[str, list[bytes]] = {}
+    nested: dict[str, list[str]] = {}
     try:
         async with _parsed(request) as form:
             for name, value in form.multi_items():
+                if isinstance(value, str) and is_nested(name):
+                    nested.setdefault(name, []).append(value)
+                    continue
                 if _is_left_empty(value):
                     continue
                 if isinstance(value, UploadFile):
                     key = name.removesuffix(LIST_SUFFIX)
                     files.setdefault(key, []).append(await value.read())
                 elif name in fields:
-                    raise InvalidRequestError(f"{shown(name)} is given twice{_once(name)}", name)
+                    raise InvalidRequestError(f"{shown(name)} is given twice", name)
                 else:
                     fields[name] = value
     except UnicodeDecodeError as error:
         raise MalformedFormError("the form's texts are not in UTF-8") from error
     except MultiPartException as error:
         raise MalformedFormError(f"the form cannot be read: {error.message}") from error
-    return Form(fields, files)
-
-
-def _once(name: str) -> str:
-    """What to do where a client made several fields of a list or an object."""
-    base, bracket, _ = name.partition("[")
-    return f": a list or an object is one field {shown(base)}, as JSON" if bracket else ""
+    return Form(fields, files, nested)
 
 
 @asynccontextmanager
@@ -115,15 +119,25 @@ class _Utf8Parser(MultiPartParser):
         super().on_part_end()
 
 
-def parse_fields(fields: dict[str, str], model: type[Model]) -> Model:
+def parse_fields(fields: Mapping[str, str], model: type[Model], nested: Nested = NONE) -> Model:
     """Read text fields as the types that `model` has; what JSON would not quote is read as JSON.
 
     Raises:
         InvalidRequestError: a field is unknown, or of another type.
     """
-    texts = {name for name, f in model.model_fields.items() if _holds_text(f.annotation)}
-    values = {name: value if name in texts else _as_json(value) for name, value in fields.items()}
-    return parse_body(values, model)
+    known = model.model_fields
+    values = {
+        name: _read(text, known[name].annotation if name in known else None)
+        for name, text in fields.items()
+    }
+    parts = read_nested(nested, model, _read)
+    for name in values.keys() & parts.keys():
+        raise InvalidRequestError(f"{shown(name)} is given twice", name)
+    return parse_body(values | parts, model)
+
+
+def _read(text: str, annotation: Any) -> Any:
+    return text if _holds_text(annotation) else _as_json(text)
 
 
 def parse_body(values: Any, model: type[Model]) -> Model:

@@ -133,7 +133,7 @@ async def read_sent(incoming: Incoming, body_class: type[Body]) -> Sent[Body]:
     files: Mapping[str, Sequence[bytes]] | None = None
     if declared_type(incoming.http, FORM, JSON) == FORM:
         form = await read_form(incoming.http)
-        body = parse_fields(form.fields, body_class)
+        body = parse_fields(form.fields, body_class, form.nested)
         slots = _files_of(form, body_class)
         files = form.files
     else:

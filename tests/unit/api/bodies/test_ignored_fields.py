@@ -202,12 +202,12 @@ async def test_what_is_meant_as_a_field_is_refused(
 
 
 async def test_a_form_with_what_is_inside_a_field_is_refused(client: httpx.AsyncClient):
-    response = await send_form(client, EDITS, **{"adapters[][name]": "ink"})
+    response = await send_form(client, EDITS, **{"adapters[0][name]": "ink"})
 
     assert response.status_code == 400
     assert response.json()["error"]["message"] == (
-        "unknown field 'adapters[][name]'; in a form, 'adapters' is one field: a list or an object "
-        "is written there as JSON"
+        "unknown field 'adapters[0][name]'; in a form, 'adapters' is one field: a list or an "
+        "object is written there as JSON"
     )
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
+from dataclasses import replace
 
 import openai
 import pytest
 from api_fakes import EMOJI, FakeBackend, raising
+from PIL import Image
 from stepserve.domain.errors import GenerationFailedError, ServerFullError
 from stepserve.domain.model_status import ModelStatus
+from stepserve.domain.models import Control, ControlKind
+from stepserve.domain.tasks import Count, Role, Task
+from usual_tasks import USUAL_TASKS
 
 
 @pytest.fixture
@@ -39,6 +45,28 @@ def test_generate(ai: openai.OpenAI, backend: FakeBackend):
     assert response.model_extra is not None
     assert response.model_extra["seed"] == 5
     assert backend.requests[0].num_inference_steps == 7
+
+
+def test_edit_with_lists_in_extra_body(ai: openai.OpenAI, backend: FakeBackend):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    control = Control("depth", ControlKind.CONTROLNET)
+    taken = {**USUAL_TASKS[Task.IMAGE_TO_IMAGE], Role.CONTROL: Count(0, 2)}
+    capabilities = replace(EMOJI, tasks={Task.IMAGE_TO_IMAGE: taken}, controls=(control,))
+    backend.statuses = [ModelStatus(capabilities, ready=True)]
+    controls = [
+        {"name": "depth", "image": address, "scale": 0.5},
+        {"name": "depth", "image": address, "scale": 1},
+    ]
+
+    ai.images.edit(image=[file.getvalue()], prompt="cat", extra_body={"controls": controls})
+
+    uses = backend.requests[0].controls
+    assert [(use.name, use.image, use.scale) for use in uses] == [
+        ("depth", file.getvalue(), 0.5),
+        ("depth", file.getvalue(), 1.0),
+    ]
 
 
 def test_models(ai: openai.OpenAI):
