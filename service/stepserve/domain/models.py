@@ -168,6 +168,7 @@ class ModelCapabilities:
         unusable_schedulers: of diffusers' schedulers those that it cannot use.
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
+        previews: whether images can be shown on the way; not known before one was tried.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
             serves it. Where it is not, `reproducible` requests have that.
         sharing_remark: what is unusual in how requests share forwards; empty: nothing.
@@ -211,6 +212,7 @@ class ModelCapabilities:
     unusable_schedulers: tuple[str, ...] = ()
     guidance: Guidance = CLASSIC
     guidance_interval: bool = True
+    previews: bool = True
     safety_checker: bool = False
     same_bytes: bool = True
     sharing_remark: str = ""

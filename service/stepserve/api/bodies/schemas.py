@@ -293,17 +293,20 @@ class ImageRequestBase(Body):
             return (self.model or "").startswith(URLS_BY_DEFAULT)
         return self.response_format == "url"
 
-    def ignored_fields(self, guidance_scale: float, guidance: Guidance) -> tuple[str, ...]:
+    def ignored_fields(
+        self, guidance_scale: float, guidance: Guidance, previews: bool = True
+    ) -> tuple[str, ...]:
         """The fields that were sent and changed nothing.
 
         Args:
             guidance_scale: of the request, after what was left out has been filled in.
             guidance: of its model.
+            previews: whether its model can show images on the way.
         """
         sent = ((name, getattr(self, name, None)) for name in AS_EVER)
         unused = (name for name, value in sent if value not in (None, *AS_EVER[name]))
         unguided = () if guidance.guides(guidance_scale) else self._guidance_limits()
-        return (*unused, *self._unsent_previews(), *unguided, *self.unknown_fields)
+        return (*unused, *self._unsent_previews(previews), *unguided, *self.unknown_fields)
 
     def _guidance_limits(self) -> tuple[str, ...]:
         """Fields that were sent to leave some steps without guidance."""
@@ -311,8 +314,14 @@ class ImageRequestBase(Body):
         at_every_step = {"guidance_start": 0, "guidance_end": 1}
         return tuple(name for name in sent if sent[name] not in (None, at_every_step[name]))
 
-    def _unsent_previews(self) -> tuple[str, ...]:
-        """`partial_images`, if there is no stream to hold them, or `previews` take their place."""
+    def _unsent_previews(self, made: bool) -> tuple[str, ...]:
+        """`partial_images`, if there is no stream to hold them, or `previews` take their place.
+
+        Both, if the model makes none.
+        """
+        if not made:
+            sent = {"partial_images": self.partial_images, "previews": self.previews}
+            return tuple(name for name, value in sent.items() if value)
         replaced = not self.stream or self.previews is not None
         return ("partial_images",) if self.partial_images and replaced else ()
 

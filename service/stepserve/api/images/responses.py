@@ -282,6 +282,10 @@ class ModelResponse(BaseModel):
     guidance_interval: bool = Field(
         description="Whether `guidance_start` and `guidance_end` may be set."
     )
+    previews: bool = Field(
+        description="Whether images can be shown on the way, as `partial_images` and `previews` "
+        "ask for; responses of models that cannot name these in `ignored_fields`."
+    )
     safety_checker: bool = Field(
         description="Whether the model's own checker looks at images, and may withhold them."
     )

@@ -194,7 +194,9 @@ async def _respond(
     require_ready([model])
     if body.wants_urls:
         await incoming.store.check(sum(map(needed_bytes, requests)))
-    in_body = body.ignored_fields(request.guidance_scale, model.capabilities.guidance)
+    in_body = body.ignored_fields(
+        request.guidance_scale, model.capabilities.guidance, model.capabilities.previews
+    )
     in_query = ignored_queries(incoming.http.query_params, type(body))
     ignored = tuple(dict.fromkeys((*in_body, *in_query)))
     one = ImageResponder(incoming, traced, body.wants_urls, ignored, purpose.event_prefix)

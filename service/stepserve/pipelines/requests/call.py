@@ -131,7 +131,7 @@ def run_pipeline(
     generators = phase.generators
     copied = _copy_for(model, request, generators, steering)
     remove_checker(copied, unless=is_checked)
-    previewer = _previewer(copied, request, on_preview)
+    previewer = _previewer(copied, request, on_preview if model.capabilities.previews else None)
     expected = denoiser_calls(model, request)
 
     def ended(step: int, steps: int, latents: torch.Tensor) -> None:

@@ -85,6 +85,11 @@ class PipelineRunner:
         """The model, with the capabilities that it was seen to have."""
         return self.prepared.model
 
+    def set_previews(self, made: bool) -> None:
+        """Tell whether images can be shown on the way, as it was seen."""
+        limits = replace(self.model.capabilities, previews=made)
+        self.prepared = replace(self.prepared, model=replace(self.model, capabilities=limits))
+
     def start(self) -> None:
         """Start the engine, and find out on its thread how requests may share forwards."""
         self.engine.start(self._prepare)

@@ -20,8 +20,13 @@ from typing import Any
 import psutil
 import torch
 
-from stepserve.domain.errors import CancelledError, ContentFilteredError, GenerationFailedError
-from stepserve.domain.events import Event, Failed, Finished
+from stepserve.domain.errors import (
+    CancelledError,
+    ContentFilteredError,
+    GenerationFailedError,
+    StepserveError,
+)
+from stepserve.domain.events import Event, Failed, Finished, Preview
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
 from stepserve.engine.device_errors import is_out_of_memory
@@ -55,9 +60,9 @@ def warm_up(runner: PipelineRunner) -> float:
     started_s = time.perf_counter()
     images = 1
     limit = min(runner.model.capabilities.max_n, runner.engine.row_ceiling // 2)
-    while images <= max(limit, 1):
+    _run_first(runner)
+    while (images := 2 * images) <= limit:
         _run(runner, _request(runner, images))
-        images *= 2
     if runner.engine.options.max_rows is None and not runner.prepared.plan.has_one_row_count:
         _set_measured_limit(runner)
     # What is loaded by now stays: the garbage collector need not walk a million objects again and
@@ -248,14 +253,29 @@ def _request(runner: PipelineRunner, images: int, steps: int = WARM_UP_STEPS) ->
     return with_required_inputs(request, runner.model.factory.tasks[request.task])
 
 
-def _run(runner: PipelineRunner, request: GenerationRequest) -> None:
+def _run_first(runner: PipelineRunner) -> None:
+    """Make the first image, and see whether it can be shown on the way."""
+    request = _request(runner, 1)
+    try:
+        made = _run(runner, replace(request, previews=1))
+    except StepserveError:
+        # Images count more: this tells whether there are any.
+        _run(runner, request)
+        made = 0
+        logger.warning("model %s: images cannot be shown on the way", request.model, exc_info=True)
+    runner.set_previews(made > 0)
+
+
+def _run(runner: PipelineRunner, request: GenerationRequest) -> int:
+    """Make images; returns how many times they were shown on the way."""
     events: SimpleQueue[Event] = SimpleQueue()
     runner.submit(request, events.put)
+    previews = 0
     while not isinstance(end := events.get(), Finished | Failed):
-        continue
+        previews += isinstance(end, Preview)
     if isinstance(end, Finished) or isinstance(end.error, ContentFilteredError):
         # It draws; its checker may withhold what it draws.
-        return
+        return previews
     if isinstance(end.error, GenerationFailedError):
         # Rather than what a request is answered: that its scheduler or its guidance is to blame.
         check_finite_weights(runner.model.pipeline, math.inf)

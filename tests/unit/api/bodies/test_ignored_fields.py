@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from api_fakes import EMOJI, FakeBackend
+from api_fakes import EMOJI, FakeBackend, client_for
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -260,3 +261,15 @@ def test_every_whole_number_of_the_schema_takes_a_point():
     whole = sorted(name for name, kind in kinds.items() if "integer" in kind)
 
     assert whole == sorted([*WHOLE, "output_compression", "class_label"])
+
+
+async def test_images_on_the_way_of_a_model_that_makes_none_are_told():
+    backend = FakeBackend()
+    backend.statuses = [ModelStatus(replace(EMOJI, previews=False), ready=True)]
+    client = client_for(backend)
+    model = (await client.get("/v1/models/emoji")).json()
+    body = {"prompt": "cat", "stream": True, "partial_images": 2, "previews": 3}
+    response = await client.post("/v1/images/generations", json=body)
+
+    assert model["previews"] is False
+    assert '"ignored_fields":["partial_images","previews"]' in response.text.replace(" ", "")

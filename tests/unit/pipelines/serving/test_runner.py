@@ -74,7 +74,7 @@ def test_what_nobody_expected_is_answered_too(
     def broken(*args: object) -> int:
         raise TypeError("no such parameter")
 
-    monkeypatch.setattr(listener_module, "denoiser_calls", broken)
+    monkeypatch.setattr(listener_module, "calls_of_phases", broken)
     inbox = Inbox()
     runner.submit(a_request(), inbox)
     failed = inbox.wait()
@@ -226,8 +226,10 @@ def test_warming_up_runs_growing_row_counts(
     runner.start()
     assert warm_up(runner) > 0
     runner.stop()
-    # Two steps and one decode a request; prompt and negative prompt are encoded once for all.
-    assert runner.engine.counters.calls == 3 * requests + 2
+    # Two steps and one decode a request; prompt and negative prompt are encoded once for all, and
+    # the first is shown on the way.
+    assert runner.engine.counters.calls == 3 * requests + 3
+    assert runner.capabilities().previews
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
@@ -319,7 +321,7 @@ def test_warming_up_a_model_that_makes_no_image_says_why(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(listener_module, "make_images", broken)
+    monkeypatch.setattr(listener_module, "make_in_phases", broken)
     with pytest.raises(GenerationFailedError, match="no kernel image is available"):
         warm_up(runner)
 
