@@ -252,6 +252,8 @@ def models(config: ConfigOption = None) -> None:
     for model_id, problem in problems.items():
         if problem:
             typer.echo(f"error: model {model_id}: {problem}", err=True)
+        for missing in settings.models[model_id].missing_paths():
+            typer.echo(f"warning: model {model_id}: {missing}", err=True)
     raise typer.Exit(1 if any(problems.values()) else 0)
 
 
@@ -447,6 +449,9 @@ def check_config(config: ConfigOption = None) -> None:
     for model_id, model in settings.models.items():
         usual = {name: control.preprocessor for name, control in model.controls.items()}
         for missing in missing_preprocessors(usual):
+            typer.echo(f"warning: model {model_id}: {missing}", err=True)
+        # No error: the server may run on another machine.
+        for missing in model.missing_paths():
             typer.echo(f"warning: model {model_id}: {missing}", err=True)
 
 

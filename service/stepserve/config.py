@@ -406,6 +406,14 @@ class ModelSettings(SpeedSettings):
     """Adapters that stay loaded while idle, and most of one request."""
     engine: EngineSettings = EngineSettings()
 
+    def missing_paths(self) -> Iterator[str]:
+        """What is not there, on this machine, of local controls and IP-Adapters."""
+        for section in ("controls", "ip_adapters"):
+            for name, one in getattr(self, section).items():
+                path = Path(one.path, one.subfolder).expanduser()
+                if one.revision is None and not path.exists():
+                    yield f"{section}.{name}.path: {path} does not exist; correct the path"
+
     @field_validator("revision")
     @classmethod
     def _must_be_of_a_hub_id(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -413,6 +421,13 @@ class ModelSettings(SpeedSettings):
         if value is not None and not HUB_ID.match(path or ""):
             raise ValueError(f"belongs to a hub id such as owner/name in path, which is {path!r}")
         return value
+
+
+NAMED: Mapping[KeyPath, type[BaseModel]] = {
+    ("ip_adapters",): IpAdapterSettings,
+    ("controls",): ControlSettings,
+}
+"""Sections of a model that hold one section for each name."""
 
 
 class Settings(_Section):
@@ -642,6 +657,8 @@ def _holds_secret(path: KeyPath) -> bool:
 
 def _siblings(path: KeyPath) -> set[str]:
     """Return the keys that may stand where the unknown last key of `path` stands."""
+    if path[0] == "models" and path[2:3] in NAMED and len(path) == 5:
+        return set(NAMED[path[2:3]].model_fields)
     model_ids = path[1:2] or ("any",)
     parent, depth = path[:-1], len(path) - 1
     return {leaf[depth] for leaf in _known_paths(model_ids) if leaf[:depth] == parent}

@@ -173,6 +173,14 @@ def test_empty_sections_mean_defaults(file: Path, content: str):
             "models: {a: {engine: {max_row: 1}}}",
             "models.a.engine.max_row: unknown key; did you mean 'models.a.engine.max_rows'?",
         ),
+        (
+            "models: {a: {controls: {depth: {path: x, preprocesor: grey}}}}",
+            "did you mean 'models.a.controls.depth.preprocessor'?",
+        ),
+        (
+            "models: {a: {ip_adapters: {style: {path: x, weigt_name: y}}}}",
+            "did you mean 'models.a.ip_adapters.style.weight_name'?",
+        ),
         ("models: {engine: {replcas: 1}}", "did you mean 'models.engine.replicas'?"),
         ("http: {colour: 1}", "http.colour: unknown key"),
         ("http: {port: x}", "http.port: Input should be a valid integer"),
@@ -489,3 +497,18 @@ def test_whatever_yaml_raises_is_a_wrong_file(file: Path, content: str):
 
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load_settings(file, {})
+
+
+def test_paths_of_controls_and_ip_adapters_that_do_not_exist_are_told(tmp_path: Path) -> None:
+    there, gone = str(tmp_path), str(tmp_path / "gone")
+    model = ModelSettings.model_validate(
+        {
+            "controls": {"depth": gone, "edges": there},
+            "ip_adapters": {"style": {"path": there, "subfolder": "gone"}},
+        }
+    )
+
+    assert list(model.missing_paths()) == [
+        f"controls.depth.path: {gone} does not exist; correct the path",
+        f"ip_adapters.style.path: {gone} does not exist; correct the path",
+    ]

@@ -128,6 +128,7 @@ class Control:
             one.
         takes_scale: whether requests may say how strongly it steers.
         takes_interval: whether requests may say at which steps.
+        problem: why it cannot be used; empty where it can.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Control:
     preprocessor: str = ""
     takes_scale: bool = True
     takes_interval: bool = True
+    problem: str = ""
 
 
 DEFAULT_STRENGTH = 0.8

@@ -91,6 +91,20 @@ class ControlCache:
         """Every control, and which are loaded at this moment."""
         return tuple(self._told(name) for name in sorted(self.options.named))
 
+    def log_unusable(self) -> None:
+        """Tell the operator of the controls that cannot be used as they are set."""
+        for name, source in self.options.named.items():
+            try:
+                self._find(name)
+            except InvalidRequestError as error:
+                logger.warning(
+                    "%s (models.*.controls.%s, path %s): requests that name it are refused until "
+                    "its files are mended",
+                    error,
+                    name,
+                    source.folder,
+                )
+
     def memory_bytes(self) -> int:
         """Of the weights of all networks that are loaded."""
         return sum(loaded.memory_bytes for loaded in list(self._loaded.values()))
@@ -143,9 +157,13 @@ class ControlCache:
         source = self.options.named[name]
         try:
             found = self._find(name)
-        except InvalidRequestError:
-            # Why is told to who asks for it.
-            return Control(name, ControlKind.CONTROLNET, preprocessor=source.preprocessor)
+        except InvalidRequestError as error:
+            return Control(
+                name,
+                ControlKind.CONTROLNET,
+                preprocessor=source.preprocessor,
+                problem=str(error),
+            )
         loaded = self._loaded.get(found.file)
         return Control(
             name,

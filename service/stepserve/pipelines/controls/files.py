@@ -110,6 +110,8 @@ def find_control(name: str, source: ControlSource, pipeline: Any, pickle: bool) 
         ControlFileError: it is not there, is something else, or was made for another model.
     """
     folder = source.folder.expanduser()
+    if not folder.exists():
+        raise ControlFileError("its folder does not exist")
     try:
         config = json.loads((folder / CONFIG).read_text())
         modified_ns = max(path.stat().st_mtime_ns for path in folder.iterdir())

@@ -58,6 +58,8 @@ def find_weights(name: str, folder: Path, weight_name: str | None) -> Path:
     """
     if folder.is_file():
         return folder
+    if not folder.exists():
+        raise _unusable(name, f"{folder} does not exist")
     if weight_name is not None:
         if not (folder / weight_name).is_file():
             raise _unusable(name, f"its folder holds no file {weight_name}")

@@ -97,6 +97,7 @@ class PipelineRunner:
         how = ", ".join(filter(None, (plan.row_policy, plan.remark)))
         logger.info("model %s, how forwards are shared: %s", self.model.capabilities.id, how)
         self._log_wrappers()
+        self.controls.log_unusable()
 
     def compile(self, backend: Backend = "inductor") -> ModelCapabilities:
         """Compile the denoiser, if it was loaded to be compiled, and serve it by compiled code.

@@ -132,6 +132,7 @@ async def test_models_list_their_controls() -> None:
         "preprocessor": "",
         "takes_scale": True,
         "takes_interval": True,
+        "problem": "",
     }
 
 

@@ -281,14 +281,25 @@ def broken(networks: Path, tmp_path: Path, what: str) -> Path:
         ("cut short", "diffusion_pytorch_model.safetensors is not a whole safetensors file"),
         ("no weights", "holds no .safetensors files"),
         ("no config", "holds no config.json that can be read"),
+        ("nothing", "its folder does not exist"),
         ("another class", "is a SD3ControlNetModel, and a StableDiffusionPipeline takes: Control"),
     ],
 )
 def test_a_network_that_cannot_be_used_is_told(
-    make: Callable[..., PipelineRunner], networks: Path, tmp_path: Path, what: str, message: str
+    make: Callable[..., PipelineRunner],
+    networks: Path,
+    tmp_path: Path,
+    what: str,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = broken(networks, tmp_path, what)
+    folder = tmp_path / "gone" if what == "nothing" else broken(networks, tmp_path, what)
     runner = make(ControlOptions({"edges": ControlSource(folder)}))
+    # To the operator at start, with the path, and to clients without.
+    assert message in caplog.text
+    assert f"controls.edges, path {folder}" in caplog.text
+    [listed] = runner.capabilities().controls
+    assert message in listed.problem
     told = refusal(runner, a_request(controls=(use("edges"),)))
     assert "'edges' cannot be used" in told
     assert message in told

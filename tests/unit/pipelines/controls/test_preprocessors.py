@@ -84,8 +84,8 @@ def test_without_opencv_canny_is_refused() -> None:
 
 @pytest.mark.usefixtures("without_opencv")
 def test_an_operator_hears_of_it_when_the_configuration_is_checked(tmp_path: Path) -> None:
-    edges = {"path": "edges", "preprocessor": "canny"}
-    greys = {"path": "greys", "preprocessor": "grey"}
+    edges = {"path": str(tmp_path), "preprocessor": "canny"}
+    greys = {"path": str(tmp_path), "preprocessor": "grey"}
     config = {"models": {"artist": {"path": "a", "controls": {"edges": edges, "greys": greys}}}}
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config | {"default_model": "artist"}))
