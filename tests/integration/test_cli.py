@@ -52,7 +52,7 @@ def test_an_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
     stepserve("generate", "a red heart", "-o", str(tmp_path / "part.png"), *given, *masked)
     for name, task in (("changed", "image-to-image"), ("part", "inpainting")):
         with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.size == (64, 64)
+            assert image.size == (80, 64)
             told = json.loads(image.info["parameters"])
         assert (told["task"], told["strength"]) == (task, 0.5)
         assert told["guidance_start"] == (0.25 if name == "changed" else 0)

@@ -34,10 +34,9 @@ from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.serving.preparation import DEFAULT_SHARING, SharingOptions
 from stepserve.pipelines.serving.runner import PipelineRunner
 from torch import nn
-from usual_tasks import USUAL_TASKS
 
 PATIENCE_S = 240.0
-TASKS = tuple(USUAL_TASKS)
+TASKS = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINTING)
 PROMPTS = ("red heart", "rocket on a blue background", "smiling cat face", "green leaf, noto")
 SIZES = ((64, 64), (64, 64), (64, 64), (48, 64), (64, 64), (96, 64), (64, 64))
 STEPS = (3, 5, 4, 8, 6)
@@ -78,7 +77,7 @@ def _request(index: int, scheduler: str) -> GenerationRequest:
         task=task,
         images=() if task is Task.TEXT_TO_IMAGE else (_png(_photo()),),
         mask=_png(_mask()) if task is Task.INPAINTING else None,
-        strength=STRENGTHS[index % len(STRENGTHS)],
+        strength=None if task is Task.TEXT_TO_IMAGE else STRENGTHS[index % len(STRENGTHS)],
         adapters=adapters,
     )
 

@@ -39,8 +39,6 @@ REFINING = (
     "Stable Diffusion with perturbed-attention guidance",
     "Z-Image",
 )
-# Swaps attention processors at each step, so that its requests run one at a time.
-ALONE = {"Stable Diffusion with perturbed-attention guidance"}
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -124,7 +122,7 @@ def test_a_family_enlarges_what_it_drew(
         ]
     finally:
         runner.stop()
-    assert bool(shared) is (name not in ALONE)
+    assert shared
     for request in requests:
         wanted = plain(tmp_path, model, request, besides)
         assert len(wanted) == request.n

@@ -21,6 +21,7 @@ from families import (
     unconditional,
     upscalers,
 )
+from families.catalogue import FAMILIES as EVERY_FAMILY
 from families.family import Family, Variation
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def test_what_a_request_asks_for_can_be_seen(
     name: str, argument: str, change: Callable[[Any], Any]
 ) -> None:
     """Else it would go unseen that one request was given what another asked for."""
-    family = FAMILIES[name]
+    family = EVERY_FAMILY[name]
     pipeline = family.build()
     variation = family.variations(3)[2]
     asked = family.arguments(pipeline, variation).get(argument)

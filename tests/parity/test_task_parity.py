@@ -90,7 +90,7 @@ def request_for(task: Task, index: int, scheduler: str, **changes: Any) -> Gener
         task=task,
         images=() if task is Task.TEXT_TO_IMAGE else (png(photo()),),
         mask=png(mask()) if task is Task.INPAINTING else None,
-        strength=STRENGTHS[index % len(STRENGTHS)],
+        strength=None if task is Task.TEXT_TO_IMAGE else STRENGTHS[index % len(STRENGTHS)],
     )
     return replace(request, **changes)
 
@@ -126,6 +126,8 @@ def call_plain(text_to_image: Any, request: GenerationRequest, **extra: Any) -> 
         arguments = {"image": resized, "strength": request.strength}
     if request.task is Task.INPAINTING:
         resized = mask().resize(size, Image.Resampling.LANCZOS)
+        # One for each image, so that each is encoded with noise of its own seed.
+        arguments["image"] = [arguments["image"]] * request.n
         arguments |= {"mask_image": resized, "width": size[0], "height": size[1]}
     seeds = range(request.seed, request.seed + request.n)
     images: list[Image.Image] = plain_pipeline(text_to_image, request)(

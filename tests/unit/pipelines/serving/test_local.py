@@ -36,6 +36,6 @@ def test_failures_are_raised(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: object) -> None:
         raise InvalidRequestError("no", "prompt")
 
-    monkeypatch.setattr("stepserve.pipelines.serving.listener.make_images", broken)
+    monkeypatch.setattr("stepserve.pipelines.serving.listener.make_in_phases", broken)
     with pytest.raises(InvalidRequestError, match="no"):
         generate_locally(tiny, a_request())
