@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families.catalogue import FAMILIES
+from families.catalogue import FAMILIES, VIDEOS
 from families.examine import Findings, examine, make_probe_requests
 from families.family import Family, resident
 from stepserve.pipelines.facts.verified_families import VERIFIED
@@ -21,13 +21,22 @@ from stepserve.pipelines.probing.sharing_plan import plan_co_batching
 
 FLOAT64_BOUND = 1e-6
 FLOAT32_BOUND = 2e-4
+# Videos are not served; one family stands for what they have in common.
+WIDEST = VIDEOS - {"Wan 2.1, text to video"}
 TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+@pytest.mark.parametrize(
+    "family",
+    [
+        # Each takes seconds.
+        pytest.param(family, marks=pytest.mark.slow if name in WIDEST else (), id=name)
+        for name, family in FAMILIES.items()
+    ],
+)
 def test_requests_get_at_once_what_each_gets_alone(family: Family) -> None:
     found = examine(family)
     reports = [found.together, found.staggered, found.unmerged]

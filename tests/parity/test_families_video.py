@@ -24,6 +24,7 @@ MODULES = (
     video_unets,
 )
 FAMILIES = {family.name: family for module in MODULES for family in module.FAMILIES}
+pytestmark = pytest.mark.slow
 # Its transformer embeds time in single precision, whatever it is cast to.
 
 

@@ -65,6 +65,8 @@ TRUE_SCALE = "true_cfg_scale"
 FLUX_2 = {"max_sequence_length": 16, "text_encoder_out_layers": (1,)}
 FLUX = {"max_sequence_length": 16}
 IN_JSON = json.dumps({"edit_instruction": "a red heart"})
+# The others are slow: `test_served_families.py` takes each of them over HTTP as well.
+QUICK = ("FLUX.2, with reference images", "InstructPix2Pix", "Z-Image Omni")
 CASES = (
     Case("FLUX.2, with reference images", 16, ((64,), (64, 96), (64, 96)), FLUX_2),
     Case("FLUX.2 Klein, with reference images", 16, ((64,), (80, 64)), FLUX_2),
@@ -161,7 +163,13 @@ def plain(pipeline: Any, case: Case, guidance: Guidance, index: int) -> Image.Im
     return image
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name)
+        for case in CASES
+    ],
+)
 def test_edits_over_http_are_the_plain_pipelines(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

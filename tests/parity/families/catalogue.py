@@ -9,10 +9,11 @@ import families
 from families.family import Family
 
 
-def _collect() -> dict[str, Family]:
+def _collect(prefix: str = "") -> dict[str, Family]:
+    """The families of modules whose names begin so."""
     found: dict[str, Family] = {}
     for info in pkgutil.iter_modules(families.__path__):
-        if info.name == "catalogue":
+        if info.name == "catalogue" or not info.name.startswith(prefix):
             continue
         for family in getattr(importlib.import_module(f"families.{info.name}"), "FAMILIES", ()):
             assert family.name not in found, f"two families are called {family.name}"
@@ -21,3 +22,5 @@ def _collect() -> dict[str, Family]:
 
 
 FAMILIES = _collect()
+VIDEOS = frozenset(_collect("video_"))
+"""Those that make videos, which are not served."""
