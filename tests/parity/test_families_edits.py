@@ -18,7 +18,8 @@ TELLING = 0.05
 NOTICED = 1e-3
 IMAGES = ("image", "images")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# They look at the suite's own models: `test_every_family.py` would fail with them.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def call(family: Family, variation: Variation, **changes: Any) -> Tensor:

@@ -44,7 +44,8 @@ LEAST_DIFFERENCE = 0.05
 LEAST_EFFECT = 0.01
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# They look at the suite's own models: `test_every_family.py` would fail with them.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def call(family: Family, pipeline: Any, variation: Variation, **changes: Any) -> Tensor:
