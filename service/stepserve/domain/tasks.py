@@ -43,6 +43,10 @@ class Role(StrEnum):
     HIRES = "hires"
 
 
+MAX_IMAGES = 16
+"""That a request begins with, as OpenAI has it."""
+
+
 @dataclass(frozen=True)
 class Count:
     """How many inputs of one role: from `least` to `most`."""

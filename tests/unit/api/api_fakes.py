@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import itertools
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any, cast
 
 import httpx
 from fastapi import FastAPI
+from PIL import Image
 from stepserve.api import create_app
 from stepserve.api.auth.access import Access
 from stepserve.api.auth.keys import ApiKey, KeyRing
@@ -51,6 +54,19 @@ FINGERPRINT = Fingerprint(
     processor="AVX512",
     dtype="bfloat16",
 )
+
+
+def image_file(color: str) -> bytes:
+    """A small PNG file of one color."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 12), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(file: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+
+
 EMOJI = ModelCapabilities(
     id="emoji",
     description="small",

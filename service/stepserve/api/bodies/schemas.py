@@ -46,9 +46,6 @@ STRENGTH = (
 )
 MAX_PARTIAL_IMAGES = 3
 
-MAX_IMAGES = 16
-"""That a request begins with, as OpenAI has it."""
-
 MAX_LISTED = 64
 """Of any list: counted before its entries are looked at."""
 

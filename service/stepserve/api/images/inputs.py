@@ -15,7 +15,6 @@ from stepserve.api.bodies.forms import Form, parse_body, parse_fields, read_form
 from stepserve.api.bodies.names import hint
 from stepserve.api.bodies.reading import JSON
 from stepserve.api.bodies.schemas import (
-    MAX_IMAGES,
     ControlBody,
     ImageReference,
     ImageRequestBase,
@@ -32,7 +31,7 @@ from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.image_files.structure import ImageFile
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import ControlUse, GenerationRequest, ReferenceUse
-from stepserve.domain.tasks import Role, Task
+from stepserve.domain.tasks import MAX_IMAGES, Role, Task
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from stepserve.domain.tasks import ONE, OPTIONAL, Count, Role, Task, TaskInputs
+from stepserve.domain.tasks import MAX_IMAGES, ONE, OPTIONAL, Count, Role, Task, TaskInputs
 from stepserve.pipelines.facts.signature import CallSignature
-
-MAX_IMAGES = 16
-"""Of one request, as OpenAI has it."""
 
 ARGUMENTS: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
@@ -133,7 +130,7 @@ def pipeline_tasks(class_name: str, signature: CallSignature) -> tuple[PipelineT
     """
     if signature.makes != "images":
         return ()
-    row = next((row for row in ROWS if re.fullmatch(row.classes, class_name)), _AS_SIGNED)
+    row = _row_of(class_name)
     arguments = _arguments(row, signature)
     if signature.needed - set(arguments.values()):
         return ()
@@ -161,8 +158,12 @@ def told_classes(done: PipelineTask, count: int) -> PipelineTask:
 
 def unknown_needs(class_name: str, signature: CallSignature) -> list[str]:
     """Arguments that a call of the class needs and no request can give, sorted."""
-    row = next((row for row in ROWS if re.fullmatch(row.classes, class_name)), _AS_SIGNED)
+    row = _row_of(class_name)
     return sorted(signature.needed - set(_arguments(row, signature).values()))
+
+
+def _row_of(class_name: str) -> Row:
+    return next((row for row in ROWS if re.fullmatch(row.classes, class_name)), _AS_SIGNED)
 
 
 def _arguments(row: Row, signature: CallSignature) -> dict[Role, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from api_fakes import EMOJI, FakeBackend, client_for
-from PIL import Image
+from api_fakes import EMOJI, FakeBackend, client_for, data_url, image_file
 from stepserve.config import Settings, UploadSettings
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import Control, ControlKind
@@ -29,17 +26,7 @@ DEPTH = Control("depth", ControlKind.CONTROLNET, loaded=True, memory_bytes=1000)
 SKETCH = Control("sketch", ControlKind.T2I_ADAPTER, takes_interval=False)
 
 
-def drawn_image(color: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 12), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED, BLUE = drawn_image("red"), drawn_image("blue")
-
-
-def address(file: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+RED, BLUE = image_file("red"), image_file("blue")
 
 
 def backend_with(*controls: Control) -> FakeBackend:
@@ -57,8 +44,8 @@ async def post(backend: FakeBackend, url: str = GENERATIONS, **sent: Any) -> htt
 async def test_several_controls_at_once_each_with_its_own_settings() -> None:
     backend = backend_with(CANNY, DEPTH)
     controls = [
-        {"name": "canny", "image": address(RED), "scale": 0.7, "start": 0.1, "end": 0.8},
-        {"name": "depth", "image": {"image_url": address(BLUE)}, "preprocessor": "invert"},
+        {"name": "canny", "image": data_url(RED), "scale": 0.7, "start": 0.1, "end": 0.8},
+        {"name": "depth", "image": {"image_url": data_url(BLUE)}, "preprocessor": "invert"},
     ]
     response = await post(backend, json={"prompt": "cat", "controls": controls})
 
@@ -81,7 +68,7 @@ async def test_several_controls_at_once_each_with_its_own_settings() -> None:
 
 async def test_the_only_control_needs_no_name_and_its_preprocessor_can_be_left_out() -> None:
     backend = backend_with(CANNY)
-    controls = [{"image": address(RED)}, {"image": address(RED), "preprocessor": "none"}]
+    controls = [{"image": data_url(RED)}, {"image": data_url(RED), "preprocessor": "none"}]
     response = await post(backend, json={"prompt": "cat", "controls": controls})
     assert response.status_code == 200, response.text
     [request] = backend.requests
@@ -111,7 +98,7 @@ async def test_a_form_has_files_in_the_places_of_images() -> None:
 async def test_the_example_of_the_docs_is_served() -> None:
     text = DOCS.read_text().partition("## Steer with a control image")[2]
     body = json.loads(text.partition("```json")[2].partition("```")[0])
-    blank, file = "data:image/png;base64,iVBORw0KGgo=", address(RED)
+    blank, file = "data:image/png;base64,iVBORw0KGgo=", data_url(RED)
     assert body["controls"][0]["image"] == body["controls"][1]["image"]["image_url"] == blank
     body["controls"][0]["image"] = body["controls"][1]["image"]["image_url"] = file
     backend = backend_with(CANNY, DEPTH)
@@ -139,20 +126,23 @@ async def test_models_list_their_controls() -> None:
 @pytest.mark.parametrize(
     ("controls", "said"),
     [
-        ([{"name": "cany", "image": address(RED)}], "'cany' is not known; did you mean 'canny'?"),
+        ([{"name": "cany", "image": data_url(RED)}], "'cany' is not known; did you mean 'canny'?"),
         (
-            [{"image": address(RED)}],
+            [{"image": data_url(RED)}],
             "controls[0].name is required: model 'emoji' has canny, sketch",
         ),
         ([{"name": "canny"}], "controls[0].image is required: send a 'data:' URL"),
-        ([{"name": "canny", "image": address(RED), "scale": 11}], "must be 0 to 10, got 11.0"),
-        ([{"name": "canny", "image": address(RED), "start": -1}], "must be at least 0 and less"),
-        ([{"name": "canny", "image": address(RED), "end": 1.5}], "at most 1, got 1.5"),
-        ([{"name": "sketch", "image": address(RED), "end": 0.5}], "steers at every step"),
-        ([{"name": "canny", "image": address(RED), "preprocessor": "hed"}], "must be one of canny"),
-        ([{"name": "canny", "image": address(RED)}] * 3, "controls must be 0 to 2 for text-to-im"),
-        ([{"name": "canny", "image": address(b"no image")}], "controls[0].image"),
-        ([{"name": "canny", "image": address(RED), "strength": 1}], "strength"),
+        ([{"name": "canny", "image": data_url(RED), "scale": 11}], "must be 0 to 10, got 11.0"),
+        ([{"name": "canny", "image": data_url(RED), "start": -1}], "must be at least 0 and less"),
+        ([{"name": "canny", "image": data_url(RED), "end": 1.5}], "at most 1, got 1.5"),
+        ([{"name": "sketch", "image": data_url(RED), "end": 0.5}], "steers at every step"),
+        (
+            [{"name": "canny", "image": data_url(RED), "preprocessor": "hed"}],
+            "must be one of canny",
+        ),
+        ([{"name": "canny", "image": data_url(RED)}] * 3, "controls must be 0 to 2 for text-to-im"),
+        ([{"name": "canny", "image": data_url(b"no image")}], "controls[0].image"),
+        ([{"name": "canny", "image": data_url(RED), "strength": 1}], "strength"),
     ],
 )
 async def test_wrong_controls_are_refused_with_what_is_taken(controls: Any, said: str) -> None:
@@ -181,7 +171,7 @@ async def test_wrong_controls_are_refused_with_what_is_taken(controls: Any, said
     ],
 )
 async def test_the_field_of_the_entry_is_named(wrong: dict[str, Any], field: str) -> None:
-    right = {"name": "canny", "image": address(RED)}
+    right = {"name": "canny", "image": data_url(RED)}
     controls = [right, {**right, **wrong}]
     response = await post(backend_with(CANNY, SKETCH), json={"prompt": "c", "controls": controls})
     error = response.json()["error"]
@@ -190,7 +180,7 @@ async def test_the_field_of_the_entry_is_named(wrong: dict[str, Any], field: str
 
 
 async def test_a_model_without_controls_refuses_them() -> None:
-    controls = [{"name": "canny", "image": address(RED)}]
+    controls = [{"name": "canny", "image": data_url(RED)}]
     response = await post(backend_with(), json={"prompt": "cat", "controls": controls})
     assert response.status_code == 400
     assert "controls must be left out" in response.json()["error"]["message"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from api_fakes import EMOJI, FakeBackend, client_for
-from PIL import Image
+from api_fakes import EMOJI, FakeBackend, client_for, data_url, image_file
 from stepserve.config import Settings, UploadSettings
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.requests import ReferenceUse
@@ -23,17 +20,7 @@ EDITS = "/v1/images/edits"
 SETTINGS = Settings(uploads=UploadSettings(max_bytes=50_000, max_pixels=40_000))
 
 
-def drawn_image(color: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 12), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED, BLUE = drawn_image("red"), drawn_image("blue")
-
-
-def address(file: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+RED, BLUE = image_file("red"), image_file("blue")
 
 
 def backend_with(*ip_adapters: str) -> FakeBackend:
@@ -52,8 +39,8 @@ async def post(backend: FakeBackend, url: str = GENERATIONS, **sent: Any) -> htt
 async def test_references_have_scales_and_adapters_of_their_own() -> None:
     backend = backend_with("style", "face")
     references = [
-        {"image": address(RED), "scale": 0.3, "adapter": "face"},
-        {"image": {"image_url": address(BLUE)}, "adapter": "style"},
+        {"image": data_url(RED), "scale": 0.3, "adapter": "face"},
+        {"image": {"image_url": data_url(BLUE)}, "adapter": "style"},
     ]
     response = await post(backend, json={"prompt": "cat", "references": references})
 
@@ -77,7 +64,7 @@ async def test_a_request_without_references_says_nothing_of_them() -> None:
 
 async def test_a_form_has_files_in_the_places_of_images() -> None:
     backend = backend_with("style")
-    uses = [{"scale": 0.3}, {"image": address(RED)}, {"scale": 1}]
+    uses = [{"scale": 0.3}, {"image": data_url(RED)}, {"scale": 1}]
     files = [("reference_image", BLUE), ("reference_image[]", RED)]
     form = {"prompt": "cat", "references": json.dumps(uses[:1] + uses[2:])}
     response = await post(backend, data=form, files=files)
@@ -106,15 +93,15 @@ async def test_a_form_may_have_files_alone_and_images_beside_them() -> None:
 @pytest.mark.parametrize(
     ("references", "said"),
     [
-        ([{"image": address(RED), "scale": -0.1}], "references[0].scale must be 0 to 5, got -0.1"),
-        ([{"image": address(RED), "scale": 5.5}], "references[0].scale must be 0 to 5, got 5.5"),
-        ([{"image": address(RED), "adapter": "stile"}], "did you mean 'style'? (known: style)"),
+        ([{"image": data_url(RED), "scale": -0.1}], "references[0].scale must be 0 to 5, got -0.1"),
+        ([{"image": data_url(RED), "scale": 5.5}], "references[0].scale must be 0 to 5, got 5.5"),
+        ([{"image": data_url(RED), "adapter": "stile"}], "did you mean 'style'? (known: style)"),
         ([{"scale": 0.5}], "references[0].image is required: send a 'data:' URL"),
-        ([{"image": address(b"no image at all")}], "references[0].image"),
+        ([{"image": data_url(b"no image at all")}], "references[0].image"),
         ([{"image": "file:///etc/passwd"}], "references[0].image"),
-        ([{"image": address(RED)}] * 3, "references must be 0 to 2 for text-to-image with model"),
-        ([{"image": address(RED), "scle": 1}], "did you mean 'scale'?"),
-        ({"image": address(RED)}, "references must be a list such as [{"),
+        ([{"image": data_url(RED)}] * 3, "references must be 0 to 2 for text-to-image with model"),
+        ([{"image": data_url(RED), "scle": 1}], "did you mean 'scale'?"),
+        ({"image": data_url(RED)}, "references must be a list such as [{"),
     ],
 )
 async def test_wrong_references_are_refused_with_what_is_taken(references: Any, said: str) -> None:
@@ -128,7 +115,7 @@ async def test_wrong_references_are_refused_with_what_is_taken(references: Any, 
 
 
 async def test_an_adapter_must_be_named_where_there_are_several() -> None:
-    body = {"prompt": "cat", "references": [{"image": address(RED)}]}
+    body = {"prompt": "cat", "references": [{"image": data_url(RED)}]}
     response = await post(backend_with("style", "face"), json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "references[0].adapter"
@@ -138,7 +125,7 @@ async def test_an_adapter_must_be_named_where_there_are_several() -> None:
 
 
 async def test_a_model_without_ip_adapters_takes_no_references() -> None:
-    body = {"prompt": "cat", "references": [{"image": address(RED)}]}
+    body = {"prompt": "cat", "references": [{"image": data_url(RED)}]}
     response = await post(backend_with(), json=body)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -159,7 +146,7 @@ async def test_more_files_than_references_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["ip_adapter_image", "reference", "referenses"])
 async def test_other_names_of_the_field_are_not_set_aside(name: str) -> None:
-    response = await post(backend_with("style"), json={"prompt": "cat", name: address(RED)})
+    response = await post(backend_with("style"), json={"prompt": "cat", name: data_url(RED)})
     assert response.status_code == 400
     assert "did you mean 'references'?" in response.json()["error"]["message"]
 
