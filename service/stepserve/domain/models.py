@@ -9,6 +9,7 @@ from enum import StrEnum
 from stepserve.domain.fingerprint import Fingerprint
 from stepserve.domain.guidance import CLASSIC, Guidance
 from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.step_cache import StepCacheMethod, StepCacheUse
 from stepserve.domain.tasks import ONE, Role, Task, TaskInputs
 
 
@@ -171,6 +172,8 @@ class ModelCapabilities:
         guidance: how it takes guidance, and what that costs.
         guidance_interval: whether guidance may be limited to some of the steps.
         previews: whether images can be shown on the way; not known before one was tried.
+        step_cache_methods: what may decide which denoiser calls of a request are skipped.
+        default_step_cache: of requests that say nothing of it; None: no call is skipped.
         same_bytes: whether an image is the same in every bit whatever the load, on the device that
             serves it. Where it is not, `reproducible` requests have that.
         sharing_remark: what is unusual in how requests share forwards; empty: nothing.
@@ -214,6 +217,8 @@ class ModelCapabilities:
     unusable_schedulers: tuple[str, ...] = ()
     guidance: Guidance = CLASSIC
     guidance_interval: bool = True
+    step_cache_methods: tuple[StepCacheMethod, ...] = (StepCacheMethod.EASYCACHE,)
+    default_step_cache: StepCacheUse | None = None
     previews: bool = True
     safety_checker: bool = False
     same_bytes: bool = True

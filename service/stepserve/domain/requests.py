@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+from stepserve.domain.step_cache import StepCacheUse
 from stepserve.domain.tasks import Role, Task
 
 
@@ -141,6 +142,7 @@ class GenerationRequest:
         reproducible: its rows never share a forward, so that its bytes depend on nothing else.
         output_compression: quality of JPEG and WEBP files, 0 to 100, or None for the usual.
         previews: how many times, evenly spread over its steps, to show what the images will be.
+        step_cache: which denoiser calls are skipped, or None for none.
         owner: who sent it; empty for anybody.
         trace_context: headers that name which trace it belongs to, such as W3C's `traceparent`.
     """
@@ -175,6 +177,7 @@ class GenerationRequest:
     reproducible: bool = False
     output_compression: int | None = None
     previews: int = 0
+    step_cache: StepCacheUse | None = None
     owner: str = ""
     trace_context: tuple[tuple[str, str], ...] = ()
 

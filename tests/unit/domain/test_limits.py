@@ -12,6 +12,7 @@ from stepserve.domain.checks.wording import did_you_mean, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities, SizeRange
 from stepserve.domain.requests import AdapterUse, GenerationRequest
+from stepserve.domain.step_cache import StepCacheMethod, StepCacheUse
 from stepserve.domain.tasks import Task
 from usual_tasks import USUAL_TASKS
 
@@ -121,6 +122,18 @@ def test_everything_within_the_limits_passes(request: GenerationRequest):
             ["over guidance_start (0.5)", "got 0.5"],
         ),
         ({"guidance_end": math.nan}, "guidance_end", ["got nan"]),
+        (
+            {"step_cache": StepCacheUse(StepCacheMethod.MAGCACHE)},
+            "step_cache.method",
+            ["'magcache'", "'emoji'", "usable: easycache"],
+        ),
+        (
+            {"step_cache": StepCacheUse(threshold=0.0)},
+            "step_cache.threshold",
+            ["0.001 to 1", "got 0.0"],
+        ),
+        ({"step_cache": StepCacheUse(threshold=1.5)}, "step_cache.threshold", ["got 1.5"]),
+        ({"step_cache": StepCacheUse(threshold=math.nan)}, "step_cache.threshold", ["got nan"]),
         ({"deadline_s": 0.0}, "deadline_s", ["at least 0.001 seconds", "got 0.0"]),
         ({"deadline_s": 5e-324}, "deadline_s", ["at least 0.001 seconds", "got 5e-324"]),
         ({"deadline_s": -1.0}, "deadline_s", ["at least 0.001 seconds", "got -1.0"]),

@@ -14,6 +14,7 @@ from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
+from stepserve.domain.step_cache import LEAST_THRESHOLD, MOST_THRESHOLD, StepCacheUse
 from stepserve.domain.tasks import Role
 
 MAX_SEED = 2**53 - 1
@@ -47,6 +48,7 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_image_guidance(request, model)
     _check_negative_prompt(request, model)
     _check_guidance_interval(request, model)
+    _check_step_cache(request.step_cache, model)
     _check_images(request.n, model)
     _check_adapters(request.adapters, model)
     _check_seed(request)
@@ -180,6 +182,21 @@ def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilitie
             "step",
             field,
         )
+
+
+def _check_step_cache(use: StepCacheUse | None, model: ModelCapabilities) -> None:
+    if use is None:
+        return
+    if use.method not in model.step_cache_methods:
+        raise InvalidRequestError(
+            f"step_cache.method {shown(use.method)} cannot be used with model {model.id!r} "
+            f"(usable: {', '.join(model.step_cache_methods) or 'none'})",
+            "step_cache.method",
+        )
+    if not LEAST_THRESHOLD <= use.threshold <= MOST_THRESHOLD:  # NaN ends here too
+        limits = f"{LEAST_THRESHOLD:g} to {MOST_THRESHOLD:g}"
+        message = f"step_cache.threshold must be {limits}, got {use.threshold}"
+        raise InvalidRequestError(message, "step_cache.threshold")
 
 
 def _check_deadline(deadline_s: float | None) -> None:

@@ -1,0 +1,42 @@
+"""Step caches: which denoiser calls of a request are skipped, as their output can be predicted.
+
+What is skipped takes no row of a forward. It changes the image a little, so it is off unless a
+request or its model asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+LEAST_THRESHOLD, MOST_THRESHOLD = 0.001, 1.0
+
+
+class StepCacheMethod(StrEnum):
+    """What decides which calls are skipped."""
+
+    EASYCACHE = "easycache"
+    """How much inputs and outputs of the request's own earlier calls changed.
+
+    https://arxiv.org/abs/2507.02860
+    """
+
+    MAGCACHE = "magcache"
+    """A schedule that follows from magnitudes measured once for the model.
+
+    https://arxiv.org/abs/2506.09045
+    """
+
+
+@dataclass(frozen=True)
+class StepCacheUse:
+    """The step cache of a request.
+
+    Args:
+        method: what decides.
+        threshold: the expected relative error that may add up until a call has to run: the larger,
+            the fewer calls run, and the further the image is from that of all.
+    """
+
+    method: StepCacheMethod = StepCacheMethod.EASYCACHE
+    threshold: float = 0.1
