@@ -10,9 +10,11 @@ from typing import Any
 import diffusers
 import torch
 from stepserve.engine.batch_invariance import independent_rows
+from stepserve.engine.loop.batcher import Batcher
+from stepserve.engine.loop.execution import Execution
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.copies.factory import copy_pipeline
-from stepserve.pipelines.modules.parking import ParkingOptions
+from stepserve.pipelines.modules.parking import ParkingOptions, fills_text, parkable_methods
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
@@ -20,6 +22,7 @@ from stepserve.pipelines.probing.sharing_check import (
     ProbeRequest,
     SharingReport,
     check_sharing,
+    run_at_once,
     run_plainly,
 )
 from stepserve.pipelines.probing.sharing_plan import (
@@ -46,7 +49,8 @@ class Findings:
         together: all at once, in float32.
         staggered: arriving one after another, in float32.
         unmerged: at once, but every call in a forward of its own, in float32.
-        bfloat16: at once; None if it does not run in bfloat16.
+        bfloat16: at once; None if it does not run in bfloat16. Compared with calls that an engine
+            runs one after another, where it fills texts up.
         independent: whether bfloat16 rows have the same bits in any company, on this device; not
             looked at where the report says that all have.
     """
@@ -107,7 +111,11 @@ def examine_float64(family: Family) -> SharingReport | None:
 
 
 def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
-    """All at once in bfloat16, and whether rows are independent there."""
+    """All at once in bfloat16, and whether rows are independent there.
+
+    Texts that are filled up round otherwise than in a plain call. Then requests at once are
+    compared with what each gets from an engine alone.
+    """
     if not family.bfloat16:
         return None, False
     pipeline = family.build().to(torch.bfloat16)
@@ -115,9 +123,21 @@ def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
     plain = run_plainly(pipeline, probes)
     plan = make_plan(family, pipeline, probes, plain)
     options = plan.parking(ENOUGH_ROWS)
+    if any(fills_text(module) for _, module, _ in parkable_methods(pipeline)):
+        plain = replace(plain, results=results_alone(pipeline, probes, options))
     report = check_sharing(pipeline, probes, plain, options=options, one_at_a_time=plan.serial)
     # Where all bits are the same there is nothing to excuse, and to look for excuses takes long.
     return report, report.difference > 0 and has_independent_rows(pipeline, probes, options)
+
+
+def results_alone(
+    pipeline: Any, probes: list[ProbeRequest], options: ParkingOptions
+) -> list[Tensor]:
+    """What an engine gives each request while there is no other."""
+    batcher = Batcher(len(probes), Execution(one_at_a_time=True))
+    with torch.no_grad():
+        listeners = run_at_once(batcher, pipeline, probes, [0] * len(probes), options)
+    return [listener.result for listener in listeners]
 
 
 def has_independent_rows(

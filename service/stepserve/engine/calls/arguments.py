@@ -14,6 +14,7 @@ import torch
 from optree import PyTreeSpec
 
 from stepserve.engine.calls.objects import UnsplittableError, flatten_output
+from stepserve.engine.calls.text_padding import TextPadding
 
 # Keep their precision when promoted to one another; half precision would round a timestep of 999.
 PROMOTABLE = frozenset(
@@ -73,6 +74,7 @@ class ArgumentRules:
             entry a row by chance.
         output_scale: the number that all of the output is multiplied with at the end, so that
             calls with different ones may share a forward; empty: there is none.
+        text: what is filled up so that texts of any length share; see `text_padding`.
     """
 
     ignored: frozenset[str] = frozenset()
@@ -85,6 +87,7 @@ class ArgumentRules:
     residual_settings: frozenset[str] = frozenset()
     whole_lists_out: bool = False
     output_scale: str = ""
+    text: tuple[TextPadding, ...] = ()
 
     @cached_property
     def whole(self) -> frozenset[str]:

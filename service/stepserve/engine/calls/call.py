@@ -7,7 +7,8 @@ the method's parameters. `ArgumentKind` lists how each value in the arguments is
 Python numbers are PLAIN, because they may as well be settings: calls share a forward only if they
 agree. An argument that is given as None, which is its default, is as good as not given.
 
-What is only added to activations stays out of the key: see `residuals`.
+What is only added to activations stays out of the key: see `residuals`. Texts are filled up to one
+of a few lengths before the key is read: see `text_padding`.
 """
 
 from __future__ import annotations
@@ -99,6 +100,19 @@ class ParkableMethod:
         if not silent:
             return kwargs
         return {name: value for name, value in kwargs.items() if name not in silent}
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by the names of their parameters."""
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+
+    def with_named(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Any]
+    ) -> CallArguments:
+        """The arguments with other values for those names, by position where they were so."""
+        places = dict(zip(self.parameters, range(len(args)), strict=False))
+        by_place = [values.get(name, args[place]) for name, place in places.items()]
+        by_name = {name: value for name, value in values.items() if name not in places}
+        return (*by_place, *args[len(places) :]), kwargs | by_name
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Layout]:
         """Every value in the arguments of a call, in the order of the parameters.
@@ -226,6 +240,8 @@ def make_call(
 ) -> Call:
     """Describe a module call so that it can be compared and stacked with others."""
     kwargs = method.given(kwargs)
+    if method.rules.text:
+        args, kwargs = _fill_texts(method, args, kwargs)
     residuals = read_residuals(method.rules, kwargs) if method.rules.residuals else NO_RESIDUALS
     others = _without(kwargs, residuals, method.rules) if residuals else kwargs
     leaves, layout = method.flatten(args, others)
@@ -236,6 +252,14 @@ def make_call(
         leaves, layout = method.flatten(args, kwargs)
         key, rows = _find_key(method, leaves, layout, variant)
     return Call(method, args, kwargs, leaves, key, rows, sequence, module_variant, residuals)
+
+
+def _fill_texts(
+    method: ParkableMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CallArguments:
+    for padding in method.rules.text:
+        args, kwargs = method.with_named(args, kwargs, padding.fill(method.named(args, kwargs)))
+    return args, kwargs
 
 
 def _without(

@@ -22,14 +22,11 @@ def take_output_scale(
     What is no number stays where it is: a list of scales belongs to several inputs.
     """
     name = method.rules.output_scale
-    place = method.parameters.index(name)
-    by_place = place < len(args)
-    scale = args[place] if by_place else kwargs.get(name, NEUTRAL)
+    scale = method.named(args, kwargs).get(name, NEUTRAL)
     if not isinstance(scale, int | float):
         return args, kwargs, NEUTRAL
-    if by_place:
-        return (*args[:place], NEUTRAL, *args[place + 1 :]), kwargs, scale
-    return args, kwargs | {name: NEUTRAL}, scale
+    args, kwargs = method.with_named(args, kwargs, {name: NEUTRAL})
+    return args, kwargs, scale
 
 
 def scaled(output: Any, scale: float) -> Any:

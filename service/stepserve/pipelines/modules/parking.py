@@ -12,6 +12,7 @@ from torch import nn
 
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.call import NO_RULES
+from stepserve.engine.calls.text_padding import TextPadding
 from stepserve.engine.tracks.track import Stage
 
 PROMPTS_BYTES = 64 * 2**20
@@ -74,6 +75,7 @@ FLUX_RULES = ArgumentRules(
 )
 
 CONDITIONING_SCALE = "conditioning_scale"
+QWEN_TEXT = (TextPadding(("encoder_hidden_states",), "encoder_hidden_states_mask"),)
 
 # What the arguments themselves do not show, by class of the module.
 ARGUMENT_RULES = {
@@ -134,10 +136,13 @@ ARGUMENT_RULES = {
         row_lists=_names("x", "cap_feats", "siglip_feats", "image_noise_mask")
     ),
     "QwenImageControlNetModel": ArgumentRules(
-        row_lists=_names("img_shapes"), whole_lists_out=True, output_scale=CONDITIONING_SCALE
+        row_lists=_names("img_shapes"),
+        whole_lists_out=True,
+        output_scale=CONDITIONING_SCALE,
+        text=QWEN_TEXT,
     ),
     "QwenImageTransformer2DModel": ArgumentRules(
-        row_lists=_names("img_shapes", "txt_seq_lens"), residuals=BLOCK_SAMPLES
+        row_lists=_names("img_shapes"), residuals=BLOCK_SAMPLES, text=QWEN_TEXT
     ),
 }
 
@@ -146,6 +151,11 @@ def takes_caches(module: nn.Module) -> bool:
     """Whether its forwards read or fill objects that keep something from step to step."""
     rules = ARGUMENT_RULES.get(type(module).__name__)
     return rules is not None and bool(rules.caches)
+
+
+def fills_text(module: nn.Module) -> bool:
+    """Whether its texts are filled up, so that the last bits are others than without an engine."""
+    return bool(ARGUMENT_RULES.get(type(module).__name__, NO_RULES).text)
 
 
 @dataclass(frozen=True)
