@@ -28,6 +28,7 @@ class ForwardReport(NamedTuple):
         seconds: how long it took.
         expected_s: what the cost model predicted; None for a shape that it had never seen.
         ended_s: when it ended, on the engine's clock.
+        skipped: requests that skipped a step since the denoiser's forward before this one.
     """
 
     number: int
@@ -40,6 +41,7 @@ class ForwardReport(NamedTuple):
     seconds: float
     expected_s: float | None
     ended_s: float
+    skipped: tuple[RequestKey, ...] = ()
 
 
 class EndReport(NamedTuple):
@@ -56,13 +58,17 @@ class EndReport(NamedTuple):
 
 @dataclass(frozen=True)
 class RequestInBatch:
-    """An accepted request that has not ended; another owner's has no id."""
+    """An accepted request that has not ended; another owner's has no id.
+
+    `step` of its `steps` denoiser calls are done, of which `skipped` took no row.
+    """
 
     id: str | None
     state: RequestState
     step: int
     steps: int
     rows: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class RowsInForward:
 class SharedForward:
     """One forward of a module. `number` counts the forwards of its replica from 1.
 
-    `padded_rows` were run besides the `rows` of requests, to fill the forward up.
+    `padded_rows` were run besides the `rows` of requests, to fill the forward up. `skipped` are the
+    requests that skipped a step since the denoiser's forward before; another owner's has no id.
     """
 
     number: int
@@ -86,6 +93,7 @@ class SharedForward:
     padded_rows: int
     seconds: float
     requests: tuple[RowsInForward, ...]
+    skipped: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,4 +122,5 @@ def forward_for(owner: str, report: ForwardReport) -> SharedForward:
         report.padded_rows,
         report.seconds,
         tuple(RowsInForward(id_for(owner, key), rows) for key, rows in report.requests),
+        tuple(id_for(owner, key) for key in report.skipped),
     )

@@ -11,6 +11,8 @@ class Timings:
 
     `first_step_s` is how long after its acceptance the first denoising step of the request began.
     `batch_share` is the mean share of a denoiser forward's rows that were the request's own.
+    `denoiser_calls` were asked for up to then, of which `denoiser_calls_run` ran; the others were
+    skipped.
     """
 
     queue_s: float = 0.0
@@ -20,6 +22,8 @@ class Timings:
     decode_s: float = 0.0
     total_s: float = 0.0
     batch_share: float = 1.0
+    denoiser_calls: int = 0
+    denoiser_calls_run: int = 0
 
     def server_timing(self) -> str:
         """The value of a `Server-Timing` header (durations in milliseconds)."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from stepserve.domain.reports import EndReport, ForwardReport
+from stepserve.domain.requests import RequestKey
 from stepserve.engine.loop.executor import Counters, Forward
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.row_limits import RowLimits
@@ -50,6 +51,12 @@ class Accounting:
         self._row_limits = row_limits
         self._clock = clock
         self._observers = observers
+        # Since the last forward of a denoiser, in their order.
+        self._skipped: dict[RequestKey, None] = {}
+
+    def steps_skipped(self, tracks: Sequence[Track]) -> None:
+        """These went on without a row."""
+        self._skipped |= dict.fromkeys(track.key for track in tracks)
 
     def forward_launched(self, forward: Forward, tracks: Sequence[Track]) -> None:
         """What the tracks, one for each call, should know of a forward before they go on."""
@@ -83,6 +90,7 @@ class Accounting:
             # Before anything is learned from it.
             expected_s=cost.predict(shape, rows) if cost.knows(shape) else None,
             ended_s=self._clock(),
+            skipped=self._take_skipped(stage),
         )
         self.latest_forwards.append(report)
         for observer in self._observers:
@@ -97,6 +105,12 @@ class Accounting:
         self.counters.rows += rows
         self.counters.calls += len(forward.calls)
         self.counters.forward_s += seconds
+
+    def _take_skipped(self, stage: Stage) -> tuple[RequestKey, ...]:
+        if stage is not Stage.DENOISE:
+            return ()
+        skipped, self._skipped = tuple(self._skipped), {}
+        return skipped
 
     def tick_ended(self, started_s: float, forward_s: float) -> None:
         """A tick with a forward is over.

@@ -19,6 +19,7 @@ from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import SHORTEST_FIRST, Policy
 from stepserve.engine.scheduling.row_limits import RowLimits
 from stepserve.engine.scheduling.scheduler import Scheduler
+from stepserve.engine.tracks.step_cache import read_decisions
 from stepserve.engine.tracks.track import Clock, Stage, Track
 
 
@@ -82,7 +83,7 @@ class Batcher:
         """Start what fits, run one forward, wake its tracks. False if there was nothing to do."""
         started_s = self.clock()
         self._drop_expired(started_s)
-        woken_any = self._wake_decoded()
+        woken_any = self._wake_decoded() | self._skip_steps()
         started_any = self._start_queued()
         group = self._pick()
         if group:
@@ -108,6 +109,21 @@ class Batcher:
             track.stop(_expired(track))
         if expired:
             self._forget_ended()
+
+    def _skip_steps(self) -> bool:
+        """Let go on whoever skips its step, up to a call that has to run. Whether anybody does."""
+        skipped: list[Track] = []
+        while deciding := [t for t in self.scheduler.tracks if t.decision is not None]:
+            read_decisions([track.decision for track in deciding if track.decision is not None])
+            for track in deciding:
+                decision, track.decision = track.decision, None
+                if decision is not None and decision.skips:
+                    track.skip()
+                    skipped.append(track)
+        if skipped:
+            self._accounting.steps_skipped(skipped)
+            self._forget_ended()
+        return bool(skipped)
 
     def _start_queued(self) -> bool:
         started_any = False
@@ -210,7 +226,9 @@ class Batcher:
 
 def _in_batch(track: Track, owner: str) -> RequestInBatch:
     shown_id = id_for(owner, track.key)
-    return RequestInBatch(shown_id, track.state, track.steps_done, track.steps, track.rows)
+    return RequestInBatch(
+        shown_id, track.state, track.steps_done, track.steps, track.rows, track.steps_skipped
+    )
 
 
 def _calls(group: Sequence[Track]) -> list[Call]:

@@ -12,13 +12,16 @@ import greenlet
 import torch
 
 from stepserve.engine.calls.arguments import flatten
-from stepserve.engine.calls.call import ParkableMethod, make_call
+from stepserve.engine.calls.call import Call, ParkableMethod, make_call
 from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.calls.output_cache import OutputCache, content_key
 from stepserve.engine.calls.output_scale import scaled, take_output_scale
-from stepserve.engine.tracks.track import Stage, Track, TrackGreenlet
+from stepserve.engine.tracks.step_cache import StepCache
+from stepserve.engine.tracks.track import SKIPPED, Stage, Track, TrackGreenlet
 
 _sequence = itertools.count()
+# What a step cache may skip.
+OF_STEPS = (Stage.CONTROL, Stage.DENOISE)
 
 
 def parkable(method: ParkableMethod) -> Callable[..., Any]:
@@ -92,7 +95,18 @@ def _park_call(track: Track, method: ParkableMethod, args: tuple[Any, ...], kwar
         variant=track.sharing_variant,
         module_variant=track.variant,
     )
-    return track.park(call)
+    if track.step_cache is None or method.stage not in OF_STEPS:
+        return track.park(call)
+    return _park_or_predict(track, track.step_cache, call)
+
+
+def _park_or_predict(track: Track, cache: StepCache, call: Call) -> Any:
+    pending = cache.expect(call)
+    output = track.park(call, pending.decision)
+    if output is SKIPPED:
+        return pending.predict()
+    pending.learn(output)
+    return output
 
 
 def _park_narrowed(

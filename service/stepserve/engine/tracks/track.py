@@ -30,10 +30,14 @@ from stepserve.domain.timings import Timings
 from stepserve.engine.calls.call import Call
 from stepserve.engine.calls.guidance_interval import GuidanceInterval
 from stepserve.engine.tracks.listener import Listener, tell
+from stepserve.engine.tracks.step_cache import Decision, StepCache
 
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+SKIPPED = object()
+"""What a parked call gets instead of an output if it is skipped."""
+
 _arrivals = itertools.count()
 
 
@@ -104,6 +108,7 @@ class Track:
         deadline_s: seconds after submission by which its images are of use, or None.
         isolated: its calls never share a forward.
         guidance_interval: which denoiser calls need only half of their rows, or None.
+        step_cache: which denoiser calls are skipped; None: none.
         owner: who it is for. Tracks of several owners may have the same id.
         held: it may not start before `Engine.release` is told that what it needs is there. Until
             then it waits in line as any other.
@@ -121,6 +126,7 @@ class Track:
     deadline_s: float | None = None
     isolated: bool = False
     guidance_interval: GuidanceInterval | None = None
+    step_cache: StepCache | None = None
     owner: str = ""
     held: bool = False
     clock: Clock = time.perf_counter
@@ -136,9 +142,12 @@ class Track:
         # Its part of the rows of each denoiser forward.
         self.shares: list[float] = []
         self.call: Call | None = None
+        # Whether that call is skipped; None once it is known that it is not.
+        self.decision: Decision | None = None
         self.parked_s = 0.0
         self.steps = sum(phase.steps for phase in self.phases)
-        self.steps_done = 0
+        # With those that were skipped.
+        self.steps_done = self.steps_skipped = 0
         # Orders tracks by their submission.
         self.arrival = next(_arrivals)
         # Seconds that it should take if nothing more came; what that was worth is learned.
@@ -216,6 +225,8 @@ class Track:
             decode_s=stage_s.get(Stage.DECODE, 0.0),
             total_s=now_s - self.submitted_s,
             batch_share=sum(self.shares) / len(self.shares) if self.shares else 1.0,
+            denoiser_calls=self.steps_done,
+            denoiser_calls_run=self.steps_done - self.steps_skipped,
         )
 
     def start(self) -> None:
@@ -231,6 +242,13 @@ class Track:
         """Give the parked call its output and run up to the next one."""
         assert self._greenlet is not None
         self._run(partial(self._greenlet.switch, output))
+
+    def skip(self) -> None:
+        """Let the parked call predict its output, and run up to the next one."""
+        if self.call is not None and self.call.method.stage == Stage.DENOISE:
+            self.steps_done += 1
+            self.steps_skipped += 1
+        self.resume(SKIPPED)
 
     def throw(self, error: BaseException) -> None:
         """Raise `error` from the parked call; the pipeline may catch it and go on."""
@@ -253,12 +271,15 @@ class Track:
             self._stopped_by = error
             self._fail(error)
 
-    def park(self, call: Call) -> Any:
-        """Called inside the greenlet: hand `call` to the engine and wait for its output."""
+    def park(self, call: Call, decision: Decision | None = None) -> Any:
+        """Called inside the greenlet: hand `call` to the engine and wait for its output.
+
+        With a decision, that may be SKIPPED.
+        """
         if self._stopped_by is not None or self._greenlet is None:
             # The pipeline caught what should have ended it. This is no Exception: few catch it.
             raise greenlet.GreenletExit
-        self.call = call
+        self.call, self.decision = call, decision
         gradients = torch.is_grad_enabled()
         try:
             return self._greenlet.parent.switch()
@@ -266,7 +287,7 @@ class Track:
             _restore_gradients(gradients)
 
     def _run(self, switch: Callable[[], Any]) -> None:
-        self.call = None
+        self.call = self.decision = None
         # Grad mode belongs to the thread: what a pipeline sets must not leak to other tracks.
         gradients = torch.is_grad_enabled()
         try:
@@ -307,7 +328,7 @@ class Track:
 
     def _end(self, state: RequestState) -> None:
         self.state = move(self.state, state)
-        self.call = None
+        self.call = self.decision = None
         # Greenlet and track hold each other.
         self._greenlet = None
 

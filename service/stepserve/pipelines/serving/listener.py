@@ -31,6 +31,7 @@ from stepserve.pipelines.requests.encoding import ImageEncoder, Telling
 from stepserve.pipelines.requests.hires import calls_of_phases, make_in_phases
 from stepserve.pipelines.requests.images import encode_image, encode_preview
 from stepserve.pipelines.requests.input_decoding import Inputs
+from stepserve.pipelines.requests.step_caching import step_cache_of
 
 Sink = Callable[[Event], None]
 Images = Sequence[Image.Image | None]
@@ -141,6 +142,7 @@ def track_of(
         isolated=request.reproducible,
         variant=variant,
         guidance_interval=narrow_to_interval(guidance, request, *calls),
+        step_cache=step_cache_of(model, request, calls),
         owner=request.owner,
         held=listener.inputs.are_needed,
     )

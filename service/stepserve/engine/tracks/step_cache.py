@@ -1,0 +1,234 @@
+"""Which denoiser calls of a request are skipped, as their output can be predicted.
+
+A step is one timestep: the calls that the pipeline makes there, of the denoiser (two where guidance
+calls twice) and of what runs beside it, such as ControlNets. The first of them decides for all.
+What is skipped takes no row of a forward; its output is predicted from the request's own history,
+so that neighbours in a batch have no part in it.
+
+With no schedule known beforehand the decision is EasyCache's (https://arxiv.org/abs/2507.02860). Of
+the input x and the output v of the last steps that ran, c the latest and b the one before, a step
+with the input x adds
+
+    |x - x_c| / |x_c - x_b| * |v_c - v_b| / |v_c|
+
+to the error that adds up since c, where |.| is the mean absolute value. It is skipped while the sum
+is below the threshold. x is what the step's first call is to denoise, v what the denoiser's first
+call gave.
+
+Outputs are predicted by a straight line in the timestep through v_b and v_c. Those of ControlNets
+and T2I-Adapters are repeated: they are for denoiser calls that are skipped as well, so that nobody
+looks at them.
+
+Solvers that look at each step from two places (Heun's, KDPM2) have a history for each of the two.
+The first three steps of each history run, and so does the last step of each in a phase. A history
+begins anew with each phase, and where rows, shapes or methods change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepserve.domain.step_cache import StepCacheUse
+from stepserve.engine.calls.call import Call
+from stepserve.engine.tracks.step_history import (
+    History,
+    Output,
+    Outputs,
+    Timestep,
+    mean_change,
+    sample_of,
+    timestep_of,
+)
+
+FIRST_STEPS = 3
+DENOISE = "denoise"
+
+
+@dataclass(frozen=True)
+class CachedPhase:
+    """How the denoiser is called in one phase of a request.
+
+    Args:
+        calls: of the denoiser, in all.
+        calls_per_step: of the denoiser; 2 where guidance calls twice.
+        order: of the solver: steps that belong together, each of which has a history of its own.
+        skipped: steps that are skipped, where that is known beforehand; None: it depends.
+    """
+
+    calls: int
+    calls_per_step: int = 1
+    order: int = 1
+    skipped: frozenset[int] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Timesteps of the solver."""
+        return -(-self.calls // self.calls_per_step)
+
+    def may_skip(self, step: int) -> bool:
+        """Whether a step is not among the first or the last ones, which always run."""
+        return FIRST_STEPS * self.order <= step < self.steps - self.order
+
+
+@dataclass(eq=False)
+class Decision:
+    """Whether a step is skipped.
+
+    Args:
+        skips: whether it is; False until that is known.
+        error: what the expected error adds up to if it is skipped, without dimensions; None once it
+            was read.
+        threshold: it is skipped if the error is below.
+    """
+
+    skips: bool = False
+    error: Tensor | None = None
+    threshold: float = 0.0
+    sum: float = 0.0
+
+    def read(self, error: float) -> None:
+        """The number has come from the device."""
+        self.error, self.sum, self.skips = None, error, error < self.threshold
+
+
+def read_decisions(decisions: Sequence[Decision]) -> None:
+    """Read those that are not known yet, all at once: this waits for the device."""
+    unknown = [(one, one.error) for one in decisions if one.error is not None]
+    if unknown:
+        errors = torch.stack([error for _, error in unknown]).tolist()
+        for (decision, _), error in zip(unknown, errors, strict=True):
+            decision.read(error)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A call of a step that waits to be run, or to be skipped.
+
+    Args:
+        decision: of its step.
+        timestep: of the call.
+        sample: what it is to denoise; None unless it is the first of its method at the step.
+        place: which call of a step it is.
+        history: that it adds to, or is predicted from.
+        is_denoiser: whether it is no control.
+    """
+
+    decision: Decision
+    timestep: Timestep
+    sample: Sequence[Tensor] | None
+    place: Hashable
+    history: History
+    is_denoiser: bool
+
+    def predict(self) -> Any:
+        """The output of a call that is skipped."""
+        self.history.error = self.decision.sum
+        return self.history.outputs[self.place].at(self.timestep)
+
+    def learn(self, output: Any) -> None:
+        """The call has run, and given this."""
+        history = self.history
+        outputs = history.outputs.setdefault(self.place, Outputs(self.is_denoiser))
+        outputs.learn(Output.read(self.timestep, output))
+        if self.sample is None:
+            return
+        history.learn_input(self.place, self.sample)
+        if self.is_denoiser:
+            history.steps, history.error = history.steps + 1, 0.0
+            history.output_change = None if outputs.line is None else outputs.line.change()
+
+
+class StepCache:
+    """The step cache of one track; its calls ask it in their order.
+
+    Args:
+        use: what the request asks for.
+        phases: that it goes through.
+    """
+
+    def __init__(self, use: StepCacheUse, phases: Sequence[CachedPhase]) -> None:
+        self.use = use
+        self.phases = phases
+        self._number = 0
+        self._current = _PhaseState(phases[0], use.threshold)
+
+    def expect(self, call: Call) -> Pending:
+        """A call of the denoiser, or of what runs beside it, is about to park."""
+        if self._current.is_over and self._number + 1 < len(self.phases):
+            self._number += 1
+            self._current = _PhaseState(self.phases[self._number], self.use.threshold)
+        return self._current.expect(call)
+
+
+class _PhaseState:
+    """How far one phase is, and what its steps gave."""
+
+    def __init__(self, phase: CachedPhase, threshold: float) -> None:
+        self._phase = phase
+        self._threshold = threshold
+        # Denoiser calls of the phase, and by method those of controls since the last one.
+        self._calls = 0
+        self._beside: Counter[str] = Counter()
+        self._histories = [History() for _ in range(phase.order)]
+        # Of the latest step.
+        self._step = -1
+        self._decision = Decision()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of its denoiser calls were made."""
+        return self._calls >= self._phase.calls
+
+    def expect(self, call: Call) -> Pending:
+        """A call is about to park."""
+        name, number, is_denoiser = call.method.name, self._calls, call.method.stage == DENOISE
+        step, lane = divmod(number, self._phase.calls_per_step)
+        place = name, lane, self._beside[name]
+        self._count(name, is_denoiser)
+        sample = sample_of(call) if place[1:] == (0, 0) else None
+        if step != self._step:
+            self._step, self._decision = step, self._decide(place, sample or [], step)
+        return Pending(
+            self._decision if self._can_predict(place, step) else Decision(),
+            timestep_of(call, number),
+            sample,
+            place,
+            self._histories[step % self._phase.order],
+            is_denoiser,
+        )
+
+    def _count(self, name: str, is_denoiser: bool) -> None:
+        if is_denoiser:
+            self._calls += 1
+            self._beside.clear()
+        else:
+            self._beside[name] += 1
+
+    def _can_predict(self, place: Hashable, step: int) -> bool:
+        outputs = self._histories[step % self._phase.order].outputs.get(place)
+        return outputs is not None and outputs.is_known
+
+    def _decide(self, place: Hashable, sample: Sequence[Tensor], step: int) -> Decision:
+        """Whether a step is skipped, by what its first call is to denoise."""
+        number = step % self._phase.order
+        history = self._histories[number]
+        inputs = history.inputs.get(place)
+        if inputs is None or not inputs.fits(sample):
+            self._histories[number] = History()
+            return Decision()
+        if history.steps < FIRST_STEPS or not self._phase.may_skip(step):
+            return Decision()
+        if not self._can_predict(place, step) or history.output_change is None:
+            return Decision()
+        if self._phase.skipped is not None:
+            return Decision(step in self._phase.skipped)
+        if inputs.change is None:
+            return Decision()
+        change = mean_change(sample, inputs.sample) / inputs.change * history.output_change
+        return Decision(error=change + history.error, threshold=self._threshold)
