@@ -135,16 +135,17 @@ async def test_an_id_at_work_is_refused_and_one_that_ended_is_not(
 
 async def test_the_batch_is_shown(client: httpx.AsyncClient, backend: FakeBackend):
     requests = (
-        RequestInBatch("mine", RequestState.RUNNING, 3, 20, 2),
+        RequestInBatch("mine", RequestState.RUNNING, 3, 20, 2, skipped=1),
         RequestInBatch(None, RequestState.QUEUED, 0, 4, 1),
     )
     rows = (RowsInForward("mine", 2), RowsInForward(None, 1))
-    forward = SharedForward(7, "unet.forward", 3, 5, 0.02, rows)
+    forward = SharedForward(7, "unet.forward", 3, 5, 0.02, rows, ("mine", None))
     backend.batches = [BatchView(36, requests, (forward,))]
     response = (await client.get("/v1/models/emoji/batch")).json()
 
     [replica] = response["replicas"]
-    assert [request["id"] for request in replica["requests"]] == ["mine", None]
+    shown = [(request["id"], request["skipped"]) for request in replica["requests"]]
+    assert shown == [("mine", 1), (None, 0)]
     assert replica["forwards"] == [
         {
             "number": 7,
@@ -153,6 +154,7 @@ async def test_the_batch_is_shown(client: httpx.AsyncClient, backend: FakeBacken
             "padded_rows": 5,
             "seconds": 0.02,
             "requests": [{"id": "mine", "rows": 2}, {"id": None, "rows": 1}],
+            "skipped": ["mine", None],
         }
     ]
     assert (await client.get("/v1/models/nothing/batch")).status_code == 404
