@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from stepserve.engine.calls.arguments import ArgumentKind
-from stepserve.engine.calls.call import Call, ParkableMethod, make_call
+from stepserve.engine.calls.call import Call, ParkableMethod, enter, make_call
 from stepserve.engine.calls.stacking import share_out, split, stack, tensors_in
 from stepserve.engine.device_errors import is_out_of_memory
 
@@ -158,9 +158,11 @@ def run_together(calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
     rows = [call.rows for call in calls]
     method = calls[0].method
     padded_rows = padded_rows or method.padded_rows(sum(rows))
+    padding = max(padded_rows - sum(rows), 0)
     arguments = stack(calls, padded_rows)
+    enter(calls, padding)
     output = method.run(*arguments[0], **arguments[1])
-    return share_out(calls, arguments, output, max(padded_rows - sum(rows), 0))
+    return share_out(calls, arguments, output, padding)
 
 
 def same_bits(one: Any, other: Any) -> bool:
@@ -221,6 +223,8 @@ def _fill_up(
 
 
 def _vary(value: Any, kind: ArgumentKind, generator: torch.Generator) -> Any:
+    if kind is ArgumentKind.ROW_LIST and isinstance(value, list):
+        return [_vary(entry, ArgumentKind.BATCHED, generator) for entry in value]
     if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
         return value
     if kind is ArgumentKind.PER_ROW or (kind is ArgumentKind.BATCHED and value.is_floating_point()):

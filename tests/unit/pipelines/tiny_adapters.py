@@ -37,6 +37,7 @@ def save_adapter(
     text_encoder: Sequence[str] = (),
     rank: int = 4,
     alpha: int = 8,
+    dora: bool = False,
 ) -> Path:
     """Write an adapter for the model in folder `model`, as diffusers' own training scripts do."""
     pipeline = load_plain(model)
@@ -49,6 +50,7 @@ def save_adapter(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=0.5,
+            use_dora=dora,
             target_modules=list(parts[name]),
             init_lora_weights=False,
         )

@@ -45,6 +45,11 @@ CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 NO_RULES = ArgumentRules()
 MOST_KNOWN_KEYS = 256
 
+VariantRows = tuple[Hashable, int]
+"""A variant, and how many rows of a forward want it, one after the other."""
+
+Enter = Callable[[Sequence[VariantRows]], None]
+
 
 class Layout(NamedTuple):
     """How values stand in the arguments of a call: by position, then by these names."""
@@ -73,7 +78,8 @@ class ParkableMethod:
         max_rows: most rows that one shared forward may have.
         bucket_rows: forwards of fewer rows are filled up to the next of these row counts, for
             devices and kernels that gain from few shapes. Empty: any row count runs as it is.
-        enter: sets the module to a variant before a forward of calls that want it.
+        enter: tells the module which variant each row of the next forward wants, in the order of
+            the rows.
         output_cache: keeps outputs, so that a call with arguments of before need not run.
     """
 
@@ -86,7 +92,7 @@ class ParkableMethod:
     rules: ArgumentRules = NO_RULES
     max_rows: int = 32
     bucket_rows: tuple[int, ...] = ()
-    enter: Callable[[Hashable], None] | None = None
+    enter: Enter | None = None
     output_cache: OutputCache | None = None
 
     @property
@@ -203,8 +209,9 @@ class Call:
 
     `leaves` are the values in its arguments but the residuals, one for each of `key.arguments`.
 
-    `module_variant` is what the module must be set to. The key's variant says at least as much: it
-    also keeps isolated work apart.
+    `module_variant` is what the module does for its rows. The key's variant is what keeps the call
+    apart from others: that of isolated work does so as well, and a module that can do several
+    variants in one forward needs none.
     """
 
     method: ParkableMethod
@@ -217,17 +224,26 @@ class Call:
     module_variant: Hashable = None
     residuals: Residuals = field(default_factory=dict)
 
-    def enter(self) -> None:
-        """Set the module to the variant that this call wants."""
-        if self.method.enter is not None:
-            self.method.enter(self.module_variant)
-
     def with_leaves(self, leaves: Sequence[Any], rows: int) -> Call:
         """The same call with other values of as many rows, and without residuals."""
         args, kwargs = self.key.layout.rebuild(leaves)
         return replace(
             self, args=args, kwargs=kwargs, leaves=leaves, rows=rows, residuals=NO_RESIDUALS
         )
+
+
+def enter(calls: Sequence[Call], padding: int = 0) -> None:
+    """Tell the module what each row of the next forward wants.
+
+    Args:
+        calls: that the forward serves, in the order in which they are stacked.
+        padding: further rows of the forward, which repeat the last one.
+    """
+    method = calls[0].method
+    if method.enter is not None:
+        rows = [(call.module_variant, call.rows) for call in calls]
+        variant, last = rows[-1]
+        method.enter([*rows[:-1], (variant, last + padding)])
 
 
 def make_call(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stepserve.domain.errors import forget_frames
-from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.call import Call, enter
 from stepserve.engine.calls.stacking import share_out, stack
 from stepserve.engine.device_errors import is_device_lost, is_out_of_memory
 from stepserve.engine.loop.timing import ForwardTiming
@@ -135,7 +135,7 @@ class Executor:
         padded_rows = self._padded_rows(calls)
         padding = padded_rows - sum(call.rows for call in calls)
         arguments = stack(calls, padded_rows)
-        calls[0].enter()
+        enter(calls, padding)
         timing = self._start_timing(self._clock)
         output = method.run(*arguments[0], **arguments[1])
         timing.launched()

@@ -102,8 +102,11 @@ class Track:
         images: images it makes, counted against the limit on those pending.
         run: the pipeline call; it runs in a greenlet on the engine thread.
         listener: hears the end, exactly once.
-        variant: what the shared modules must be set to while they serve it, such as a set of
-            adapters. Calls of different variants never share a forward.
+        variant: what the shared modules do for it and not for others, such as a set of adapters.
+            Calls of different variants share no forward, unless both can be mixed.
+        can_mix: whether its calls may share forwards with those of other variants that can be
+            mixed as well. Asked whenever it matters: it may be known for sure only once the
+            variant is loaded. It must not change after the first call.
         priority: 0 goes first; see `policy`.
         deadline_s: seconds after submission by which its images are of use, or None.
         isolated: its calls never share a forward.
@@ -122,6 +125,7 @@ class Track:
     run: Callable[[], Any]
     listener: Listener
     variant: Hashable = None
+    can_mix: Callable[[], bool] = lambda: False
     priority: int = 1
     deadline_s: float | None = None
     isolated: bool = False
@@ -165,8 +169,12 @@ class Track:
 
     @property
     def sharing_variant(self) -> Hashable:
-        """What keeps its calls apart from others': its adapters, and itself if it is isolated."""
-        return (self.variant, self.key) if self.isolated else self.variant
+        """What keeps its calls apart from others'.
+
+        That is its variant where it cannot be mixed, and itself if it is isolated.
+        """
+        variant = None if self.variant is None or self.can_mix() else self.variant
+        return (variant, self.key) if self.isolated else variant
 
     @property
     def phase(self) -> int:

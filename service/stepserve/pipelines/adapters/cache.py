@@ -1,4 +1,4 @@
-"""LoRA adapters of one resident pipeline: loaded when asked for, switched between forwards."""
+"""LoRA adapters of one resident pipeline: loaded when asked for, and applied where wanted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from stepserve.domain.checks.limits import check_adapter_names
 from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
 from stepserve.domain.requests import AdapterUse
+from stepserve.engine.calls.call import Enter, VariantRows
 from stepserve.pipelines.adapters.checks import (
     FileLayer,
     check_loaded,
@@ -33,19 +34,16 @@ from stepserve.pipelines.adapters.files import (
     AdapterOptions,
     check_header,
 )
-from stepserve.pipelines.adapters.layers import (
-    AdapterSwitch,
-    check_complete,
-    check_fits,
-    settle_layers,
-)
+from stepserve.pipelines.adapters.layers import check_complete, check_fits, settle_layers
+from stepserve.pipelines.adapters.mixing import RowLayers, obstacle
+from stepserve.pipelines.adapters.module import ModuleAdapters
+from stepserve.pipelines.adapters.rows import Slot, Slots
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.loading.library_messages import heard_libraries
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Enter = Callable[[Hashable], None]
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,10 @@ Variant = tuple[AppliedAdapter, ...] | None
 
 
 class AdapterCache:
-    """Keeps adapters loaded on the modules of one pipeline, and sets the modules to some of them.
+    """Keeps adapters loaded on the modules of one pipeline, and applies them to rows of forwards.
 
-    `resolve` and `names` may be called from any thread; everything else belongs to the engine's.
+    `resolve`, `names` and `can_mix` may be called from any thread; everything else belongs to the
+    engine's.
     An adapter is never unloaded while a request in flight uses it: while those use more than
     `max_loaded` different ones, more are loaded. Without any adapter nothing is ever touched.
 
@@ -75,7 +74,10 @@ class AdapterCache:
         self.options = options
         self._pipeline = pipeline
         self._components = _components(pipeline) if options.any else {}
-        self._switches = {name: AdapterSwitch(m) for name, m in self._components.items()}
+        self._modules = {name: ModuleAdapters(m) for name, m in self._components.items()}
+        self._row_layers: RowLayers = {}
+        # By adapter that was loaded once, why it is not mixed with others; empty if it is.
+        self._obstacles: dict[AdapterFile, str] = {}
         # Least recently used first, with the name that PEFT knows it by: file names may hold dots.
         self._loaded: OrderedDict[AdapterFile, str] = OrderedDict()
         self._users: Counter[AdapterFile] = Counter()
@@ -111,9 +113,24 @@ class AdapterCache:
         by_name = sorted(uses, key=lambda use: use.name)
         return tuple(AppliedAdapter(self._sound_file(use.name), use.scale) for use in by_name)
 
+    def mix(self, row_layers: RowLayers) -> None:
+        """Let rows of one forward have different adapters, where these layers are all they change.
+
+        Call it before the first is loaded. Else a forward has one variant for all of its rows.
+        """
+        self._row_layers = {n: row_layers[n] for n in row_layers.keys() & self._components.keys()}
+
+    def can_mix(self, variant: Variant) -> bool:
+        """Whether forwards may have rows of this variant and others of which this holds as well.
+
+        Of an adapter that was not loaded yet it is expected.
+        """
+        is_any = bool(self._row_layers)
+        return is_any and not any(self._obstacles.get(used.file) for used in variant or ())
+
     def enter(self) -> dict[str, Enter]:
-        """By component, what sets it to a variant. Cheap where it is set to that already."""
-        return {name: partial(self._enter, switch) for name, switch in self._switches.items()}
+        """By component, what is told which variant each row of its next forward wants."""
+        return {name: partial(self._enter, name) for name in self._components}
 
     def run_with(self, variant: Variant, run: Callable[[], T]) -> T:
         """Run a pipeline call while the adapters of `variant` are loaded.
@@ -133,10 +150,16 @@ class AdapterCache:
             self._pipeline.unload_lora_weights()
             self._refresh()
 
-    def _enter(self, switch: AdapterSwitch, variant: Any) -> None:
-        if switch.variant != variant:
-            used: tuple[AppliedAdapter, ...] = variant or ()
-            switch.set(variant, [(self._loaded[a.file], a.scale) for a in used])
+    def _enter(self, name: str, rows: Sequence[VariantRows]) -> None:
+        wanted: list[tuple[Any, int]] = [*rows]
+        if name in self._row_layers and all(self.can_mix(variant) for variant, _ in wanted):
+            self._modules[name].apply_by_row([(self._slots(v), count) for v, count in wanted])
+        else:
+            (variant,) = {variant for variant, _ in wanted}
+            self._modules[name].apply(self._slots(variant))
+
+    def _slots(self, variant: Variant) -> Slots:
+        return tuple(Slot(self._loaded[used.file], used.scale) for used in variant or ())
 
     @contextmanager
     def _holding(self, files: Sequence[AdapterFile]) -> Iterator[None]:
@@ -184,7 +207,8 @@ class AdapterCache:
         except Exception as error:
             self._unload(name)
             raise self._remember_failure(file, error) from error
-        logger.info("adapter %s is loaded", file.name)
+        apart = self._obstacles[file]
+        logger.info("adapter %s is loaded, and %s", file.name, apart or "shares forwards")
         return name
 
     def _load_as(self, name: str, file: AdapterFile) -> None:
@@ -206,6 +230,8 @@ class AdapterCache:
         for module in self._components.values():
             settle_layers(module)
         self._refresh()
+        reason = obstacle(name, reading.layers, self._components, self._row_layers)
+        self._obstacles[file] = reason
         if self.options.find(file.name) != file:
             raise _ReplacedError
 
@@ -256,8 +282,8 @@ class AdapterCache:
         self._refresh()
 
     def _refresh(self) -> None:
-        for switch in self._switches.values():
-            switch.refresh()
+        for module in self._modules.values():
+            module.refresh()
 
 
 @dataclass

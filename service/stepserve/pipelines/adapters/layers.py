@@ -1,8 +1,8 @@
-"""The LoRA layers inside the modules of a pipeline: whether a file fits, and switching them."""
+"""The LoRA layers inside the modules of a pipeline, and whether a file fits them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,48 +10,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from stepserve.pipelines.adapters.checks import FileLayer
 from stepserve.pipelines.adapters.files import AdapterFileError
-
-
-class AdapterSwitch:
-    """Says which adapters the LoRA layers of one module apply, and how strongly.
-
-    All layers look at one list of active adapters, so that switching costs no walk through the
-    module. With an empty list a layer returns what the layer it wraps returns.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
-        self._active: list[str] = []
-        self._layers: dict[str, list[Any]] = {}
-        self._scales: dict[str, float] = {}
-        self.variant: Hashable = None
-
-    def refresh(self) -> None:
-        """Find all layers and turn them off: after an adapter was loaded, or before one goes."""
-        self._active.clear()
-        self._layers.clear()
-        self._scales.clear()
-        self.variant = None
-        for layer in tuner_layers(self._module):
-            # PEFT keeps the very list.
-            layer.set_adapter(self._active)
-            for name in layer.scaling:
-                self._layers.setdefault(name, []).append(layer)
-
-    def set(self, variant: Hashable, scales: Sequence[tuple[str, float]]) -> None:
-        """Apply exactly the adapters of `scales`, in that order, and note it as `variant`."""
-        # Should anything raise, nobody must think that it is set.
-        self.variant = self
-        for name, scale in scales:
-            self._set_scale(name, scale)
-        self._active[:] = [name for name, _ in scales]
-        self.variant = variant
-
-    def _set_scale(self, name: str, scale: float) -> None:
-        if self._scales.get(name) != scale:
-            for layer in self._layers.get(name, ()):
-                layer.set_scale(name, scale)
-            self._scales[name] = scale
 
 
 def tuner_layers(module: torch.nn.Module) -> list[Any]:

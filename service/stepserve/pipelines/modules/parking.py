@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepserve.engine.calls.arguments import ArgumentRules
-from stepserve.engine.calls.call import NO_RULES
+from stepserve.engine.calls.call import NO_RULES, Enter
 from stepserve.engine.calls.text_padding import TextPadding
 from stepserve.engine.tracks.track import Stage
 
@@ -168,14 +168,14 @@ class ParkingOptions:
         prompt_cache_bytes: how much is kept of each text encoder's outputs; 0 keeps nothing.
         inline: components that do not park, because a call changes them while it runs: so nobody
             else gets to see them changed.
-        enter: by component, what sets it to a variant before a forward of calls that want it.
+        enter: by component, what is told before a forward which variant each row wants.
     """
 
     max_rows: int = 32
     bucket_rows: tuple[int, ...] = ()
     prompt_cache_bytes: int = PROMPTS_BYTES
     inline: frozenset[str] = frozenset()
-    enter: Mapping[str, Callable[[Hashable], None]] = field(default_factory=dict)
+    enter: Mapping[str, Enter] = field(default_factory=dict)
 
 
 def parkable_methods(pipeline: Any) -> Iterator[tuple[str, nn.Module, ParkingRule]]:

@@ -53,7 +53,6 @@ class SizeRules:
         return call if call.method is method else replace(call, method=method)
 
     def _find(self, call: Call) -> ParkableMethod:
-        call.enter()
         try:
             with torch.no_grad():
                 method = self._try(call)

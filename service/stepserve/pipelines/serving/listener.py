@@ -141,6 +141,7 @@ def track_of(
         deadline_s=request.deadline_s,
         isolated=request.reproducible,
         variant=variant,
+        can_mix=partial(adapters.can_mix, variant),
         guidance_interval=narrow_to_interval(guidance, request, *calls),
         step_cache=step_cache_of(model, request, calls),
         owner=request.owner,

@@ -21,8 +21,9 @@ from stepserve.pipelines.modules.wrappers import Wrappers
 from stepserve.pipelines.probing.guidance_cost import with_probed_guidance
 from stepserve.pipelines.probing.probe_requests import make_probe_requests
 from stepserve.pipelines.probing.probed_tasks import with_probed_steps, with_probed_tasks
+from stepserve.pipelines.probing.row_layers import find_row_layers
 from stepserve.pipelines.probing.shape_rules import SizeRules
-from stepserve.pipelines.probing.sharing_check import ProbeRequest
+from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, ProbeRequest
 from stepserve.pipelines.probing.sharing_plan import SharingPlan, plan_sharing, row_buckets
 
 
@@ -88,6 +89,8 @@ def prepare(
     )
     if model.compiles:
         plan = plan.for_graphs(ceiling)
+    if adapters.options.any and not plan.serial:
+        adapters.mix(find_row_layers(model.pipeline, probes, plan.parking(ENOUGH_ROWS)))
     parking = plan.parking(
         ParkingOptions(
             max_rows=ceiling,

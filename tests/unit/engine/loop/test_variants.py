@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
 from engine_fakes import Ear, FakeClock, make_parkable, make_track
+from stepserve.engine.calls.call import VariantRows
 from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.tracks.track import Track
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ class Switched(nn.Module):
         self.variant: Hashable = "nothing yet"
         self.forwards: list[tuple[Hashable, int]] = []
 
-    def enter(self, variant: Hashable) -> None:
-        if variant == "broken":
+    def enter(self, rows: Sequence[VariantRows]) -> None:
+        (self.variant,) = {variant for variant, _ in rows}
+        if self.variant == "broken":
             raise ValueError("no such variant")
-        self.variant = variant
 
     def forward(self, sample: Tensor) -> tuple[Tensor, Hashable]:
         self.forwards.append((self.variant, sample.shape[0]))

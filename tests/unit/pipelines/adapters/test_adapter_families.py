@@ -163,7 +163,7 @@ def cached_adapter_forwards(denoiser: Denoiser, file: Path) -> tuple[torch.Tenso
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         outputs = []
         for wanted in (variant, None):
-            adapter_cache.enter()[denoiser.component](wanted)
+            adapter_cache.enter()[denoiser.component]([(wanted, 2)])
             outputs.append(denoiser.forward())
         return outputs[0], outputs[1]
 

@@ -103,7 +103,7 @@ def with_loaded(pipeline: Any, path: Path, look: Callable[[str], Any]) -> Any:
 
     def run() -> Any:
         for enter in adapter_cache.enter().values():
-            enter(variant)
+            enter([(variant, 1)])
         return look(next(iter(adapter_cache._loaded.values())))
 
     try:
@@ -181,7 +181,7 @@ def test_any_scale_is_of_that_alpha(sd: Any, tmp_path: Path) -> None:
     variant = adapter_cache.resolve([AdapterUse("a", 0.5)])
 
     def run() -> dict[str, float]:
-        adapter_cache.enter()["unet"](variant)
+        adapter_cache.enter()["unet"]([(variant, 2)])
         name = next(iter(adapter_cache._loaded.values()))
         return {p: sd.unet.get_submodule(p).scaling[name] for p in parts["unet"]}
 

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.adapters.cache import AdapterCache
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import LoadedModel, ModelLoadError
+from stepserve.pipelines.serving.preparation import DEFAULT_SHARING, SharingOptions
 from stepserve.pipelines.serving.runner import PipelineRunner
 from tiny_adapters import (
     ATTENTION,
@@ -74,10 +76,10 @@ Make = Callable[..., PipelineRunner]
 def make(tiny: LoadedModel, folder: Path) -> Iterator[Make]:
     runners = []
 
-    def make_runner(**options: Any) -> PipelineRunner:
+    def make_runner(sharing: SharingOptions = UNTRIED, **options: Any) -> PipelineRunner:
         adapters = AdapterOptions(**({"folder": folder} | options))
         engine = EngineOptions(max_rows=32, max_pending_images=100)
-        runners.append(PipelineRunner(tiny, engine, adapters, sharing=UNTRIED))
+        runners.append(PipelineRunner(tiny, engine, adapters, sharing))
         return runners[-1]
 
     yield make_runner
@@ -154,6 +156,7 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest) -> Wa
         run,
         waiting,
         variant=variant,
+        can_mix=partial(adapter_cache.can_mix, variant),
     )
     runner.engine.submit(track)
     return waiting
@@ -199,7 +202,10 @@ MIXED = [
 
 
 class ForwardLog:
-    """Which adapters were active, and how many rows, in every forward that the UNet really ran."""
+    """How many rows every forward of the UNet had, and what was applied to all of them by PEFT.
+
+    Without those of the probes that come before the first request.
+    """
 
     def __init__(self, runner: PipelineRunner) -> None:
         self.seen: list[tuple[tuple[tuple[str, float], ...], int]] = []
@@ -209,6 +215,8 @@ class ForwardLog:
         self._handle = self._block.register_forward_pre_hook(self._log)
 
     def _log(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if not self._adapter_cache._users:
+            return
         layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
         names = {name: file.name for file, name in self._adapter_cache._loaded.items()}
         active = {
@@ -240,18 +248,31 @@ def test_the_adapters_can_be_seen(reference: Reference) -> None:
             assert difference(one, other) > VISIBLE
 
 
-def test_equal_sets_share_forwards_and_different_ones_never_do(make: Make) -> None:
-    sets = [use("plain"), (), use("plain", 0.5), BOTH, use("plain"), BOTH[::-1], ()]
+def test_requests_share_forwards_whatever_their_adapters(make: Make) -> None:
+    sets = [use("plain"), (), use("plain", 0.5), use("v1.5"), (*use("v1.5"), *use("plain", 0.3))]
     runner = make()
     log = ForwardLog(runner)
     serve_together(runner, requests_with(*sets))
     log.remove()
     # Guidance makes two rows of each request.
+    assert log.seen == [((), 10)] * 4
+    assert runner.engine.counters.retries == 0
+
+
+def test_an_adapter_that_cannot_be_mixed_shares_forwards_with_its_equals_only(
+    make: Make, folder: Path, tiny_folder: Path
+) -> None:
+    save_adapter(folder / "dora.safetensors", tiny_folder, seed=9, dora=True)
+    sets = [use("dora"), (), use("dora", 0.5), use("plain"), (*use("dora"), *use("plain"))]
+    runner = make()
+    log = ForwardLog(runner)
+    serve_together(runner, requests_with(*sets, *sets))
+    log.remove()
     assert Counter(log.seen) == {
-        ((("plain", 1.0),), 4): 4,
-        ((), 4): 4,
-        ((("plain", 0.5),), 2): 4,
-        ((("conv", 0.4), ("plain", 0.7)), 4): 4,
+        ((("dora", 1.0),), 4): 4,
+        ((), 8): 4,
+        ((("dora", 0.5),), 4): 4,
+        ((("dora", 1.0), ("plain", 1.0)), 4): 4,
     }
     assert runner.engine.counters.retries == 0
 
@@ -260,14 +281,15 @@ def test_requests_without_adapters_are_those_of_a_model_that_never_had_any(
     make: Make, tiny: LoadedModel
 ) -> None:
     bare = requests_with((), (), guidance_scale=3.0)
-    never = PipelineRunner(tiny, EngineOptions(max_rows=32), sharing=UNTRIED)
+    # They share forwards with others, so that there have to be row counts that keep their bits.
+    never = PipelineRunner(tiny, EngineOptions(max_rows=32))
     untouched = serve_together(never, bare)
     never.stop()
     others = requests_with(*MIXED, guidance_scale=3.0)
     for index, request in enumerate(others):
         object.__setattr__(request, "id", f"other-{index}")
     others = [request for request in others if request.adapters]
-    served = serve_together(make(max_loaded=5), bare + others)
+    served = serve_together(make(DEFAULT_SHARING, max_loaded=5), bare + others)
     assert torch.equal(served[0], untouched[0])
     assert torch.equal(served[1], untouched[1])
 
@@ -628,11 +650,11 @@ def test_setting_what_is_set_already_writes_nothing(
         writes: list[str] = []
         for layer in layers:
             monkeypatch.setattr(layer, "set_scale", lambda name, scale: writes.append(name))
-        enter(variant)
+        enter([(variant, 2)])
         assert len(writes) >= len(layers)
         writes.clear()
         for other in (None, variant, variant, None, variant):
-            enter(other)
+            enter([(other, 2)])
             wanted = [] if other is None else [adapter_cache._loaded[used.file] for used in other]
             assert all(layer.active_adapters == wanted for layer in layers)
         assert writes == []

@@ -1,0 +1,203 @@
+"""What LoRA layers compute where each row of a forward has adapters of its own.
+
+The base layer runs once for all rows. What adapters add is the product of two small factors, which
+are stacked by row: a batched matrix product with each does all rows that have one. The arithmetic
+is PEFT's, with its roundings: the two products, then the scale, then the sum.
+
+A batched product gives each row what it gives it alone. So a row's bits do not depend on the
+others: rows are grouped by the rank of their adapters, and rows without an adapter are left out.
+S-LoRA (https://arxiv.org/abs/2311.03285) and Punica (https://arxiv.org/abs/2310.18547) do the same
+for language models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+GATHERED_BYTES = 256 * 2**20
+"""How much of stacked factors one module keeps. More are gathered again at every forward."""
+
+# Factors of rank 1 are filled up with zeros: matrix kernels treat vectors otherwise, and in
+# another way for one row than for several.
+LEAST_RANK = 2
+
+
+class Slot(NamedTuple):
+    """One adapter of a row, by the name that PEFT has for it."""
+
+    name: str
+    scale: float
+
+
+Slots = tuple[Slot, ...]
+"""The adapters of a row in the order in which they are added; empty where it has none."""
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """The factors of one layer for some rows of a forward, whose adapters are of one rank.
+
+    Args:
+        rows: which rows.
+        down: of shape (rows, rank, in features).
+        up: of shape (rows, out features, rank).
+        scale: that all rows have, or of shape (rows, 1, 1).
+    """
+
+    rows: slice | Tensor
+    down: Tensor
+    up: Tensor
+    scale: float | Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it holds."""
+        return self.down.nbytes + self.up.nbytes
+
+    def add_to(self, result: Tensor, states: Tensor) -> None:
+        """Add what the adapters make of an input, in place.
+
+        Args:
+            result: what the base layer made of it, of shape (rows, vectors, out features).
+            states: the input, of shape (rows, vectors, in features), of all rows of the forward.
+        """
+        added = torch.bmm(torch.bmm(states[self.rows], self.down.mT), self.up.mT)
+        if isinstance(self.scale, Tensor):
+            # Rounded once, as a product with a Python number is.
+            added = (added * self.scale).to(added.dtype)
+        elif self.scale != 1:
+            added *= self.scale
+        if isinstance(self.rows, slice):
+            result[self.rows] += added
+        else:
+            result.index_add_(0, self.rows, added)
+
+
+class RowAdapters:
+    """The adapters of each row of the next forward of one module.
+
+    Layers that were `wrapped` look here at what they add. While nothing is `set`, they do what PEFT
+    does.
+    """
+
+    def __init__(self, kept_bytes: int = GATHERED_BYTES) -> None:
+        self._kept_bytes = kept_bytes
+        self._rows: tuple[Slots, ...] | None = None
+        # By what the rows have, least recently used first.
+        self._gathered: OrderedDict[tuple[Slots, ...], dict[Any, Sequence[RowFactors]]]
+        self._gathered = OrderedDict()
+        self._held_bytes = 0
+
+    def set(self, rows: Iterable[tuple[Slots, int]]) -> None:
+        """What the rows of the next forward have: the same for so many, one after the other."""
+        self._rows = tuple(slots for slots, count in rows for _ in range(count))
+        self._gathered.setdefault(self._rows, {})
+        self._gathered.move_to_end(self._rows)
+
+    def unset(self) -> None:
+        """PEFT's own setting holds for all rows."""
+        self._rows = None
+
+    def forget(self) -> None:
+        """Drop all stacked factors, as adapters come or go."""
+        self.unset()
+        self._gathered.clear()
+        self._held_bytes = 0
+
+    def wrap(self, layer: Any) -> None:
+        """Make a LoRA layer of PEFT around an `nn.Linear` add to each row what is set for it.
+
+        It goes with the layer.
+        """
+        layer.forward = partial(self._forward, layer, type(layer).forward)
+
+    def _forward(
+        self, layer: Any, plain: Callable[..., Tensor], states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if self._rows is None:
+            return plain(layer, states, *args, **kwargs)
+        result: Tensor = layer.base_layer(states, *args, **kwargs)
+        rows = len(self._rows)
+        by_row: Tensor | None = None
+        for factors in self._factors(layer, self._rows):
+            if by_row is None:
+                by_row = result.view(rows, -1, result.shape[-1])
+                states = states.reshape(rows, -1, states.shape[-1])
+            factors.add_to(by_row, states)
+        return result
+
+    def _factors(self, layer: Any, rows: tuple[Slots, ...]) -> Sequence[RowFactors]:
+        gathered = self._gathered[rows]
+        if layer in gathered:
+            return gathered[layer]
+        factors = gather(layer, rows)
+        size_bytes = sum(part.size_bytes for part in factors)
+        self._make_room(size_bytes)
+        if self._held_bytes + size_bytes <= self._kept_bytes:
+            gathered[layer] = factors
+            self._held_bytes += size_bytes
+        return factors
+
+    def _make_room(self, size_bytes: int) -> None:
+        """Drop what was used least recently, but for the rows of the forward that is running."""
+        while len(self._gathered) > 1 and self._held_bytes + size_bytes > self._kept_bytes:
+            _, dropped = self._gathered.popitem(last=False)
+            self._held_bytes -= sum(part.size_bytes for each in dropped.values() for part in each)
+
+
+def gather(layer: Any, rows: Sequence[Slots]) -> list[RowFactors]:
+    """The factors of one LoRA layer for the rows of a forward, in the order in which to add them.
+
+    Args:
+        layer: of PEFT.
+        rows: the adapters of each; those that the layer lacks are left out.
+    """
+    groups: dict[tuple[int, int], list[tuple[int, Slot]]] = {}
+    for row, slots in enumerate(rows):
+        own = [slot for slot in slots if slot.name in layer.lora_A]
+        for place, slot in enumerate(own):
+            groups.setdefault((place, layer.r[slot.name]), []).append((row, slot))
+    return [_stack(layer, groups[group]) for group in sorted(groups)]
+
+
+def _stack(layer: Any, group: Sequence[tuple[int, Slot]]) -> RowFactors:
+    names = [slot.name for _, slot in group]
+    down = torch.stack([layer.lora_A[name].weight.detach() for name in names])
+    up = torch.stack([layer.lora_B[name].weight.detach() for name in names])
+    missing = LEAST_RANK - down.shape[1]
+    if missing > 0:
+        down = nn.functional.pad(down, (0, 0, 0, missing))
+        up = nn.functional.pad(up, (0, missing))
+    scales = [_scaling(layer, slot) for _, slot in group]
+    return RowFactors(
+        _places([row for row, _ in group], down.device), down, up, _one_scale(scales, down)
+    )
+
+
+def _scaling(layer: Any, slot: Slot) -> float:
+    """What PEFT multiplies the product of the factors with."""
+    rank, alpha = layer.r[slot.name], layer.lora_alpha[slot.name]
+    return float(slot.scale * alpha / (math.sqrt(rank) if layer.use_rslora[slot.name] else rank))
+
+
+def _one_scale(scales: Sequence[float], like: Tensor) -> float | Tensor:
+    if len(set(scales)) == 1:
+        return scales[0]
+    # Kernels take Python numbers in this precision.
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.tensor(scales, dtype=dtype, device=like.device).view(-1, 1, 1)
+
+
+def _places(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    first, last = rows[0], rows[-1]
+    if last - first + 1 == len(rows):
+        return slice(first, last + 1)
+    return torch.tensor(rows, device=device)
