@@ -246,6 +246,15 @@ class GenerationRequest:
         )
 
     @property
+    def step_cache_kind(self) -> str:
+        """Requests of one kind skip about as many denoiser calls; empty: none is skipped."""
+        use = self.step_cache
+        if use is None:
+            return ""
+        parts = (f"{part.num_inference_steps} {part.strength} {part.size}" for part in self.phases)
+        return " ".join([use.method, f"{use.threshold:g}", self.scheduler, *parts])
+
+    @property
     def size(self) -> str:
         """Such as `1024x768`."""
         return f"{self.width}x{self.height}"

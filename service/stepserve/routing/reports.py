@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
 from stepserve.domain.requests import GenerationRequest
 
 ALONE = ""
+NO_SHARES: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Job:
         size: what decides the cost of its steps, such as `64x64`.
         group: requests of one size and one set of adapters; they share forwards.
         rows: rows that each of its steps takes.
-        steps: denoiser calls left of that size.
+        steps: denoiser calls left of that size, without those that should be skipped.
         images: counted against the replica's limit.
         later: what it does afterwards.
     """
@@ -86,12 +88,15 @@ class Report:
         costs: by size; only those that were measured.
         image_limit: images in flight beyond which it refuses.
         guidance: what a step of a guided request takes there, and of one that is not.
+        run_shares: which share of the denoiser calls of requests with a step cache runs, by
+            `GenerationRequest.step_cache_kind`; only those that were seen.
     """
 
     jobs: tuple[Job, ...] = ()
     costs: Mapping[str, StepCost] | None = None
     image_limit: int = 64
     guidance: Guidance = CLASSIC
+    run_shares: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, which is what Ray Serve carries."""
@@ -102,7 +107,13 @@ class Report:
         """What `to_dict` made."""
         costs = {size: StepCost(**cost) for size, cost in (told.get("costs") or {}).items()}
         jobs = tuple(_job(job) for job in told.get("jobs", ()))
-        return cls(jobs, costs, told.get("image_limit", 64), _guidance(told.get("guidance")))
+        return cls(
+            jobs,
+            costs,
+            told.get("image_limit", 64),
+            _guidance(told.get("guidance")),
+            told.get("run_shares", {}),
+        )
 
 
 def _job(told: Mapping[str, Any]) -> Job:
@@ -116,16 +127,24 @@ def _guidance(told: Mapping[str, Any] | None) -> Guidance:
     return Guidance(**{**told, **works})
 
 
-def job_of(request: GenerationRequest, guidance: Guidance) -> Job:
+def job_of(
+    request: GenerationRequest, guidance: Guidance, run_shares: Mapping[str, float] = NO_SHARES
+) -> Job:
     """What a request asks of a replica whose model takes guidance so.
 
     Schedulers that call the denoiser more than once a step are known to the replica alone.
+
+    Args:
+        request: that is to be sent.
+        guidance: of the model.
+        run_shares: as in `Report`.
     """
+    share = run_shares.get(request.step_cache_kind, 1.0)
     first, *later = (
         LaterSteps(
             size_of(*part.step_size),
             group_of(part),
-            guidance.calls_of(part, part.expected_steps),
+            math.ceil(share * guidance.calls_of(part, part.expected_steps)),
         )
         for part in request.phases
     )

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import AdapterUse, GenerationRequest, Hires
+from stepserve.domain.step_cache import StepCacheUse
 from stepserve.routing.ledger import JITTER, NEWS_WITHIN_S, STEPS_AT, Ledger
 from stepserve.routing.reports import ALONE, Job, LaterSteps, Report, StepCost, job_of
 
@@ -102,6 +103,19 @@ def test_adapters_are_groups_of_their_own_and_reproducible_requests_are_alone() 
     )
     assert job_of(replace(request, reproducible=True), CLASSIC).group == ALONE
     assert job_of(replace(request, images=(b"x",), strength=0.5), CLASSIC).steps == 2
+
+
+def test_steps_that_should_be_skipped_are_not_counted() -> None:
+    request = replace(
+        enlarged_request(), num_inference_steps=50, step_cache=StepCacheUse(threshold=0.1)
+    )
+    shares = {request.step_cache_kind: 0.45}
+    assert [part.steps for part in job_of(request, CLASSIC).parts] == [50, 4]
+    assert [part.steps for part in job_of(request, CLASSIC, shares).parts] == [23, 2]
+    others = replace(request, scheduler="other"), replace(request, step_cache=None)
+    assert [job_of(other, CLASSIC, shares).steps for other in others] == [50, 50]
+    told = Report(run_shares=shares)
+    assert Report.from_dict(told.to_dict()).run_shares == shares
 
 
 def enlarged_request() -> GenerationRequest:

@@ -194,6 +194,10 @@ class Engine:
         """What was learned of steps; see `CompletionEstimator.step_costs`."""
         return self._estimator.step_costs()
 
+    def run_shares(self) -> dict[str, float]:
+        """What was learned of step caches; see `CompletionEstimator.run_shares`."""
+        return self._estimator.run_shares()
+
     def serial_s(self, track: Track) -> float:
         """Seconds that `track` should take if there were no other; 0 while nothing is learned."""
         return self._forecast([track]).finish_s[0]

@@ -25,7 +25,7 @@ class Demand(NamedTuple):
     Args:
         arrival: orders requests by their submission.
         rows: the most that any denoiser call of it will still take.
-        steps: denoiser calls left of its kind.
+        steps: denoiser calls left of its kind, without those that should be skipped.
         kind: requests of equal kind can share forwards: one size, and one set of adapters.
         priority: 0 goes first.
         submitted_s: on the engine's clock.
@@ -33,7 +33,7 @@ class Demand(NamedTuple):
         serial_s: what all its steps would take so.
         latest_start_s: when it must go on for its deadline to be met; infinite if it has none.
         is_started: whether it has the rows that it takes; else it is queued.
-        later: denoiser calls of other kinds that it will make after these, and their kinds.
+        later: the same of other kinds that it will go on with after these, and their kinds.
     """
 
     arrival: int = 0

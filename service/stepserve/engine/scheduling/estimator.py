@@ -15,6 +15,7 @@ from stepserve.engine.scheduling.lateness import LatenessQuantile
 from stepserve.engine.tracks.track import Stage, Track
 
 LEARNING_RATE = 0.1
+MOST_SHARES = 64
 # In logarithms: few requests that took far longer than predicted say no more than this.
 MOST_STRETCH = 0.35
 
@@ -59,6 +60,8 @@ class CompletionEstimator:
         self._tick_overhead_s = Average()
         self._other_row_s = Average()
         self._stretches: dict[Hashable, Average] = {}
+        # Of denoiser calls, those that run, by kind of step cache; the oldest kinds come first.
+        self._shares: dict[str, Average] = {}
 
     def step_ended(self, track: Track, call: Call) -> None:
         """A denoising step of a track took part in a forward."""
@@ -76,6 +79,7 @@ class CompletionEstimator:
             other_s = sum(stage_s.get(stage, 0.0) for stage in (Stage.ENCODE, Stage.DECODE))
             self._other_row_s.observe(other_s / (track.rows * len(track.phases)))
             self._learn_stretch(track, now_s - track.submitted_s)
+            self._learn_share(track)
         # What expired would have ended even later. Without it only those on time would be heeded.
         if track.predicted and track.state in (RequestState.FINISHED, RequestState.EXPIRED):
             self.lateness.observe(track.predicted, now_s)
@@ -84,20 +88,25 @@ class CompletionEstimator:
         """Seconds of a step by size: those of any forward, and those of each row in it."""
         return {size: self._line(step) for size, step in list(self._shapes.items())}
 
+    def run_shares(self) -> dict[str, float]:
+        """By kind of step cache, which share of the denoiser calls runs."""
+        return {kind: float(share) for kind, share in self._shares.copy().items()}
+
     def demand(self, track: Track) -> Demand:
         """What is left to do for a track, as all that decides and predicts sees it."""
         now, left_s, serial_s = track.phase, 0.0, 0.0
         later: list[tuple[int, Hashable]] = []
         for number, phase in enumerate(track.phases):
             step_s = self._forward_s(self._step_shape(phase.size).shape, track.rows)
-            serial_s += phase.steps * step_s
-            left_s += track.left_of(number) * step_s
+            left = self._runs_left(track, number, track.left_of(number))
+            serial_s += self._runs_left(track, number, phase.steps) * step_s
+            left_s += left * step_s
             if number > now:
-                later.append((phase.steps, track.kind_of(phase.size)))
+                later.append((left, track.kind_of(phase.size)))
         return Demand(
             track.arrival,
             track.rows_ahead,
-            track.left_of(now),
+            self._runs_left(track, now, track.left_of(now)),
             track.kind,
             track.priority,
             track.submitted_s,
@@ -141,6 +150,27 @@ class CompletionEstimator:
         track.first_predicted_s = predicted_s
         stretch = self._stretches.get(_kind(track))
         return predicted_s * math.exp(float(stretch or 0.0))
+
+    def _runs_left(self, track: Track, phase: int, calls: int) -> int:
+        """How many of the last `calls` denoiser calls of a phase should run."""
+        cache = track.step_cache
+        if cache is None:
+            return calls
+        known = cache.runs_left(phase, calls)
+        return math.ceil(calls * self._share(cache.kind)) if known is None else known
+
+    def _share(self, kind: str) -> float:
+        share = self._shares.get(kind)
+        return 1.0 if share is None else float(share)
+
+    def _learn_share(self, track: Track) -> None:
+        cache = track.step_cache
+        if cache is None or not track.steps_done:
+            return
+        if cache.kind not in self._shares and len(self._shares) >= MOST_SHARES:
+            self._shares.pop(next(iter(self._shares)))
+        share = self._shares.setdefault(cache.kind, Average())
+        share.observe(1 - track.steps_skipped / track.steps_done)
 
     def _learn_stretch(self, track: Track, total_s: float) -> None:
         if track.first_predicted_s and total_s > 0:

@@ -71,6 +71,18 @@ class CachedPhase:
         """Timesteps of the solver."""
         return -(-self.calls // self.calls_per_step)
 
+    @property
+    def runs(self) -> frozenset[int] | None:
+        """Numbers of the denoiser calls that run, where that is known beforehand."""
+        skipped = self.skipped
+        if skipped is None:
+            return None
+        steps = [
+            step for step in range(self.steps) if not (step in skipped and self.may_skip(step))
+        ]
+        each = range(self.calls_per_step)
+        return frozenset(step * self.calls_per_step + number for step in steps for number in each)
+
     def may_skip(self, step: int) -> bool:
         """Whether a step is not among the first or the last ones, which always run."""
         return FIRST_STEPS * self.order <= step < self.steps - self.order
@@ -150,13 +162,22 @@ class StepCache:
     Args:
         use: what the request asks for.
         phases: that it goes through.
+        kind: tracks of one kind skip about as many calls.
     """
 
-    def __init__(self, use: StepCacheUse, phases: Sequence[CachedPhase]) -> None:
+    def __init__(self, use: StepCacheUse, phases: Sequence[CachedPhase], kind: str = "") -> None:
         self.use = use
         self.phases = phases
+        self.kind = kind
         self._number = 0
         self._current = _PhaseState(phases[0], use.threshold)
+
+    def runs_left(self, phase: int, calls: int) -> int | None:
+        """How many of the last `calls` denoiser calls of a phase run; None: that depends."""
+        runs = self.phases[phase].runs
+        if runs is None:
+            return None
+        return sum(number >= self.phases[phase].calls - calls for number in runs)
 
     def expect(self, call: Call) -> Pending:
         """A call of the denoiser, or of what runs beside it, is about to park."""

@@ -30,4 +30,5 @@ def step_cache_of(
             CachedPhase(guidance.calls_of(part, count), guidance.step_of(part).calls, order)
             for part, count in zip(request.phases, timesteps, strict=True)
         ],
+        request.step_cache_kind,
     )

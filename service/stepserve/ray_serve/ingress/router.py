@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from cachetools import FIFOCache
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.config import RequestRouterConfig
@@ -29,6 +30,8 @@ REPORT_PERIOD_S = 1.0
 REPORT_DELAY_S = 0.5
 # The best one may have gone in the meantime.
 RANKS = 3
+# Kinds of step caches of which it is known what they skip.
+MOST_SHARES = 1024
 
 
 def router_config(routing: str) -> RequestRouterConfig:
@@ -67,6 +70,7 @@ class BatchingRouter(RequestRouter):
         self._sent: dict[str, tuple[ReplicaID, Job]] = {}
         # Of the model, as the replicas measured it.
         self._guidance = CLASSIC
+        self._run_shares: FIFOCache[str, float] = FIFOCache(MOST_SHARES)
         # Requests end on other threads than they are routed on.
         self._lock = threading.Lock()
 
@@ -80,6 +84,7 @@ class BatchingRouter(RequestRouter):
                 if stats and stats is not self._reports.get(replica.replica_id):
                     report = Report.from_dict(stats)
                     self._guidance = report.guidance
+                    self._run_shares.update(report.run_shares)
                     self._ledger.note_report(replica.replica_id, report)
             self._reports = {replica.replica_id: replica.routing_stats for replica in replicas}
             self._forget_unreported()
@@ -103,7 +108,7 @@ class BatchingRouter(RequestRouter):
         request = pending_request.args[0] if pending_request.args else None
         if not isinstance(request, GenerationRequest):
             return [candidate_replicas]
-        job = job_of(request, self._guidance)
+        job = job_of(request, self._guidance, self._run_shares)
         with self._lock:
             ranked = [self._replicas.get(key) for key in self._ledger.choose(job, RANKS)]
             best = [replica for replica in ranked if replica is not None]

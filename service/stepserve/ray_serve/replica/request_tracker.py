@@ -146,6 +146,7 @@ class RequestTracker:
             costs={_size(size): StepCost(*cost) for size, cost in engine.step_costs().items()},
             image_limit=engine.options.max_pending_images,
             guidance=guidance,
+            run_shares=engine.run_shares(),
         )
 
     async def events(

@@ -3,76 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from engine_fakes import WIDTH, Bench, Costly, Ear, FakeClock, Job, alone, make_parkable, make_track
+from engine_fakes import Bench, FakeClock, Job, alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skipping_requests import Control, Drawing, Site
 from stepserve.domain.errors import CancelledError, ExpiredError
-from stepserve.domain.reports import ForwardReport
 from stepserve.domain.states import RequestState
-from stepserve.domain.step_cache import StepCacheUse
-from stepserve.engine.tracks.step_cache import CachedPhase, StepCache
-from stepserve.engine.tracks.track import Track
 from torch import Tensor
 
 FIRST = 3
-
-
-class Control(Costly):
-    """Runs beside the denoiser, and gives one residual."""
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> list[Tensor]:
-        self.spend(sample)
-        return [sample * 0.3]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A pipeline call: at each step a control, perhaps, then the denoiser once or twice."""
-
-    seed: int
-    steps: int = 24
-    rows: int = 2
-    order: int = 1
-    calls_per_step: int = 1
-    has_control: bool = False
-    threshold: float = 0.1
-
-    def run(self, denoise: Callable[..., Tensor], control: Callable[..., list[Tensor]]) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        sample = torch.randn(self.rows, WIDTH, generator=generator, dtype=torch.float64)
-        for step in range(self.steps):
-            timestep = torch.tensor(float((self.steps - step) ** 1.3) / 5)
-            outputs = []
-            for number in range(self.calls_per_step):
-                text = torch.full(sample.shape, float(number + self.seed % 3))
-                if self.has_control:
-                    text = text + control(sample, timestep)[0]
-                outputs.append(denoise(sample, timestep, text=text))
-            pace = 0.03 if step % self.order else 0.05
-            sample = sample - pace * sum(outputs)
-        return sample
-
-    @property
-    def cache(self) -> StepCache:
-        calls = self.steps * self.calls_per_step
-        phase = CachedPhase(calls, self.calls_per_step, self.order)
-        return StepCache(StepCacheUse(threshold=self.threshold), [phase])
-
-    def track(self, bench: Bench, control: Control, name: str = "") -> Track:
-        def run() -> Tensor:
-            return self.run(
-                lambda *args, **named: bench.modules.denoiser(*args, **named)[0], control
-            )
-
-        calls = self.steps * self.calls_per_step
-        made = make_track(run, name=name or str(self.seed), rows=self.rows, steps=calls)
-        return replace(made, step_cache=self.cache)
 
 
 @dataclass
@@ -115,6 +59,11 @@ class Plain:
         return output
 
     def _decide(self, step: int, stage: int, sample: Tensor) -> bool:
+        if self.drawing.skipped is not None:
+            is_between = (
+                FIRST * self.drawing.order <= step < self.drawing.steps - self.drawing.order
+            )
+            return is_between and step in self.drawing.skipped
         number = step // self.drawing.order
         last = (self.drawing.steps - 1 - stage) // self.drawing.order
         if number < FIRST or number == last:
@@ -130,42 +79,6 @@ def mean(tensor: Tensor) -> float:
     return float(tensor.abs().mean())
 
 
-class Watcher:
-    def __init__(self) -> None:
-        self.forwards: list[ForwardReport] = []
-        self.skipped_calls: list[tuple[int, int]] = []
-
-    def forward_ended(self, report: ForwardReport) -> None:
-        self.forwards.append(report)
-
-    def request_ended(self, report: Any) -> None:
-        timings = report.timings
-        self.skipped_calls.append((timings.denoiser_calls, timings.denoiser_calls_run))
-
-
-class Site:
-    """A bench with a control beside the denoiser."""
-
-    def __init__(self) -> None:
-        self.watcher = Watcher()
-        self.bench = Bench(observers=[self.watcher])
-        self.control = Control(self.bench.clock, 0.01, 0.001)
-        make_parkable(self.control, "control", "forward", stage="control")
-
-    def add(self, drawing: Drawing, name: str = "", **changes: Any) -> Ear:
-        track = drawing.track(self.bench, self.control, name)
-        return self.bench.add_track(replace(track, **changes))
-
-    def rows_of(self, name: str, stage: str = "denoise") -> list[int]:
-        """Rows of each forward of one request."""
-        return [
-            rows
-            for report in self.watcher.forwards
-            for key, rows in report.requests
-            if report.stage == stage and key.id == name
-        ]
-
-
 @pytest.fixture
 def site() -> Site:
     return Site()
@@ -178,6 +91,8 @@ DRAWINGS = {
     "two-call solver, guidance in two calls": Drawing(4, steps=39, order=2, calls_per_step=2),
     "a control beside": Drawing(5, has_control=True),
     "a control before each of two calls": Drawing(6, calls_per_step=2, has_control=True),
+    "a schedule": Drawing(7, skipped=frozenset(range(0, 24, 2))),
+    "a schedule and two calls": Drawing(8, calls_per_step=2, skipped=frozenset({4, 5, 9, 23})),
 }
 
 
@@ -190,9 +105,8 @@ def test_a_request_gets_what_a_plain_loop_with_the_same_rule_gives(site: Site, d
 
     assert ear.ends == ["finished"]
     assert torch.equal(ear.result, expected)
-    calls = drawing.steps * drawing.calls_per_step
-    assert len(plain.ran) < 0.9 * calls
-    assert site.watcher.skipped_calls == [(calls, len(plain.ran))]
+    assert len(plain.ran) < 0.9 * drawing.calls
+    assert site.watcher.skipped_calls == [(drawing.calls, len(plain.ran))]
     assert site.rows_of("a") == [2] * len(plain.ran)
     if drawing.has_control:
         assert len(site.rows_of("a", "control")) == len(plain.ran)
@@ -208,6 +122,7 @@ def test_a_request_gets_what_a_plain_loop_with_the_same_rule_gives(site: Site, d
         calls_per_step=st.integers(1, 2),
         has_control=st.booleans(),
         threshold=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1e9]),
+        skipped=st.none() | st.frozensets(st.integers(0, 30)),
     ),
     others=st.lists(st.builds(Job, seed=st.integers(10, 99), steps=st.integers(1, 9)), max_size=3),
 )
@@ -223,8 +138,12 @@ def test_the_rule_holds_whatever_else_there_is(drawing: Drawing, others: list[Jo
     ran = {number // drawing.calls_per_step for number in plain.ran}
     assert ran >= set(range(min(FIRST * drawing.order, drawing.steps)))
     assert ran >= set(range(max(drawing.steps - drawing.order, 0), drawing.steps))
-    if drawing.threshold == 0:
+    if drawing.threshold == 0 and drawing.skipped is None:
         assert len(ran) == drawing.steps
+    for left in range(drawing.calls + 1):
+        known = drawing.cache.runs_left(0, left)
+        run = sum(number >= drawing.calls - left for number in plain.ran)
+        assert known == (None if drawing.skipped is None else run)
 
 
 def test_who_skips_goes_on_at_that_very_tick(site: Site) -> None:
