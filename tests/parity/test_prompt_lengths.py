@@ -1,15 +1,69 @@
-"""Requests whose prompts have other lengths share forwards."""
+"""Requests whose prompts have other lengths share forwards, and get what each gets alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+from diffusers.models.attention_dispatch import attention_backend
 from families.catalogue import FAMILIES
-from families.family import resident
+from families.family import Family, resident
+from families.prompt_lengths import MOST_SHARED, measure, reason
 from random_requests import random_requests, serve_at_once
+from stepserve.engine.calls.arguments import ArgumentRules
+from stepserve.engine.calls.text_padding import TextPadding, TokenMask
+from stepserve.pipelines.modules.parking import ARGUMENT_RULES
+from torch import Tensor
+
+TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
+FLOAT64_BOUND = 1e-6
+FLOAT32_BOUND = 2e-4
+# Whose prompts have no fixed length, and three of those whose pipelines fill them up to one.
+ORDINARY = {
+    "Bria Fibo Edit",
+    "CogView 4",
+    "DreamLite, edit",
+    "FLUX",
+    "JoyImage-Edit",
+    "JoyImage-Edit-Plus",
+    "Kandinsky 3",
+    "Kandinsky 5, image",
+    "Latte, text to video",
+    "Qwen-Image",
+    "Qwen-Image 2.1",
+    "Qwen-Image with a ControlNet",
+    "Qwen-Image, inpainting",
+    "Qwen-Image-Edit",
+    "Qwen-Image-Edit-Plus",
+    "Stable Diffusion",
+    "Wan 2.1, text to video",
+    "Z-Image",
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if name in ORDINARY else pytest.mark.slow, id=name)
+        for name, family in FAMILIES.items()
+    ],
+)
+def test_prompts_of_any_length_share_unless_it_is_said_why_not(family: Family) -> None:
+    report = measure(family)
+    assert report.objection == ""
+    assert report.difference <= (FLOAT64_BOUND if family.float64 else FLOAT32_BOUND)
+    # Else a mixed-up row would go unseen.
+    assert report.separation > 100 * FLOAT32_BOUND
+    if reason(family):
+        assert report.calls_per_forward < MOST_SHARED
+    else:
+        assert report.calls_per_forward == MOST_SHARED
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -23,3 +77,40 @@ def test_random_requests_to_qwen_image_take_half_as_many_forwards(seed: int) -> 
     assert max(served.levels) <= 1
     # Else a mixed-up row would go unseen.
     assert served.separation > 10
+
+
+class Everything(TokenMask):
+    """A mask that keeps nothing out."""
+
+    def write(self, arguments: Mapping[str, Any], mask: Tensor, text: Tensor) -> dict[str, Any]:
+        return {self.name: mask.new_ones(mask.shape)}
+
+
+def test_text_that_was_filled_in_and_counted_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    padding = TextPadding(Everything("encoder_hidden_states_mask"))
+    rules = ArgumentRules(row_lists=frozenset({"img_shapes"}), text=(padding,))
+    monkeypatch.setitem(ARGUMENT_RULES, "QwenImageTransformer2DModel", rules)
+    report = measure(FAMILIES["Qwen-Image"])
+    assert report.calls_per_forward == MOST_SHARED
+    assert report.difference > 100 * FLOAT64_BOUND
+
+
+def test_the_table_in_the_docs_has_every_family() -> None:
+    table = TABLE.read_text().partition("## Prompts of any length")[2]
+    assert [name for name in FAMILIES if f"| {name} |" not in table] == []
+
+
+def test_attention_that_takes_no_mask_gets_none() -> None:
+    """Its requests share where their prompts have equally many tokens."""
+    family = FAMILIES["Qwen-Image"]
+    pipeline = family.build()
+    alike, longer = random_requests(12, seed=0)[:2]
+    requests = [alike, replace(alike, seed=7), replace(longer, text=f"{alike.text} lake")]
+    # diffusers keeps it for the process as well.
+    with attention_backend("native"):
+        pipeline.transformer.set_attention_backend("_native_flash")
+        served = serve_at_once(pipeline, family, requests, [0] * 3)
+    assert max(served.levels) <= 1
+    assert served.forwards < served.calls

@@ -8,11 +8,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.call import NO_RULES, Enter
-from stepserve.engine.calls.text_padding import TextPadding
+from stepserve.engine.calls.text_padding import FrameBias, JointMask, TextPadding, TokenMask
 from stepserve.engine.tracks.track import Stage
 
 PROMPTS_BYTES = 64 * 2**20
@@ -67,6 +68,19 @@ def _names(*names: str) -> frozenset[str]:
 # not share one: its attention takes the rows of the batch for its sequence.
 ROWS_MEET = _names("ControlNetUnionModel", "MultiControlNetUnionModel")
 
+# Backends of attention, as diffusers calls them, that raise when they get a mask.
+MASKLESS_ATTENTION = (
+    "flash",
+    "sage",
+    "_flash_3",
+    "_native_flash",
+    "_native_xla",
+    "_sage_qk_int8_pv_fp8_cuda",
+    "_sage_qk_int8_pv_fp8_cuda_sm90",
+    "_sage_qk_int8_pv_fp16_cuda",
+    "_sage_qk_int8_pv_fp16_triton",
+)
+
 BLOCK_SAMPLES = _names("controlnet_block_samples")
 FLUX_RULES = ArgumentRules(
     shared=_names("img_ids", "txt_ids"),
@@ -75,18 +89,28 @@ FLUX_RULES = ArgumentRules(
 )
 
 CONDITIONING_SCALE = "conditioning_scale"
-QWEN_TEXT = (TextPadding(("encoder_hidden_states",), "encoder_hidden_states_mask"),)
+MASKED_TEXT = (TextPadding(TokenMask("encoder_hidden_states_mask")),)
 
 # What the arguments themselves do not show, by class of the module.
 ARGUMENT_RULES = {
     # `decode` takes one, and draws nothing.
     "AutoencoderKL": ArgumentRules(ignored=_names("generator")),
     # Position tables, the same for all rows.
-    "BriaFiboTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
+    "BriaFiboTransformer2DModel": ArgumentRules(
+        shared=_names("img_ids", "txt_ids"),
+        text=(
+            TextPadding(
+                JointMask("joint_attention_kwargs", "attention_mask", "hidden_states"),
+                text=("encoder_hidden_states", "text_encoder_layers"),
+                places=("txt_ids",),
+            ),
+        ),
+    ),
     "ChromaTransformer2DModel": FLUX_RULES,
     "CogVideoXTransformer3DModel": ArgumentRules(shared=_names("image_rotary_emb")),
     "CogView3PlusTransformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
     "CogView4Transformer2DModel": ArgumentRules(shared=_names("image_rotary_emb")),
+    "DreamLiteUNetModel": ArgumentRules(text=(TextPadding(TokenMask("encoder_attention_mask")),)),
     # Keys and values of reference images, from the first step on.
     "Flux2Transformer2DModel": ArgumentRules(caches=_names("kv_cache")),
     "ControlNetModel": ArgumentRules(output_scale=CONDITIONING_SCALE),
@@ -100,6 +124,11 @@ ARGUMENT_RULES = {
     "HunyuanDiT2DModel": ArgumentRules(shared=_names("image_rotary_emb"), residuals=BLOCK_SAMPLES),
     "Kandinsky5Transformer3DModel": ArgumentRules(
         shared=_names("visual_rope_pos", "text_rope_pos", "sparse_params")
+    ),
+    # One entry a frame of the mask.
+    "LatteTransformer3DModel": ArgumentRules(
+        repeated=_names("encoder_attention_mask"),
+        text=(TextPadding(FrameBias("encoder_attention_mask", "hidden_states")),),
     ),
     "LongCatImageTransformer2DModel": ArgumentRules(shared=_names("img_ids", "txt_ids")),
     # The first row of the mask counts for all. Keys and values of what the prompt says.
@@ -131,7 +160,9 @@ ARGUMENT_RULES = {
         )
     ),
     # Python lists with one entry a row.
-    "JoyImageEditPlusTransformer3DModel": ArgumentRules(row_lists=_names("shape_list")),
+    "JoyImageEditPlusTransformer3DModel": ArgumentRules(
+        row_lists=_names("shape_list"), text=MASKED_TEXT
+    ),
     "ZImageTransformer2DModel": ArgumentRules(
         row_lists=_names("x", "cap_feats", "siglip_feats", "image_noise_mask")
     ),
@@ -139,10 +170,10 @@ ARGUMENT_RULES = {
         row_lists=_names("img_shapes"),
         whole_lists_out=True,
         output_scale=CONDITIONING_SCALE,
-        text=QWEN_TEXT,
+        text=MASKED_TEXT,
     ),
     "QwenImageTransformer2DModel": ArgumentRules(
-        row_lists=_names("img_shapes"), residuals=BLOCK_SAMPLES, text=QWEN_TEXT
+        row_lists=_names("img_shapes"), residuals=BLOCK_SAMPLES, text=MASKED_TEXT
     ),
 }
 
@@ -151,11 +182,6 @@ def takes_caches(module: nn.Module) -> bool:
     """Whether its forwards read or fill objects that keep something from step to step."""
     rules = ARGUMENT_RULES.get(type(module).__name__)
     return rules is not None and bool(rules.caches)
-
-
-def fills_text(module: nn.Module) -> bool:
-    """Whether its texts are filled up, so that the last bits are others than without an engine."""
-    return bool(ARGUMENT_RULES.get(type(module).__name__, NO_RULES).text)
 
 
 @dataclass(frozen=True)
@@ -217,4 +243,18 @@ def rules_of(module: nn.Module, is_compiled: bool = False) -> ArgumentRules:
     if getattr(getattr(module, "config", None), "global_pool_conditions", False):
         # A mean comes after the scale.
         rules = replace(rules, output_scale="")
+    if _refuses_masks(module):
+        rules = replace(rules, text=())
     return replace(rules, residuals=frozenset()) if is_compiled else rules
+
+
+def fills_text(module: nn.Module) -> bool:
+    """Whether its texts are filled up, so that the last bits are others than without an engine."""
+    return bool(rules_of(module).text)
+
+
+def _refuses_masks(module: nn.Module) -> bool:
+    usual, _ = _AttentionBackendRegistry.get_active_backend()
+    processors: Iterator[Any] = (getattr(part, "processor", None) for part in module.modules())
+    backends = (one._attention_backend for one in processors if hasattr(one, "_attention_backend"))
+    return any((backend or usual) in MASKLESS_ATTENTION for backend in backends)

@@ -1,0 +1,115 @@
+"""Do requests share forwards whose prompts have other lengths? Measured for a family.
+
+Three requests that differ in the words of their prompts, and in the seed, run at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from stepserve.pipelines.copies.factory import copy_pipeline
+from stepserve.pipelines.modules.parking import parkable_methods
+from stepserve.pipelines.probing.sharing_check import (
+    ENOUGH_ROWS,
+    ProbeRequest,
+    SharingReport,
+    check_sharing,
+    run_plainly,
+)
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from families.examine import make_plan
+from families.family import Family, Variation, resident
+from families.tokenizers import WORDS
+
+WORD_COUNTS = (3, 20, 60)
+MOST_SHARED = len(WORD_COUNTS)
+ROOM = 77
+"""Tokens that prompts may have: as many as CLIP reads."""
+
+CANNOT_BE_FILLED = {
+    "CogView4Transformer2DModel": "its attention adds the mask to its scores as zeros and ones, "
+    "which keeps nothing out",
+    "JoyImageEditTransformer3DModel": "its forward takes no mask of the text",
+    "Kandinsky3UNet": "its forward takes the mean of all text tokens, masked or not",
+    "Kandinsky5Transformer3DModel": "its forward takes no mask of the text",
+    "QwenImage21Transformer2DModel": "one row says for all where text ends and the image begins",
+    "ZImageTransformer2DModel": "each entry of its lists has a length of its own",
+}
+"""Why requests share only where prompts have equally many tokens, by class of the denoiser."""
+
+ALONE_ANYHOW = {
+    "ControlNetUnionModel": "calls of its ControlNet run alone, whatever the prompts",
+}
+"""Why calls of a module share nothing, by its class."""
+
+
+@dataclass(frozen=True)
+class WordyVariation(Variation):
+    """A request whose prompt has so many words; a word is a token where tokens are counted."""
+
+    words: int = 1
+
+    @property
+    def prompt(self) -> str:
+        """Begins with another word for another count."""
+        known = WORDS.split()[:20]
+        return " ".join(known[(self.words + index) % len(known)] for index in range(self.words))
+
+
+def reason(family: Family) -> str:
+    """Why requests with prompts of other lengths share fewer forwards; empty if they share all."""
+    if not family.shares:
+        return "its requests run one at a time"
+    reasons = CANNOT_BE_FILLED | ALONE_ANYHOW
+    modules = (type(module).__name__ for _, module, _ in parkable_methods(resident(family)))
+    return next((reasons[name] for name in modules if name in reasons), "")
+
+
+def measure(family: Family) -> SharingReport:
+    """Run the requests at once, in float64 if the family can, and compare with plain calls."""
+    pipeline = family.build()
+    if family.float64:
+        pipeline = pipeline.to(torch.float64)
+    _make_room(pipeline)
+    probes: list[ProbeRequest] = [
+        partial(
+            _call,
+            family,
+            pipeline,
+            WordyVariation(0, 100 + words, 3, family.guidance_scales[0], words=words),
+        )
+        for words in WORD_COUNTS
+    ]
+    plain = run_plainly(pipeline, probes)
+    plan = make_plan(family, pipeline, probes, plain)
+    options = plan.parking(ENOUGH_ROWS)
+    return check_sharing(pipeline, probes, plain, options=options, one_at_a_time=plan.serial)
+
+
+def _call(family: Family, pipeline: Any, variation: WordyVariation) -> Tensor:
+    copied = copy_pipeline(pipeline)
+    arguments = family.arguments(copied, variation)
+    if "max_sequence_length" in arguments and _reads_any_length(pipeline):
+        arguments["max_sequence_length"] = ROOM
+    return family.result(copied(**arguments))
+
+
+def _make_room(pipeline: Any) -> None:
+    """Else the tokenizers of the suite would cut prompts to one length."""
+    for component in vars(pipeline).values():
+        if isinstance(component, DiffusionPipeline):
+            _make_room(component)
+        elif isinstance(component, PreTrainedTokenizerFast):
+            component.model_max_length = max(component.model_max_length, ROOM)
+
+
+def _reads_any_length(pipeline: Any) -> bool:
+    """Whether the denoiser has no table with a place for each token of a text of one length."""
+    config = getattr(getattr(pipeline, "transformer", None), "config", {})
+    return "max_text_seq_length" not in config
