@@ -57,9 +57,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_prompts_of_any_length_share_unless_it_is_said_why_not(family: Family) -> None:
     report = measure(family)
     assert report.objection == ""
-    assert report.difference <= (FLOAT64_BOUND if family.float64 else FLOAT32_BOUND)
+    bound = FLOAT64_BOUND if family.float64 else FLOAT32_BOUND
+    assert report.difference <= bound
     # Else a mixed-up row would go unseen.
-    assert report.separation > 100 * FLOAT32_BOUND
+    assert report.separation > 100 * bound
     if reason(family):
         assert report.calls_per_forward < MOST_SHARED
     else:
