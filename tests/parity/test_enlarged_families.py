@@ -17,15 +17,15 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from families.catalogue import FAMILIES
+from few_vectors import few_vectors
 from PIL import Image
-from served_families.service import save_sized, told_besides
+from served_families.service import save_sized, tell, told_besides
 from stepserve.domain.events import Event, Failed, Finished
 from stepserve.domain.requests import GenerationRequest, Hires
 from stepserve.domain.tasks import Role, Task
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.facts.signature import accepted_arguments, read_signature
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
-from stepserve.pipelines.requests import call as calls
 from stepserve.pipelines.requests.call import guidance_arguments
 from stepserve.pipelines.serving.runner import PipelineRunner
 
@@ -94,15 +94,11 @@ def test_a_family_enlarges_what_it_drew(
 ) -> None:
     family = FAMILIES[name]
     besides = told_besides(family, save_sized(family, tmp_path))
-
-    def accepted(signature: Any, wanted: Any) -> dict[str, Any]:
-        taken = {name: value for name, value in besides.items() if signature.accepts(name)}
-        return accepted_arguments(signature, wanted) | taken
-
-    monkeypatch.setattr(calls, "accepted_arguments", accepted)
+    tell(monkeypatch, besides)
     model = load_model("m", tmp_path, "float32", "cpu")
     runner = PipelineRunner(model, EngineOptions(max_rows=16, max_pending_images=100))
-    runner.start()
+    with few_vectors():
+        runner.start()
     try:
         requests = [a_request(runner.model, index) for index in range(2)]
         assert Role.HIRES in runner.capabilities().inputs_of(Task.TEXT_TO_IMAGE)

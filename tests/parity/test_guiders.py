@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runner(folder: Path) -> Iterator[PipelineRunner]:
     model = load_model("guided", folder, "float32", "cpu")
     served = PipelineRunner(model, EngineOptions(max_rows=8, max_pending_images=100))

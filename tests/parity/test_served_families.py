@@ -42,7 +42,38 @@ TRIES = 3
 # They draw sizes of their own choice, enlarge every image to the area of the native size, or divide
 # sizes by a factor that their tiny decoders do not have.
 OTHER_SIZES = {"HiDream", "Kandinsky 5, image", "Lumina Image 2"}
-SLOW = {"HiDream", "Kandinsky 3", "Kandinsky 5, image", "StableUnCLIP"}
+LONG = {"HiDream", "Kandinsky 3", "Kandinsky 5, image", "StableUnCLIP"}
+# Each has a sibling here with the same denoiser or the same network beside it, and the same kind of
+# body. `test_every_family` tries them all.
+SIBLINGS = {
+    "DDIM",
+    "FLUX with a union ControlNet",
+    "FLUX, image to image",
+    "FLUX, inpainting",
+    "FLUX.2 Klein with a key-value cache",
+    "FLUX.2, with reference images",
+    "Hunyuan-DiT with a ControlNet",
+    "HunyuanImage, with a guider that skips layers",
+    "InstructPix2Pix of Stable Diffusion XL",
+    "JoyImage-Edit",
+    "PNDM",
+    "PixArt-alpha",
+    "Qwen-Image with a ControlNet",
+    "Qwen-Image, image to image",
+    "Sana with a ControlNet",
+    "Sana with perturbed-attention guidance",
+    "Stable Diffusion 3 with perturbed-attention guidance",
+    "Stable Diffusion 3, image to image",
+    "Stable Diffusion XL with a ControlNet",
+    "Stable Diffusion XL with a T2I-Adapter",
+    "Stable Diffusion XL with an IP-Adapter",
+    "Stable Diffusion XL with perturbed-attention guidance",
+    "Stable Diffusion XL, image to image",
+    "Stable Diffusion XL, inpainting",
+    "Stable Diffusion with a ControlNet, image to image",
+    "Stable Diffusion with an IP-Adapter",
+    "Z-Image, image to image",
+}
 # Guidance as an input of the denoiser, or by calling it twice, or thrice the rows at once.
 TWICE, EMBEDDED, THRICE_THE_ROWS = StepWork(1, 2), StepWork(1, 1), StepWork(3, 1)
 GUIDANCE_COSTS = {
@@ -109,8 +140,8 @@ pytestmark = [
 
 
 def parameters(reaches: dict[str, HttpCall]) -> list[Any]:
-    """Names as pytest takes them; those that take long are marked."""
-    marks = {name: [pytest.mark.slow] for name in SLOW}
+    """Names as pytest takes them; those that take long, or have a sibling, are marked."""
+    marks = {name: [pytest.mark.slow] for name in LONG | SIBLINGS}
     return [pytest.param(name, id=name, marks=marks.get(name, ())) for name in reaches]
 
 

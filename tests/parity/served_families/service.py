@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from families.family import Family
+from few_vectors import few_vectors
 from PIL import Image
 from stepserve.api.app import create_app
 from stepserve.api.auth.access import Access
@@ -102,7 +103,7 @@ def serve(family: Family, reach: HttpCall, folder: Path) -> Iterator[ServedFamil
             }
         }
     )
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, few_vectors():
         tell(patch, besides)
         usual = folders.loading_arguments
         patch.setattr(folders, "loading_arguments", lambda *given: usual(*given) | own)

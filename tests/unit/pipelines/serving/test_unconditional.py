@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from few_vectors import few_vectors
 from PIL import Image
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.events import Event, Failed, Finished, Preview, StepFinished
@@ -54,7 +55,8 @@ def serve(folders: Callable[[str], Path]) -> Iterator[Serve]:
             model = load_model(name, folders(name), dtype=dtype_of(name), device="cpu")
             options = EngineOptions(max_rows=8, max_pending_images=64)
             runners[name] = PipelineRunner(model, options)
-            runners[name].start()
+            with few_vectors():
+                runners[name].start()
         return runners[name]
 
     yield served
