@@ -120,8 +120,12 @@ BATCHES = (
     ),
     Panel(
         "Denoising steps and images",
-        "Steps of all requests a second, and finished images.",
-        {"{{model}} steps": rate("denoising_steps"), "{{model}} images": rate("images")},
+        "Steps of all requests a second, those that step caches skipped, and finished images.",
+        {
+            "{{model}} steps": rate("denoising_steps"),
+            "{{model}} skipped": rate("skipped_denoiser_calls"),
+            "{{model}} images": rate("images"),
+        },
         "ops",
     ),
     Panel(

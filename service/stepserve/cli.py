@@ -1,4 +1,4 @@
-"""The command line: serve, generate, models, doctor, train, explain, config."""
+"""The command line: serve, generate, calibrate, models, doctor, train, explain, config."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from stepserve.domain.tasks import Role, Task
 from stepserve.garbage import collection_paused
 
 if TYPE_CHECKING:
-    from stepserve.domain.events import EncodedImage
+    from stepserve.domain.events import EncodedImage, Finished
     from stepserve.domain.image_files.structure import ImageFile
     from stepserve.domain.models import ModelCapabilities
     from stepserve.pipelines.adapters.files import AdapterOptions
@@ -185,6 +185,10 @@ def generate(
     ] = 0.5,
     guidance_start: Annotated[float, typer.Option(help="Share of steps before guidance.")] = 0.0,
     guidance_end: Annotated[float, typer.Option(help="Share of steps where guidance ends.")] = 1.0,
+    step_cache: Annotated[
+        str | None,
+        typer.Option(help="Skip predictable denoiser calls: easycache:0.1, magcache:0.1 or off."),
+    ] = None,
     model: ModelOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -214,6 +218,7 @@ def generate(
         "output_format": _output_format(output),
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
+        "step_cache": None if step_cache is None else _step_cache(step_cache),
     }
     if not image and (mask is not None or strength is not None):
         raise InvalidRequestError("--mask and --strength need an --image to work on")
@@ -231,10 +236,47 @@ def generate(
         wanted["references"] = [use for use, _ in uses]
         files[Role.REFERENCE] = tuple(file for _, file in uses)
     finished = generate_locally(loaded, _request(wanted, capabilities, files), adapters)
-    for cut in finished.cut_prompts:
-        told = f"{cut.encoder} reads {cut.limit} of the {cut.tokens} tokens of {cut.field} only"
-        typer.echo(told, err=True)
+    _tell(finished)
     _write(finished.images, output)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="Model id or alias from the configuration.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="Denoising steps (default: the model's).")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt to measure with; several are better.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Measure what the step cache `magcache` decides by, and keep it beside the model.
+
+    Draws an image of each prompt, and writes step_cache.json into the model's folder (of a model of
+    the hub: into its folder in the hub's cache). Requests may name magcache from the next start on.
+    """
+    with collection_paused():
+        from stepserve.composition import find_model
+        from stepserve.pipelines.probing.calibration import PROMPTS, measure_magnitudes
+        from stepserve.pipelines.probing.guidance_cost import with_probed_guidance
+        from stepserve.pipelines.step_cache.magnitudes import FILE, write_magnitudes
+
+    settings = load_settings(config)
+    chosen = settings.models[_model_id(settings, model)]
+    folder = find_model(chosen)
+    _check_writable(folder / FILE)
+    # Its default may be what is about to be measured.
+    loaded = with_probed_guidance(_load(settings, model, step_cache=None))
+    calibration = measure_magnitudes(
+        loaded,
+        prompt or PROMPTS,
+        steps,
+        lambda request: typer.echo(f"measured: {request.prompt or request.id}", err=True),
+    )
+    typer.echo(str(write_magnitudes(folder, calibration)))
 
 
 @app.command()
@@ -463,13 +505,14 @@ def _model_id(settings: Settings, model: str | None) -> str:
     return model_id
 
 
-def _load(settings: Settings, model: str | None) -> LoadedModel:
+def _load(settings: Settings, model: str | None, **changes: object) -> LoadedModel:
+    """The model as its settings say, but for what is changed."""
     from stepserve.composition import load_configured
 
     model_id = _model_id(settings, model)
     # It would be at an end before anything were compiled.
-    uncompiled = settings.models[model_id].model_copy(update={"compile": False})
-    return load_configured(model_id, uncompiled)
+    changed = settings.models[model_id].model_copy(update={"compile": False, **changes})
+    return load_configured(model_id, changed)
 
 
 def _adapters(
@@ -497,6 +540,19 @@ def _split_scale(text: str, usual: float = 1.0) -> tuple[str, float]:
         return (name, float(scale)) if name else (text, usual)
     except ValueError:
         return text, usual
+
+
+def _step_cache(text: str) -> dict[str, object]:
+    """What a request says: of `easycache`, or `easycache:0.2`."""
+    method, mark, threshold = text.partition(":")
+    if not mark:
+        return {"method": method}
+    try:
+        return {"method": method, "threshold": float(threshold)}
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"--step-cache {text}: {threshold!r} is no number; write such as easycache:0.1"
+        ) from error
 
 
 def _output_format(output: Path) -> str:
@@ -550,6 +606,17 @@ def _check_writable(output: Path) -> None:
         output.unlink()
 
 
+def _tell(finished: Finished) -> None:
+    """Say what was not done of what was asked for."""
+    for cut in finished.cut_prompts:
+        told = f"{cut.encoder} reads {cut.limit} of the {cut.tokens} tokens of {cut.field} only"
+        typer.echo(told, err=True)
+    timings = finished.timings
+    if timings.denoiser_calls_skipped:
+        ran, asked = timings.denoiser_calls_run, timings.denoiser_calls
+        typer.echo(f"{ran} of {asked} denoiser calls ran", err=True)
+
+
 def _write(images: Sequence[EncodedImage], output: Path) -> None:
     for index, image in enumerate(images):
         if image.content_filtered:
@@ -568,6 +635,7 @@ def _request(
 ) -> GenerationRequest:
     """Fill in and check a request as the HTTP API does."""
     from stepserve.api.auth.keys import ANYBODY
+    from stepserve.api.bodies.forms import parse_body
     from stepserve.api.bodies.schemas import (
         EditRequest,
         ImageRequest,
@@ -588,10 +656,7 @@ def _request(
         body_class, purpose = (
             (EditRequest, EDITS) if wanted["prompt"] else (VariationRequest, VARIATIONS)
         )
-    try:
-        body = body_class.model_validate(wanted)
-    except ValidationError as error:
-        raise InvalidRequestError(error.errors()[0]["msg"]) from error
+    body = parse_body(wanted, body_class)
     slots = (
         Slot(role, role, file.content) for role, role_files in files.items() for file in role_files
     )

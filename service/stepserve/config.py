@@ -31,6 +31,14 @@ from pydantic import (
     model_validator,
 )
 
+from stepserve.domain.step_cache import (
+    LEAST_THRESHOLD,
+    MOST_THRESHOLD,
+    OFF,
+    StepCacheMethod,
+    StepCacheUse,
+)
+
 PREFIX = "STEPSERVE_"
 CONFIG_VARIABLE = "STEPSERVE_CONFIG"
 """The variable that names the YAML file where no path is given."""
@@ -260,6 +268,24 @@ def _check_attention_backend(name: str) -> str:
 AttentionBackend = Annotated[str, AfterValidator(_check_attention_backend)]
 
 
+class StepCacheSettings(_Section):
+    """Which denoiser calls of requests that say nothing of it are skipped."""
+
+    method: StepCacheMethod = StepCacheUse.method
+    """What decides; magcache needs magnitudes, as `stepserve calibrate` measures them."""
+    threshold: Annotated[float, _Number, Field(ge=LEAST_THRESHOLD, le=MOST_THRESHOLD)] = (
+        StepCacheUse.threshold
+    )
+    """The expected relative error that may add up until a call has to run."""
+
+
+def _read_step_cache(value: Any) -> Any:
+    # YAML reads a plain `off` as false.
+    if value is False or value == OFF:
+        return None
+    return {"method": value} if isinstance(value, str) else value
+
+
 class SpeedSettings(_Section):
     """What makes a model faster or smaller; `docs/performance.md` says by how much."""
 
@@ -281,6 +307,8 @@ class SpeedSettings(_Section):
     """Weights of the denoiser's linear layers as integers, and for int8_dynamic its activations."""
     prompt_cache_bytes: ByteCount = 64 * 2**20
     """How much is kept of the outputs of each text encoder; 0 keeps none."""
+    step_cache: Annotated[StepCacheSettings | None, BeforeValidator(_read_step_cache)] = None
+    """Skip denoiser calls that can be predicted: faster, and slightly other images; off: none."""
 
 
 class AutoscalingSettings(_Section):

@@ -23,6 +23,7 @@ MAY_BE_EMPTY = (
     "stepserve_forward_retries_total",
     "stepserve_out_of_memory_total",
     "stepserve_request_retries_total",
+    "stepserve_skipped_denoiser_calls_total",
 )
 
 

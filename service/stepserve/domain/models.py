@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
-from stepserve.domain.fingerprint import Fingerprint
 from stepserve.domain.guidance import CLASSIC, Guidance
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.step_cache import StepCacheMethod, StepCacheUse
@@ -142,8 +143,55 @@ class Control:
     problem: str = ""
 
 
+SHORT_CHARACTERS = 16
+"""Of a fingerprint's digest: enough to distinguish fingerprints."""
+
 DEFAULT_STRENGTH = 0.8
 """Of image-to-image and inpainting, where a request says none."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Where a model runs and what it is made of: all that decides its images besides requests.
+
+    The same request gives the same bytes wherever fingerprints are equal. Where they differ it may
+    give other bytes: another processor, version of torch or number of threads may round otherwise.
+
+    Args:
+        weights: SHA-256 over the files with weights and with the settings of components.
+        stepserve: version, as are `torch`, `diffusers` and `transformers`.
+        device: type of the device, such as `cpu`.
+        processor: what kernels are chosen by: the CPU's capability, or the GPU's name.
+        dtype: what the model computes in, such as `bfloat16`.
+        row_buckets: to how many rows forwards are padded.
+        threads: that CPU kernels use; 0 where that is not known.
+        code: what runs the denoiser, `eager` or `compiled`: the two round differently.
+        step_cache: SHA-256 over the magnitudes that decide which calls MagCache skips; empty where
+            the model has none.
+    """
+
+    weights: str
+    stepserve: str
+    torch: str
+    diffusers: str
+    transformers: str
+    device: str
+    processor: str
+    dtype: str
+    row_buckets: str = "any rows"
+    threads: int = 0
+    code: str = "eager"
+    step_cache: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything above, in hexadecimal."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def short(self) -> str:
+        """The beginning of the digest."""
+        return self.digest[:SHORT_CHARACTERS]
 
 
 def _text_to_image() -> dict[Task, TaskInputs]:

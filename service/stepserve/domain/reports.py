@@ -45,7 +45,10 @@ class ForwardReport(NamedTuple):
 
 
 class EndReport(NamedTuple):
-    """One request that ended in `state`, at `ended_s` on the engine's clock."""
+    """One request that ended in `state`, at `ended_s` on the engine's clock.
+
+    `step_cache` is the method of its step cache; empty: it had none.
+    """
 
     key: RequestKey
     state: RequestState
@@ -54,6 +57,7 @@ class EndReport(NamedTuple):
     steps_left: int
     has_deadline: bool
     ended_s: float
+    step_cache: str = ""
 
 
 @dataclass(frozen=True)

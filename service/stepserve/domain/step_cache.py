@@ -11,6 +11,9 @@ from enum import StrEnum
 
 LEAST_THRESHOLD, MOST_THRESHOLD = 0.001, 1.0
 
+OFF = "off"
+"""What requests say, and images tell, in place of a step cache where there is none."""
+
 
 class StepCacheMethod(StrEnum):
     """What decides which calls are skipped."""

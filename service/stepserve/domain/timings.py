@@ -25,6 +25,11 @@ class Timings:
     denoiser_calls: int = 0
     denoiser_calls_run: int = 0
 
+    @property
+    def denoiser_calls_skipped(self) -> int:
+        """Calls whose output was predicted."""
+        return self.denoiser_calls - self.denoiser_calls_run
+
     def server_timing(self) -> str:
         """The value of a `Server-Timing` header (durations in milliseconds)."""
         stages = (
@@ -36,4 +41,7 @@ class Timings:
             ("total", self.total_s),
         )
         parts = [f"{name};dur={seconds * 1000:.1f}" for name, seconds in stages]
-        return ", ".join([*parts, f'batch;desc="share {self.batch_share:.3f}"'])
+        ran = f"{self.denoiser_calls_run} of {self.denoiser_calls}"
+        return ", ".join(
+            [*parts, f'batch;desc="share {self.batch_share:.3f}"', f'forwards;desc="{ran}"']
+        )

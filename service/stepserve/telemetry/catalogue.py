@@ -129,7 +129,16 @@ FORWARD_SECONDS = _counter("forward_seconds", "Seconds spent inside forwards.", 
 BUSY_SECONDS = _counter(
     "engine_busy_seconds", "Seconds that the engine was busy, forwards included.", "model"
 )
-STEPS = _counter("denoising_steps", "Denoising steps done, of all requests.", "model")
+STEPS = _counter(
+    "denoising_steps",
+    "Denoising steps that ran, of all requests; not those that a step cache skipped.",
+    "model",
+)
+SKIPPED_CALLS = _counter(
+    "skipped_denoiser_calls",
+    "Denoiser calls of ended requests that their step cache skipped, by its method.",
+    *("model", "method"),
+)
 BATCH_ROWS = _histogram(
     "batch_rows", ROW_BUCKETS, "Rows of requests in one forward.", "model", "stage"
 )

@@ -117,6 +117,9 @@ class EngineMetrics:
             self._to.count(c.STEPS_SAVED, end.steps_left, self._model)
         if end.has_deadline:
             self._record_deadline(end.state)
+        if timings.denoiser_calls_skipped:
+            method = {**self._model, "method": end.step_cache}
+            self._to.count(c.SKIPPED_CALLS, timings.denoiser_calls_skipped, method)
 
     def _record_finished(self, end: EndReport) -> None:
         timings = end.timings

@@ -261,7 +261,10 @@ def _attributes_of(request: GenerationRequest) -> dict[str, str | int | float]:
 def _set_outcome(span: Span, outcome: Finished | Failed | None) -> None:
     if isinstance(outcome, Finished):
         span.set_attribute("stepserve.outcome", "finished")
-        span.set_attribute("stepserve.batch_share", round(outcome.timings.batch_share, 4))
+        timings = outcome.timings
+        span.set_attribute("stepserve.batch_share", round(timings.batch_share, 4))
+        span.set_attribute("stepserve.denoiser_calls", timings.denoiser_calls)
+        span.set_attribute("stepserve.denoiser_calls_run", timings.denoiser_calls_run)
     elif outcome is not None:
         kind = type(outcome.error).__name__
         span.set_attribute("stepserve.outcome", kind)

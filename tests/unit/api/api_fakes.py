@@ -33,9 +33,8 @@ from stepserve.domain.events import (
     Started,
     StepFinished,
 )
-from stepserve.domain.fingerprint import Fingerprint
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.models import ModelCapabilities, SizeRange
+from stepserve.domain.models import Fingerprint, ModelCapabilities, SizeRange
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent, RequestLog

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from recording import PrometheusInstruments
@@ -39,8 +40,14 @@ def forward(stage: str = "denoise", expected_s: float | None = 0.03, rows: int =
     return ForwardReport(1, stage, "unet", requests, rows, 1, 16, 0.02, expected_s, 9.0)
 
 
-def end(state: RequestState, steps_left: int = 0, has_deadline: bool = False):
-    return EndReport(RequestKey("a"), state, TIMINGS, 2, steps_left, has_deadline, 9.0)
+def end(
+    state: RequestState,
+    steps_left: int = 0,
+    has_deadline: bool = False,
+    timings: Timings = TIMINGS,
+    step_cache: str = "",
+):
+    return EndReport(RequestKey("a"), state, timings, 2, steps_left, has_deadline, 9.0, step_cache)
 
 
 def test_forwards_are_added_up(metrics: EngineMetrics, recorded: PrometheusInstruments):
@@ -99,6 +106,21 @@ def test_ends_by_outcome(metrics: EngineMetrics, recorded: PrometheusInstruments
     assert first_step == pytest.approx(0.04)
     stage = {"model": "emoji", "stage": "decode"}
     assert recorded.value("stepserve_stage_duration_seconds_sum", **stage) == pytest.approx(0.05)
+
+
+def test_skipped_calls_by_method(metrics: EngineMetrics, recorded: PrometheusInstruments):
+    cached = replace(TIMINGS, denoiser_calls=50, denoiser_calls_run=23)
+    whole = replace(TIMINGS, denoiser_calls=20, denoiser_calls_run=20)
+    metrics.request_ended(end(RequestState.FINISHED, timings=cached, step_cache="easycache"))
+    metrics.request_ended(end(RequestState.CANCELLED, timings=cached, step_cache="magcache"))
+    metrics.request_ended(end(RequestState.FINISHED, timings=cached, step_cache="magcache"))
+    metrics.request_ended(end(RequestState.FINISHED, timings=whole))
+    metrics.flush(Totals(), GAUGES)
+
+    skipped = "stepserve_skipped_denoiser_calls_total"
+    assert recorded.value(skipped, model="emoji", method="easycache") == 27
+    assert recorded.value(skipped, model="emoji", method="magcache") == 54
+    assert recorded.value(skipped, model="emoji", method="") is None
 
 
 def test_values_of_a_replica(metrics: EngineMetrics, recorded: PrometheusInstruments):

@@ -97,11 +97,17 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *("enable_hr", "hires_fix", "hires_scale", "hires_strength", "hires_steps"),
             *("hr_scale", "hr_second_pass_steps", "upscale", "upscale_by", "upscale_factor"),
         ),
+        "step_cache": (
+            *("cache_backend", "cache_config", "cache_dit", "cache_threshold", "easycache"),
+            *("enable_teacache", "first_block_cache", "magcache", "teacache", "teacache_params"),
+        ),
+        "threshold": ("magcache_thresh", "rel_l1_thresh", "reuse_threshold", "thresh"),
         "scale": ("factor", "upscale_by", "upscale_factor", "strength", "weight"),
         "start": ("guidance_start", "control_guidance_start"),
         "end": ("guidance_end", "control_guidance_end"),
         "preprocessor": ("module",),
         "adapter": ("name", "ip_adapter"),
+        "method": ("mode", "name", "type"),
         "name": ("type", "control_type"),
     }
 )

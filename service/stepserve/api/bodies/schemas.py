@@ -35,6 +35,13 @@ from stepserve.domain.requests import (
     OutputFormat,
     ReferenceUse,
 )
+from stepserve.domain.step_cache import (
+    LEAST_THRESHOLD,
+    MOST_THRESHOLD,
+    OFF,
+    StepCacheMethod,
+    StepCacheUse,
+)
 from stepserve.domain.tasks import Task
 
 T = TypeVar("T")
@@ -106,6 +113,40 @@ class HiresBody(Body):
             width=_times(drawn.width, self.scale, sizes),
             height=_times(drawn.height, self.scale, sizes),
         )
+
+
+class StepCacheBody(Body):
+    """Which denoiser calls are skipped, as their output can be predicted."""
+
+    method: Literal["easycache", "magcache", "off"] = Field(
+        default="easycache",
+        description="What decides: `easycache`: how much the request's earlier calls changed; "
+        "`magcache`: magnitudes measured once for the model; `off`: no call is skipped. "
+        "`step_cache_methods` in `GET /v1/models` lists those that the model has.",
+    )
+    threshold: float = Field(
+        default=StepCacheUse.threshold,
+        description="The expected relative error that may add up until a call has to run: the "
+        "larger, the fewer calls run, and the further the image is from that of all.",
+        json_schema_extra={"minimum": LEAST_THRESHOLD, "maximum": MOST_THRESHOLD},
+    )
+
+    def use(self) -> StepCacheUse | None:
+        """What it means for a request."""
+        if self.method == OFF:
+            return None
+        return StepCacheUse(StepCacheMethod(self.method), self.threshold)
+
+
+def _as_step_cache(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+StepCacheField = Annotated[
+    StepCacheBody,
+    BeforeValidator(_as_step_cache, json_schema_input_type=StepCacheBody | Literal["off"]),
+]
+"""A step cache, also one that is written as its method alone."""
 
 
 class ImageReference(Body):
@@ -251,6 +292,11 @@ class ImageRequestBase(Body):
         exclusiveMinimum=0,
         maximum=1,
     )
+    step_cache: StepCacheField | None = _documented(
+        "Skip denoiser calls whose output can be predicted, which is faster and changes the image "
+        "a little; `{}` for the usual, `off` for none, `default_step_cache` in `GET /v1/models` if "
+        "left out."
+    )
     priority: Literal["interactive", "normal", "batch"] | None = _documented(
         "Who goes first when there is more work than the server can do; `normal` if left out."
     )
@@ -357,6 +403,9 @@ class ImageRequestBase(Body):
             adapters=tuple(AdapterUse(use.name, use.scale) for use in self.adapters or ()),
             guidance_start=_or(self.guidance_start, 0.0),
             guidance_end=_or(self.guidance_end, 1.0),
+            step_cache=model.default_step_cache
+            if self.step_cache is None
+            else self.step_cache.use(),
             priority=caller.priority(self.priority),
             deadline_s=self.deadline_s,
             reproducible=_or(self.reproducible, False),

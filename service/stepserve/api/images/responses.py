@@ -20,6 +20,7 @@ from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
 from stepserve.domain.requests import AdapterUse, GenerationRequest
 from stepserve.domain.states import RequestState
+from stepserve.domain.step_cache import OFF, StepCacheMethod, StepCacheUse
 from stepserve.domain.tasks import Count, Role, Task
 from stepserve.domain.timings import Timings
 
@@ -85,6 +86,9 @@ class Parameters(BaseModel):
     output_compression: int | None = None
     guidance_start: float
     guidance_end: float
+    step_cache: StepCacheUse | Literal["off"] = Field(
+        description="Which denoiser calls were skipped; `off`: none."
+    )
     reproducible: bool
     strength: float | None = Field(default=None, description="Of edits and variations.")
     class_label: int | None = Field(default=None, description="Of models with classes.")
@@ -123,6 +127,7 @@ _EXAMPLE: dict[str, Any] = {
         "output_format": "png",
         "guidance_start": 0.0,
         "guidance_end": 1.0,
+        "step_cache": OFF,
         "reproducible": False,
     },
     "fingerprint": "5f1d7a84c0be93a2",
@@ -134,6 +139,8 @@ _EXAMPLE: dict[str, Any] = {
         "decode_s": 0.02,
         "total_s": 0.94,
         "batch_share": 0.5,
+        "denoiser_calls": 20,
+        "denoiser_calls_run": 20,
     },
 }
 
@@ -187,6 +194,10 @@ class FingerprintResponse(BaseModel):
     row_buckets: str
     threads: int
     code: str = Field(description="What runs the denoiser: eager or compiled code.")
+    step_cache: str = Field(
+        description="SHA-256 over the magnitudes that `magcache` decides by; empty where the model "
+        "has none."
+    )
 
 
 class GuidanceResponse(BaseModel):
@@ -285,6 +296,12 @@ class ModelResponse(BaseModel):
     previews: bool = Field(
         description="Whether images can be shown on the way, as `partial_images` and `previews` "
         "ask for; responses of models that cannot name these in `ignored_fields`."
+    )
+    step_cache_methods: list[StepCacheMethod] = Field(
+        description="What `step_cache` of a request may name; empty where no call can be skipped."
+    )
+    default_step_cache: StepCacheUse | None = Field(
+        description="`step_cache` of requests that say none; null: no call is skipped."
     )
     safety_checker: bool = Field(
         description="Whether the model's own checker looks at images, and may withhold them."
@@ -463,7 +480,7 @@ def base64_of(image: EncodedImage) -> str:
 
 def parameters_response(request: GenerationRequest) -> Parameters:
     """Everything that shaped the images of a request."""
-    told = asdict(request) | {"size": request.size}
+    told = asdict(request) | {"size": request.size, "step_cache": request.step_cache or OFF}
     for placed in ("references", "controls"):
         told[placed] = told[placed] or None
     if request.hires is not None:

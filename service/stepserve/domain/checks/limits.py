@@ -14,7 +14,7 @@ from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
-from stepserve.domain.step_cache import LEAST_THRESHOLD, MOST_THRESHOLD, StepCacheUse
+from stepserve.domain.step_cache import LEAST_THRESHOLD, MOST_THRESHOLD, OFF, StepCacheUse
 from stepserve.domain.tasks import Role
 
 MAX_SEED = 2**53 - 1
@@ -187,10 +187,13 @@ def _check_guidance_interval(request: GenerationRequest, model: ModelCapabilitie
 def _check_step_cache(use: StepCacheUse | None, model: ModelCapabilities) -> None:
     if use is None:
         return
+    if not model.step_cache_methods:
+        message = f"step_cache must be {OFF!r}: model {model.id!r} can skip no calls"
+        raise InvalidRequestError(message, "step_cache")
     if use.method not in model.step_cache_methods:
         raise InvalidRequestError(
-            f"step_cache.method {shown(use.method)} cannot be used with model {model.id!r} "
-            f"(usable: {', '.join(model.step_cache_methods) or 'none'})",
+            f"step_cache.method {shown(use.method.value)} cannot be used with model {model.id!r} "
+            f"(usable: {', '.join(model.step_cache_methods)})",
             "step_cache.method",
         )
     if not LEAST_THRESHOLD <= use.threshold <= MOST_THRESHOLD:  # NaN ends here too

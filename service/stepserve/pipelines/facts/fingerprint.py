@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from stepserve import __version__
-from stepserve.domain.fingerprint import Fingerprint
+from stepserve.domain.models import Fingerprint
 from stepserve.pipelines.facts.trust import pickle_files
 
 

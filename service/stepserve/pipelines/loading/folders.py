@@ -38,6 +38,7 @@ from stepserve.pipelines.loading.ip_adapters import inputs_with_references, load
 from stepserve.pipelines.loading.library_messages import heard_libraries
 from stepserve.pipelines.loading.reasons import NO_FOLDER, reason_of
 from stepserve.pipelines.loading.speed import can_record, check_speed, loading_arguments, settle
+from stepserve.pipelines.loading.step_caches import find_step_caches
 from stepserve.pipelines.loading.step_limits import (
     probed_schedulers,
     scheduler_steps,
@@ -50,6 +51,7 @@ from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 from stepserve.pipelines.references.adapters import ReferenceAdapters, hold_references
 from stepserve.pipelines.references.files import IpAdapterFiles, files_of
 from stepserve.pipelines.schedulers.usable import unusable_schedulers, usable_schedulers
+from stepserve.pipelines.step_cache.magnitudes import digest_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -63,6 +65,7 @@ class LoadedModel:
     `sizes_are_said` says whether its own file says which sizes it takes.
     `probed_schedulers` are those that can be tried without the network.
     `references` are its IP-Adapters, if it has any.
+    `magnitudes` of its denoiser calls decide which of them MagCache skips; empty: it has none.
     `denoiser_calls` caches how often the denoiser is called, by what decides it.
     """
 
@@ -76,6 +79,7 @@ class LoadedModel:
     sizes_are_said: bool = False
     probed_schedulers: frozenset[str] = frozenset()
     references: ReferenceAdapters | None = None
+    magnitudes: tuple[float, ...] = ()
     denoiser_calls: LRUCache[Hashable, int] = field(default_factory=lambda: LRUCache(1024))
 
 
@@ -137,6 +141,7 @@ class Knobs:
 def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
     chosen, speed = choose_device(knobs.device), knobs.speed
     check_speed(speed, chosen)
+    step_caches = find_step_caches(model_id, folder, speed.step_cache)
     if knobs.ip_adapters and speed.quantization != "none":
         raise ModelLoadError("ip_adapters and quantization cannot be combined")
     manifest = read_manifest(folder)
@@ -171,8 +176,11 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         tasks=inputs_with_references(factory, references),
         ip_adapters=() if references is None else references.names,
         guidance_interval=can_limit_guidance(pipeline),
-        fingerprint=take_fingerprint(
-            folder, knobs.dtype, pipeline.device, files_of(knobs.ip_adapters)
+        step_cache_methods=step_caches.methods,
+        default_step_cache=step_caches.default,
+        fingerprint=replace(
+            take_fingerprint(folder, knobs.dtype, pipeline.device, files_of(knobs.ip_adapters)),
+            step_cache=digest_of(step_caches.magnitudes),
         ),
         safety_checker=has_checker(pipeline),
         unusable_schedulers=unusable_schedulers(schedulers),
@@ -189,6 +197,7 @@ def _load(model_id: str, folder: Path, knobs: Knobs) -> LoadedModel:
         sizes_are_said="sizes" in manifest,
         probed_schedulers=probed,
         references=references,
+        magnitudes=step_caches.magnitudes,
     )
 
 

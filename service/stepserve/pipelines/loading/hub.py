@@ -16,6 +16,7 @@ from stepserve.models.modular import MODULAR_INDEX, describe_modular
 from stepserve.pipelines.errors import ModelLoadError
 from stepserve.pipelines.facts.capabilities import MANIFEST
 from stepserve.pipelines.facts.trust import PICKLES, SAFE, Trust
+from stepserve.pipelines.step_cache.magnitudes import FILE as MAGNITUDES
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ def fetch_model(hub_id: str, revision: str, trust: Trust | None = None) -> Path:
             use_safetensors=None if trust.pickle else True,
             trust_remote_code=trust.remote_code,
         )
-        with contextlib.suppress(EntryNotFoundError):
-            hf_hub_download(hub_id, MANIFEST, revision=revision)
+        for name in (MANIFEST, MAGNITUDES):
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(hub_id, name, revision=revision)
     except Exception as error:
         if refusal := _modular_refusal(hub_id, revision):
             raise ModelLoadError(f"{hub_id} at {revision}: {refusal}", refusal) from error

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from stepserve import __version__
 from stepserve.domain.events import EncodedImage
 from stepserve.domain.requests import GenerationRequest, OutputFormat
+from stepserve.domain.step_cache import OFF
 
 EXIF_SECTION = 0x8769
 EXIF_USER_COMMENT = 0x9286
@@ -60,6 +61,7 @@ def parameters_of(request: GenerationRequest, index: int) -> dict[str, object]:
     for field in NOT_ALWAYS_THERE:
         if fields[field] in (None, ()):
             del fields[field]
+    fields["step_cache"] = fields["step_cache"] or OFF
     return {"software": f"stepserve {__version__}", **_with_hashes(fields)}
 
 

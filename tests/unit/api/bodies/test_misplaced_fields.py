@@ -171,7 +171,8 @@ def test_urls_that_are_named_take_the_field():
 
 
 def test_the_tables_speak_of_fields_that_there_are():
-    paths = [(), ("controls",), ("references",), ("adapters",), ("images",), ("hires",)]
+    lists = ("controls", "references", "adapters", "images")
+    paths = [(), *((name,) for name in (*lists, "hires", "step_cache"))]
     known = {name for body in BODIES.values() for path in paths for name in field_names(body, path)}
 
     assert set(OTHER_NAMES) <= known

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from stepserve import __version__
-from stepserve.domain.fingerprint import Fingerprint
+from stepserve.domain.models import Fingerprint
 from stepserve.pipelines.facts.fingerprint import hash_weights, take_fingerprint
 from stepserve.pipelines.loading.folders import LoadedModel
 

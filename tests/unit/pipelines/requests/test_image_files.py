@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from stepserve.domain.requests import GenerationRequest, OutputFormat
+from stepserve.domain.step_cache import StepCacheMethod, StepCacheUse
 from stepserve.pipelines.requests.images import (
     EXIF_ASCII,
     EXIF_SECTION,
@@ -32,11 +33,17 @@ requests = st.builds(
     negative_prompt=text,
     n=st.integers(1, 8),
     output_format=st.sampled_from(OutputFormat),
+    step_cache=st.none()
+    | st.builds(StepCacheUse, st.sampled_from(StepCacheMethod), st.floats(0.001, 1)),
 )
 
 
 def drawn_image(shade: int = 120) -> Image.Image:
     return Image.linear_gradient("L").resize((16, 16)).convert("RGB").point(lambda v: v % shade)
+
+
+def read_step_cache(told: Any) -> StepCacheUse | None:
+    return None if told == "off" else StepCacheUse(**told)
 
 
 def parameters_in(data: bytes) -> dict[str, object]:
@@ -57,6 +64,7 @@ def test_a_image_tells_the_request_that_makes_it_again(
     told = parameters_in(encoded.data)
     assert str(told.pop("software")).startswith("stepserve ")
     told["adapters"] = tuple(cast(Any, told["adapters"]))
+    told["step_cache"] = read_step_cache(told["step_cache"])
     again = GenerationRequest(**cast(Any, told), id=request.id, output_format=request.output_format)
     wanted = {"seed": request.seed + index, "n": 1}
     assert again == GenerationRequest(**{**vars(request), **wanted})
