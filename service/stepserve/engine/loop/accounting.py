@@ -135,6 +135,7 @@ class Accounting:
             steps_left=track.steps_left,
             has_deadline=track.deadline_s is not None,
             ended_s=now_s,
+            step_cache="" if track.step_cache is None else track.step_cache.use.method.value,
         )
         for observer in self._observers:
             observer.request_ended(report)

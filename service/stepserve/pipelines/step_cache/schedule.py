@@ -14,11 +14,13 @@ from collections.abc import Sequence
 FIRST_CALLS = 3
 """These always run: they decide what the image shows."""
 
-MOST_IN_A_ROW = 4
+MOST_IN_A_ROW = 3
 """Magnitudes do not tell that residuals turn, so no more calls are skipped one after the other."""
 
 
-def skipped_calls(magnitudes: Sequence[float], calls: int, threshold: float) -> frozenset[int]:
+def skipped_calls(
+    magnitudes: Sequence[float], calls: int, threshold: float, begin: float = 0.0
+) -> frozenset[int]:
     """Return which of a request's denoiser calls are skipped, from 0 on.
 
     The first calls and the last one always run.
@@ -28,8 +30,11 @@ def skipped_calls(magnitudes: Sequence[float], calls: int, threshold: float) -> 
             differ from `calls`: a call has the magnitude at its share of the way.
         calls: how many the request makes.
         threshold: the sum of errors of the calls skipped in a row stays below it.
+        begin: how much of the way lies before the first call, 0 to 1, as it does where an image is
+            begun with.
     """
-    sizes = [_magnitude_at(magnitudes, call / max(calls - 1, 1)) for call in range(calls)]
+    part = (1 - begin) / max(calls - 1, 1)
+    sizes = [_magnitude_at(magnitudes, begin + part * call) for call in range(calls)]
     skipped: set[int] = set()
     last_run, error = FIRST_CALLS - 1, 0.0
     for call in range(FIRST_CALLS, calls - 1):

@@ -7,16 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.pipelines.step_cache.schedule import FIRST_CALLS, MOST_IN_A_ROW, skipped_calls
 
+BEGINS = st.floats(0, 1)
 MAGNITUDES = st.lists(st.floats(0.01, 100), min_size=1, max_size=60)
 CALLS = st.integers(0, 120)
 THRESHOLDS = st.floats(0.001, 1)
 
 
-@given(MAGNITUDES, CALLS, THRESHOLDS)
+@given(MAGNITUDES, CALLS, THRESHOLDS, BEGINS)
 def test_the_first_calls_and_the_last_one_always_run(
-    magnitudes: list[float], calls: int, threshold: float
+    magnitudes: list[float], calls: int, threshold: float, begin: float
 ) -> None:
-    skipped = skipped_calls(magnitudes, calls, threshold)
+    skipped = skipped_calls(magnitudes, calls, threshold, begin)
     assert skipped <= set(range(FIRST_CALLS, calls - 1))
 
 
@@ -67,7 +68,7 @@ def test_a_magnitude_that_changes_too_much_skips_nothing() -> None:
 
 def test_what_changes_fast_at_the_end_is_run_there() -> None:
     magnitudes = [1.0] * 10 + [1.5**call for call in range(1, 11)]
-    assert skipped_calls(magnitudes, 20, threshold=0.1) == {3, 4, 5, 6, 8, 9}
+    assert skipped_calls(magnitudes, 20, threshold=0.1) == {3, 4, 5, 7, 8, 9}
 
 
 def test_errors_add_up_over_the_calls_skipped_in_a_row() -> None:
@@ -83,3 +84,12 @@ def test_magnitudes_are_read_by_how_far_a_request_has_come(calls: int) -> None:
     skipped = skipped_calls(magnitudes, calls, threshold=0.1)
     assert skipped
     assert min(skipped) >= calls // 2
+
+
+@pytest.mark.parametrize("begin", [0.5, 0.75])
+def test_a_request_that_begins_on_the_way_has_the_magnitudes_from_there(begin: float) -> None:
+    """Steady up to the half, and then no more."""
+    magnitudes = [1.0] * 51 + [2.0**call for call in range(1, 51)]
+
+    assert skipped_calls(magnitudes, 26, threshold=0.1) != frozenset()
+    assert skipped_calls(magnitudes, 26, 0.1, begin) == frozenset()
