@@ -27,7 +27,7 @@ from families.prompt_lengths import measure, reason  # noqa: E402
 from served_families.reaches import REACHES, TRIED_ELSEWHERE, UNREACHED  # noqa: E402
 from stepserve.engine.calls.text_padding import LENGTHS  # noqa: E402
 from stepserve.pipelines.facts.signature import read_signature  # noqa: E402
-from stepserve.pipelines.modules.parking import fills_text, parkable_methods  # noqa: E402
+from stepserve.pipelines.modules.parking import fills_text  # noqa: E402
 from stepserve.pipelines.probing.sharing_check import SharingReport  # noqa: E402
 
 HEAD = """\
@@ -107,7 +107,8 @@ the linear layers, 5.3 % in attention), to 1,024 of 512x512 (10 % and 22 %). The
 a Qwen-Image, 3,584 numbers a token, takes 0.9 MB more a row in bfloat16. Attention with a
 mask is slower than without on some devices, and some kernels take no mask: with
 `attention_backend` set to one of these, nothing is filled in
-([performance.md](performance.md#attention_backend)).
+([performance.md](performance.md#attention_backend)). A service that has one request at a time, or
+wants the very bits of diffusers, sets `engine.pad_prompts: false`.
 
 This table is made by `python docs/make_pipelines.py prompts`, and
 `tests/parity/test_prompt_lengths.py` holds the code to it: three requests, with prompts of 3, 20
@@ -154,8 +155,7 @@ def prompts_row(family: Family, found: SharingReport) -> str:
 
 def prompts_become(family: Family) -> str:
     """How prompts of other lengths come to share."""
-    modules = [module for _, module, _ in parkable_methods(resident(family))]
-    if any(map(fills_text, modules)):
+    if fills_text(resident(family)):
         return "filled up by Stepserve"
     takes_prompts = read_signature(type(resident(family))).accepts("prompt")
     return "of one length" if takes_prompts else "takes none"

@@ -37,7 +37,11 @@ def load_runner(model_id: str, settings: ModelSettings) -> PipelineRunner:
     """
     leave_cores_to_engine()
     model = load_configured(model_id, settings)
-    sharing = SharingOptions(settings.engine.fixed_rows, settings.prompt_cache_bytes)
+    sharing = SharingOptions(
+        fixed_rows=settings.engine.fixed_rows,
+        pad_prompts=settings.engine.pad_prompts,
+        prompt_cache_bytes=settings.prompt_cache_bytes,
+    )
     adapters = adapter_options(settings)
     controls = control_options(settings)
     runner = PipelineRunner(model, engine_options(settings.engine), adapters, sharing, controls)

@@ -247,6 +247,8 @@ class EngineSettings(_Section):
     max_pending_images: PositiveInt = 64
     fixed_rows: bool = True
     """Where the load would decide the last bits of an image, fill forwards up to one row count."""
+    pad_prompts: bool = True
+    """Fill texts up to a few lengths, where a model takes a mask, so that any prompts share."""
     threads: PositiveInt | None = None
     """Torch threads; None means as many as there are cores."""
     niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10

@@ -9,14 +9,18 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from diffusers.models.attention_dispatch import attention_backend
 from families.catalogue import FAMILIES
+from families.examine import make_probe_requests
 from families.family import Family, resident
 from families.prompt_lengths import MOST_SHARED, measure, reason
 from random_requests import random_requests, serve_at_once
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.text_padding import TextPadding, TokenMask
 from stepserve.pipelines.modules.parking import ARGUMENT_RULES
+from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS
+from stepserve.pipelines.probing.sharing_plan import plan_sharing
 from torch import Tensor
 
 TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
@@ -78,6 +82,28 @@ def test_random_requests_to_qwen_image_take_half_as_many_forwards(seed: int) -> 
     assert max(served.levels) <= 1
     # Else a mixed-up row would go unseen.
     assert served.separation > 10
+
+
+def test_texts_that_are_not_filled_up_share_where_they_are_equally_long() -> None:
+    family = FAMILIES["Qwen-Image"]
+    report = measure(family, pads_prompts=False)
+    # The negative prompts are.
+    assert report.calls_per_forward == 1.5
+    assert report.difference == 0
+
+
+def test_whether_texts_are_filled_up_is_the_operator_s_choice() -> None:
+    family = FAMILIES["Qwen-Image"]
+    probes = make_probe_requests(family, resident(family))
+    with torch.no_grad():
+        plans = [
+            plan_sharing(resident(family), probes, 8, fix_rows=False, pad_prompts=pad_prompts)
+            for pad_prompts in (True, False)
+        ]
+    assert [plan.pads_prompts for plan in plans] == [True, False]
+    assert [plan.parking(ENOUGH_ROWS).pads_prompts for plan in plans] == [True, False]
+    # The last bits are others.
+    assert plans[0].row_policy != plans[1].row_policy
 
 
 class Everything(TokenMask):

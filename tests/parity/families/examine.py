@@ -14,7 +14,7 @@ from stepserve.engine.loop.batcher import Batcher
 from stepserve.engine.loop.execution import Execution
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.copies.factory import copy_pipeline
-from stepserve.pipelines.modules.parking import ParkingOptions, fills_text, parkable_methods
+from stepserve.pipelines.modules.parking import ParkingOptions, fills_text
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
@@ -123,7 +123,7 @@ def examine_bfloat16(family: Family) -> tuple[SharingReport | None, bool]:
     plain = run_plainly(pipeline, probes)
     plan = make_plan(family, pipeline, probes, plain)
     options = plan.parking(ENOUGH_ROWS)
-    if any(fills_text(module) for _, module, _ in parkable_methods(pipeline)):
+    if fills_text(pipeline):
         plain = replace(plain, results=results_alone(pipeline, probes, options))
     report = check_sharing(pipeline, probes, plain, options=options, one_at_a_time=plan.serial)
     # Where all bits are the same there is nothing to excuse, and to look for excuses takes long.

@@ -5,7 +5,7 @@ Three requests that differ in the words of their prompts, and in the seed, run a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,13 @@ def reason(family: Family) -> str:
     return next((reasons[name] for name in modules if name in reasons), "")
 
 
-def measure(family: Family) -> SharingReport:
-    """Run the requests at once, in float64 if the family can, and compare with plain calls."""
+def measure(family: Family, pads_prompts: bool = True) -> SharingReport:
+    """Run the requests at once, in float64 if the family can, and compare with plain calls.
+
+    Args:
+        family: of the requests.
+        pads_prompts: whether texts are filled up, where a rule says how.
+    """
     pipeline = family.build()
     if family.float64:
         pipeline = pipeline.to(torch.float64)
@@ -88,7 +93,7 @@ def measure(family: Family) -> SharingReport:
     ]
     plain = run_plainly(pipeline, probes)
     plan = make_plan(family, pipeline, probes, plain)
-    options = plan.parking(ENOUGH_ROWS)
+    options = replace(plan.parking(ENOUGH_ROWS), pads_prompts=pads_prompts)
     return check_sharing(pipeline, probes, plain, options=options, one_at_a_time=plan.serial)
 
 

@@ -191,6 +191,7 @@ class ParkingOptions:
     Args:
         max_rows: most rows of one shared forward.
         bucket_rows: row counts that shared forwards are filled up to; empty: any.
+        pads_prompts: whether texts are filled up, where a rule says how.
         prompt_cache_bytes: how much is kept of each text encoder's outputs; 0 keeps nothing.
         inline: components that do not park, because a call changes them while it runs: so nobody
             else gets to see them changed.
@@ -199,6 +200,7 @@ class ParkingOptions:
 
     max_rows: int = 32
     bucket_rows: tuple[int, ...] = ()
+    pads_prompts: bool = True
     prompt_cache_bytes: int = PROMPTS_BYTES
     inline: frozenset[str] = frozenset()
     enter: Mapping[str, Enter] = field(default_factory=dict)
@@ -248,9 +250,9 @@ def rules_of(module: nn.Module, is_compiled: bool = False) -> ArgumentRules:
     return replace(rules, residuals=frozenset()) if is_compiled else rules
 
 
-def fills_text(module: nn.Module) -> bool:
-    """Whether its texts are filled up, so that the last bits are others than without an engine."""
-    return bool(rules_of(module).text)
+def fills_text(pipeline: Any) -> bool:
+    """Whether texts are filled up, so that the last bits are others than without an engine."""
+    return any(rules_of(module).text for _, module, _ in parkable_methods(pipeline))
 
 
 def _refuses_masks(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from stepserve.engine.batch_invariance import (
 from stepserve.engine.calls.call import Call
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.verified_families import VERIFIED
-from stepserve.pipelines.modules.parking import ParkingOptions, parkable_methods
+from stepserve.pipelines.modules.parking import ParkingOptions, fills_text, parkable_methods
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
@@ -66,6 +66,8 @@ class SharingPlan:
             these, and has no more rows than the last; empty: any row count.
         row_buckets: where there are none, forwards are filled up to the next of these; empty: not
             at all.
+        pads_prompts: whether texts are filled up as far as the model's rules say, so that requests
+            share forwards whatever their prompts.
         same_bytes: whether an image is the same in every bit at any load, on this device.
         remark: why it is not the usual plan; for people.
     """
@@ -75,6 +77,7 @@ class SharingPlan:
     max_rows: int = 0
     filled_rows: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
+    pads_prompts: bool = True
     same_bytes: bool = True
     remark: str = ""
 
@@ -84,7 +87,8 @@ class SharingPlan:
         if self.serial:
             return "one request at a time"
         buckets = self.filled_rows or self.row_buckets
-        return f"filled up to {', '.join(map(str, buckets))} rows" if buckets else "any rows"
+        rows = f"filled up to {', '.join(map(str, buckets))} rows" if buckets else "any rows"
+        return rows if self.pads_prompts else f"{rows}, prompts not padded"
 
     @property
     def has_one_row_count(self) -> bool:
@@ -110,7 +114,7 @@ class SharingPlan:
             options = replace(options, max_rows=most, bucket_rows=self.filled_rows)
         elif self.max_rows:
             options = replace(options, max_rows=min(options.max_rows, self.max_rows))
-        return replace(options, inline=self.inline)
+        return replace(options, inline=self.inline, pads_prompts=self.pads_prompts)
 
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:
@@ -129,6 +133,7 @@ def plan_sharing(
     max_rows: int,
     fix_rows: bool = True,
     row_buckets: tuple[int, ...] = (),
+    pad_prompts: bool = True,
 ) -> SharingPlan:
     """Find out how requests of a pipeline may share forwards.
 
@@ -140,11 +145,13 @@ def plan_sharing(
         max_rows: most rows of one shared forward.
         fix_rows: whether forwards may be filled up for the sake of equal bytes.
         row_buckets: what forwards are to be filled up to in any case.
+        pad_prompts: whether texts are filled up.
     """
     plan = plan_co_batching(pipeline, probes)
     if plan.serial:
         return plan
-    plan = replace(plan, row_buckets=row_buckets)
+    pads_prompts = pad_prompts or not fills_text(pipeline)
+    plan = replace(plan, row_buckets=row_buckets, pads_prompts=pads_prompts)
     with parked_at(Stage.DENOISE, pipeline, probes, plan.parking(ENOUGH_ROWS)) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
         found = same_bits(tried, max_rows, fix_rows)

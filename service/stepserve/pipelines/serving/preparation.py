@@ -34,11 +34,13 @@ class SharingOptions:
     Args:
         fixed_rows: where images would else depend on the load in their last bits, fill forwards
             up to one row count if that cures it.
+        pad_prompts: whether texts are filled up, so that requests with any prompts share forwards.
         prompt_cache_bytes: how much is kept of each text encoder's outputs.
         plan: made before; None makes one when the engine starts.
     """
 
     fixed_rows: bool = True
+    pad_prompts: bool = True
     prompt_cache_bytes: int = PROMPTS_BYTES
     plan: SharingPlan | None = None
 
@@ -86,6 +88,7 @@ def prepare(
         ceiling,
         sharing.fixed_rows,
         row_buckets(ceiling) if model.compiles else (),
+        sharing.pad_prompts,
     )
     if model.compiles:
         plan = plan.for_graphs(ceiling)
