@@ -16,9 +16,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from plain_step_cache import Decision, skipping
 from stepserve.config import SpeedSettings
 from stepserve.domain.events import Finished
 from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.step_cache import StepCacheUse
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import load_model
 from stepserve.pipelines.modules.wrappers import graphs_of
@@ -58,10 +60,18 @@ def a_request(index: int, **changes: Any) -> GenerationRequest:
     return replace(usual, id=f"request-{index}", seed=500 + 10 * index, **changes)
 
 
-def plain_images(pipeline: Any, request: GenerationRequest) -> list[Pixels]:
-    """What diffusers makes of it, alone."""
+def set_scheduler(pipeline: Any, request: GenerationRequest) -> None:
     scheduler = getattr(diffusers, request.scheduler)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+
+
+def plain_images(pipeline: Any, request: GenerationRequest) -> list[Pixels]:
+    """What diffusers makes of it, alone."""
+    set_scheduler(pipeline, request)
+    return images_of(pipeline, request)
+
+
+def images_of(pipeline: Any, request: GenerationRequest) -> list[Pixels]:
     seeds = range(request.seed, request.seed + request.n)
     with torch.no_grad():
         images = pipeline(
@@ -171,3 +181,22 @@ def test_images_are_decoded_beside_the_steps_of_others(runner: PipelineRunner) -
     wanted = serve_each_alone(runner, [long, *short])
     made = serve_together(runner, [long, *short])
     assert [largest_difference(*pair) for pair in zip(made, wanted, strict=True)] == [0] * 5
+
+
+def test_steps_are_skipped_by_the_same_rule_at_any_load(runner: PipelineRunner, plain: Any) -> None:
+    thresholds = (0.1, 0.2, 0.3, 0.2)
+    requests = [
+        a_request(index, num_inference_steps=20 + index, step_cache=StepCacheUse(threshold=value))
+        for index, value in enumerate(thresholds)
+    ]
+    alone = [run_engine(runner, [request])[1][0] for request in requests]
+    together = serve_together(runner, requests)
+    for request, made, again in zip(requests, alone, together, strict=True):
+        set_scheduler(plain, request)
+        assert request.step_cache is not None
+        steps, decision = request.num_inference_steps, Decision(request.step_cache.threshold)
+        with skipping(plain, ["unet"], steps, decision) as cache:
+            wanted = images_of(plain, request)
+        assert made.timings.denoiser_calls_run == sum(cache.ran) < steps
+        assert largest_difference(again, pixels_of(made)) == 0
+        assert largest_difference(pixels_of(made), wanted) == 0

@@ -14,6 +14,7 @@ from stepserve.config import SpeedSettings
 from stepserve.domain.events import Failed, Finished
 from stepserve.domain.models import Compilation
 from stepserve.domain.requests import RequestKey
+from stepserve.domain.step_cache import StepCacheUse
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.errors import ModelLoadError
@@ -138,6 +139,19 @@ def test_reproducible_requests_are_compiled_as_well(model: LoadedModel) -> None:
         backend.rows.clear()
         assert make(runner, reproducible=True).fingerprint == fingerprint_of(runner)
         assert backend.rows
+
+
+def test_steps_are_skipped_beside_compiled_code(model: LoadedModel) -> None:
+    backend = Backend()
+    wanted = {"num_inference_steps": 12, "step_cache": StepCacheUse(threshold=0.5)}
+    with serving(model, ONE_GRAPH) as runner:
+        before = make(runner, **wanted)
+        runner.compile(backend)
+        backend.rows.clear()
+        after = make(runner, **wanted)
+    assert len(backend.rows) == after.timings.denoiser_calls_run
+    assert 3 < after.timings.denoiser_calls_run < after.timings.denoiser_calls == 12
+    assert pixels(after.images[0].data) == pixels(before.images[0].data)
 
 
 def test_a_failure_leaves_eager_code_on_and_says_why(model: LoadedModel) -> None:

@@ -1,0 +1,1 @@
+"""What step caches cost an image, and what they gain."""
