@@ -42,4 +42,4 @@ class StepCacheUse:
     """
 
     method: StepCacheMethod = StepCacheMethod.EASYCACHE
-    threshold: float = 0.1
+    threshold: float = 0.15

@@ -25,7 +25,8 @@ def step_cache_of(
     if use is None:
         return None
     guidance = model.capabilities.guidance
-    order = model.factory.new_scheduler(request.scheduler).order
+    # Some that know one way only do not say it.
+    order = getattr(model.factory.new_scheduler(request.scheduler), "order", 1)
     return StepCache(
         use,
         [
