@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class CachedPhase:
         """Timesteps of the solver."""
         return -(-self.calls // self.calls_per_step)
 
-    @property
+    # Looked up at every tick.
+    @cached_property
     def runs(self) -> frozenset[int] | None:
         """Numbers of the denoiser calls that run, where that is known beforehand."""
         skipped = self.skipped
@@ -200,6 +202,9 @@ class _PhaseState:
         # Of the latest step.
         self._step = -1
         self._decision = Decision()
+        self._timestep: Timestep = 0.0
+        # Whether each step has had as many calls as was expected.
+        self._is_regular = True
 
     @property
     def is_over(self) -> bool:
@@ -213,11 +218,14 @@ class _PhaseState:
         place = name, lane, self._beside[name]
         self._count(name, is_denoiser)
         sample = sample_of(call) if place[1:] == (0, 0) else None
+        timestep = timestep_of(call, step)
+        if is_denoiser:
+            self._check_timestep(timestep, lane)
         if step != self._step:
             self._step, self._decision = step, self._decide(place, sample or [], step)
         return Pending(
             self._decision if self._can_predict(place, step) else Decision(),
-            timestep_of(call, number),
+            timestep,
             sample,
             place,
             self._histories[step % self._phase.order],
@@ -231,6 +239,16 @@ class _PhaseState:
         else:
             self._beside[name] += 1
 
+    def _check_timestep(self, timestep: Timestep, lane: int) -> None:
+        """Skip nothing from now on if a call is not at the timestep of its step.
+
+        Then it belongs to another step: some guiders call more often at some steps.
+        """
+        if lane == 0:
+            self._timestep = timestep
+        elif isinstance(timestep, float) and timestep != self._timestep:
+            self._is_regular, self._decision = False, Decision()
+
     def _can_predict(self, place: Hashable, step: int) -> bool:
         outputs = self._histories[step % self._phase.order].outputs.get(place)
         return outputs is not None and outputs.is_known
@@ -243,7 +261,8 @@ class _PhaseState:
         if inputs is None or not inputs.fits(sample):
             self._histories[number] = History()
             return Decision()
-        if history.steps < FIRST_STEPS or not self._phase.may_skip(step):
+        is_known = self._is_regular and history.steps >= FIRST_STEPS
+        if not is_known or not self._phase.may_skip(step):
             return Decision()
         if not self._can_predict(place, step) or history.output_change is None:
             return Decision()

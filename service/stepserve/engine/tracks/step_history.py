@@ -17,6 +17,7 @@ from torch import Tensor
 from stepserve.engine.calls.arguments import ArgumentKind
 from stepserve.engine.calls.call import Call
 from stepserve.engine.calls.objects import UnsplittableError, flatten_output
+from stepserve.engine.calls.stacking import duplicate
 
 # What modules call the argument that says where in the noise schedule they are.
 TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
@@ -73,7 +74,7 @@ class Inputs:
 
     def fits(self, sample: Sequence[Tensor]) -> bool:
         """Whether it can be compared with this one."""
-        return _forms(self.sample) == _forms(sample)
+        return list(map(_form, self.sample)) == list(map(_form, sample))
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,22 @@ class Output:
     def read(cls, timestep: Timestep, output: Any) -> Output | None:
         """A copy of an output; None where it cannot be looked into."""
         try:
-            leaves, structure = flatten_output(output)
+            # A pipeline may write into its own, which is a part of what all requests have got.
+            leaves, structure = flatten_output(duplicate(output))
         except UnsplittableError:
             return None
-        # A pipeline may write into its own, which is a part of what all requests have got.
-        copied = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return cls(timestep, copied, structure)
+        return cls(timestep, leaves, structure)
 
     @property
     def numbers(self) -> list[Tensor]:
         """Its tensors that change little by little."""
         return [leaf for leaf in self.leaves if _is_numeric(leaf)]
+
+    @property
+    def form(self) -> Hashable:
+        """Equal for outputs with the same kinds of values in the same places."""
+        # Structures themselves cannot be compared: they hold the objects that were taken apart.
+        return tuple(self.structure.paths()), tuple(map(_form, self.leaves))
 
     def repeat(self) -> Any:
         """The output once more."""
@@ -115,9 +121,7 @@ class Line:
     @classmethod
     def through(cls, before: Output | None, latest: Output | None) -> Line | None:
         """None where there are no two outputs, or not of one form."""
-        if before is None or latest is None or before.structure != latest.structure:
-            return None
-        if not latest.numbers or _forms(before.leaves) != _forms(latest.leaves):
+        if before is None or latest is None or not latest.numbers or before.form != latest.form:
             return None
         return cls(before, latest)
 
@@ -207,8 +211,8 @@ def _beyond(latest: Tensor, before: Tensor, share: Timestep) -> Tensor:
     return (precise + (precise - _precise(before)) * share).to(latest.dtype)
 
 
-def _forms(leaves: Sequence[Any]) -> list[Any]:
-    return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+def _form(leaf: Any) -> Hashable:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf),)
 
 
 def _is_numeric(leaf: Any) -> bool:
