@@ -63,6 +63,9 @@ class SteppingBackend(FakeBackend):
         self.stream_with = self.step_through
         self.step_s = 0.01
         self.forwards = 0
+        # With a step cache: every so many steps one is skipped.
+        self.skips_every = 0
+        self.skipped: list[str] = []
 
     async def step_through(self, request: GenerationRequest) -> AsyncIterator[Event]:
         yield Accepted(request.id, 0, 1.0)
@@ -86,19 +89,25 @@ class SteppingBackend(FakeBackend):
         self.batches = [BatchView(32, (), self.batches[0].forwards)]
 
     def _show(self, request: GenerationRequest, step: int) -> None:
-        self.forwards += 1
+        rows = CLASSIC.rows_of(request)
+        skipped = step // self.skips_every if self.skips_every else 0
         shown = RequestInBatch(
-            request.id,
-            RequestState.RUNNING,
-            step,
-            request.num_inference_steps,
-            CLASSIC.rows_of(request),
+            request.id, RequestState.RUNNING, step, request.num_inference_steps, rows, skipped
         )
-        own_rows = CLASSIC.rows_of(request)
-        rows = (RowsInForward(request.id, own_rows), RowsInForward(None, 1))
-        forward = SharedForward(self.forwards, "unet.forward", own_rows + 1, 0, 0.02, rows)
         before = self.batches[0].forwards if self.batches else ()
-        self.batches = [BatchView(32, (shown,), (*before, forward)[-64:])]
+        if self.skips_every and step % self.skips_every == 0:
+            self.skipped.append(request.id)
+        else:
+            before = (*before, self._forward(request, rows))[-64:]
+        self.batches = [BatchView(32, (shown,), before)]
+
+    def _forward(self, request: GenerationRequest, rows: int) -> SharedForward:
+        """Shared with somebody else's request, which skipped as many steps."""
+        self.forwards += 1
+        shared = (RowsInForward(request.id, rows), RowsInForward(None, 1))
+        skipped = (*self.skipped, *[None] * len(self.skipped))
+        self.skipped.clear()
+        return SharedForward(self.forwards, "unet.forward", rows + 1, 0, 0.02, shared, skipped)
 
 
 @dataclass

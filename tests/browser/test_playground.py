@@ -72,6 +72,32 @@ def test_several_at_once_are_seen_in_the_batch(page: Any, site: Any):
     assert drawn >= 3
 
 
+def test_skipped_steps_are_hollow_cells(page: Any, site: Any):
+    site.backend.skips_every = 3
+    slow(site, 0.1)
+    ready(page)
+    page.fill("#steps", "13")
+    page.click("#run")
+    until(page, "document.querySelector('.lane b')?.textContent.endsWith('×2 · 1 skipped')")
+    assert "1 of them skipped" in page.get_attribute(".lane b", "title")
+    finish(page)
+
+    until(page, "document.querySelector('#loom-facts').textContent === 'nothing is running'")
+
+    # The last forward: two rows of the page's request and one of another, which skipped a step each.
+    tops, middles = page.evaluate(
+        """() => { const c = document.getElementById('weave'), context = c.getContext('2d');
+        const at = (y) => [...context.getImageData(c.width - 7, y, 1, 1).data];
+        const cells = [1, 2, 3, 4, 5].map((cell) => c.height - 14 * cell);
+        return [cells.map(at), cells.map((y) => at(y + 6))]; }"""
+    )
+    own, others = tops[0], tops[2]
+    assert own != others
+    assert tops == [own, own, others, own, others]
+    assert middles[:3] == tops[:3]
+    assert all(middle[3] < 50 for middle in middles[3:])
+
+
 @pytest.mark.parametrize("how", ["button", "Escape"])
 def test_cancelling(page: Any, site: Any, how: str):
     slow(site, 0.1)

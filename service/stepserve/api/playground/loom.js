@@ -8,7 +8,9 @@ const BUSY_MS = 250, IDLE_MS = 1000, COLUMN = 10, GAP = 2, MOST_COLUMNS = 400, K
 const WARM_UP = /^warm-up-/;
 const NOT_THE_DENOISER = /^(text_encoder|image_encoder|vae)/;
 
-const columns = [];        // {requests: [{id, rows}], padded}
+const OF_OTHERS = "#6b7582", FAINT = "rgb(255 255 255 / .18)";
+
+const columns = [];        // {requests: [{id, rows}], padded, skipped: [id]}
 const seen = new Map();    // model and replica -> number of the latest forward
 const own = new Map();     // id -> {hue, prompt}
 let timer = null, isLooking = false, pointedAt = null;
@@ -17,7 +19,7 @@ let page = { model: () => null, isBusy: () => false, progress: () => {}, lost: (
 /** Own requests have a colour and a name; those of others are grey. */
 export function colour(id, hue, prompt) { own.set(id, { hue, prompt }); }
 
-const tint = (id) => (own.has(id) ? `oklch(0.76 0.15 ${own.get(id).hue})` : "#6b7582");
+const tint = (id) => (own.has(id) ? `oklch(0.76 0.15 ${own.get(id).hue})` : OF_OTHERS);
 
 function take(batch) {
   const news = { requests: [], limit: 0, last: null };
@@ -26,7 +28,7 @@ function take(batch) {
     const fresh = replica.forwards.filter(({ number }) => isNew(key, number));
     if (replica.forwards.length) seen.set(key, replica.forwards.at(-1).number);
     for (const forward of fresh.filter(isOfRequests)) {
-      columns.push({ requests: forward.requests, padded: forward.padded_rows });
+      columns.push({ requests: forward.requests, padded: forward.padded_rows, skipped: forward.skipped });
       news.last = forward;
     }
     news.requests.push(...replica.requests);
@@ -57,13 +59,14 @@ function prepare(canvas) {
 function drawAll() {
   const [context, width, height] = prepare($("weave"));
   const shown = columns.slice(-Math.floor(width / (COLUMN + GAP)));
-  const rows = shown.map((column) => column.requests.reduce((sum, request) => sum + request.rows, column.padded));
-  const cell = Math.min(CELL_PX, height / Math.max(8, ...rows));
+  const cell = Math.min(CELL_PX, height / Math.max(8, ...shown.map(cellsOf)));
   drawRuling(context, width, height, cell);
   shown.forEach((column, index) => {
     drawColumn(context, column, width - (shown.length - index) * (COLUMN + GAP), height, cell);
   });
 }
+
+const cellsOf = ({ requests, padded, skipped }) => requests.reduce((sum, { rows }) => sum + rows, padded + skipped.length);
 
 /** An empty grid, so that it is seen where rows would be. */
 function drawRuling(context, width, height, cell) {
@@ -74,25 +77,34 @@ function drawRuling(context, width, height, cell) {
   }
 }
 
-function drawColumn(context, { requests, padded }, x, height, cell) {
+/** Rows are filled, steps that took none are hollow, and what only fills the forward up is hollow and faint. */
+function drawColumn(context, { requests, padded, skipped }, x, height, cell) {
   const inner = Math.max(cell - 2, 1);
   let y = height;
+  const hollow = (colour) => {
+    context.strokeStyle = colour;
+    context.strokeRect(x + 0.5, (y -= cell) + 0.5, COLUMN - 1, inner - 1);
+  };
+  const of = (id) => (context.globalAlpha = pointedAt && pointedAt !== id ? 0.22 : 1);
   for (const { id, rows } of requests) {
-    context.globalAlpha = pointedAt && pointedAt !== id ? 0.22 : 1;
+    of(id);
     context.fillStyle = tint(id);
     for (let row = 0; row < rows; row++) context.fillRect(x, (y -= cell), COLUMN, inner);
   }
+  for (const id of skipped) {
+    of(id);
+    hollow(tint(id));
+  }
   context.globalAlpha = 1;
-  context.strokeStyle = "#6b7582";
-  for (let row = 0; row < padded; row++) context.strokeRect(x + 0.5, (y -= cell) + 0.5, COLUMN - 1, inner - 1);
+  for (let row = 0; row < padded; row++) hollow(FAINT);
 }
 
-function lane({ id, state, step, steps, rows }) {
+function lane({ id, state, step, steps, rows, skipped }) {
   const item = Object.assign(document.createElement("li"), { className: "lane" });
   const name = document.createElement("span"), told = document.createElement("b");
   name.textContent = own.get(id)?.prompt ?? "somebody else's";
-  told.textContent = state === "running" ? `${step}/${steps} ×${rows}` : state;
-  told.title = `step ${step} of ${steps}, ${rows} rows of a forward`;
+  told.textContent = state === "running" ? `${step}/${steps} ×${rows}${skipped ? ` · ${skipped} skipped` : ""}` : state;
+  told.title = `step ${step} of ${steps}, ${skipped} of them skipped, ${rows} rows of a forward`;
   item.append(name, told, document.createElement("i"));
   item.style.setProperty("--tint", tint(id));
   item.style.setProperty("--done", `${(100 * step) / Math.max(steps, 1)}%`);
