@@ -97,4 +97,9 @@ def run_copies(page: Any, folder: Path, **environment: str) -> str:
 def shaping(request: Any) -> tuple[object, ...]:
     """What of a request shapes its images."""
     names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler", "width")
-    return (*(getattr(request, name) for name in names), request.adapters, request.strength)
+    return (
+        *(getattr(request, name) for name in names),
+        request.adapters,
+        request.strength,
+        request.step_cache,
+    )

@@ -30,6 +30,7 @@ from stepserve.domain.events import Failed
 from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.models import SizeRange, StepRange
+from stepserve.domain.step_cache import StepCacheMethod, StepCacheUse
 from stepserve.domain.tasks import Task
 from stepserve.pipelines.requests.inputs import decode_inputs
 
@@ -78,13 +79,13 @@ def test_skipped_steps_are_hollow_cells(page: Any, site: Any):
     ready(page)
     page.fill("#steps", "13")
     page.click("#run")
-    until(page, "document.querySelector('.lane b')?.textContent.endsWith('×2 · 1 skipped')")
+    until(page, "document.querySelector('.lane b')?.textContent.endsWith(' · 1 skipped')")
     assert "1 of them skipped" in page.get_attribute(".lane b", "title")
     finish(page)
 
     until(page, "document.querySelector('#loom-facts').textContent === 'nothing is running'")
 
-    # The last forward: two rows of the page's request and one of another, which skipped a step each.
+    # The last forward: two rows of the page's request, one of another, and a skipped step of each.
     tops, middles = page.evaluate(
         """() => { const c = document.getElementById('weave'), context = c.getContext('2d');
         const at = (y) => [...context.getImageData(c.width - 7, y, 1, 1).data];
@@ -96,6 +97,32 @@ def test_skipped_steps_are_hollow_cells(page: Any, site: Any):
     assert tops == [own, own, others, own, others]
     assert middles[:3] == tops[:3]
     assert all(middle[3] < 50 for middle in middles[3:])
+
+
+def test_a_step_cache_is_chosen(page: Any, site: Any):
+    [status] = site.backend.statuses
+    usual = StepCacheUse(StepCacheMethod.MAGCACHE, 0.2)
+    methods = tuple(StepCacheMethod)
+    told = replace(status.capabilities, step_cache_methods=methods, default_step_cache=usual)
+    site.backend.statuses = [ModelStatus(told, ready=True)]
+    page.reload()
+    ready(page)
+    assert page.input_value("#step-cache") == "magcache"
+    assert page.input_value("#threshold") == "0.2"
+
+    page.click("#run")
+    finish(page)
+    page.select_option("#step-cache", "easycache")
+    page.fill("#threshold", "0.05")
+    page.click("#run")
+    finish(page, 2)
+    page.select_option("#step-cache", "off")
+    assert page.is_disabled("#threshold")
+    page.click("#run")
+    finish(page, 3)
+
+    asked = [request.step_cache for request in site.backend.requests]
+    assert asked == [usual, StepCacheUse(StepCacheMethod.EASYCACHE, 0.05), None]
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
@@ -270,6 +297,7 @@ def test_copies_run_as_they_are(page: Any, site: Any, tmp_path: Path):
     ready(page)
     page.fill("#prompt", 'it\'s a "$cat" `ü`')
     page.select_option("#adapter", "pixels")
+    page.select_option("#step-cache", "easycache")
     page.click("#run")
     finish(page)
     run_copies(page, tmp_path)
@@ -285,6 +313,7 @@ def test_copies_of_edits_have_image_and_mask(page: Any, site: Any, tmp_path: Pat
     ready(page)
     page.fill("#prompt", "@home")  # curl's -F would read a file of that name
     page.select_option("#adapter", "ink")
+    page.select_option("#step-cache", "easycache")
     upload(page)
     stroke(page)
     page.click("#run")

@@ -5,8 +5,8 @@ import * as inputs from "./inputs.js";
 import { $, draw } from "./page.js";
 import { FROM_NOTHING } from "./tasks.js";
 
-const LOOK_AGAIN_MS = 2000, MOST_STEPS = 150, MOST_GUIDANCE = 20, CUSTOM = "custom", AUTO = "auto", UPSCALING = "upscaling";
-const SCALES = [0.5, 0.75, 1, 1.5, 2], RATIOS = [[4, 3], [3, 2], [16, 9]];
+const LOOK_AGAIN_MS = 2000, MOST_STEPS = 150, MOST_GUIDANCE = 20, CUSTOM = "custom", AUTO = "auto", OFF = "off", UPSCALING = "upscaling";
+const USUAL_THRESHOLD = 0.1, SCALES = [0.5, 0.75, 1, 1.5, 2], RATIOS = [[4, 3], [3, 2], [16, 9]];
 
 let models = [], again = null, onModels = () => {};
 
@@ -69,9 +69,16 @@ function showModel() {
   $("negative").maxLength = m.max_prompt_characters;
   $("adapter-field").hidden = m.adapters.length === 0;
   options($("adapter"), ["none", ...m.adapters], "none");
+  showStepCache(m);
   inputs.show(m);
   showReadiness();
   showValues();
+}
+
+function showStepCache({ step_cache_methods: methods, default_step_cache: usual }) {
+  $("step-cache-field").hidden = methods.length === 0;
+  options($("step-cache"), [OFF, ...methods], usual?.method ?? OFF);
+  $("threshold").value = usual?.threshold ?? USUAL_THRESHOLD;
 }
 
 /** How many steps the chosen scheduler can do. */
@@ -106,8 +113,9 @@ function showReadiness() {
 }
 
 function showValues() {
-  for (const name of ["steps", "guidance", "strength", "scale", "brush"]) $(`${name}-out`).textContent = $(name).value;
+  for (const name of ["steps", "guidance", "strength", "scale", "threshold", "brush"]) $(`${name}-out`).textContent = $(name).value;
   $("custom-size").hidden = $("size").value !== CUSTOM;
+  $("threshold").disabled = $("step-cache").value === OFF;
   if (model()) showGuidance();
   showPrompt();
 }
@@ -170,7 +178,16 @@ export function settings() {
   if (model().adapters.includes($("adapter").value)) {
     told.adapters = [{ name: $("adapter").value, scale: Number($("scale").value) }];
   }
+  const stepCache = chosenStepCache();
+  if (stepCache) told.step_cache = stepCache;
   return told;
+}
+
+/** Nothing where it is off and would be anyway. */
+function chosenStepCache() {
+  const { step_cache_methods: methods, default_step_cache: usual } = model(), method = $("step-cache").value;
+  if (methods.includes(method)) return { method, threshold: Number($("threshold").value) };
+  return usual && OFF;
 }
 
 /** `heard` is called whenever it was heard how the models are. */

@@ -4,7 +4,7 @@
 const KEY = "STEPSERVE_API_KEY";  // the key itself is never copied
 const OWN = [
   "negative_prompt", "num_inference_steps", "guidance_scale", "scheduler", "seed", "adapters", "strength", "class_label",
-  "image_guidance_scale", "hires",
+  "image_guidance_scale", "hires", "step_cache",
 ];
 /** OpenAI's client has a call for these, with files in these fields. */
 const CALLS = { generations: "generate", edits: "edit", variations: "create_variation" };

@@ -6,7 +6,7 @@ import { titleOf } from "./titles.js";
 const SHOWN = {
   model: "Model", negative_prompt: "Without", size: "Size", num_inference_steps: "Steps", guidance_scale: "Guidance",
   scheduler: "Scheduler", adapters: "Adapter", strength: "Strength", class_label: "Class", image_guidance_scale: "Image guidance",
-  noise_level: "Noise level", controls: "Control", references: "Reference", hires: "Enlarged",
+  noise_level: "Noise level", controls: "Control", references: "Reference", hires: "Enlarged", step_cache: "Step cache",
 };
 /** Values that are not shown as they are. */
 const WORDS = {
@@ -14,6 +14,7 @@ const WORDS = {
   controls: (used) => used.map((each) => `${scaled(each)}, ${each.start ?? 0} to ${each.end ?? 1}${each.preprocessor ? `, ${each.preprocessor}` : ""}`).join("; "),
   references: (used) => used.map(({ adapter, scale }) => scaled({ name: adapter ?? "image", scale })).join(", "),
   hires: ({ scale, strength }) => `× ${scale}, strength ${strength}`,
+  step_cache: (used) => (used.method ? `${used.method}, threshold ${used.threshold}` : used),
 };
 
 let frame = null;
