@@ -12,18 +12,26 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from families.catalogue import FAMILIES
-from families.examine import make_probe_requests
+from families.examine import make_probe_requests, results_alone
 from families.family import Family, resident
-from families.prompt_lengths import MOST_SHARED, measure, reason
+from families.prompt_lengths import (
+    MOST_SHARED,
+    build_roomy,
+    make_wordy_requests,
+    measure,
+    reason,
+)
 from random_requests import random_requests, serve_at_once
 from stepserve.engine.calls.arguments import ArgumentRules
 from stepserve.engine.calls.text_padding import TextPadding, TokenMask
+from stepserve.engine.loop.batcher import Batcher
 from stepserve.pipelines.modules.parking import ARGUMENT_RULES
-from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS
+from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, Watch, run_at_once
 from stepserve.pipelines.probing.sharing_plan import plan_sharing
 from torch import Tensor
 
 TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
+MOST_ROWS = 16
 FLOAT64_BOUND = 1e-6
 FLOAT32_BOUND = 2e-4
 # Whose prompts have no fixed length, and three of those whose pipelines fill them up to one.
@@ -104,6 +112,37 @@ def test_whether_texts_are_filled_up_is_the_operator_s_choice() -> None:
     assert [plan.parking(ENOUGH_ROWS).pads_prompts for plan in plans] == [True, False]
     # The last bits are others.
     assert plans[0].row_policy != plans[1].row_policy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen-Image",
+        "Qwen-Image with a ControlNet",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("Bria Fibo Edit", "DreamLite, edit", "JoyImage-Edit-Plus")
+        ),
+    ],
+)
+def test_bytes_do_not_depend_on_requests_with_other_prompts(name: str, dtype: torch.dtype) -> None:
+    family = FAMILIES[name]
+    pipeline = build_roomy(family, dtype)
+    requests = make_wordy_requests(family, pipeline)
+    with torch.no_grad():
+        plan = plan_sharing(pipeline, requests, MOST_ROWS)
+    if not plan.same_bytes:
+        pytest.skip(f"rows depend on co-batched ones in {dtype} on this device, whatever they say")
+    options = plan.parking(ENOUGH_ROWS)
+    by_itself, shared = Watch(pipeline), Watch(pipeline)
+    with by_itself.watching():
+        alone = results_alone(pipeline, requests, options)
+    with torch.no_grad(), shared.watching():
+        together = run_at_once(Batcher(MOST_ROWS), pipeline, requests, [0, 0, 0], options)
+    assert by_itself.forwards == MOST_SHARED * shared.forwards
+    pairs = zip(alone, together, strict=True)
+    assert [torch.equal(one, other.result) for one, other in pairs] == [True] * len(alone)
 
 
 class Everything(TokenMask):

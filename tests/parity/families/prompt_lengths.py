@@ -78,23 +78,28 @@ def measure(family: Family, pads_prompts: bool = True) -> SharingReport:
         family: of the requests.
         pads_prompts: whether texts are filled up, where a rule says how.
     """
-    pipeline = family.build()
-    if family.float64:
-        pipeline = pipeline.to(torch.float64)
-    _make_room(pipeline)
-    probes: list[ProbeRequest] = [
-        partial(
-            _call,
-            family,
-            pipeline,
-            WordyVariation(0, 100 + words, 3, family.guidance_scales[0], words=words),
-        )
-        for words in WORD_COUNTS
-    ]
+    pipeline = build_roomy(family, torch.float64 if family.float64 else None)
+    probes = make_wordy_requests(family, pipeline)
     plain = run_plainly(pipeline, probes)
     plan = make_plan(family, pipeline, probes, plain)
     options = replace(plan.parking(ENOUGH_ROWS), pads_prompts=pads_prompts)
     return check_sharing(pipeline, probes, plain, options=options, one_at_a_time=plan.serial)
+
+
+def build_roomy(family: Family, dtype: torch.dtype | None) -> Any:
+    """A pipeline of its own that reads prompts of `ROOM` tokens; None leaves it as it is built."""
+    pipeline = family.build()
+    if dtype is not None:
+        pipeline = pipeline.to(dtype)
+    _make_room(pipeline)
+    return pipeline
+
+
+def make_wordy_requests(family: Family, pipeline: Any) -> list[ProbeRequest]:
+    """One for each of `WORD_COUNTS`."""
+    scale = family.guidance_scales[0]
+    variations = [WordyVariation(0, 100 + words, 3, scale, words=words) for words in WORD_COUNTS]
+    return [partial(_call, family, pipeline, variation) for variation in variations]
 
 
 def _call(family: Family, pipeline: Any, variation: WordyVariation) -> Tensor:
