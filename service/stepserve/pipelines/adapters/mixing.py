@@ -14,7 +14,11 @@ from stepserve.pipelines.adapters.checks import FileLayer
 RowLayers = Mapping[str, frozenset[str]]
 """By component whose forwards requests share, paths of layers whose inputs begin with the rows."""
 
+BASES = (nn.Linear, nn.Conv2d, nn.Conv3d)
+"""Layers that may have other adapters for each row."""
+
 NOT_SHARED = "requests of this model share no forwards"
+_TUNERS = (lora.Linear, lora.Conv2d, lora.Conv3d)
 _PLAIN_PARTS = {"lora_A.weight", "lora_B.weight"}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,12 +52,11 @@ def obstacle(
 
 def can_mix_in(layer: Any) -> bool:
     """Whether a layer of PEFT can add something else to each row."""
-    return isinstance(layer, lora.Linear) and is_plain(layer.get_base_layer())
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Whether a layer computes what its class says, from weights that are numbers."""
-    return type(base) is nn.Linear and base.weight.dtype in _DTYPES
+    if not isinstance(layer, _TUNERS):
+        return False
+    base: Any = layer.get_base_layer()
+    # Other classes may compute anything, and quantized weights are no numbers.
+    return type(base) in BASES and base.weight.dtype in _DTYPES
 
 
 def _layer_obstacle(

@@ -1,8 +1,9 @@
 """What LoRA layers compute where each row of a forward has adapters of its own.
 
-The base layer runs once for all rows. What adapters add is the product of two small factors, which
-are stacked by row: a batched matrix product with each does all rows that have one. The arithmetic
-is PEFT's, with its roundings: the two products, then the scale, then the sum.
+The base layer runs once for all rows. What adapters add is made by two small factors. Those of a
+linear layer are stacked by row: a batched matrix product with each does all rows that have one.
+Those of a convolution are applied row by row. The arithmetic is PEFT's, with its roundings: the two
+factors, then the scale, then the sum.
 
 A batched product gives each row what it gives it alone. So a row's bits do not depend on the
 others: rows are grouped by the rank of their adapters, and rows without an adapter are left out.
@@ -22,8 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-GATHERED_BYTES = 256 * 2**20
+Convolution = nn.Conv2d | nn.Conv3d
+
+KEPT_BYTES = 256 * 2**20
 """How much of stacked factors one module keeps. More are gathered again at every forward."""
+
+MOST_KEPT = 64
+"""Of how many different sequences of rows."""
 
 # Factors of rank 1 are filled up with zeros: matrix kernels treat vectors otherwise, and in
 # another way for one row than for several.
@@ -43,7 +49,7 @@ Slots = tuple[Slot, ...]
 
 @dataclass(frozen=True)
 class RowFactors:
-    """The factors of one layer for some rows of a forward, whose adapters are of one rank.
+    """What some rows of a forward, with adapters of one rank, have added in a linear layer.
 
     Args:
         rows: which rows.
@@ -66,9 +72,10 @@ class RowFactors:
         """Add what the adapters make of an input, in place.
 
         Args:
-            result: what the base layer made of it, of shape (rows, vectors, out features).
-            states: the input, of shape (rows, vectors, in features), of all rows of the forward.
+            result: what the base layer made of it, of shape (rows, ..., out features).
+            states: the input, of shape (rows, ..., in features), of all rows of the forward.
         """
+        result, states = result.view(len(result), -1, result.shape[-1]), states.flatten(1, -2)
         added = torch.bmm(torch.bmm(states[self.rows], self.down.mT), self.up.mT)
         if isinstance(self.scale, Tensor):
             # Rounded once, as a product with a Python number is.
@@ -81,6 +88,43 @@ class RowFactors:
             result.index_add_(0, self.rows, added)
 
 
+@dataclass(frozen=True)
+class RowConvolution:
+    """What one row of a forward has added in a convolution by one adapter.
+
+    Kernels of a grouped convolution, which could do all rows at once, give a row other bits for
+    another number of groups, and took longer where images are not very small.
+
+    Args:
+        row: which row.
+        down: the first factor.
+        up: the second factor.
+        scale: that their product is multiplied with.
+    """
+
+    row: int
+    down: Convolution
+    up: Convolution
+    scale: float
+
+    @property
+    def size_bytes(self) -> int:
+        """It holds the adapter's own factors."""
+        return 0
+
+    def add_to(self, result: Tensor, states: Tensor) -> None:
+        """Add what the adapter makes of the row of an input, in place.
+
+        Args:
+            result: what the base layer made of it, of shape (rows, images, channels, ...).
+            states: the input, of shape (rows, images, channels, ...).
+        """
+        result[self.row] += self.up(self.down(states[self.row])) * self.scale
+
+
+Addition = RowFactors | RowConvolution
+
+
 class RowAdapters:
     """The adapters of each row of the next forward of one module.
 
@@ -88,11 +132,11 @@ class RowAdapters:
     does.
     """
 
-    def __init__(self, kept_bytes: int = GATHERED_BYTES) -> None:
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._kept_bytes = kept_bytes
         self._rows: tuple[Slots, ...] | None = None
-        # By what the rows have, least recently used first.
-        self._gathered: OrderedDict[tuple[Slots, ...], dict[Any, Sequence[RowFactors]]]
+        # By what the rows have, least recently used first; then by layer.
+        self._gathered: OrderedDict[tuple[Slots, ...], dict[Any, Sequence[Addition]]]
         self._gathered = OrderedDict()
         self._held_bytes = 0
 
@@ -101,6 +145,8 @@ class RowAdapters:
         self._rows = tuple(slots for slots, count in rows for _ in range(count))
         self._gathered.setdefault(self._rows, {})
         self._gathered.move_to_end(self._rows)
+        if len(self._gathered) > MOST_KEPT:
+            self._drop_one()
 
     def unset(self) -> None:
         """PEFT's own setting holds for all rows."""
@@ -113,9 +159,11 @@ class RowAdapters:
         self._held_bytes = 0
 
     def wrap(self, layer: Any) -> None:
-        """Make a LoRA layer of PEFT around an `nn.Linear` add to each row what is set for it.
+        """Make a LoRA layer of PEFT add to each row what is set for it. It goes with the layer.
 
-        It goes with the layer.
+        Args:
+            layer: around a linear layer or a convolution whose inputs begin with the rows, or with
+                several entries of each row.
         """
         layer.forward = partial(self._forward, layer, type(layer).forward)
 
@@ -125,47 +173,57 @@ class RowAdapters:
         if self._rows is None:
             return plain(layer, states, *args, **kwargs)
         result: Tensor = layer.base_layer(states, *args, **kwargs)
-        rows = len(self._rows)
-        by_row: Tensor | None = None
-        for factors in self._factors(layer, self._rows):
-            if by_row is None:
-                by_row = result.view(rows, -1, result.shape[-1])
-                states = states.reshape(rows, -1, states.shape[-1])
-            factors.add_to(by_row, states)
+        additions = self._additions(layer, self._rows)
+        if additions:
+            rows = len(self._rows)
+            by_row = result.view(rows, -1, *result.shape[1:])
+            states = states.reshape(rows, -1, *states.shape[1:])
+            for addition in additions:
+                addition.add_to(by_row, states)
         return result
 
-    def _factors(self, layer: Any, rows: tuple[Slots, ...]) -> Sequence[RowFactors]:
+    def _additions(self, layer: Any, rows: tuple[Slots, ...]) -> Sequence[Addition]:
         gathered = self._gathered[rows]
         if layer in gathered:
             return gathered[layer]
-        factors = gather(layer, rows)
-        size_bytes = sum(part.size_bytes for part in factors)
+        additions = gather(layer, rows)
+        size_bytes = sum(addition.size_bytes for addition in additions)
         self._make_room(size_bytes)
         if self._held_bytes + size_bytes <= self._kept_bytes:
-            gathered[layer] = factors
+            gathered[layer] = additions
             self._held_bytes += size_bytes
-        return factors
+        return additions
 
     def _make_room(self, size_bytes: int) -> None:
         """Drop what was used least recently, but for the rows of the forward that is running."""
         while len(self._gathered) > 1 and self._held_bytes + size_bytes > self._kept_bytes:
-            _, dropped = self._gathered.popitem(last=False)
-            self._held_bytes -= sum(part.size_bytes for each in dropped.values() for part in each)
+            self._drop_one()
+
+    def _drop_one(self) -> None:
+        _, dropped = self._gathered.popitem(last=False)
+        self._held_bytes -= sum(part.size_bytes for each in dropped.values() for part in each)
 
 
-def gather(layer: Any, rows: Sequence[Slots]) -> list[RowFactors]:
-    """The factors of one LoRA layer for the rows of a forward, in the order in which to add them.
+def gather(layer: Any, rows: Sequence[Slots]) -> Sequence[Addition]:
+    """What one LoRA layer adds to the rows of a forward, in the order in which to add it.
 
     Args:
         layer: of PEFT.
         rows: the adapters of each; those that the layer lacks are left out.
     """
+    own = [[slot for slot in slots if slot.name in layer.lora_A] for slots in rows]
+    if not isinstance(layer.get_base_layer(), nn.Linear):
+        return [_convolution(layer, row, slot) for row, slots in enumerate(own) for slot in slots]
     groups: dict[tuple[int, int], list[tuple[int, Slot]]] = {}
-    for row, slots in enumerate(rows):
-        own = [slot for slot in slots if slot.name in layer.lora_A]
-        for place, slot in enumerate(own):
+    for row, slots in enumerate(own):
+        for place, slot in enumerate(slots):
             groups.setdefault((place, layer.r[slot.name]), []).append((row, slot))
     return [_stack(layer, groups[group]) for group in sorted(groups)]
+
+
+def _convolution(layer: Any, row: int, slot: Slot) -> RowConvolution:
+    down, up = layer.lora_A[slot.name], layer.lora_B[slot.name]
+    return RowConvolution(row, down, up, _scaling(layer, slot))
 
 
 def _stack(layer: Any, group: Sequence[tuple[int, Slot]]) -> RowFactors:

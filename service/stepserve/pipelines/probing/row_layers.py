@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stepserve.engine.batch_invariance import one_row, run_together, varied
 from stepserve.engine.calls.call import Call
 from stepserve.engine.tracks.track import Stage
+from stepserve.pipelines.adapters.mixing import BASES
 from stepserve.pipelines.modules.parking import (
     ParkingOptions,
     components_of,
@@ -56,7 +57,7 @@ Seen = dict[str, list[Input]]
 def find_row_layers(
     pipeline: Any, probes: Sequence[ProbeRequest], options: ParkingOptions
 ) -> dict[str, frozenset[str]]:
-    """By path of a denoiser, those of its linear layers and convolutions that get rows in order.
+    """By path of a denoiser, which of its layers that may have adapters get rows in order.
 
     Layers that no probe request comes by are left out. Run it on the engine's thread, before the
     pipeline is attached to the engine.
@@ -107,7 +108,7 @@ def _seeing(module: nn.Module, rows: int) -> Iterator[Seen]:
     seen: Seen = {}
     with ExitStack() as stack:
         for path, layer in module.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
+            if type(layer) in BASES:
                 hook = layer.register_forward_pre_hook(partial(_note, seen, path, rows))
                 stack.callback(hook.remove)
         yield seen

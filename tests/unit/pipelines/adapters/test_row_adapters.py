@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from stepserve.pipelines.adapters.layers import settle_layers
 from stepserve.pipelines.adapters.module import ModuleAdapters
-from stepserve.pipelines.adapters.rows import RowAdapters, Slot, Slots, gather
+from stepserve.pipelines.adapters.rows import MOST_KEPT, RowAdapters, Slot, Slots, gather
 from torch import Tensor, nn
 
 # PEFT warns of the second adapter.
@@ -19,27 +19,42 @@ RANKS = {"one": 1, "two": 2, "eight": 8, "other": 8, "odd": 5}
 
 
 class Layers(nn.Module):
-    """Layers as attention, an embedding of the timestep, and one that takes two rows for one."""
+    """Layers of every kind: of tokens, of one vector a row, and convolutions of images."""
 
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Linear(24, 40)
         self.time = nn.Linear(24, 16, bias=False)
+        self.down = nn.Conv2d(6, 10, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(6, 8, 1)
+        self.video = nn.Conv3d(3, 4, (1, 3, 3), padding=(0, 1, 1))
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query(states), self.time(states[:, 0])
+    def forward(self, states: Tensor) -> list[Tensor]:
+        images = states.reshape(-1, 6, 4, 6).contiguous(memory_format=torch.channels_last)
+        videos = states.reshape(-1, 3, 2, 4, 6)
+        return [
+            self.query(states),
+            self.time(states[:, 0]),
+            self.down(images),
+            self.point(images),
+            self.video(videos),
+        ]
+
+
+ALL = ["query", "time", "down", "point", "video"]
 
 
 def adapted(dtype: torch.dtype) -> Layers:
-    """With adapters of several ranks; one lacks a layer, one has another alpha."""
+    """With adapters of several ranks; one lacks all layers but one, one has another alpha."""
     torch.manual_seed(0)
     module = Layers()
+    module.down.weight.data = module.down.weight.contiguous(memory_format=torch.channels_last)
     for name, rank in RANKS.items():
         config = LoraConfig(
             r=rank,
             lora_alpha=3 * rank if name == "odd" else rank,
             use_rslora=name == "two",
-            target_modules=["query"] if name == "other" else ["query", "time"],
+            target_modules=["query"] if name == "other" else ALL,
             init_lora_weights=False,
         )
         inject_adapter_in_model(config, module, name)
@@ -95,9 +110,9 @@ def test_the_bits_of_a_row_do_not_depend_on_the_others(dtype: torch.dtype) -> No
     adapters.refresh()
     given = states(dtype)
     # Only what is added is looked at: the base layer may sum in another order for more rows.
-    layers: tuple[Any, ...] = (module.query, module.time)
-    for layer in layers:
-        base = layer.get_base_layer()
+    for path in ALL:
+        tuner: Any = module.get_submodule(path)
+        base = tuner.get_base_layer()
         base.weight.zero_()
         if base.bias is not None:
             base.bias.zero_()
@@ -121,7 +136,7 @@ def test_rows_without_an_adapter_have_the_bits_of_the_base_layer(dtype: torch.dt
         pairs = zip(mixed, bare, strict=True)
         are_equal = [torch.equal(some[row], without[row]) for some, without in pairs]
         # One of them is for the first layer only.
-        assert are_equal == [each == (), each in ((), ROWS[4])]
+        assert are_equal == [each == ()] + [each in ((), ROWS[4])] * 4
 
 
 @torch.no_grad()
@@ -133,6 +148,21 @@ def test_a_layer_may_get_several_vectors_of_each_row_one_after_the_other() -> No
     folded = given.reshape(2 * len(ROWS), 3, 24)
     adapters.apply_by_row([(each, 1) for each in ROWS])
     assert torch.equal(module.query(folded).reshape(len(ROWS), 6, 40), module.query(given))
+
+
+@torch.no_grad()
+def test_a_convolution_gives_a_row_the_bits_of_peft() -> None:
+    module = adapted(torch.float32)
+    adapters = ModuleAdapters(module)
+    adapters.refresh()
+    convolution: Any = module.down
+    images = torch.randn(len(ROWS), 6, 9, 7).contiguous(memory_format=torch.channels_last)
+    nn.init.zeros_(convolution.get_base_layer().weight)
+    adapters.apply_by_row([(each, 1) for each in ROWS])
+    together = convolution(images)
+    for row, each in enumerate(ROWS):
+        adapters.apply(each)
+        assert torch.equal(together[row], convolution(images[row : row + 1])[0])
 
 
 @torch.no_grad()
@@ -159,6 +189,9 @@ def test_stacked_factors_are_kept_within_their_bytes() -> None:
         assert rows._held_bytes <= 2 * size_bytes
         stacked.append(len(rows._gathered))
     assert stacked == [1, 2, 2, 2, 2]
+    for count in range(2 * MOST_KEPT):
+        rows.set([((), count)])
+    assert (rows._held_bytes, len(rows._gathered)) == (0, MOST_KEPT)
     rows.forget()
     assert rows._held_bytes == len(rows._gathered) == 0
 
