@@ -143,6 +143,22 @@ class Control:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class AdapterSharing:
+    """Whether requests with one adapter share forwards with those that have others, or none.
+
+    Args:
+        name: by which requests name the adapter.
+        shares: whether they do; None as long as it has not been loaded.
+        reason: why they share with requests of the same adapters and scales only; empty where they
+            share with all, or where it is not known.
+    """
+
+    name: str
+    shares: bool | None = None
+    reason: str = ""
+
+
 SHORT_CHARACTERS = 16
 """Of a fingerprint's digest: enough to distinguish fingerprints."""
 
@@ -207,6 +223,7 @@ class ModelCapabilities:
         min_num_inference_steps: fewest steps, with the default scheduler.
         max_num_inference_steps: most steps, with the default scheduler.
         scheduler_steps: of the schedulers that can do other numbers of steps.
+        adapter_sharing: of each of its adapters, whether forwards may have others besides.
         ip_adapters: those that read reference images, the usual one first.
         tasks: what it does, its usual task first, and which inputs that takes.
         classes: which a class label may name.
@@ -249,6 +266,7 @@ class ModelCapabilities:
     max_prompt_characters: int = 1000
     max_prompt_tokens: int = 77
     adapters: tuple[str, ...] = ()
+    adapter_sharing: tuple[AdapterSharing, ...] = ()
     max_adapters: int = 0
     ip_adapters: tuple[str, ...] = ()
     created: int = 0

@@ -15,7 +15,13 @@ from stepserve.api.errors import ErrorDetail, PromptError, error_detail
 from stepserve.domain.events import CutPrompt, EncodedImage, Finished
 from stepserve.domain.guidance import GuidanceKind, StepWork
 from stepserve.domain.model_status import ModelStatus
-from stepserve.domain.models import Compilation, Control, SizeRange, StepRange
+from stepserve.domain.models import (
+    AdapterSharing,
+    Compilation,
+    Control,
+    SizeRange,
+    StepRange,
+)
 from stepserve.domain.progress import Progress
 from stepserve.domain.reports import BatchView
 from stepserve.domain.requests import AdapterUse, GenerationRequest
@@ -256,6 +262,10 @@ class ModelResponse(BaseModel):
     max_prompt_characters: int
     max_prompt_tokens: int
     adapters: list[str] = Field(description="LoRA adapters that requests may name.")
+    adapter_sharing: list[AdapterSharing] = Field(
+        description="Of each of them, whether requests with it share forwards with those that have "
+        "other adapters, or none; `shares` is null until it has been loaded once."
+    )
     max_adapters: int = Field(description="Most adapters of one request.")
     ip_adapters: list[str] = Field(
         description="IP-Adapters that read the `references` of requests, the usual one first."

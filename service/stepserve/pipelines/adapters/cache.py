@@ -17,6 +17,7 @@ import torch
 from stepserve.domain.checks.limits import check_adapter_names
 from stepserve.domain.checks.wording import shown
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
+from stepserve.domain.models import AdapterSharing
 from stepserve.domain.requests import AdapterUse
 from stepserve.engine.calls.call import Enter, VariantRows
 from stepserve.pipelines.adapters.checks import (
@@ -35,7 +36,7 @@ from stepserve.pipelines.adapters.files import (
     check_header,
 )
 from stepserve.pipelines.adapters.layers import check_complete, check_fits, settle_layers
-from stepserve.pipelines.adapters.mixing import RowLayers, obstacle
+from stepserve.pipelines.adapters.mixing import NOT_MIXED, RowLayers, obstacle
 from stepserve.pipelines.adapters.module import ModuleAdapters
 from stepserve.pipelines.adapters.rows import Slot, Slots
 from stepserve.pipelines.errors import ModelLoadError
@@ -61,10 +62,10 @@ Variant = tuple[AppliedAdapter, ...] | None
 class AdapterCache:
     """Keeps adapters loaded on the modules of one pipeline, and applies them to rows of forwards.
 
-    `resolve`, `names` and `can_mix` may be called from any thread; everything else belongs to the
-    engine's.
-    An adapter is never unloaded while a request in flight uses it: while those use more than
-    `max_loaded` different ones, more are loaded. Without any adapter nothing is ever touched.
+    `resolve`, `names`, `sharing` and `can_mix` may be called from any thread; everything else
+    belongs to the engine's. An adapter is never unloaded while a request in flight uses it: while
+    those use more than `max_loaded` different ones, more are loaded. Without any adapter nothing is
+    ever touched.
 
     Raises:
         ModelLoadError: there are adapters, and the pipeline takes none.
@@ -127,6 +128,19 @@ class AdapterCache:
         """
         is_any = bool(self._row_layers)
         return is_any and not any(self._obstacles.get(used.file) for used in variant or ())
+
+    def sharing(self) -> tuple[AdapterSharing, ...]:
+        """Of each adapter, whether forwards have others besides, as far as it is known."""
+        # Of several files of one name the last one counts.
+        known = {file.name: reason for file, reason in dict(self._obstacles).items()}
+        if not self._row_layers:
+            known = dict.fromkeys(self.names(), NOT_MIXED)
+        return tuple(
+            AdapterSharing(name, not known[name], known[name])
+            if name in known
+            else AdapterSharing(name)
+            for name in self.names()
+        )
 
     def enter(self) -> dict[str, Enter]:
         """By component, what is told which variant each row of its next forward wants."""

@@ -17,7 +17,7 @@ RowLayers = Mapping[str, frozenset[str]]
 BASES = (nn.Linear, nn.Conv2d, nn.Conv3d)
 """Layers that may have other adapters for each row."""
 
-NOT_SHARED = "requests of this model share no forwards"
+NOT_MIXED = "a forward of this model has one set of adapters"
 _TUNERS = (lora.Linear, lora.Conv2d, lora.Conv3d)
 _PLAIN_PARTS = {"lora_A.weight", "lora_B.weight"}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def obstacle(
         row_layers: layers whose rows can be told apart.
     """
     if not row_layers:
-        return NOT_SHARED
+        return NOT_MIXED
     for layer in layers:
         if layer.component not in row_layers:
             continue

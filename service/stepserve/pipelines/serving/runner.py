@@ -120,6 +120,7 @@ class PipelineRunner:
         limits = replace(
             self.model.capabilities,
             adapters=self.adapters.names(),
+            adapter_sharing=self.adapters.sharing(),
             controls=own_controls(self.model.factory) + self.controls.listed(),
             expected_s=self._usual_request_s(),
         )

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from stepserve.domain.errors import GenerationFailedError, InvalidRequestError
 from stepserve.domain.events import Failed, Finished
 from stepserve.domain.guidance import CLASSIC
+from stepserve.domain.models import AdapterSharing
 from stepserve.domain.requests import AdapterUse, GenerationRequest, RequestKey
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import EngineOptions
@@ -275,6 +276,13 @@ def test_an_adapter_that_cannot_be_mixed_shares_forwards_with_its_equals_only(
         ((("dora", 1.0), ("plain", 1.0)), 4): 4,
     }
     assert runner.engine.counters.retries == 0
+    told = {adapter.name: adapter for adapter in runner.capabilities().adapter_sharing}
+    assert told["plain"] == AdapterSharing("plain", shares=True)
+    assert told["conv"] == AdapterSharing("conv", shares=None)
+    assert told["dora"].shares is False
+    assert (
+        "has more than two factors (lora_A.weight, lora_B.weight, lora_mag" in told["dora"].reason
+    )
 
 
 def test_requests_without_adapters_are_those_of_a_model_that_never_had_any(
