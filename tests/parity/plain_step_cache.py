@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 CONTROL = "controlnet"
@@ -87,8 +88,9 @@ class PlainStepCache:
 
     def call(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of a module: it runs, or its output is told from earlier ones."""
-        named = inspect.signature(forward).bind(*args, **kwargs).arguments
-        inputs = tensors(next(iter(named.values())))
+        # A view of a module may add arguments that its signature does not name.
+        named = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
+        inputs = tensors(named[next(iter(inspect.signature(forward).parameters))])
         times = [torch.as_tensor(named[time]) for time in TIMESTEPS if time in named]
         timestep = float(times[0].max())
         if not self._met:
@@ -170,25 +172,35 @@ def distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 @contextmanager
 def skipping(
-    pipeline: Any, names: Sequence[str], evaluations: int, decision: Decision
+    scheduler: Any, modules: Mapping[str, nn.Module], evaluations: int, decision: Decision
 ) -> Iterator[PlainStepCache]:
-    """Until the end of the block a call of the pipeline skips.
+    """Until the end of the block a call of a pipeline skips.
 
     Args:
-        pipeline: plain, with a scheduler of its own.
-        names: of the components that are called at each step.
+        scheduler: of that pipeline alone.
+        modules: what it calls at each step, by the names of components.
         evaluations: how often the scheduler will step.
         decision: what is skipped.
     """
-    cache = PlainStepCache(evaluations, getattr(pipeline.scheduler, "order", 1), decision)
+    cache = PlainStepCache(evaluations, getattr(scheduler, "order", 1), decision)
     with ExitStack() as undo:
-        for name in names:
-            module = getattr(pipeline, name)
-            module.forward = stand_in(cache, name, module.forward)
-            undo.callback(delattr, module, "forward")
-        pipeline.scheduler.step = then(cache.ended, pipeline.scheduler.step)
-        undo.callback(delattr, pipeline.scheduler, "step")
+        for name, module in modules.items():
+            undo.enter_context(replaced(module, "forward", partial(stand_in, cache, name)))
+        undo.enter_context(replaced(scheduler, "step", partial(then, cache.ended)))
         yield cache
+
+
+@contextmanager
+def replaced(owner: Any, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Until the end of the block a method of one object is another one."""
+    own = vars(owner).get(name)
+    setattr(owner, name, change(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 def stand_in(cache: PlainStepCache, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:

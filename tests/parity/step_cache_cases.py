@@ -11,7 +11,14 @@ from typing import Any
 import diffusers
 import torch
 from families.family import Family, Variation
-from plain_step_cache import CONTROL, Decision, PlainStepCache, skipping, stand_in
+from plain_step_cache import (
+    CONTROL,
+    Decision,
+    PlainStepCache,
+    replaced,
+    skipping,
+    stand_in,
+)
 from stepserve.domain.step_cache import StepCacheMethod, StepCacheUse
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.batcher import Batcher
@@ -20,7 +27,7 @@ from stepserve.engine.tracks.track import Phase, Track
 from stepserve.pipelines.copies.factory import copy_pipeline
 from stepserve.pipelines.modules.wrappers import Wrappers, wrap_modules
 from stepserve.pipelines.probing.sharing_check import ENOUGH_ROWS, difference
-from torch import Tensor
+from torch import Tensor, nn
 
 # Of requests that are in flight at once: at which tick each begins.
 ARRIVALS = (0, 2, 5, 9)
@@ -87,10 +94,15 @@ class Bench:
         return getattr(self.copied().scheduler, "order", 1)
 
     @property
-    def stepped(self) -> tuple[str, ...]:
-        """The components that are called at each step."""
-        has_control = getattr(self.pipeline, CONTROL, None) is not None
-        return (CONTROL, self.family.denoiser) if has_control else (self.family.denoiser,)
+    def stepped(self) -> dict[str, nn.Module]:
+        """The modules that are called at each step."""
+        modules = {name: getattr(self.pipeline, name, None) for name in (CONTROL, self.denoiser)}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    @property
+    def denoiser(self) -> str:
+        """The component's name."""
+        return self.family.denoiser
 
     def variation(self, index: int = 0) -> Variation:
         """One of several requests that differ in all but the number of steps."""
@@ -113,7 +125,10 @@ class Bench:
     ) -> PlainResult:
         """A call without an engine."""
         pipeline = self.copied()
-        with torch.no_grad(), skipping(pipeline, self.stepped, evaluations, decision) as cache:
+        with (
+            torch.no_grad(),
+            skipping(pipeline.scheduler, self.stepped, evaluations, decision) as cache,
+        ):
             image = self.call(pipeline, variation)
         return PlainResult(image, tuple(cache.ran), tuple(cache.calls))
 
@@ -177,9 +192,7 @@ class Bench:
         # It asks for nothing to be skipped, and keeps what runs below the engine.
         seen = PlainStepCache(UNKNOWN, 1, Decision())
         with ExitStack() as undo:
-            for name in self.stepped:
-                module = getattr(self.pipeline, name)
-                module.forward = stand_in(seen, name, module.forward)
-                undo.callback(delattr, module, "forward")
+            for name, module in self.stepped.items():
+                undo.enter_context(replaced(module, "forward", partial(stand_in, seen, name)))
             undo.callback(wrap_modules(self.pipeline, Wrappers(parking=ENOUGH_ROWS)))
             yield seen.calls

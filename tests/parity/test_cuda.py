@@ -195,7 +195,7 @@ def test_steps_are_skipped_by_the_same_rule_at_any_load(runner: PipelineRunner, 
         set_scheduler(plain, request)
         assert request.step_cache is not None
         steps, decision = request.num_inference_steps, Decision(request.step_cache.threshold)
-        with skipping(plain, ["unet"], steps, decision) as cache:
+        with skipping(plain.scheduler, {"unet": plain.unet}, steps, decision) as cache:
             wanted = images_of(plain, request)
         assert made.timings.denoiser_calls_run == sum(cache.ran) < steps
         assert largest_difference(again, pixels_of(made)) == 0

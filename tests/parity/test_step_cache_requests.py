@@ -127,7 +127,9 @@ def call_plainly(reference: Any, request: GenerationRequest) -> PlainImages:
             resized = [image.resize(size, Image.Resampling.LANCZOS) for image in made.images]
             arguments["image"] = resized
         with ExitStack() as undo:
-            cache = undo.enter_context(skipping(pipeline, ["unet"], calls, decision))
+            cache = undo.enter_context(
+                skipping(pipeline.scheduler, {"unet": pipeline.unet}, calls, decision)
+            )
             if part.guidance_start > 0 or part.guidance_end < 1:
                 undo.enter_context(narrowed(pipeline.unet, partial(part.is_guided, calls=calls)))
             made.images = pipeline(**arguments).images

@@ -14,7 +14,7 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from stepserve.engine.calls.arguments import ArgumentKind
+from stepserve.engine.calls.arguments import ArgumentKind, flatten
 from stepserve.engine.calls.call import Call
 from stepserve.engine.calls.objects import UnsplittableError, flatten_output
 from stepserve.engine.calls.stacking import duplicate
@@ -33,7 +33,7 @@ def sample_of(call: Call) -> list[Tensor]:
         if kind is ArgumentKind.BATCHED:
             return [leaf]
         if kind is ArgumentKind.ROW_LIST:
-            return [entry for entry in leaf if isinstance(entry, Tensor)]
+            return [part for part in flatten(leaf)[0] if isinstance(part, Tensor)]
     return []
 
 
