@@ -17,6 +17,7 @@ from stepserve.pipelines.loading.folders import LoadedModel
 from stepserve.pipelines.modules.cuda_graphs import CudaRecording
 from stepserve.pipelines.modules.parking import PROMPTS_BYTES, ParkingOptions
 from stepserve.pipelines.modules.third_party.pinned_noise import can_keep_on_host
+from stepserve.pipelines.modules.third_party.qwen_text_counts import leave_counts_out
 from stepserve.pipelines.modules.wrappers import Wrappers
 from stepserve.pipelines.probing.guidance_cost import with_probed_guidance
 from stepserve.pipelines.probing.probe_requests import make_probe_requests
@@ -103,6 +104,8 @@ def prepare(
     )
     # Adapters change modules, and a graph is of a module as it was.
     records = model.cuda_graphs and not (adapters.options.any or plan.serial)
+    if records:
+        leave_counts_out()
     record = partial(CudaRecording, pool=torch.cuda.graph_pool_handle()) if records else None
     needs_rules = device.type != "cpu" and plan.same_bytes and not (plan.serial or model.compiles)
     rules = SizeRules(lambda: engine.row_limit, sharing.fixed_rows) if needs_rules else None
