@@ -46,7 +46,7 @@ NO_RULES = ArgumentRules()
 MOST_KNOWN_KEYS = 256
 
 VariantRows = tuple[Hashable, int]
-"""A variant, and how many rows of a forward want it, one after the other."""
+"""A variant, and how many rows of one call want it, one after the other."""
 
 Enter = Callable[[Sequence[VariantRows]], None]
 
@@ -242,8 +242,7 @@ def enter(calls: Sequence[Call], padding: int = 0) -> None:
     method = calls[0].method
     if method.enter is not None:
         rows = [(call.module_variant, call.rows) for call in calls]
-        variant, last = rows[-1]
-        method.enter([*rows[:-1], (variant, last + padding)])
+        method.enter([*rows, (calls[-1].module_variant, padding)] if padding else rows)
 
 
 def make_call(

@@ -9,7 +9,7 @@ import torch
 
 from stepserve.pipelines.adapters.layers import tuner_layers
 from stepserve.pipelines.adapters.mixing import can_mix_in
-from stepserve.pipelines.adapters.rows import RowAdapters, Slots
+from stepserve.pipelines.adapters.rows import RowAdapters, Run, Slots
 
 
 class ModuleAdapters:
@@ -50,11 +50,11 @@ class ModuleAdapters:
         if self._applied != slots:
             self._switch(slots)
 
-    def apply_by_row(self, rows: Iterable[tuple[Slots, int]]) -> None:
-        """Apply to the rows of the next forward these adapters: to so many of them the same."""
+    def apply_by_row(self, runs: Iterable[Run]) -> None:
+        """Apply these adapters to the rows of the next forward, call by call."""
         if self._applied != ():
             self._switch(())
-        self._by_row.set(rows)
+        self._by_row.set(runs)
 
     def _switch(self, slots: Slots) -> None:
         # Should anything raise, nobody must think that it is set.

@@ -2,8 +2,8 @@
 
 The base layer runs once for all rows. What adapters add is made by two small factors. Those of a
 linear layer are stacked by row: a batched matrix product with each does all rows that have one.
-Those of a convolution are applied row by row. The arithmetic is PEFT's, with its roundings: the two
-factors, then the scale, then the sum.
+Those of a convolution are applied call by call. The arithmetic is PEFT's, with its roundings: the
+two factors, then the scale, then the sum.
 
 A batched product gives each row what it gives it alone. So a row's bits do not depend on the
 others: rows are grouped by the rank of their adapters, and rows without an adapter are left out.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +45,9 @@ class Slot(NamedTuple):
 
 Slots = tuple[Slot, ...]
 """The adapters of a row in the order in which they are added; empty where it has none."""
+
+Run = tuple[Slots, int]
+"""What the rows of one call have, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,19 @@ class RowFactors:
 
 @dataclass(frozen=True)
 class RowConvolution:
-    """What one row of a forward has added in a convolution by one adapter.
+    """What the rows of one call have added in a convolution by one adapter.
 
     Kernels of a grouped convolution, which could do all rows at once, give a row other bits for
     another number of groups, and took longer where images are not very small.
 
     Args:
-        row: which row.
+        rows: which rows.
         down: the first factor.
         up: the second factor.
         scale: that their product is multiplied with.
     """
 
-    row: int
+    rows: slice
     down: Convolution
     up: Convolution
     scale: float
@@ -113,16 +116,21 @@ class RowConvolution:
         return 0
 
     def add_to(self, result: Tensor, states: Tensor) -> None:
-        """Add what the adapter makes of the row of an input, in place.
+        """Add what the adapter makes of these rows of an input, in place.
 
         Args:
             result: what the base layer made of it, of shape (rows, images, channels, ...).
             states: the input, of shape (rows, images, channels, ...).
         """
-        result[self.row] += self.up(self.down(states[self.row])) * self.scale
+        added = self.up(self.down(states[self.rows].flatten(0, 1)))
+        if self.scale != 1:
+            added *= self.scale
+        result[self.rows] += added.view_as(result[self.rows])
 
 
 Addition = RowFactors | RowConvolution
+Gathered = dict[Any, Sequence[Addition]]
+"""By layer, what it adds to the rows of one forward."""
 
 
 class RowAdapters:
@@ -134,23 +142,25 @@ class RowAdapters:
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._kept_bytes = kept_bytes
-        self._rows: tuple[Slots, ...] | None = None
+        self._runs: tuple[Run, ...] | None = None
+        self._rows = 0
         # By what the rows have, least recently used first; then by layer.
-        self._gathered: OrderedDict[tuple[Slots, ...], dict[Any, Sequence[Addition]]]
-        self._gathered = OrderedDict()
+        self._gathered: OrderedDict[tuple[Run, ...], Gathered] = OrderedDict()
+        self._current: Gathered = {}
         self._held_bytes = 0
 
-    def set(self, rows: Iterable[tuple[Slots, int]]) -> None:
-        """What the rows of the next forward have: the same for so many, one after the other."""
-        self._rows = tuple(slots for slots, count in rows for _ in range(count))
-        self._gathered.setdefault(self._rows, {})
-        self._gathered.move_to_end(self._rows)
+    def set(self, runs: Iterable[Run]) -> None:
+        """What the rows of the next forward have, call by call."""
+        self._runs = tuple(runs)
+        self._rows = sum(rows for _, rows in self._runs)
+        self._current = self._gathered.setdefault(self._runs, {})
+        self._gathered.move_to_end(self._runs)
         if len(self._gathered) > MOST_KEPT:
             self._drop_one()
 
     def unset(self) -> None:
         """PEFT's own setting holds for all rows."""
-        self._rows = None
+        self._runs = None
 
     def forget(self) -> None:
         """Drop all stacked factors, as adapters come or go."""
@@ -170,27 +180,25 @@ class RowAdapters:
     def _forward(
         self, layer: Any, plain: Callable[..., Tensor], states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if self._rows is None:
+        if self._runs is None:
             return plain(layer, states, *args, **kwargs)
         result: Tensor = layer.base_layer(states, *args, **kwargs)
-        additions = self._additions(layer, self._rows)
+        additions = self._additions(layer, self._runs)
         if additions:
-            rows = len(self._rows)
-            by_row = result.view(rows, -1, *result.shape[1:])
-            states = states.reshape(rows, -1, *states.shape[1:])
+            by_row = result.view(self._rows, -1, *result.shape[1:])
+            states = states.reshape(self._rows, -1, *states.shape[1:])
             for addition in additions:
                 addition.add_to(by_row, states)
         return result
 
-    def _additions(self, layer: Any, rows: tuple[Slots, ...]) -> Sequence[Addition]:
-        gathered = self._gathered[rows]
-        if layer in gathered:
-            return gathered[layer]
-        additions = gather(layer, rows)
+    def _additions(self, layer: Any, runs: tuple[Run, ...]) -> Sequence[Addition]:
+        if layer in self._current:
+            return self._current[layer]
+        additions = gather(layer, runs)
         size_bytes = sum(addition.size_bytes for addition in additions)
         self._make_room(size_bytes)
         if self._held_bytes + size_bytes <= self._kept_bytes:
-            gathered[layer] = additions
+            self._current[layer] = additions
             self._held_bytes += size_bytes
         return additions
 
@@ -204,26 +212,34 @@ class RowAdapters:
         self._held_bytes -= sum(part.size_bytes for each in dropped.values() for part in each)
 
 
-def gather(layer: Any, rows: Sequence[Slots]) -> Sequence[Addition]:
+def gather(layer: Any, runs: Sequence[Run]) -> Sequence[Addition]:
     """What one LoRA layer adds to the rows of a forward, in the order in which to add it.
 
     Args:
         layer: of PEFT.
-        rows: the adapters of each; those that the layer lacks are left out.
+        runs: the adapters of the rows; those that the layer lacks are left out.
     """
-    own = [[slot for slot in slots if slot.name in layer.lora_A] for slots in rows]
-    if not isinstance(layer.get_base_layer(), nn.Linear):
-        return [_convolution(layer, row, slot) for row, slots in enumerate(own) for slot in slots]
+    own = [(tuple(slot for slot in slots if slot.name in layer.lora_A), n) for slots, n in runs]
+    if isinstance(layer.get_base_layer(), nn.Linear):
+        return _products(layer, [slots for slots, count in own for _ in range(count)])
+    return list(_convolutions(layer, own))
+
+
+def _products(layer: Any, rows: Sequence[Slots]) -> list[RowFactors]:
     groups: dict[tuple[int, int], list[tuple[int, Slot]]] = {}
-    for row, slots in enumerate(own):
+    for row, slots in enumerate(rows):
         for place, slot in enumerate(slots):
             groups.setdefault((place, layer.r[slot.name]), []).append((row, slot))
     return [_stack(layer, groups[group]) for group in sorted(groups)]
 
 
-def _convolution(layer: Any, row: int, slot: Slot) -> RowConvolution:
-    down, up = layer.lora_A[slot.name], layer.lora_B[slot.name]
-    return RowConvolution(row, down, up, _scaling(layer, slot))
+def _convolutions(layer: Any, runs: Sequence[Run]) -> Iterator[RowConvolution]:
+    first = 0
+    for slots, count in runs:
+        for slot in slots:
+            down, up = layer.lora_A[slot.name], layer.lora_B[slot.name]
+            yield RowConvolution(slice(first, first + count), down, up, _scaling(layer, slot))
+        first += count
 
 
 def _stack(layer: Any, group: Sequence[tuple[int, Slot]]) -> RowFactors:

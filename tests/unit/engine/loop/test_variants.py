@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from engine_fakes import Ear, FakeClock, make_parkable, make_track
@@ -18,8 +19,13 @@ class Switched(nn.Module):
         super().__init__()
         self.variant: Hashable = "nothing yet"
         self.forwards: list[tuple[Hashable, int]] = []
+        self.told: list[list[VariantRows]] = []
 
     def enter(self, rows: Sequence[VariantRows]) -> None:
+        self.told.append([*rows])
+        if len({variant for variant, _ in rows}) > 1:
+            self.variant = "mixed"
+            return
         (self.variant,) = {variant for variant, _ in rows}
         if self.variant == "broken":
             raise ValueError("no such variant")
@@ -29,9 +35,16 @@ class Switched(nn.Module):
         return sample * 2, str(self.variant)
 
 
-def serve(make: Callable[[Switched], list[Track]]) -> Switched:
+def serve(make: Callable[[Switched], list[Track]], bucket_rows: tuple[int, ...] = ()) -> Switched:
     module, clock = Switched(), FakeClock()
-    make_parkable(module, "module", "forward", stage="denoise", enter=module.enter)
+    make_parkable(
+        module,
+        "module",
+        "forward",
+        stage="denoise",
+        enter=module.enter,
+        bucket_rows=bucket_rows,
+    )
     batcher = Batcher(clock=clock)
     for track in make(module):
         batcher.scheduler.add(replace(track, clock=clock))
@@ -87,3 +100,26 @@ def test_a_variant_that_cannot_be_entered_ends_only_those_that_want_it() -> None
     serve(make)
     assert answers(tracks) == [["a"] * 3, None, None]
     assert [str(track.listener.error) for track in tracks[1:]] == ["no such variant"] * 2  # type: ignore[attr-defined]
+
+
+def test_the_module_is_told_what_the_rows_of_each_call_want_and_those_that_fill_up() -> None:
+    def make(module: Switched) -> list[Track]:
+        wanted = ["a", None, "b", "a", "alone"]
+        return [
+            replace(track_for(module, str(i), v), can_mix=partial(bool, v != "alone"))
+            for i, v in enumerate(wanted)
+        ]
+
+    module = serve(make, bucket_rows=(4, 12))
+    mixed = [("a", 2), (None, 2), ("b", 2), ("a", 2), ("a", 4)]
+    assert sorted(module.told, key=len) == [[("alone", 2), ("alone", 2)]] * 3 + [mixed] * 3
+
+
+def test_mixable_variants_are_one_kind() -> None:
+    module = Switched()
+    tracks = [track_for(module, str(i), v) for i, v in enumerate([None, "a", "b"])]
+    assert len({track.kind for track in tracks}) == 3
+    mixable = [replace(track, can_mix=partial(bool, True)) for track in tracks]
+    assert len({track.kind for track in mixable}) == 1
+    isolated = [replace(track, isolated=True) for track in mixable]
+    assert len({track.kind for track in isolated}) == 3

@@ -76,6 +76,7 @@ ROWS = (
     (),
     slots(eight=1.0),
 )
+RUNS = [(each, 1) for each in ROWS]
 
 
 def states(dtype: torch.dtype, rows: int = len(ROWS)) -> Tensor:
@@ -146,7 +147,7 @@ def test_a_layer_may_get_several_vectors_of_each_row_one_after_the_other() -> No
     adapters.refresh()
     given = states(torch.float64)
     folded = given.reshape(2 * len(ROWS), 3, 24)
-    adapters.apply_by_row([(each, 1) for each in ROWS])
+    adapters.apply_by_row(RUNS)
     assert torch.equal(module.query(folded).reshape(len(ROWS), 6, 40), module.query(given))
 
 
@@ -158,11 +159,30 @@ def test_a_convolution_gives_a_row_the_bits_of_peft() -> None:
     convolution: Any = module.down
     images = torch.randn(len(ROWS), 6, 9, 7).contiguous(memory_format=torch.channels_last)
     nn.init.zeros_(convolution.get_base_layer().weight)
-    adapters.apply_by_row([(each, 1) for each in ROWS])
+    adapters.apply_by_row(RUNS)
     together = convolution(images)
     for row, each in enumerate(ROWS):
         adapters.apply(each)
         assert torch.equal(together[row], convolution(images[row : row + 1])[0])
+
+
+@torch.no_grad()
+def test_calls_of_several_rows_have_the_bits_of_each_call_alone() -> None:
+    module = adapted(torch.float32)
+    adapters = ModuleAdapters(module)
+    adapters.refresh()
+    for path in ALL:
+        nn.init.zeros_(module.get_submodule(path).get_base_layer().weight)  # type: ignore[operator]
+    given = states(torch.float32)
+    runs = [(ROWS[0], 2), ((), 1), (ROWS[3], 3), (ROWS[4], 1), (ROWS[4], 1)]
+    adapters.apply_by_row(runs)
+    together, first = module(given), 0
+    for slots_, count in runs:
+        rows = slice(first, first + count)
+        adapters.apply_by_row([(slots_, count)])
+        for mixed, alone in zip(together, module(given[rows]), strict=True):
+            assert torch.equal(mixed.unflatten(0, (len(ROWS), -1))[rows].flatten(0, 1), alone)
+        first += count
 
 
 @torch.no_grad()
@@ -178,7 +198,7 @@ def test_rows_that_do_not_fit_are_an_error() -> None:
 def test_stacked_factors_are_kept_within_their_bytes() -> None:
     module = adapted(torch.float32)
     layer: Any = module.query
-    size_bytes = sum(factors.size_bytes for factors in gather(layer, ROWS))
+    size_bytes = sum(factors.size_bytes for factors in gather(layer, RUNS))
     rows, stacked = RowAdapters(kept_bytes=2 * size_bytes), []
     rows.wrap(layer)
     for turn in range(5):
@@ -202,10 +222,10 @@ def test_without_room_factors_are_stacked_at_every_forward() -> None:
     layer: Any = module.query
     rows = RowAdapters(kept_bytes=0)
     rows.wrap(layer)
-    rows.set((each, 1) for each in ROWS)
+    rows.set(RUNS)
     kept = RowAdapters()
     expected = layer(states(torch.float32))
     kept.wrap(layer)
-    kept.set((each, 1) for each in ROWS)
+    kept.set(RUNS)
     assert torch.equal(layer(states(torch.float32)), expected)
     assert rows._held_bytes == 0 < kept._held_bytes
