@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,7 +72,9 @@ def find_row_layers(
     stepped = {path for path, _, rule in parkable_methods(pipeline) if rule.stage == Stage.DENOISE}
     found: dict[str, list[Mapping[str, bool]]] = {path: [] for path in stepped}
     try:
-        with parked_at(Stage.DENOISE, pipeline, probes, options) as groups:
+        # Rows that fill forwards up would be taken for parts of others.
+        unfilled = replace(options, bucket_rows=())
+        with parked_at(Stage.DENOISE, pipeline, probes, unfilled) as groups:
             for group in groups:
                 path = group[0].method.module
                 found[path].append(_look(group[0], modules[path]))

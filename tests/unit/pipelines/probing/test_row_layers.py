@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from stepserve.pipelines.loading.folders import LoadedModel
@@ -58,6 +60,13 @@ def test_only_layers_that_get_one_row_after_the_other_are_found() -> None:
     pipeline = Pipeline()
     found = find_row_layers(pipeline, [pipeline], ENOUGH_ROWS)
     assert found == {"unet": {"tokens", "folded", "image"}}
+
+
+def test_forwards_that_are_filled_up_in_service_are_not_for_this() -> None:
+    pipeline = Pipeline()
+    filled = replace(ENOUGH_ROWS, bucket_rows=(8,))
+    found = find_row_layers(pipeline, [pipeline], filled)
+    assert found == find_row_layers(pipeline, [pipeline], ENOUGH_ROWS)
 
 
 def test_all_layers_of_a_unet_are_found(tiny: LoadedModel) -> None:
