@@ -109,7 +109,8 @@ Each request goes to the replica that should finish it first, with some concern 
 would delay there. Work is counted in seconds of the learned cost model
 (`engine/scheduling/cost.py`), not in requests: 100 steps of four guided images at
 128 pixels are some two hundred times the work of 4 steps of a small one. And a request that fits
-what a replica is stepping already, in size and adapters, shares its forwards and costs less there.
+what a replica is stepping already, in size (and in adapters, where it mixes none), shares its
+forwards and costs less there.
 `routing/ledger.py` says how the seconds are counted; `ray_serve/ingress/router.py` is the
 router that Ray Serve asks.
 

@@ -1,16 +1,16 @@
 """What one router knows of the replicas, and when each would finish a request.
 
 A replica steps everything it has in turns, one step of each request a cycle; requests of one group
-(size and adapters) share the forward. So a request of `t` steps is finished after `t` cycles, and a
-cycle costs each group that still steps its fixed seconds, and each request that still steps the
-seconds of its rows:
+(one size, and one set of adapters where it mixes none) share the forward. So a request of `t` steps
+is finished after `t` cycles, and a cycle costs each group that still steps its fixed seconds, and
+each request that still steps the seconds of its rows:
 
     finish(t) = sum over groups  fixed_s * min(t, longest request of the group)
               + sum over requests  row_s * rows * min(t, its steps)
 
 The request itself adds its rows, and its group's fixed seconds only for the cycles that the group
-would not have run anyway: it is cheaper where its size and adapters are being stepped already. One
-that goes on at another size is counted as if it did both at once, which is right in the end.
+would not have run anyway: it is cheaper where its group is being stepped already. One that goes on
+at another size is counted as if it did both at once, which is right in the end.
 
 Reports of the replicas are up to a second old. In between, the ledger adds what this router has
 sent and takes away what it saw end, and lets the rest melt as time passes: a replica does a second

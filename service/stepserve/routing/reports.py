@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stepserve.domain.guidance import CLASSIC, Guidance, StepWork
-from stepserve.domain.requests import GenerationRequest
+from stepserve.domain.requests import AdapterUse, GenerationRequest
 
 ALONE = ""
 NO_SHARES: Mapping[str, float] = {}
@@ -20,6 +20,26 @@ class StepCost:
 
     fixed_s: float
     row_s: float
+
+
+@dataclass(frozen=True)
+class AdapterMixing:
+    """Which requests with different adapters, or with none, share forwards on a replica.
+
+    Args:
+        is_done: whether any do.
+        separate: names of adapters with which they do not.
+    """
+
+    is_done: bool = False
+    separate: tuple[str, ...] = ()
+
+    def keeps_apart(self, adapters: Sequence[AdapterUse]) -> bool:
+        """Whether requests with these share forwards with those of the same adapters only."""
+        return not self.is_done or any(use.name in self.separate for use in adapters)
+
+
+SEPARATE = AdapterMixing()
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,8 @@ class Job:
     Args:
         id: of the request, with its owner before it: callers choose ids.
         size: what decides the cost of its steps, such as `64x64`.
-        group: requests of one size and one set of adapters; they share forwards.
+        group: requests of one size, and of one set of adapters where those keep requests apart;
+            they share forwards.
         rows: rows that each of its steps takes.
         steps: denoiser calls left of that size, without those that should be skipped.
         images: counted against the replica's limit.
@@ -90,6 +111,7 @@ class Report:
         guidance: what a step of a guided request takes there, and of one that is not.
         run_shares: which share of the denoiser calls of requests with a step cache runs, by
             `GenerationRequest.step_cache_kind`; only those that were seen.
+        adapters: which requests with different ones share forwards there.
     """
 
     jobs: tuple[Job, ...] = ()
@@ -97,6 +119,7 @@ class Report:
     image_limit: int = 64
     guidance: Guidance = CLASSIC
     run_shares: Mapping[str, float] = field(default_factory=dict)
+    adapters: AdapterMixing = SEPARATE
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, which is what Ray Serve carries."""
@@ -113,6 +136,7 @@ class Report:
             told.get("image_limit", 64),
             _guidance(told.get("guidance")),
             told.get("run_shares", {}),
+            AdapterMixing(**told.get("adapters", {})),
         )
 
 
@@ -128,9 +152,12 @@ def _guidance(told: Mapping[str, Any] | None) -> Guidance:
 
 
 def job_of(
-    request: GenerationRequest, guidance: Guidance, run_shares: Mapping[str, float] = NO_SHARES
+    request: GenerationRequest,
+    guidance: Guidance,
+    run_shares: Mapping[str, float] = NO_SHARES,
+    adapters: AdapterMixing = SEPARATE,
 ) -> Job:
-    """What a request asks of a replica whose model takes guidance so.
+    """What a request asks of a replica whose model takes guidance and adapters so.
 
     Schedulers that call the denoiser more than once a step are known to the replica alone.
 
@@ -138,12 +165,13 @@ def job_of(
         request: that is to be sent.
         guidance: of the model.
         run_shares: as in `Report`.
+        adapters: the same.
     """
     share = run_shares.get(request.step_cache_kind, 1.0)
     first, *later = (
         LaterSteps(
             size_of(*part.step_size),
-            group_of(part),
+            group_of(part, adapters),
             math.ceil(share * guidance.calls_of(part, part.expected_steps)),
         )
         for part in request.phases
@@ -164,9 +192,10 @@ def size_of(width: int, height: int, images: int = 0) -> str:
     return f"{width}x{height}+{images}" if images else f"{width}x{height}"
 
 
-def group_of(request: GenerationRequest) -> str:
+def group_of(request: GenerationRequest, adapters: AdapterMixing = SEPARATE) -> str:
     """Requests of equal groups share forwards on one replica; of `ALONE` none do."""
     if request.reproducible:
         return ALONE
-    adapters = sorted(f"{use.name}:{use.scale:g}" for use in request.adapters)
-    return " ".join([size_of(*request.step_size), *adapters])
+    apart = request.adapters if adapters.keeps_apart(request.adapters) else ()
+    named = sorted(f"{use.name}:{use.scale:g}" for use in apart)
+    return " ".join([size_of(*request.step_size), *named])

@@ -13,7 +13,16 @@ from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import AdapterUse, GenerationRequest, Hires
 from stepserve.domain.step_cache import StepCacheUse
 from stepserve.routing.ledger import JITTER, NEWS_WITHIN_S, STEPS_AT, Ledger
-from stepserve.routing.reports import ALONE, Job, LaterSteps, Report, StepCost, job_of
+from stepserve.routing.reports import (
+    ALONE,
+    SEPARATE,
+    AdapterMixing,
+    Job,
+    LaterSteps,
+    Report,
+    StepCost,
+    job_of,
+)
 
 COSTS = {"64x64": StepCost(0.02, 0.001), "128x128": StepCost(0.03, 0.008)}
 
@@ -116,6 +125,35 @@ def test_steps_that_should_be_skipped_are_not_counted() -> None:
     assert [job_of(other, CLASSIC, shares).steps for other in others] == [50, 50]
     told = Report(run_shares=shares)
     assert Report.from_dict(told.to_dict()).run_shares == shares
+
+
+def test_adapters_that_a_replica_mixes_are_no_groups() -> None:
+    request = GenerationRequest("r", "m", "p", 64, 64, 4, 4.0, 1, "s")
+    mixing = AdapterMixing(is_done=True, separate=("dora",))
+
+    def group(*names: str, told: AdapterMixing = mixing) -> str:
+        uses = tuple(AdapterUse(name, 0.5) for name in names)
+        return job_of(replace(request, adapters=uses), CLASSIC, adapters=told).group
+
+    assert group() == group("a") == group("b") == group("a", "b") == "64x64"
+    assert len({group(), group("dora"), group("a", "dora")}) == 3
+    assert group("a", told=SEPARATE) != group()
+    reproducible = replace(request, adapters=(AdapterUse("a"),), reproducible=True)
+    assert job_of(reproducible, CLASSIC, adapters=mixing).group == ALONE
+
+
+def test_who_steps_requests_with_other_adapters_that_it_mixes_is_the_better_one() -> None:
+    mixing = AdapterMixing(is_done=True)
+    one, other = (
+        GenerationRequest(n, "m", "p", 64, 64, 10, 4.0, 1, "s", adapters=(AdapterUse(n),))
+        for n in ("one", "other")
+    )
+    for told, best in ((mixing, [0]), (SEPARATE, [1])):
+        in_flight = job_of(one, CLASSIC, adapters=told)
+        # Of equal cost, but for what is shared.
+        cheaper = replace(in_flight, id="c", group="others", rows=1)
+        ledger = a_ledger((in_flight,), (cheaper,))
+        assert ledger.choose(job_of(other, CLASSIC, adapters=told), 1) == best
 
 
 def enlarged_request() -> GenerationRequest:
@@ -263,7 +301,7 @@ def test_routers_that_know_the_same_do_not_all_choose_the_same() -> None:
 
 
 def test_reports_travel_as_plain_values() -> None:
-    report = Report((a_job(),), COSTS, 12)
+    report = Report((a_job(),), COSTS, 12, adapters=AdapterMixing(True, ("dora",)))
     assert Report.from_dict(report.to_dict()) == report
 
 

@@ -62,7 +62,7 @@ Variant = tuple[AppliedAdapter, ...] | None
 class AdapterCache:
     """Keeps adapters loaded on the modules of one pipeline, and applies them to rows of forwards.
 
-    `resolve`, `names`, `sharing` and `can_mix` may be called from any thread; everything else
+    `resolve`, `names`, `sharing`, `separate` and `can_mix` may be called from any thread; all else
     belongs to the engine's. An adapter is never unloaded while a request in flight uses it: while
     those use more than `max_loaded` different ones, more are loaded. Without any adapter nothing is
     ever touched.
@@ -131,16 +131,18 @@ class AdapterCache:
 
     def sharing(self) -> tuple[AdapterSharing, ...]:
         """Of each adapter, whether forwards have others besides, as far as it is known."""
-        # Of several files of one name the last one counts.
-        known = {file.name: reason for file, reason in dict(self._obstacles).items()}
-        if not self._row_layers:
-            known = dict.fromkeys(self.names(), NOT_MIXED)
+        is_any = bool(self._row_layers)
+        known = self._reasons() if is_any else dict.fromkeys(self.names(), NOT_MIXED)
         return tuple(
             AdapterSharing(name, not known[name], known[name])
             if name in known
             else AdapterSharing(name)
             for name in self.names()
         )
+
+    def separate(self) -> tuple[str, ...]:
+        """Names of those that were loaded and cannot be mixed, where others may."""
+        return tuple(name for name, reason in self._reasons().items() if reason)
 
     def enter(self) -> dict[str, Enter]:
         """By component, what is told which variant each row of its next forward wants."""
@@ -163,6 +165,11 @@ class AdapterCache:
             self._loaded.clear()
             self._pipeline.unload_lora_weights()
             self._refresh()
+
+    def _reasons(self) -> dict[str, str]:
+        """By name, why an adapter that was loaded is not mixed; empty if it is."""
+        # Of several files of one name the last one counts.
+        return {file.name: reason for file, reason in self._obstacles.copy().items()}
 
     def _enter(self, name: str, rows: Sequence[VariantRows]) -> None:
         wanted: list[tuple[Any, int]] = [*rows]

@@ -23,7 +23,7 @@ from stepserve.domain.errors import StepserveError
 from stepserve.domain.guidance import CLASSIC
 from stepserve.domain.requests import GenerationRequest
 from stepserve.routing.ledger import Ledger
-from stepserve.routing.reports import Job, Report, job_of
+from stepserve.routing.reports import SEPARATE, Job, Report, job_of
 
 REPORT_PERIOD_S = 1.0
 # A report goes from the replica to the controller and from there to the routers.
@@ -71,6 +71,7 @@ class BatchingRouter(RequestRouter):
         # Of the model, as the replicas measured it.
         self._guidance = CLASSIC
         self._run_shares: FIFOCache[str, float] = FIFOCache(MOST_SHARES)
+        self._adapters = SEPARATE
         # Requests end on other threads than they are routed on.
         self._lock = threading.Lock()
 
@@ -83,7 +84,7 @@ class BatchingRouter(RequestRouter):
                 stats = replica.routing_stats
                 if stats and stats is not self._reports.get(replica.replica_id):
                     report = Report.from_dict(stats)
-                    self._guidance = report.guidance
+                    self._guidance, self._adapters = report.guidance, report.adapters
                     self._run_shares.update(report.run_shares)
                     self._ledger.note_report(replica.replica_id, report)
             self._reports = {replica.replica_id: replica.routing_stats for replica in replicas}
@@ -108,7 +109,7 @@ class BatchingRouter(RequestRouter):
         request = pending_request.args[0] if pending_request.args else None
         if not isinstance(request, GenerationRequest):
             return [candidate_replicas]
-        job = job_of(request, self._guidance, self._run_shares)
+        job = job_of(request, self._guidance, self._run_shares, self._adapters)
         with self._lock:
             ranked = [self._replicas.get(key) for key in self._ledger.choose(job, RANKS)]
             best = [replica for replica in ranked if replica is not None]

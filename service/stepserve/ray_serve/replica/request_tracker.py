@@ -17,7 +17,7 @@ from stepserve.domain.progress import Progress
 from stepserve.domain.request_log import NumberedEvent, RequestLog, RequestRecord
 from stepserve.domain.requests import GenerationRequest, RequestKey
 from stepserve.ray_serve.replica.heartbeats import IngressHeartbeats
-from stepserve.routing.reports import Report, StepCost, job_of, size_of
+from stepserve.routing.reports import AdapterMixing, Report, StepCost, job_of, size_of
 
 if TYPE_CHECKING:
     from stepserve.pipelines.serving.runner import PipelineRunner
@@ -135,11 +135,15 @@ class RequestTracker:
     def report(self) -> Report:
         """What routers should know of the requests in flight, and of what steps cost here."""
         engine, guidance = self._runner.engine, self._runner.model.capabilities.guidance
+        adapters = self._runner.adapters
+        mixing = AdapterMixing(adapters.can_mix(None), adapters.separate())
         demands = engine.demands()
         requests = (record.request for record in self._log.in_flight())
         return Report(
             jobs=tuple(
-                job_of(request, guidance).left(demand.rows, [p.steps for p in demand.parts])
+                job_of(request, guidance, adapters=mixing).left(
+                    demand.rows, [p.steps for p in demand.parts]
+                )
                 for request in requests
                 if request is not None and (demand := demands.get(request.key))
             ),
@@ -147,6 +151,7 @@ class RequestTracker:
             image_limit=engine.options.max_pending_images,
             guidance=guidance,
             run_shares=engine.run_shares(),
+            adapters=mixing,
         )
 
     async def events(
