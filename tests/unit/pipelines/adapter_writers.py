@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,17 +31,23 @@ def layers_of(module: nn.Module, *ends: str) -> list[str]:
     ]
 
 
-def make_factors(module: nn.Module, ends: tuple[str, ...], seed: int = 1) -> Factors:
-    """Random factors; ranks differ from layer to layer."""
+def make_factors(
+    module: nn.Module,
+    ends: tuple[str, ...],
+    seed: int = 1,
+    ranks: Sequence[int] = (2, 4, 4),
+    strength: float = 0.25,
+) -> Factors:
+    """Random factors; layers have these ranks in turn."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * 0.25
+        return torch.randn(*shape, generator=generator) * strength
 
     made: Factors = {}
     for index, name in enumerate(layers_of(module, *ends)):
         layer: Any = module.get_submodule(name)
-        rank = (2, 4, 4)[index % 3]
+        rank = ranks[index % len(ranks)]
         if isinstance(layer, nn.Conv2d):
             first = normal(rank, layer.in_channels, *layer.kernel_size)
             made[name] = first, normal(layer.out_channels, rank, 1, 1)
