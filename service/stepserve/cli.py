@@ -187,7 +187,7 @@ def generate(
     guidance_end: Annotated[float, typer.Option(help="Share of steps where guidance ends.")] = 1.0,
     step_cache: Annotated[
         str | None,
-        typer.Option(help="Skip predictable denoiser calls: easycache:0.1, magcache:0.1 or off."),
+        typer.Option(help="Skip predictable denoiser calls: easycache:0.15, magcache:0.02 or off."),
     ] = None,
     model: ModelOption = None,
     config: ConfigOption = None,
@@ -543,7 +543,7 @@ def _split_scale(text: str, usual: float = 1.0) -> tuple[str, float]:
 
 
 def _step_cache(text: str) -> dict[str, object]:
-    """What a request says: of `easycache`, or `easycache:0.2`."""
+    """What a request says: of `easycache` or `easycache:0.15`."""
     method, mark, threshold = text.partition(":")
     if not mark:
         return {"method": method}
@@ -551,7 +551,7 @@ def _step_cache(text: str) -> dict[str, object]:
         return {"method": method, "threshold": float(threshold)}
     except ValueError as error:
         raise InvalidRequestError(
-            f"--step-cache {text}: {threshold!r} is no number; write such as easycache:0.1"
+            f"--step-cache {text}: {threshold!r} is no number; write such as easycache:0.15"
         ) from error
 
 

@@ -275,10 +275,13 @@ class StepCacheSettings(_Section):
 
     method: StepCacheMethod = StepCacheUse.method
     """What decides; magcache needs magnitudes, as `stepserve calibrate` measures them."""
-    threshold: Annotated[float, _Number, Field(ge=LEAST_THRESHOLD, le=MOST_THRESHOLD)] = (
-        StepCacheUse.threshold
-    )
-    """The expected relative error that may add up until a call has to run."""
+    threshold: Annotated[float, _Number, Field(ge=LEAST_THRESHOLD, le=MOST_THRESHOLD)] | None = None
+    """The expected relative error that may add up until a call has to run; None: the usual one."""
+
+    def use(self) -> StepCacheUse:
+        """What it means for a request."""
+        usual = self.method.usual_threshold
+        return StepCacheUse(self.method, usual if self.threshold is None else self.threshold)
 
 
 def _read_step_cache(value: Any) -> Any:

@@ -116,13 +116,17 @@ def test_a_step_cache_is_chosen(page: Any, site: Any):
     page.fill("#threshold", "0.05")
     page.click("#run")
     finish(page, 2)
+    page.fill("#threshold", "")
+    page.click("#run")
+    finish(page, 3)
     page.select_option("#step-cache", "off")
     assert page.is_disabled("#threshold")
     page.click("#run")
-    finish(page, 3)
+    finish(page, 4)
 
     asked = [request.step_cache for request in site.backend.requests]
-    assert asked == [usual, StepCacheUse(StepCacheMethod.EASYCACHE, 0.05), None]
+    easycache = StepCacheUse(StepCacheMethod.EASYCACHE, 0.05)
+    assert asked == [usual, easycache, StepCacheUse(), None]
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])

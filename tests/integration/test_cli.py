@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from command_line import stepserve
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.step_cache.magnitudes import FILE as MAGNITUDES
+from stepserve.pipelines.step_cache.magnitudes import read_magnitudes
+from stepserve.pipelines.step_cache.schedule import skipped_calls
 
 # numpy's word to torch, by way of diffusers' schedulers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -72,6 +76,11 @@ def test_an_image_is_changed_and_a_part_of_it_repainted(tmp_path: Path) -> None:
         (("generate", "x", "-o", "x.gif"), ("--output", "x.gif", ".webp")),
         (("generate", "x", "--image", "pyproject.toml"), ("image of", "cannot be read")),
         (("generate", "x", "--guidance-end", "2"), ("guidance_end", "at most 1", "2.0")),
+        (("generate", "x", "--step-cache", "fast"), ("step_cache.method", "easycache", "fast")),
+        (("generate", "x", "--step-cache", "easycache:"), ("--step-cache", "easycache:0.15")),
+        (("generate", "x", "--step-cache", "magcache:9"), ("step_cache.threshold", "0.001 to 1")),
+        (("calibrate", "nope"), ("nope", "emoji")),
+        (("calibrate", "--steps", "5000"), ("5000", "steps")),
     ],
 )
 def test_mistakes_are_explained_in_one_line(
@@ -99,7 +108,9 @@ def test_models_and_config(tmp_path: Path) -> None:
     assert "port" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "models", "train", "explain", "config"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "calibrate", "models", "train", "explain", "config"]
+)
 def test_every_command_has_help(command: str) -> None:
     assert len(stepserve(command, "--help").stdout) > 200
 
@@ -135,3 +146,36 @@ def test_generate_with_an_adapter(tmp_path: Path) -> None:
             assert told == [{"name": "turned.v1", "scale": float(scale)}]
             images.append(image.tobytes())
     assert images[0] != images[1]
+
+
+def test_a_model_is_calibrated_and_then_skips_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    (folder / MAGNITUDES).unlink()
+    monkeypatch.setenv("STEPSERVE_MODELS__EMOJI__PATH", str(folder))
+    cached = ("generate", "pizza", "--steps", "12", "--step-cache", "magcache:0.2")
+    refused = stepserve(*cached, "-o", str(tmp_path / "p.png"), expect=1).stderr
+    assert "step_cache.method 'magcache' cannot be used with model 'emoji'" in refused
+
+    prompts = ("--prompt", "a green tree", "--prompt", "a smiling cat")
+    written = stepserve("calibrate", "--steps", "12", *prompts).stdout
+    assert written.strip() == str(folder / MAGNITUDES)
+    # The embedded model's own were measured at other steps, with other prompts.
+    for ours, own in zip(read_magnitudes(folder), at_steps(12), strict=True):
+        assert ours == pytest.approx(own, rel=0.15)
+
+    drawn = stepserve(*cached, "-o", str(tmp_path / "p.png"))
+    skipped = skipped_calls(read_magnitudes(folder), 12, 0.2)
+    assert skipped
+    assert f"{12 - len(skipped)} of 12 denoiser calls ran" in drawn.stderr
+    with Image.open(tmp_path / "p.png") as image:
+        told = json.loads(image.info["parameters"])["step_cache"]
+    assert told == {"method": "magcache", "threshold": 0.2}
+
+
+def at_steps(steps: int) -> list[float]:
+    """The embedded model's own magnitudes, at the nearest of the calls that were measured."""
+    measured = read_magnitudes(EMBEDDED)
+    places = (round(step / (steps - 1) * (len(measured) - 1)) for step in range(steps))
+    return [measured[place] for place in places]

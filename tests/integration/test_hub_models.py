@@ -13,6 +13,8 @@ import pytest
 import yaml
 from local_hub import REVISION, local_hub
 from stepserve.models.catalogue import EMBEDDED
+from stepserve.pipelines.step_cache.magnitudes import FILE as MAGNITUDES
+from stepserve.pipelines.step_cache.magnitudes import read_magnitudes
 
 HUB_ID = "somebody/emoji"
 
@@ -65,12 +67,30 @@ def test_a_model_is_fetched_once_and_served_without_the_hub_from_then_on(
         assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
         assert "unet/diffusion_pytorch_model.bin" not in hub.fetched
         assert "emoji-all-in-one.safetensors" not in hub.fetched
+        assert "step_cache.json" in hub.fetched
         assert len(hub.fetched) == len(set(hub.fetched))
     again = draw(tmp_path, hub.url, "again.png")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
     listed = stepserve(tmp_path, hub.url, "models")
     assert f"{HUB_ID} at {REVISION}" in listed.stdout
+
+
+def test_what_calibrates_a_model_is_found_again_in_the_cache(
+    tmp_path: Path, repository: Path
+) -> None:
+    (repository / MAGNITUDES).unlink()
+    with local_hub(HUB_ID, repository) as hub:
+        measured = stepserve(tmp_path, hub.url, "calibrate", "--steps", "6", "--prompt", "a cat")
+        assert measured.returncode == 0, measured.stderr
+    written = Path(measured.stdout.strip())
+    assert written.is_relative_to(tmp_path / "cache")
+    assert len(read_magnitudes(written.parent)) == 6
+
+    wanted = ["generate", "a cat", "--steps", "6", "--step-cache", "magcache:1"]
+    cached = stepserve(tmp_path, hub.url, *wanted, "-o", str(tmp_path / "cat.png"))
+    assert cached.returncode == 0, cached.stderr
+    assert "4 of 6 denoiser calls ran" in cached.stderr
 
 
 def test_a_commit_that_is_not_there_is_told(tmp_path: Path, repository: Path) -> None:

@@ -30,6 +30,11 @@ class StepCacheMethod(StrEnum):
     https://arxiv.org/abs/2506.09045
     """
 
+    @property
+    def usual_threshold(self) -> float:
+        """Of who says none; the errors of the two methods are not of one kind."""
+        return 0.15 if self is StepCacheMethod.EASYCACHE else 0.02
+
 
 @dataclass(frozen=True)
 class StepCacheUse:
@@ -42,4 +47,4 @@ class StepCacheUse:
     """
 
     method: StepCacheMethod = StepCacheMethod.EASYCACHE
-    threshold: float = 0.15
+    threshold: float = StepCacheMethod.EASYCACHE.usual_threshold

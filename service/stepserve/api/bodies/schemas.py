@@ -124,18 +124,21 @@ class StepCacheBody(Body):
         "`magcache`: magnitudes measured once for the model; `off`: no call is skipped. "
         "`step_cache_methods` in `GET /v1/models` lists those that the model has.",
     )
-    threshold: float = Field(
-        default=StepCacheUse.threshold,
-        description="The expected relative error that may add up until a call has to run: the "
-        "larger, the fewer calls run, and the further the image is from that of all.",
-        json_schema_extra={"minimum": LEAST_THRESHOLD, "maximum": MOST_THRESHOLD},
+    threshold: float | None = _documented(
+        "The expected relative error that may add up until a call has to run: the larger, the "
+        "fewer calls run, and the further the image is from that of all. If left out, "
+        + " and ".join(f"{method.usual_threshold} of `{method}`" for method in StepCacheMethod)
+        + ".",
+        minimum=LEAST_THRESHOLD,
+        maximum=MOST_THRESHOLD,
     )
 
     def use(self) -> StepCacheUse | None:
         """What it means for a request."""
         if self.method == OFF:
             return None
-        return StepCacheUse(StepCacheMethod(self.method), self.threshold)
+        method = StepCacheMethod(self.method)
+        return StepCacheUse(method, _or(self.threshold, method.usual_threshold))
 
 
 def _as_step_cache(value: Any) -> Any:

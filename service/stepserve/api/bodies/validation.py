@@ -30,7 +30,7 @@ EXAMPLES: Mapping[str, Any] = MappingProxyType(
         "adapters": [{"name": "ink", "scale": 0.8}],
         "prompts": ["red heart", "smiling cat"],
         "hires": {"scale": 2},
-        "step_cache": {"method": "easycache", "threshold": 0.1},
+        "step_cache": {"method": "easycache", "threshold": 0.15},
     }
 )
 """How the fields are written that are lists or objects."""

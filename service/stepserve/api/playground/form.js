@@ -6,7 +6,7 @@ import { $, draw } from "./page.js";
 import { FROM_NOTHING } from "./tasks.js";
 
 const LOOK_AGAIN_MS = 2000, MOST_STEPS = 150, MOST_GUIDANCE = 20, CUSTOM = "custom", AUTO = "auto", OFF = "off", UPSCALING = "upscaling";
-const USUAL_THRESHOLD = 0.1, SCALES = [0.5, 0.75, 1, 1.5, 2], RATIOS = [[4, 3], [3, 2], [16, 9]];
+const SCALES = [0.5, 0.75, 1, 1.5, 2], RATIOS = [[4, 3], [3, 2], [16, 9]];
 
 let models = [], again = null, onModels = () => {};
 
@@ -78,7 +78,7 @@ function showModel() {
 function showStepCache({ step_cache_methods: methods, default_step_cache: usual }) {
   $("step-cache-field").hidden = methods.length === 0;
   options($("step-cache"), [OFF, ...methods], usual?.method ?? OFF);
-  $("threshold").value = usual?.threshold ?? USUAL_THRESHOLD;
+  $("threshold").value = usual?.threshold ?? "";
 }
 
 /** How many steps the chosen scheduler can do. */
@@ -113,7 +113,7 @@ function showReadiness() {
 }
 
 function showValues() {
-  for (const name of ["steps", "guidance", "strength", "scale", "threshold", "brush"]) $(`${name}-out`).textContent = $(name).value;
+  for (const name of ["steps", "guidance", "strength", "scale", "brush"]) $(`${name}-out`).textContent = $(name).value;
   $("custom-size").hidden = $("size").value !== CUSTOM;
   $("threshold").disabled = $("step-cache").value === OFF;
   if (model()) showGuidance();
@@ -186,7 +186,7 @@ export function settings() {
 /** Nothing where it is off and would be anyway. */
 function chosenStepCache() {
   const { step_cache_methods: methods, default_step_cache: usual } = model(), method = $("step-cache").value;
-  if (methods.includes(method)) return { method, threshold: Number($("threshold").value) };
+  if (methods.includes(method)) return { method, ...($("threshold").value && { threshold: Number($("threshold").value) }) };
   return usual && OFF;
 }
 

@@ -14,7 +14,7 @@ const WORDS = {
   controls: (used) => used.map((each) => `${scaled(each)}, ${each.start ?? 0} to ${each.end ?? 1}${each.preprocessor ? `, ${each.preprocessor}` : ""}`).join("; "),
   references: (used) => used.map(({ adapter, scale }) => scaled({ name: adapter ?? "image", scale })).join(", "),
   hires: ({ scale, strength }) => `× ${scale}, strength ${strength}`,
-  step_cache: (used) => (used.method ? `${used.method}, threshold ${used.threshold}` : used),
+  step_cache: (used) => (used.method ? `${used.method}, threshold ${used.threshold ?? "as usual"}` : used),
 };
 
 let frame = null;

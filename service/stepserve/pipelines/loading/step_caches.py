@@ -41,7 +41,7 @@ def find_step_caches(model_id: str, folder: Path, settings: StepCacheSettings | 
     methods = [StepCacheMethod.EASYCACHE]
     if magnitudes:
         methods.append(StepCacheMethod.MAGCACHE)
-    default = None if settings is None else StepCacheUse(settings.method, settings.threshold)
+    default = None if settings is None else settings.use()
     if default is not None and default.method not in methods:
         what = problem or f"measure it with `stepserve calibrate {model_id}`"
         raise ModelLoadError(f"{NOT_CALIBRATED}: {what}", NOT_CALIBRATED)

@@ -199,7 +199,8 @@ class PipelineRunner:
 
     def _usual_request_s(self) -> float | None:
         """Seconds that a request with the defaults should take on an idle replica."""
-        usual = self.model.capabilities.usual_request("usual")
+        limits = self.model.capabilities
+        usual = replace(limits.usual_request("usual"), step_cache=limits.default_step_cache)
         listener = RequestListener(usual, lambda event: None, self._encoder, Inputs(usual))
         track = self._track_of(usual, listener)
         return self.engine.serial_s(track) or None

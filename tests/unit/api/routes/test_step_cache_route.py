@@ -45,11 +45,13 @@ async def draw(client: httpx.AsyncClient, backend: FakeBackend, **body: Any) -> 
         ({"threshold": 1}, StepCacheUse(EASYCACHE, 1)),
         ({}, StepCacheUse()),
         ("easycache", StepCacheUse()),
+        ({"method": "magcache"}, StepCacheUse(MAGCACHE, MAGCACHE.usual_threshold)),
     ],
 )
 async def test_a_request_says_what_decides(
     client: httpx.AsyncClient, backend: FakeBackend, sent: Any, used: StepCacheUse
 ):
+    serve(backend, step_cache_methods=(EASYCACHE, MAGCACHE))
     asked, told = await draw(client, backend, step_cache=sent)
 
     assert asked == used
