@@ -27,9 +27,8 @@ run: $(INSTALLED)  ## Serve on HOST:PORT and make a first image into out/.
 	@if [ -t 0 ]; then set -m; fi; \
 	$(BIN)/stepserve serve --host $(HOST) --port $(PORT) --first-image out $(OPTIONS); exit $$?
 
-# What measures seconds and memory, or computes on every core, has no other service beside it. Services
-# mostly wait, and two run at once. What computes takes what they leave of the cores, on one thread for
-# each of two, and is told when it has ended.
+# What measures seconds and memory, or computes on every core, has the machine to itself. Of the rest
+# two run at once: services, which mostly wait, and what computes, on one thread each.
 ALONE := $(addprefix tests/integration/test_,chaos.py endurance.py load.py service.py uploads.py)
 SERVICES := tests/browser tests/integration $(ALONE:%=--ignore=%) --ignore=tests/integration/test_cli.py
 OTHERS := tests/integration/test_cli.py tests/parity tests/unit
@@ -39,12 +38,10 @@ PYTEST = $(BIN)/python -m pytest --durations=12 $(CHOSEN)
 TWO_AT_ONCE = $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## Run every test that is not marked slow.
-	@status=0; told=$$(mktemp); \
-	$(BIN)/python tools/run_behind.py $(TWO_AT_ONCE) $(OTHERS) >$$told 2>&1 & others=$$!; \
-	trap "kill -- -$$others 2>/dev/null; rm $$told" EXIT; trap "exit 130" INT TERM; \
+	@status=0; \
 	$(PYTEST) $(ALONE) || status=1; \
 	$(TWO_AT_ONCE) $(SERVICES) || status=1; \
-	wait $$others || status=1; cat $$told; \
+	$(TWO_AT_ONCE) $(OTHERS) || status=1; \
 	exit $$status
 
 test-all: CHOSEN :=
