@@ -229,7 +229,9 @@ def _vary(value: Any, kind: ArgumentKind, generator: torch.Generator) -> Any:
         return value
     if kind is ArgumentKind.PER_ROW or (kind is ArgumentKind.BATCHED and value.is_floating_point()):
         factors = torch.rand(value.shape, generator=generator).to(value.device)
-        return (value * factors).to(value.dtype)
+        # The first timestep of some schedulers is 0.
+        is_zero = (value == 0) & (kind is ArgumentKind.PER_ROW)
+        return torch.where(is_zero, factors, value * factors).to(value.dtype)
     return value
 
 
