@@ -104,7 +104,7 @@ FAMILIES = (
         denoiser="unet",
         schedulers=SCHEDULERS,
         least_sharing=1.5,
-        remark="requests share where their scales are equal",
+        remark="requests share whatever their scales, plain calls where these are equal",
     ),
     Family(
         "Stable Diffusion with a LoRA of the text encoder, a scale a request",
@@ -113,7 +113,7 @@ FAMILIES = (
         denoiser="unet",
         schedulers=SCHEDULERS,
         least_sharing=1.1,
-        remark="requests share where their scales are equal",
+        remark="requests share whatever their scales, plain calls where these are equal",
     ),
     Family(
         "Latent consistency model",

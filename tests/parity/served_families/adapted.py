@@ -44,7 +44,6 @@ def with_lora(component: str, scale: float | Input = Input.SCALE) -> HttpCall:
         {**PROMPT, "cross_attention_kwargs": {"scale": scale}},
         save=partial(save_with_lora, component),
         read=built,
-        alone="other scales share no forward" if isinstance(scale, Input) else "",
     )
 
 

@@ -68,7 +68,6 @@ class HttpCall:
         read: the plain pipeline that images are compared with, from the one that was built and the
             folder.
         prepare: tells the plain pipeline what is no argument of a call.
-        alone: why two requests of different scales share no forward of the denoiser, if so.
         side_px: of the image; 0 is the family's own, or what the folder says.
     """
 
@@ -78,14 +77,13 @@ class HttpCall:
     save: Callable[[Any, Path], dict[str, Any]] = field(default=save_whole)
     read: Callable[[Any, Path], Any] = field(default=read_folder)
     prepare: Callable[[Any, Mapping[Input, Any]], None] = field(default=lambda *_: None)
-    alone: str = ""
     side_px: int = 0
 
     def describe(self) -> str:
         """For the table in the docs: `POST /v1/images/edits` with its fields."""
         fields = ", ".join(self.body)
         with_fields = f" with `{fields}`" if fields else ""
-        return f"`POST {self.url}`{with_fields}" + (f"; {self.alone}" if self.alone else "")
+        return f"`POST {self.url}`{with_fields}"
 
 
 def fill(template: Any, values: Mapping[Input, Any]) -> Any:
