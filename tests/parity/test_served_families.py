@@ -276,8 +276,9 @@ def test_every_family_that_makes_images_is_reached_or_named_with_the_reason() ->
 
 def test_the_docs_name_each_call_and_each_reason() -> None:
     page = PAGE.read_text()
-    rows = {name: f"| {reach.describe()} |" for name, reach in (REACHES | TRIED_ELSEWHERE).items()}
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
-    assert [name for name, call in rows.items() if call not in lines.get(name, "")] == []
+    told = [line.removeprefix("| ").split(" | ") for line in page.splitlines()]
+    calls = {cells[0]: cells[2] for cells in told if "`POST " in "".join(cells[2:3])}
+    reaches = REACHES | TRIED_ELSEWHERE
+    assert [name for name in reaches if calls.get(name) != reaches[name].describe()] == []
     named = [f"- **{name}**: {reason}." for name, reason in UNREACHED.items()]
     assert [line for line in named if line not in page.splitlines()] == []
