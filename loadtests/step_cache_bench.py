@@ -54,7 +54,7 @@ DDIM = "DDIMScheduler"
 STEPS, FINE_STEPS = 50, 100
 THRESHOLDS = {
     StepCacheMethod.EASYCACHE: (0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
-    StepCacheMethod.MAGCACHE: (0.02, 0.04, 0.06, 0.1, 0.2),
+    StepCacheMethod.MAGCACHE: (0.01, 0.02, 0.03, 0.04, 0.06, 0.1),
 }
 FEWER_STEPS = (25, 20, 15, 10)
 BEST_SOLVERS = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler")
