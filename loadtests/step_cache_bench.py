@@ -90,17 +90,18 @@ def goals_of_quality(whole: Quality, cached: Quality, rivals: Sequence[Quality])
     further = cached.distance / whole.distance
     return [
         Goal(
-            f"at most {MOST_FORWARDS} forwards of {STEPS}",
+            f"{cached.way}: at most {MOST_FORWARDS} forwards",
             cached.forwards,
             cached.forwards <= MOST_FORWARDS,
         ),
         Goal(
-            f"at most {MOST_TIMES_FURTHER} times as far as {whole.way}",
+            f"{cached.way}: at most {MOST_TIMES_FURTHER} times as far as {whole.way}",
             further,
             further <= MOST_TIMES_FURTHER,
         ),
         Goal(
-            f"closer than {best.way}, the best of as many forwards (it is {best.distance:.4f})",
+            f"{cached.way}: closer than {best.way}, the best of as many forwards "
+            f"(it is {best.distance:.4f})",
             cached.distance,
             cached.distance < best.distance,
         ),
@@ -110,8 +111,8 @@ def goals_of_quality(whole: Quality, cached: Quality, rivals: Sequence[Quality])
 def measure_quality(
     runner: PipelineRunner, prompts: Sequence[str]
 ) -> tuple[list[Quality], list[Goal]]:
-    """The whole table, and the goals at the default threshold."""
-    fine, whole, default = Way(DDIM, FINE_STEPS), Way(DDIM, STEPS), Way(DDIM, STEPS, StepCacheUse())
+    """The whole table, and the goals at the usual threshold of each method."""
+    fine, whole, usual = Way(DDIM, FINE_STEPS), Way(DDIM, STEPS), StepCacheUse()
     methods, solvers = runner.model.capabilities.step_cache_methods, solvers_of(runner)
     uses = [StepCacheUse(method, t) for method in methods for t in THRESHOLDS[method]]
     ways = [
@@ -119,15 +120,18 @@ def measure_quality(
         *(Way(DDIM, STEPS, use) for use in uses),
         *(Way(DDIM, steps) for steps in FEWER_STEPS),
         *(Way(solver, steps) for solver in BEST_SOLVERS for steps in FEWER_STEPS),
-        *(Way(solver, STEPS, use) for solver in solvers for use in (None, StepCacheUse())),
-        *(Way(DDIM, steps, StepCacheUse()) for steps in FEWER_STEPS),
+        *(Way(solver, STEPS, use) for solver in solvers for use in (None, usual)),
+        *(Way(DDIM, steps, usual) for steps in FEWER_STEPS),
     ]
     found = {quality.way: quality for quality in measure(runner, fine, ways, prompts)}
-    cached = found.get(default) or measure(runner, fine, [default], prompts)[0]
-    spent = as_many_forwards(solvers, cached.forwards)
-    rivals = measure(runner, fine, spent, prompts)
-    table = list({q.way: q for q in [*found.values(), cached, *rivals]}.values())
-    return table, goals_of_quality(found[whole], cached, rivals)
+    goals: list[Goal] = []
+    for method in methods:
+        cached = found[Way(DDIM, STEPS, StepCacheUse(method, method.usual_threshold))]
+        spent = as_many_forwards(solvers, cached.forwards)
+        rivals = measure(runner, fine, spent, prompts)
+        goals += goals_of_quality(found[whole], cached, rivals)
+        found |= {rival.way: rival for rival in rivals}
+    return list(found.values()), goals
 
 
 def measure_noisy(runner: PipelineRunner, prompts: Sequence[str]) -> list[Quality]:
