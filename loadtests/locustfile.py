@@ -53,6 +53,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     parser.add_argument("--user-rate", type=float, default=0.5, help="tasks a second of one user")
     parser.add_argument("--sizes", default="64x64,48x48,96x96", help="sizes that the model can do")
     parser.add_argument("--most-steps", type=int, default=100, help="longer requests are cut")
+    parser.add_argument("--step-cache", help="easycache, magcache or off (default: the model's)")
     parser.add_argument("--api-key", default="", is_secret=True)
     parser.add_argument(
         "--max-failures", type=float, default=0.0, help="share that passes the test"
@@ -107,6 +108,7 @@ class StepserveUser(HttpUser):
             "scheduler": request.scheduler,
             "seed": request.seed,
             "n": request.n,
+            "step_cache": self.options.step_cache,
         }
 
     def ask(self, url: str, body: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -39,7 +39,8 @@ def load_test(host: str, report: Path, *options: str) -> subprocess.CompletedPro
 
 def test_users_of_every_kind_get_right_answers(service: Service, tmp_path: Path) -> None:
     report = tmp_path / "load.html"
-    short = ["--most-steps", "4", "--sizes", "48x48,64x48", "--load-shape", "spike"]
+    short = ["--most-steps", "6", "--sizes", "48x48,64x48", "--load-shape", "spike"]
+    short += ["--step-cache", "easycache"]
     done = load_test(service.url, report, *short)
     assert done.returncode == 0, done.stdout
     assert "the load test PASSED" in done.stdout
