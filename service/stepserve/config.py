@@ -280,8 +280,7 @@ class StepCacheSettings(_Section):
 
     def use(self) -> StepCacheUse:
         """What it means for a request."""
-        usual = self.method.usual_threshold
-        return StepCacheUse(self.method, usual if self.threshold is None else self.threshold)
+        return StepCacheUse.of(self.method, self.threshold)
 
 
 def _read_step_cache(value: Any) -> Any:

@@ -21,11 +21,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from served_families.service import save_sized
-from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import AdapterUse, GenerationRequest
 from stepserve.domain.timings import Timings
 from stepserve.engine.loop.engine import EngineOptions
-from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.adapters.files import AdapterOptions
 from stepserve.pipelines.loading.folders import DTYPES, load_model
 from stepserve.pipelines.probing.sharing_plan import SharingPlan
@@ -147,20 +145,6 @@ class Waiting:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
-
-
-class Forwards:
-    """The denoiser's forwards, as the ids of the requests that had rows in them."""
-
-    def __init__(self) -> None:
-        self.ids: list[tuple[str, ...]] = []
-
-    def forward_ended(self, report: ForwardReport) -> None:
-        if report.stage == Stage.DENOISE:
-            self.ids.append(tuple(key.id for key, _ in report.requests))
-
-    def request_ended(self, report: EndReport) -> None:
-        """Nobody waits for it."""
 
 
 @dataclass(frozen=True)

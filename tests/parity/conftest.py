@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from parity_cases import ForwardCounter, load_reference, rows_are_independent
+from same_bytes_cases import save_adapters, serving
 from stepserve.engine.loop.engine import EngineOptions
 from stepserve.models.catalogue import EMBEDDED
 from stepserve.pipelines.loading.folders import load_model
@@ -65,6 +66,19 @@ def serve(model_folder: Path) -> Iterator[Callable[..., tuple[PipelineRunner, Fo
     for runner, counter in started:
         counter.remove()
         runner.stop()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A folder with adapters of the model."""
+    return save_adapters(tmp_path_factory.mktemp("adapters"), model_folder)
+
+
+@pytest.fixture(scope="module")
+def served(model_folder: Path, adapters: Path) -> Iterator[PipelineRunner]:
+    """The model with its adapters, in bfloat16."""
+    with serving(model_folder, "bfloat16", adapters) as runner:
+        yield runner
 
 
 @pytest.fixture(scope="session")

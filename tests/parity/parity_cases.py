@@ -14,9 +14,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from stepserve.domain.events import Event, Failed, Finished, StepFinished
+from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import GenerationRequest
 from stepserve.domain.timings import Timings
-from stepserve.engine.tracks.track import Phase, Track
+from stepserve.engine.tracks.track import Phase, Stage, Track
 from stepserve.pipelines.loading.folders import DTYPES
 from stepserve.pipelines.serving.runner import PipelineRunner
 
@@ -174,6 +175,25 @@ def submit_for_tensors(runner: PipelineRunner, request: GenerationRequest, answe
     steps = request.num_inference_steps
     rows = runner.model.capabilities.guidance.rows_of(request)
     runner.engine.submit(Track(request.id, rows, (Phase(steps),), request.n, run, answer))
+
+
+class Forwards:
+    """The forwards of the denoiser, as the ids of the requests that had rows in them."""
+
+    def __init__(self) -> None:
+        self.ids: list[tuple[str, ...]] = []
+
+    def forward_ended(self, report: ForwardReport) -> None:
+        if report.stage == Stage.DENOISE:
+            self.ids.append(tuple(key.id for key, _ in report.requests))
+
+    def request_ended(self, report: EndReport) -> None:
+        pass
+
+    @property
+    def were_shared(self) -> bool:
+        """Whether requests met in one of them."""
+        return any(len(set(ids)) > 1 for ids in self.ids)
 
 
 class ForwardCounter:

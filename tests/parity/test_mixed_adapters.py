@@ -11,7 +11,6 @@ import pytest
 import torch
 from adapted_families import (
     AdaptedFamily,
-    Forwards,
     Kind,
     Plain,
     Uses,
@@ -21,6 +20,7 @@ from adapted_families import (
 from adapter_writers import layers_of
 from families.catalogue import FAMILIES
 from families.family import Variation
+from parity_cases import Forwards
 from stepserve.pipelines.serving.runner import PipelineRunner
 from torch import Tensor
 

@@ -14,7 +14,6 @@ import torch
 from adapted_families import (
     ATTENTION,
     AdaptedFamily,
-    Forwards,
     Kind,
     Plain,
     Uses,
@@ -31,6 +30,7 @@ from diffusers import (
 )
 from families.catalogue import FAMILIES
 from families.family import Variation
+from parity_cases import Forwards
 from safetensors.torch import save_file
 from stepserve.domain.events import Finished
 from stepserve.domain.requests import ControlUse, GenerationRequest

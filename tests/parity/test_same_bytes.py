@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import same_bytes_cases
-from same_bytes_cases import CoBatchWatch, RandomLoad, request_pool, save_adapters, serve_alone
+from same_bytes_cases import CoBatchWatch, RandomLoad, request_pool, serve_alone
 from same_bytes_cases import serving as serving_model
 from stepserve.domain.requests import GenerationRequest
 from stepserve.pipelines.probing.sharing_plan import FIXED_ROWS, SharingPlan
@@ -32,17 +32,6 @@ AGAIN = 20
 # Rows of a forward under a random load: below, what these tests are about hardly happened.
 LEAST_MEAN_ROWS = 3.0
 PATIENCE_S = 240.0
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    return save_adapters(tmp_path_factory.mktemp("adapters"), model_folder)
-
-
-@pytest.fixture(scope="module")
-def served(model_folder: Path, adapters: Path) -> Iterator[PipelineRunner]:
-    with serving_model(model_folder, "bfloat16", adapters) as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from families.catalogue import FAMILIES
 from families.family import resident
+from parity_cases import Forwards
 from PIL import Image
 from served_families.calls import HttpCall
 from served_families.reaches import FROM_TEXT, REACHES, TRIED_ELSEWHERE, UNREACHED
 from served_families.requests import body_of, plain_image, variations_of
-from served_families.service import Forwards, ServedFamily, images_of, post_at_once, serve
+from served_families.service import ServedFamily, images_of, post_at_once, serve
 from stepserve.domain.events import Event, Failed, Finished, StepFinished
 from stepserve.domain.guidance import CLASSIC, StepWork
 from stepserve.domain.models import StepRange

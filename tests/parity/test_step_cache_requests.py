@@ -19,7 +19,7 @@ import torch
 from parity_cases import PATIENCE_S, load_reference
 from PIL import Image
 from plain_step_cache import Decision, skipping
-from same_bytes_cases import CoBatchWatch, RandomLoad, digest, save_adapters, serving
+from same_bytes_cases import CoBatchWatch, RandomLoad, digest
 from stepserve.domain.events import Event, Failed, Finished, Preview
 from stepserve.domain.requests import AdapterUse, GenerationRequest, Hires
 from stepserve.domain.step_cache import StepCacheUse
@@ -66,17 +66,6 @@ REQUESTS = (
     a_request("refined", 0.5, hires=Hires(1.5, 0.8, 14, 96, 96), num_inference_steps=10),
     a_request("adapted", 0.4, adapters=(AdapterUse("first", 0.8),)),
 )
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    return save_adapters(tmp_path_factory.mktemp("adapters"), model_folder)
-
-
-@pytest.fixture(scope="module")
-def served(model_folder: Path, adapters: Path) -> Iterator[PipelineRunner]:
-    with serving(model_folder, "bfloat16", adapters) as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,9 @@ from enum import StrEnum
 
 LEAST_THRESHOLD, MOST_THRESHOLD = 0.001, 1.0
 
+FIRST_STEPS = 3
+"""These always run: they decide what the image shows."""
+
 OFF = "off"
 """What requests say, and images tell, in place of a step cache where there is none."""
 
@@ -48,3 +51,8 @@ class StepCacheUse:
 
     method: StepCacheMethod = StepCacheMethod.EASYCACHE
     threshold: float = StepCacheMethod.EASYCACHE.usual_threshold
+
+    @classmethod
+    def of(cls, method: StepCacheMethod, threshold: float | None) -> StepCacheUse:
+        """With the usual threshold of the method where none is said."""
+        return cls(method, method.usual_threshold if threshold is None else threshold)

@@ -32,10 +32,9 @@ from stepserve.config import Settings
 from stepserve.domain.events import Accepted, Event
 from stepserve.domain.model_status import ModelStatus
 from stepserve.domain.progress import Progress
-from stepserve.domain.reports import BatchView, EndReport, ForwardReport
+from stepserve.domain.reports import BatchView
 from stepserve.domain.request_log import NumberedEvent
 from stepserve.domain.requests import GenerationRequest, RequestKey
-from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.signature import accepted_arguments
 from stepserve.pipelines.loading import folders
 from stepserve.pipelines.requests import call
@@ -202,25 +201,6 @@ class LocalBackend:
 
     async def batch(self, model_id: str, owner: str) -> Sequence[BatchView]:
         return (self.runner.engine.batcher.view(owner),)
-
-
-class Forwards:
-    """The forwards of the denoiser, as the ids of the requests that had rows in them."""
-
-    def __init__(self) -> None:
-        self.ids: list[tuple[str, ...]] = []
-
-    def forward_ended(self, report: ForwardReport) -> None:
-        if report.stage == Stage.DENOISE:
-            self.ids.append(tuple(key.id for key, _ in report.requests))
-
-    def request_ended(self, report: EndReport) -> None:
-        pass
-
-    @property
-    def were_shared(self) -> bool:
-        """Whether requests met in one of them."""
-        return any(len(set(ids)) > 1 for ids in self.ids)
 
 
 async def post_at_once(served: ServedFamily, bodies: Sequence[Any]) -> list[httpx.Response]:

@@ -137,8 +137,7 @@ class StepCacheBody(Body):
         """What it means for a request."""
         if self.method == OFF:
             return None
-        method = StepCacheMethod(self.method)
-        return StepCacheUse(method, _or(self.threshold, method.usual_threshold))
+        return StepCacheUse.of(StepCacheMethod(self.method), self.threshold)
 
 
 def _as_step_cache(value: Any) -> Any:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepserve.domain.step_cache import StepCacheUse
+from stepserve.domain.step_cache import FIRST_STEPS, StepCacheUse
 from stepserve.engine.calls.call import Call
 from stepserve.engine.tracks.step_history import (
     History,
@@ -47,7 +47,6 @@ from stepserve.engine.tracks.step_history import (
     timestep_of,
 )
 
-FIRST_STEPS = 3
 DENOISE = "denoise"
 
 

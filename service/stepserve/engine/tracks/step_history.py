@@ -39,7 +39,7 @@ def sample_of(call: Call) -> list[Tensor]:
 
 def timestep_of(call: Call, number: int) -> Timestep:
     """The timestep of a call, or its number where it has none."""
-    named = dict(zip(call.method.parameters, call.args, strict=False)) | call.kwargs
+    named = call.method.named(call.args, call.kwargs)
     value = next((named[name] for name in TIMESTEPS if named.get(name) is not None), number)
     if not isinstance(value, Tensor):
         return float(value)

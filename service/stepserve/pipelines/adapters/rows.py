@@ -166,6 +166,7 @@ class RowAdapters:
         """Drop all stacked factors, as adapters come or go."""
         self.unset()
         self._gathered.clear()
+        self._current = {}
         self._held_bytes = 0
 
     def wrap(self, layer: Any) -> None:

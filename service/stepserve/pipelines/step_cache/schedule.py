@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-FIRST_CALLS = 3
-"""These always run: they decide what the image shows."""
+from stepserve.domain.step_cache import FIRST_STEPS
 
 MOST_IN_A_ROW = 3
 """Magnitudes do not tell that residuals turn, so no more calls are skipped one after the other."""
@@ -36,8 +35,8 @@ def skipped_calls(
     part = (1 - begin) / max(calls - 1, 1)
     sizes = [_magnitude_at(magnitudes, begin + part * call) for call in range(calls)]
     skipped: set[int] = set()
-    last_run, error = FIRST_CALLS - 1, 0.0
-    for call in range(FIRST_CALLS, calls - 1):
+    last_run, error = FIRST_STEPS - 1, 0.0
+    for call in range(FIRST_STEPS, calls - 1):
         error += abs(1 - sizes[call] / sizes[last_run])
         if error < threshold and call - last_run <= MOST_IN_A_ROW:
             skipped.add(call)

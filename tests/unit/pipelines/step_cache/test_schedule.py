@@ -5,7 +5,8 @@ from itertools import groupby
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stepserve.pipelines.step_cache.schedule import FIRST_CALLS, MOST_IN_A_ROW, skipped_calls
+from stepserve.domain.step_cache import FIRST_STEPS
+from stepserve.pipelines.step_cache.schedule import MOST_IN_A_ROW, skipped_calls
 
 BEGINS = st.floats(0, 1)
 MAGNITUDES = st.lists(st.floats(0.01, 100), min_size=1, max_size=60)
@@ -18,7 +19,7 @@ def test_the_first_calls_and_the_last_one_always_run(
     magnitudes: list[float], calls: int, threshold: float, begin: float
 ) -> None:
     skipped = skipped_calls(magnitudes, calls, threshold, begin)
-    assert skipped <= set(range(FIRST_CALLS, calls - 1))
+    assert skipped <= set(range(FIRST_STEPS, calls - 1))
 
 
 @given(MAGNITUDES, CALLS, THRESHOLDS)
@@ -50,8 +51,8 @@ def test_steady_magnitudes_skip_as_many_as_may_be(
 ) -> None:
     skipped = skipped_calls([magnitude] * 7, calls, threshold)
     period = MOST_IN_A_ROW + 1
-    runs = {call for call in range(calls) if (call - FIRST_CALLS + 1) % period == 0}
-    assert skipped == set(range(FIRST_CALLS, calls - 1)) - runs
+    runs = {call for call in range(calls) if (call - FIRST_STEPS + 1) % period == 0}
+    assert skipped == set(range(FIRST_STEPS, calls - 1)) - runs
 
 
 @given(MAGNITUDES, CALLS, THRESHOLDS)
