@@ -27,7 +27,7 @@ from families.prompt_lengths import measure, reason  # noqa: E402
 from served_families.reaches import REACHES, TRIED_ELSEWHERE, UNREACHED  # noqa: E402
 from stepserve.engine.calls.text_padding import LENGTHS  # noqa: E402
 from stepserve.pipelines.facts.signature import read_signature  # noqa: E402
-from stepserve.pipelines.modules.parking import fills_text  # noqa: E402
+from stepserve.pipelines.modules.parking import fills_text, takes_lengths  # noqa: E402
 from stepserve.pipelines.probing.sharing_check import SharingReport  # noqa: E402
 
 HEAD = """\
@@ -47,6 +47,8 @@ three, one, two and three of them.
   all requests arriving at once. The most possible is 2.8, as they end one after another (more
   where a strength leaves steps out), and 1.58 with reference images.
   Requests share where shapes agree: the same size, and as many reference images of the same sizes.
+  Those to Z-Image share [whatever their sizes](performance.md#the-settings-of-an-engine), where
+  one forward for all costs less than one for each.
   Where [prompts of any length](#prompts-of-any-length) share is told below.
 - **float64**, **float32**: largest difference to the plain calls, as a share of the largest value.
   In float64 only mistakes would be left; in float32 there is rounding.
@@ -157,6 +159,8 @@ def prompts_become(family: Family) -> str:
     """How prompts of other lengths come to share."""
     if fills_text(resident(family)):
         return "filled up by Stepserve"
+    if takes_lengths(resident(family)):
+        return "filled up by its forward"
     takes_prompts = read_signature(type(resident(family))).accepts("prompt")
     return "of one length" if takes_prompts else "takes none"
 

@@ -47,18 +47,20 @@ def pick(
     """The calls for the next forward, most urgent first; empty if nothing is parked."""
     # A group is due with its most urgent call. `min` keeps the first of equals, which is the group
     # with the oldest call.
-    lines = [by_urgency(g, cost_of, limit_of(g[0].call)) for g in groups(parked)]
+    lines = [by_urgency(g, cost_of, limit_of) for g in groups(parked)]
     _, line = min(lines, key=itemgetter(0), default=(0.0, []))
-    return fit_rows(line, limit_of(line[0].call)) if line else []
+    return fit_rows(line, limit_of) if line else []
 
 
-def by_urgency(group: Sequence[Parked], cost_of: CostOf, limit: int) -> tuple[float, list[Parked]]:
+def by_urgency(
+    group: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf
+) -> tuple[float, list[Parked]]:
     """When calls with equal keys are due, and they themselves, the most urgent first.
 
     Args:
         group: oldest first, which is kept among those that are equally urgent.
     """
-    seconds = forward_s(group, cost_of, limit)
+    seconds = forward_s(group, cost_of, limit_of)
     line = sorted(((_call_due_s(p, seconds), p) for p in group), key=itemgetter(0))
     return line[0][0], [item for _, item in line]
 
@@ -76,7 +78,7 @@ def strict_fifo(
         return [min(others, key=lambda item: item.call.sequence)]
     line = sorted(parked, key=lambda item: item.demand.arrival)
     same = next((i for i, p in enumerate(line) if p.call.key != line[0].call.key), len(line))
-    return fit_rows(line[:same], limit_of(line[0].call)) if line else []
+    return fit_rows(line[:same], limit_of) if line else []
 
 
 def all_running(queued: Demand, running: Sequence[Demand]) -> Sequence[Demand]:

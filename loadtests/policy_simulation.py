@@ -21,7 +21,8 @@ from typing import Any, TypeVar, cast
 
 import optree
 from stepserve.engine.calls.arguments import ArgumentKind
-from stepserve.engine.calls.call import Call, CallKey, Layout, ParkableMethod
+from stepserve.engine.calls.call import Call, ParkableMethod
+from stepserve.engine.calls.call_key import CallKey, Layout
 from stepserve.engine.scheduling.demand import Demand
 from stepserve.engine.scheduling.policy import (
     Parked,
@@ -139,7 +140,7 @@ class Simulation:
 
     def _tick(self, requests: Sequence[Request]) -> list[int]:
         group = self.policy.pick(list(self.parked.values()), _cost_of, method_limit)
-        self.now_s += _cost_of(group[0].call.key, sum(item.call.rows for item in group))
+        self.now_s += _cost_of(group[0].call, sum(item.call.rows for item in group))
         ended = []
         for number in (item.demand.arrival for item in group):
             self.steps_left[number] -= 1
@@ -254,8 +255,8 @@ KEYS = {size: _key(size) for size in COSTS}
 SIZES = {key: size for size, key in KEYS.items()}
 
 
-def _cost_of(key: CallKey, rows: int) -> float:
-    return forward_s(SIZES[key], rows)
+def _cost_of(call: Call, rows: int) -> float:
+    return forward_s(SIZES[call.key], rows)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def load_runner(model_id: str, settings: ModelSettings) -> PipelineRunner:
     model = load_configured(model_id, settings)
     sharing = SharingOptions(
         fixed_rows=settings.engine.fixed_rows,
+        mix_lengths=settings.engine.mix_lengths,
         pad_prompts=settings.engine.pad_prompts,
         prompt_cache_bytes=settings.prompt_cache_bytes,
     )

@@ -249,6 +249,8 @@ class EngineSettings(_Section):
     """Where the load would decide the last bits of an image, fill forwards up to one row count."""
     pad_prompts: bool = True
     """Fill texts up to a few lengths, where a model takes a mask, so that any prompts share."""
+    mix_lengths: bool = True
+    """Let requests of different sizes and prompts share forwards, where a model takes that."""
     threads: PositiveInt | None = None
     """Torch threads; None means as many as there are cores."""
     niceness: Annotated[int, _Number, Field(ge=0, le=19)] = 10

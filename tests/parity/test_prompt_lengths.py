@@ -80,9 +80,10 @@ def test_prompts_of_any_length_share_unless_it_is_said_why_not(family: Family) -
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_requests_to_qwen_image_take_half_as_many_forwards(seed: int) -> None:
+@pytest.mark.parametrize("name", ["Qwen-Image", "Z-Image"])
+def test_random_requests_take_half_as_many_forwards(name: str, seed: int) -> None:
     """Prompts, steps, guidance, images and seeds are random, and so is when each arrives."""
-    family = FAMILIES["Qwen-Image"]
+    family = FAMILIES[name]
     random = Random(seed)
     arrivals = [random.randint(0, 4) for _ in range(12)]
     served = serve_at_once(resident(family), family, random_requests(12, seed), arrivals)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from stepserve.engine.calls.arguments import ArgumentKind
+from stepserve.engine.calls.arguments import ArgumentKind, flatten, unflatten
 from stepserve.engine.calls.call import Call, ParkableMethod, enter, make_call
 from stepserve.engine.calls.stacking import share_out, split, stack, tensors_in
 from stepserve.engine.device_errors import is_out_of_memory
@@ -109,7 +109,8 @@ def vector_layer_calls(call: Call, least: int, generator: torch.Generator) -> li
 def varied(call: Call, generator: torch.Generator) -> Call:
     """The same call with other numbers: every one is scaled down by a factor of its own.
 
-    What is batched, and of integers only timesteps: others may be masks or places in a table.
+    What is batched or in a list of rows, and of integers only timesteps: others may be masks or
+    places in a table.
     """
     kinds = [kind for kind, _ in call.key.arguments]
     return call.with_leaves(
@@ -223,8 +224,10 @@ def _fill_up(
 
 
 def _vary(value: Any, kind: ArgumentKind, generator: torch.Generator) -> Any:
-    if kind is ArgumentKind.ROW_LIST and isinstance(value, list):
-        return [_vary(entry, ArgumentKind.BATCHED, generator) for entry in value]
+    if kind is ArgumentKind.ROW_LIST:
+        leaves, structure = flatten(value)
+        varied = [_vary(leaf, ArgumentKind.BATCHED, generator) for leaf in leaves]
+        return unflatten(structure, varied)
     if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
         return value
     if kind is ArgumentKind.PER_ROW or (kind is ArgumentKind.BATCHED and value.is_floating_point()):

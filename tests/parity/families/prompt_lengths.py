@@ -39,7 +39,6 @@ CANNOT_BE_FILLED = {
     "Kandinsky3UNet": "its forward takes the mean of all text tokens, masked or not",
     "Kandinsky5Transformer3DModel": "its forward takes no mask of the text",
     "QwenImage21Transformer2DModel": "one row says for all where text ends and the image begins",
-    "ZImageTransformer2DModel": "each entry of its lists has a length of its own",
 }
 """Why requests share only where prompts have equally many tokens, by class of the denoiser."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -66,6 +66,11 @@ class ArgumentRules:
         repeated: their tensors have several entries for each row.
         layered: their tensors have the rows in the second dimension.
         row_lists: lists with one entry a row.
+        row_tokens: where the forward takes rows of any lengths, and fills them up to the longest:
+            by the name of a list, how many tokens it makes of a tensor in an entry, rounded as the
+            forward does. Then the entries of all row lists may have any shape. Empty: they agree.
+        mixes_lengths: whether rows of different lengths may share a forward. If not, those do
+            whose entries make equally many tokens in each list.
         caches: objects that forwards read tensors from, or write them into, one entry a row.
         residuals: their tensors are only added to activations, so that calls without them may
             share a forward with calls that have them; see `residuals`.
@@ -82,6 +87,8 @@ class ArgumentRules:
     repeated: frozenset[str] = frozenset()
     layered: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
+    row_tokens: Mapping[str, Callable[[torch.Tensor], int]] = field(default_factory=dict)
+    mixes_lengths: bool = True
     caches: frozenset[str] = frozenset()
     residuals: frozenset[str] = frozenset()
     residual_settings: frozenset[str] = frozenset()
@@ -219,6 +226,21 @@ def _describe_entry(entry: Any) -> Hashable:
 
 def _describe_list(value: list[Any]) -> Hashable:
     return frozenset(map(_describe_entry, value))
+
+
+def describe_forms(value: Any) -> Hashable:
+    """What must agree of lists whose entries may have any shape: what kinds of values there are."""
+    if isinstance(value, list | tuple):
+        return frozenset(map(describe_forms, value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.dim(), value.device
+    return type(value).__qualname__
+
+
+def count_tokens(entry: Any, tokens: Callable[[torch.Tensor], int]) -> int:
+    """Of all tensors in one entry of a list with one entry a row."""
+    leaves, _ = flatten(entry)
+    return sum(tokens(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 _OF_OBJECTS: dict[ArgumentKind, Callable[[Any], Hashable]] = {

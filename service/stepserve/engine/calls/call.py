@@ -1,14 +1,8 @@
-"""A parked module call, and the key that says which calls may share one forward.
+"""A parked module call, and the method that it parked at.
 
-The row count of a call is the leading size of its first tensor that has dimensions, in the order of
-the method's parameters. `ArgumentKind` lists how each value in the arguments is then treated, and
-`ArgumentRules` what has to be said by name because the arguments themselves do not tell.
-
-Python numbers are PLAIN, because they may as well be settings: calls share a forward only if they
-agree. An argument that is given as None, which is its default, is as good as not given.
-
-What is only added to activations stays out of the key: see `residuals`. Texts are filled up to one
-of a few lengths before the key is read: see `text_padding`.
+`call_key` says what is read off its arguments. An argument that is given as None, which is its
+default, is as good as not given. What is only added to activations stays out of the key: see
+`residuals`. Texts are filled up to one of a few lengths before the key is read: see `text_padding`.
 """
 
 from __future__ import annotations
@@ -16,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from optree import PyTreeSpec
 
-from stepserve.engine.calls.arguments import (
-    ArgumentKind,
-    ArgumentRules,
-    classify,
-    describe,
-    flatten,
-    outline,
-    unflatten,
+from stepserve.engine.calls.arguments import ArgumentKind, ArgumentRules, flatten, outline
+from stepserve.engine.calls.call_key import (
+    CallArguments,
+    CallKey,
+    CallShape,
+    Layout,
+    ReadKey,
+    RowTokens,
+    read_key,
 )
 from stepserve.engine.calls.residuals import (
     NO_RESIDUALS,
@@ -40,8 +34,6 @@ from stepserve.engine.calls.residuals import (
 if TYPE_CHECKING:
     from stepserve.engine.calls.output_cache import OutputCache
 
-Argument = tuple[ArgumentKind, Hashable]
-CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 NO_RULES = ArgumentRules()
 MOST_KNOWN_KEYS = 256
 
@@ -49,18 +41,6 @@ VariantRows = tuple[Hashable, int]
 """A variant, and how many rows of one call want it, one after the other."""
 
 Enter = Callable[[Sequence[VariantRows]], None]
-
-
-class Layout(NamedTuple):
-    """How values stand in the arguments of a call: by position, then by these names."""
-
-    names: tuple[str, ...]
-    structure: PyTreeSpec
-
-    def rebuild(self, leaves: Sequence[Any]) -> CallArguments:
-        """Positional and keyword arguments of these values."""
-        args, values = unflatten(self.structure, leaves)
-        return args, dict(zip(self.names, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -136,11 +116,11 @@ class ParkableMethod:
         whole = {id(value) for name, value in named if name in self.rules.whole}
         return lambda part: id(part) in whole
 
-    def rules_in(self, layout: Layout) -> list[ArgumentKind | None]:
-        """What a rule says of the argument that each value belongs to."""
+    def names_in(self, layout: Layout) -> list[str]:
+        """The name of the argument that each value belongs to; empty where it has none."""
         names = self.parameters, layout.names
         return [
-            self.rules.kind_of(names[by_name][place]) if place < len(names[by_name]) else None
+            names[by_name][place] if place < len(names[by_name]) else ""
             for by_name, place, *_ in layout.structure.paths()
         ]
 
@@ -157,50 +137,13 @@ class ParkableMethod:
         return {}
 
     @cached_property
-    def known_keys(self) -> dict[Hashable, tuple[CallKey, int]]:
-        """Keys and row counts by the outlines of arguments that were read before."""
+    def known_keys(self) -> dict[Hashable, ReadKey]:
+        """What was read of arguments before, by their outlines."""
         return {}
 
     def padded_rows(self, rows: int) -> int:
         """How many rows a forward of `rows` rows is run with."""
         return min((bucket for bucket in self.bucket_rows if bucket >= rows), default=rows)
-
-
-@dataclass(frozen=True)
-class CallKey:
-    """Calls with equal keys may share a forward, where their residuals agree.
-
-    Row counts, prompts and seeds stay out of it.
-
-    Args:
-        method: its name.
-        layout: of the arguments.
-        arguments: of each value in it, how it is stacked, and what must agree.
-        variant: of the module.
-    """
-
-    method: str
-    layout: Layout
-    arguments: tuple[Argument, ...]
-    variant: Hashable = None
-
-    # Looked up at every tick for every parked call.
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.method, self.layout, self.arguments, self.variant))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def shape(self) -> tuple[Hashable, ...]:
-        """What decides the cost of a row: the method, and dtype and shape of what is batched.
-
-        Where nothing is, the rows are a list, of which there may be one for prompts as well.
-        """
-        batched = [text for kind, text in self.arguments if kind is ArgumentKind.BATCHED]
-        listed = [text for kind, text in self.arguments if kind is ArgumentKind.ROW_LIST]
-        return (self.method, *(batched or listed[:1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +155,8 @@ class Call:
     `module_variant` is what the module does for its rows. The key's variant is what keeps the call
     apart from others: that of isolated work does so as well, and a module that can do several
     variants in one forward needs none.
+
+    `tokens` are there where rows of several lengths may share a forward; see `ReadKey`.
     """
 
     method: ParkableMethod
@@ -223,6 +168,17 @@ class Call:
     sequence: int = 0
     module_variant: Hashable = None
     residuals: Residuals = field(default_factory=dict)
+    tokens: RowTokens = frozenset()
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of its longest row; 0 where all rows that may share a forward have as many."""
+        return max(map(sum, self.tokens), default=0)
+
+    @cached_property
+    def shape(self) -> CallShape:
+        """What decides the cost of its rows."""
+        return CallShape(self.key.form, self.length)
 
     def with_leaves(self, leaves: Sequence[Any], rows: int) -> Call:
         """The same call with other values of as many rows, and without residuals."""
@@ -230,6 +186,11 @@ class Call:
         return replace(
             self, args=args, kwargs=kwargs, leaves=leaves, rows=rows, residuals=NO_RESIDUALS
         )
+
+
+def longest(calls: Sequence[Call]) -> Call:
+    """Of calls that share a forward, one that the rows of the others are filled up to."""
+    return max(calls, key=lambda call: call.length)
 
 
 def enter(calls: Sequence[Call], padding: int = 0) -> None:
@@ -260,13 +221,16 @@ def make_call(
     residuals = read_residuals(method.rules, kwargs) if method.rules.residuals else NO_RESIDUALS
     others = _without(kwargs, residuals, method.rules) if residuals else kwargs
     leaves, layout = method.flatten(args, others)
-    key, rows = _find_key(method, leaves, layout, variant)
-    if residuals and not have_rows(residuals, rows, _dtype(leaves)):
+    read = _find_key(method, leaves, layout, variant)
+    if residuals and not have_rows(residuals, read.rows, _dtype(leaves)):
         # Then they are arguments like others.
         residuals = NO_RESIDUALS
         leaves, layout = method.flatten(args, kwargs)
-        key, rows = _find_key(method, leaves, layout, variant)
-    return Call(method, args, kwargs, leaves, key, rows, sequence, module_variant, residuals)
+        read = _find_key(method, leaves, layout, variant)
+    key, rows, tokens = read
+    return Call(
+        method, args, kwargs, leaves, key, rows, sequence, module_variant, residuals, tokens
+    )
 
 
 def _fill_texts(
@@ -291,16 +255,16 @@ def _dtype(leaves: Sequence[Any]) -> torch.dtype | None:
 
 def _find_key(
     method: ParkableMethod, leaves: Sequence[Any], layout: Layout, variant: Hashable
-) -> tuple[CallKey, int]:
-    """Key and row count of a call; steps of one size are read once, as they look the same."""
+) -> ReadKey:
+    """What is read off a call; steps of one size are read once, as they look the same."""
     outlined = outline(leaves, layout)
     if outlined is None:
-        return _read_key(method, leaves, layout, variant)
+        return _read(method, leaves, layout, variant)
     found = method.known_keys.get((outlined, variant))
     if found is None:
-        found = _read_key(method, leaves, layout, variant)
+        found = _read(method, leaves, layout, variant)
         # What is SHARED is compared by its content, which is in no outline.
-        if not any(kind is ArgumentKind.SHARED for kind, _ in found[0].arguments):
+        if not any(kind is ArgumentKind.SHARED for kind, _ in found.key.arguments):
             # Looked up for every call: an LRU cache would take three times as long.
             if len(method.known_keys) >= MOST_KNOWN_KEYS:
                 method.known_keys.clear()
@@ -308,21 +272,7 @@ def _find_key(
     return found
 
 
-def _read_key(
+def _read(
     method: ParkableMethod, leaves: Sequence[Any], layout: Layout, variant: Hashable
-) -> tuple[CallKey, int]:
-    ruled = method.rules_in(layout)
-    rows = next(filter(None, map(_leading_size, leaves, ruled)), 1)
-    kinds = [classify(leaf, rows, rule) for leaf, rule in zip(leaves, ruled, strict=True)]
-    arguments = tuple(
-        (kind, describe(kind, leaf, rows)) for kind, leaf in zip(kinds, leaves, strict=True)
-    )
-    return CallKey(method.name, layout, arguments, variant), rows
-
-
-def _leading_size(value: Any, ruled: ArgumentKind | None) -> int | None:
-    """The row count that a value tells, at least 1; None where it tells none."""
-    if ruled is ArgumentKind.ROW_LIST and isinstance(value, list):
-        return max(len(value), 1)
-    has_rows = ruled is None and isinstance(value, torch.Tensor) and value.dim() > 0
-    return max(value.shape[0], 1) if has_rows else None
+) -> ReadKey:
+    return read_key(method.name, method.rules, method.names_in(layout), leaves, layout, variant)

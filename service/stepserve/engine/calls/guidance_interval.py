@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stepserve.engine.calls.arguments import ArgumentKind, classify, flatten, unflatten
-from stepserve.engine.calls.call import CallArguments
+from stepserve.engine.calls.call_key import CallArguments
 from stepserve.engine.calls.stacking import map_tensors
 
 

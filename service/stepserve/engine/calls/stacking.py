@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from stepserve.engine.calls.arguments import ArgumentKind, row_entry
-from stepserve.engine.calls.call import Call, CallArguments
+from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.call_key import CallArguments
 from stepserve.engine.calls.objects import UnsplittableError, flatten_output
 from stepserve.engine.calls.residuals import join_residuals
 

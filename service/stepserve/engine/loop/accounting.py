@@ -8,6 +8,7 @@ from typing import Protocol
 
 from stepserve.domain.reports import EndReport, ForwardReport
 from stepserve.domain.requests import RequestKey
+from stepserve.engine.calls.call import longest
 from stepserve.engine.loop.executor import Counters, Forward
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.row_limits import RowLimits
@@ -73,8 +74,8 @@ class Accounting:
 
     def forward_ended(self, forward: Forward, tracks: Sequence[Track], row_limit: int) -> None:
         """Wait for the end of a forward, report it, and learn from it."""
-        seconds, rows, call = forward.timing.wait(), forward.rows, forward.calls[0]
-        shape, stage, cost = call.key.shape, forward.stage, self._estimator.cost
+        seconds, rows, call = forward.timing.wait(), forward.rows, longest(forward.calls)
+        shape, stage, cost = call.shape, forward.stage, self._estimator.cost
         self.counters.forwards += 1
         report = ForwardReport(
             number=self.counters.forwards,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stepserve.domain.errors import forget_frames
-from stepserve.engine.calls.call import Call, enter
+from stepserve.engine.calls.call import Call, enter, longest
 from stepserve.engine.calls.stacking import share_out, stack
 from stepserve.engine.device_errors import is_device_lost, is_out_of_memory
 from stepserve.engine.loop.timing import ForwardTiming
@@ -131,7 +131,7 @@ class Executor:
         return self.device_lost
 
     def _run_shared(self, calls: Sequence[Call]) -> list[Done | Raised]:
-        method = calls[0].method
+        method = longest(calls).method
         padded_rows = self._padded_rows(calls)
         padding = padded_rows - sum(call.rows for call in calls)
         arguments = stack(calls, padded_rows)
@@ -145,9 +145,9 @@ class Executor:
 
     def _padded_rows(self, calls: Sequence[Call]) -> int:
         """With how many rows a forward of these calls is run."""
-        rows = sum(call.rows for call in calls)
-        padded_rows = calls[0].method.padded_rows(rows)
-        return padded_rows if self.row_limits.allows(calls[0], padded_rows) else rows
+        rows, call = sum(call.rows for call in calls), longest(calls)
+        padded_rows = call.method.padded_rows(rows)
+        return padded_rows if self.row_limits.allows(call, padded_rows) else rows
 
     def _run_with_less(self, calls: Sequence[Call], failure: BaseException) -> list[Done | Raised]:
         """Memory ran out: without rows that only fill up if there were any, else in halves."""
@@ -164,7 +164,7 @@ class Executor:
         if not any(isinstance(result, Raised) for result in results):
             # No call is to blame, so sharing is.
             rows = max(sum(call.rows for call in half) for half in _halves(calls))
-            self._counters.unstacked += self.row_limits.lower(calls[0], rows, failure)
+            self._counters.unstacked += self.row_limits.lower(longest(calls), rows, failure)
         return results
 
     def _run_halves(self, calls: Sequence[Call]) -> list[Done | Raised]:
@@ -176,8 +176,9 @@ class Executor:
         # First of all: the frames hold what the forward had made, which takes memory.
         forget_frames(failure)
         # A call of its own has as many rows as it has, whatever the limit.
-        if rows > calls[0].rows:
-            self.row_limits.halve(calls[0], rows, failure)
+        call = longest(calls)
+        if rows > call.rows:
+            self.row_limits.halve(call, rows, failure)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from stepserve.domain.states import RequestState
 from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.call_key import CallShape
 from stepserve.engine.scheduling.cost import CostModel
 from stepserve.engine.scheduling.demand import Demand
 from stepserve.engine.scheduling.forecast import CompletionEstimate, ForwardCost
@@ -39,11 +40,11 @@ class Average:
 class StepShape:
     """What steps of one size look like: their shape in the cost model, and their row limit."""
 
-    shape: Hashable
+    shape: CallShape
     max_rows: int
 
 
-UNKNOWN = StepShape(None, 1)
+UNKNOWN = StepShape(CallShape(()), 1)
 
 
 class CompletionEstimator:
@@ -65,7 +66,7 @@ class CompletionEstimator:
 
     def step_ended(self, track: Track, call: Call) -> None:
         """A denoising step of a track took part in a forward."""
-        self._latest = StepShape(call.key.shape, call.method.max_rows)
+        self._latest = StepShape(call.shape, call.method.max_rows)
         self._shapes[track.size] = self._latest
 
     def tick_ended(self, busy_s: float, forward_s: float) -> None:
@@ -195,7 +196,7 @@ class CompletionEstimator:
         row_s = (all_s - one_s) / max(step.max_rows - 1, 1)
         return max(one_s - row_s, 0.0), row_s
 
-    def _forward_s(self, shape: Hashable, rows: int) -> float:
+    def _forward_s(self, shape: CallShape, rows: int) -> float:
         return self.cost.predict(shape, rows) + float(self._tick_overhead_s)
 
 

@@ -16,6 +16,8 @@ first. So
 - in a group the rows are filled in that order. Sharing makes a step longer for those in front,
   and spares one for those behind: of the line's front and rest, the front goes by itself where
   what it gains is worth at least twice what the rest and all others lose (`front_of`);
+- where rows of several lengths may share a forward, it is for those of the call that goes first,
+  and for all of other lengths that had better go along (`mixing`);
 - nothing starves. A call that waited for `HOLD * patience * seconds of its forward` is overdue, and
   so is one whose latest start for its request's deadline has come. Overdue calls go before others,
   first those overdue the longest.
@@ -42,6 +44,10 @@ starts no later than
 
     t + H * p * C + A * F
 
+Where lengths are mixed, C is the largest cost of a forward for rows of its length only: when x is
+overdue follows from that (`_serial_s`). What else goes along with the call that leads makes
+forwards longer, which F counts, and their number no larger.
+
 however many urgent or cheap newcomers arrive. Counted in ticks: after t + H * p * C at most A.
 """
 
@@ -55,12 +61,15 @@ from functools import partial
 from itertools import accumulate
 from operator import itemgetter
 
-from stepserve.engine.calls.call import Call, CallKey
+from stepserve.engine.calls.call import Call, longest
 from stepserve.engine.calls.sharing import sharing_groups
 from stepserve.engine.scheduling.demand import Demand, due_s, patience
+from stepserve.engine.scheduling.mixing import LengthRows, lengths_together
 
-CostOf = Callable[[CallKey, int], float]
+CostOf = Callable[[Call, int], float]
+"""Seconds of a forward with so many rows, none longer than those of that call."""
 LimitOf = Callable[[Call], int]
+"""Most rows of such a forward."""
 
 DENOISE = "denoise"
 # How many times the seconds of its forward a call is passed over for shorter requests, at most.
@@ -115,58 +124,72 @@ def shortest_first(
     overdue: list[tuple[float, list[Parked]]] = []
     ranked: list[tuple[float, list[Parked]]] = []
     for group in groups(parked):
-        seconds = forward_s(group, cost_of, limit_of(group[0].call))
-        ranks = sorted(((_rank(item, seconds), item) for item in group), key=itemgetter(0))
+        seconds = _serial_s(group, cost_of, limit_of)
+        ranks = sorted(
+            ((_rank(item, seconds[item.call.length]), item) for item in group), key=itemgetter(0)
+        )
         line = [item for _, item in ranks]
         ranked.append((ranks[0][0], line))
-        due = {item.call.sequence: _overdue_s(item, seconds) for item in group}
+        due = {item.call.sequence: _overdue_s(item, seconds[item.call.length]) for item in group}
         late = [item for item in group if due[item.call.sequence] <= now_s]
         if late:
             late.sort(key=lambda item: due[item.call.sequence])
             in_time = [item for item in line if due[item.call.sequence] > now_s]
             overdue.append((due[late[0].call.sequence], late + in_time))
     _, line = min(overdue or ranked, key=itemgetter(0))
-    fitting = fit_rows(line, limit_of(line[0].call))
+    fitting = fit_rows(going_along(line, cost_of, limit_of), limit_of)
     if overdue or not line[0].is_step:
         return fitting
-    count = front_of(
-        [item.call.rows for item in fitting],
-        [item.demand.weight for item in fitting],
-        sum(item.demand.weight for item in parked),
-        partial(cost_of, line[0].call.key),
-    )
-    return fitting[:count]
+    count = front_of(fitting, sum(item.demand.weight for item in parked), cost_of)
+    # Fewer rows may gain less by being mixed.
+    return going_along(fitting[:count], cost_of, limit_of)
 
 
-def front_of(
-    rows: Sequence[int],
-    weights: Sequence[float],
-    all_weights: float,
-    cost_s: Callable[[int], float],
-) -> int:
+def going_along(line: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf) -> list[Parked]:
+    """Those of a line, who may share a forward, that had better do so with its first."""
+    of_length = _by_length(line)
+    if len(of_length) == 1:
+        return list(line)
+    waiting = [
+        LengthRows(
+            length,
+            _rows(items),
+            limit_of(items[0].call),
+            partial(cost_of, items[0].call),
+        )
+        for length, items in of_length.items()
+    ]
+    together = lengths_together(waiting, line[0].call.length)
+    return [item for item in line if item.call.length in together]
+
+
+def front_of(line: Sequence[Parked], all_weights: float, cost_of: CostOf) -> int:
     """How many of a line had better go without the rest; all of them where none should.
 
     A front of cost f leaves a rest of cost r, where both together cost c: each in front ends its
     step by c - f sooner, and everybody else, in the line or not, goes on by f + r - c later.
 
     Args:
-        rows: of those in the line, who may share a forward; the least left to do comes first.
-        weights: of the same.
+        line: those who may share a forward; the least left to do comes first.
         all_weights: the sum over all that wait, in the line or not.
-        cost_s: seconds of a forward by its rows.
     """
-    all_rows = sum(rows)
-    together_s = cost_s(all_rows)
-    best, chosen = 0.0, len(rows)
+    weights = [item.demand.weight for item in line]
+    calls = [item.call for item in line]
+    # The longest of each front, and of each rest.
+    in_front = list(accumulate(calls, _longer))
+    behind = list(accumulate(reversed(calls), _longer))[::-1]
+    all_rows = _rows(line)
+    together_s = cost_of(in_front[-1], all_rows)
+    best, chosen = 0.0, len(line)
     front_rows, front_weight = 0, 0.0
     heaviest_behind = list(accumulate(reversed(weights), max))[::-1]
-    for count in range(1, len(rows)):
-        front_rows += rows[count - 1]
+    for count in range(1, len(line)):
+        front_rows += calls[count - 1].rows
         front_weight += weights[count - 1]
         if weights[count - 1] < CLEARLY * heaviest_behind[count]:
             continue
-        front_s = cost_s(front_rows)
-        lost_s = front_s + cost_s(all_rows - front_rows) - together_s
+        front_s = cost_of(in_front[count - 1], front_rows)
+        lost_s = front_s + cost_of(behind[count], all_rows - front_rows) - together_s
         if not LEAST_LOST <= lost_s / together_s <= MOST_LOST:
             continue
         gain = front_weight * (together_s - front_s) - WORTH * (all_weights - front_weight) * lost_s
@@ -175,11 +198,12 @@ def front_of(
     return chosen
 
 
-def fit_rows(group: Sequence[Parked], limit: int) -> list[Parked]:
+def fit_rows(line: Sequence[Parked], limit_of: LimitOf) -> list[Parked]:
     """The first calls whose rows fit into one forward; at least one, however large."""
+    limit = limit_of(longest([item.call for item in line]))
     chosen: list[Parked] = []
     rows = 0
-    for item in group:
+    for item in line:
         if chosen and rows + item.call.rows > limit:
             break
         chosen.append(item)
@@ -271,17 +295,39 @@ def _may_pass(item: Demand, head: Demand, lacking: Lacking) -> bool:
     return lacking is Lacking.ROWS_OF_ITS_KIND and item.kind != head.kind
 
 
-def forward_s(group: Sequence[Parked], cost_of: CostOf, limit: int) -> float:
+def forward_s(group: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf) -> float:
     """Expected seconds of the forward that a group would get, were it to run now."""
-    rows = sum(item.call.rows for item in group)
-    largest = max(item.call.rows for item in group)
-    return cost_of(group[0].call.key, max(min(rows, limit), largest))
+    call = longest([item.call for item in group])
+    most = max(item.call.rows for item in group)
+    return cost_of(call, max(min(_rows(group), limit_of(call)), most))
 
 
 def groups(parked: Iterable[Parked]) -> list[list[Parked]]:
     """Calls that can share a forward, oldest first, and the group of the oldest call first."""
     item_of = {item.call: item for item in sorted(parked, key=_sequence)}
     return [[item_of[call] for call in group] for group in sharing_groups(item_of)]
+
+
+def _serial_s(group: Sequence[Parked], cost_of: CostOf, limit_of: LimitOf) -> dict[int, float]:
+    """Expected seconds of a forward for the rows of each length in a group."""
+    return {
+        length: forward_s(items, cost_of, limit_of) for length, items in _by_length(group).items()
+    }
+
+
+def _by_length(line: Iterable[Parked]) -> dict[int, list[Parked]]:
+    found: dict[int, list[Parked]] = {}
+    for item in line:
+        found.setdefault(item.call.length, []).append(item)
+    return found
+
+
+def _rows(line: Iterable[Parked]) -> int:
+    return sum(item.call.rows for item in line)
+
+
+def _longer(one: Call, other: Call) -> Call:
+    return one if one.length >= other.length else other
 
 
 def _rank(item: Parked, seconds: float) -> float:

@@ -79,13 +79,13 @@ class RowLimits:
 
     def limit(self, call: Call) -> int:
         """Most rows of one shared forward for calls like this one."""
-        lowered = self._lowered.get(call.key.shape)
+        lowered = self._lowered.get(call.shape)
         configured = self._configured(call)
         return configured if lowered is None else min(configured, lowered.rows)
 
     def allows(self, call: Call, rows: int) -> bool:
         """Whether a forward for calls like this one may be filled up to so many rows."""
-        lowered = self._lowered.get(call.key.shape)
+        lowered = self._lowered.get(call.shape)
         return lowered is None or rows <= lowered.rows
 
     def halve(self, call: Call, rows: int, reason: BaseException) -> None:
@@ -95,7 +95,7 @@ class RowLimits:
     def lower(self, call: Call, rows: int, reason: BaseException) -> bool:
         """Only `rows` rows worked. Returns whether this made the limit last for good."""
         self._lower(call, rows, reason)
-        lowered = self._lowered.setdefault(call.key.shape, Lowered(self._configured(call)))
+        lowered = self._lowered.setdefault(call.shape, Lowered(self._configured(call)))
         lowered.strikes += 1
         now_for_good = lowered.strikes == STRIKES
         if now_for_good:
@@ -104,12 +104,12 @@ class RowLimits:
 
     def succeeded(self, call: Call, rows: int) -> None:
         """A forward with that many rows went well."""
-        lowered = self._lowered.get(call.key.shape)
+        lowered = self._lowered.get(call.shape)
         if lowered is None or lowered.for_good or 2 * rows < lowered.rows:
             return
         lowered.successes += 1
         if lowered.rows >= self._configured(call):
-            del self._lowered[call.key.shape]
+            del self._lowered[call.shape]
         elif lowered.successes >= lowered.needed:
             lowered.rows = min(2 * lowered.rows, self._configured(call))
             lowered.successes, lowered.raised = 0, True
@@ -122,9 +122,9 @@ class RowLimits:
     def _lower(self, call: Call, rows: int, reason: BaseException) -> None:
         if rows >= self.limit(call):
             return
-        before = self._lowered.get(call.key.shape)
+        before = self._lowered.get(call.shape)
         if before is None:
-            self._lowered[call.key.shape] = Lowered(rows)
+            self._lowered[call.shape] = Lowered(rows)
         else:
             if before.raised:
                 before.needed = min(2 * before.needed, MOST_RECOVERY_FORWARDS)
@@ -133,7 +133,7 @@ class RowLimits:
             "%s: a shared forward failed: at most %d rows from now on for shape %s (%s: %s)",
             call.method.name,
             rows,
-            call.key.shape[1:],
+            call.shape,
             type(reason).__name__,
             reason,
         )

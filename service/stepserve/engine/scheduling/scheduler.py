@@ -6,7 +6,7 @@ from collections.abc import Container
 
 from stepserve.domain.requests import RequestKey
 from stepserve.domain.states import RequestState
-from stepserve.engine.calls.call import CallKey
+from stepserve.engine.calls.call import Call
 from stepserve.engine.scheduling.demand import Demand
 from stepserve.engine.scheduling.estimator import CompletionEstimator
 from stepserve.engine.scheduling.policy import Parked, Policy, next_to_start
@@ -112,8 +112,8 @@ class Scheduler:
         group = self._policy.pick(parked, self._forward_s, self._row_limits.limit)
         return [waiting[item.call] for item in group]
 
-    def _forward_s(self, key: CallKey, rows: int) -> float:
-        return self._estimator.cost.predict(key.shape, rows)
+    def _forward_s(self, call: Call, rows: int) -> float:
+        return self._estimator.cost.predict(call.shape, rows)
 
 
 def _rows_of(track: Track) -> Demand:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -91,6 +92,22 @@ FLUX_RULES = ArgumentRules(
 CONDITIONING_SCALE = "conditioning_scale"
 MASKED_TEXT = (TextPadding(TokenMask("encoder_hidden_states_mask")),)
 
+Z_IMAGE_TOKENS = 32
+"""What a Z-Image transformer fills each image and each text of a row up to a multiple of."""
+
+
+def _z_image_tokens(count: int) -> int:
+    return -(-count // Z_IMAGE_TOKENS) * Z_IMAGE_TOKENS
+
+
+# By the name of a list: latents of shape (channels, frames, height, width), of which four make a
+# token; texts of shape (tokens, channels); what a vision encoder saw, (height, width, channels).
+Z_IMAGE_ROW_TOKENS = {
+    "x": lambda latents: _z_image_tokens(math.prod(latents.shape[1:]) // 4),
+    "cap_feats": lambda text: _z_image_tokens(text.shape[0]),
+    "siglip_feats": lambda seen: _z_image_tokens(math.prod(seen.shape[:2])),
+}
+
 # What the arguments themselves do not show, by class of the module.
 ARGUMENT_RULES = {
     # `decode` takes one, and draws nothing.
@@ -164,7 +181,8 @@ ARGUMENT_RULES = {
         row_lists=_names("shape_list"), text=MASKED_TEXT
     ),
     "ZImageTransformer2DModel": ArgumentRules(
-        row_lists=_names("x", "cap_feats", "siglip_feats", "image_noise_mask")
+        row_lists=_names("x", "cap_feats", "siglip_feats", "image_noise_mask"),
+        row_tokens=Z_IMAGE_ROW_TOKENS,
     ),
     "QwenImageControlNetModel": ArgumentRules(
         row_lists=_names("img_shapes"),
@@ -176,6 +194,14 @@ ARGUMENT_RULES = {
         row_lists=_names("img_shapes"), residuals=BLOCK_SAMPLES, text=MASKED_TEXT
     ),
 }
+
+
+def takes_lengths(pipeline: Any) -> bool:
+    """Whether forwards that run at every step take rows of different lengths."""
+    return any(
+        rule.shared and rules_of(module).row_tokens
+        for _, module, rule in parkable_methods(pipeline)
+    )
 
 
 def takes_caches(module: nn.Module) -> bool:
@@ -196,6 +222,7 @@ class ParkingOptions:
         inline: components that do not park, because a call changes them while it runs: so nobody
             else gets to see them changed.
         enter: by component, what is told before a forward which variant each row wants.
+        mixes_lengths: whether rows of different lengths share forwards, where a module takes them.
     """
 
     max_rows: int = 32
@@ -204,6 +231,7 @@ class ParkingOptions:
     prompt_cache_bytes: int = PROMPTS_BYTES
     inline: frozenset[str] = frozenset()
     enter: Mapping[str, Enter] = field(default_factory=dict)
+    mixes_lengths: bool = True
 
 
 def parkable_methods(pipeline: Any) -> Iterator[tuple[str, nn.Module, ParkingRule]]:
@@ -238,16 +266,18 @@ def rules_of(module: nn.Module, is_compiled: bool = False) -> ArgumentRules:
 
     Args:
         module: whose they are.
-        is_compiled: whether compiled code runs for it. There is none for calls with residuals, and
-            eager code rounds otherwise: calls without must not share a forward with them.
+        is_compiled: whether compiled code runs for it. There is none for calls with residuals or
+            for rows of several lengths, and eager code rounds otherwise: other calls must not share
+            a forward with them.
     """
     rules = ARGUMENT_RULES.get(type(module).__name__, NO_RULES)
     if getattr(getattr(module, "config", None), "global_pool_conditions", False):
         # A mean comes after the scale.
         rules = replace(rules, output_scale="")
     if _refuses_masks(module):
-        rules = replace(rules, text=())
-    return replace(rules, residuals=frozenset()) if is_compiled else rules
+        rules = replace(rules, text=(), row_tokens={})
+    # Of several lengths it would be a graph for each combination.
+    return replace(rules, residuals=frozenset(), row_tokens={}) if is_compiled else rules
 
 
 def fills_text(pipeline: Any) -> bool:

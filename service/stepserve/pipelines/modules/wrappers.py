@@ -186,6 +186,7 @@ def _layers(
         yield Layer.GRAPHS, functools.partial(GraphedForward, record=wrappers.record)
     if parking is not None and not is_inline:
         rules = rules_of(module, path in wrappers.compiled)
+        rules = replace(rules, mixes_lengths=parking.mixes_lengths)
         if not parking.pads_prompts:
             rules = replace(rules, text=())
         yield Layer.PARKING, functools.partial(_parkable, path, module, rule, parking, rules)

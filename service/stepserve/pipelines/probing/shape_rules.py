@@ -46,7 +46,7 @@ class SizeRules:
         """The call, with its method as its shape needs it."""
         if call.method.max_rows == 1:
             return call
-        shape = call.key.shape
+        shape = call.shape
         if shape not in self._methods:
             self._methods[shape] = self._find(call)
         method = self._methods[shape]
@@ -61,9 +61,7 @@ class SizeRules:
             method = None
         if method is None:
             self.same_bytes = False
-            logger.info(
-                "%s: rows depend on co-batched requests: %s", call.method.name, call.key.shape[1:]
-            )
+            logger.info("%s: rows depend on co-batched requests: %s", call.method.name, call.shape)
         return method or call.method
 
     def _try(self, call: Call) -> ParkableMethod | None:

@@ -297,7 +297,7 @@ class InStep:
             self._seen.setdefault(group[0].call.method.name, len(self._seen))
         # `min` keeps the first of equals, which is the group with the oldest call.
         group = min(waiting, key=lambda group: self._seen[group[0].call.method.name], default=[])
-        return fit_rows(group, limit_of(group[0].call)) if group else []
+        return fit_rows(group, limit_of) if group else []
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -9,7 +9,8 @@ Three things are asked of the pipeline and of the device, in this order:
    other is tried here, and runs one at a time if not.
 3. Do rows depend on what they share a forward with, in their last bits? Forwards get no more rows
    than are free of that. If those are too few, it may be cured by filling forwards up to one row
-   count, or to the next of several that give a row the same bits.
+   count, or to the next of several that give a row the same bits. Rows of different lengths in one
+   forward do depend on one another, so where these share it is not tried.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ from stepserve.engine.batch_invariance import (
 from stepserve.engine.calls.call import Call
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.verified_families import VERIFIED
-from stepserve.pipelines.modules.parking import ParkingOptions, fills_text, parkable_methods
+from stepserve.pipelines.modules.parking import (
+    ParkingOptions,
+    fills_text,
+    parkable_methods,
+    takes_lengths,
+)
 from stepserve.pipelines.probing.parked_calls import parked_at
 from stepserve.pipelines.probing.sharing_check import (
     ENOUGH_ROWS,
@@ -49,6 +55,12 @@ FIXED_ROWS = 8
 FILLED_ROWS = (4, 12, 16, 24, 32)
 
 DEPENDENT_ROWS = "rows depend on co-batched requests in the last bits"
+# Rows that are filled up need a mask, which brings other kernels, and these sum in blocks that
+# depend on the longest row. A few trials would not tell: of pairs of lengths some agree on a CPU.
+DEPENDENT_LENGTHS = (
+    "rows depend on the sizes and prompts of co-batched requests in the last bits; "
+    "engine.mix_lengths: false keeps these apart"
+)
 
 # What a forward is tried with: enough for different content, and few enough to start soon.
 TRIED_CALLS = 8
@@ -68,6 +80,7 @@ class SharingPlan:
             at all.
         pads_prompts: whether texts are filled up as far as the model's rules say, so that requests
             share forwards whatever their prompts.
+        mixes_lengths: whether rows of different lengths share forwards, where a module takes them.
         same_bytes: whether an image is the same in every bit at any load, on this device.
         remark: why it is not the usual plan; for people.
     """
@@ -78,6 +91,7 @@ class SharingPlan:
     filled_rows: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     pads_prompts: bool = True
+    mixes_lengths: bool = True
     same_bytes: bool = True
     remark: str = ""
 
@@ -114,7 +128,12 @@ class SharingPlan:
             options = replace(options, max_rows=most, bucket_rows=self.filled_rows)
         elif self.max_rows:
             options = replace(options, max_rows=min(options.max_rows, self.max_rows))
-        return replace(options, inline=self.inline, pads_prompts=self.pads_prompts)
+        return replace(
+            options,
+            inline=self.inline,
+            pads_prompts=self.pads_prompts,
+            mixes_lengths=self.mixes_lengths,
+        )
 
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:
@@ -134,6 +153,7 @@ def plan_sharing(
     fix_rows: bool = True,
     row_buckets: tuple[int, ...] = (),
     pad_prompts: bool = True,
+    mix_lengths: bool = True,
 ) -> SharingPlan:
     """Find out how requests of a pipeline may share forwards.
 
@@ -146,19 +166,30 @@ def plan_sharing(
         fix_rows: whether forwards may be filled up for the sake of equal bytes.
         row_buckets: what forwards are to be filled up to in any case.
         pad_prompts: whether texts are filled up.
+        mix_lengths: whether rows of different lengths may share forwards, where a module takes
+            them.
     """
     plan = plan_co_batching(pipeline, probes)
     if plan.serial:
         return plan
     pads_prompts = pad_prompts or not fills_text(pipeline)
-    plan = replace(plan, row_buckets=row_buckets, pads_prompts=pads_prompts)
+    mixes_lengths = mix_lengths or not takes_lengths(pipeline)
+    plan = replace(
+        plan, row_buckets=row_buckets, pads_prompts=pads_prompts, mixes_lengths=mixes_lengths
+    )
+    if mix_lengths and takes_lengths(pipeline):
+        return _without_same_bytes(plan, DEPENDENT_LENGTHS)
     with parked_at(Stage.DENOISE, pipeline, probes, plan.parking(ENOUGH_ROWS)) as groups:
         tried = [calls for group in groups for calls in calls_to_try(group, max_rows)]
         found = same_bits(tried, max_rows, fix_rows)
-    if found is not None:
-        return replace(plan, max_rows=found.most, filled_rows=found.filled)
-    remark = "; ".join(filter(None, [plan.remark, DEPENDENT_ROWS]))
-    return replace(plan, same_bytes=False, remark=remark)
+    if found is None:
+        return _without_same_bytes(plan, DEPENDENT_ROWS)
+    return replace(plan, max_rows=found.most, filled_rows=found.filled)
+
+
+def _without_same_bytes(plan: SharingPlan, remark: str) -> SharingPlan:
+    remarks = filter(None, [plan.remark, remark])
+    return replace(plan, same_bytes=False, remark="; ".join(remarks))
 
 
 def plan_co_batching(

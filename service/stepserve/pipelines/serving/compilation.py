@@ -10,7 +10,8 @@ from typing import Any
 from stepserve.domain.errors import StepserveError
 from stepserve.domain.models import Compilation
 from stepserve.engine.batch_invariance import independent_rows
-from stepserve.engine.calls.call import Call, CallArguments
+from stepserve.engine.calls.call import Call
+from stepserve.engine.calls.call_key import CallArguments
 from stepserve.engine.calls.stacking import stack
 from stepserve.engine.tracks.track import Stage
 from stepserve.pipelines.facts.capabilities import denoiser_of

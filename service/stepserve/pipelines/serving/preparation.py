@@ -35,12 +35,15 @@ class SharingOptions:
     Args:
         fixed_rows: where images would else depend on the load in their last bits, fill forwards
             up to one row count if that cures it.
+        mix_lengths: whether requests of any sizes and prompts share forwards where a model takes
+            rows of different lengths.
         pad_prompts: whether texts are filled up, so that requests with any prompts share forwards.
         prompt_cache_bytes: how much is kept of each text encoder's outputs.
         plan: made before; None makes one when the engine starts.
     """
 
     fixed_rows: bool = True
+    mix_lengths: bool = True
     pad_prompts: bool = True
     prompt_cache_bytes: int = PROMPTS_BYTES
     plan: SharingPlan | None = None
@@ -90,6 +93,8 @@ def prepare(
         sharing.fixed_rows,
         row_buckets(ceiling) if model.compiles else (),
         sharing.pad_prompts,
+        # Compiled code takes rows of one shape.
+        sharing.mix_lengths and not model.compiles,
     )
     if model.compiles:
         plan = plan.for_graphs(ceiling)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from engine_fakes import tensor_call
 from stepserve.engine.calls.arguments import ArgumentKind, ArgumentRules, classify
-from stepserve.engine.calls.call import MOST_KNOWN_KEYS, ParkableMethod
+from stepserve.engine.calls.call import MOST_KNOWN_KEYS, Call, ParkableMethod, longest, make_call
+from stepserve.engine.calls.sharing import sharing_groups
 
 SAMPLE = torch.zeros(2, 3)
 
@@ -196,8 +197,8 @@ def test_a_list_with_one_entry_a_row_counts_the_rows_and_not_its_tensors() -> No
     assert called([(1, 4, 4)]).key == called([(1, 4, 4)], [(1, 4, 4)]).key
     assert called([(1, 4, 4)]).key != called([(1, 4, 5)]).key
     # What a row costs depends on its size, here as elsewhere.
-    assert called(latent).key.shape == called(latent, latent).key.shape
-    assert called(latent).key.shape != called(other).key.shape
+    assert called(latent).key.form == called(latent, latent).key.form
+    assert called(latent).key.form != called(other).key.form
 
 
 @pytest.mark.parametrize(
@@ -226,8 +227,8 @@ def test_cost_shape_forgets_what_does_not_cost() -> None:
     one = key(torch.zeros(2, 3), torch.tensor(1), scale=0.5, ids=torch.zeros(4, 3))
     other = key(torch.zeros(4, 3), torch.tensor([2.0]), scale=0.7, ids=torch.ones(5, 3))
     assert one != other
-    assert one.shape == other.shape
-    assert one.shape != key(torch.zeros(2, 5), torch.tensor(1)).shape
+    assert one.form == other.form
+    assert one.form != key(torch.zeros(2, 5), torch.tensor(1)).form
 
 
 @pytest.mark.parametrize(
@@ -271,3 +272,97 @@ def test_known_keys_are_limited() -> None:
     for index in range(2 * MOST_KNOWN_KEYS + 1):
         tensor_call(SAMPLE, number=index, rule=method)
     assert len(method.known_keys) <= MOST_KNOWN_KEYS
+
+
+def rows_of_tokens(mixes_lengths: bool = True) -> ParkableMethod:
+    """A method that fills images and texts up to full tens of tokens, and then to the longest."""
+
+    def tens(tensor: torch.Tensor) -> int:
+        return -(-tensor.shape[0] // 10) * 10
+
+    rules = ArgumentRules(
+        row_lists=frozenset({"x", "text", "marks"}),
+        row_tokens={"x": tens, "text": tens},
+        mixes_lengths=mixes_lengths,
+    )
+    names = ("x", "t", "text", "marks")
+    return ParkableMethod("m", "f", lambda: None, parameters=names, rules=rules)
+
+
+def of_lengths(method: ParkableMethod, *rows: tuple[int, int], **more: Any) -> Call:
+    """A call with an image and a text of so many tokens for each row."""
+    images = [torch.zeros(image, 4) for image, _ in rows]
+    texts = [torch.zeros(text, 8) for _, text in rows]
+    return tensor_call(images, torch.zeros(len(rows)), texts, rule=method, **more)
+
+
+def test_rows_of_any_length_share_where_a_forward_fills_them_up() -> None:
+    method = rows_of_tokens()
+    short, long = of_lengths(method, (5, 3)), of_lengths(method, (5, 3), (40, 12))
+    assert short.key == long.key
+    # The longest row decides what all rows of a forward cost.
+    assert (short.length, long.length) == (10 + 10, 40 + 20)
+    assert short.shape != long.shape == of_lengths(method, (31, 19)).shape
+    assert longest([short, long, short]) is long
+    # As many as the pipeline likes, of images that belong to one row.
+    several = tensor_call([[torch.zeros(9, 4), torch.zeros(5, 4)]], torch.zeros(1), rule=method)
+    one = tensor_call([[torch.zeros(5, 4)]], torch.zeros(1), rule=method)
+    assert several.key == one.key
+    assert (several.length, one.length) == (20, 10)
+
+
+def test_of_rows_of_any_length_all_but_the_length_must_agree() -> None:
+    method = rows_of_tokens()
+    usual = of_lengths(method, (5, 3))
+    halves = [torch.zeros(5, 4, dtype=torch.float16)]
+    for other in (
+        tensor_call(halves, torch.zeros(1), [torch.zeros(3, 8)], rule=method),
+        tensor_call([torch.zeros(5, 4, 1)], torch.zeros(1), [torch.zeros(3, 8)], rule=method),
+        tensor_call([[torch.zeros(5, 4)]], torch.zeros(1), [torch.zeros(3, 8)], rule=method),
+        tensor_call([torch.zeros(5, 4)], torch.zeros(1), [None], rule=method),
+        of_lengths(method, (5, 3), marks=[[0, 1]]),
+    ):
+        assert other.key != usual.key
+    assert (
+        of_lengths(method, (5, 3), marks=[[0, 1]]).key
+        == of_lengths(method, (5, 3), marks=[[0, 0, 1]]).key
+    )
+
+
+def test_lengths_that_are_kept_apart_share_where_they_are_filled_up_to_the_same() -> None:
+    method = rows_of_tokens(mixes_lengths=False)
+    usual = of_lengths(method, (5, 3))
+    assert usual.key == of_lengths(method, (7, 10)).key == of_lengths(method, (1, 1), (2, 2)).key
+    # A mask is there where any part differs, even if the sum does not.
+    for other in ((11, 3), (5, 11)):
+        assert of_lengths(method, other).key != usual.key
+    assert of_lengths(method, (5, 11)).key != of_lengths(method, (11, 5)).key
+    assert of_lengths(method, (5, 3), (11, 3)).key != usual.key
+
+
+def test_known_keys_tell_lengths() -> None:
+    method = rows_of_tokens()
+    for _ in range(2):
+        assert [of_lengths(method, (tokens, 3)).length for tokens in (5, 15)] == [20, 30]
+
+
+def test_rows_with_something_of_their_own_share_where_all_are_as_long() -> None:
+    method = rows_of_tokens()
+
+    def called(tokens: int, variant: str | None) -> Call:
+        return make_call(
+            method,
+            ([torch.zeros(tokens, 4)], torch.zeros(1), [torch.zeros(3, 8)]),
+            {},
+            module_variant=variant,
+        )
+
+    short, other = called(5, None), called(7, "heart")
+    long, styled, nearly = called(15, None), called(15, "star"), called(12, "heart")
+    assert sharing_groups([short, long]) == [[short, long]]
+    assert sharing_groups([short, other, long]) == [[short, other], [long]]
+    assert sharing_groups([short, long, other]) == [[short, long], [other]]
+    assert sharing_groups([short, other, long, styled, nearly]) == [
+        [short, other],
+        [long, styled, nearly],
+    ]

@@ -5,9 +5,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stepserve.engine.calls.call_key import CallShape
 from stepserve.engine.scheduling.cost import CostModel
 
-SHAPE = ("unet.forward", (4, 8, 8))
+SHAPE = CallShape(("unet.forward", (4, 8, 8)))
 measurements = st.lists(
     st.tuples(st.integers(1, 10_000), st.floats(0, 100, allow_subnormal=False)),
     min_size=1,
@@ -67,4 +68,65 @@ def test_a_shape_never_seen_gets_a_guess() -> None:
     assert model.predict(SHAPE, 3) == 0.7
     model.observe(SHAPE, 3, 0.1)
     assert model.knows(SHAPE)
-    assert model.predict(("other",), 3) == 0.7
+    assert model.predict(CallShape(("other",)), 3) == 0.7
+
+
+def of_length(length: int) -> CallShape:
+    return CallShape(("transformer.forward",), length)
+
+
+def by_tokens(rows: int, length: int) -> float:
+    return 0.010 + 0.000_002 * rows * length
+
+
+def learned_of_lengths(*points: tuple[int, int]) -> CostModel:
+    """From forwards of so many rows of so many tokens."""
+    model = CostModel()
+    for rows, length in points:
+        for _ in range(5):
+            model.observe(of_length(length), rows, by_tokens(rows, length))
+    return model
+
+
+def test_a_length_never_seen_costs_what_its_tokens_do() -> None:
+    model = learned_of_lengths((2, 1024), (8, 1024), (4, 2048))
+    assert not model.knows(of_length(512))
+    for rows, length in ((1, 512), (16, 512), (4, 4096)):
+        expected_s = by_tokens(rows, length)
+        assert model.predict(of_length(length), rows) == pytest.approx(expected_s, rel=0.01)
+
+
+def test_what_is_fixed_is_learned_from_all_lengths() -> None:
+    """Of each length one row count was seen: by itself none tells what more rows would cost."""
+    model = learned_of_lengths((2, 1024), (2, 4096))
+    for length in (1024, 4096):
+        assert model.predict(of_length(length), 8) == pytest.approx(by_tokens(8, length), rel=0.01)
+
+
+def test_a_length_that_is_slower_than_its_tokens_say_is_told_as_it_was_seen() -> None:
+    model = learned_of_lengths((2, 1024), (8, 1024), (4, 2048))
+    slow = of_length(4096)
+    model.observe(slow, 2, 0.080)
+    assert model.predict(slow, 2) == pytest.approx(0.080)
+    assert 0.080 < model.predict(slow, 4) < 0.160
+    # Two row counts tell all.
+    for _ in range(50):
+        model.observe(slow, 2, 0.080)
+        model.observe(slow, 4, 0.120)
+    assert model.predict(slow, 8) == pytest.approx(0.200, rel=0.01)
+
+
+lengths = st.integers(1, 10_000)
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), lengths, st.floats(0, 100)), max_size=30), lengths)
+def test_predictions_for_lengths_are_positive_and_grow_with_rows(
+    points: list[tuple[int, int, float]], length: int
+) -> None:
+    model = CostModel()
+    for rows, known, seconds in points:
+        model.observe(of_length(known), rows, seconds)
+    for shape in (of_length(length), *(of_length(known) for _, known, _ in points)):
+        predicted = [model.predict(shape, rows) for rows in (1, 2, 5, 64, 10_000)]
+        assert predicted == sorted(predicted)
+        assert 0 < predicted[0] <= predicted[-1] < math.inf

@@ -13,7 +13,7 @@ from engine_fakes import tensor_call
 from hypothesis import given
 from hypothesis import strategies as st
 from stepserve.domain.requests import Priority
-from stepserve.engine.calls.call import CallKey, ParkableMethod
+from stepserve.engine.calls.call import Call, ParkableMethod
 from stepserve.engine.scheduling.demand import Demand, due_s, patience
 from stepserve.engine.scheduling.policy import (
     HOLD,
@@ -42,8 +42,8 @@ Pick = Callable[..., list[Parked]]
 PRICES = {"encoder": CHEAP_S, "small": STEP_S, "large": 6 * STEP_S, "decoder": 0.02}
 
 
-def price(key: CallKey, rows: int) -> float:
-    return PRICES[key.method.split(".")[0]]
+def price(call: Call, rows: int) -> float:
+    return PRICES[call.method.module]
 
 
 def parked(
@@ -124,8 +124,8 @@ def test_nobody_else_is_due_sooner(items: list[Parked]) -> None:
     group = pick(items, price)
     for key in {item.call.key for item in items}:
         others = [item for item in items if item.call.key == key]
-        limit = others[0].call.method.max_rows
-        assert by_urgency(group, price, limit)[0] <= by_urgency(others, price, limit)[0]
+        first_s = by_urgency(group, price, method_limit)[0]
+        assert first_s <= by_urgency(others, price, method_limit)[0]
 
 
 def test_a_newcomers_encoder_goes_before_the_step_that_all_wait_for() -> None:
@@ -171,8 +171,8 @@ class Adversary:
     now_s: float = 0.0
     sequence: int = 0
 
-    def cost_of(self, key: CallKey, rows: int) -> float:
-        return self.prices[key.method.split(".")[0]] * (0.5 + 0.5 * rows)
+    def cost_of(self, call: Call, rows: int) -> float:
+        return self.prices[call.method.module] * (0.5 + 0.5 * rows)
 
     def park(self, name: str, rows: int, priority: int, slack_s: float, left_s: float) -> Parked:
         self.sequence += 1
@@ -225,7 +225,7 @@ def test_no_call_waits_longer_than_the_bound(
     ):
         late_ticks += adversary.now_s > due_by_s
         rows = sum(item.call.rows for item in group)
-        adversary.now_s += adversary.cost_of(group[0].call.key, rows)
+        adversary.now_s += adversary.cost_of(group[0].call, rows)
         tracks = [item for item in tracks if item not in group]
         tracks += [adversary.park(*next(choice)) for _ in group]
         assert adversary.now_s <= bound_s + 1e-9
@@ -280,7 +280,7 @@ def test_priorities_share_the_device_as_eight_to_one() -> None:
     priorities = {"small": Priority.NORMAL, "large": Priority.BATCH}
     waiting = {n: parked(n, 0.0, 0, priority=p) for n, p in priorities.items()}
     for sequence in range(900):
-        (item,) = pick(list(waiting.values()), lambda key, rows: STEP_S)
+        (item,) = pick(list(waiting.values()), lambda call, rows: STEP_S)
         name = item.call.method.module
         now_s += STEP_S
         runs[name] += 1
@@ -290,9 +290,9 @@ def test_priorities_share_the_device_as_eight_to_one() -> None:
     assert runs["small"] / runs["large"] == pytest.approx(8, rel=0.15)
 
 
-def line_price(key: CallKey, rows: int) -> float:
+def line_price(call: Call, rows: int) -> float:
     """A step costs little apart from its rows."""
-    return PRICES[key.method.split(".")[0]] * (0.1 + 0.1 * rows)
+    return PRICES[call.method.module] * (0.1 + 0.1 * rows)
 
 
 def step(sequence: int, left_s: float, serial_s: float = 0.0, **more: Any) -> Parked:
@@ -345,7 +345,7 @@ def test_a_short_request_goes_without_others_that_would_slow_it_down() -> None:
 
 def test_nobody_is_left_behind_where_sharing_is_most_of_the_gain() -> None:
     short, long = step(0, 0.1), step(1, 4.0)
-    assert shortest_first([short, long], lambda key, rows: 1.0 + 0.2 * rows) == [short, long]
+    assert shortest_first([short, long], lambda call, rows: 1.0 + 0.2 * rows) == [short, long]
 
 
 def test_what_was_passed_over_for_long_enough_is_passed_over_no_more() -> None:

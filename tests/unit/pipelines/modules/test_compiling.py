@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepserve.engine.calls.call import CallArguments
+from stepserve.engine.calls.call_key import CallArguments
 from stepserve.pipelines.modules.compiling import (
     CompiledForward,
     UniformArguments,
