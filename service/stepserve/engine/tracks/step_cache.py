@@ -11,9 +11,10 @@ with the input x adds
 
     |x - x_c| / |x_c - x_b| * |v_c - v_b| / |v_c|
 
-to the error that adds up since c, where |.| is the mean absolute value. It is skipped while the sum
-is below the threshold. x is what the step's first call is to denoise, v what the denoiser's first
-call gave.
+to the error that adds up since c, where |.| is the sum of absolute values. It is skipped while the
+error is below the threshold. x is what the step's first call is to denoise, v what the denoiser's
+first call gave. (The paper adds up changes from step to step. Those since c grow faster the longer
+ago c is, as the error of a straight line does.)
 
 Outputs are predicted by a straight line in the timestep through v_b and v_c. Those of ControlNets
 and T2I-Adapters are repeated: they are for denoiser calls that are skipped as well, so that nobody
@@ -30,7 +31,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,10 +40,11 @@ from stepserve.domain.step_cache import FIRST_STEPS, StepCacheUse
 from stepserve.engine.calls.call import Call
 from stepserve.engine.tracks.step_history import (
     History,
-    Output,
-    Outputs,
-    Timestep,
-    mean_change,
+    Predicted,
+    Repeated,
+    Scalar,
+    distance,
+    ratio,
     sample_of,
     timestep_of,
 )
@@ -95,32 +97,41 @@ class Decision:
 
     Args:
         skips: whether it is; False until that is known.
-        error: what the expected error adds up to if it is skipped, without dimensions; None once it
-            was read.
+        change: from the sample of the step of its history that ran last, to that of this one.
+        error: what the expected error adds up to if it is skipped, once it was read.
+        unread: the same while it is on a device.
         threshold: it is skipped if the error is below.
     """
 
     skips: bool = False
-    error: Tensor | None = None
+    change: Scalar | None = None
+    error: float = 0.0
+    unread: Tensor | None = None
     threshold: float = 0.0
-    sum: float = 0.0
+
+    @classmethod
+    def by_error(cls, error: Scalar, threshold: float, change: Scalar) -> Decision:
+        """One that the expected error decides."""
+        if isinstance(error, Tensor):
+            return cls(change=change, unread=error, threshold=threshold)
+        return cls(error < threshold, change, error)
 
     def read(self, error: float) -> None:
-        """The number has come from the device."""
-        self.error, self.sum, self.skips = None, error, error < self.threshold
+        """The error has come from the device."""
+        self.unread, self.error, self.skips = None, error, error < self.threshold
 
 
 def read_decisions(decisions: Sequence[Decision]) -> None:
     """Read those that are not known yet, all at once: this waits for the device."""
-    unknown = [(one, one.error) for one in decisions if one.error is not None]
+    unknown = [(one, one.unread) for one in decisions if one.unread is not None]
     if unknown:
-        errors = torch.stack([error for _, error in unknown]).tolist()
+        errors = torch.stack([unread for _, unread in unknown]).tolist()
         for (decision, _), error in zip(unknown, errors, strict=True):
             decision.read(error)
 
 
-@dataclass(frozen=True)
-class Pending:
+# A tuple, as one is made for each call.
+class Pending(NamedTuple):
     """A call of a step that waits to be run, or to be skipped.
 
     Args:
@@ -130,29 +141,35 @@ class Pending:
         place: which call of a step it is.
         history: that it adds to, or is predicted from.
         is_denoiser: whether it is no control.
+        decides: whether the decision was made for it, as the first call of its step.
     """
 
     decision: Decision
-    timestep: Timestep
+    timestep: Scalar
     sample: Sequence[Tensor] | None
     place: Hashable
     history: History
     is_denoiser: bool
+    decides: bool
 
     def predict(self) -> Any:
         """The output of a call that is skipped."""
-        self.history.error = self.decision.sum
+        self.history.error = self.decision.error
         return self.history.outputs[self.place].at(self.timestep)
 
     def learn(self, output: Any) -> None:
         """The call has run, and given this."""
         history = self.history
-        outputs = history.outputs.setdefault(self.place, Outputs(self.is_denoiser))
-        outputs.learn(Output.read(self.timestep, output))
+        outputs = history.outputs.get(self.place)
+        if outputs is None:
+            outputs = Predicted() if self.is_denoiser else Repeated()
+            history.outputs[self.place] = outputs
+        outputs.learn(self.timestep, output)
         if self.sample is None:
             return
-        history.learn_input(self.place, self.sample)
-        if self.is_denoiser:
+        change = self.decision.change if self.decides else None
+        history.learn_input(self.place, self.sample, change)
+        if isinstance(outputs, Predicted):
             history.steps, history.error = history.steps + 1, 0.0
             history.output_change = None if outputs.line is None else outputs.line.change()
 
@@ -201,7 +218,7 @@ class _PhaseState:
         # Of the latest step.
         self._step = -1
         self._decision = Decision()
-        self._timestep: Timestep = 0.0
+        self._timestep: Scalar = 0.0
         # Whether each step has had as many calls as was expected.
         self._is_regular = True
 
@@ -216,11 +233,12 @@ class _PhaseState:
         step, lane = divmod(number, self._phase.calls_per_step)
         place = name, lane, self._beside[name]
         self._count(name, is_denoiser)
-        sample = sample_of(call) if place[1:] == (0, 0) else None
+        sample = (sample_of(call) or None) if place[1:] == (0, 0) else None
         timestep = timestep_of(call, step)
         if is_denoiser:
             self._check_timestep(timestep, lane)
-        if step != self._step:
+        decides = step != self._step
+        if decides:
             self._step, self._decision = step, self._decide(place, sample or [], step)
         return Pending(
             self._decision if self._can_predict(place, step) else Decision(),
@@ -229,6 +247,7 @@ class _PhaseState:
             place,
             self._histories[step % self._phase.order],
             is_denoiser,
+            decides,
         )
 
     def _count(self, name: str, is_denoiser: bool) -> None:
@@ -238,7 +257,7 @@ class _PhaseState:
         else:
             self._beside[name] += 1
 
-    def _check_timestep(self, timestep: Timestep, lane: int) -> None:
+    def _check_timestep(self, timestep: Scalar, lane: int) -> None:
         """Skip nothing from now on if a call is not at the timestep of its step.
 
         Then it belongs to another step: some guiders call more often at some steps.
@@ -269,5 +288,6 @@ class _PhaseState:
             return Decision(step in self._phase.skipped)
         if inputs.change is None:
             return Decision()
-        change = mean_change(sample, inputs.sample) / inputs.change * history.output_change
-        return Decision(error=change + history.error, threshold=self._threshold)
+        change = distance(sample, inputs.sample)
+        error = ratio(change, inputs.change) * history.output_change + history.error
+        return Decision.by_error(error, self._threshold, change)

@@ -1,14 +1,17 @@
 """What calls of one request were given, and what they gave, the last times that they ran.
 
 All arithmetic is in float32, or in the tensors' own dtype where that is more precise. None of it
-waits for the device.
+waits for a device. The first operations after a forward find its caches full of weights, so that
+each takes many times as long as in a loop: hence as few of them as there can be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from optree import PyTreeSpec
@@ -23,8 +26,8 @@ from stepserve.engine.calls.stacking import duplicate
 TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
 PRECISE = (torch.float32, torch.float64)
 
-Timestep = float | Tensor
-"""A number; a tensor without dimensions where the number is on a device."""
+Scalar = float | Tensor
+"""A number; a tensor without dimensions where it is on a device that must not be waited for."""
 
 
 def sample_of(call: Call) -> list[Tensor]:
@@ -37,137 +40,158 @@ def sample_of(call: Call) -> list[Tensor]:
     return []
 
 
-def timestep_of(call: Call, number: int) -> Timestep:
+def timestep_of(call: Call, number: int) -> Scalar:
     """The timestep of a call, or its number where it has none."""
     named = call.method.named(call.args, call.kwargs)
     value = next((named[name] for name in TIMESTEPS if named.get(name) is not None), number)
     if not isinstance(value, Tensor):
         return float(value)
     # Rows of one request are at one timestep. Only tokens of images that are given are at none.
-    last = value.max() if value.numel() > 1 else value.reshape(())
-    return float(last) if last.device.type == "cpu" else last.double()
+    return _scalar(value if value.numel() == 1 else value.max())
 
 
-def mean_size(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean absolute value of tensors of one size; without dimensions."""
-    means = [_precise(tensor).abs().mean() for tensor in tensors]
-    return means[0] if len(means) == 1 else torch.stack(means).mean()
+def size(tensors: Sequence[Tensor]) -> Scalar:
+    """The sum of all absolute values."""
+    sizes = [torch.linalg.vector_norm(tensor, 1) for tensor in tensors]
+    return _scalar(sizes[0] if len(sizes) == 1 else torch.stack(sizes).sum())
 
 
-def mean_change(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """The mean absolute difference of tensors of one size; without dimensions."""
-    pairs = zip(tensors, before, strict=True)
-    return mean_size([_precise(tensor) - _precise(other) for tensor, other in pairs])
+def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Scalar:
+    """The sum of all absolute differences.
+
+    Args:
+        tensors: of any dtype.
+        others: of the same shapes, as precise as is wanted.
+    """
+    pairs = zip(tensors, others, strict=True)
+    return size([tensor - other for tensor, other in pairs])
 
 
-@dataclass
-class Inputs:
+def ratio(part: Scalar, whole: Scalar) -> Scalar:
+    """How many times one is the other; infinite, or no number, where that is zero."""
+    return part / whole if isinstance(whole, Tensor) or whole else math.inf
+
+
+class Inputs(NamedTuple):
     """What a call was given when it last ran.
 
     Args:
-        sample: that it had to denoise.
-        change: mean absolute difference between that and the one before; None: there was none.
+        form: of the sample.
+        sample: that it had to denoise; a precise copy.
+        change: the distance from that to the one before; None: there was none.
     """
 
-    sample: list[Tensor]
-    change: Tensor | None = None
+    form: Hashable
+    sample: Sequence[Tensor]
+    change: Scalar | None
 
     def fits(self, sample: Sequence[Tensor]) -> bool:
         """Whether it can be compared with this one."""
-        return list(map(_form, self.sample)) == list(map(_form, sample))
+        return self.form == _form(sample)
 
 
-@dataclass(frozen=True)
-class Output:
-    """What a call gave at a timestep: the values in it, and how they stand in it."""
+class Output(NamedTuple):
+    """What a call gave at a timestep.
 
-    timestep: Timestep
+    Args:
+        timestep: of the call.
+        form: equal for outputs of one type with values of the same kinds in the same order.
+        leaves: the values in it, numbers as precise copies.
+        dtypes: of the values as they were given; None for what is no number.
+        structure: how they stand in it.
+    """
+
+    timestep: Scalar
+    form: Hashable
     leaves: Sequence[Any]
+    dtypes: Sequence[torch.dtype | None]
     structure: PyTreeSpec
 
     @classmethod
-    def read(cls, timestep: Timestep, output: Any) -> Output | None:
-        """A copy of an output; None where it cannot be looked into."""
+    def read(cls, timestep: Scalar, output: Any) -> Output | None:
+        """None where an output cannot be looked into, or holds no numbers."""
         try:
-            # A pipeline may write into its own, which is a part of what all requests have got.
-            leaves, structure = flatten_output(duplicate(output))
+            leaves, structure = flatten_output(output)
         except UnsplittableError:
             return None
-        return cls(timestep, leaves, structure)
+        dtypes = [leaf.dtype if _is_numeric(leaf) else None for leaf in leaves]
+        if not any(dtypes):
+            return None
+        kept = [_kept(leaf) for leaf in leaves]
+        return cls(timestep, (type(output), _form(leaves)), kept, dtypes, structure)
 
     @property
     def numbers(self) -> list[Tensor]:
         """Its tensors that change little by little."""
-        return [leaf for leaf in self.leaves if _is_numeric(leaf)]
-
-    @property
-    def form(self) -> Hashable:
-        """Equal for outputs with the same kinds of values in the same places."""
-        # Structures themselves cannot be compared: they hold the objects that were taken apart.
-        return tuple(self.structure.paths()), tuple(map(_form, self.leaves))
-
-    def repeat(self) -> Any:
-        """The output once more."""
-        return self.structure.unflatten(self.leaves)
+        return [leaf for leaf, dtype in zip(self.leaves, self.dtypes, strict=True) if dtype]
 
 
-@dataclass(frozen=True)
-class Line:
-    """A straight line in the timestep through the last two outputs of a call."""
+class Line(NamedTuple):
+    """A straight line in the timestep through the last two outputs of a call, of one form."""
 
     before: Output
     latest: Output
 
-    @classmethod
-    def through(cls, before: Output | None, latest: Output | None) -> Line | None:
-        """None where there are no two outputs, or not of one form."""
-        if before is None or latest is None or not latest.numbers or before.form != latest.form:
-            return None
-        return cls(before, latest)
-
-    def change(self) -> Tensor:
-        """The mean absolute difference of the two, over the size of the latest."""
+    def change(self) -> Scalar:
+        """The distance between the two, over the size of the latest."""
         latest = self.latest.numbers
-        return mean_change(latest, self.before.numbers) / mean_size(latest)
+        return ratio(distance(latest, self.before.numbers), size(latest))
 
-    def at(self, timestep: Timestep) -> Any:
+    def at(self, timestep: Scalar) -> Any:
         """The output that the line has there; what is no number is as in the latest."""
-        share = _share(timestep, self.latest.timestep, self.before.timestep)
-        pairs = zip(self.latest.leaves, self.before.leaves, strict=True)
-        return self.latest.structure.unflatten(
-            [_beyond(leaf, other, share) if _is_numeric(leaf) else leaf for leaf, other in pairs]
+        before, latest = self.before, self.latest
+        share = _share(timestep, latest.timestep, before.timestep)
+        values = zip(latest.leaves, before.leaves, latest.dtypes, strict=True)
+        return latest.structure.unflatten(
+            [(v + (v - v0) * share).to(dtype) if dtype else v for v, v0, dtype in values]
         )
 
 
-@dataclass
-class Outputs:
-    """What one call of a step gave when it last ran.
+class Predicted:
+    """What a denoiser call of a step gave when it last ran, and the line through the last two."""
 
-    Args:
-        is_denoiser: whether it is predicted by a line through the last two, and else repeated.
-    """
-
-    is_denoiser: bool
-    latest: Output | None = None
-    line: Line | None = None
+    def __init__(self) -> None:
+        self.line: Line | None = None
+        self._latest: Output | None = None
 
     @property
     def is_known(self) -> bool:
-        """Whether the next one can be predicted."""
-        return (self.line if self.is_denoiser else self.latest) is not None
+        """Whether the next output can be predicted."""
+        return self.line is not None
 
-    def learn(self, output: Output | None) -> None:
-        """The call ran again."""
-        if self.is_denoiser:
-            self.line = Line.through(self.latest, output)
-        self.latest = output
+    def learn(self, timestep: Scalar, output: Any) -> None:
+        """The call has run, and given this."""
+        before, latest = self._latest, Output.read(timestep, output)
+        is_alike = before is not None and latest is not None and before.form == latest.form
+        self.line = Line(before, latest) if before and latest and is_alike else None
+        self._latest = latest
 
-    def at(self, timestep: Timestep) -> Any:
-        """What it should give at a timestep; one of the two is known."""
-        if self.line is not None:
-            return self.line.at(timestep)
-        assert self.latest is not None
-        return self.latest.repeat()
+    def at(self, timestep: Scalar) -> Any:
+        """The output that it should give at a timestep."""
+        assert self.line is not None
+        return self.line.at(timestep)
+
+
+class Repeated:
+    """What a call beside the denoiser gave when it last ran: nobody looks at what is predicted."""
+
+    def __init__(self) -> None:
+        self._latest: Any = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is an output."""
+        return self._latest is not None
+
+    def learn(self, timestep: Scalar, output: Any) -> None:
+        """The call has run, and given this."""
+        self._latest = None
+        with suppress(UnsplittableError):
+            self._latest = duplicate(output)
+
+    def at(self, timestep: Scalar) -> Any:
+        """The last output once more."""
+        return self._latest
 
 
 @dataclass
@@ -184,40 +208,55 @@ class History:
     """
 
     inputs: dict[Hashable, Inputs] = field(default_factory=dict)
-    outputs: dict[Hashable, Outputs] = field(default_factory=dict)
-    output_change: Tensor | None = None
+    outputs: dict[Hashable, Predicted | Repeated] = field(default_factory=dict)
+    output_change: Scalar | None = None
     steps: int = 0
     error: float = 0.0
 
-    def learn_input(self, place: Hashable, sample: Sequence[Tensor]) -> None:
-        """A call was given this, and ran."""
+    def learn_input(self, place: Hashable, sample: Sequence[Tensor], change: Scalar | None) -> None:
+        """A call was given this, and ran.
+
+        Args:
+            place: of the call in a step.
+            sample: that it had to denoise.
+            change: its distance from the one before, where it is known already.
+        """
         before = self.inputs.get(place)
-        is_comparable = before is not None and before.fits(sample)
-        change = mean_change(sample, before.sample) if before and is_comparable else None
-        self.inputs[place] = Inputs([part.clone() for part in sample], change)
+        if change is None and before is not None and before.fits(sample):
+            change = distance(sample, before.sample)
+        self.inputs[place] = Inputs(_form(sample), [_copy(part) for part in sample], change)
 
 
-def _share(timestep: Timestep, latest: Timestep, before: Timestep) -> Timestep:
+def _scalar(value: Tensor) -> Scalar:
+    return value.item() if value.device.type == "cpu" else value.reshape(()).double()
+
+
+def _share(timestep: Scalar, latest: Scalar, before: Scalar) -> Scalar:
     """How far a timestep is beyond the latest, in distances between the last two."""
-    distance = latest - before
-    if isinstance(distance, Tensor):
+    gap = latest - before
+    if isinstance(gap, Tensor):
         # Some solvers are twice at one timestep.
-        return ((timestep - latest) / distance).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return (timestep - latest) / distance if distance else 0.0
+        return ((timestep - latest) / gap).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return (timestep - latest) / gap if gap else 0.0
 
 
-def _beyond(latest: Tensor, before: Tensor, share: Timestep) -> Tensor:
-    precise = _precise(latest)
-    return (precise + (precise - _precise(before)) * share).to(latest.dtype)
+def _kept(leaf: Any) -> Any:
+    """A value as it is remembered: a pipeline may write into its own."""
+    if _is_numeric(leaf):
+        return _copy(leaf)
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _form(leaf: Any) -> Hashable:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf),)
+def _copy(tensor: Tensor) -> Tensor:
+    """One that nobody else writes into, in float32 or what is more precise."""
+    return tensor.clone() if tensor.dtype in PRECISE else tensor.float()
+
+
+def _form(leaves: Sequence[Any]) -> Hashable:
+    return tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+    )
 
 
 def _is_numeric(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in PRECISE else tensor.float()
