@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from adapted_families import (
 )
 from adapter_writers import layers_of
 from families.catalogue import FAMILIES
-from families.family import Variation
+from families.family import Family, Variation
+from families.prompt_lengths import ROOM, WordyVariation, build_roomy
 from parity_cases import Forwards
 from stepserve.pipelines.serving.runner import PipelineRunner
 from torch import Tensor
@@ -194,3 +196,35 @@ def test_lokr_has_forwards_of_its_own(tmp_path: Path) -> None:
     own, others = {"0", "3"}, {"1", "2"}
     assert all(set(ids) <= own or set(ids) <= others for ids in forwards.ids)
     assert "lokr" in runner.adapters.separate()
+
+
+def of_two_sizes(family: Family) -> Family:
+    """The family with room for long prompts, whose requests are of two sizes in turn."""
+
+    def arguments(pipeline: Any, variation: Variation) -> dict[str, Any]:
+        told = family.arguments(pipeline, variation)
+        times = 1 + variation.index % 2
+        return told | {"max_sequence_length": ROOM, "height": times * told["height"]}
+
+    return replace(family, build=partial(build_roomy, family, None), arguments=arguments)
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "Z-Image"])
+def test_rows_of_other_prompt_lengths_and_sizes_have_their_own_adapters(
+    name: str, tmp_path: Path
+) -> None:
+    """In every layer, also of those that get the tokens of all rows in one line."""
+    adapted = AdaptedFamily(of_two_sizes(FAMILIES[name]), tmp_path, KINDS)
+    adapted.save()
+    runner = adapted.runner()
+    runner.start()
+    served = Served(adapted, runner, adapted.plain())
+    sets = (use("all"), use("eight"), (), use("all", -0.5), use("large"), use("all", 0.3))
+    requests = [
+        (WordyVariation(index, 100 + index, STEPS, 4.0, words=(3, 40)[index // 2 % 2]), uses)
+        for index, uses in enumerate(sets)
+    ]
+    together, _ = served.together(requests)
+    runner.stop()
+    for image, (variation, uses) in zip(together, requests, strict=True):
+        assert difference(image, served.plain(variation, uses)) < ROUNDING, (uses, variation)

@@ -190,7 +190,8 @@ MEMORY_BYTES = _gauge(
     "device_memory_bytes",
     "Memory of a replica's device, by kind: allocated and reserved by torch, used by all "
     "processes, and total on accelerators; resident (of the process) on CPU. Of it, controls is "
-    "the weights of control networks that are loaded.",
+    "the weights of control networks that are loaded, and adapters the files of LoRA adapters that "
+    "are loaded and what is stacked of them for rows.",
     *("model", "replica", "kind"),
 )
 BUILD = _gauge("build_info", "Always 1; the labels say which version runs.", "version", "process")

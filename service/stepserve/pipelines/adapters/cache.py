@@ -62,10 +62,10 @@ Variant = tuple[AppliedAdapter, ...] | None
 class AdapterCache:
     """Keeps adapters loaded on the modules of one pipeline, and applies them to rows of forwards.
 
-    `resolve`, `names`, `sharing`, `separate` and `can_mix` may be called from any thread; all else
-    belongs to the engine's. An adapter is never unloaded while a request in flight uses it: while
-    those use more than `max_loaded` different ones, more are loaded. Without any adapter nothing is
-    ever touched.
+    `resolve`, `names`, `sharing`, `separate`, `can_mix` and `memory_bytes` may be called from any
+    thread; all else belongs to the engine's. An adapter is never unloaded while a request in flight
+    uses it: while those use more than `max_loaded` different ones, more are loaded. Without any
+    adapter nothing is ever touched.
 
     Raises:
         ModelLoadError: there are adapters, and the pipeline takes none.
@@ -143,6 +143,14 @@ class AdapterCache:
     def separate(self) -> tuple[str, ...]:
         """Names of those that were loaded and cannot be mixed, where others may."""
         return tuple(name for name, reason in self._reasons().items() if reason)
+
+    def stacked_bytes(self) -> int:
+        """Memory of the factors that are stacked for the rows of forwards."""
+        return sum(module.stacked_bytes for module in self._modules.values())
+
+    def memory_bytes(self) -> int:
+        """About what adapters take: files of those that are loaded, and what is stacked of them."""
+        return sum(file.size_bytes for file in list(self._loaded)) + self.stacked_bytes()
 
     def enter(self) -> dict[str, Enter]:
         """By component, what is told which variant each row of its next forward wants."""

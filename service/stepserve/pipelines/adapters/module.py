@@ -56,6 +56,11 @@ class ModuleAdapters:
             self._switch(())
         self._by_row.set(runs)
 
+    @property
+    def stacked_bytes(self) -> int:
+        """Memory of the factors that are stacked for rows with adapters of their own."""
+        return self._by_row.held_bytes
+
     def _switch(self, slots: Slots) -> None:
         # Should anything raise, nobody must think that it is set.
         self._applied = None

@@ -169,6 +169,11 @@ class RowAdapters:
         self._current = {}
         self._held_bytes = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the stacked factors that are kept."""
+        return self._held_bytes
+
     def wrap(self, layer: Any) -> None:
         """Make a LoRA layer of PEFT add to each row what is set for it. It goes with the layer.
 

@@ -159,7 +159,11 @@ class PipelineRunner:
     def memory_bytes(self) -> dict[str, int]:
         """Memory that the model's device holds, by kind."""
         kinds = memory_bytes(self._device)
-        return kinds | {"controls": self.controls.memory_bytes()} if self.controls.tasks else kinds
+        if self.controls.tasks:
+            kinds["controls"] = self.controls.memory_bytes()
+        if self.adapters.options.any:
+            kinds["adapters"] = self.adapters.memory_bytes()
+        return kinds
 
     def cancel(self, key: RequestKey) -> None:
         """End a request at its next park."""

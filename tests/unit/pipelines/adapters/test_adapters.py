@@ -330,6 +330,20 @@ def test_the_least_recently_used_goes_first(make: Make) -> None:
         assert runner.adapters.loaded == loaded
 
 
+def test_what_adapters_take_is_told(make: Make, folder: Path) -> None:
+    adapted = make(max_loaded=1)
+    adapted.start()
+    assert adapted.memory_bytes()["adapters"] == 0
+    for name in ("plain", "conv"):
+        drawn_image(adapted, AdapterUse(name))
+        file_bytes = (folder / f"{name}.safetensors").stat().st_size
+        stacked_bytes = adapted.adapters.stacked_bytes()
+        assert stacked_bytes > 0
+        assert adapted.memory_bytes()["adapters"] == file_bytes + stacked_bytes
+    adapted.stop()
+    assert adapted.memory_bytes()["adapters"] == 0
+
+
 def test_more_adapters_than_fit_under_concurrent_use(make: Make, reference: Reference) -> None:
     chance = random.Random(0)
     names = list(KINDS)
