@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 
 from stepserve.domain.states import RequestState
 from stepserve.engine.calls.call import Call
@@ -13,6 +15,7 @@ from stepserve.engine.scheduling.cost import CostModel
 from stepserve.engine.scheduling.demand import Demand
 from stepserve.engine.scheduling.forecast import CompletionEstimate, ForwardCost
 from stepserve.engine.scheduling.lateness import LatenessQuantile
+from stepserve.engine.scheduling.mixing import LengthRows, companies
 from stepserve.engine.tracks.track import Stage, Track
 
 LEARNING_RATE = 0.1
@@ -38,10 +41,17 @@ class Average:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What steps of one size look like: their shape in the cost model, and their row limit."""
+    """What steps of one size look like.
+
+    Args:
+        shape: in the cost model.
+        max_rows: their row limit.
+        mixes_lengths: whether they may share forwards with longer and shorter rows.
+    """
 
     shape: CallShape
     max_rows: int
+    mixes_lengths: bool = False
 
 
 UNKNOWN = StepShape(CallShape(()), 1)
@@ -66,7 +76,9 @@ class CompletionEstimator:
 
     def step_ended(self, track: Track, call: Call) -> None:
         """A denoising step of a track took part in a forward."""
-        self._latest = StepShape(call.shape, call.method.max_rows)
+        # Where lengths are not mixed, calls tell theirs in their key.
+        mixes_lengths = bool(call.tokens) and not call.key.tokens
+        self._latest = StepShape(call.shape, call.method.max_rows, mixes_lengths)
         self._shapes[track.size] = self._latest
 
     def tick_ended(self, busy_s: float, forward_s: float) -> None:
@@ -128,15 +140,23 @@ class CompletionEstimator:
             one_at_a_time: whether nobody starts before the one that runs has ended.
         """
         demands: list[Demand] = []
-        costs: dict[Hashable, ForwardCost] = {}
+        steps: dict[Hashable, StepShape] = {}
+        mixable: set[Hashable] = set()
         for track in tracks:
             demand = self.demand(track)
             if one_at_a_time:
                 demand = _apart(demand)
             sizes = (phase.size for phase in track.phases[-len(demand.parts) :])
             for part, size in zip(demand.parts, sizes, strict=True):
-                costs[part.kind] = self._cost_of(size, None if one_at_a_time else row_limit)
+                # Looked up once: the engine thread may be learning a new shape at this moment.
+                steps[part.kind] = step = self._step_shape(size)
+                if step.mixes_lengths and track.mixes_lengths and not one_at_a_time:
+                    mixable.add(part.kind)
             demands.append(demand)
+        longer = self._longer_kinds(demands, {kind: steps[kind] for kind in mixable})
+        demands = [_renamed(demand, longer) for demand in demands]
+        limit = None if one_at_a_time else row_limit
+        costs = {kind: self._cost_of(step, limit) for kind, step in steps.items()}
         return CompletionEstimate(demands, costs.__getitem__, float(self._other_row_s))
 
     def knows(self, track: Track) -> bool:
@@ -182,9 +202,48 @@ class CompletionEstimator:
     def _step_shape(self, size: Hashable) -> StepShape:
         return self._shapes.get(size, self._latest)
 
-    def _cost_of(self, size: Hashable, row_limit: int | None) -> ForwardCost:
-        # Looked up once: the engine thread may be learning a new shape at this moment.
-        step = self._step_shape(size)
+    def _longer_kinds(
+        self, demands: Sequence[Demand], steps: Mapping[Hashable, StepShape]
+    ) -> dict[Hashable, Hashable]:
+        """By kind, the one that it shares forwards with and whose rows are the longest there.
+
+        Args:
+            demands: of all requests, the first of which go first.
+            steps: of the kinds whose rows may share a forward with rows of other lengths.
+        """
+        rows: dict[CallShape, int] = {}
+        # Of kinds with equally many tokens one stands for all.
+        named: dict[CallShape, Hashable] = {}
+        in_turn = sorted(demands, key=attrgetter("rank"))
+        for part in (part for demand in in_turn for part in demand.parts):
+            if part.kind in steps:
+                shape = steps[part.kind].shape
+                rows[shape] = rows.get(shape, 0) + part.rows
+                named.setdefault(shape, part.kind)
+        longest = self._longest_shapes(rows, {shape: steps[kind] for shape, kind in named.items()})
+        return {
+            kind: named[longest[step.shape]]
+            for kind, step in steps.items()
+            if step.shape in longest
+        }
+
+    def _longest_shapes(
+        self, rows: Mapping[CallShape, int], steps: Mapping[CallShape, StepShape]
+    ) -> dict[CallShape, CallShape]:
+        """By shape, the longest that its rows share forwards with."""
+        by_form: dict[tuple[Hashable, ...], list[LengthRows]] = {}
+        for shape, count in rows.items():
+            cost_s = partial(self.cost.predict, shape)
+            waiting = LengthRows(shape.length, count, steps[shape].max_rows, cost_s)
+            by_form.setdefault(shape.form, []).append(waiting)
+        return {
+            CallShape(form, length): CallShape(form, max(lengths))
+            for form, waiting in by_form.items()
+            for lengths in companies(waiting)
+            for length in lengths
+        }
+
+    def _cost_of(self, step: StepShape, row_limit: int | None) -> ForwardCost:
         limit = step.max_rows if row_limit is None else min(step.max_rows, row_limit)
         line, overhead_s = self.cost.line(step.shape), float(self._tick_overhead_s)
         return ForwardCost(
@@ -203,6 +262,12 @@ class CompletionEstimator:
 def _kind(track: Track) -> Hashable:
     """Requests of equal kinds are passed over alike: of equal sizes and similar step counts."""
     return tuple((phase.size, phase.steps.bit_length()) for phase in track.phases)
+
+
+def _renamed(demand: Demand, kinds: Mapping[Hashable, Hashable]) -> Demand:
+    """The same with other kinds, where one is given."""
+    later = tuple((steps, kinds.get(kind, kind)) for steps, kind in demand.later)
+    return demand._replace(kind=kinds.get(demand.kind, demand.kind), later=later)
 
 
 def _apart(demand: Demand) -> Demand:

@@ -3,7 +3,8 @@
 The shortest goes first (see `policy`), so a request ends when everything that goes ahead of it is
 done, and itself. Requests of one kind share forwards: of its own kind all step along with it. What
 goes ahead of it and is of other kinds is done whole. One whose steps are of several kinds stands in
-line once for each, and ends with the last. For each kind it is worked out between which of its
+line once for each, and ends with the last. Sizes whose rows share forwards are one kind, whose rows
+are all as long as the longest (`mixing`). For each kind it is worked out between which of its
 steps each request takes part, as queued ones are started when there are rows for them; then the
 seconds follow in closed form:
 

@@ -54,6 +54,21 @@ def lengths_together(waiting: Sequence[LengthRows], length: int) -> frozenset[in
     return frozenset(part.length for part in chosen)
 
 
+def companies(waiting: Sequence[LengthRows]) -> list[frozenset[int]]:
+    """All lengths, each with those it shares forwards with: of the first, then of the first left.
+
+    Args:
+        waiting: different lengths of rows that may share a forward, in the order they go in.
+    """
+    found: list[frozenset[int]] = []
+    left = list(waiting)
+    while left:
+        together = lengths_together(left, left[0].length)
+        found.append(together)
+        left = [part for part in left if part.length not in together]
+    return found
+
+
 def _saved_s(parts: Sequence[LengthRows]) -> float:
     """Seconds that one forward saves over one for each; 0 where it had better not be tried."""
     rows, longest = sum(part.rows for part in parts), parts[-1]

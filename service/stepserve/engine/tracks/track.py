@@ -177,6 +177,11 @@ class Track:
         return (variant, self.key) if self.isolated else variant
 
     @property
+    def mixes_lengths(self) -> bool:
+        """Whether its rows may share forwards with longer and shorter ones, where a module can."""
+        return self.variant is None and not self.isolated
+
+    @property
     def phase(self) -> int:
         """Which of its phases is under way; the last one once all steps are done."""
         done, last = self.steps_done, len(self.phases) - 1
