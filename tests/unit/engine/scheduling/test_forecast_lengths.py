@@ -97,8 +97,8 @@ def test_requests_that_keep_apart_are_counted_so(
     bench: ListBench, keeps_apart: dict[str, Any]
 ) -> None:
     expected = bench.finish_times_s(bench.track("small"), bench.track("medium", **keeps_apart))
-    alone_s = bench.finish_times_s(bench.track("small"))[0]
-    assert min(expected) == pytest.approx(alone_s)
+    serial_s = bench.finish_times_s(bench.track("small"))[0]
+    assert min(expected) == pytest.approx(serial_s)
     assert max(expected) == pytest.approx(
         sum(bench.finish_times_s(t)[0] for t in (bench.track("small"), bench.track("medium")))
     )
