@@ -2,6 +2,7 @@
 
 TrainingError
 ├── ArtworkUnavailableError      the artwork packages cannot be fetched or read
+├── DatasetError                 a folder of images cannot be trained on
 ├── StartingModelError           the model to train further is absent, or of other shapes
 ├── CheckpointError              a checkpoint is damaged, or belongs to another training
 ├── TrainingDivergedError        the loss is no longer a number
@@ -20,6 +21,10 @@ class TrainingError(StepserveError):
 
 class ArtworkUnavailableError(TrainingError):
     """The artwork packages could not be fetched; the message says what to install or check."""
+
+
+class DatasetError(TrainingError):
+    """A folder of images cannot be trained on; the message names each file and what is wrong."""
 
 
 class StartingModelError(TrainingError):

@@ -1,1 +1,1 @@
-"""Artwork, captions and latents to train on."""
+"""Artwork, captions, latents and folders of images to train on."""
