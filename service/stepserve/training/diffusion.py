@@ -76,8 +76,8 @@ class NoiseSchedule:
     def with_zero_terminal_snr(self) -> NoiseSchedule:
         """Rescaled so that the last x_t is noise alone (Lin et al. 2023, arXiv:2305.08891).
 
-        sqrt(alpha_bar) is shifted and scaled: its last value becomes 0, its first stays. It does not
-        go with epsilon prediction: where x_t is noise alone, its noise does not tell x_0.
+        sqrt(alpha_bar) is shifted and scaled: its last value becomes 0, its first stays. It does
+        not go with epsilon prediction: where x_t is noise alone, its noise does not tell x_0.
         """
         signal = self.alpha_bar.sqrt()
         first, last = signal[0], signal[-1]
