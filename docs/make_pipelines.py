@@ -115,6 +115,9 @@ wants the very bits of diffusers, sets `engine.pad_prompts: false`.
 This table is made by `python docs/make_pipelines.py prompts`, and
 `tests/parity/test_prompt_lengths.py` holds the code to it: three requests, with prompts of 3, 20
 and 60 words (each a token or more), at once. The most calls that a forward can serve are 3.
+*Of one length*: the pipeline fills every prompt up by itself. *Filled up by Stepserve*: as told
+above. *Filled up by its forward*: the denoiser takes a list with an entry for each row. *Takes
+none*: there is no prompt.
 
 | family | calls per forward | float64 | prompts |
 |---|---|---|---|

@@ -256,7 +256,8 @@ def calibrate(
     """Measure what the step cache `magcache` decides by, and keep it beside the model.
 
     Draws an image of each prompt, and writes step_cache.json into the model's folder (of a model of
-    the hub: into its folder in the hub's cache). Requests may name magcache from the next start on.
+    the hub: into its folder in the hub's cache). Requests may name magcache once the model is
+    loaded anew.
     """
     with collection_paused():
         from stepserve.composition import find_model

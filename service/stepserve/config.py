@@ -441,7 +441,10 @@ class ModelSettings(SpeedSettings):
     engine: EngineSettings = EngineSettings()
 
     def missing_paths(self) -> Iterator[str]:
-        """What is not there, on this machine, of local controls and IP-Adapters."""
+        """What is not there, on this machine, of adapters and local controls and IP-Adapters."""
+        for name, file in self.adapters.items():
+            if not Path(file).expanduser().exists():
+                yield f"adapters.{name}: {file} does not exist; correct the path"
         for section in ("controls", "ip_adapters"):
             for name, one in getattr(self, section).items():
                 path = Path(one.path, one.subfolder).expanduser()

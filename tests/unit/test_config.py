@@ -499,16 +499,18 @@ def test_whatever_yaml_raises_is_a_wrong_file(file: Path, content: str):
         load_settings(file, {})
 
 
-def test_paths_of_controls_and_ip_adapters_that_do_not_exist_are_told(tmp_path: Path) -> None:
+def test_paths_of_adapters_and_controls_that_do_not_exist_are_told(tmp_path: Path) -> None:
     there, gone = str(tmp_path), str(tmp_path / "gone")
     model = ModelSettings.model_validate(
         {
+            "adapters": {"ink": gone, "oil": there},
             "controls": {"depth": gone, "edges": there},
             "ip_adapters": {"style": {"path": there, "subfolder": "gone"}},
         }
     )
 
     assert list(model.missing_paths()) == [
+        f"adapters.ink: {gone} does not exist; correct the path",
         f"controls.depth.path: {gone} does not exist; correct the path",
         f"ip_adapters.style.path: {gone} does not exist; correct the path",
     ]

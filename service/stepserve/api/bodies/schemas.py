@@ -141,7 +141,8 @@ class StepCacheBody(Body):
 
 
 def _as_step_cache(value: Any) -> Any:
-    return {"method": value} if isinstance(value, str) else value
+    is_word = isinstance(value, str) and value.lstrip()[:1] not in ("{", "[")
+    return {"method": value} if is_word else value
 
 
 StepCacheField = Annotated[

@@ -14,7 +14,13 @@ from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
 from stepserve.domain.requests import AdapterUse, GenerationRequest, OutputFormat
-from stepserve.domain.step_cache import LEAST_THRESHOLD, MOST_THRESHOLD, OFF, StepCacheUse
+from stepserve.domain.step_cache import (
+    LEAST_THRESHOLD,
+    MOST_THRESHOLD,
+    OFF,
+    StepCacheMethod,
+    StepCacheUse,
+)
 from stepserve.domain.tasks import Role
 
 MAX_SEED = 2**53 - 1
@@ -193,13 +199,19 @@ def _check_step_cache(use: StepCacheUse | None, model: ModelCapabilities) -> Non
     if use.method not in model.step_cache_methods:
         raise InvalidRequestError(
             f"step_cache.method {shown(use.method.value)} cannot be used with model {model.id!r} "
-            f"(usable: {', '.join(model.step_cache_methods)})",
+            f"(usable: {', '.join(model.step_cache_methods)}){_how_to_have(use.method)}",
             "step_cache.method",
         )
     if not LEAST_THRESHOLD <= use.threshold <= MOST_THRESHOLD:  # NaN ends here too
         limits = f"{LEAST_THRESHOLD:g} to {MOST_THRESHOLD:g}"
         message = f"step_cache.threshold must be {limits}, got {use.threshold}"
         raise InvalidRequestError(message, "step_cache.threshold")
+
+
+def _how_to_have(method: StepCacheMethod) -> str:
+    if method is not StepCacheMethod.MAGCACHE:
+        return ""
+    return "; its operator adds 'magcache' by `stepserve calibrate`"
 
 
 def _check_deadline(deadline_s: float | None) -> None:

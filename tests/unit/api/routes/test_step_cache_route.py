@@ -138,7 +138,9 @@ async def test_edits_take_it(client: httpx.AsyncClient, backend: FakeBackend):
     ("step_cache", "param", "message"),
     [
         ({"method": "magcache"}, "step_cache.method", "'magcache' cannot be used with model"),
-        ({"method": "magcache"}, "step_cache.method", "(usable: easycache)"),
+        ({"method": "magcache"}, "step_cache.method", "(usable: easycache); its operator adds"),
+        ('{"method": "easycache"}', "step_cache", "that is a text: write it without quotes"),
+        ("{bad", "step_cache", "that is not valid JSON"),
         ({"method": "fast"}, "step_cache.method", "must be 'easycache', 'magcache' or 'off'"),
         ("fast", "step_cache.method", "got 'fast'"),
         ({"threshold": 0}, "step_cache.threshold", "must be 0.001 to 1, got 0"),
