@@ -14,6 +14,7 @@ from stepserve.training.data.artwork import Artwork, load_artwork
 from stepserve.training.data.captions import find_tokenizer, keep_tokenizer, train_tokenizer
 from stepserve.training.data.images import artwork_tensor
 from stepserve.training.data.latents import encode_artwork
+from stepserve.training.emoji_card import emoji_documents
 from stepserve.training.errors import StartingModelError
 from stepserve.training.export import export_pipeline
 from stepserve.training.loop.hyperparameters import LoopConfig
@@ -152,7 +153,9 @@ def train_emoji(
     )
     if start is not None:
         stage.start_from(start)
-    return export_pipeline(stage.train(), recipe, folder / "model", images=len(artwork))
+    pipeline = stage.train()
+    documents = emoji_documents(pipeline, recipe, len(artwork))
+    return export_pipeline(pipeline, documents, folder / "model")
 
 
 def load_start(folder: Path) -> StableDiffusionPipeline:

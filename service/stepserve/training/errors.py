@@ -1,7 +1,7 @@
 """What can go wrong in training, in words for the person at the command line.
 
 TrainingError
-├── ArtworkUnavailableError      the artwork packages cannot be fetched or read
+├── PackageUnavailableError      a package with images cannot be fetched or read
 ├── DatasetError                 a folder of images cannot be trained on
 ├── StartingModelError           the model to train further is absent, or of other shapes
 ├── CheckpointError              a checkpoint is damaged, or belongs to another training
@@ -19,8 +19,8 @@ class TrainingError(StepserveError):
     """Root of everything the training room raises on purpose."""
 
 
-class ArtworkUnavailableError(TrainingError):
-    """The artwork packages could not be fetched; the message says what to install or check."""
+class PackageUnavailableError(TrainingError):
+    """A package with images could not be fetched; the message says what to install or check."""
 
 
 class DatasetError(TrainingError):

@@ -1,26 +1,29 @@
-"""The trained parts as a standard diffusers folder: bfloat16 safetensors, model card, licences."""
+"""A trained pipeline as a standard diffusers folder: bfloat16 safetensors, model card, licences."""
 
 from __future__ import annotations
 
 import json
 import platform
 import shutil
-import time
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from stepserve.training.card import TEMPLATES, count_parameters, library_version, sizes, write_card
-from stepserve.training.data.artwork import PACKAGES
+import stepserve.models
+from stepserve.training.data.packages import NpmPackage
 from stepserve.training.errors import ExportError
 from stepserve.training.loop.files import fresh_sibling, replace_folder
 
 if TYPE_CHECKING:
-    from stepserve.training.emoji import EmojiRecipe
+    from _typeshed import DataclassInstance
 
+TEMPLATES = Path(stepserve.models.__file__).parent / "templates"
 MAX_FOLDER_BYTES = 50_000_000
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 LIBRARIES = (
@@ -36,45 +39,65 @@ LIBRARIES = (
 )
 
 
+@dataclass(frozen=True)
+class Documents:
+    """What lies beside the weights of a model.
+
+    `card` becomes README.md, `training` training.json, and `manifest` stepserve.json; `licences`
+    names files in `models/templates/LICENSES`.
+    """
+
+    card: str
+    training: dict[str, Any]
+    manifest: dict[str, Any]
+    licences: tuple[str, ...]
+
+
 def export_pipeline(
-    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, folder: Path, images: int
+    pipeline: DiffusionPipeline,
+    documents: Documents,
+    folder: Path,
+    max_bytes: int = MAX_FOLDER_BYTES,
 ) -> Path:
-    """Save a trained pipeline with its card, recipe and licences; `pipeline` becomes bfloat16.
+    """Save a trained pipeline with its documents; `pipeline` becomes bfloat16.
 
     The folder appears as a whole, in place of an older one.
-
-    Args:
-        images: how many images it was trained on.
 
     Returns:
         `folder`.
 
     Raises:
-        ExportError: it is over 50 MB, holds a pickle, or does not load again.
+        ExportError: it is over `max_bytes`, holds a pickle, or does not load again.
     """
     partial = fresh_sibling(folder)
     pipeline.to(torch.bfloat16)
-    pipeline.unet.to(memory_format=torch.contiguous_format)
+    for name in modules(pipeline):
+        getattr(pipeline, name).to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(partial, safe_serialization=True)
-    write_json(partial / "training.json", describe_training(pipeline, recipe, images))
-    write_json(partial / "stepserve.json", describe_for_server(pipeline))
-    shutil.copytree(TEMPLATES / "LICENSES", partial / "LICENSES")
-    write_card(partial, pipeline, recipe, images)
+    write_json(partial / "training.json", documents.training)
+    write_json(partial / "stepserve.json", documents.manifest)
+    (partial / "README.md").write_text(documents.card, encoding="utf-8")
+    (partial / "LICENSES").mkdir()
+    for licence in documents.licences:
+        shutil.copy(TEMPLATES / "LICENSES" / licence, partial / "LICENSES")
     _open_permissions(partial)
-    check_promises(partial)
+    check_promises(partial, max_bytes)
     replace_folder(partial, folder)
     return folder
 
 
 def describe_training(
-    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, images: int
+    pipeline: DiffusionPipeline,
+    command: str,
+    recipe: DataclassInstance,
+    packages: Iterable[NpmPackage],
+    images: int,
 ) -> dict[str, Any]:
     """The whole recipe and what it was run with, as plain values."""
     return {
-        "command": recipe.command,
+        "command": command,
         "recipe": asdict(recipe),
-        "started_from": read_earlier(recipe.start_from),
-        "artwork": [asdict(package) for package in PACKAGES],
+        "packages": [asdict(package) for package in packages],
         "images": images,
         "parameters": count_parameters(pipeline),
         "python": platform.python_version(),
@@ -82,18 +105,7 @@ def describe_training(
     }
 
 
-def describe_for_server(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
-    """What Stepserve's loader wants to know beyond the diffusers folder."""
-    return {
-        "description": "Small emoji images, trained on Noto Emoji and Fluent Emoji Flat artwork",
-        "sizes": sizes(pipeline),
-        "default_num_inference_steps": 20,
-        "default_guidance_scale": 4.0,
-        "created": int(time.time()),
-    }
-
-
-def check_promises(folder: Path) -> None:
+def check_promises(folder: Path, max_bytes: int = MAX_FOLDER_BYTES) -> None:
     """Whether a model folder is small, free of pickles, and loads again.
 
     Raises:
@@ -104,23 +116,40 @@ def check_promises(folder: Path) -> None:
     if pickles:
         raise ExportError(f"only safetensors may hold weights, but there is {', '.join(pickles)}")
     total_bytes = sum(path.stat().st_size for path in files)
-    if total_bytes > MAX_FOLDER_BYTES:
-        raise ExportError(f"the model takes {total_bytes / 1e6:.1f} MB, more than the 50 MB limit")
+    if total_bytes > max_bytes:
+        limit = f"the {max_bytes / 1e6:.0f} MB limit"
+        raise ExportError(f"the model takes {total_bytes / 1e6:.1f} MB, more than {limit}")
     try:
-        StableDiffusionPipeline.from_pretrained(
+        DiffusionPipeline.from_pretrained(
             folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"the saved model does not load again: {error}") from error
 
 
-def read_earlier(folder: str | None) -> dict[str, Any] | None:
-    """How the model in a folder was trained, as its `training.json` says; None for no folder."""
-    if folder is None:
-        return None
-    path = Path(folder) / "training.json"
-    earlier: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return earlier
+def modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The parts of a pipeline that have weights."""
+    parts = pipeline.components.items()
+    return {name: part for name, part in parts if isinstance(part, nn.Module)}
+
+
+def count_parameters(pipeline: DiffusionPipeline) -> dict[str, int]:
+    """Parameters of each part."""
+    parts = modules(pipeline).items()
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
+
+
+def weights_mb(pipeline: DiffusionPipeline) -> str:
+    """What the weights take in bfloat16, in whole megabytes."""
+    return f"{2 * sum(count_parameters(pipeline).values()) / 1e6:.0f}"
+
+
+def library_version(library: str) -> str:
+    """The version of an installed library, or `not installed`."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Synthetic artwork, and a tiny model trained from it once for all tests that want one."""
+"""Synthetic artwork, and tiny models trained once for all tests that want one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from stepserve.training.data.artwork import Artwork
+from stepserve.training.digits import train_digits
 from stepserve.training.emoji import train_emoji
+from tiny_digits import tiny_digits_recipe, tiny_images
 from tiny_recipe import tiny_recipe
 
 NAMES = ("red apple", "owl", "red apple", "house", "blue circle")
@@ -36,4 +38,13 @@ def trained(artwork: Artwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("training")
     train_emoji(tiny_recipe(), folder, folder / "no-cache", artwork)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny training on pixels; the model is in `model`."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("digits")
+    train_digits(tiny_digits_recipe(), folder, folder / "no-cache", tiny_images())
     return folder

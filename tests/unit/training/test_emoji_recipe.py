@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from stepserve.training.card import count_parameters
 from stepserve.training.data.artwork import Artwork
 from stepserve.training.emoji import EmojiRecipe, make_recipe, train_emoji
 from stepserve.training.errors import CheckpointError, ExportError, StartingModelError
-from stepserve.training.export import check_promises
+from stepserve.training.export import check_promises, count_parameters
 from stepserve.training.loop.checkpoint import load_checkpoint
 from stepserve.training.stages.denoiser import DenoiserStage
 from tiny_recipe import tiny_recipe

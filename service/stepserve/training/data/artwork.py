@@ -7,15 +7,8 @@ small model that must remember fewer images remembers them better.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import re
-import shutil
-import subprocess
-import tarfile
-import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from stepserve.training.errors import ArtworkUnavailableError
+from stepserve.training.data.packages import NpmPackage, fetch_package, read_member
+from stepserve.training.errors import PackageUnavailableError
 from stepserve.training.loop.files import write_atomically
 
 KEPT_CATEGORIES = (
@@ -41,30 +35,26 @@ MISSPELT = {"piata": "pinata"}
 
 
 @dataclass(frozen=True)
-class ArtworkPackage:
-    """An npm package of icons in Iconify's JSON format; `sha256` is that of its archive."""
+class ArtworkPackage(NpmPackage):
+    """A package of icons in Iconify's JSON format, all drawn in one style."""
 
-    name: str
-    version: str
     style: str
-    licence: str
-    sha256: str
 
 
 PACKAGES = (
     ArtworkPackage(
         "@iconify-json/noto",
         "1.2.9",
-        "noto",
         "Apache-2.0",
         "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "noto",
     ),
     ArtworkPackage(
         "@iconify-json/fluent-emoji-flat",
         "1.2.6",
-        "fluent",
         "MIT",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "fluent",
     ),
 )
 
@@ -84,68 +74,6 @@ class Artwork:
         return len(self.names)
 
 
-def fetch_package(package: ArtworkPackage, cache: Path) -> Path:
-    """Download one package with `npm pack` into `cache`, unless it is there already.
-
-    Raises:
-        ArtworkUnavailableError: npm is not installed, the download failed, or it brought another
-            archive than the one this was written for.
-    """
-    archive = cache / f"{package.style}-{package.version}.tgz"
-    if archive.exists():
-        return archive
-    if shutil.which("npm") is None:
-        raise ArtworkUnavailableError(
-            "npm was not found: it is needed once, to fetch the emoji artwork packages"
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
-        content = _download(package, Path(folder))
-    write_atomically(archive, content)
-    return archive
-
-
-def _download(package: ArtworkPackage, folder: Path) -> bytes:
-    wanted = f"{package.name}@{package.version}"
-    # npm takes settings, such as the registry, from the project that it finds in a folder above the
-    # current one. Told that its project is here, it looks no further.
-    here = folder.absolute()
-    command = ["npm", "pack", "--silent", wanted, f"--prefix={here}", f"--pack-destination={here}"]
-    result = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    archives = list(folder.glob("*.tgz"))
-    if result.returncode != 0 or not archives:
-        raise ArtworkUnavailableError(f"npm could not fetch {wanted}: {result.stderr.strip()}")
-    content = archives[0].read_bytes()
-    if hashlib.sha256(content).hexdigest() != package.sha256:
-        raise ArtworkUnavailableError(f"npm brought another {wanted} than the expected archive")
-    return content
-
-
-def read_member(archive: Path, member: str) -> dict[str, object]:
-    """One JSON file of an npm archive.
-
-    Raises:
-        ArtworkUnavailableError: the archive is damaged, or has no such file.
-    """
-    try:
-        with tarfile.open(archive) as tar:
-            opened = tar.extractfile(f"package/{member}")
-            assert opened is not None
-            content: dict[str, object] = json.load(opened)
-            return content
-    except (tarfile.TarError, KeyError, EOFError, zlib.error, OSError, ValueError) as error:
-        raise ArtworkUnavailableError(
-            f"{member} cannot be read from {archive}; delete it to fetch it again"
-        ) from error
-
-
 def wanted_names(metadata: dict[str, object]) -> list[str]:
     """Icon names worth learning, sorted, from an Iconify `metadata.json`."""
     categories = metadata["categories"]
@@ -163,12 +91,12 @@ def render(svg: str, size_px: int) -> npt.NDArray[np.uint8]:
     """Render SVG text to (size_px, size_px, 4) uint8, drawn twice as large and scaled down.
 
     Raises:
-        ArtworkUnavailableError: resvg-py is not installed.
+        PackageUnavailableError: resvg-py is not installed.
     """
     try:
         import resvg_py
     except ImportError as error:
-        raise ArtworkUnavailableError(
+        raise PackageUnavailableError(
             "resvg-py was not found: install stepserve with its `train` extra"
         ) from error
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size_px, height=2 * size_px))

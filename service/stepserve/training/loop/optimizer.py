@@ -69,5 +69,12 @@ class Muon(torch.optim.Optimizer):
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon should train it: hidden matrices and kernels, not embeddings, input, output."""
-    ends = ("conv_in", "conv_out", "token_embedding", "position_embedding", "positional_embedding")
+    ends = (
+        "conv_in",
+        "conv_out",
+        "class_embedding",
+        "token_embedding",
+        "position_embedding",
+        "positional_embedding",
+    )
     return parameter.dim() >= 2 and not any(end in name for end in ends)

@@ -1,54 +1,72 @@
-"""The model card: a Hugging Face `README.md` filled in from the recipe and the trained parts."""
+"""What lies beside the weights of the emoji model: its card, recipe, manifest and licences."""
 
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, version
+import time
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from diffusers import StableDiffusionPipeline
 
-import stepserve.models
 from stepserve.training.data.artwork import PACKAGES
 from stepserve.training.data.images import BACKGROUNDS
+from stepserve.training.export import (
+    TEMPLATES,
+    Documents,
+    count_parameters,
+    describe_training,
+    library_version,
+    weights_mb,
+)
 
 if TYPE_CHECKING:
     from stepserve.training.emoji import EmojiRecipe
 
-TEMPLATES = Path(stepserve.models.__file__).parent / "templates"
+LICENCES = ("fluent-emoji-MIT.txt", "noto-emoji-Apache-2.0.txt")
+
+
+def emoji_documents(
+    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, images: int
+) -> Documents:
+    """Those of a pipeline that was trained on `images` pieces of artwork."""
+    training = {
+        **describe_training(pipeline, recipe.command, recipe, PACKAGES, images),
+        "started_from": read_earlier(recipe.start_from),
+    }
+    manifest = {
+        "description": "Small emoji images, trained on Noto Emoji and Fluent Emoji Flat artwork",
+        "sizes": sizes(pipeline),
+        "default_num_inference_steps": 20,
+        "default_guidance_scale": 4.0,
+        "created": int(time.time()),
+    }
+    return Documents(write_card(pipeline, recipe, training), training, manifest, LICENCES)
+
+
+def read_earlier(folder: str | None) -> dict[str, Any] | None:
+    """How the model in a folder was trained, as its `training.json` says; None for no folder."""
+    if folder is None:
+        return None
+    path = Path(folder) / "training.json"
+    earlier: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return earlier
 
 
 def write_card(
-    folder: Path, pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, images: int
-) -> None:
-    """Write `README.md` into a model folder whose weights are there already."""
-    weights_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    pipeline: StableDiffusionPipeline, recipe: EmojiRecipe, training: dict[str, Any]
+) -> str:
+    """The model card, a Hugging Face `README.md`, filled in from the recipe and the parts."""
     template = Template((TEMPLATES / "emoji-card.md").read_text(encoding="utf-8"))
-    values = {
-        "weights_mb": f"{weights_bytes / 1e6:.0f}",
-        "folder_name": "path/to/this/folder",
-        **_history_values(folder),
-        **_data_values(images),
+    return template.substitute(
+        weights_mb=weights_mb(pipeline),
+        folder_name="path/to/this/folder",
+        **_history_values(training),
+        **_data_values(training["images"]),
         **_shape_values(pipeline, recipe),
         **_objective_values(recipe),
-    }
-    (folder / "README.md").write_text(template.substitute(values), encoding="utf-8")
-
-
-def library_version(library: str) -> str:
-    """The version of an installed library, or `not installed`."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def count_parameters(pipeline: StableDiffusionPipeline) -> dict[str, int]:
-    """Parameters of each part."""
-    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "unet")}
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    )
 
 
 def sizes(pipeline: StableDiffusionPipeline) -> dict[str, int]:
@@ -110,9 +128,9 @@ def _objective_values(recipe: EmojiRecipe) -> dict[str, str]:
     }
 
 
-def _history_values(folder: Path) -> dict[str, str]:
+def _history_values(training: dict[str, Any]) -> dict[str, str]:
     """The commands and the stages that led to a model, the first one first."""
-    trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8"))]
+    trainings = [training]
     while trainings[-1].get("started_from"):
         trainings.append(trainings[-1]["started_from"])
     trainings.reverse()
