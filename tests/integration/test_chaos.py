@@ -148,7 +148,7 @@ def stream_of_previews(pair: Pair) -> list[str]:
         (0, hang),
         (1, hang_whole),
         pytest.param(2, slow, marks=pytest.mark.slow),
-        (3, redeploy),
+        pytest.param(3, redeploy, marks=pytest.mark.slow),
         (4, scale_down),
     ],
 )

@@ -67,6 +67,8 @@ FAMILY_NAMES = (
     "Qwen-Image",
     "Z-Image",
 )
+# A UNet and transformers of images and texts in one line are among the others.
+SIBLINGS = {"Stable Diffusion XL", "Stable Diffusion 3"}
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -104,7 +106,13 @@ class Served:
         return self.adapted.submit(self.runner, variation, uses).wait()
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ())
+        for name in FAMILY_NAMES
+    ],
+)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:

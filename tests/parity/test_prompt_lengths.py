@@ -79,7 +79,9 @@ def test_prompts_of_any_length_share_unless_it_is_said_why_not(family: Family) -
         assert report.calls_per_forward == MOST_SHARED
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 @pytest.mark.parametrize("name", ["Qwen-Image", "Z-Image"])
 def test_random_requests_take_half_as_many_forwards(name: str, seed: int) -> None:
     """Prompts, steps, guidance, images and seeds are random, and so is when each arrives."""

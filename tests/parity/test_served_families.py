@@ -43,28 +43,37 @@ TRIES = 3
 # They draw sizes of their own choice, enlarge every image to the area of the native size, or divide
 # sizes by a factor that their tiny decoders do not have.
 OTHER_SIZES = {"HiDream", "Kandinsky 5, image", "Lumina Image 2"}
-LONG = {"HiDream", "Kandinsky 3", "Kandinsky 5, image", "StableUnCLIP"}
-# Each has a sibling here with the same denoiser or the same network beside it, and the same kind of
-# body. `test_every_family` tries them all.
+LONG = {"HiDream", "HunyuanImage", "Kandinsky 3", "Kandinsky 5, image", "StableUnCLIP"}
+# Each has a sibling here, or in `test_upscalers_over_http`, with the same denoiser or the same
+# network beside it, and one with the same kind of body. `test_every_family` tries them all.
 SIBLINGS = {
     "DDIM",
+    "DeepFloyd IF",
+    "FLUX Kontext, inpainting",
     "FLUX with a union ControlNet",
     "FLUX, image to image",
     "FLUX, inpainting",
     "FLUX.2 Klein with a key-value cache",
+    "FLUX.2 Klein, inpainting",
+    "FLUX.2 Klein, with reference images",
     "FLUX.2, with reference images",
     "Hunyuan-DiT with a ControlNet",
     "HunyuanImage, with a guider that skips layers",
     "InstructPix2Pix of Stable Diffusion XL",
     "JoyImage-Edit",
+    "Latent diffusion, unconditional",
     "PNDM",
     "PixArt-alpha",
     "Qwen-Image with a ControlNet",
     "Qwen-Image, image to image",
+    "Qwen-Image, inpainting",
+    "Qwen-Image-Edit, inpainting",
+    "Qwen-Image-Edit-Plus",
     "Sana with a ControlNet",
     "Sana with perturbed-attention guidance",
     "Stable Diffusion 3 with perturbed-attention guidance",
     "Stable Diffusion 3, image to image",
+    "Stable Diffusion 3, inpainting",
     "Stable Diffusion XL with a ControlNet",
     "Stable Diffusion XL with a T2I-Adapter",
     "Stable Diffusion XL with an IP-Adapter",
@@ -72,6 +81,8 @@ SIBLINGS = {
     "Stable Diffusion XL, image to image",
     "Stable Diffusion XL, inpainting",
     "Stable Diffusion with a ControlNet, image to image",
+    "Stable Diffusion with a ControlNet, inpainting",
+    "Stable Diffusion with a LoRA of the UNet",
     "Stable Diffusion with an IP-Adapter",
     "Z-Image, image to image",
 }

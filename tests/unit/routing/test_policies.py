@@ -9,7 +9,9 @@ from loadtests.routing.compare import BASELINES, CAPACITY, POLICY, capacity, com
 LOAD = 0.85
 
 
-@pytest.mark.parametrize(("replicas", "routers"), [(8, 1), (24, 3)])
+@pytest.mark.parametrize(
+    ("replicas", "routers"), [(8, 1), pytest.param(24, 3, marks=pytest.mark.slow)]
+)
 def test_p95_is_a_quarter_under_the_best_of_the_others(replicas: int, routers: int) -> None:
     results = compare(replicas, routers, LOAD, seconds=60, seed=1)
     best = min(results[name].p95_s for name in BASELINES)

@@ -22,7 +22,7 @@ from loadtests.policy_simulation import (
 TWO_SIZES = Mix({"small": 0.7, "large": 0.3}, STEPS)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_sizes_at_once_twice_the_goodput_of_strict_fifo(seed: int) -> None:
     fifo, due, shortest = (
         goodput_knee(policy, TWO_SIZES, count=500, seed=seed)

@@ -62,7 +62,9 @@ def test_limits_are_those_of_each_scheduler(stable_diffusion: LoadedModel) -> No
     assert told.scheduler_steps["EulerDiscreteScheduler"] == StepRange(1, 1000)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 50, 501, 999])
+@pytest.mark.parametrize(
+    "steps", [1, 2, 3, 4, 7, 50, pytest.param(501, marks=pytest.mark.slow), 999]
+)
 def test_both_ends_decide_as_all_steps_do(steps: int) -> None:
     for name, cls in usable_schedulers(STABLE_DIFFUSION).items():
         if steps > 7 and name == "LMSDiscreteScheduler":

@@ -86,7 +86,7 @@ class Backend:
         return run
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_images_stay_and_fingerprints_change_with_the_code(
     model: LoadedModel, backend: str
 ) -> None:
