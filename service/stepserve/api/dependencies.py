@@ -21,7 +21,6 @@ from stepserve.api.results.store import ResultStore
 from stepserve.config import Settings
 from stepserve.domain.checks.wording import did_you_mean, shown
 from stepserve.domain.errors import NotReadyError, UnknownModelError
-from stepserve.domain.events import EncodedImage
 from stepserve.domain.model_status import ModelStatus
 
 FORM = "multipart/form-data"
@@ -59,9 +58,13 @@ class Incoming:
         """Set when the server stops, and waits for nothing any longer."""
         return cast(InFlight, self.http.app.state.in_flight).stopped
 
-    async def link(self, image: EncodedImage) -> str:
-        """Keep an image for a while, and return where it is."""
-        path = await self.store.put(image.data, image.media_type)
+    async def link(self, data: bytes, media_type: str) -> str:
+        """Keep a file for a while, and return where it is.
+
+        Raises:
+            ResultsUnavailableError: it cannot be kept.
+        """
+        path = await self.store.put(data, media_type)
         prefix = self.settings.results.public_url or str(self.http.base_url)
         return prefix.rstrip("/") + path
 

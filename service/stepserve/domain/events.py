@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stepserve.domain.errors import StepserveError
 from stepserve.domain.timings import Timings
+from stepserve.domain.trajectory import EncodedTrajectory
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class EncodedImage:
 
     `content_filtered`: the model's own safety checker withheld it, and `data` is empty.
     `size`: as `WIDTHxHEIGHT` in pixels, or empty where it is withheld.
+    `trajectory`: the steps to it, where the request wants them and it is not withheld.
     """
 
     data: bytes
@@ -21,6 +23,7 @@ class EncodedImage:
     seed: int
     content_filtered: bool = False
     size: str = ""
+    trajectory: EncodedTrajectory | None = None
 
 
 @dataclass(frozen=True)

@@ -191,4 +191,5 @@ class RequestLog:
 
 def _without_images(finished: Finished) -> Finished:
     """Finished images are sent, and not kept."""
-    return replace(finished, images=tuple(replace(image, data=b"") for image in finished.images))
+    images = tuple(replace(image, data=b"", trajectory=None) for image in finished.images)
+    return replace(finished, images=images)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from stepserve.domain.step_cache import StepCacheUse
 from stepserve.domain.tasks import Role, Task
+from stepserve.domain.trajectory import TrajectoryRequest
 
 
 class OutputFormat(StrEnum):
@@ -142,6 +143,7 @@ class GenerationRequest:
         reproducible: its rows never share a forward, so that its bytes depend on nothing else.
         output_compression: quality of JPEG and WEBP files, 0 to 100, or None for the usual.
         previews: how many times, evenly spread over its steps, to show what the images will be.
+        trajectory: how its steps are returned beside the images, or None where they are not.
         step_cache: which denoiser calls are skipped, or None for none.
         owner: who sent it; empty for anybody.
         trace_context: headers that name which trace it belongs to, such as W3C's `traceparent`.
@@ -177,6 +179,7 @@ class GenerationRequest:
     reproducible: bool = False
     output_compression: int | None = None
     previews: int = 0
+    trajectory: TrajectoryRequest | None = None
     step_cache: StepCacheUse | None = None
     owner: str = ""
     trace_context: tuple[tuple[str, str], ...] = ()

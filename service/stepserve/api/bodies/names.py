@@ -101,6 +101,7 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *("cache_backend", "cache_config", "cache_dit", "cache_threshold", "easycache"),
             *("enable_teacache", "first_block_cache", "magcache", "teacache", "teacache_params"),
         ),
+        "trajectory": ("return_trajectory", "return_latents", "return_intermediates"),
         "threshold": ("magcache_thresh", "rel_l1_thresh", "reuse_threshold", "thresh"),
         "scale": ("factor", "upscale_by", "upscale_factor", "strength", "weight"),
         "start": ("guidance_start", "control_guidance_start"),

@@ -23,6 +23,7 @@ from stepserve.domain.checks.input_limits import (
     class_number,
 )
 from stepserve.domain.checks.limits import MAX_PREVIEWS, MAX_SEED, MIN_DEADLINE_S
+from stepserve.domain.checks.trajectory_limits import MAX_EVERY
 from stepserve.domain.checks.wording import digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.guidance import Guidance
@@ -43,6 +44,7 @@ from stepserve.domain.step_cache import (
     StepCacheUse,
 )
 from stepserve.domain.tasks import Task
+from stepserve.domain.trajectory import TrajectoryFormat, TrajectoryRequest
 
 T = TypeVar("T")
 
@@ -150,6 +152,39 @@ StepCacheField = Annotated[
     BeforeValidator(_as_step_cache, json_schema_input_type=StepCacheBody | Literal["off"]),
 ]
 """A step cache, also one that is written as its method alone."""
+
+
+class TrajectoryBody(Body):
+    """How the steps to an image are returned."""
+
+    format: Literal["images", "safetensors"] = Field(
+        default="images",
+        description="`images`: decoded, as files of `output_format`; `safetensors`: raw tensors, "
+        "exactly as the scheduler had them.",
+    )
+    every: WholeNumber = Field(
+        default=1,
+        description="Of so many steps one is returned, beginning with the first.",
+        json_schema_extra={"minimum": 1, "maximum": MAX_EVERY},
+    )
+
+    def wanted(self) -> TrajectoryRequest:
+        """What it means for a request."""
+        return TrajectoryRequest(TrajectoryFormat(self.format), self.every)
+
+
+def _as_trajectory(value: Any) -> Any:
+    return {"format": value} if isinstance(value, str) else value
+
+
+TrajectoryField = Annotated[
+    TrajectoryBody,
+    BeforeValidator(
+        _as_trajectory,
+        json_schema_input_type=TrajectoryBody | Literal["images", "safetensors"],
+    ),
+]
+"""A trajectory, also one that is written as its format alone."""
 
 
 class ImageReference(Body):
@@ -317,6 +352,11 @@ class ImageRequestBase(Body):
         maximum=MAX_PREVIEWS,
     )
 
+    trajectory: TrajectoryField | None = _documented(
+        "Return the steps to each image beside it: what each began with (x_t), the clean sample "
+        "that was predicted of it (x_0) and its timestep; `{}` for images of all steps."
+    )
+
     @field_validator("partial_images")
     @classmethod
     def _check_partial_images(cls, value: int | None) -> int | None:
@@ -413,6 +453,7 @@ class ImageRequestBase(Body):
             deadline_s=self.deadline_s,
             reproducible=_or(self.reproducible, False),
             previews=_or(self.previews, _or(self.partial_images, 0) if self.stream else 0),
+            trajectory=None if self.trajectory is None else self.trajectory.wanted(),
         )
         hires: HiresBody | None = getattr(self, "hires", None)
         return (
@@ -464,13 +505,17 @@ class ImageRequest(ImageRequestBase):
         """Return if there is one of `prompt` and `prompts`, or neither.
 
         Raises:
-            InvalidRequestError: there are both, or too many images, or no prompt in a list.
+            InvalidRequestError: there are both, or too many images, or no prompt in a list, or
+                several with trajectories.
         """
         if self.prompts is None:
             return
         if self.prompt is not None:
             message = "prompt and prompts exclude each other: send one of them"
             raise InvalidRequestError(message, "prompts")
+        if self.trajectory is not None:
+            message = "trajectory and prompts exclude each other: send a request for each prompt"
+            raise InvalidRequestError(message, "trajectory")
         if not self.prompts:
             raise InvalidRequestError("prompts is empty: it must have at least one", "prompts")
         if (images := len(self.prompts) * _or(self.n, 1)) > MAX_LISTED:

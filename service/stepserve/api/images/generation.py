@@ -30,6 +30,7 @@ from stepserve.api.images.responses import (
     parameters_response,
     truncation_response,
 )
+from stepserve.api.images.trajectories import TrajectoryResponse, trajectory_response
 from stepserve.domain.errors import CancelledError
 from stepserve.domain.events import EncodedImage, Event, Failed, Finished, Preview
 from stepserve.domain.requests import GenerationRequest
@@ -117,15 +118,30 @@ class ImageResponder:
 
         Raises:
             ResultsUnavailableError: they are to be links, and cannot be kept.
+            ServerFullError: there is no room for the trajectories beside other requests.
         """
         return [await self._image_data(image) for image in finished.images]
 
     async def _image_data(self, image: EncodedImage) -> ImageData:
         if image.content_filtered:
             return ImageData(seed=image.seed, content_filtered=True)
+        trajectory = await self._trajectory(image)
         if self.sends_urls:
-            return ImageData(url=await self.incoming.link(image), seed=image.seed)
-        return ImageData(b64_json=base64_of(image), seed=image.seed)
+            url = await self.incoming.link(image.data, image.media_type)
+            return ImageData(url=url, seed=image.seed, trajectory=trajectory)
+        return ImageData(b64_json=base64_of(image), seed=image.seed, trajectory=trajectory)
+
+    async def _trajectory(self, image: EncodedImage) -> TrajectoryResponse | None:
+        """The steps to an image, whose bytes are held until the response has been sent.
+
+        Raises:
+            ServerFullError: other requests hold too many.
+        """
+        if image.trajectory is None:
+            return None
+        self.incoming.hold.grow(image.trajectory.size_bytes)
+        link = self.incoming.link if self.sends_urls else None
+        return await trajectory_response(image.trajectory, link)
 
     async def write(self, event: Event) -> list[bytes]:
         """What a stream tells of an event of the request."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stepserve.api.bodies.schemas import MAX_LISTED, HiresBody
 from stepserve.api.errors import ErrorDetail, PromptError, error_detail
+from stepserve.api.images.trajectories import TrajectoryResponse
 from stepserve.domain.events import CutPrompt, EncodedImage, Finished
 from stepserve.domain.guidance import GuidanceKind, StepWork
 from stepserve.domain.model_status import ModelStatus
@@ -43,6 +44,9 @@ class ImageData(BaseModel):
     content_filtered: Literal[True] | None = Field(
         default=None,
         description="The model's own safety checker withheld the image: there is no file.",
+    )
+    trajectory: TrajectoryResponse | None = Field(
+        default=None, description="The steps to it, where the request has a `trajectory`."
     )
     error: PromptError | None = Field(
         default=None, description="With `prompts`: why this one has no images."

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from stepserve.domain.checks.trajectory_limits import MAX_TRAJECTORY_BYTES
 from stepserve.domain.errors import RefusedError
 from stepserve.domain.requests import GenerationRequest
 
@@ -45,9 +46,10 @@ def unavailable(error: BaseException) -> ResultsUnavailableError:
 
 
 def needed_bytes(request: GenerationRequest) -> int:
-    """Most bytes that the images of a request take as files."""
+    """Most bytes that the images of a request take as files, with their trajectories."""
     last = request.phases[-1]
-    return request.n * (last.width * last.height * BYTES_PER_PIXEL + SPARE_BYTES)
+    images_bytes = request.n * (last.width * last.height * BYTES_PER_PIXEL + SPARE_BYTES)
+    return images_bytes + (0 if request.trajectory is None else MAX_TRAJECTORY_BYTES)
 
 
 def probe(partial: Path, size_bytes: int) -> None:

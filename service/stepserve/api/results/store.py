@@ -35,9 +35,14 @@ from stepserve.private_files import (
 logger = logging.getLogger(__name__)
 
 ROUTE = "/v1/results"
-ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+ENDINGS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "application/vnd.safetensors": "safetensors",
+}
 MEDIA_TYPES = {ending: media_type for media_type, ending in ENDINGS.items()}
-NAME = re.compile(r"([0-9]{10,12})-[A-Za-z0-9_-]{32}\.(png|jpg|webp)", re.ASCII)
+NAME = re.compile(r"([0-9]{10,12})-[A-Za-z0-9_-]{32}\.(png|jpg|webp|safetensors)", re.ASCII)
 """When it expires (Unix time in seconds), 192 random bits, and what it is."""
 
 SECRET_FILE = "secret"  # noqa: S105 - the name of the file that holds it

@@ -1,4 +1,4 @@
-"""`GET /v1/results/{name}`: images by signed link."""
+"""`GET /v1/results/{name}`: images and trajectories by signed link."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from fastapi import APIRouter, Query, Response
 
 from stepserve.api.dependencies import IncomingDep
 from stepserve.api.openapi import error_responses
-from stepserve.api.results.store import LinkExpiredError, ResultNotFoundError, WrongSignatureError
+from stepserve.api.results.store import (
+    MEDIA_TYPES,
+    LinkExpiredError,
+    ResultNotFoundError,
+    WrongSignatureError,
+)
 
 router = APIRouter(tags=["results"])
 
-_IMAGE = {"schema": {"type": "string", "format": "binary"}}
+_FILE = {"schema": {"type": "string", "format": "binary"}}
 
 
 # Clients and proxies ask with HEAD for size and type; the document tells of GET alone.
@@ -24,8 +29,8 @@ _IMAGE = {"schema": {"type": "string", "format": "binary"}}
     responses=error_responses(WrongSignatureError, ResultNotFoundError, LinkExpiredError)
     | {
         200: {
-            "description": "The image file.",
-            "content": dict.fromkeys(("image/png", "image/jpeg", "image/webp"), _IMAGE),
+            "description": "The file.",
+            "content": dict.fromkeys(MEDIA_TYPES.values(), _FILE),
         }
     },
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from stepserve.domain.checks.control_limits import check_controls
 from stepserve.domain.checks.input_limits import check_inputs
+from stepserve.domain.checks.trajectory_limits import check_trajectory
 from stepserve.domain.checks.wording import did_you_mean, digits, shown
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
@@ -60,6 +61,7 @@ def check_request(request: GenerationRequest, model: ModelCapabilities) -> None:
     _check_seed(request)
     _check_deadline(request.deadline_s)
     _check_whole_number("previews", request.previews, 0, MAX_PREVIEWS)
+    check_trajectory(request, model)
     _check_compression(request)
 
 

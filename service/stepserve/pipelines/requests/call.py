@@ -26,6 +26,7 @@ from stepserve.pipelines.references.adapters import Reference
 from stepserve.pipelines.requests.failures import blaming_settings, cannot_be_done
 from stepserve.pipelines.requests.inputs import InputImages
 from stepserve.pipelines.requests.previews import OnPreview, Previewer, can_preview
+from stepserve.pipelines.requests.trajectory import Recorder, Trajectory
 from stepserve.pipelines.schedulers.probes import set_steps, try_ends
 from stepserve.pipelines.schedulers.watch import draw_from, drop_unknown, watch_images, watch_steps
 
@@ -60,6 +61,7 @@ def make_images(
     on_preview: OnPreview | None = None,
     steering: Steering | None = None,
     phase: Phase | None = None,
+    trajectory: Trajectory | None = None,
 ) -> list[Image.Image | None]:
     """Make the images of a request. `on_step(i, n)` is called after each scheduler step.
 
@@ -72,14 +74,25 @@ def make_images(
         on_step: hears of each step of all phases.
         on_preview: hears of each preview.
         phase: which call of a larger request this is; None: it is all.
+        trajectory: gets the steps.
 
     Raises:
         ContentFilteredError: the checker withheld all.
         GenerationFailedError: the denoiser's or the VAE's numbers overflowed.
+        InvalidRequestError: its settings alone make the call fail, or its steps are not seen.
     """
     output = run_pipeline(
-        model, request, inputs, on_step, on_preview=on_preview, steering=steering, phase=phase
+        model,
+        request,
+        inputs,
+        on_step,
+        on_preview=on_preview,
+        steering=steering,
+        phase=phase,
+        trajectory=trajectory,
     )
+    if trajectory is not None:
+        trajectory.finish()
     images, withheld = list(output[0]), withheld_images(output)
     if withheld and len(withheld) == len(images):
         raise ContentFilteredError(
@@ -109,6 +122,7 @@ def run_pipeline(
     is_checked: bool = True,
     steering: Steering | None = None,
     phase: Phase | None = None,
+    trajectory: Trajectory | None = None,
 ) -> Any:
     """Call a copy of the pipeline with those of a request's arguments that it takes.
 
@@ -121,6 +135,7 @@ def run_pipeline(
         on_preview: is given previews.
         is_checked: whether the pipeline's own checker looks at the images.
         steering: what its controls are called by, where their networks are the model's.
+        trajectory: gets its steps.
 
     Raises:
         ContentFilteredError: the pipeline's own checker refuses the prompt.
@@ -132,6 +147,7 @@ def run_pipeline(
     copied = _copy_for(model, request, generators, steering)
     remove_checker(copied, unless=is_checked)
     previewer = _previewer(copied, request, on_preview if model.capabilities.previews else None)
+    recorder = None if trajectory is None else Recorder(copied, trajectory)
     expected = denoiser_calls(model, request)
 
     def ended(step: int, steps: int, latents: torch.Tensor) -> None:
@@ -140,6 +156,8 @@ def run_pipeline(
             on_step(done, in_all)
         if previewer is not None:
             previewer.step_ended(done, in_all)
+        if recorder is not None:
+            recorder.step_ended(step, steps, latents)
         if step == steps:
             _check_finite(latents, request)
 

@@ -28,6 +28,7 @@ from stepserve.pipelines.requests.call import (
 )
 from stepserve.pipelines.requests.inputs import InputImages
 from stepserve.pipelines.requests.previews import OnPreview
+from stepserve.pipelines.requests.trajectory import Trajectory
 
 Images = list[Image.Image | None]
 """None in place of one that the pipeline's own safety checker withheld."""
@@ -53,6 +54,7 @@ def make_in_phases(
     on_step: OnStep | None = None,
     on_preview: OnPreview | None = None,
     steering: Callable[[Task], Steering | None] = lambda task: None,
+    trajectory: Trajectory | None = None,
 ) -> Images:
     """Make the images of a request, enlarged and refined if it asks for that.
 
@@ -66,6 +68,7 @@ def make_in_phases(
         on_step: hears of each step.
         on_preview: hears of each preview.
         steering: what its controls are to a task.
+        trajectory: gets the steps of a request without `hires`.
 
     Raises:
         ContentFilteredError: the pipeline's own safety checker withheld all images of a phase.
@@ -79,7 +82,7 @@ def make_in_phases(
         phase = Phase(generators, sum(calls[:number]), sum(calls[number + 1 :]))
         with _naming_fields_of(number):
             steered = steering(part.task)
-            made = make_images(model, part, inputs, on_step, on_preview, steered, phase)
+            made = make_images(model, part, inputs, on_step, on_preview, steered, phase, trajectory)
         images = _withheld_before(images, made)
     return images
 

@@ -35,6 +35,7 @@ WITHOUT_EFFECT = (
     "deadline_s",
     "reproducible",
     "previews",
+    "trajectory",
     "owner",
     "trace_context",
 )

@@ -159,27 +159,40 @@ class Previewer:
             return
         latents = self._observed.predict()
         # DiT has its scheduler step the rows without a class as well, behind the others.
-        images = None if latents is None else self._decode(latents[: self._request.n])
+        images = (
+            None
+            if latents is None
+            else decode_latents(self._pipeline, self._request, latents[: self._request.n])
+        )
         if images is not None:
             self._on_preview(due.index(step), step, steps, images)
 
-    def _decode(self, latents: torch.Tensor) -> list[Image.Image | None] | None:
-        pipeline, vae = self._pipeline, autoencoder_of(self._pipeline)
-        if vae is None:
-            return _to_images(pipeline, latents)
-        if hasattr(pipeline, "_unpack_latents"):
-            latents = pipeline._unpack_latents(
-                latents, self._request.height, self._request.width, pipeline.vae_scale_factor
-            )
-        shape, config = latents.shape, vae.config
-        if len(shape) != IMAGE_LATENT_DIMENSIONS or shape[1] != config.latent_channels:
-            return None
-        scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-        images = _to_images(pipeline, decoded)
-        # What the checker would withhold in the end is not to be seen on the way.
-        flagged = flagged_previews(pipeline, decoded.detach())
-        return [None if index in flagged else image for index, image in enumerate(images)]
+
+def decode_latents(
+    pipeline: Any, request: GenerationRequest, latents: torch.Tensor
+) -> list[Image.Image | None] | None:
+    """Images of latents in the layout that the scheduler has them in, one of each row.
+
+    Returns:
+        None in place of an image that the pipeline's own safety checker withholds; None where the
+        latents are not those of images.
+    """
+    vae = autoencoder_of(pipeline)
+    if vae is None:
+        return _to_images(pipeline, latents)
+    if hasattr(pipeline, "_unpack_latents"):
+        latents = pipeline._unpack_latents(
+            latents, request.height, request.width, pipeline.vae_scale_factor
+        )
+    shape, config = latents.shape, vae.config
+    if len(shape) != IMAGE_LATENT_DIMENSIONS or shape[1] != config.latent_channels:
+        return None
+    scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    images = _to_images(pipeline, decoded)
+    # What the checker would withhold in the end is not to be seen on the way.
+    flagged = flagged_previews(pipeline, decoded.detach())
+    return [None if index in flagged else image for index, image in enumerate(images)]
 
 
 def _to_images(pipeline: Any, decoded: torch.Tensor) -> list[Image.Image | None]:

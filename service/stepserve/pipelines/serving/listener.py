@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from PIL import Image
 
+from stepserve.domain.checks.trajectory_limits import check_shown_steps
 from stepserve.domain.errors import ContentFilteredError
 from stepserve.domain.events import (
     Accepted,
     CutPrompt,
+    EncodedImage,
     Event,
     Failed,
     Finished,
@@ -32,6 +34,7 @@ from stepserve.pipelines.requests.hires import calls_of_phases, make_in_phases
 from stepserve.pipelines.requests.images import encode_image, encode_preview
 from stepserve.pipelines.requests.input_decoding import Inputs
 from stepserve.pipelines.requests.step_caching import step_cache_of
+from stepserve.pipelines.requests.trajectory import Trajectory
 
 Sink = Callable[[Event], None]
 Images = Sequence[Image.Image | None]
@@ -49,6 +52,7 @@ class RequestListener:
     fingerprint: Callable[[], str] = str
     withheld: Callable[[int], None] = lambda images: None
     cut_prompts: tuple[CutPrompt, ...] = ()
+    trajectory: Trajectory | None = None
 
     def accepted(self, position: int, expected_s: float) -> None:
         """The request was let in. Told once its images are known to be fine."""
@@ -82,6 +86,7 @@ class RequestListener:
     def failed(self, error: BaseException, timings: Timings) -> None:
         """Cancelled, or the pipeline raised, or an image cannot be read."""
         self.inputs.forget()
+        self._release()
         if isinstance(error, ContentFilteredError):
             self.withheld(self.request.n)
         self.sink(Failed(self.request.id, as_stepserve_error(error, self.request.id)))
@@ -93,13 +98,25 @@ class RequestListener:
 
     def _encode(self, images: Images, timings: Timings) -> Telling:
         try:
-            encoded = tuple(encode_image(image, self.request, i) for i, image in enumerate(images))
+            encoded = tuple(self._encoded(image, index) for index, image in enumerate(images))
+            self._release()
             finished = Finished(
                 self.request.id, encoded, timings, self.fingerprint(), self.cut_prompts
             )
         except Exception as error:
             return partial(tell, self.request.id, self.failed, error, timings)
         return partial(tell, self.request.id, self.sink, finished)
+
+    def _encoded(self, image: Image.Image | None, index: int) -> EncodedImage:
+        file = encode_image(image, self.request, index)
+        if image is None or self.trajectory is None:
+            # Whoever has the latents has the image.
+            return file
+        return replace(file, trajectory=self.trajectory.encode(index))
+
+    def _release(self) -> None:
+        if self.trajectory is not None:
+            self.trajectory.release()
 
 
 def track_of(
@@ -112,9 +129,11 @@ def track_of(
     """What a request takes of the engine, and how it is run.
 
     Raises:
-        InvalidRequestError: an adapter or a control is not known, or its file cannot be used.
+        InvalidRequestError: an adapter or a control is not known, or its file cannot be used, or
+            more steps are to be shown than may be.
     """
     calls, guidance = calls_of_phases(model, request), model.capabilities.guidance
+    check_shown_steps(request, sum(calls))
     variant = adapters.resolve(request.adapters)
     steered, *_ = [
         controls.resolve(part.controls, part.task, bool(part.references)) for part in request.phases
@@ -123,7 +142,13 @@ def track_of(
     def make() -> Images:
         images, steps, previews = listener.inputs.images, listener.step_ended, listener.predicted
         return make_in_phases(
-            model, request, images, steps, previews, partial(controls.steering, steered)
+            model,
+            request,
+            images,
+            steps,
+            previews,
+            partial(controls.steering, steered),
+            listener.trajectory,
         )
 
     return Track(

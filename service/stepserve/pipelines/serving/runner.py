@@ -31,6 +31,7 @@ from stepserve.pipelines.modules.wrappers import (
 )
 from stepserve.pipelines.requests.encoding import ImageEncoder
 from stepserve.pipelines.requests.input_decoding import InputDecoder, Inputs
+from stepserve.pipelines.requests.trajectory import TrajectoryRoom, trajectory_of
 from stepserve.pipelines.serving.compilation import compile_denoiser
 from stepserve.pipelines.serving.listener import RequestListener, Sink, track_of
 from stepserve.pipelines.serving.preparation import (
@@ -78,6 +79,7 @@ class PipelineRunner:
         self.prepared = Preparation(replace(model, capabilities=limits))
         self._encoder = ImageEncoder(options.max_pending_images)
         self._decoder = InputDecoder(self.engine)
+        self.trajectory_room = TrajectoryRoom()
         self._unwrap: Callable[[], None] = lambda: None
 
     @property
@@ -143,6 +145,7 @@ class PipelineRunner:
                 self._fingerprint,
                 self._count_withheld,
                 cut_prompts,
+                trajectory_of(request, self.trajectory_room),
             )
             self.engine.submit(self._track_of(request, listener))
             self._decoder.submit(inputs)
