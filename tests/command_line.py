@@ -23,6 +23,8 @@ class Ended:
 def stepserve(*arguments: str, expect: int = 0) -> Ended:
     """Run a command as a user types it."""
     stdout, stderr, returncode = io.StringIO(), io.StringIO(), 0
+    # The command takes the current folder off it, where other tests find modules.
+    import_path = list(sys.path)
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(stdout),
@@ -36,5 +38,7 @@ def stepserve(*arguments: str, expect: int = 0) -> Ended:
             returncode = ended.code if isinstance(ended.code, int) else bool(ended.code)
             if isinstance(ended.code, str):
                 print(ended.code, file=stderr)
+        finally:
+            sys.path[:] = import_path
     assert returncode == expect, stderr.getvalue()
     return Ended(returncode, stdout.getvalue(), stderr.getvalue())

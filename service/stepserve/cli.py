@@ -14,10 +14,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
+from typer.core import TyperGroup
 
 from stepserve import __version__
 from stepserve.config import (
@@ -32,6 +33,7 @@ from stepserve.domain.errors import InvalidRequestError, StepserveError
 from stepserve.domain.requests import GenerationRequest, ReferenceUse
 from stepserve.domain.tasks import Role, Task
 from stepserve.garbage import collection_paused
+from stepserve.training.data.folders.dataset import Labelling
 
 if TYPE_CHECKING:
     from stepserve.domain.events import EncodedImage, Finished
@@ -46,7 +48,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-train_app = typer.Typer(help="Train a small diffusion model from scratch.", no_args_is_help=True)
+
+
+class TrainGroup(TyperGroup):
+    """Its sub-commands, of which `folder` need not be named."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """`stepserve train FOLDER` is `stepserve train folder FOLDER`."""
+        named = args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if named else ["folder", *args])
+
+
+train_app = typer.Typer(
+    cls=TrainGroup, help="Train a small diffusion model from scratch.", no_args_is_help=True
+)
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
@@ -417,6 +432,51 @@ def train_emoji(
         start_from=None if start_from is None else str(start_from),
     )
     typer.echo(f"trained: {train(recipe, output, cache)}")
+
+
+@train_app.command("folder")
+def train_folder(
+    folder: Annotated[Path, typer.Argument(help="Images, in class folders or not.")],
+    output: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Checkpoint, sample grids, and at last the model."),
+    ],
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="A YAML recipe (default: the usual one).")
+    ] = None,
+    labels: Annotated[
+        Labelling | None, typer.Option(help="Where labels come from (default: what there is).")
+    ] = None,
+    size_px: Annotated[
+        int | None, typer.Option("--size", help="Side of the images (default: the recipe's).")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps (default: the recipe's).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images a batch (default: the recipe's).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random number.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Look at the folder only.")] = False,
+) -> None:
+    """Train a diffusion model of pixels on your own images.
+
+    Looks at every file first, and says what is wrong with it. Class folders make a model that
+    draws one of the classes; other images make one without. Saves a diffusers folder in OUT/model.
+    The same command goes on where an earlier one was stopped or killed.
+    """
+    from stepserve.training.folder import check_folder
+    from stepserve.training.folder import train_folder as train
+    from stepserve.training.recipe_files import USUAL, load_recipe
+
+    recipe = load_recipe(recipe_file or USUAL).changed(
+        labels=labels, size_px=size_px, steps=steps, batch_size=batch_size, seed=seed
+    )
+    dataset, report = check_folder(recipe, folder)
+    for line in (*report.lines(), *dataset.summary()):
+        typer.echo(line)
+    if not check:
+        typer.echo(f"trained: {train(recipe, dataset, output)}")
 
 
 @train_app.command("digits")

@@ -3,6 +3,7 @@
 TrainingError
 ├── PackageUnavailableError      a package with images cannot be fetched or read
 ├── DatasetError                 a folder of images cannot be trained on
+├── RecipeError                  a recipe has unknown fields, or values that do not fit
 ├── StartingModelError           the model to train further is absent, or of other shapes
 ├── CheckpointError              a checkpoint is damaged, or belongs to another training
 ├── TrainingDivergedError        the loss is no longer a number
@@ -25,6 +26,10 @@ class PackageUnavailableError(TrainingError):
 
 class DatasetError(TrainingError):
     """A folder of images cannot be trained on; the message names each file and what is wrong."""
+
+
+class RecipeError(TrainingError):
+    """A recipe has unknown fields, wrong values, or values that do not fit one another."""
 
 
 class StartingModelError(TrainingError):

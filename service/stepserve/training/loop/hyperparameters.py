@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +19,8 @@ class LoopConfig:
     Raises:
         ValueError: a count is not positive.
     """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     steps: int
     batch_size: int

@@ -46,6 +46,7 @@ class Trainer:
         on_sample: called every `sample_interval_steps` and at the end, with EMA weights in place.
         origin: what the loss depends on besides `config`: a checkpoint of another origin is
             refused.
+        accumulation_steps: batches whose losses are averaged before the weights change.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class Trainer:
         folder: Path,
         on_sample: SampleFunction | None = None,
         origin: Fingerprint | None = None,
+        accumulation_steps: int = 1,
     ) -> None:
         self.name = name
         self.config = config
         self.modules = modules
         self.loss = loss
         self.on_sample = on_sample
+        self.accumulation_steps = accumulation_steps
         self.checkpoint_path = folder / "checkpoint.pt"
         self.fingerprint = {**describe_settings("loop", config, FREE_FIELDS), **(origin or {})}
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -158,7 +161,8 @@ class Trainer:
     def _advance(self, bar: tqdm[NoReturn]) -> None:
         started_s = time.perf_counter()
         loss = self._train_step()
-        throughput = self.config.batch_size / (time.perf_counter() - started_s)
+        images = self.config.batch_size * self.accumulation_steps
+        throughput = images / (time.perf_counter() - started_s)
         bar.set_postfix(loss=f"{loss:.4f}", samples_per_s=f"{throughput:.0f}", refresh=False)
         bar.update()
         last = self.step == self.config.steps
@@ -173,9 +177,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.step, step_generator(self.config.seed, self.step))
-        self._check_finite(loss.item())
-        loss.backward()
+        loss = self._accumulate()
         nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -183,7 +185,18 @@ class Trainer:
             weight = 1 - ema_decay_at(self.step, self.config)
             torch._foreach_lerp_(self.average, list[torch.Tensor](self.parameters), weight)
         self.step += 1
-        return loss.item()
+        return loss
+
+    def _accumulate(self) -> float:
+        """Gradients of the mean loss of this step's batches; returns the loss."""
+        generator = step_generator(self.config.seed, self.step)
+        total = 0.0
+        for _ in range(self.accumulation_steps):
+            loss = self.loss(self.step, generator) / self.accumulation_steps
+            total += loss.item()
+            self._check_finite(total)
+            loss.backward()
+        return total
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
@@ -32,6 +32,8 @@ BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 class PixelConfig:
     """Shapes of the UNet, and the noise schedule in diffusers' words."""
 
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
     size_px: int = 32
     channels: int = 1
     block_channels: tuple[int, ...] = (32, 64, 128)
@@ -45,9 +47,9 @@ class PixelConfig:
     prediction: Prediction = Prediction.EPSILON
 
 
-def build_unet(config: PixelConfig, classes: int) -> UNet2DModel:
-    """An untrained UNet whose last block attends over all positions, and whose classes are added
-    to the time embedding.
+def build_unet(config: PixelConfig, classes: int | None) -> UNet2DModel:
+    """An untrained UNet whose last block attends over all positions, and whose classes, if
+    any, are added to the time embedding.
     """
     plain = len(config.block_channels) - 1
     return UNet2DModel(
