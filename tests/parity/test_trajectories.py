@@ -11,8 +11,7 @@ import safetensors.torch
 import torch
 from parity_cases import ForwardCounter, serve_staggered, submit_for_files
 from stepserve.domain.events import Finished
-from stepserve.domain.requests import GenerationRequest
-from stepserve.domain.trajectory import TrajectoryFormat, TrajectoryRequest
+from stepserve.domain.requests import GenerationRequest, TrajectoryFormat, TrajectoryRequest
 from stepserve.pipelines.serving.runner import PipelineRunner
 from task_cases import TASKS, plain_arguments, plain_pipeline, request_for
 

@@ -6,7 +6,51 @@ from dataclasses import dataclass
 
 from stepserve.domain.errors import StepserveError
 from stepserve.domain.timings import Timings
-from stepserve.domain.trajectory import EncodedTrajectory
+
+
+@dataclass(frozen=True)
+class TrajectoryStep:
+    """One recorded step of one image, as files.
+
+    Args:
+        step: from 1.
+        timestep: as the scheduler counts it.
+        x_t: what the step began with.
+        x_0: the clean sample that was predicted of it.
+
+    A file is empty where there is none: the model's own safety checker withheld it, or the
+    network's output does not tell x_0.
+    """
+
+    step: int
+    timestep: float
+    x_t: bytes
+    x_0: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its files."""
+        return len(self.x_t) + len(self.x_0)
+
+
+@dataclass(frozen=True)
+class EncodedTrajectory:
+    """The trajectory of one image: one safetensors file, or images step by step.
+
+    Args:
+        tensors: the file; empty where there are images.
+        steps: those with images.
+        media_type: of the file or files.
+    """
+
+    media_type: str
+    tensors: bytes = b""
+    steps: tuple[TrajectoryStep, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its files."""
+        return len(self.tensors) + sum(step.size_bytes for step in self.steps)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from stepserve.domain.step_cache import StepCacheUse
 from stepserve.domain.tasks import Role, Task
-from stepserve.domain.trajectory import TrajectoryRequest
 
 
 class OutputFormat(StrEnum):
@@ -93,6 +92,37 @@ class Hires:
     num_inference_steps: int
     width: int
     height: int
+
+
+class TrajectoryFormat(StrEnum):
+    """How a trajectory is returned."""
+
+    IMAGES = "images"
+    """Decoded, as files of the request's output format."""
+
+    SAFETENSORS = "safetensors"
+    """As the scheduler had them, in one file."""
+
+
+@dataclass(frozen=True)
+class TrajectoryRequest:
+    """That a request wants the trajectories of its images.
+
+    Args:
+        format: how they are returned.
+        every: of so many steps one is recorded, the first of all among them.
+    """
+
+    format: TrajectoryFormat = TrajectoryFormat.IMAGES
+    every: int = 1
+
+    def records(self, step: int) -> bool:
+        """Whether step `step` (from 1) is recorded."""
+        return (step - 1) % self.every == 0
+
+    def recorded(self, steps: int) -> int:
+        """How many of `steps` steps are recorded."""
+        return math.ceil(steps / self.every)
 
 
 class RequestKey(NamedTuple):

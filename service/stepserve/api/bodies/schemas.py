@@ -35,6 +35,8 @@ from stepserve.domain.requests import (
     Hires,
     OutputFormat,
     ReferenceUse,
+    TrajectoryFormat,
+    TrajectoryRequest,
 )
 from stepserve.domain.step_cache import (
     LEAST_THRESHOLD,
@@ -44,7 +46,6 @@ from stepserve.domain.step_cache import (
     StepCacheUse,
 )
 from stepserve.domain.tasks import Task
-from stepserve.domain.trajectory import TrajectoryFormat, TrajectoryRequest
 
 T = TypeVar("T")
 

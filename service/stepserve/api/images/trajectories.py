@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from stepserve.domain.trajectory import EncodedTrajectory, TrajectoryFormat, TrajectoryStep
+from stepserve.domain.events import EncodedTrajectory, TrajectoryStep
+from stepserve.domain.requests import TrajectoryFormat
 
 Link = Callable[[bytes, str], Awaitable[str]]
 """Keeps a file of a media type, and returns where it is."""

@@ -7,8 +7,7 @@ import math
 from stepserve.domain.checks.wording import digits
 from stepserve.domain.errors import InvalidRequestError
 from stepserve.domain.models import ModelCapabilities
-from stepserve.domain.requests import GenerationRequest
-from stepserve.domain.trajectory import TrajectoryFormat, TrajectoryRequest
+from stepserve.domain.requests import GenerationRequest, TrajectoryFormat, TrajectoryRequest
 
 MAX_EVERY = 1000
 MAX_SHOWN_STEPS = 50

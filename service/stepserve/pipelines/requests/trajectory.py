@@ -15,13 +15,8 @@ from PIL import Image
 
 from stepserve.domain.checks.trajectory_limits import check_trajectory_bytes, shown_step_bytes
 from stepserve.domain.errors import InvalidRequestError, ServerFullError
-from stepserve.domain.requests import GenerationRequest
-from stepserve.domain.trajectory import (
-    EncodedTrajectory,
-    TrajectoryFormat,
-    TrajectoryRequest,
-    TrajectoryStep,
-)
+from stepserve.domain.events import EncodedTrajectory, TrajectoryStep
+from stepserve.domain.requests import GenerationRequest, TrajectoryFormat, TrajectoryRequest
 from stepserve.pipelines.requests.images import (
     MEDIA_TYPES,
     PARAMETERS_KEY,

@@ -11,14 +11,15 @@ from typing import Any
 import httpx
 import pytest
 from api_fakes import FakeBackend, finish
-from stepserve.domain.events import Accepted, Event, Finished, Outcome
-from stepserve.domain.requests import GenerationRequest
-from stepserve.domain.trajectory import (
+from stepserve.domain.events import (
+    Accepted,
     EncodedTrajectory,
-    TrajectoryFormat,
-    TrajectoryRequest,
+    Event,
+    Finished,
+    Outcome,
     TrajectoryStep,
 )
+from stepserve.domain.requests import GenerationRequest, TrajectoryFormat, TrajectoryRequest
 
 URL = "/v1/images/generations"
 FILE = "application/vnd.safetensors"

@@ -27,10 +27,9 @@ from stepserve.domain.checks.trajectory_limits import check_trajectory
 from stepserve.domain.errors import InvalidRequestError, ServerFullError
 from stepserve.domain.events import EncodedImage, Failed, Finished
 from stepserve.domain.models import ModelCapabilities, SizeRange
-from stepserve.domain.requests import Hires, OutputFormat
+from stepserve.domain.requests import Hires, OutputFormat, TrajectoryFormat, TrajectoryRequest
 from stepserve.domain.step_cache import StepCacheUse
 from stepserve.domain.tasks import Task
-from stepserve.domain.trajectory import TrajectoryFormat, TrajectoryRequest
 from stepserve.pipelines.loading.folders import LoadedModel, load_model
 from stepserve.pipelines.requests.call import make_images
 from stepserve.pipelines.requests.trajectory import Trajectory, TrajectoryRoom, trajectory_of
