@@ -56,7 +56,9 @@ def end_while_it_starts(
     return starting.wait(60)
 
 
-@pytest.mark.parametrize("moment", [begins, starts_ray, loads_model])
+@pytest.mark.parametrize(
+    "moment", [begins, pytest.param(starts_ray, marks=pytest.mark.slow), loads_model]
+)
 def test_a_signal_while_it_starts_ends_it_without_a_word_of_python(
     tmp_path: Path, moment: Callable[[psutil.Process], bool]
 ) -> None:

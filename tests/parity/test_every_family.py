@@ -23,6 +23,16 @@ FLOAT64_BOUND = 1e-6
 FLOAT32_BOUND = 2e-4
 # Videos are not served; one family stands for what they have in common.
 WIDEST = VIDEOS - {"Wan 2.1, text to video"}
+# Each has siblings here with the same UNet and the same networks beside it, and
+# `test_served_families` tries them all.
+SERVED = {
+    "InstructPix2Pix",
+    "Latent consistency model",
+    "Stable Diffusion with a T2I-Adapter",
+    "Stable Diffusion with an IP-Adapter, several references",
+    "Stable Diffusion with two ControlNets",
+    "Stable Diffusion with two IP-Adapters",
+}
 TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 
 
@@ -33,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     "family",
     [
         # Each takes seconds.
-        pytest.param(family, marks=pytest.mark.slow if name in WIDEST else (), id=name)
+        pytest.param(family, marks=pytest.mark.slow if name in WIDEST | SERVED else (), id=name)
         for name, family in FAMILIES.items()
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,15 @@ def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(model_folder: Path, folder: Path) -> Iterator[Callable[[str], PipelineRunner]]:
-    """An engine as it is served, which finds out by itself how rows keep their bits."""
+    """An engine as it is served, which finds out by itself how rows keep their bits.
+
+    One for each dtype, for all tests: starting it takes longest.
+    """
     started: list[PipelineRunner] = []
 
+    @cache
     def start_one(dtype: str) -> PipelineRunner:
         model = load_model("emoji", model_folder, dtype, "cpu")
         engine = EngineOptions(max_rows=32, max_pending_images=100)
@@ -80,7 +85,7 @@ def start(model_folder: Path, folder: Path) -> Iterator[Callable[[str], Pipeline
         runner.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runner(start: Callable[[str], PipelineRunner]) -> PipelineRunner:
     return start("bfloat16")
 

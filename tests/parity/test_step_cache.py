@@ -58,6 +58,8 @@ CASES = (
 
 
 IDS = [" ".join(filter(None, (case.family, case.scheduler))) for case in CASES]
+# Each has a sibling that is an example of the same.
+SIBLINGS = {"FLUX, image to image", "Stable Diffusion KDPM2DiscreteScheduler"}
 # Some steps of each kind that runs always are among these.
 SCHEDULE = Decision(None, frozenset({0, 4, 6, 7, 8, 10, 11, 13, 14, 15, 18, 19, 22}))
 SCHEDULED = ("Stable Diffusion HeunDiscreteScheduler", "Qwen-Image with a ControlNet", "Z-Image")
@@ -106,7 +108,13 @@ def check_at_once(bench: Bench, decisions: Sequence[Decision | None], bound: flo
     assert len(forwards) < sum(len(plain.calls) for plain, *_ in requests)
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name in SIBLINGS else ())
+        for name, case in zip(IDS, CASES, strict=True)
+    ],
+)
 def test_the_same_steps_are_skipped_and_the_image_is_the_same(case: Case) -> None:
     bench = bench_of(case)
     decision = Decision(case.threshold)
