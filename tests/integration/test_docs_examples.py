@@ -60,6 +60,7 @@ NOT_RUN = {
     ("docs/step-cache.md", ".venv/bin/stepserve calibrate"): (
         "would write the embedded model's own file; test_cli.py calibrates a copy"
     ),
+    ("docs/training.md", "stepserve train"): "trains for an hour; test_folder_training.py",
     ("docs/traces.md", "OTEL_EXPORTER"): "serves until it is stopped; test_traces.py",
 }
 # Of these subcommands every use is run, wherever it stands.
