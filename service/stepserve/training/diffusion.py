@@ -95,7 +95,7 @@ class NoiseSchedule:
 
     def scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(signal, noise) factors at timesteps t (batch,), shaped to multiply `like`."""
-        alpha_bar = _beside(self.alpha_bar[t], like)
+        alpha_bar = beside(self.alpha_bar[t], like)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ class NoiseSchedule:
                 return snr.clamp(max=gamma) / (snr + 1)
 
 
-def _beside(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def beside(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Values (batch,) shaped to multiply `like` (batch, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
