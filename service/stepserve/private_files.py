@@ -44,6 +44,16 @@ def make_private_folder(path: Path) -> None:
         path.chmod(stat.S_IMODE(found.st_mode) & ~OF_OTHERS)
 
 
+def make_own_folder(path: Path) -> None:
+    """Make a folder, or see to it that an existing one is this user's or root's to change.
+
+    Raises:
+        NotPrivateError: it is somebody else's, or others may write to it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    check_own(path)
+
+
 def check_way(path: Path) -> None:
     """Return if nobody but this user and root decides what is found at a path.
 

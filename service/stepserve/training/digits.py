@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stepserve.private_files import check_own
+from stepserve.private_files import make_own_folder
 from stepserve.training.data.digits import load_digits
 from stepserve.training.data.labelled import LabelledImages
 from stepserve.training.digits_card import digits_documents
@@ -58,12 +58,7 @@ def make_recipe(
         ValueError: a number is not positive.
     """
     usual = DigitsRecipe()
-    loop = replace(
-        usual.loop,
-        seed=seed,
-        steps=usual.loop.steps if steps is None else steps,
-        batch_size=usual.loop.batch_size if batch_size is None else batch_size,
-    )
+    loop = usual.loop.changed(seed=seed, steps=steps, batch_size=batch_size)
     return DigitsRecipe(seed, replace(usual.pixels, beta_schedule=beta_schedule), loop)
 
 
@@ -87,8 +82,7 @@ def train_digits(
         KeyboardInterrupt: Ctrl-C; the same call goes on where it stopped.
     """
     for own in (folder, cache):
-        own.mkdir(parents=True, exist_ok=True)
-        check_own(own)
+        make_own_folder(own)
     torch.manual_seed(recipe.seed)
     learned = (images or load_digits(cache)).training()
     pipeline = PixelStage(recipe.pixels, recipe.loop, learned, folder).train()

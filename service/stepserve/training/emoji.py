@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from stepserve.private_files import check_own
+from stepserve.private_files import make_own_folder
 from stepserve.training.data.artwork import Artwork, load_artwork
 from stepserve.training.data.captions import find_tokenizer, keep_tokenizer, train_tokenizer
 from stepserve.training.data.images import artwork_tensor
@@ -104,9 +104,9 @@ def make_recipe(
         usual,
         seed=seed,
         start_from=start_from,
-        vae_loop=_changed(usual.vae_loop, steps=vae_steps, batch_size=vae_batch_size, **both),
-        denoiser_loop=_changed(
-            usual.denoiser_loop, steps=denoiser_steps, batch_size=batch_size, **both
+        vae_loop=usual.vae_loop.changed(steps=vae_steps, batch_size=vae_batch_size, **both),
+        denoiser_loop=usual.denoiser_loop.changed(
+            steps=denoiser_steps, batch_size=batch_size, **both
         ),
     )
 
@@ -131,8 +131,7 @@ def train_emoji(
         KeyboardInterrupt: Ctrl-C; the same call goes on where it stopped.
     """
     for own in (folder, cache):
-        own.mkdir(parents=True, exist_ok=True)
-        check_own(own)
+        make_own_folder(own)
     torch.manual_seed(recipe.seed)
     start = None if recipe.start_from is None else load_start(Path(recipe.start_from))
     artwork = artwork or load_artwork(cache, 2 * recipe.vae.image_px)
@@ -190,8 +189,3 @@ def _tokenizer(shape: DenoiserConfig, artwork: Artwork, folder: Path) -> CLIPTok
     tokenizer = train_tokenizer(artwork.names, shape.vocabulary, shape.max_tokens)
     keep_tokenizer(tokenizer, kept)
     return tokenizer
-
-
-def _changed(loop: LoopConfig, **values: int | None) -> LoopConfig:
-    given = {name: value for name, value in values.items() if value is not None}
-    return replace(loop, **given)

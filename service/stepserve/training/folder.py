@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stepserve.private_files import check_own
+from stepserve.private_files import make_own_folder
 from stepserve.training.data.folders.dataset import FolderDataset, Labelling, ProblemReport
 from stepserve.training.data.folders.pixels import load_pixels
 from stepserve.training.data.folders.reading import read_folder
@@ -47,8 +47,7 @@ def train_folder(recipe: FolderRecipe, dataset: FolderDataset, output: Path) -> 
         NotPrivateError: other users may write to `output`.
         KeyboardInterrupt: Ctrl-C; the same call goes on where it stopped.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    check_own(output)
+    make_own_folder(output)
     write_atomically(output / "recipe.yaml", recipe_text(recipe).encode())
     pipeline = make_stage(recipe, dataset, output).train()
     documents = folder_documents(pipeline, recipe, dataset)

@@ -64,13 +64,12 @@ class FolderRecipe:
         Raises:
             RecipeError: the values do not fit.
         """
-        given = {name: value for name, value in loop.items() if value is not None}
         try:
             return replace(
                 self,
                 labels=labels or self.labels,
                 model=replace(self.model, size_px=size_px or self.model.size_px),
-                loop=replace(self.loop, **given),
+                loop=self.loop.changed(**loop),
             )
         except ValueError as error:
             raise RecipeError(str(error)) from error

@@ -211,6 +211,8 @@ class CompletionEstimator:
             demands: of all requests, the first of which go first.
             steps: of the kinds whose rows may share a forward with rows of other lengths.
         """
+        if len(steps) < 2:
+            return {}
         rows: dict[CallShape, int] = {}
         # Of kinds with equally many tokens one stands for all.
         named: dict[CallShape, Hashable] = {}

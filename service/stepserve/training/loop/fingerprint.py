@@ -40,6 +40,14 @@ def digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest_tensors(*tensors: torch.Tensor) -> str:
+    """A short hash of tensors on the CPU, bit by bit, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def differences(stored: Mapping[str, Any], wanted: Fingerprint) -> list[str]:
     """One line for each value that differs: `loop.batch_size was 64, is now 32`."""
     names = sorted({*stored, *wanted})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +40,11 @@ class LoopConfig:
         for name in ("steps", "batch_size", "checkpoint_interval_steps", "sample_interval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def changed(self, **values: int | None) -> LoopConfig:
+        """The same with some values changed; None keeps its own."""
+        given = {name: value for name, value in values.items() if value is not None}
+        return replace(self, **given)
 
 
 def learning_rate_at(step: int, config: LoopConfig) -> float:

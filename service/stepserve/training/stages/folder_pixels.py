@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +20,7 @@ from stepserve.training.data.images import mirror
 from stepserve.training.data.labelled import LabelledImages
 from stepserve.training.diffusion import NoiseSchedule, spread_timesteps
 from stepserve.training.drawing.grids import save_grid
-from stepserve.training.loop.fingerprint import describe_settings
+from stepserve.training.loop.fingerprint import describe_settings, digest_tensors
 from stepserve.training.loop.hyperparameters import LoopConfig
 from stepserve.training.loop.loop import Trainer
 from stepserve.training.stages.pixels import PixelConfig, build_scheduler, build_unet
@@ -136,14 +135,12 @@ class FolderStage:
 
     def origin(self) -> dict[str, str]:
         """What the loss depends on: shapes, objective, images and labels."""
-        digest = hashlib.sha256(self.pixels.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
         return {
             **describe_settings("pixels", self.config),
             **describe_settings("objective", self.objective),
             **describe_settings("augmentation", self.augmentation),
             "classes": repr(self.classes),
-            "images": digest.hexdigest()[:16],
+            "images": digest_tensors(self.pixels, self.labels),
         }
 
     def pipeline(self) -> DiffusionPipeline:

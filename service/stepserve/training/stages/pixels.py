@@ -6,7 +6,6 @@ every timestep drawn equally often.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,7 @@ from torch.nn import functional
 from stepserve.training.data.labelled import LabelledImages
 from stepserve.training.diffusion import NoiseSchedule, Prediction, spread_timesteps
 from stepserve.training.drawing.grids import save_grid
-from stepserve.training.loop.fingerprint import describe_settings
+from stepserve.training.loop.fingerprint import describe_settings, digest_tensors
 from stepserve.training.loop.hyperparameters import LoopConfig
 from stepserve.training.loop.loop import Trainer
 
@@ -110,9 +109,10 @@ class PixelStage:
 
     def origin(self) -> dict[str, str]:
         """What the loss depends on: shapes, noise schedule, images and labels."""
-        digest = hashlib.sha256(self.pixels.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        return {**describe_settings("pixels", self.config), "images": digest.hexdigest()[:16]}
+        return {
+            **describe_settings("pixels", self.config),
+            "images": digest_tensors(self.pixels, self.labels),
+        }
 
     def pipeline(self) -> ConsistencyModelPipeline:
         """Diffusers' pipeline for a class-conditional UNet over pixels, with DDPM's scheduler.
